@@ -1,0 +1,68 @@
+"""A program is a graph and the one forward generated from it.
+
+Blocks of equal structure share a program, so they share one code object: compiling a block once
+serves them all, and whatever is learnt of the graph (its sites, their roles) is learnt once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """What print(model) and ``where: {type: ...}`` know of a module: its class and its settings."""
+
+    type: str
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A parameter or buffer that a program reads, by shape and dtype."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A shape class: one graph, one generated forward, for every block of this structure.
+
+    ``graph`` reads tensors by ``get_attr`` nodes whose targets are relative to the block, and calls
+    nested blocks by ``call_module`` nodes that name the child's program in the keyword ``program``.
+    ``forward(self, *args)`` runs it for any module that has tensors of these names.
+    """
+
+    label: str
+    graph: fx.Graph
+    kind: str
+    modules: Mapping[str, ModuleInfo]
+    tensors: Mapping[str, TensorInfo]
+    forward: Callable[..., Any] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forward", generate_forward(self.graph, self.label))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        return self  # immutable: copies of a model share their programs
+
+    @property
+    def code(self) -> str:
+        """The Python source of the forward."""
+        return self.graph.python_code("self").src
+
+
+def generate_forward(graph: fx.Graph, label: str) -> Callable[..., Any]:
+    """The function that runs ``graph``; ``self`` provides its tensors and nested blocks."""
+    python = graph.python_code("self")
+    scope = dict(python.globals)
+    exec(compile(python.src, f"<peftsurgery {label}>", "exec"), scope)
+    forward: Callable[..., Any] = scope["forward"]
+    return forward

@@ -1,0 +1,73 @@
+"""Coded errors: every way an operation can be refused, and what to do about it.
+
+A :class:`SurgeryError` names the thing that is wrong and, where there is one, the nearest right one.
+Its code (``PSG101``) is stable; ``peftsurgery explain PSG101`` prints the entry of :data:`CODES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+NO_MATCH, USAGE, BAD_INPUT, UNVERIFIED = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class CodeInfo:
+    """What a code means: a title, an explanation for the reader, and the exit code of a command."""
+
+    title: str
+    explanation: str
+    exit_code: int = BAD_INPUT
+
+
+class SurgeryError(Exception):
+    """A refusal with a stable code, the name of what is wrong and, if there is one, a hint."""
+
+    def __init__(
+        self, code: str, message: str, hint: str | None = None, where: str | None = None
+    ) -> None:
+        if code not in CODES:
+            raise KeyError(f"{code} is not in the catalogue of error codes")
+        self.code, self.message, self.hint, self.where = code, message, hint, where
+        super().__init__(code, message, hint, where)
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code a command ends with when this error reaches it."""
+        return CODES[self.code].exit_code
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        hint = f"\n  {self.hint}" if self.hint else ""
+        return f"{self.code}: {place}{self.message}{hint}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as ``--json`` prints it."""
+        return {
+            "error": {
+                "code": self.code,
+                "title": CODES[self.code].title,
+                "message": self.message,
+                "hint": self.hint,
+                "where": self.where,
+            }
+        }
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like ``name``, or None if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known word, or all of them when none is near."""
+    known = sorted(known)
+    near = closest(name, known)
+    return f"did you mean '{near}'?" if near else f"known here: {', '.join(known)}"
+
+
+CODES: dict[str, CodeInfo] = {}
