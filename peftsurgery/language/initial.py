@@ -1,0 +1,130 @@
+"""Initial values: what a rule's parameters are before training.
+
+``init`` is an expression like any other (``norm(W, 1)``, ``0.1 * normal(1)``) that may also name
+the initialisers of this table, each a tensor of the parameter's own shape.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.evaluation import describe_value, evaluate
+from peftsurgery.language.expression import Expression
+from peftsurgery.language.operators import OPERATORS, Operator
+
+Initialiser = Callable[..., Tensor]
+
+
+def kaiming_uniform(t: Tensor, generator: torch.Generator | None, a: float = 0.0) -> Tensor:
+    """Uniform in ±√(6 / ((1 + a²) fan_in)) (He et al., 2015)."""
+    return torch.nn.init.kaiming_uniform_(t, a=a, generator=generator)
+
+
+def xavier_uniform(t: Tensor, generator: torch.Generator | None, gain: float = 1.0) -> Tensor:
+    """Uniform in ±gain √(6 / (fan_in + fan_out)) (Glorot and Bengio, 2010)."""
+    return torch.nn.init.xavier_uniform_(t, gain=gain, generator=generator)
+
+
+def normal(t: Tensor, generator: torch.Generator | None, std: float = 1.0) -> Tensor:
+    """Normal with mean 0 and standard deviation ``std``."""
+    return t.normal_(0.0, std, generator=generator)
+
+
+def uniform(
+    t: Tensor, generator: torch.Generator | None, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """Uniform between ``low`` and ``high``."""
+    return t.uniform_(low, high, generator=generator)
+
+
+def zeros(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Zeros."""
+    return t.zero_()
+
+
+def ones(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Ones."""
+    return t.fill_(1.0)
+
+
+def eye(t: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The identity matrix; a matrix that is not square is the identity cut or padded with zeros."""
+    return torch.nn.init.eye_(t)
+
+
+INITIALISERS: Mapping[str, Initialiser] = {
+    function.__name__: function
+    for function in (kaiming_uniform, xavier_uniform, normal, uniform, zeros, ones, eye)
+}
+
+
+def initial(
+    expression: Expression,
+    shape: tuple[int, ...],
+    env: Mapping[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A new tensor of ``shape`` with the value of ``expression``.
+
+    ``env`` binds sizes, settings and, where the expression names them, the site's weights; these
+    are read in ``dtype``. Raises PSG123 if the value does not fit the shape.
+    """
+
+    def fresh() -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    operators = {**OPERATORS, **_as_operators(fresh, generator)}
+    known = {n: v.to(dtype) if _is_weight(v) else v for n, v in env.items()}
+    with torch.no_grad():
+        try:
+            bare = {n: INITIALISERS[n](fresh(), generator) for n in _bare(expression)}
+            value = evaluate(expression, {**bare, **known}, operators)
+        except (ValueError, IndexError) as error:
+            raise _unfit(expression, shape, str(error)) from error
+    if isinstance(value, bool | int | float):
+        return fresh().fill_(value)
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        raise _unfit(expression, shape, f"the value is {describe_value(value)}")
+    return value.detach().to(dtype=dtype, device=device).clone()
+
+
+def _bare(expression: Expression) -> list[str]:
+    """The initialisers that are named without parentheses, in the order they are drawn."""
+    return [name for name in expression.names if name in INITIALISERS]
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _as_operators(
+    fresh: Callable[[], Tensor], generator: torch.Generator | None
+) -> dict[str, Operator]:
+    """The initialisers as operators that draw a tensor of the parameter's shape."""
+
+    def bind(draw: Initialiser) -> Callable[..., Tensor]:
+        return lambda *args, **kwargs: draw(fresh(), generator, *args, **kwargs)
+
+    return {
+        name: Operator(name, bind(draw), inspect.getdoc(draw) or "", _signature(draw))
+        for name, draw in INITIALISERS.items()
+    }
+
+
+def _signature(draw: Initialiser) -> inspect.Signature:
+    """The arguments that an expression gives: without the tensor and the generator."""
+    return inspect.Signature(list(inspect.signature(draw).parameters.values())[2:])
+
+
+def _unfit(expression: Expression, shape: tuple[int, ...], reason: str) -> SurgeryError:
+    message = f"'{expression.text}' does not give a tensor of shape {list(shape)}: {reason}"
+    return SurgeryError("PSG123", message, where=expression.where())

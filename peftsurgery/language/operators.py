@@ -1,0 +1,85 @@
+"""The table of operators: what an expression may call.
+
+An operator is a plain function of torch code. The same function inserts nodes when its arguments
+are ``fx.Proxy``, infers shapes on fake tensors and computes on real ones, so it must not look at a
+tensor's values. Its entry also says how it is written in maths, and which ATen operations it stands
+for when an expression is a pattern to find.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from peftsurgery.errors import SurgeryError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_table: dict[str, Operator] = {}
+OPERATORS: Mapping[str, Operator] = MappingProxyType(_table)
+"""Every operator by name: the shipped ones and those registered with :func:`operator`."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One entry of the table.
+
+    ``maths`` is a format over the arguments (``"‖{0}‖"``); None prints ``name(arguments)``.
+    ``aten`` names the ATen operations it stands for in a pattern. A keyword-only parameter called
+    ``training`` is filled in by the reading: whether the model is in training mode.
+    """
+
+    name: str
+    function: Callable[..., Any] = field(repr=False)
+    doc: str
+    signature: inspect.Signature
+    commutative: bool = False
+    maths: str | None = None
+    aten: tuple[str, ...] = ()
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether the operator behaves differently while training, as dropout does."""
+        return "training" in self.signature.parameters
+
+    @property
+    def usage(self) -> str:
+        """The call as a reader would write it: ``linear(x, W, b=None)``."""
+        shown = [p for p in self.signature.parameters.values() if p.name != "training"]
+        plain = [p.replace(annotation=inspect.Parameter.empty) for p in shown]
+        return f"{self.name}{inspect.Signature(plain)}"
+
+
+def operator(
+    name: str,
+    *,
+    commutative: bool = False,
+    maths: str | None = None,
+    aten: tuple[str, ...] = (),
+) -> Callable[[Function], Function]:
+    """Register the decorated function as the operator ``name``; it stays usable as it is.
+
+    Its docstring is what ``peftsurgery rules`` prints. Raises PSG143 if the name is taken by
+    another function: a rule means the same thing wherever it is read.
+    """
+
+    def register(function: Function) -> Function:
+        known = _table.get(name)
+        if known is not None and not _same(known.function, function):
+            raise SurgeryError("PSG143", f"there is already an operator '{name}': {known.usage}")
+        if not name.isidentifier() or not name.isascii() or name.startswith("__"):
+            raise SurgeryError("PSG143", f"'{name}' cannot be the name of an operator")
+        signature = inspect.signature(function)
+        doc = inspect.getdoc(function) or ""
+        _table[name] = Operator(name, function, doc, signature, commutative, maths, aten)
+        return function
+
+    return register
+
+
+def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether a definition was merely run again, as notebooks and reloads do."""
+    return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

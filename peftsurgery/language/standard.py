@@ -1,0 +1,222 @@
+"""The shipped operators: the vocabulary of the rules, each a line of torch.
+
+Arithmetic (``+ - * / @ **``) needs no entry to be evaluated; `add`, `mul` and the like are entries
+so that patterns can name them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftsurgery.language.operators import operator
+
+Number = float | int
+
+
+@operator("add", commutative=True, maths="{0} + {1}", aten=("add",))
+def add(a: Any, b: Any) -> Any:
+    """The sum, written a + b outside patterns."""
+    return a + b
+
+
+@operator("sub", maths="{0} − {1}", aten=("sub",))
+def sub(a: Any, b: Any) -> Any:
+    """The difference, written a - b outside patterns."""
+    return a - b
+
+
+@operator("mul", commutative=True, maths="{0} ⊙ {1}", aten=("mul",))
+def mul(a: Any, b: Any) -> Any:
+    """The elementwise product, written a * b outside patterns."""
+    return a * b
+
+
+@operator("div", maths="{0} / {1}", aten=("div",))
+def div(a: Any, b: Any) -> Any:
+    """The elementwise quotient, written a / b outside patterns."""
+    return a / b
+
+
+@operator("pow", maths="{0}^{1}", aten=("pow",))
+def power(a: Any, b: Any) -> Any:
+    """The elementwise power, written a ** b outside patterns."""
+    return a**b
+
+
+@operator("neg", maths="−{0}", aten=("neg",))
+def neg(a: Any) -> Any:
+    """The negative, written -a outside patterns."""
+    return -a
+
+
+@operator("matmul", aten=("matmul", "mm", "bmm"))
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product of the last two dimensions, written a @ b outside patterns."""
+    return torch.matmul(a, b)
+
+
+@operator("linear", aten=("linear",))
+def linear(x: Tensor, W: Tensor, b: Any = None) -> Tensor:
+    """The product x Wᵀ + b over the last dimension; W is (out, in), b is (out,), absent or 0."""
+    return F.linear(x, W, None if isinstance(b, int | float) and b == 0 else b)
+
+
+@operator("embedding", aten=("embedding",))
+def embedding(ids: Tensor, W: Tensor) -> Tensor:
+    """The rows of W that ``ids`` name."""
+    return F.embedding(ids, W)
+
+
+@operator("conv2d", aten=("convolution", "conv2d"))
+def conv2d(
+    x: Tensor,
+    W: Tensor,
+    b: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Two-dimensional convolution; W is (out, in // groups, height, width)."""
+    bias = None if isinstance(b, int | float) and b == 0 else b
+    return F.conv2d(x, W, bias, stride, padding, dilation, groups)
+
+
+@operator("dropout")
+def dropout(x: Tensor, p: float, *, training: Any = False) -> Tensor:
+    """While training, zero each element with probability p and scale the rest by 1 / (1 - p)."""
+    return x if isinstance(p, int | float) and p == 0 else F.dropout(x, p, training)
+
+
+@operator("layer_norm", aten=("layer_norm", "native_layer_norm"))
+def layer_norm(x: Tensor, W: Any = None, b: Any = None, eps: float = 1e-5) -> Tensor:
+    """Normalise the last dimension to mean 0 and variance 1, then scale by W and shift by b."""
+    bias = None if isinstance(b, int | float) and b == 0 else b
+    return F.layer_norm(x, (x.shape[-1],), W, bias, eps)
+
+
+@operator("relu", maths="relu({0})", aten=("relu",))
+def relu(x: Tensor) -> Tensor:
+    """max(x, 0)."""
+    return F.relu(x)
+
+
+@operator("silu", maths="silu({0})", aten=("silu",))
+def silu(x: Tensor) -> Tensor:
+    """The product x σ(x), also called swish."""
+    return F.silu(x)
+
+
+@operator("gelu", maths="gelu({0})", aten=("gelu",))
+def gelu(x: Tensor) -> Tensor:
+    """The product x Φ(x), by the error function."""
+    return F.gelu(x)
+
+
+@operator("tanh", maths="tanh({0})", aten=("tanh",))
+def tanh(x: Tensor) -> Tensor:
+    """The hyperbolic tangent."""
+    return torch.tanh(x)
+
+
+@operator("sigmoid", maths="σ({0})", aten=("sigmoid",))
+def sigmoid(x: Tensor) -> Tensor:
+    """1 / (1 + e^-x)."""
+    return torch.sigmoid(x)
+
+
+@operator("softmax", aten=("softmax", "_softmax"))
+def softmax(x: Tensor, dim: int = -1) -> Tensor:
+    """e^x normalised to sum 1 over ``dim``."""
+    return torch.softmax(x, dim)
+
+
+@operator("exp", maths="exp({0})", aten=("exp",))
+def exp(x: Any) -> Any:
+    """e^x, of a tensor or a number."""
+    return math.exp(x) if isinstance(x, int | float) else torch.exp(x)
+
+
+@operator("log", maths="log({0})", aten=("log",))
+def log(x: Any) -> Any:
+    """The natural logarithm, of a tensor or a number."""
+    return math.log(x) if isinstance(x, int | float) else torch.log(x)
+
+
+@operator("sqrt", maths="√{0}", aten=("sqrt",))
+def sqrt(x: Any) -> Any:
+    """The square root, of a tensor or a number."""
+    return math.sqrt(x) if isinstance(x, int | float) else torch.sqrt(x)
+
+
+@operator("abs", maths="|{0}|", aten=("abs",))
+def absolute(x: Any) -> Any:
+    """The absolute value, of a tensor or a number."""
+    return abs(x)
+
+
+@operator("mean", aten=("mean",))
+def mean(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """The mean over ``dim``."""
+    return torch.mean(x, dim, keepdim)
+
+
+@operator("sum", aten=("sum",))
+def total(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """The sum over ``dim``."""
+    return torch.sum(x, dim, keepdim)
+
+
+@operator("norm", maths="‖{0}‖", aten=("linalg_vector_norm",))
+def norm(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    """The Euclidean norm over ``dim``."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
+    return length
+
+
+@operator("detach", maths="{0}", aten=("detach",))
+def detach(x: Tensor) -> Tensor:
+    """The same value, through which no gradient flows."""
+    return x.detach()
+
+
+@operator("transpose", maths="{0}ᵀ", aten=("transpose", "t"))
+def transpose(x: Tensor, first: int = -2, second: int = -1) -> Tensor:
+    """Two dimensions exchanged; the last two unless told otherwise."""
+    return torch.transpose(x, first, second)
+
+
+@operator("reshape", aten=("reshape", "view", "_unsafe_view"))
+def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same elements in another shape; one size may be -1."""
+    return torch.reshape(x, tuple(shape))
+
+
+@operator("view_as")
+def view_as(x: Tensor, other: Tensor) -> Tensor:
+    """The elements of x in the shape of ``other``."""
+    return torch.reshape(x, other.shape)
+
+
+@operator("concat", aten=("cat",))
+def concat(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
+    """Two tensors one after the other along ``dim``."""
+    return torch.cat((a, b), dim)
+
+
+@operator("zeros_like", maths="0", aten=("zeros_like",))
+def zeros_like(x: Tensor) -> Tensor:
+    """Zeros of the shape and dtype of x."""
+    return torch.zeros_like(x)
+
+
+@operator("ones_like", maths="1", aten=("ones_like",))
+def ones_like(x: Tensor) -> Tensor:
+    """Ones of the shape and dtype of x."""
+    return torch.ones_like(x)
