@@ -4,19 +4,44 @@ from peftsurgery.language import standard  # registers the shipped operators
 from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
 from peftsurgery.language.initial import INITIALISERS, initial
+from peftsurgery.language.kinds import KINDS, Kind
+from peftsurgery.language.loading import load_rules, parse_rules, shipped
 from peftsurgery.language.operators import OPERATORS, Operator, operator
+from peftsurgery.language.readings import fold, initial_value, rewrite, shape_of, weights_read
+from peftsurgery.language.schema import Expect, Param, Pattern, Rule, RuleFile, json_schema
+from peftsurgery.language.settings import parse_override, resolve_settings
+from peftsurgery.language.where import Where
 
 __all__ = [
     "INITIALISERS",
+    "KINDS",
     "OPERATORS",
     "Context",
+    "Expect",
     "Expression",
+    "Kind",
     "Operator",
+    "Param",
+    "Pattern",
+    "Rule",
+    "RuleFile",
+    "Where",
     "check_calls",
     "check_names",
     "evaluate",
+    "fold",
     "initial",
+    "initial_value",
+    "json_schema",
+    "load_rules",
     "operator",
     "parse",
+    "parse_override",
+    "parse_rules",
+    "resolve_settings",
+    "rewrite",
+    "shape_of",
+    "shipped",
     "standard",
+    "weights_read",
 ]

@@ -75,19 +75,17 @@ def initial(
 ) -> Tensor:
     """A new tensor of ``shape`` with the value of ``expression``.
 
-    ``env`` binds sizes, settings and, where the expression names them, the site's weights; these
-    are read in ``dtype``. Raises PSG123 if the value does not fit the shape.
+    ``env`` binds sizes, settings and the weights that the expression names. Raises PSG123 if the value does not fit the shape.
     """
 
     def fresh() -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
     operators = {**OPERATORS, **_as_operators(fresh, generator)}
-    known = {n: v.to(dtype) if _is_weight(v) else v for n, v in env.items()}
     with torch.no_grad():
         try:
             bare = {n: INITIALISERS[n](fresh(), generator) for n in _bare(expression)}
-            value = evaluate(expression, {**bare, **known}, operators)
+            value = evaluate(expression, {**bare, **_read(expression, env)}, operators)
         except (ValueError, IndexError) as error:
             raise _unfit(expression, shape, str(error)) from error
     if isinstance(value, bool | int | float):
@@ -102,8 +100,9 @@ def _bare(expression: Expression) -> list[str]:
     return [name for name in expression.names if name in INITIALISERS]
 
 
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _read(expression: Expression, env: Mapping[str, Any]) -> dict[str, Any]:
+    """The bindings that the expression names: no other is computed."""
+    return {name: env[name] for name in expression.names if name in env}
 
 
 def _as_operators(

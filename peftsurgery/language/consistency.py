@@ -1,0 +1,109 @@
+"""Names: every expression of a rule file may read only what exists where it is evaluated.
+
+A rewrite sees everything. A fold sees the weights, not the values that flow. An initial value sees
+the weights but not the parameters. A shape sees numbers. A ``let`` name can be used wherever
+all that it depends on can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.expression import Expression, check_calls, check_names
+from peftsurgery.language.initial import INITIALISERS
+from peftsurgery.language.operators import OPERATORS
+from peftsurgery.language.strict import place_of
+from peftsurgery.language.where import check_settings
+
+if TYPE_CHECKING:
+    from peftsurgery.language.schema import Rule, RuleFile
+
+
+def check_file(file: RuleFile) -> None:
+    """Refuse a file whose names do not fit: PSG106, PSG113, PSG114 or PSG120."""
+    _check_words(file.with_, (), "setting")
+    _check_words(file.let, file.with_, "let")
+    numbers: set[str] = set(file.with_)
+    for name, expression in file.let.items():
+        _check(expression, numbers)
+        numbers.add(name)
+    for where in (*file.roles.values(), *(rule.where for rule in file.rules)):
+        check_settings(where, file.with_)
+    for rule in file.rules:
+        check_rule(rule, numbers)
+
+
+def check_rule(rule: Rule, numbers: Collection[str]) -> None:
+    """Check one rule, given the settings and numbers of its file."""
+    kind, params = rule.kind, set(rule.params)
+    _check_words(rule.params, {*numbers, *kind.names}, "parameter")
+    _check_words(rule.let, {*numbers, *kind.names, *params}, "let")
+    everything = {*numbers, *kind.names, *params}
+    for name, expression in rule.let.items():
+        _check(expression, everything)
+        everything.add(name)
+    sizes = within(rule.let, {*numbers, *kind.sizes})
+    weights = within(rule.let, {*numbers, *kind.sizes, *_foldable(rule)})
+    for param in rule.params.values():
+        for size in param.shape:
+            _check(size, sizes)
+        _check(param.init, {*weights, *INITIALISERS}, {*OPERATORS, *INITIALISERS})
+    for expression in rule.rewrite.values():
+        _check(expression, everything)
+    for expression in rule.fold.values():
+        _check(expression, within(rule.let, {*weights, *params}))
+    _check_targets(rule)
+
+
+def within(let: Mapping[str, Expression], names: Iterable[str]) -> set[str]:
+    """``names`` and the let names that can be computed from them alone."""
+    known = set(names)
+    for name, expression in let.items():
+        if known.issuperset(expression.names):
+            known.add(name)
+    return known
+
+
+def _check(
+    expression: Expression, names: Collection[str], calls: Collection[str] = OPERATORS
+) -> None:
+    check_calls(expression, calls)
+    check_names(expression, names)
+
+
+def _foldable(rule: Rule) -> tuple[str, ...]:
+    """The names that a fold may read and replace; of a pattern, whatever it binds."""
+    kind = rule.kind
+    return kind.values if kind.name == "pattern" else kind.weights
+
+
+def _check_words(words: Mapping[str, Any], taken: Collection[str], what: str) -> None:
+    for word in words:
+        if not word.isidentifier() or not word.isascii() or word.startswith("__"):
+            message = f"'{word}' cannot be the name of a {what}"
+            raise SurgeryError("PSG106", message, where=place_of(word))
+        if word in taken:
+            message = f"the {what} '{word}' hides another name"
+            raise SurgeryError("PSG106", message, "choose another name", place_of(word))
+
+
+def _check_targets(rule: Rule) -> None:
+    kind = rule.kind
+    if not rule.rewrite and not rule.train:
+        raise SurgeryError("PSG106", f"a rule that matches {kind.name} and does nothing to it",
+                           "give it `rewrite:` or `train: true`")  # fmt: skip
+    if rule.fold and not rule.rewrite:
+        raise SurgeryError("PSG106", "a `fold:` without the `rewrite:` that it stands for")
+    _check_keys(rule.rewrite, {*kind.values, *kind.weights}, "`rewrite:` gives")
+    _check_keys(rule.fold, _foldable(rule), "`fold:` gives")
+    for name, keys in rule.checkpoint.items():
+        _check_keys(keys, rule.params, f"`checkpoint: {name}` names")
+
+
+def _check_keys(given: Iterable[str], known: Collection[str], verb: str) -> None:
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, known) if known else None
+            raise SurgeryError("PSG106", f"{verb} '{key}', which is not bound", hint, place_of(key))

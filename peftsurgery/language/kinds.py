@@ -1,0 +1,92 @@
+"""What a rule can match, and the names each match binds.
+
+The values are what flows through the graph, the weights are what a fold can change, the sizes are
+numbers known before the model runs. ``result`` is the value that a plain ``rewrite`` replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of site, seen from the language: the names it binds."""
+
+    name: str
+    doc: str
+    values: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    result: str | None = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every name that a match of this kind binds."""
+        return frozenset((*self.values, *self.weights, *self.sizes))
+
+
+_CONVOLUTION = ("in", "out", "kernel", "stride", "padding", "dilation", "groups")
+
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "linear",
+            "a product with a weight matrix: y = x Wᵀ + b, W is (out, in)",
+            ("x", "y"),
+            ("W", "b"),
+            ("in", "out"),
+            "y",
+        ),
+        Kind(
+            "experts",
+            "a product with one matrix for each expert: W is (experts, out, in)",
+            ("x", "y"),
+            ("W",),
+            ("in", "out", "experts"),
+            "y",
+        ),
+        Kind(
+            "embedding",
+            "rows of a table: y = W[x], x holds whole numbers, W is (in, out)",
+            ("x", "y"),
+            ("W",),
+            ("in", "out"),
+            "y",
+        ),
+        Kind(
+            "conv",
+            "a two-dimensional convolution, W is (out, in // groups, *kernel)",
+            ("x", "y"),
+            ("W", "b"),
+            _CONVOLUTION,
+            "y",
+        ),
+        Kind(
+            "attention",
+            "an attention core: o from queries q, keys k, values v and a mask",
+            ("q", "k", "v", "mask", "o"),
+            (),
+            ("heads", "kv_heads", "head_dim"),
+            "o",
+        ),
+        Kind(
+            "residual",
+            "a sublayer's output h where it is added to the stream x",
+            ("h", "x"),
+            (),
+            ("hidden",),
+            "h",
+        ),
+        Kind("norm", "a normalisation of x to y", ("x", "y"), ("W", "b"), ("hidden",), "y"),
+        Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),
+    )
+}
+
+
+def pattern_kind(names: tuple[str, ...]) -> Kind:
+    """The kind of a pattern: its free names are bound, and ``y`` is the value it computes."""
+    values = (*(n for n in names if n != "y"), "y")
+    return Kind("pattern", "a sub-graph that computes the pattern", values, (), (), "y")

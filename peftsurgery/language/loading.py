@@ -1,0 +1,64 @@
+"""Rule files: shipped ones by name, others by path, or from text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.document import MAX_BYTES, Document, read_document
+from peftsurgery.language.schema import RuleFile
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
+    """The rule file that ``text`` is, checked against the schema and for unknown names.
+
+    Every error is a SurgeryError that names ``source``, line and column.
+    """
+    document = read_document(text, source)
+    try:
+        return RuleFile.model_validate(document.data)
+    except ValidationError as error:
+        raise _translate(error, document) from None
+
+
+def load_rules(name: str | Path) -> RuleFile:
+    """A shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 if there is none."""
+    known = shipped()
+    path = known.get(str(name), Path(name))
+    if not path.is_file():
+        if path.exists():
+            raise SurgeryError("PSG107", f"'{name}' is not a regular file")
+        raise SurgeryError(
+            "PSG107", f"there is no rule file '{name}'", did_you_mean(str(name), known)
+        )
+    try:
+        with path.open("rb") as file:
+            return parse_rules(file.read(MAX_BYTES + 1), str(name if name in known else path))
+    except OSError as error:
+        raise SurgeryError("PSG107", f"cannot read '{name}': {error.strerror}") from None
+
+
+def shipped() -> dict[str, Path]:
+    """The rule files that come with the package, by name."""
+    installed, checkout = _PACKAGE / "rules", _PACKAGE.parent / "rules"
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _translate(error: ValidationError, document: Document) -> SurgeryError:
+    """The first complaint of pydantic as one of ours: the key, what it takes, and where it stands."""
+    first = error.errors(include_url=False)[0]
+    path = tuple(step for step in first["loc"] if isinstance(step, str | int))
+    known: tuple[str | int, ...] = ()
+    for step in path:  # a union's branches appear in the path, but not in the document
+        if (*known, step) in document.places:
+            known = (*known, step)
+    name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in known).lstrip(".")
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    missing = f" '{path[-1]}'" if first["type"] == "missing" else ""
+    where = str(document.place(known))
+    return SurgeryError("PSG106", f"{name or 'the file'}: {message}{missing}", None, where)

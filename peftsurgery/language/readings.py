@@ -1,0 +1,111 @@
+"""The readings of a rule: its rewrite, its fold, its shapes, its initial values.
+
+All four evaluate the rule's expressions over an environment: what the match binds, its sizes and
+the settings, and the parameters. ``let`` names are computed on demand, once, and only those that
+are needed: a fold never touches one that is about activations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.evaluation import PLAIN, Context, evaluate
+from peftsurgery.language.expression import Expression
+from peftsurgery.language.initial import initial
+from peftsurgery.language.operators import OPERATORS
+from peftsurgery.language.schema import Param, Rule
+
+MAX_ELEMENTS = 2**33
+
+
+class Environment(Mapping[str, Any]):
+    """Bindings, and ``let`` names that are computed when first read."""
+
+    def __init__(
+        self, given: Mapping[str, Any], let: Mapping[str, Expression], context: Context = PLAIN
+    ) -> None:
+        self._values, self._let, self._context = dict(given), let, context
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            expression = self._let[name]
+            self._values[name] = evaluate(expression, self, OPERATORS, self._context)
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values or name in self._let
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._values, **self._let})
+
+    def __len__(self) -> int:
+        return len({**self._values, **self._let})
+
+
+def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dict[str, Any]:
+    """The new value of each binding that the rule rewrites.
+
+    ``env`` binds values, weights (``b`` is 0.0 where there is none), sizes, settings, parameters.
+    """
+    names = Environment(env, rule.let, context)
+    return {k: evaluate(e, names, OPERATORS, context) for k, e in rule.rewrite.items()}
+
+
+def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
+    """The new value of each weight; ``env`` binds weights, sizes, settings and parameters."""
+    names = Environment(env, rule.let)
+    return {name: evaluate(expression, names) for name, expression in rule.fold.items()}
+
+
+def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...]:
+    """The sizes of a parameter; ``env`` binds sizes and settings. Raises PSG122."""
+    names = Environment(env, rule.let)
+    sizes = []
+    for expression in param.shape:
+        size = evaluate(expression, names)
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            message = f"'{expression.text}' is {size}, not a positive whole number"
+            raise SurgeryError("PSG122", message, where=expression.where())
+        sizes.append(size)
+    if math.prod(sizes) > MAX_ELEMENTS:
+        message = f"a parameter of shape {sizes} has more than 2^33 elements"
+        where = param.shape[0].where() if param.shape else None
+        raise SurgeryError("PSG122", message, where=where)
+    return tuple(sizes)
+
+
+def initial_value(
+    param: Param,
+    rule: Rule,
+    env: Mapping[str, Any],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """A parameter before training; ``env`` also binds the weights that its ``init`` reads."""
+    dtype: torch.dtype = getattr(torch, param.dtype)
+    shape = shape_of(param, rule, env)
+    weights = {n: v.to(dtype) if _is_float(v) else v for n, v in env.items()}
+    names = Environment(weights, rule.let)
+    return initial(param.init, shape, names, dtype=dtype, device=device, generator=generator)
+
+
+def weights_read(param: Param, rule: Rule) -> frozenset[str]:
+    """The weights that a parameter's initial value needs, through ``let`` names too."""
+    pending, seen = list(param.init.names), set[str]()
+    while pending:
+        name = pending.pop()
+        if name not in seen:
+            seen.add(name)
+            pending += rule.let[name].names if name in rule.let else ()
+    return frozenset(rule.kind.weights) & seen
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

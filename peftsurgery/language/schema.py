@@ -1,0 +1,179 @@
+"""The schema of rule files: what a method is, as data.
+
+The models are pydantic's, so ``peftsurgery rules schema`` prints a JSON schema for editors. Every
+attribute's docstring is its description there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    WithJsonSchema,
+    model_validator,
+)
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.consistency import check_file
+from peftsurgery.language.expression import Expression, parse
+from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
+from peftsurgery.language.strict import Strict, place_of
+from peftsurgery.language.where import Where
+
+
+def _as_expression(value: Any) -> Expression:
+    if isinstance(value, Expression):
+        return value
+    return parse(value, place_of(value))
+
+
+ExpressionField = Annotated[
+    Expression,
+    PlainValidator(_as_expression),
+    PlainSerializer(str, return_type=str),
+    WithJsonSchema({"type": ["string", "number"], "description": "An expression."}),
+]
+Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
+Setting = Scalar | list[Scalar]
+
+
+class Pattern(Strict):
+    """A sub-graph to match: an expression of operators with free names."""
+
+    noun: ClassVar[str] = "match"
+    pattern: ExpressionField
+
+
+class Expect(Strict):
+    """How many sites a rule must match. A plain number means ``exactly``."""
+
+    noun: ClassVar[str] = "expect"
+    at_least: int | None = Field(default=None, ge=0, strict=True)
+    at_most: int | None = Field(default=None, ge=0, strict=True)
+    exactly: int | None = Field(default=None, ge=0, strict=True)
+    per_attention: int | None = Field(default=None, ge=0, strict=True)
+    """So many for every attention core within reach of the other clauses than `role`."""
+    per_block: int | None = Field(default=None, ge=0, strict=True)
+    """So many in every block within reach of the other clauses than `role`."""
+
+
+class Param(Strict):
+    """A parameter that a rule adds at each of its sites."""
+
+    noun: ClassVar[str] = "parameter"
+    shape: tuple[ExpressionField, ...]
+    """One expression for each dimension, over sizes and settings."""
+    init: ExpressionField = Field(default_factory=lambda: parse("zeros"), validate_default=True)
+    """An initialiser (zeros, normal(0.02), kaiming_uniform(sqrt(5))) or any expression."""
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+
+
+def _as_match(value: Any) -> Any:
+    if isinstance(value, str) and value not in KINDS:
+        message = f"unknown kind of site '{value}'"
+        raise SurgeryError("PSG106", message, did_you_mean(value, KINDS), place_of(value))
+    return value
+
+
+def _as_expect(value: Any) -> Any:
+    return {"exactly": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class Rule(Strict):
+    """One cut: which sites, which parameters, the new value and the folded weight."""
+
+    noun: ClassVar[str] = "rule"
+    match: Annotated[str | Pattern, BeforeValidator(_as_match)]
+    """The kind of site, or {pattern: expression}."""
+    where: Where = Where()
+    """Clauses that choose among the sites of that kind."""
+    expect: Annotated[Expect, BeforeValidator(_as_expect)] = Expect(at_least=1)
+    """How many sites must match; at least one unless told otherwise."""
+    let: dict[str, ExpressionField] = Field(default_factory=dict)
+    """Names for intermediate values, each computed at most once where it is used."""
+    params: dict[str, Param] = Field(default_factory=dict)
+    """What the rule adds at each site."""
+    rewrite: dict[str, ExpressionField] = Field(default_factory=dict)
+    """The new value of the match's result, or of several bindings by name."""
+    fold: dict[str, ExpressionField] = Field(default_factory=dict)
+    """The new value of the weight W, or of several weights by name."""
+    train: StrictBool = False
+    """Train the parameters that the model has at the matched sites."""
+    checkpoint: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """For each file format, the key suffix of each parameter."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_results(cls, data: Any) -> Any:
+        """``rewrite: text`` is about the match's result, ``fold: text`` about W."""
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        kind = KINDS.get(data["match"]) if isinstance(data.get("match"), str) else None
+        result = (kind.result if kind else "y") or "W"
+        for key, target in (("rewrite", result), ("fold", "W")):
+            value = data.get(key)
+            if key in data and not isinstance(value, Mapping):
+                data[key] = {target: value}
+        return data
+
+    @property
+    def kind(self) -> Kind:
+        """The names that the match binds."""
+        if isinstance(self.match, Pattern):
+            return pattern_kind(tuple(self.match.pattern.names))
+        return KINDS[self.match]
+
+
+class RuleFile(Strict):
+    """A method: its settings and its rules."""
+
+    noun: ClassVar[str] = "rule file"
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    """The method's name; what it adds to the model is found under it."""
+    about: str = ""
+    """What the method is, and where it was published."""
+    with_: dict[str, Setting] = Field(default_factory=dict, alias="with")
+    """The settings and their defaults; `--set name=value` overrides them."""
+    let: dict[str, ExpressionField] = Field(default_factory=dict)
+    """Numbers computed from the settings."""
+    roles: dict[str, Where] = Field(default_factory=dict)
+    """Roles of one's own, for this file: a name and the clauses that define it."""
+    rules: tuple[Rule, ...] = Field(min_length=1)
+    """The cuts, made in this order."""
+    checkpoint: dict[str, dict[str, Setting]] = Field(default_factory=dict)
+    """For each file format: the config values that identify this method. A value that is the name
+    of a setting carries that setting."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RuleFile:
+        check_file(self)
+        return self
+
+    def identifying(self, format_name: str) -> dict[str, Any]:
+        """The config keys whose values identify this method in a file format."""
+        table = self.checkpoint.get(format_name, {})
+        return {key: value for key, value in table.items() if not self._is_setting(value)}
+
+    def carried(self, format_name: str) -> dict[str, str]:
+        """The config keys that carry a setting in a file format, and the setting's name."""
+        table = self.checkpoint.get(format_name, {})
+        return {key: str(value) for key, value in table.items() if self._is_setting(value)}
+
+    def _is_setting(self, value: Any) -> bool:
+        return isinstance(value, str) and value in self.with_
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a rule file."""
+    schema = RuleFile.model_json_schema(by_alias=True, mode="validation")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -1,0 +1,148 @@
+"""``where``: the clauses that choose among the sites of a kind.
+
+Several clauses in one mapping must all hold. ``all``, ``any`` and ``not`` combine mappings, and
+``feeds`` / ``fed_by`` ask about the sites at the other end of the dataflow. A text of the form
+``$setting`` stands for the setting's value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.strict import Strict, place_of
+
+_SETTING = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
+_RANGE = re.compile(r"(\d{1,6})?(\.\.)?(\d{1,6})?")
+
+
+def _as_tuple(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _as_layers(value: Any) -> Any:
+    items = _as_tuple(value)
+    for item in items:
+        wrong = isinstance(item, bool) or not isinstance(item, int | str)
+        if wrong or (isinstance(item, str) and "$" not in item and not _is_range(item)):
+            message = f"{item!r} is not a layer or a range of layers"
+            raise SurgeryError("PSG106", message, "write 3, '4..', '..3' or '2..5'", place_of(item))
+    return items
+
+
+def _is_range(text: str) -> bool:
+    match = _RANGE.fullmatch(text)
+    return match is not None and bool(match[1] or match[3]) and (not match[3] or bool(match[2]))
+
+
+def layer_range(item: int | str) -> tuple[float, float]:
+    """The first and last layer of ``3``, ``"4.."``, ``"..3"`` or ``"2..5"``, both included."""
+    match = _RANGE.fullmatch(str(item))
+    if match is None:
+        raise SurgeryError("PSG106", f"'{item}' is not a layer or a range of layers")
+    first, dots, last = match.groups()
+    low = float(first) if first else 0.0
+    return low, (float(last) if last else float("inf") if dots else low)
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Layers = Annotated[tuple[int | str, ...], BeforeValidator(_as_layers)]
+Fact = bool | int | float | str | None
+
+
+class Where(Strict):
+    """Clauses that a site must satisfy, all of them."""
+
+    noun: ClassVar[str] = "where"
+
+    role: Names | None = None
+    """One of these roles; a * stands for any text (attn.*)."""
+    path: str | None = None
+    """A regular expression that the whole path of the module matches."""
+    paths: Names | None = None
+    """One of exactly these module paths; each of them must exist."""
+    type: Names | None = None
+    """The class name of the module that owns the site."""
+    op: Names | None = None
+    """The graph operation of the site: linear, addmm, ..."""
+    kind: Names | None = None
+    """The fact `kind`: self or cross for attention, bias or weight for parameters."""
+    after: Names | None = None
+    """The fact `after`: the sublayer that a residual comes after."""
+    layers: Layers | None = None
+    """Indices of the block in its list: 3, [0, 1], '4..', '..3', '2..5' (both ends included)."""
+    block: Names | None = None
+    """The path of the block that holds the site; a * stands for any text."""
+    shape: tuple[int | None, ...] | None = None
+    """The shape of the weight; null stands for any size."""
+    dtype: Names | None = None
+    """The dtype of the weight: float32, bfloat16, ..."""
+    facts: dict[str, Fact] | None = None
+    """Other facts of the site by name: {causal: true, heads: 12}."""
+    all: tuple[Where, ...] | None = None
+    """Every one of these holds."""
+    any: tuple[Where, ...] | None = None
+    """At least one of these holds."""
+    not_: Where | None = Field(default=None, alias="not")
+    """This does not hold."""
+    feeds: Where | None = None
+    """A site that this one's value reaches satisfies these clauses."""
+    fed_by: Where | None = None
+    """A site whose value reaches this one satisfies these clauses."""
+
+    def bind(self, settings: Mapping[str, Any]) -> Where:
+        """The same clauses with every ``$setting`` replaced by its value."""
+        return Where.model_validate(_substitute(self.given(), settings))
+
+    def given(self) -> dict[str, Any]:
+        """The clauses that were written, by their names in YAML."""
+        fields = type(self).model_fields
+        values = {f.alias or name: getattr(self, name) for name, f in fields.items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def settings(self) -> list[str]:
+        """The settings that the clauses refer to, as texts that know their place."""
+        return _references(self.given())
+
+
+def _substitute(value: Any, settings: Mapping[str, Any]) -> Any:
+    if isinstance(value, Where):
+        return _substitute(value.given(), settings)
+    if isinstance(value, Mapping):
+        return {key: _substitute(item, settings) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [(_substitute(item, settings), isinstance(item, str)) for item in value]
+        return [part for item, spread in items for part in _parts(item, spread)]
+    if isinstance(value, str):
+        whole = _SETTING.fullmatch(value)
+        if whole and whole[1] in settings:
+            return settings[whole[1]]
+        return _SETTING.sub(lambda m: str(settings.get(m[1], m[0])), value)
+    return value
+
+
+def _parts(item: Any, spread: bool) -> list[Any]:
+    """A setting that holds a list stands for all of its items."""
+    return list(item) if spread and isinstance(item, list | tuple) else [item]
+
+
+def _references(value: Any) -> list[str]:
+    if isinstance(value, Where):
+        return value.settings()
+    if isinstance(value, Mapping):
+        return [name for item in value.values() for name in _references(item)]
+    if isinstance(value, list | tuple):
+        return [name for item in value for name in _references(item)]
+    return _SETTING.findall(value) if isinstance(value, str) else []
+
+
+def check_settings(where: Where, settings: Mapping[str, Any]) -> None:
+    """Refuse a ``$name`` that is not a setting (PSG120)."""
+    for name in where.settings():
+        if name not in settings:
+            message = f"'${name}' in `where` is not a setting"
+            raise SurgeryError("PSG120", message, did_you_mean(name, settings))
