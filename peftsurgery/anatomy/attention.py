@@ -1,0 +1,174 @@
+"""Attention cores: what is attended, and which projections feed it.
+
+A core is a scaled_dot_product_attention call, or a softmax between two products of values:
+
+    o = matmul(softmax(mask(scale(matmul(q, k.T)))), v)
+
+Whatever the model does between the products (a bias of positions, a cap on the scores) is its own.
+Bindings of an attention site: ``q`` (..., heads, tokens, head_dim), ``k`` and ``v`` (before heads
+shared by several queries are repeated), ``mask`` if there is one, ``o`` what the core returns, and
+``q_operand``, ``k_operand``, ``v_operand`` exactly as the core reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from .flow import PRODUCTS, Flow, forward
+from .site import Site
+from .values import (
+    DROPOUT,
+    LAYOUT,
+    NORMS,
+    SCALING,
+    argument,
+    backward,
+    is_swap,
+    op,
+    operands,
+    parameter_of,
+    shape,
+    strip,
+)
+
+WAY_OUT = LAYOUT | DROPOUT | NORMS | SCALING
+REPEATS = ("expand", "broadcast_to", "unsqueeze")
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """An attention core: its operands as it reads them, and what it returns."""
+
+    q: fx.Node
+    k: fx.Node
+    v: fx.Node
+    o: fx.Node
+    mask: fx.Node | None
+    transposed: bool  # k is (..., head_dim, tokens)
+    fused: fx.Node | None  # the SDPA call
+    scores: fx.Node | None = None  # the product of q and k
+    softmax: fx.Node | None = None
+    is_causal: bool = False
+
+
+def find_cores(flow: Flow) -> list[Core]:
+    """The attention cores of a program, in its order."""
+    return [core for node in flow.nodes for core in _core(flow, node)]
+
+
+def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
+    name = op(node)
+    if "scaled_dot_product" in name:
+        q, k, v = operands(node)[:3]
+        mask = argument(node, 3, "attn_mask")
+        causal = argument(node, 5, "is_causal", False) is True
+        mask = mask if isinstance(mask, fx.Node) else None
+        yield Core(q, k, v, node, mask, False, node, is_causal=causal)
+    elif name in ("softmax", "_softmax"):
+        product = _weighted_sum(flow, node)
+        if product is not None:
+            yield from _by_hand(flow, node, *product)
+
+
+def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The product of the probabilities with v, and v."""
+    for probabilities in forward([softmax], LAYOUT | DROPOUT):
+        for user in probabilities.users:
+            pair = factors(flow, user)
+            if pair is not None and pair[0] is probabilities:
+                return user, pair[1]
+    return None
+
+
+def factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The two factors of a product of values, or None for another node."""
+    if op(node) not in PRODUCTS or node in flow.products:
+        return None
+    pair = operands(node)[-2:]
+    if len(pair) != 2 or any(parameter_of(factor)[0] is not None for factor in pair):
+        return None
+    return pair[0], pair[1]
+
+
+def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[Core]:
+    """The core of a softmax, if one product of its scores is that of queries and keys."""
+    inside = list(backward([softmax], lambda n: n in flow.products or factors(flow, n) is not None))
+    products = sorted(
+        (n for n in inside if factors(flow, n) is not None and flow.is_signal(n)),
+        key=flow.order.__getitem__,
+    )
+    if len(products) > 1:  # position terms are products too: keys come from where values come from
+        inputs = _inputs(flow, v)
+        products = [n for n in products if inputs & _inputs(flow, operands(n)[-1])]
+    for scores in products[:1]:
+        pair = factors(flow, scores)
+        assert pair is not None
+        swapped = strip(pair[1], SCALING | {"to", "contiguous", "clone"})
+        plain = is_swap(swapped) if op(swapped) in LAYOUT else False
+        k = swapped.all_input_nodes[0] if plain else pair[1]
+        mask = _mask(flow, softmax, scores)
+        yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax)
+
+
+def _inputs(flow: Flow, node: fx.Node) -> set[fx.Node]:
+    return {site.nodes["x"] for site in flow.origin(node)}
+
+
+def _mask(flow: Flow, softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
+    """What is added to the scores, or fills them, last before the softmax."""
+    node = softmax.all_input_nodes[0]
+    while node is not scores:
+        inputs = operands(node)
+        if not inputs:
+            return None
+        on_way = [n for n in inputs if n is scores or scores in backward([n], _never)]
+        others = [n for n in inputs if n not in on_way]
+        if others and op(node) in ("add", "add_", "masked_fill", "masked_fill_", "where"):
+            return others[-1]
+        if not on_way:
+            return None
+        node = on_way[0]
+    return operands(scores)[0] if op(scores) == "baddbmm" else None
+
+
+def _never(node: fx.Node) -> bool:
+    return False
+
+
+def before_repeat(node: fx.Node) -> fx.Node:
+    """Keys or values before each head is repeated for the queries that share it."""
+    if op(node) == "repeat_interleave":
+        return node.all_input_nodes[0]
+    inner = strip(node, ("view", "reshape", "_unsafe_view", "flatten", "contiguous", "clone"))
+    if op(inner) not in ("expand", "broadcast_to"):
+        return node
+    source = strip(inner, REPEATS)
+    return source if len(shape(source)) == len(shape(node)) else node
+
+
+def projection_out(flow: Flow, core: Core) -> Site | None:
+    """The linear that projects what the core returns, or None."""
+    values = forward([core.o], WAY_OUT)
+    readers = {site: None for value in values for site in flow.by_input.get(value, ())}
+    return next(iter(readers)) if len(readers) == 1 else None
+
+
+def depends_on_order(nodes: Iterator[fx.Node]) -> bool:
+    """Whether a comparison of two positions, or a triangle, is among what a mask is made of."""
+    for node in nodes:
+        name = op(node)
+        if name in ("tril", "triu", "tril_", "triu_"):
+            return True
+        if name in ("le", "lt", "ge", "gt"):
+            inputs = operands(node)
+            if len(inputs) == 2 and all(is_position(n) for n in inputs):
+                return True
+    return False
+
+
+def is_position(node: fx.Node) -> bool:
+    """Whether a value counts something: it comes from an arange."""
+    return any(op(found) == "arange" for found in backward([node], _never))

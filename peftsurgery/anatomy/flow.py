@@ -1,0 +1,143 @@
+"""What one program's graph says about its values, computed once: order, linears, and origins.
+
+The *origin* of a value is the linear it comes from through layout, scaling, norms, dropout and
+rotary arithmetic: the query operand of an attention core has the query projection for its origin. A
+value that mixes several signals (the residual stream) has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import torch
+from torch import fx
+
+from .linears import find_linears
+from .rows import Opaque, arriving
+from .site import Site
+from .values import (
+    ADDITION,
+    DROPOUT,
+    LAYOUT,
+    NORMS,
+    SCALING,
+    backward,
+    is_tensor,
+    op,
+    operands,
+    shape,
+    value,
+)
+
+Origin = frozenset[Site]
+NONE: Origin = frozenset()
+PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "mm", "einsum"))
+OPAQUE = frozenset(("embedding", "softmax", "_softmax", "argmax", "topk", "sort", "cumsum"))
+
+
+class Flow:
+    """A program's graph with the answers that every finder of sites asks for."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: Sequence[fx.Node] = tuple(graph.nodes)
+        self.order = {node: place for place, node in enumerate(self.nodes)}
+        self.products: dict[fx.Node, Site] = find_linears(graph)
+        self.linears = list(self.products.values())
+        self._origins: dict[fx.Node, Origin] = {}
+        self._mixed: set[fx.Node] = set()
+        for node in self.nodes:
+            self._trace(node)
+
+    def origin(self, node: fx.Node) -> Origin:
+        """The linears whose output this value is; empty if there is none or it is a mixture."""
+        return NONE if node in self._mixed else self._origins.get(node, NONE)
+
+    @cached_property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """The nodes that the program returns."""
+        return tuple(self.graph.output_node().all_input_nodes)
+
+    @cached_property
+    def by_input(self) -> dict[fx.Node, list[Site]]:
+        """The linears that read a value as their ``x``, at either side of a view to rows."""
+        readers: dict[fx.Node, list[Site]] = {}
+        for product, site in self.products.items():
+            for x in {site.nodes["x"], *operands(product)}:
+                if x is not site.nodes["W"]:
+                    readers.setdefault(x, []).append(site)
+        return readers
+
+    def between(self, source: fx.Node, target: fx.Node) -> list[fx.Node]:
+        """What ``target`` is computed from up to ``source``, in the graph's order."""
+        found = backward([target], lambda n: n is source or n in self.products)
+        return sorted(found, key=self.order.__getitem__)
+
+    def rows(self, site: Site, target: fx.Node) -> dict[bool, set[int]] | None:
+        """The rows of a linear's output that arrive at a value; None if they cannot be followed."""
+        try:
+            return arriving(site.nodes["y"], target, self.between(site.nodes["y"], target))
+        except Opaque:
+            return None
+
+    def is_signal(self, node: fx.Node) -> bool:
+        """Whether a value is data in floating point, not a mask, a table or a position."""
+        found = value(node)
+        return isinstance(found, torch.Tensor) and found.is_floating_point()
+
+    def _trace(self, node: fx.Node) -> None:
+        site = self.products.get(node)
+        if site is not None:
+            self._origins[node] = self._origins[site.nodes["y"]] = frozenset((site,))
+            return
+        if node.op != "call_function" or node in self._origins:
+            return
+        name = op(node)
+        if name in OPAQUE or name in PRODUCTS or "attention" in name or "conv" in name:
+            return
+        inputs = operands(node)
+        known = [self._origins[n] for n in inputs if n in self._origins]
+        if any(n in self._mixed for n in inputs) or self._mixes(node, inputs, known):
+            self._mixed.add(node)
+        if known:
+            self._origins[node] = frozenset().union(*known)
+        if node in self._mixed:
+            self._origins[node] = NONE
+
+    def _mixes(self, node: fx.Node, inputs: Sequence[fx.Node], known: Sequence[Origin]) -> bool:
+        name = op(node)
+        if name in LAYOUT:
+            return False  # a concatenation has all the origins of its pieces
+        if len(set(known)) > 1:
+            return True
+        if name not in ADDITION or not known:
+            return False
+        return any(n not in self._origins and is_stream(n) for n in inputs)
+
+
+def is_stream(node: fx.Node) -> bool:
+    """Whether a value without origin may be a residual stream: it is batched, wide and computed."""
+    found = value(node)
+    if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.dim() < 2:
+        return False
+    return all(n.op != "get_attr" for n in backward([node], lambda n: not is_light(n)))
+
+
+def is_light(node: fx.Node) -> bool:
+    """Whether a node keeps a signal what it is: layout, scaling, dropout, a norm."""
+    name = op(node)
+    return name in LAYOUT or name in SCALING or name in DROPOUT or name in NORMS
+
+
+def forward(start: Iterable[fx.Node], through: Iterable[str]) -> list[fx.Node]:
+    """The values computed from ``start`` by operators of these names alone, themselves included."""
+    accepted = frozenset(through)
+    seen: dict[fx.Node, None] = dict.fromkeys(start)
+    stack = list(seen)
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen and op(user) in accepted and (is_tensor(user) or not shape(user)):
+                seen[user] = None
+                stack.append(user)
+    return list(seen)

@@ -1,0 +1,162 @@
+"""Attention sites and the roles of the projections around them, fused ones by their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from .attention import (
+    Core,
+    before_repeat,
+    depends_on_order,
+    find_cores,
+    projection_out,
+)
+from .flow import Flow
+from .rows import as_slice
+from .site import Site, Slice
+from .values import backward, shape
+
+PARTS = ("q", "k", "v")
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """That a linear, or a slice of it, plays a role, and for which core."""
+
+    linear: Site
+    role: str
+    core: Site | None = None
+    label: str | None = None
+    slice: Slice | None = None
+
+
+def attention_parts(flow: Flow) -> tuple[list[Site], list[Part]]:
+    """The attention sites of a program, and which linears are whose q, k, v and o."""
+    sites: list[Site] = []
+    parts: list[Part] = []
+    for core in find_cores(flow):
+        feeders = _feeders(flow, core)
+        out = projection_out(flow, core)
+        site = _site(flow, core, feeders, out)
+        sites.append(site)
+        parts += _projections(flow, core, site, feeders)
+        if out is not None:
+            parts.append(Part(out, "attn.o", site))
+    return sites, parts
+
+
+def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
+    operands = {"q": core.q, "k": core.k, "v": core.v}
+    return {
+        part: sorted(flow.origin(node), key=lambda s: flow.order[s.nodes["y"]])
+        for part, node in operands.items()
+    }
+
+
+def _projections(
+    flow: Flow, core: Core, site: Site, feeders: Mapping[str, Sequence[Site]]
+) -> list[Part]:
+    """A part for every projection; for a fused one, the whole and its slices."""
+    shared: dict[Site, list[str]] = {}
+    for part in PARTS:
+        for linear in feeders[part]:
+            shared.setdefault(linear, []).append(part)
+    made = []
+    for linear, letters in shared.items():
+        made.append(Part(linear, "attn." + "".join(letters), site))
+        if len(letters) > 1:
+            rows = {p: _rows(flow, linear, getattr(core, p)) for p in letters}
+            made += _slices(linear, rows, site)
+    return made
+
+
+def _slices(linear: Site, rows: Mapping[str, set[int]], site: Site) -> list[Part]:
+    """One part a slice, if the rows of each are regular and no two share a row."""
+    cut = {p: as_slice(found, linear.facts["out"]) for p, found in rows.items()}
+    total = set().union(*rows.values())
+    if any(s is None for s in cut.values()) or len(total) != sum(map(len, rows.values())):
+        return []
+    return [Part(linear, f"attn.{p}", site, p, found) for p, found in cut.items()]
+
+
+def _rows(flow: Flow, linear: Site, target: fx.Node) -> set[int]:
+    found = flow.rows(linear, target)
+    return set() if found is None else found[False] | found[True]
+
+
+def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
+    nodes = {"q": core.q, "k": before_repeat(core.k), "v": before_repeat(core.v), "o": core.o}
+    nodes |= {"q_operand": core.q, "k_operand": core.k, "v_operand": core.v}
+    extra = {"mask": core.mask, "scores": core.scores, "softmax": core.softmax}
+    nodes |= {name: node for name, node in extra.items() if node is not None}
+    facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
+    facts |= _sizes(flow, core, feeders)
+    facts["kind"] = _kind(feeders)
+    facts["causal"] = core.is_causal or depends_on_order(iter(mask_nodes(flow, core)))
+    facts["transposed"] = core.transposed
+    modules = [s.module for sites in feeders.values() for s in sites]
+    modules += [out.module] if out is not None else []
+    module = common(modules)
+    return Site("attention", module, None, None, nodes, facts)
+
+
+def mask_nodes(flow: Flow, core: Core) -> list[fx.Node]:
+    """What decides which keys a query sees: all that the mask, or the scores, are made of."""
+    if core.softmax is None:
+        return [] if core.mask is None else list(backward([core.mask], lambda n: False))
+    return list(backward([core.softmax], lambda n: n is core.scores or n in flow.products)) + (
+        list(backward([core.mask], lambda n: False)) if core.mask is not None else []
+    )
+
+
+def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
+    """heads, kv_heads and head_dim."""
+    width = int(shape(core.q)[-1])
+    counts = {}
+    for part in ("q", "k"):
+        rows = sum(len(_rows(flow, linear, getattr(core, part))) for linear in feeders[part])
+        sizes = shape(before_repeat(getattr(core, part)))
+        heads = sizes[1] if len(sizes) == 4 else 1
+        counts[part] = rows // width if rows else int(heads)
+    return {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": width}
+
+
+def _kind(feeders: Mapping[str, Sequence[Site]]) -> str:
+    queries = {s.nodes["x"] for s in feeders["q"]}
+    keys = {s.nodes["x"] for s in feeders["k"]}
+    return "self" if queries & keys else "cross"
+
+
+def common(modules: Sequence[str]) -> str:
+    """The deepest module that all of these lie in; for one alone, the module around it."""
+    if not modules:
+        return ""
+    paths = [m.split(".") for m in modules]
+    shared = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    if len(set(modules)) == 1:
+        shared = shared[:-1]
+    return ".".join(shared)
+
+
+def with_role(site: Site, part: Part, whole: Site | None = None) -> Site:
+    """The site of a part: the linear with its role, its core and its slice."""
+    facts = dict(site.facts)
+    if part.slice is not None:
+        facts["out"] = part.slice.rows
+    return replace(
+        site,
+        role=part.role,
+        core=part.core,
+        facts=facts,
+        slice=part.slice,
+        label=part.label,
+        whole=whole,
+    )

@@ -1,0 +1,165 @@
+"""Walking a graph of ATen operators: what an operator is called, and what a value comes from.
+
+An operator is known by its name without overload (``linear``, ``view``, ``getitem``), whichever of
+the exporter's spellings it has. *Layout* operators only move entries; *transparent* operators act
+on entries one at a time or normalise them, so that a value behind them is still the same signal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import fx
+
+LAYOUT = frozenset(
+    """view reshape _unsafe_view view_as reshape_as flatten unflatten transpose permute t swapaxes
+    movedim numpy_T matrix_H mT adjoint unsqueeze squeeze expand expand_as contiguous clone alias
+    detach select slice narrow split split_with_sizes chunk tensor_split unbind getitem to _to_copy
+    type_as lift_fresh repeat repeat_interleave cat stack concat roll flip
+    """.split()
+)
+DROPOUT = frozenset(("dropout", "dropout_", "native_dropout", "feature_dropout", "bernoulli"))
+NORMS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"))
+ACTIVATIONS = frozenset(
+    """gelu relu relu6 silu sigmoid tanh erf elu selu celu leaky_relu hardtanh hardswish
+    hardsigmoid mish softplus prelu rrelu relu_ silu_ gelu_ log_sigmoid glu""".split()
+)
+SCALING = frozenset(("mul", "div", "neg", "mul_", "div_"))
+ADDITION = frozenset(("add", "add_", "sub"))
+
+
+@lru_cache(maxsize=None)
+def _named(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__
+    return getattr(target, "__name__", str(target))
+
+
+def op(node: fx.Node) -> str:
+    """The operator's name without namespace and overload; the empty string for other nodes."""
+    return _named(node.target) if node.op == "call_function" else ""
+
+
+def value(node: Any) -> Any:
+    """The fake value a node stands for, or the argument itself if it is not a node."""
+    return node.meta.get("val") if isinstance(node, fx.Node) else node
+
+
+def shape(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of the tensor a node stands for, symbols included; empty if it is no tensor."""
+    found = value(node)
+    return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether the argument is a node that stands for a tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node, in order; sizes and scalars are left out."""
+    return [n for n in node.all_input_nodes if not is_size(n)]
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node stands for a number: a symbolic size, a scalar, a flag."""
+    return isinstance(
+        node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, however it was passed."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def concrete(size: Any) -> int:
+    """A size as a number: a symbol counts as the size the capture's example had.
+
+    A symbol without an example becomes a small number that depends on its name only.
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    node = size.node
+    if node.has_hint():
+        return int(node.hint)
+    symbols = sorted(node.expr.free_symbols, key=str)
+    return int(node.expr.subs({s: 2 + sum(map(ord, str(s))) % 5 for s in symbols}))
+
+
+def strip(node: fx.Node, names: Iterable[str]) -> fx.Node:
+    """Back through unary operators of these names, to the first value of another kind."""
+    accepted = frozenset(names)
+    while op(node) in accepted and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def backward(start: Sequence[fx.Node], stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """Every value that ``start`` is computed from, itself included, sizes left out.
+
+    A node for which ``stop`` holds is given, but not what it is computed from.
+    """
+    seen: set[fx.Node] = set()
+    stack = list(start)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        yield node
+        if not stop(node):
+            stack.extend(operands(node))
+
+
+def never(node: fx.Node) -> bool:
+    """A stop condition for walks that go on to the placeholders."""
+    return False
+
+
+def is_ancestor(node: fx.Node, of: fx.Node) -> bool:
+    """Whether ``of`` is computed from ``node``."""
+    return node is not of and any(found is node for found in backward([of], never))
+
+
+def parameter_of(node: Any, layout: bool = True) -> tuple[fx.Node | None, bool]:
+    """The ``get_attr`` node a weight operand reads, and whether it was transposed on the way.
+
+    Casts are looked through. The result is (None, False) for a value that is computed.
+    """
+    flipped = False
+    while isinstance(node, fx.Node):
+        if node.op == "get_attr":
+            return node, flipped
+        name = op(node)
+        if name in ("t", "numpy_T", "mT") or (layout and name in ("transpose", "permute")):
+            if not is_swap(node):
+                return None, False
+            flipped = not flipped
+        elif name not in ("to", "_to_copy", "alias", "detach", "contiguous", "clone", "type_as"):
+            return None, False
+        node = node.all_input_nodes[0]
+    return None, False
+
+
+def is_swap(node: fx.Node) -> bool:
+    """Whether a layout operator swaps the last two dims of its operand and nothing else."""
+    rank = len(shape(node))
+    name = op(node)
+    if rank < 2:
+        return False
+    if name in ("t", "numpy_T"):
+        return rank == 2
+    if name == "mT":
+        return True
+    last = {rank - 1, rank - 2}
+    if name in ("transpose", "swapaxes"):
+        dims = {int(argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2)}
+        return dims == last
+    order = [int(d) % rank for d in argument(node, 1, "dims")]
+    return order == [*range(rank - 2), rank - 1, rank - 2]
