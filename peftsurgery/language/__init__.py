@@ -8,7 +8,9 @@ from peftsurgery.language.kinds import KINDS, Kind
 from peftsurgery.language.loading import load_rules, parse_rules, shipped
 from peftsurgery.language.operators import OPERATORS, Operator, operator
 from peftsurgery.language.readings import fold, initial_value, rewrite, shape_of, weights_read
+from peftsurgery.language.roles import role
 from peftsurgery.language.schema import Expect, Param, Pattern, Rule, RuleFile, json_schema
+from peftsurgery.language.selection import Candidate, Selection, select, why
 from peftsurgery.language.settings import parse_override, resolve_settings
 from peftsurgery.language.where import Where
 
@@ -16,6 +18,7 @@ __all__ = [
     "INITIALISERS",
     "KINDS",
     "OPERATORS",
+    "Candidate",
     "Context",
     "Expect",
     "Expression",
@@ -25,6 +28,7 @@ __all__ = [
     "Pattern",
     "Rule",
     "RuleFile",
+    "Selection",
     "Where",
     "check_calls",
     "check_names",
@@ -40,8 +44,11 @@ __all__ = [
     "parse_rules",
     "resolve_settings",
     "rewrite",
+    "role",
+    "select",
     "shape_of",
     "shipped",
     "standard",
     "weights_read",
+    "why",
 ]

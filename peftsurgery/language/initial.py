@@ -75,7 +75,8 @@ def initial(
 ) -> Tensor:
     """A new tensor of ``shape`` with the value of ``expression``.
 
-    ``env`` binds sizes, settings and the weights that the expression names. Raises PSG123 if the value does not fit the shape.
+    ``env`` binds sizes, settings and the weights that the expression names. Raises PSG123 if the
+    value does not fit the shape.
     """
 
     def fresh() -> Tensor:

@@ -50,7 +50,7 @@ def shipped() -> dict[str, Path]:
 
 
 def _translate(error: ValidationError, document: Document) -> SurgeryError:
-    """The first complaint of pydantic as one of ours: the key, what it takes, and where it stands."""
+    """The first complaint of pydantic as one of ours: the key, what it takes, and its place."""
     first = error.errors(include_url=False)[0]
     path = tuple(step for step in first["loc"] if isinstance(step, str | int))
     known: tuple[str | int, ...] = ()

@@ -1,0 +1,200 @@
+"""Clauses: ``where`` made into tests that can say why a site failed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from peftsurgery.language.located import Located
+from peftsurgery.language.paths import full_match
+from peftsurgery.language.roles import Roles
+from peftsurgery.language.strict import place_of
+from peftsurgery.language.where import Where, layer_range
+
+
+@dataclass(frozen=True)
+class Clause:
+    """One test: its key in ``where``, its text, and for a site that fails, what the site has."""
+
+    key: str
+    text: str
+    holds: Callable[[Located], bool]
+    reason: Callable[[Located], str]
+
+
+def compile_where(where: Where, roles: Roles) -> tuple[Clause, ...]:
+    """The clauses of a ``where`` whose settings are bound. Raises PSG141, PSG142."""
+    return tuple(_clauses(where, roles))
+
+
+def address(site: Located) -> str:
+    """What ``path`` looks at: the module's path; for a bare parameter, the parameter's name."""
+    if site.kind == "parameter" and site.parameter is not None:
+        return site.parameter
+    return site.module
+
+
+def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
+    if where.role is not None:
+        for name in where.role:
+            roles.check(name, place_of(name))
+        yield _choice("role", where.role, lambda site: roles.of(site), glob=True)
+    if where.path is not None:
+        match = full_match(where.path, place_of(where.path))
+        text = f"path matches {where.path}"
+        yield Clause("path", text, lambda s: match(address(s)), lambda s: _not(text, address(s)))
+    yield from _plain(where)
+    if where.layers is not None:
+        yield _layers(where.layers)
+    if where.shape is not None:
+        yield _shape(where.shape)
+    for name, value in (where.facts or {}).items():
+        yield _fact(name, value)
+    yield from _combined(where, roles)
+
+
+def _plain(where: Where) -> Iterator[Clause]:
+    """The clauses that compare one property of a site with a list of names."""
+    properties: dict[str, Callable[[Located], Any]] = {
+        "paths": address,
+        "type": lambda site: site.type,
+        "op": lambda site: site.facts.get("op"),
+        "kind": lambda site: site.facts.get("kind"),
+        "after": lambda site: site.facts.get("after"),
+        "block": lambda site: site.block,
+        "dtype": lambda site: str(site.facts.get("dtype", "unknown")).removeprefix("torch."),
+    }
+    for key, read in properties.items():
+        names = getattr(where, key)
+        if names is not None:
+            yield _choice(key, names, read, glob=key == "block")
+
+
+def _choice(
+    key: str, names: Iterable[str], read: Callable[[Located], Any], glob: bool = False
+) -> Clause:
+    wanted = tuple(str(name) for name in names)
+    exact = frozenset(wanted)
+
+    def values(site: Located) -> list[str]:
+        value = read(site)
+        items = value if isinstance(value, list | tuple | set | frozenset) else [value]
+        return [str(item) for item in items if item is not None]
+
+    def holds(site: Located) -> bool:
+        found = values(site)
+        if not exact.isdisjoint(found):
+            return True
+        return glob and any(fnmatchcase(value, name) for value in found for name in wanted)
+
+    shown = ", ".join(wanted[:6]) + (f" and {len(wanted) - 6} more" if len(wanted) > 6 else "")
+    choice = f"one of {shown}" if len(wanted) > 1 else shown
+
+    def reason(site: Located) -> str:
+        return f"{key} is {', '.join(values(site)) or 'unknown'}, not {choice}"
+
+    return Clause(key, f"{key}: {shown}", holds, reason)
+
+
+def _layers(items: Iterable[int | str]) -> Clause:
+    ranges = [layer_range(item) for item in items]
+    text = "layers: " + ", ".join(str(item) for item in items)
+
+    def holds(site: Located) -> bool:
+        layer = site.layer
+        return layer is not None and any(low <= layer <= high for low, high in ranges)
+
+    def reason(site: Located) -> str:
+        here = "not in a layer" if site.layer is None else f"in layer {site.layer}"
+        return f"it is {here} ({text})"
+
+    return Clause("layers", text, holds, reason)
+
+
+def _shape(wanted: tuple[int | None, ...]) -> Clause:
+    text = "shape: [" + ", ".join("any" if size is None else str(size) for size in wanted) + "]"
+
+    def holds(site: Located) -> bool:
+        shape = weight_shape(site)
+        if shape is None or len(shape) != len(wanted):
+            return False
+        return all(w is None or w == s for w, s in zip(wanted, shape, strict=True))
+
+    return Clause("shape", text, holds, lambda s: f"shape is {weight_shape(s)}, not {text[7:]}")
+
+
+def weight_shape(site: Located) -> list[int] | None:
+    """The shape of a site's weight as rules see it, (out, in) for a linear; None if it has none."""
+    facts = site.facts
+    if "shape" in facts:
+        return [int(size) for size in facts["shape"]]
+    if "out" in facts and "in" in facts:
+        return [int(facts["out"]), int(facts["in"])]
+    return None
+
+
+def _fact(name: str, value: Any) -> Clause:
+    text = f"{name}: {value}"
+
+    def holds(site: Located) -> bool:
+        return bool(site.facts.get(name) == value)
+
+    return Clause(name, text, holds, lambda s: f"{name} is {s.facts.get(name)}, not {value}")
+
+
+def _combined(where: Where, roles: Roles) -> Iterator[Clause]:
+    """The clauses made of other clauses."""
+    if where.all is not None:
+        yield from (clause for part in where.all for clause in _clauses(part, roles))
+    if where.any is not None:
+        yield _any([compile_where(part, roles) for part in where.any])
+    if where.not_ is not None:
+        inner = compile_where(where.not_, roles)
+        text = f"not ({describe(inner)})"
+        yield Clause("not", text, lambda s: not passes(inner, s), lambda s: f"it is {text[4:]}")
+    for key in ("feeds", "fed_by"):
+        relation = getattr(where, key)
+        if relation is not None:
+            yield _relation(key, compile_where(relation, roles))
+
+
+def _any(parts: list[tuple[Clause, ...]]) -> Clause:
+    text = " or ".join(f"({describe(part)})" for part in parts)
+
+    def reason(site: Located) -> str:
+        return "; ".join(failures(part, site)[0].reason(site) for part in parts) or "no alternative"
+
+    return Clause("any", text, lambda site: any(passes(part, site) for part in parts), reason)
+
+
+def _relation(key: str, inner: tuple[Clause, ...]) -> Clause:
+    def others(site: Located) -> Iterable[Located]:
+        return site.feeds if key == "feeds" else site.fed_by
+
+    def reason(site: Located) -> str:
+        names = [f"{address(other)} ({other.role or other.kind})" for other in others(site)]
+        return f"{key} {', '.join(names) or 'nothing'}, none with {describe(inner)}"
+
+    text = f"{key} ({describe(inner)})"
+    return Clause(key, text, lambda s: any(passes(inner, o) for o in others(s)), reason)
+
+
+def passes(clauses: Iterable[Clause], site: Located) -> bool:
+    """Whether a site satisfies every clause."""
+    return all(clause.holds(site) for clause in clauses)
+
+
+def failures(clauses: Iterable[Clause], site: Located) -> list[Clause]:
+    """The clauses that a site fails."""
+    return [clause for clause in clauses if not clause.holds(site)]
+
+
+def describe(clauses: Iterable[Clause]) -> str:
+    """Clauses in words."""
+    return " and ".join(clause.text for clause in clauses) or "anything"
+
+
+def _not(text: str, value: str) -> str:
+    return f"'{value}' is not what {text}"

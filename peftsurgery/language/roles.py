@@ -1,0 +1,77 @@
+"""Roles: the names of a site's part in a model, found by dataflow or defined by users.
+
+The anatomy gives a site at most one role. A user's role is a predicate on placed sites, written in
+Python with :func:`role` or as ``where`` clauses under ``roles:`` in a rule file, and a site may
+have any number of those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.located import Located
+
+Predicate = Callable[[Located], bool]
+Function = TypeVar("Function", bound=Predicate)
+
+VOCABULARY = (
+    *("attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.qk", "attn.kv"),
+    *("ffn.gate", "ffn.up", "ffn.down", "ffn.gate_up", "lm_head"),
+    *("embed.tokens", "embed.positions", "embed.types"),
+)
+"""The roles that a model may have; what a given model has besides is known from its sites."""
+
+_registered: dict[str, Predicate] = {}
+
+
+def role(name: str) -> Callable[[Function], Function]:
+    """Register the decorated predicate as the role ``name``: it is asked about every placed site.
+
+    Raises PSG143 if the name is one that the anatomy gives.
+    """
+
+    def register(predicate: Function) -> Function:
+        if name in VOCABULARY or not name or "*" in name:
+            raise SurgeryError("PSG143", f"'{name}' cannot be the name of a role of one's own")
+        _registered[name] = predicate
+        return predicate
+
+    return register
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The roles that a selection knows: those of the sites, and users' predicates by name."""
+
+    found: frozenset[str]
+    predicates: Mapping[str, Predicate] = field(default_factory=dict)
+
+    @staticmethod
+    def among(sites: Iterable[Located]) -> Roles:
+        """The roles of ``sites`` and all that are registered."""
+        found = {str(site.role) for site in sites if site.role is not None}
+        return Roles(frozenset(found), dict(_registered))
+
+    def extended(self, name: str, predicate: Predicate) -> Roles:
+        """These and one more."""
+        return Roles(self.found, {**self.predicates, name: predicate})
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Every role that may be named."""
+        return self.found.union(VOCABULARY, self.predicates)
+
+    def check(self, name: str, where: str | None = None) -> None:
+        """Refuse a role that no site could have (PSG142)."""
+        if not any(fnmatchcase(known, name) for known in self.known):
+            hint = did_you_mean(name, self.known)
+            raise SurgeryError("PSG142", f"there is no role '{name}'", hint, where)
+
+    def of(self, site: Located) -> list[str]:
+        """Every role of a site, the anatomy's first."""
+        given = [str(site.role)] if site.role is not None else []
+        return given + [name for name, holds in self.predicates.items() if holds(site)]

@@ -1,0 +1,207 @@
+"""Selection: which sites a rule is about, and for every other site why it is not.
+
+A selection is a value: count it, ask it :func:`why`, check it against what the rule expects, and
+only then cut.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.clauses import Clause, address, compile_where, failures, passes
+from peftsurgery.language.located import Located
+from peftsurgery.language.roles import Roles
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.where import Where
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A site of the rule's kind and the clauses that it failed; none if it is kept."""
+
+    site: Located
+    failed: tuple[Clause, ...]
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the site was dropped, one text for each failed clause."""
+        return [clause.reason(self.site) for clause in self.failed]
+
+    def __str__(self) -> str:
+        return f"{name_of(self.site)}: {'; '.join(self.reasons) or 'kept'}"
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The sites that a rule chose, with the trail of every choice."""
+
+    name: str
+    rule: Rule
+    sites: tuple[Located, ...]
+    clauses: tuple[Clause, ...]
+    candidates: tuple[Candidate, ...]
+
+    @cached_property
+    def kept(self) -> tuple[Located, ...]:
+        """The sites to cut at."""
+        return tuple(c.site for c in self.candidates if not c.failed)
+
+    @cached_property
+    def dropped(self) -> tuple[Candidate, ...]:
+        """The sites of the kind that failed a clause."""
+        return tuple(c for c in self.candidates if c.failed)
+
+    def counts(self) -> list[tuple[str, int]]:
+        """How many sites survived each clause, in order; the first entry is all of the kind."""
+        left = list(self.candidates)
+        rows = [(f"{self.rule.kind.name} sites", len(left))]
+        for clause in self.clauses:
+            left = [c for c in left if clause not in c.failed]
+            rows.append((clause.text, len(left)))
+        return rows
+
+    def near_misses(self, limit: int = 3) -> list[Candidate]:
+        """The dropped sites that failed the fewest clauses."""
+        return sorted(self.dropped, key=lambda c: len(c.failed))[:limit]
+
+    def trail(self) -> str:
+        """The counts and the nearest miss, as errors and reports print them."""
+        lines = [f"{count:5d}  {text}" for text, count in self.counts()]
+        misses = self.near_misses(1)
+        return "\n  ".join([*lines, *(f"nearest miss: {miss}" for miss in misses)])
+
+    def check(self) -> None:
+        """Refuse a selection that is not what the rule expects: PSG301 or PSG302."""
+        complaint = self._complaint()
+        if complaint is not None:
+            code = "PSG302" if self.kept else "PSG301"
+            raise SurgeryError(code, f"{self.name}: {complaint}", self.trail())
+
+    def _complaint(self) -> str | None:
+        expect, count = self.rule.expect, len(self.kept)
+        matched = f"matched {count} {self.rule.kind.name} sites, expected"
+        if expect.exactly is not None and count != expect.exactly:
+            return f"{matched} {expect.exactly}"
+        if expect.at_least is not None and count < expect.at_least:
+            return f"{matched} at least {expect.at_least}"
+        if expect.at_most is not None and count > expect.at_most:
+            return f"{matched} at most {expect.at_most}"
+        for wanted, group in (
+            (expect.per_attention, "attention"),
+            (expect.per_block, "block"),
+        ):
+            if wanted is not None:
+                complaint = self._uneven(wanted, group)
+                if complaint:
+                    return f"{matched} {wanted} per {group}: {complaint}"
+        return None
+
+    def _uneven(self, wanted: int, attribute: str) -> str | None:
+        """The groups (cores or blocks) in reach that hold another number of sites."""
+        held = Counter(getattr(site, attribute) for site in self.kept)
+        groups = self._reach(attribute)
+        if not groups:
+            return f"the model has no {attribute}" if wanted else None
+        wrong = [group for group in groups if held[group] != wanted]
+        if not wrong:
+            return None
+        shown = ", ".join(f"{group or 'the model itself'} has {held[group]}" for group in wrong[:3])
+        return shown + (f" and {len(wrong) - 3} more differ" if len(wrong) > 3 else "")
+
+    def _reach(self, attribute: str) -> list[str]:
+        """The cores or blocks of every site that passes all clauses but ``role``.
+
+        Attention cores count by themselves, so one whose projections were not recognised is missed
+        by no one.
+        """
+        others = [clause for clause in self.clauses if clause.key not in ("role", "whole")]
+        near = [c.site for c in self.candidates if not any(f in others for f in c.failed)]
+        if attribute == "attention":
+            near += [s for s in self.sites if s.kind == "attention" and passes(others, s)]
+        groups = [getattr(site, attribute) for site in near]
+        return list(dict.fromkeys(group for group in groups if group is not None))
+
+
+def select(
+    sites: Iterable[Located],
+    rule: Rule,
+    settings: Mapping[str, Any] | None = None,
+    roles: Mapping[str, Where] | None = None,
+    name: str = "the rule",
+) -> Selection:
+    """Choose among the placed sites of a model.
+
+    ``roles`` are those that the rule file defines; each may use the ones before it. Raises PSG142
+    for a role and PSG303 for a path that does not exist; what the rule expects is for
+    :meth:`Selection.check` to say.
+    """
+    placed, values = tuple(sites), settings or {}
+    known = Roles.among(placed)
+    for word, where in (roles or {}).items():
+        known = _define(known, word, where.bind(values))
+    where = rule.where.bind(values)
+    clauses = compile_where(where, known)
+    of_kind = [site for site in placed if site.kind == rule.kind.name]
+    _check_paths(where, of_kind)
+    candidates = [Candidate(site, tuple(failures(clauses, site))) for site in of_kind]
+    covered = _covered(candidates)
+    if covered is not None:
+        clauses = (*clauses, covered)
+        candidates = [c if c.failed else _recheck(c, covered) for c in candidates]
+    return Selection(name, rule, placed, clauses, tuple(candidates))
+
+
+def why(selection: Selection, path: str) -> str:
+    """Why a module or parameter was kept or dropped, one line for each site there is at it."""
+    at = [c for c in selection.candidates if path in (c.site.module, c.site.parameter)]
+    if at:
+        return "\n".join(str(candidate) for candidate in at)
+    others = [s for s in selection.sites if path in (s.module, s.parameter)]
+    wanted = selection.rule.kind.name
+    if others:
+        kinds = ", ".join(sorted({site.kind for site in others}))
+        return f"{path}: it is {kinds}, and the rule matches {wanted} sites"
+    known = {address(site) for site in selection.sites}
+    raise SurgeryError("PSG303", f"there is no site at '{path}'", did_you_mean(path, known))
+
+
+def name_of(site: Located) -> str:
+    """A site as messages name it: its address, and which part of a fused weight it is."""
+    label = f"[{site.site.label}]" if site.site.label else ""
+    return f"{address(site)}{label}"
+
+
+def _define(roles: Roles, name: str, where: Where) -> Roles:
+    clauses = compile_where(where, roles)
+    return roles.extended(name, lambda site: passes(clauses, site))
+
+
+def _check_paths(where: Where, sites: list[Located]) -> None:
+    known = {address(site) for site in sites}
+    for path in where.paths or ():
+        if path not in known:
+            message = f"no site of this kind is at '{path}'"
+            raise SurgeryError("PSG303", message, did_you_mean(path, known) if known else None)
+
+
+def _covered(candidates: list[Candidate]) -> Clause | None:
+    """The last clause: a part of a fused weight gives way to the whole, if both are chosen."""
+    wholes = {(c.site.block, id(c.site.site)) for c in candidates if not c.failed}
+
+    def holds(site: Located) -> bool:
+        return site.site.whole is None or (site.block, id(site.site.whole)) not in wholes
+
+    if all(holds(c.site) for c in candidates if not c.failed):
+        return None
+    text = "parts give way to the whole"
+    return Clause("whole", text, holds, lambda site: "the whole fused weight is chosen already")
+
+
+def _recheck(candidate: Candidate, clause: Clause) -> Candidate:
+    holds = clause.holds(candidate.site)
+    return candidate if holds else Candidate(candidate.site, (clause,))
