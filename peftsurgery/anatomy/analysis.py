@@ -9,8 +9,13 @@ from torch import fx
 
 from ..capture import Program
 from .flow import Flow
+from .feedforward import feedforward_parts
+from .feedforward import open_parts as branches_left_open
+from .norms import find_norms
 from .roles import Part, attention_parts, with_role
 from .site import Site
+from .stream import find_joins, residual_sites
+from .tables import find_convs, find_embeddings, find_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,14 +32,25 @@ def analyse(program: Program) -> Anatomy:
     """The anatomy of a program; the same object each time it is asked for."""
     made = _known.get(program)
     if made is None:
-        made = _known[program] = _analyse(program.graph)
+        made = _known[program] = _analyse(program)
     return made
 
 
-def _analyse(graph: fx.Graph) -> Anatomy:
-    flow = Flow(graph)
+def _analyse(program: Program) -> Anatomy:
+    flow = Flow(program.graph)
     cores, parts = attention_parts(flow)
-    return Anatomy((*linear_sites(flow, parts), *cores))
+    taken = [part.linear for part in parts]
+    joins = find_joins(flow)
+    parts += feedforward_parts(flow, joins, taken)
+    open_parts = branches_left_open(flow, taken)
+    linears = linear_sites(flow, parts)
+    roles = {site.nodes["y"]: site for site in linears if site.slice is None}
+    norms = find_norms(flow)
+    tables = [*find_embeddings(flow), *find_convs(flow)]
+    residuals = residual_sites(flow, joins, norms, roles)
+    known = [*linears, *tables, *norms]
+    parameters = find_parameters(flow, program.tensors, known)
+    return Anatomy((*linears, *cores, *tables, *residuals, *norms, *parameters))
 
 
 def linear_sites(flow: Flow, parts: list[Part]) -> list[Site]:

@@ -1,0 +1,100 @@
+"""Feed-forward roles: what is between the stream and the stream, around an activation.
+
+    plain    h = down(act(up(x)))
+    gated    h = down(act(gate(x)) * up(x))      gate and up may be one fused weight
+
+``down`` is the last linear of a residual branch; an activation lies between it and the linears
+before it. Of two, or of the two halves of one, the gate is the one that is activated. A classifier
+or pooler has an activation too, but its output joins no stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import fx
+
+from .flow import Flow
+from .roles import Part
+from .rows import as_slice
+from .site import Site
+from .stream import Join
+from .values import ACTIVATIONS, op, operands
+
+
+def feedforward_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Part]:
+    """Which linears are gate, up and down of the residual branches of a program."""
+    attention = set(taken)
+    parts: list[Part] = []
+    for join in joins:
+        for leaf in join.leaves:
+            for down in flow.origin(leaf) - attention:
+                parts += branch(flow, down, join.region)
+    return parts
+
+
+def open_parts(flow: Flow, taken: Iterable[Site]) -> list[Part]:
+    """The same for branches that leave the program before they join a stream.
+
+    Whether they do is for the caller of the block to tell.
+    """
+    attention = set(taken)
+    everything = frozenset(flow.nodes)
+    return [
+        part
+        for node in flow.outputs
+        for down in flow.origin(node) - attention
+        for part in branch(flow, down, everything)
+    ]
+
+
+def branch(flow: Flow, down: Site, region: frozenset[fx.Node]) -> list[Part]:
+    """The parts of the branch that ends with ``down``; none if it is no feed-forward."""
+    reached = _activated(flow, down.nodes["x"])
+    products = {site: node for node, site in flow.products.items()}
+    if not reached or any(products[site] not in region for site in reached):
+        return []
+    if len({site.nodes["x"] for site in reached}) != 1:
+        return []
+    gates = [site for site, ways in reached.items() if True in ways]
+    ups = [site for site, ways in reached.items() if ways == {False}]
+    parts = []
+    if len(gates) == 1 and not ups:
+        parts = _single(flow, gates[0], down)
+    elif len(gates) == 1 and len(ups) == 1:
+        parts = [Part(gates[0], "ffn.gate"), Part(ups[0], "ffn.up")]
+    return [*parts, Part(down, "ffn.down")] if parts else []
+
+
+def _activated(flow: Flow, start: fx.Node) -> dict[Site, set[bool]]:
+    """The linears a value is computed from, and whether with or without an activation between."""
+    found: dict[Site, set[bool]] = {}
+    seen: set[tuple[fx.Node, bool]] = set()
+    stack = [(start, False)]
+    while stack:
+        node, active = stack.pop()
+        if (node, active) in seen:
+            continue
+        seen.add((node, active))
+        site = flow.products.get(node)
+        if site is not None:
+            found.setdefault(site, set()).add(active)
+            continue
+        active = active or op(node) in ACTIVATIONS
+        stack += [(inner, active) for inner in operands(node)]
+        if op(node) == "glu":
+            stack += [(inner, False) for inner in operands(node)]
+    return found
+
+
+def _single(flow: Flow, linear: Site, down: Site) -> list[Part]:
+    """The parts of one linear before the activation: an up, or gate and up in one."""
+    rows = flow.rows(linear, down.nodes["x"])
+    if rows is None or not rows[False] - rows[True]:
+        return [Part(linear, "ffn.up")]
+    whole = linear.facts["out"]
+    cut = {"gate": as_slice(rows[True], whole), "up": as_slice(rows[False] - rows[True], whole)}
+    parts = [Part(linear, "ffn.gate_up")]
+    if linear.kind == "linear" and all(cut.values()):
+        parts += [Part(linear, f"ffn.{n}", None, n, found) for n, found in cut.items()]
+    return parts

@@ -1,0 +1,96 @@
+"""Norm sites: layer norm and its kin as one operator, and RMS norms spelled out.
+
+    y = layer_norm(x, W, b)          rms_norm, group_norm and batch_norm alike
+    y = W * (x * rsqrt(mean(x^2) + eps))       with casts in between, and (1 + W) for W in some
+
+Bindings: ``x``, ``y``, and ``W`` and ``b`` where there are any.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from .flow import Flow
+from .site import Site
+from .values import argument, backward, op, operands, parameter_of, strip, value
+
+CASTS = ("to", "_to_copy", "type_as")
+AFFINE = {
+    "layer_norm": (2, 3),
+    "rms_norm": (2, None),
+    "group_norm": (2, 3),
+    "batch_norm": (1, 2),
+    "instance_norm": (1, 2),
+}
+
+
+def find_norms(flow: Flow) -> list[Site]:
+    """The norm sites of a program."""
+    found = (_single(node) or _spelled(flow, node) for node in flow.nodes)
+    return [site for site in found if site is not None]
+
+
+def _single(node: fx.Node) -> Site | None:
+    places = AFFINE.get(op(node))
+    if places is None:
+        return None
+    nodes = {"x": operands(node)[0], "y": node}
+    for name, label, place in zip("Wb", ("weight", "bias"), places, strict=True):
+        vector, _ = parameter_of(None if place is None else argument(node, place, label))
+        if vector is not None:
+            nodes[name] = vector
+    return _site(nodes, op(node))
+
+
+def _spelled(flow: Flow, node: fx.Node) -> Site | None:
+    """The RMS norm whose reciprocal root is ``node``."""
+    if op(node) != "rsqrt":
+        return None
+    products = [user for user in node.users if op(user) == "mul"]
+    if len(products) != 1 or not any(
+        op(n) == "mean" for n in backward([node], lambda n: op(n) == "mean")
+    ):
+        return None
+    scaled = products[0]
+    x = next((n for n in operands(scaled) if n is not node), None)
+    if x is None:
+        return None
+    y, weight = scaled, None
+    while len(y.users) == 1 and weight is None:
+        after = next(iter(y.users))
+        if op(after) == "mul":
+            weight = next((w for n in operands(after) if (w := _scale(n)) is not None), None)
+        if weight is None and op(after) not in CASTS:
+            break
+        y = after
+    nodes = {"x": strip(x, CASTS), "y": y}
+    if weight is not None:
+        nodes["W"] = weight
+        y = next(iter(y.users)) if _is_cast_back(y, nodes["x"]) else y
+        nodes["y"] = y
+    return _site(nodes, "rms_norm")
+
+
+def _is_cast_back(y: fx.Node, x: fx.Node) -> bool:
+    """Whether the only use of ``y`` is a cast to the dtype that ``x`` has."""
+    if len(y.users) != 1:
+        return False
+    after = next(iter(y.users))
+    return op(after) in CASTS and value(after).dtype == value(x).dtype
+
+
+def _scale(node: fx.Node) -> fx.Node | None:
+    """The parameter of a factor W or 1 + W."""
+    inner = strip(node, CASTS)
+    if op(inner) == "add" and len(operands(inner)) == 1:
+        inner = operands(inner)[0]
+    return parameter_of(inner)[0]
+
+
+def _site(nodes: dict[str, fx.Node], name: str) -> Site:
+    weight = nodes.get("W")
+    target = None if weight is None else str(weight.target)
+    module = "" if target is None else target.rpartition(".")[0]
+    width = value(nodes["x"]).shape[-1]
+    facts = {"op": name, "width": width, "dtype": value(nodes["x"]).dtype}
+    return Site("norm", module, None, target, nodes, facts)

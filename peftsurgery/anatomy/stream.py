@@ -1,0 +1,138 @@
+"""Residual sites: where a sublayer's output joins the stream it was computed from.
+
+    y = x + h       x the stream, h computed from x through at least one weight or core
+
+Bindings: ``h``, ``x``, ``y``. Where two sublayers run side by side, y = x + (h1 + h2), each has its
+own site with the same x and y. Facts: ``after`` (attention, ffn or other), ``norm`` (pre: the
+sublayer normalises its input; post: the sum is normalised), ``parallel``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .flow import Flow
+from .site import Site
+from .values import DROPOUT, LAYOUT, SCALING, backward, is_tensor, op, shape
+
+JOINS = ("add", "add_")
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """A residual addition: the stream, the sublayers' outputs, the sum, and what lies between."""
+
+    x: fx.Node
+    h: fx.Node
+    y: fx.Node
+    leaves: tuple[fx.Node, ...]
+    region: frozenset[fx.Node]
+
+
+def find_joins(flow: Flow) -> list[Join]:
+    """The residual additions of a program, in its order."""
+    return [join for node in flow.nodes if (join := _join(flow, node)) is not None]
+
+
+def _join(flow: Flow, node: fx.Node) -> Join | None:
+    if op(node) not in JOINS:
+        return None
+    pair = [n for n in node.args[:2] if is_tensor(n) and isinstance(n, fx.Node)]
+    if len(pair) != 2 or not flow.is_signal(node) or any(len(shape(n)) < 2 for n in pair):
+        return None
+    for h, x in (pair, pair[::-1]):
+        region = between(flow, x, h)
+        if region is not None:
+            return Join(x, h, node, tuple(_leaves(flow, x, h)), region)
+    return None
+
+
+def between(flow: Flow, x: fx.Node, h: fx.Node) -> frozenset[fx.Node] | None:
+    """What lies between x and h, if h is computed from x through a weight, a core or a block."""
+    first = flow.order[x]
+    if flow.order[h] <= first:
+        return None
+    found = set(backward([h], lambda n: flow.order[n] <= first))
+    if x not in found:
+        return None
+    inside = frozenset(n for n in found if flow.order[n] > first)
+    return inside if any(is_weighted(flow, n) for n in inside) else None
+
+
+def is_weighted(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node is more than arithmetic: a linear, a core, a convolution, a nested block."""
+    name = op(node)
+    return (
+        node in flow.products
+        or node.op == "call_module"
+        or name.startswith("conv")
+        or "scaled_dot_product" in name
+    )
+
+
+def _leaves(flow: Flow, x: fx.Node, h: fx.Node) -> Iterable[fx.Node]:
+    """The outputs of sublayers that run side by side and are summed into h, or h alone."""
+    inner = h
+    while op(inner) in LAYOUT | DROPOUT | SCALING and inner.all_input_nodes:
+        inner = inner.all_input_nodes[0]
+    if op(inner) in JOINS:
+        pair = [n for n in inner.args[:2] if isinstance(n, fx.Node) and is_tensor(n)]
+        if len(pair) == 2 and all(between(flow, x, n) is not None for n in pair):
+            if all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
+                return [leaf for n in pair for leaf in _leaves(flow, x, n)]
+    return [h]
+
+
+def residual_sites(
+    flow: Flow, joins: Sequence[Join], norms: Sequence[Site], roles: Mapping[fx.Node, Site]
+) -> list[Site]:
+    """The residual sites; ``roles`` are the linears with their roles by their y."""
+    normalised = {site.nodes["y"]: site for site in norms}
+    sites = []
+    for join in joins:
+        for leaf in join.leaves:
+            last = [roles[s.nodes["y"]] for s in flow.origin(leaf) if s.nodes["y"] in roles]
+            facts = {
+                "after": after(last),
+                "norm": _norm(flow, join, normalised),
+                "parallel": len(join.leaves) > 1,
+                "width": shape(join.y)[-1],
+            }
+            nodes = {"h": leaf, "x": join.x, "y": join.y}
+            module = last[0].module if last else called(leaf)
+            sites.append(Site("residual", module, None, None, nodes, facts))
+    return sites
+
+
+def after(last: Sequence[Site]) -> str:
+    """What kind of sublayer ends with these linears."""
+    roles = {site.role for site in last}
+    if roles == {"attn.o"}:
+        return "attention"
+    return "ffn" if roles == {"ffn.down"} else "other"
+
+
+def called(node: fx.Node) -> str:
+    """The nested block whose output a value is, or the empty path."""
+    source = call_of(node)
+    return "" if source is None else str(source.target)
+
+
+def call_of(node: fx.Node) -> fx.Node | None:
+    """The call of a nested block whose output a value is, through layout and dropout; or None."""
+    while op(node) in LAYOUT | DROPOUT | SCALING and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node if node.op == "call_module" else None
+
+
+def _norm(flow: Flow, join: Join, normalised: Mapping[fx.Node, Site]) -> str | None:
+    """pre, post, or None for a stream without norms."""
+    weighted = [flow.order[n] for n in join.region if is_weighted(flow, n)]
+    norms = [flow.order[n] for n in join.region if n in normalised]
+    if norms and min(norms) < min(weighted):
+        return "pre"
+    inputs = {site.nodes["x"] for site in normalised.values()}
+    return "post" if join.y in inputs else None

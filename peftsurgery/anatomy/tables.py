@@ -1,0 +1,157 @@
+"""Embedding, convolution and parameter sites: the weights that are no matrix product.
+
+    embedding    y = W[x]                      x the ids, W (entries, width)
+    conv         y = conv(x, W, b)             W (out, in / groups, *kernel)
+    parameter    every parameter a program reads, with what it is for
+
+What an embedding embeds is told by where its ids come from. Ids that were counted (an arange, a
+cumulative sum) are positions. Of the ids that a model is given, the first are its tokens, and so
+are others looked up in a table of the same size; a table with fewer entries than the captured text
+has tokens holds types, a longer one positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from ..capture import TensorInfo
+from .flow import Flow
+from .site import Site
+from .values import argument, backward, concrete, is_tensor, never, op, parameter_of, shape
+
+KEEPS_IDS = frozenset(
+    """view reshape _unsafe_view flatten unsqueeze squeeze expand contiguous clone to _to_copy slice
+    select clamp clamp_min where masked_fill add sub gather index lift_fresh_copy
+    broadcast_to""".split()
+)
+
+
+def find_embeddings(flow: Flow) -> list[Site]:
+    """The embedding sites of a program, with their roles as far as it shows them."""
+    sites = []
+    for node in flow.nodes:
+        if op(node) == "embedding":
+            weight, _ = parameter_of(node.args[0])
+            ids = node.args[1]
+            if weight is not None and isinstance(ids, fx.Node):
+                entries, width = (int(size) for size in shape(weight))
+                name = str(weight.target)
+                facts = {"in": entries, "out": width, "op": "embedding"}
+                facts["dtype"] = weight.meta["val"].dtype
+                nodes = {"x": ids, "W": weight, "y": node}
+                module = name.rpartition(".")[0]
+                sites.append(Site("embedding", module, None, name, nodes, facts))
+    return _with_roles(flow, sites)
+
+
+def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
+    sources = {site: given_ids(site.nodes["x"]) for site in sites}
+    order = [n for n in flow.nodes if n.op == "placeholder"]
+    given = [n for n in order if any(source is n for source in sources.values())]
+    first = next((site for site in sites if given and sources[site] is given[0]), None)
+
+    def role(site: Site) -> str:
+        source = sources[site]
+        entries = site.facts["in"]
+        if source is None or source.op != "placeholder" or first is None:
+            counted = any(op(n) in ("arange", "cumsum") for n in backward([site.nodes["x"]], never))
+            return "embed.positions" if counted or entries >= _tokens(site) else "embed.types"
+        if source is given[0] or entries == first.facts["in"]:
+            return "embed.tokens"
+        return "embed.positions" if entries >= _tokens(site) else "embed.types"
+
+    return [replace(site, role=role(site)) for site in sites]
+
+
+def _tokens(site: Site) -> int:
+    """How many tokens a text of the captured example has."""
+    sizes = shape(site.nodes["x"])
+    return concrete(sizes[-1]) if sizes else 1
+
+
+def given_ids(node: fx.Node) -> fx.Node | None:
+    """The input or buffer that ids are, before they are viewed, shifted or picked from."""
+    for found in backward([node], lambda n: op(n) not in KEEPS_IDS):
+        if found.op == "placeholder" and is_tensor(found):
+            return found
+    return None
+
+
+def find_convs(flow: Flow) -> list[Site]:
+    """The convolution sites of a program."""
+    return [site for node in flow.nodes if (site := _conv(node)) is not None]
+
+
+def _conv(node: fx.Node) -> Site | None:
+    name = op(node)
+    if not name.startswith("conv") or not is_tensor(node):
+        return None
+    x, weight = node.args[0], parameter_of(argument(node, 1, "weight"))[0]
+    if weight is None or not isinstance(x, fx.Node):
+        return None
+    nodes = {"x": x, "W": weight, "y": node}
+    bias, _ = parameter_of(argument(node, 2, "bias"))
+    if bias is not None:
+        nodes["b"] = bias
+    rank = len(shape(weight)) - 2
+    transposed = "transpose" in name or (name == "convolution" and argument(node, 6, "transposed"))
+    places = {"stride": 3, "padding": 4, "dilation": 5, "groups": 6}
+    if name == "convolution":
+        places["groups"] = 8
+    elif transposed:
+        places |= {"groups": 6, "dilation": 7}
+    neutral = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    facts = {n: argument(node, place, n, neutral[n]) for n, place in places.items()}
+    for key in ("stride", "padding", "dilation"):
+        facts[key] = _per_dim(facts[key], rank)
+    first, second = (int(size) for size in shape(weight)[:2])
+    groups = facts["groups"]
+    channels = (first, second * groups) if transposed else (second * groups, first)
+    facts |= {"in": channels[0], "out": channels[1], "op": name, "transposed": bool(transposed)}
+    facts |= {"kernel": tuple(int(s) for s in shape(weight)[2:]), "rank": rank}
+    facts["dtype"] = weight.meta["val"].dtype
+    target = str(weight.target)
+    return Site("conv", target.rpartition(".")[0], None, target, nodes, facts)
+
+
+def _per_dim(setting: object, rank: int) -> object:
+    """A setting of a convolution for every dim; a padding's name stays a name."""
+    if isinstance(setting, str):
+        return setting
+    values = tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)
+    return values * rank if len(values) == 1 else values
+
+
+def find_parameters(
+    flow: Flow, tensors: Mapping[str, TensorInfo], sites: Sequence[Site]
+) -> list[Site]:
+    """A site for every parameter of a program; the fact ``kind`` says what it is for."""
+    uses: dict[str, tuple[str, str]] = {}
+    for site in sites:
+        kinds = {"W": "weight" if site.kind in ("linear", "conv", "experts") else site.kind}
+        kinds["b"] = "bias"
+        for name, kind in kinds.items():
+            node = site.nodes.get(name)
+            if node is not None:
+                uses.setdefault(str(node.target), (kind, site.kind))
+    found: dict[str, Site] = {}
+    for node in flow.nodes:
+        name = str(node.target)
+        info = tensors.get(name) if node.op == "get_attr" else None
+        if info is None or not info.parameter or name in found:
+            continue
+        kind, owner = uses.get(name) or (_kind(node), "other")
+        facts = {"kind": kind, "of": owner, "shape": info.shape, "dtype": info.dtype}
+        module = name.rpartition(".")[0]
+        found[name] = Site("parameter", module, None, name, {"W": node}, facts)
+    return list(found.values())
+
+
+def _kind(node: fx.Node) -> str:
+    """bias for a vector that is added to something, else other."""
+    users = list(node.users)
+    added = users and all(op(user) in ("add", "add_", "sub", "view", "to") for user in users)
+    return "bias" if added and len(shape(node)) == 1 else "other"
