@@ -189,6 +189,54 @@ CODES: dict[str, CodeInfo] = {
         "A pattern is an expression of operators that stand for graph operations, with free names "
         "for the values to bind, small enough to search for.",
     ),
+    "PSG201": CodeInfo(
+        "the model cannot be captured",
+        "torch.export could not turn the model into a graph for any input of this kind. Usually its "
+        "forward takes decisions that depend on values (routing by index, loops over .tolist()). "
+        "Capture the part of it that does not, or pass inputs that avoid that path.",
+    ),
+    "PSG202": CodeInfo(
+        "example inputs are needed",
+        "Inputs are made only for transformers models whose main input is a known kind (token ids, "
+        "pixels, audio). Pass inputs=(x, ...) or inputs={'name': x} with a batch of at least two.",
+    ),
+    "PSG203": CodeInfo(
+        "the arguments do not fit the model's forward",
+        "A captured model takes what the original's forward takes, by position or by name.",
+    ),
+    "PSG204": CodeInfo(
+        "a part of a captured model was called",
+        "In a captured model the code is in the model and in its blocks (the elements of repeated "
+        "lists). Other modules keep their names and tensors but are not called.",
+    ),
+    "PSG205": CodeInfo(
+        "there is no such model",
+        "MODEL is a directory with a config.json, a hub id (owner/name), package.module:factory, or "
+        "a saved surgery.",
+    ),
+    "PSG206": CodeInfo(
+        "the config names no known model",
+        "config.json has a model_type or architecture that the installed transformers does not have.",
+    ),
+    "PSG207": CodeInfo(
+        "the model has no weights",
+        "Applying rules needs no weights, but running, training and folding do. The directory holds "
+        "none that can be read, or a live model is on the meta device.",
+    ),
+    "PSG208": CodeInfo(
+        "the model needs code that comes with it",
+        "The config points at Python files in the model's directory. They are never run unasked.",
+    ),
+    "PSG209": CodeInfo(
+        "a module's name is taken",
+        "A captured model keeps the original's module names, and this one is also the name of "
+        "something every captured model or block has.",
+    ),
+    "PSG210": CodeInfo(
+        "captures with a cache are not there yet",
+        "capture(model, cache=True) will carry past_key_values for generation. Until then, fold the "
+        "model and generate with the original class.",
+    ),
     "PSG301": CodeInfo(
         "A rule matched nothing",
         "No site of the model survived the rule's clauses. The count after each clause and the "
@@ -205,5 +253,31 @@ CODES: dict[str, CodeInfo] = {
         "A module path that a rule names is not in the model",
         "Every entry of `paths` must be the path of a site of the rule's kind.",
         NO_MATCH,
+    ),
+    "PSG601": CodeInfo(
+        "The output exists already",
+        "Nothing is overwritten unless `--force` is given, and then only a file or a model's directory.",
+    ),
+    "PSG602": CodeInfo(
+        "The output is, holds or lies in an input",
+        "Inputs are never touched, so the output must be somewhere else.",
+    ),
+    "PSG603": CodeInfo(
+        "A file cannot be read or written",
+        "The system refused: the message names the file and gives the reason.",
+    ),
+    "PSG901": CodeInfo(
+        "The command line is not understood",
+        "`peftsurgery --help` lists the commands, `peftsurgery COMMAND --help` the arguments of one.",
+        USAGE,
+    ),
+    "PSG902": CodeInfo(
+        "An optional package is not installed",
+        "The command needs a package that comes with an extra; the hint has the line to install it.",
+    ),
+    "PSG903": CodeInfo(
+        "There is no such error code",
+        "`peftsurgery explain` without a code lists all of them.",
+        USAGE,
     ),
 }
