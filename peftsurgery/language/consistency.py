@@ -90,12 +90,13 @@ def _check_words(words: Mapping[str, Any], taken: Collection[str], what: str) ->
 
 
 def _check_targets(rule: Rule) -> None:
-    kind = rule.kind
+    kind, place = rule.kind, place_of(rule.match)
     if not rule.rewrite and not rule.train:
-        raise SurgeryError("PSG106", f"a rule that matches {kind.name} and does nothing to it",
-                           "give it `rewrite:` or `train: true`")  # fmt: skip
+        message = f"a rule that matches {kind.name} and does nothing to it"
+        hint = "give it `rewrite:` or `train: true`"
+        raise SurgeryError("PSG106", message, hint, place)
     if rule.fold and not rule.rewrite:
-        raise SurgeryError("PSG106", "a `fold:` without the `rewrite:` that it stands for")
+        raise SurgeryError("PSG106", "a `fold:` without its `rewrite:`", where=place)
     _check_keys(rule.rewrite, {*kind.values, *kind.weights}, "`rewrite:` gives")
     _check_keys(rule.fold, _foldable(rule), "`fold:` gives")
     for name, keys in rule.checkpoint.items():

@@ -6,6 +6,8 @@ A pattern such as ``(a+)+b`` can take longer than the age of the universe on for
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 
 import regex
@@ -13,7 +15,10 @@ import regex
 from peftsurgery.errors import SurgeryError
 
 SECONDS = 0.2
-MAX_CHARACTERS = 1000
+MAX_CHARACTERS, MAX_REPEATS = 1000, 10_000
+
+# nested counts are written out when a pattern is compiled: ((a{99}){99}){99} fills the memory
+_COUNTS = re.compile(r"\{\s*([0-9]*)\s*,?\s*([0-9]*)\s*\}")
 
 
 def full_match(pattern: str, where: str | None = None) -> Callable[[str], bool]:
@@ -24,6 +29,10 @@ def full_match(pattern: str, where: str | None = None) -> Callable[[str], bool]:
     if len(pattern) > MAX_CHARACTERS:
         message = f"a regular expression of {len(pattern)} characters"
         raise SurgeryError("PSG141", message, f"the limit is {MAX_CHARACTERS}", where)
+    counts = (max(int(low or 1), int(high or 1)) for low, high in _COUNTS.findall(pattern))
+    if math.prod(max(1, count) for count in counts) > MAX_REPEATS:
+        message = f"'{pattern}' counts more than {MAX_REPEATS} repetitions"
+        raise SurgeryError("PSG141", message, "use * or + instead", where)
     try:
         compiled = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:

@@ -26,7 +26,7 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.consistency import check_file
 from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
-from peftsurgery.language.strict import Strict, place_of
+from peftsurgery.language.strict import Strict, Word, place_of
 from peftsurgery.language.where import Where
 
 
@@ -92,23 +92,23 @@ class Rule(Strict):
     """One cut: which sites, which parameters, the new value and the folded weight."""
 
     noun: ClassVar[str] = "rule"
-    match: Annotated[str | Pattern, BeforeValidator(_as_match)]
+    match: Annotated[Word | Pattern, BeforeValidator(_as_match)]
     """The kind of site, or {pattern: expression}."""
     where: Where = Where()
     """Clauses that choose among the sites of that kind."""
     expect: Annotated[Expect, BeforeValidator(_as_expect)] = Expect(at_least=1)
     """How many sites must match; at least one unless told otherwise."""
-    let: dict[str, ExpressionField] = Field(default_factory=dict)
+    let: dict[Word, ExpressionField] = Field(default_factory=dict)
     """Names for intermediate values, each computed at most once where it is used."""
-    params: dict[str, Param] = Field(default_factory=dict)
+    params: dict[Word, Param] = Field(default_factory=dict)
     """What the rule adds at each site."""
-    rewrite: dict[str, ExpressionField] = Field(default_factory=dict)
+    rewrite: dict[Word, ExpressionField] = Field(default_factory=dict)
     """The new value of the match's result, or of several bindings by name."""
-    fold: dict[str, ExpressionField] = Field(default_factory=dict)
+    fold: dict[Word, ExpressionField] = Field(default_factory=dict)
     """The new value of the weight W, or of several weights by name."""
     train: StrictBool = False
     """Train the parameters that the model has at the matched sites."""
-    checkpoint: dict[str, dict[str, str]] = Field(default_factory=dict)
+    checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)
     """For each file format, the key suffix of each parameter."""
 
     @model_validator(mode="before")
@@ -142,15 +142,15 @@ class RuleFile(Strict):
     """The method's name; what it adds to the model is found under it."""
     about: str = ""
     """What the method is, and where it was published."""
-    with_: dict[str, Setting] = Field(default_factory=dict, alias="with")
+    with_: dict[Word, Setting] = Field(default_factory=dict, alias="with")
     """The settings and their defaults; `--set name=value` overrides them."""
-    let: dict[str, ExpressionField] = Field(default_factory=dict)
+    let: dict[Word, ExpressionField] = Field(default_factory=dict)
     """Numbers computed from the settings."""
-    roles: dict[str, Where] = Field(default_factory=dict)
+    roles: dict[Word, Where] = Field(default_factory=dict)
     """Roles of one's own, for this file: a name and the clauses that define it."""
     rules: tuple[Rule, ...] = Field(min_length=1)
     """The cuts, made in this order."""
-    checkpoint: dict[str, dict[str, Setting]] = Field(default_factory=dict)
+    checkpoint: dict[Word, dict[Word, Setting]] = Field(default_factory=dict)
     """For each file format: the config values that identify this method. A value that is the name
     of a setting carries that setting."""
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.place import Text
+
+
+def _as_word(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise PydanticCustomError("text", "this must be a text")
+    return value
+
+
+Word = Annotated[str, PlainValidator(_as_word), WithJsonSchema({"type": "string"})]
+"""A string that, unlike pydantic's, stays the :class:`Text` it was: it knows its place."""
 
 
 class Strict(BaseModel):

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, StrictInt
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.strict import Strict, place_of
+from peftsurgery.language.strict import Strict, Word, place_of
 
 _SETTING = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 _RANGE = re.compile(r"(\d{1,6})?(\.\.)?(\d{1,6})?")
@@ -49,8 +49,8 @@ def layer_range(item: int | str) -> tuple[float, float]:
     return low, (float(last) if last else float("inf") if dots else low)
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Layers = Annotated[tuple[int | str, ...], BeforeValidator(_as_layers)]
+Names = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple)]
+Layers = Annotated[tuple[int | Word, ...], BeforeValidator(_as_layers)]
 Fact = bool | int | float | str | None
 
 
@@ -61,7 +61,7 @@ class Where(Strict):
 
     role: Names | None = None
     """One of these roles; a * stands for any text (attn.*)."""
-    path: str | None = None
+    path: Word | None = None
     """A regular expression that the whole path of the module matches."""
     paths: Names | None = None
     """One of exactly these module paths; each of them must exist."""
@@ -77,11 +77,11 @@ class Where(Strict):
     """Indices of the block in its list: 3, [0, 1], '4..', '..3', '2..5' (both ends included)."""
     block: Names | None = None
     """The path of the block that holds the site; a * stands for any text."""
-    shape: tuple[int | None, ...] | None = None
+    shape: tuple[StrictInt | None, ...] | None = None
     """The shape of the weight; null stands for any size."""
     dtype: Names | None = None
     """The dtype of the weight: float32, bfloat16, ..."""
-    facts: dict[str, Fact] | None = None
+    facts: dict[Word, Fact] | None = None
     """Other facts of the site by name: {causal: true, heads: 12}."""
     all: tuple[Where, ...] | None = None
     """Every one of these holds."""
@@ -117,7 +117,7 @@ def _substitute(value: Any, settings: Mapping[str, Any]) -> Any:
     if isinstance(value, list | tuple):
         items = [(_substitute(item, settings), isinstance(item, str)) for item in value]
         return [part for item, spread in items for part in _parts(item, spread)]
-    if isinstance(value, str):
+    if isinstance(value, str) and "$" in value:
         whole = _SETTING.fullmatch(value)
         if whole and whole[1] in settings:
             return settings[whole[1]]
