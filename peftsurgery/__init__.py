@@ -1,0 +1,82 @@
+"""peftsurgery: fine-tuning methods as graph surgery.
+
+Every public name is here. They are looked up when they are first used, so that importing the
+package (or asking the command for help) does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peftsurgery.capture import GraphModel, capture
+    from peftsurgery.errors import SurgeryError
+    from peftsurgery.formats.peft import from_peft, to_peft
+    from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
+    from peftsurgery.surgery import Report, apply, eject, fold, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GraphModel",
+    "Report",
+    "Rule",
+    "SurgeryError",
+    "apply",
+    "capture",
+    "eject",
+    "fold",
+    "from_peft",
+    "load",
+    "load_rules",
+    "operator",
+    "parse_rules",
+    "role",
+    "to_peft",
+]
+
+_HOME = {
+    "GraphModel": "capture",
+    "Report": "surgery",
+    "Rule": "language",
+    "SurgeryError": "errors",
+    "apply": "surgery",
+    "capture": "capture",
+    "eject": "surgery",
+    "fold": "surgery",
+    "from_peft": "formats.peft",
+    "load": "surgery",
+    "load_rules": "language",
+    "operator": "language",
+    "parse_rules": "language",
+    "role": "language",
+    "to_peft": "formats.peft",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _Api(ModuleType):
+    """The import system binds a subpackage to its name here; a public name keeps its meaning.
+
+    Without this, ``ps.capture`` would be the function until somebody imports the subpackage
+    ``peftsurgery.capture``, and a module from then on.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Api

@@ -1,0 +1,5 @@
+"""``python -m peftsurgery``: the command."""
+
+from peftsurgery.cli import main
+
+main()

@@ -1,0 +1,90 @@
+"""``peftsurgery apply``: operate on a model and save the surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.output import force_option, fresh, output_option
+from peftsurgery.cli.progress import doing
+from peftsurgery.errors import SurgeryError, did_you_mean
+
+if TYPE_CHECKING:
+    from peftsurgery.language import RuleFile
+
+set_option = click.option(
+    "--set", "overrides", metavar="K=V", multiple=True, help="Override a setting of the rules."
+)
+
+
+@click.command()
+@click.argument("model")
+@click.argument("rules", metavar="RULE...", nargs=-1, required=True)
+@output_option
+@set_option
+@click.option("--name", metavar="ADAPTER", help="The adapter's name; the rule's unless given.")
+@click.option("--dry-run", is_flag=True, help="Print the report and write nothing.")
+@force_option
+@json_option
+def apply(
+    model: str,
+    rules: tuple[str, ...],
+    out: Path | None,
+    overrides: tuple[str, ...],
+    name: str | None,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Apply each RULE to MODEL in turn and save the surgery to OUT.
+
+    What is saved is the rules, a manifest and the parameters that the rules added; the model itself
+    is not copied.
+    """
+    if (out is None) != dry_run:
+        raise click.UsageError("give either --output OUT or --dry-run")
+    if name is not None and len(rules) > 1:
+        raise click.UsageError("--name is for one RULE; several would have the same name")
+    from peftsurgery.language import load_rules, parse_override
+
+    files = [load_rules(rule) for rule in rules]
+    given = settings_for(files, dict(parse_override(text) for text in overrides))
+    if out is None:
+        operated = _operate(model, files, given, name)
+    else:
+        with fresh(out, [model, *rules], force) as part:
+            operated = _operate(model, files, given, name)
+            with doing(f"saving {out}"):
+                operated.save(part)
+    if as_json:
+        print_json({**operated.report.to_dict(), "out": None if out is None else str(out)})
+    else:
+        click.echo(clean(str(operated.report)))
+        click.echo("nothing was written" if out is None else f"saved to {out}")
+
+
+def settings_for(files: Sequence[RuleFile], given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For each rule file, those of the given settings that it has; PSG120 for one that none has."""
+    known = {name for file in files for name in file.with_}
+    for name in given:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "they have no settings at all"
+            raise SurgeryError("PSG120", f"no rule given here has a setting '{name}'", hint)
+    return [{k: v for k, v in given.items() if k in file.with_} for file in files]
+
+
+def _operate(
+    spec: str, files: Sequence[RuleFile], given: Sequence[Mapping[str, Any]], name: str | None
+) -> Any:
+    from peftsurgery.cli.model import open_model
+    from peftsurgery.surgery import apply as operate
+
+    operated: Any = open_model(spec)
+    for file, settings in zip(files, given, strict=True):
+        with doing(f"applying {file.name}"):
+            operated = operate(operated, file, name=name, **settings)
+    return operated

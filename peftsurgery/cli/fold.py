@@ -1,0 +1,48 @@
+"""``peftsurgery fold``: write the model with what was sewn in folded into its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.output import force_option, fresh, output_option
+from peftsurgery.cli.progress import doing
+
+
+@click.command()
+@click.argument("surgery", metavar="SURGERY|PEFT_DIR")
+@click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
+@output_option
+@click.option(
+    "--onnx",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Also write ONNX, checked in onnxruntime at two unseen shapes.",
+)
+@click.option("--verify", is_flag=True, help="Reload the result and compare its outputs.")
+@force_option
+@json_option
+def fold(
+    surgery: str,
+    base: str | None,
+    out: Path | None,
+    onnx: Path | None,
+    verify: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
+    if out is None:
+        raise click.UsageError("missing option --output OUT")
+    inputs = [surgery, *([base] if base else [])]
+    from peftsurgery.surgery import fold_to_directory
+
+    with fresh(out, inputs, force) as part, doing(f"folding {surgery}"):
+        result = fold_to_directory(surgery, part, base=base, onnx=onnx, verify=verify)
+    if as_json:
+        print_json({**result.to_dict(), "out": str(out)})
+    else:
+        click.echo(clean(str(result)))
+        click.echo(f"folded model in {out}")

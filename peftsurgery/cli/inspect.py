@@ -1,0 +1,102 @@
+"""``peftsurgery inspect``: the blocks, sites and roles of a model."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peftsurgery.cli.kit import clean, json_option, print_json
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+    from peftsurgery.anatomy import Placed, Survey
+    from peftsurgery.capture import Capture
+
+SIZES = ("in", "out", "heads", "kv_heads", "head_dim", "kind", "causal", "op", "dtype", "shape")
+
+
+@click.command()
+@click.argument("model")
+@json_option
+def inspect(model: str, as_json: bool) -> None:
+    """Show the blocks, sites and roles of MODEL as a tree; blocks of equal structure once."""
+    from peftsurgery.anatomy import survey
+    from peftsurgery.cli.model import open_model
+
+    captured = open_model(model).captures[0]
+    found = survey(captured)
+    if as_json:
+        print_json(_document(model, captured, found))
+    else:
+        _print_tree(model, captured, found)
+
+
+def _document(model: str, capture: Capture, found: Survey) -> dict[str, Any]:
+    return {
+        "model": model,
+        "type": capture.top.kind,
+        "notes": list(capture.notes),
+        "blocks": [
+            {"path": path, "programs": [program.label for program in programs]}
+            for path, programs in capture.programs.items()
+            if path
+        ],
+        "sites": [
+            {
+                "kind": place.kind,
+                "role": place.role,
+                "module": place.module,
+                "parameter": place.parameter,
+                "slice": place.site.label,
+                "block": place.block,
+                "layer": place.layer,
+                "type": place.type,
+                "facts": dict(place.facts),
+            }
+            for place in found
+        ],
+    }
+
+
+def _print_tree(model: str, capture: Capture, found: Survey) -> None:
+    from rich.console import Console
+    from rich.text import Text
+    from rich.tree import Tree
+
+    sites: dict[str, list[Placed]] = {}
+    for place in found:
+        sites.setdefault(place.block, []).append(place)
+    tree = Tree(Text(f"{capture.top.kind}  {clean(model)}", style="bold"))
+    _add_sites(tree, sites.get("", []))
+    paths = [path for path in capture.programs if path]
+    for _, group in groupby(paths, key=lambda path: _structure(capture, path)):
+        equal = list(group)
+        kind = capture.programs[equal[0]][0].kind
+        span = equal[0] if len(equal) == 1 else f"{equal[0]} … {equal[-1]}"
+        count = "1 block" if len(equal) == 1 else f"{len(equal)} equal blocks"
+        _add_sites(tree.add(Text(f"{clean(span)}  {kind}, {count}")), sites.get(equal[0], []))
+    for note in capture.notes:
+        tree.add(Text(f"note: {clean(note)}", style="yellow"))
+    # Lines are cut by the terminal, not wrapped by us: a pipe gets them whole.
+    Console(soft_wrap=True, highlight=False).print(tree)
+
+
+def _structure(capture: Capture, path: str) -> tuple[str, tuple[str, ...]]:
+    """What equal blocks of one list have in common."""
+    return path.rpartition(".")[0], tuple(program.label for program in capture.programs[path])
+
+
+def _add_sites(tree: Tree, sites: list[Placed]) -> None:
+    from rich.text import Text
+
+    for place in sites:
+        name = clean(place.site.module or place.site.parameter or "(itself)")
+        label = f"[{place.site.label}]" if place.site.label else ""
+        facts = ", ".join(f"{k} {place.facts[k]}" for k in SIZES if k in place.facts)
+        line = Text.assemble(
+            (f"{place.kind:10}", "dim"), f" {name}{label}  ", (place.role or "-", "cyan")
+        )
+        tree.add(line.append(f"  {facts}", "dim"))

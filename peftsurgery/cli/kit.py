@@ -1,0 +1,118 @@
+"""What commands are made of: groups that suggest, and the one place where errors get exit codes.
+
+A command prints its result on stdout, as text or with ``--json`` as one JSON document. It returns
+an exit code, or None for success, or raises. What it raises ends here: as text on stderr, or with
+``--json`` as an object with the key ``error`` on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from peftsurgery.errors import SurgeryError, closest
+
+INTERRUPTED = 130
+
+# The packages that come with an extra, as `import` names them.
+EXTRAS = {
+    "peft": "peft",
+    "onnx": "onnx",
+    "onnxruntime": "onnx",
+    "onnxscript": "onnx",
+    "gguf": "models",
+}
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+class Group(click.Group):
+    """A group of commands that names the nearest right one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that the first argument names; PSG901 if there is none."""
+        if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
+            near = closest(args[0], self.commands)
+            hint = f"did you mean '{ctx.command_path} {near}'?" if near else _see_help(ctx)
+            raise SurgeryError("PSG901", f"there is no command '{args[0]}'", hint)
+        return super().resolve_command(ctx, args)
+
+
+class Root(Group):
+    """The group at the top: it translates what its commands raise."""
+
+    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
+        """Run, print errors and exit; however it was called, its name is ``peftsurgery``."""
+        arguments = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        extra["standalone_mode"] = False
+        run = super().main
+        sys.exit(translate(lambda: run(arguments, "peftsurgery", **extra), "--json" in arguments))
+
+
+def translate(run: Callable[[], Any], as_json: bool) -> int:
+    """The exit code of a command, once what it raised has been printed."""
+    try:
+        code = run()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        return _fail({"error": {"code": None, "message": "interrupted"}}, "interrupted", as_json)
+    except BrokenPipeError:
+        # The reader has gone. Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (SurgeryError, click.UsageError, OSError, ModuleNotFoundError) as error:
+        refusal = _refusal(error)
+        _fail(refusal.to_dict(), f"error: {refusal}", as_json)
+        return refusal.exit_code
+    return code if isinstance(code, int) else 0
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def clean(text: str) -> str:
+    """``text`` with control characters spelt out: names from a file must not drive the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def _refusal(error: Exception) -> SurgeryError:
+    if isinstance(error, SurgeryError):
+        return error
+    if isinstance(error, click.UsageError):
+        return SurgeryError("PSG901", _first_lower(error.format_message()), _see_help(error.ctx))
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise error
+        hint = f"pip install 'peftsurgery[{EXTRAS[package]}]'"
+        return SurgeryError("PSG902", f"the package '{package}' is not installed", hint)
+    assert isinstance(error, OSError)
+    reason = error.strerror or str(error)
+    return SurgeryError("PSG603", f"{error.filename}: {reason}" if error.filename else reason)
+
+
+def _fail(document: dict[str, Any], text: str, as_json: bool) -> int:
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(clean(text), err=True)
+    return INTERRUPTED
+
+
+def _see_help(ctx: click.Context | None) -> str:
+    return f"see `{ctx.command_path if ctx else 'peftsurgery'} --help`"
+
+
+def _first_lower(text: str) -> str:
+    return text[:1].lower() + text[1:].rstrip(".")

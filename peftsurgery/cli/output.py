@@ -1,0 +1,96 @@
+"""Output that is there whole or not at all.
+
+A command writes to a hidden sibling of what it was asked for, which takes the name when the command
+has succeeded and is removed when it has not. The inputs are never touched.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from peftsurgery.errors import SurgeryError
+
+output_option = click.option(
+    "-o",
+    "--output",
+    "out",
+    metavar="OUT",
+    type=click.Path(path_type=Path),
+    help="The directory to write; it must not exist.",
+)
+force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+
+
+@contextmanager
+def fresh(out: Path, inputs: Iterable[str | Path] = (), force: bool = False) -> Iterator[Path]:
+    """A path beside ``out`` to write a file or directory to; it becomes ``out`` at the end.
+
+    Raises PSG601 if ``out`` exists (with ``force``: if it is neither a file nor a model's
+    directory), PSG602 if it is, holds or lies in one of ``inputs``, PSG603 if it has no parent.
+    """
+    _check_apart(out, inputs)
+    if os.path.lexists(out):
+        if not force:
+            raise SurgeryError(
+                "PSG601", f"'{out}' exists already", "choose another name or --force"
+            )
+        _check_replaceable(out)
+    if not out.absolute().parent.is_dir():
+        raise SurgeryError("PSG603", f"'{out.parent}' is not a directory")
+    part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
+    try:
+        yield part
+        _put(part, out)
+    finally:
+        _remove(part)
+
+
+def _put(part: Path, out: Path) -> None:
+    """Give ``part`` the name ``out``; what had it goes only after that has worked."""
+    if not os.path.lexists(out):
+        part.rename(out)
+        return
+    old = part.with_name(f"{part.name}.old")
+    out.rename(old)
+    try:
+        part.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    _remove(old)
+
+
+def _check_apart(out: Path, inputs: Iterable[str | Path]) -> None:
+    target = out.resolve()
+    for given in inputs:
+        source = Path(given)
+        if not source.exists():
+            continue  # a hub id or a shipped rule's name
+        real = source.resolve()
+        if target == real or target in real.parents or real in target.parents:
+            how = "is" if target == real else "holds" if target in real.parents else "lies in"
+            message = f"the output '{out}' {how} the input '{given}'"
+            raise SurgeryError("PSG602", message, "write somewhere else")
+
+
+def _check_replaceable(out: Path) -> None:
+    """Only what a command of this kind can have written is replaced, never a home directory."""
+    if out.is_symlink() or not (out.is_dir() or out.is_file()):
+        raise SurgeryError("PSG601", f"'{out}' is neither a file nor a directory")
+    known = ("config.json", "surgery.json", "adapter_config.json")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in known):
+        message = f"'{out}' is not a model's directory, so it is not replaced"
+        raise SurgeryError("PSG601", message, "choose another name")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,47 @@
+"""The group of all commands, and the entry point."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from peftsurgery import __version__
+from peftsurgery.cli.apply import apply
+from peftsurgery.cli.doctor import doctor
+from peftsurgery.cli.explain import explain
+from peftsurgery.cli.fold import fold
+from peftsurgery.cli.inspect import inspect
+from peftsurgery.cli.kit import Root
+from peftsurgery.cli.rules import rules
+from peftsurgery.cli.why import why
+
+EPILOG = (
+    "MODEL is a model directory, a hub id (owner/name), package.module:factory, "
+    "or a saved surgery. RULE is a shipped rule's name or a YAML file. "
+    "Exit codes: 0 ok, 1 no match or a difference, 2 usage, 3 bad input, 4 verification failed, "
+    "130 interrupted."
+)
+
+
+@click.group(cls=Root, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="peftsurgery")
+def root() -> None:
+    """Operate on models as graphs: rules say where to cut, what to sew in and how it folds back."""
+
+
+for command in (apply, fold, inspect, why, rules, explain, doctor):
+    root.add_command(command)
+
+
+def main() -> None:
+    """Run the command on the process's arguments and exit."""
+    signal.signal(signal.SIGTERM, _terminated)
+    root.main()
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    # An exception, and not the default, lets unfinished output be removed.
+    sys.exit(128 + number)
