@@ -27,7 +27,8 @@ OPERATORS: Mapping[str, Operator] = MappingProxyType(_table)
 class Operator:
     """One entry of the table.
 
-    ``maths`` is a format over the arguments (``"‖{0}‖"``); None prints ``name(arguments)``.
+    ``maths`` holds formats over the arguments (``"‖{0}‖"``), the fewest arguments first; without
+    any, a call prints as ``name(arguments)``.
     ``aten`` names the ATen operations it stands for in a pattern. A keyword-only parameter called
     ``training`` is filled in by the reading: whether the model is in training mode.
     """
@@ -37,7 +38,7 @@ class Operator:
     doc: str
     signature: inspect.Signature
     commutative: bool = False
-    maths: str | None = None
+    maths: tuple[str, ...] = ()
     aten: tuple[str, ...] = ()
 
     @property
@@ -57,7 +58,7 @@ def operator(
     name: str,
     *,
     commutative: bool = False,
-    maths: str | None = None,
+    maths: str | tuple[str, ...] = (),
     aten: tuple[str, ...] = (),
 ) -> Callable[[Function], Function]:
     """Register the decorated function as the operator ``name``; it stays usable as it is.
@@ -74,7 +75,8 @@ def operator(
             raise SurgeryError("PSG143", f"'{name}' cannot be the name of an operator")
         signature = inspect.signature(function)
         doc = inspect.getdoc(function) or ""
-        _table[name] = Operator(name, function, doc, signature, commutative, maths, aten)
+        forms = (maths,) if isinstance(maths, str) else maths
+        _table[name] = Operator(name, function, doc, signature, commutative, forms, aten)
         return function
 
     return register

@@ -55,25 +55,25 @@ def neg(a: Any) -> Any:
     return -a
 
 
-@operator("matmul", aten=("matmul", "mm", "bmm"))
+@operator("matmul", maths="{0}·{1}", aten=("matmul", "mm", "bmm"))
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of the last two dimensions, written a @ b outside patterns."""
     return torch.matmul(a, b)
 
 
-@operator("linear", aten=("linear",))
+@operator("linear", maths=("{1}·{0}", "{1}·{0} + {2}"), aten=("linear",))
 def linear(x: Tensor, W: Tensor, b: Any = None) -> Tensor:
     """The product x Wᵀ + b over the last dimension; W is (out, in), b is (out,), absent or 0."""
     return F.linear(x, W, None if isinstance(b, int | float) and b == 0 else b)
 
 
-@operator("embedding", aten=("embedding",))
+@operator("embedding", maths="{1}[{0}]", aten=("embedding",))
 def embedding(ids: Tensor, W: Tensor) -> Tensor:
     """The rows of W that ``ids`` name."""
     return F.embedding(ids, W)
 
 
-@operator("conv2d", aten=("convolution", "conv2d"))
+@operator("conv2d", maths="{1} ∗ {0}", aten=("convolution", "conv2d"))
 def conv2d(
     x: Tensor,
     W: Tensor,
@@ -88,7 +88,7 @@ def conv2d(
     return F.conv2d(x, W, bias, stride, padding, dilation, groups)
 
 
-@operator("dropout")
+@operator("dropout", maths=("{0}", "drop({0})"))
 def dropout(x: Tensor, p: float, *, training: Any = False) -> Tensor:
     """While training, zero each element with probability p and scale the rest by 1 / (1 - p)."""
     return x if isinstance(p, int | float) and p == 0 else F.dropout(x, p, training)
@@ -192,13 +192,13 @@ def transpose(x: Tensor, first: int = -2, second: int = -1) -> Tensor:
     return torch.transpose(x, first, second)
 
 
-@operator("reshape", aten=("reshape", "view", "_unsafe_view"))
+@operator("reshape", maths="{0}", aten=("reshape", "view", "_unsafe_view"))
 def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     """The same elements in another shape; one size may be -1."""
     return torch.reshape(x, tuple(shape))
 
 
-@operator("view_as")
+@operator("view_as", maths="{0}")
 def view_as(x: Tensor, other: Tensor) -> Tensor:
     """The elements of x in the shape of ``other``."""
     return torch.reshape(x, other.shape)

@@ -1,0 +1,83 @@
+"""A rule file in words and maths, as ``peftsurgery rules show`` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from peftsurgery.language.consistency import within
+from peftsurgery.language.maths import maths
+from peftsurgery.language.schema import Expect, Pattern, Rule, RuleFile
+from peftsurgery.language.settings import resolve_settings
+from peftsurgery.language.where import Where
+
+
+def describe_rules(file: RuleFile) -> str:
+    """The file's purpose, settings, and for each rule what it matches, adds, computes and folds."""
+    return "\n".join(_lines(file))
+
+
+def parameter_count(rule: Rule) -> str:
+    """How many numbers a rule adds at one site, as a formula over sizes and settings."""
+    terms = ["·".join(f"({s.text})" if len(s.names) > 1 else s.text for s in p.shape) or "1"
+             for p in rule.params.values()]  # fmt: skip
+    return " + ".join(terms) or "0"
+
+
+def describe_where(where: Where) -> str:
+    """The clauses of a ``where`` in words."""
+    return " and ".join(_clauses(where)) or "all of them"
+
+
+def describe_expect(expect: Expect) -> str:
+    """What a rule expects to match, in words."""
+    given = expect.model_dump(exclude_none=True)
+    return ", ".join(f"{key.replace('_', ' ')} {count}" for key, count in given.items())
+
+
+def _lines(file: RuleFile) -> Iterator[str]:
+    yield file.name
+    if file.about:
+        yield f"  {' '.join(file.about.split())}"
+    if file.with_:
+        yield "  settings: " + ", ".join(f"{name} = {value}" for name, value in file.with_.items())
+    settings = resolve_settings(file)
+    for name, expression in file.let.items():
+        yield f"  {name} = {maths(expression, settings)}"
+    for number, rule in enumerate(file.rules, 1):
+        yield ""
+        yield from (f"  {line}" for line in _rule(number, rule, settings))
+
+
+def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]:
+    pattern = f" {rule.match.pattern}" if isinstance(rule.match, Pattern) else ""
+    yield f"{number}. {rule.kind.name}{pattern}: {describe_where(rule.where)}"
+    yield f"   expects {describe_expect(rule.expect)}"
+    for name, param in rule.params.items():
+        shape = ", ".join(str(size) for size in param.shape)
+        yield f"   adds {name} [{shape}], initially {param.init}"
+    if rule.params:
+        yield f"   parameters at each site: {parameter_count(rule)}"
+    scalars = within(rule.let, {*settings, *rule.kind.sizes})
+    for name, expression in rule.let.items():
+        yield f"   with {name} = {maths(expression, settings, scalars)}"
+    for name, expression in rule.rewrite.items():
+        yield f"   {name} ← {maths(expression, settings, scalars)}"
+    for name, expression in rule.fold.items():
+        yield f"   folds into {name} ← {maths(expression, settings, scalars)}"
+    if rule.train:
+        yield "   trains the model's own parameters there"
+
+
+def _clauses(where: Where) -> Iterator[str]:
+    for key, value in where.given().items():
+        if isinstance(value, Where):
+            yield f"{key.replace('_', ' ')} ({describe_where(value)})"
+        elif key in ("all", "any"):
+            parts = [f"({describe_where(part)})" for part in value]
+            yield (" and " if key == "all" else " or ").join(parts)
+        elif key == "facts":
+            yield from (f"{name} is {fact}" for name, fact in value.items())
+        elif isinstance(value, tuple):
+            yield f"{key} {' or '.join('any' if item is None else str(item) for item in value)}"
+        else:
+            yield f"{key} {value}"

@@ -1,0 +1,201 @@
+"""The symbolic reading: an expression printed as maths.
+
+``y + (alpha / rank) * linear(linear(x, A), B)`` reads ``y + (α / rank)·B·A·x``. The evaluator is
+the same as for tensors; only the values are symbols that remember how tightly their text binds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftsurgery.language.evaluation import Context, evaluate
+from peftsurgery.language.expression import Expression
+from peftsurgery.language.operators import OPERATORS, Operator
+
+SUM, QUOTIENT, PRODUCT, POWER, ATOM = range(5)
+
+_GREEK = {
+    name: chr(code)
+    for name, code in (
+        *(("alpha", 0x3B1), ("beta", 0x3B2), ("gamma", 0x3B3), ("delta", 0x3B4)),
+        *(("epsilon", 0x3B5), ("theta", 0x3B8), ("lambda_", 0x3BB), ("mu", 0x3BC)),
+        *(("sigma", 0x3C3), ("tau", 0x3C4), ("phi", 0x3C6)),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Symbol:
+    """A text and how tightly it binds; ``value`` is set for settings, so that choices are made."""
+
+    text: str
+    level: int = ATOM
+    scalar: bool = False
+    value: Any = None
+
+    def at(self, level: int) -> str:
+        """The text as an operand that must bind at ``level`` or tighter."""
+        return self.text if self.level >= level else f"({self.text})"
+
+    def __add__(self, other: Any) -> Symbol:
+        return _join(self, " + ", other, SUM, SUM)
+
+    def __radd__(self, other: Any) -> Symbol:
+        return symbol(other) + self
+
+    def __sub__(self, other: Any) -> Symbol:
+        return _join(self, " − ", other, SUM, QUOTIENT)
+
+    def __rsub__(self, other: Any) -> Symbol:
+        return symbol(other) - self
+
+    def __mul__(self, other: Any) -> Symbol:
+        other = symbol(other)
+        if self.scalar or other.scalar:
+            return _join(self, "·", other, PRODUCT, PRODUCT)
+        return _join(self, " ⊙ ", other, QUOTIENT, PRODUCT)
+
+    def __rmul__(self, other: Any) -> Symbol:
+        return symbol(other) * self
+
+    def __truediv__(self, other: Any) -> Symbol:
+        return _join(self, " / ", other, QUOTIENT, POWER)
+
+    def __rtruediv__(self, other: Any) -> Symbol:
+        return symbol(other) / self
+
+    def __floordiv__(self, other: Any) -> Symbol:
+        inner = _join(self, " / ", other, QUOTIENT, POWER)
+        return Symbol(f"⌊{inner.text}⌋", ATOM, inner.scalar)
+
+    def __rfloordiv__(self, other: Any) -> Symbol:
+        return symbol(other) // self
+
+    def __mod__(self, other: Any) -> Symbol:
+        return _join(self, " mod ", other, QUOTIENT, POWER)
+
+    def __rmod__(self, other: Any) -> Symbol:
+        return symbol(other) % self
+
+    def __matmul__(self, other: Any) -> Symbol:
+        return _join(self, "·", other, PRODUCT, PRODUCT)
+
+    def __pow__(self, other: Any) -> Symbol:
+        return Symbol(f"{self.at(ATOM)}^{symbol(other).at(ATOM)}", POWER, self.scalar)
+
+    def __rpow__(self, other: Any) -> Symbol:
+        return symbol(other) ** self
+
+    def __neg__(self) -> Symbol:
+        return Symbol(f"−{self.at(PRODUCT)}", SUM, self.scalar)
+
+    def __pos__(self) -> Symbol:
+        return self
+
+    def __getitem__(self, index: Any) -> Symbol:
+        parts = index if isinstance(index, tuple) else (index,)
+        return Symbol(f"{self.at(ATOM)}[{', '.join(map(_index, parts))}]", ATOM, self.scalar)
+
+    def __lt__(self, other: Any) -> bool:
+        return bool(self.value < _value(other))
+
+    def __le__(self, other: Any) -> bool:
+        return bool(self.value <= _value(other))
+
+    def __gt__(self, other: Any) -> bool:
+        return bool(self.value > _value(other))
+
+    def __ge__(self, other: Any) -> bool:
+        return bool(self.value >= _value(other))
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def maths(
+    expression: Expression,
+    settings: Mapping[str, Any] | None = None,
+    scalars: Iterable[str] = (),
+) -> str:
+    """The expression as maths.
+
+    ``settings`` decide any ``if``; they and the names in ``scalars`` are numbers, everything else
+    is a tensor.
+    """
+    known, numbers = settings or {}, set(scalars)
+    env = {
+        name: Symbol(
+            _GREEK.get(name, name), ATOM, name in known or name in numbers, known.get(name)
+        )
+        for name in expression.names
+    }
+    return str(symbol(evaluate(expression, env, OPERATORS, Context(call=print_call))))
+
+
+def print_call(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:
+    """A call as its operator's entry writes it, or as ``name(arguments)``."""
+    kwargs = {name: value for name, value in kwargs.items() if name != "training"}
+    given = [a for a in args if not _absent(a)]
+    form = _form(operator, len(given))
+    scalar = all(symbol(a).scalar for a in (*args, *kwargs.values()))
+    if form is None:
+        shown = [symbol(a).text for a in args]
+        shown += [f"{name}={symbol(value).text}" for name, value in kwargs.items()]
+        return Symbol(f"{operator.name}({', '.join(shown)})", ATOM, scalar)
+    if form == "{0}":  # what changes no number, such as detach
+        return symbol(given[0])
+    level, needed = _levels(form)
+    return Symbol(form.format(*(symbol(a).at(needed) for a in given)), level, scalar)
+
+
+def symbol(value: Any) -> Symbol:
+    """A symbol as it is; anything else as the number or tuple that it is."""
+    if isinstance(value, Symbol):
+        return value
+    if isinstance(value, tuple):
+        return Symbol(f"({', '.join(symbol(item).text for item in value)})", ATOM, True)
+    whole = isinstance(value, float) and value.is_integer()
+    text = str(int(value)) if whole else str(value)
+    return Symbol(text.replace("-", "−"), ATOM if text[0] != "-" else SUM, True, value)
+
+
+def _form(operator: Operator, count: int) -> str | None:
+    """The form for so many arguments: the last that does not ask for more."""
+    fitting = [form for form in operator.maths if f"{{{count}}}" not in form]
+    return fitting[-1] if fitting else None
+
+
+def _levels(form: str) -> tuple[int, int]:
+    """How tightly a form binds, and how tightly its arguments must."""
+    if " + " in form or " − " in form:
+        return SUM, PRODUCT
+    if "·" in form or "∗" in form:
+        return PRODUCT, PRODUCT
+    if " / " in form or " ⊙ " in form:
+        return QUOTIENT, POWER
+    bracketed = form.endswith((")", "‖", "|"))
+    return (ATOM, SUM) if bracketed else (POWER, ATOM)
+
+
+def _absent(value: Any) -> bool:
+    """A bias that is not there."""
+    return value is None or (isinstance(value, int | float) and value == 0)
+
+
+def _join(left: Symbol, sign: str, right: Any, level: int, needed: int) -> Symbol:
+    right = symbol(right)
+    text = f"{left.at(level)}{sign}{right.at(needed)}"
+    return Symbol(text, level, left.scalar and right.scalar)
+
+
+def _value(other: Any) -> Any:
+    return other.value if isinstance(other, Symbol) else other
+
+
+def _index(part: Any) -> str:
+    if isinstance(part, slice):
+        ends = ["" if end is None else str(end) for end in (part.start, part.stop, part.step)]
+        return ":".join(ends[: 3 if ends[2] else 2])
+    return "..." if part is Ellipsis else str(part)
