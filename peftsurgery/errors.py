@@ -237,6 +237,12 @@ CODES: dict[str, CodeInfo] = {
         "capture(model, cache=True) will carry past_key_values for generation. Until then, fold the "
         "model and generate with the original class.",
     ),
+    "PSG211": CodeInfo(
+        "the model cannot be captured in train mode",
+        "In training its code decides by random values what to run (LayerDrop, router jitter). Set "
+        "that to zero in its config, or call eval() on the captured model and train it as it is, "
+        "without dropout.",
+    ),
     "PSG301": CodeInfo(
         "A rule matched nothing",
         "No site of the model survived the rule's clauses. The count after each clause and the "

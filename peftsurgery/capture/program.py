@@ -24,11 +24,11 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A parameter or buffer that a program reads, by shape and dtype."""
+    """A tensor that a program reads, by shape and dtype; a parameter or else a buffer."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    trainable: bool
+    parameter: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,251 @@
+"""Splitting a flat graph into a top graph that calls block graphs.
+
+A block is an element of a repeated ModuleList (or of a Sequential of equal parts that is not itself
+inside a block). Lists may be nested: a stage of Swin is a block that calls its layers, which are
+blocks. Every tensor a block reads from beneath its own path becomes its own; all else (hidden
+states, masks, sizes, a weight that lives elsewhere) is passed in. Blocks whose graphs are equal get
+the same :class:`Program`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from torch import fx, nn
+
+from .cleanup import stack_paths
+from .program import ModuleInfo, Program, TensorInfo
+
+
+def block_paths(module: nn.Module) -> frozenset[str]:
+    """The paths of all elements of repeated lists, in a model of any nesting."""
+    paths: set[str] = set()
+    for name, part in module.named_modules():
+        if not isinstance(part, nn.ModuleList | nn.Sequential) or not _is_repeated(part):
+            continue
+        if isinstance(part, nn.Sequential) and _is_inside(name, paths):
+            continue
+        paths.update(f"{name}.{key}" if name else key for key, _ in part.named_children())
+    return frozenset(paths)
+
+
+def _is_repeated(parts: nn.ModuleList | nn.Sequential) -> bool:
+    """Whether the elements are of one class, and made of parts themselves."""
+    elements = list(parts)
+    kinds = {type(element) for element in elements}
+    return (
+        len(kinds) == 1
+        and len(elements) >= (2 if isinstance(parts, nn.Sequential) else 1)
+        and all(any(True for _ in element.children()) for element in elements)
+    )
+
+
+def _is_inside(name: str, paths: Iterable[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+@dataclass
+class Library:
+    """The programs of one model by structure; equal structures are one program."""
+
+    by_structure: dict[str, Program] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def intern(
+        self,
+        graph: fx.Graph,
+        kind: str,
+        modules: Mapping[str, ModuleInfo],
+        tensors: Mapping[str, TensorInfo],
+    ) -> Program:
+        """The program of this structure, made if it is new."""
+        structure = repr((kind, describe(graph), sorted(tensors.items()), sorted(modules)))
+        known = self.by_structure.get(structure)
+        if known is None:
+            number = self.counts.get(kind, 0)
+            self.counts[kind] = number + 1
+            known = Program(f"{kind}.{number}", graph, kind, modules, tensors)
+            self.by_structure[structure] = known
+        return known
+
+
+def describe(graph: fx.Graph) -> list[Any]:
+    """A value that is equal for graphs that compute the same in the same way, whatever their names."""
+    index: dict[fx.Node, str] = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+
+    def plain(argument: Any) -> Any:
+        return fx.map_arg(argument, lambda node: index[node])
+
+    return [
+        (
+            node.op,
+            "" if node.op == "placeholder" else str(node.target),
+            repr(plain(node.args)),
+            repr(plain(node.kwargs)),
+            node.meta.get("surgery"),
+        )
+        for node in graph.nodes
+    ]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A stretch of the flat graph: ``path`` is the block whose call made it ("" for the model)."""
+
+    path: str
+    nodes: Sequence[fx.Node]
+    inputs: Sequence[fx.Node]
+    outputs: Sequence[fx.Node]
+    single: bool  # whether the output is the one value itself
+
+
+class Splitter:
+    """Splits one flat graph; ``programs`` fills with the program of every block path."""
+
+    def __init__(
+        self,
+        blocks: frozenset[str],
+        modules: Mapping[str, ModuleInfo],
+        tensors: Mapping[str, TensorInfo],
+        library: Library,
+    ) -> None:
+        self.blocks, self.modules, self.tensors = blocks, modules, tensors
+        self.library = library
+        self.programs: dict[str, list[Program]] = {}
+
+    def split(self, graph: fx.Graph) -> Program:
+        """The top program of ``graph``; its output is a flat tuple."""
+        nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
+        outputs = graph.output_node().args[0]
+        assert isinstance(outputs, tuple | list)
+        self.results = list(outputs)
+        region = Region("", nodes, graph.find_nodes(op="placeholder"), outputs, single=False)
+        return self.build(region)
+
+    def build(self, region: Region) -> Program:
+        """The program of a region; nested regions become calls."""
+        graph = fx.Graph()
+        value_of: dict[fx.Node, fx.Node] = {}
+        for node in region.inputs:
+            value_of[node] = graph.placeholder(node.name)
+            value_of[node].meta.update(node.meta)
+        copier = _Copier(graph, value_of, region.path)
+        for child, run in self.runs(region):
+            if child is None:
+                for node in run:
+                    copier.copy(node)
+            else:
+                inner = self.region(child, run, copier)
+                copier.call(inner, self.build(inner))
+        results = tuple(copier.value(node) for node in region.outputs)
+        graph.output(results[0] if region.single else results)
+        program = self.library.intern(graph, *self.describe_block(region.path, graph))
+        known = self.programs.setdefault(region.path, [])
+        if program not in known:
+            known.append(program)
+        return program
+
+    def runs(self, region: Region) -> list[tuple[str | None, list[fx.Node]]]:
+        """The region's nodes as runs in order, each of one nested block call or of no block."""
+        owners = [self.owner(node, region.path) for node in region.nodes]
+        runs = [
+            (owner, [node for _, node in items])
+            for owner, items in groupby(
+                zip(owners, region.nodes, strict=True), key=lambda item: item[0]
+            )
+        ]
+        seen = [owner for owner, _ in runs if owner is not None]
+        torn = {owner for owner in seen if seen.count(owner) > 1}
+        return [
+            (None if owner is None or owner in torn else owner[1], nodes) for owner, nodes in runs
+        ]
+
+    def owner(self, node: fx.Node, path: str) -> tuple[str, str] | None:
+        """The nested block call that made ``node``: its call key and path, or None."""
+        for key, inner in stack_paths(node):
+            if (
+                inner in self.blocks
+                and inner != path
+                and (not path or inner.startswith(f"{path}."))
+            ):
+                return key, inner
+        return None
+
+    def region(self, path: str, nodes: list[fx.Node], outside: _Copier) -> Region:
+        """The region of a nested call: what it takes from outside and what outside takes from it."""
+        inside = set(nodes)
+        inputs: dict[fx.Node, None] = {}
+        for node in nodes:
+            for source in node.all_input_nodes:
+                if source not in inside and not _is_own(source, path):
+                    inputs[source] = None
+        outputs = [n for n in nodes if any(user not in inside for user in n.users)]
+        return Region(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
+
+    def describe_block(
+        self, path: str, graph: fx.Graph
+    ) -> tuple[str, dict[str, ModuleInfo], dict[str, TensorInfo]]:
+        """The class, the submodules and the tensors of a block, by names relative to it."""
+        prefix = f"{path}." if path else ""
+        modules = {
+            name.removeprefix(prefix): info
+            for name, info in self.modules.items()
+            if name.startswith(prefix) and name != path
+        }
+        names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+        tensors = {
+            name: self.tensors[prefix + name] for name in names if prefix + name in self.tensors
+        }
+        return self.modules[path].type, modules, tensors
+
+
+def _is_own(node: fx.Node, path: str) -> bool:
+    return node.op == "get_attr" and str(node.target).startswith(f"{path}.")
+
+
+class _Copier:
+    """Copies nodes of the flat graph into a block's graph, with names relative to the block."""
+
+    def __init__(self, graph: fx.Graph, value_of: dict[fx.Node, fx.Node], path: str) -> None:
+        self.graph, self.value_of = graph, value_of
+        self.prefix = f"{path}." if path else ""
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The copy of ``node``; a tensor read is made here when it is first needed."""
+        if node not in self.value_of and node.op == "get_attr":
+            own = self.graph.create_node("get_attr", str(node.target).removeprefix(self.prefix))
+            own.meta.update(node.meta)
+            self.value_of[node] = own
+        return self.value_of[node]
+
+    def copy(self, node: fx.Node) -> None:
+        for source in node.all_input_nodes:
+            self.value(source)
+        self.value_of[node] = self.graph.node_copy(node, self.value)
+
+    def call(self, region: Region, program: Program) -> None:
+        """Insert the call of a nested block, and the picks of its outputs if it has several."""
+        inputs = tuple(self.value(node) for node in region.inputs)
+        target = region.path.removeprefix(self.prefix)
+        call = self.graph.create_node(
+            "call_module", target, inputs, {"program": program.label}, name=target.replace(".", "_")
+        )
+        values = tuple(node.meta.get("val") for node in region.outputs)
+        call.meta["val"] = values[0] if region.single else values
+        call.meta["nn_module_stack"] = _outer_stack(region)
+        if region.single:
+            self.value_of[region.outputs[0]] = call
+            return
+        for number, node in enumerate(region.outputs):
+            pick = self.graph.call_function(operator.getitem, (call, number))
+            pick.meta["val"] = node.meta.get("val")
+            self.value_of[node] = pick
+
+
+def _outer_stack(region: Region) -> dict[str, tuple[str, str]]:
+    stack: dict[str, tuple[str, str]] = region.nodes[0].meta.get("nn_module_stack") or {}
+    return {key: entry for key, entry in stack.items() if not _is_inside(entry[0], [region.path])}

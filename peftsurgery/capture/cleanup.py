@@ -1,0 +1,306 @@
+"""Clean-up passes over a flat exported graph: what the tracer left behind goes, what it fixed follows.
+
+In order: regions without gradient are inlined, assertions and casts that change nothing are
+dropped, in-place arithmetic becomes ordinary, train flags and devices become values of the graph,
+arithmetic on sizes moves to the front, and every user of a tied weight reads it by its own name.
+Each pass changes the graph in place and leaves what it computes unchanged.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import fx
+
+from . import ops
+from .export import TRAIN_FLAGS
+
+aten = torch.ops.aten
+
+_ASSERTIONS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+)
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+
+
+def clean_up(
+    module: fx.GraphModule, aliases: Mapping[str, Sequence[str]], counters: frozenset[str]
+) -> None:
+    """Run every pass over ``module.graph``.
+
+    ``aliases`` maps each name of a tensor to all names of it; ``counters`` are the names of buffers
+    that count batches.
+    """
+    inline_gradient_regions(module)
+    graph = module.graph
+    drop_assertions(graph)
+    drop_idle_casts(graph)
+    make_functional(graph)
+    follow_training(graph, counters)
+    follow_device(graph)
+    name_by_user(graph, aliases)
+    drop_unused(graph)
+    sizes_first(graph)
+
+
+def stack_paths(node: fx.Node) -> list[tuple[str, str]]:
+    """The modules whose forward made ``node``, outermost first: (call key, path in the model)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(key, path) for key, (path, _) in stack.items() if not key.startswith("_empty")]
+
+
+def inherit(node: fx.Node, source: fx.Node) -> None:
+    """Give an inserted node the origin of the node it serves, so that splitting keeps them together."""
+    for key in ("nn_module_stack", "stack_trace"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+
+
+def inline_gradient_regions(module: fx.GraphModule) -> None:
+    """Inline what ran under no_grad (rotary tables); its outputs are detached instead."""
+    graph = module.graph
+    region = torch.ops.higher_order.wrap_with_set_grad_enabled
+    for call in list(graph.find_nodes(op="call_function", target=region)):
+        enabled, body, *inputs = call.args
+        inner = module.get_submodule(str(body.target))
+        assert isinstance(inner, fx.GraphModule)
+        _inline(graph, call, inner.graph, inputs, detach=not enabled)
+        if not body.users:
+            graph.erase_node(body)
+
+
+def _inline(
+    graph: fx.Graph, call: fx.Node, inner: fx.Graph, inputs: list[fx.Node], detach: bool
+) -> None:
+    placeholders = inner.find_nodes(op="placeholder")
+    value_of: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
+    with graph.inserting_before(call):
+        for node in inner.nodes:
+            if node.op not in ("placeholder", "output"):
+                value_of[node] = graph.node_copy(node, value_of.__getitem__)
+        results = [value_of[result] for result in inner.output_node().args[0]]
+        if detach:
+            results = [_detached(graph, result, call) for result in results]
+    for pick in list(call.users):
+        pick.replace_all_uses_with(results[pick.args[1]])
+        graph.erase_node(pick)
+    graph.erase_node(call)
+
+
+def _detached(graph: fx.Graph, node: fx.Node, call: fx.Node) -> fx.Node:
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return node
+    detached = graph.call_function(aten.detach.default, (node,))
+    inherit(detached, call)
+    detached.meta["val"] = node.meta["val"]
+    return detached
+
+
+def drop_assertions(graph: fx.Graph) -> None:
+    """Remove the tracer's runtime checks; a capture checks its inputs' fixed sizes instead."""
+    for target in _ASSERTIONS:
+        for node in graph.find_nodes(op="call_function", target=target):
+            graph.erase_node(node)
+
+
+def drop_idle_casts(graph: fx.Graph) -> None:
+    """Remove casts to the dtype a tensor has, and full-range slices: they return their input."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if (node.target in _CASTS and _same_kind(node, source)) or _is_full_slice(node):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _same_kind(node: fx.Node, source: fx.Node) -> bool:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    copies = node.kwargs.get("copy", False) or node.kwargs.get("memory_format") is not None
+    return before.dtype == after.dtype and before.device == after.device and not copies
+
+
+def _is_full_slice(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    start = node.args[2] if len(node.args) > 2 else None
+    end = node.args[3] if len(node.args) > 3 else None
+    step = node.args[4] if len(node.args) > 4 else 1
+    return start in (None, 0) and step == 1 and (end is None or _is_unbounded(end))
+
+
+def _is_unbounded(end: object) -> bool:
+    return isinstance(end, int) and end == torch.iinfo(torch.int64).max
+
+
+def make_functional(graph: fx.Graph) -> None:
+    """Turn in-place arithmetic on a value that nothing else sees into its ordinary form."""
+    for node in list(graph.nodes):
+        ordinary = _ordinary_form(node)
+        if ordinary is None:
+            continue
+        target = node.args[0]
+        made_here = target.op == "call_function" and not _shares_memory(target)
+        if made_here and set(target.users) == {node}:
+            node.target = ordinary
+
+
+def _ordinary_form(node: fx.Node) -> Callable[..., object] | None:
+    """``aten.add.Tensor`` for ``aten.add_.Tensor``; None if there is no such pair."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    name = node.target._schema.name.removeprefix("aten::")
+    if not name.endswith("_") or name.endswith("__"):
+        return None
+    packet = getattr(aten, name.removesuffix("_"), None)
+    return getattr(packet, node.target._overloadname, None) if packet is not None else None
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    """Whether the value may be a view of another: its schema says so (reshape and contiguous too)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def follow_training(graph: fx.Graph, counters: frozenset[str]) -> None:
+    """Make every train flag and attention dropout read ``training`` of the module it belongs to."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.target is aten.add_.Tensor and getattr(node.args[0], "target", None) in counters:
+            with graph.inserting_before(node):
+                node.args = (node.args[0], _training_flag(graph, node))
+            node.target = ops.count
+            continue
+        for index, argument in enumerate(node.target._schema.arguments):
+            _follow_argument(graph, node, index, argument.name)
+
+
+def _follow_argument(graph: fx.Graph, node: fx.Node, index: int, name: str) -> None:
+    value = node.args[index] if index < len(node.args) else node.kwargs.get(name)
+    with graph.inserting_before(node):
+        if name in TRAIN_FLAGS and value is True:
+            follower = _training_flag(graph, node)
+        elif name in TRAIN_FLAGS and isinstance(value, float) and value > 0:
+            follower = graph.call_function(ops.rate, (value, _training_flag(graph, node)))
+            inherit(follower, node)
+        else:
+            return
+    if index < len(node.args):
+        node.update_arg(index, follower)
+    else:
+        node.update_kwarg(name, follower)
+
+
+def _training_flag(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    paths = stack_paths(node)
+    owner = paths[-1][1] if paths else ""
+    flag = graph.create_node("get_attr", f"{owner}.training" if owner else "training")
+    inherit(flag, node)
+    return flag
+
+
+def follow_device(graph: fx.Graph) -> None:
+    """Replace the device the export ran on by the device of the first tensor input."""
+    users = [node for node in graph.nodes if _devices(node)]
+    tensors = [
+        node
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+    if not users or not tensors:
+        return
+    last = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(last):
+        device = graph.call_function(ops.device_of, (tensors[0],))
+    for node in users:
+        node.args = tuple(device if isinstance(arg, torch.device) else arg for arg in node.args)
+        node.kwargs = {
+            key: device if isinstance(arg, torch.device) else arg
+            for key, arg in node.kwargs.items()
+        }
+
+
+def _devices(node: fx.Node) -> list[torch.device]:
+    values = (*node.args, *node.kwargs.values())
+    return [value for value in values if isinstance(value, torch.device)]
+
+
+def name_by_user(graph: fx.Graph, aliases: Mapping[str, Sequence[str]]) -> None:
+    """Let each user of a tied tensor read it by the name it has under the user's own module."""
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or len(aliases.get(str(node.target), ())) < 2:
+            continue
+        for user in list(node.users):
+            name = _own_name(user, str(node.target), aliases[str(node.target)])
+            if name != node.target:
+                with graph.inserting_before(node):
+                    own = graph.create_node("get_attr", name)
+                own.meta.update(node.meta)
+                user.replace_input_with(node, own)
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _own_name(user: fx.Node, name: str, names: Sequence[str]) -> str:
+    for _, path in reversed(stack_paths(user)):
+        under = [other for other in names if other.startswith(f"{path}.")]
+        if under:
+            return under[0]
+    return name
+
+
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove what nothing uses and has no effect.
+
+    fx's own elimination first looks up every get_attr in the exported module, where the names this
+    clean-up introduced do not exist.
+    """
+    for node in reversed(graph.nodes):
+        if not node.users and not _has_effect(node):
+            graph.erase_node(node)
+
+
+def sizes_first(graph: fx.Graph) -> None:
+    """Move arithmetic on input sizes to the front: blocks then take sizes, none computes another's."""
+    anchor = graph.find_nodes(op="placeholder")[-1] if graph.find_nodes(op="placeholder") else None
+    if anchor is None:
+        return
+    early = set(graph.find_nodes(op="placeholder"))
+    for node in list(graph.nodes):
+        if node in early or not _is_size(node) or not early.issuperset(node.all_input_nodes):
+            continue
+        anchor.append(node)
+        node.meta.pop("nn_module_stack", None)
+        early.add(node)
+        anchor = node
+
+
+def _is_size(node: fx.Node) -> bool:
+    if node.target is ops.device_of:
+        return True
+    arithmetic = node.target is aten.sym_size.int or (
+        getattr(node.target, "__module__", None) in ("_operator", "math", "torch")
+        and node.target is not operator.getitem
+    )
+    value = node.meta.get("val")
+    return node.op == "call_function" and arithmetic and isinstance(value, int | torch.SymInt)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node must stay although nothing uses its value."""
+    if node.op in ("placeholder", "output"):
+        return True
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.is_mutable
+    return target is ops.count

@@ -1,0 +1,187 @@
+"""torch.export, asked so that nothing is baked in that may change: a flat graph of ATen operators.
+
+The export runs in train mode, since an eval export loses attention's dropout for good; clean-up
+makes every dropout follow the module's own ``training``. Some models do more in training than their
+operators tell (paths or layers dropped at random, router jitter): they are exported once per mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from transformers import PreTrainedModel
+from transformers.exporters.exporter_dynamo import (
+    patch_model_config,
+    register_cache_pytrees_for_model,
+    reset_model_state,
+)
+from transformers.exporters.utils import apply_patches
+
+from ..errors import SurgeryError
+from .signature import Call
+
+# What torch.export raises for a model it cannot trace: its own errors derive from these.
+EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+
+# The names that ATen schemas give to an operator's train flag, and to the dropout of an attention core.
+TRAIN_FLAGS = frozenset({"train", "training", "dropout_p"})
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A flat exported graph, whose placeholders are the call's values in order.
+
+    ``mode`` is the value of ``training`` it is right for, or None if it follows train() and eval().
+    """
+
+    module: fx.GraphModule
+    output: pytree.TreeSpec
+    mode: bool | None
+
+
+def export(module: nn.Module, call: Call, training: bool) -> Exported:
+    """Export ``module`` for ``call``, for both modes if one graph can serve them, else for one.
+
+    Raises PSG201 with torch.export's reason if it cannot be exported in eval mode, and PSG211 if it
+    is only the train mode that cannot.
+    """
+    refusal: Exception | None = None
+    try:
+        exported = _export(module, call, train=True)
+        if not _has_stray_randomness(exported.module.graph):
+            return exported
+        if training:
+            return replace(exported, mode=True)
+    except EXPORT_ERRORS as error:
+        refusal = error
+    name = type(module).__name__
+    if training:
+        raise SurgeryError(
+            "PSG211", f"{name} cannot be captured in train mode: {first_line(refusal)}"
+        ) from refusal
+    try:
+        return replace(_export(module, call, train=False), mode=False)
+    except EXPORT_ERRORS as error:
+        raise SurgeryError("PSG201", f"{name} cannot be captured: {first_line(error)}") from error
+
+
+def first_line(error: BaseException | None) -> str:
+    """What an exception of torch or transformers says first, for use inside a message of ours."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+def _has_stray_randomness(graph: fx.Graph) -> bool:
+    """Whether the graph draws random numbers outside operators that have a train flag."""
+    return any(
+        isinstance(node.target, torch._ops.OpOverload)
+        and torch.Tag.nondeterministic_seeded in node.target.tags
+        and not TRAIN_FLAGS & {argument.name for argument in node.target._schema.arguments}
+        for node in graph.nodes
+    )
+
+
+def _export(module: nn.Module, call: Call, train: bool) -> Exported:
+    images_vary = not isinstance(module, PreTrainedModel)
+    with _prepared(module, call, train):
+        program: ExportedProgram = torch.export.export(
+            module,
+            args=(),
+            kwargs=dict(call.tensors),
+            strict=False,
+            dynamic_shapes=_dynamic(dict(call.tensors), images_vary),
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, fx.GraphModule)
+    return Exported(graph_module, program.call_spec.out_spec, None)
+
+
+def _dynamic(value: Any, images_vary: bool) -> Any:
+    """Every axis of every tensor may vary, as far as the model lets it.
+
+    Of a transformers model's images only the batch may: a config fixes their size, and windows cut
+    from symbolic sizes take torch.export minutes. Another size is another capture.
+    """
+    if isinstance(value, torch.Tensor):
+        is_image = value.ndim >= 4 and value.is_floating_point()
+        axes = 1 if is_image and not images_vary else value.ndim
+        return dict.fromkeys(range(axes), Dim.AUTO)
+    if isinstance(value, dict):
+        return {key: _dynamic(item, images_vary) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_dynamic(item, images_vary) for item in value)
+    node = pytree.SUPPORTED_NODES.get(type(value))
+    if node is None:
+        return None
+    children, _ = node.flatten_fn(value)
+    return [_dynamic(child, images_vary) for child in children]
+
+
+@contextlib.contextmanager
+def _prepared(module: nn.Module, call: Call, train: bool) -> Iterator[None]:
+    """Everything a faithful export needs, undone on leaving."""
+    flags = dict(call.flags)
+    with contextlib.ExitStack() as stack:
+        if isinstance(module, PreTrainedModel):
+            register_cache_pytrees_for_model(module)
+            stack.enter_context(apply_patches("dynamo"))
+            stack.enter_context(reset_model_state(module))
+            stack.enter_context(patch_model_config(module, {"use_cache": False}))
+        stack.enter_context(_modes(module, train))
+        stack.enter_context(_without_fast_path())
+        stack.enter_context(_explicit_forward(module, call, flags))
+        stack.enter_context(torch.enable_grad())
+        yield
+
+
+@contextlib.contextmanager
+def _modes(module: nn.Module, train: bool) -> Iterator[None]:
+    before = {part: part.training for part in module.modules()}
+    module.train(train)
+    try:
+        yield
+    finally:
+        for part, training in before.items():
+            part.training = training
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """nn.TransformerEncoder's fast path is one opaque operator that hides every linear."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _explicit_forward(module: nn.Module, call: Call, flags: dict[str, Any]) -> Iterator[None]:
+    """Give the module a forward that takes exactly the call's tensors; flags are fixed in it."""
+    original: Callable[..., Any] = module.forward
+
+    def forward(**tensors: Any) -> Any:
+        return original(**tensors, **flags)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(name, kind, default=None) for name in call.tensors]
+    setattr(forward, "__signature__", inspect.Signature(parameters))
+    had_own = "forward" in vars(module)
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had_own:
+            module.forward = original
+        else:
+            del module.forward

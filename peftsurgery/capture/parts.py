@@ -1,0 +1,129 @@
+"""The modules of a captured model: a tree with the original's names, in which only blocks compute.
+
+Every module of the original has its counterpart, so state-dict names, ``named_modules``,
+``model.layers[0]`` and ``print(model)`` are what they were. The code lives in the blocks (and in the
+model itself), which are called like any module: hooks, checkpointing, sharding and per-block
+compilation work on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import SurgeryError
+from .program import ModuleInfo, Program
+
+
+class Part(nn.Module):
+    """A module of the original that has no code of its own here; it holds tensors and parts."""
+
+    def __init__(self, info: ModuleInfo) -> None:
+        super().__init__()
+        self._info = info
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the code of this part is in the block around it."""
+        raise SurgeryError(
+            "PSG204",
+            f"this {self._info.type} cannot be called by itself",
+            "call the model, or the block around it",
+        )
+
+    def _get_name(self) -> str:
+        return self._info.type
+
+    def extra_repr(self) -> str:
+        """The settings the original shows."""
+        return self._info.settings
+
+
+class Block(Part):
+    """One element of a repeated list, with one program for each way in which captures call it."""
+
+    def __init__(self, info: ModuleInfo) -> None:
+        super().__init__(info)
+        self.programs: dict[str, Program] = {}
+        self.checkpointing = False
+
+    def forward(self, *args: Any, program: str | None = None) -> Any:
+        """Run the program of that label, or the only one there is.
+
+        Args are the values its graph takes (hidden states, masks, sizes), in the graph's order.
+        """
+        run = self.program(program).forward
+        if self.checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(run, self, *args, use_reentrant=False)
+        return run(self, *args)
+
+    def program(self, label: str | None = None) -> Program:
+        """The program of that label, or the first one."""
+        return self.programs[label] if label else next(iter(self.programs.values()))
+
+    def _get_name(self) -> str:
+        labels = ", ".join(self.programs)
+        return f"Block[{labels or self._info.type}]"
+
+
+def mirror(
+    source: nn.Module,
+    root: nn.Module,
+    blocks: frozenset[str],
+    infos: Mapping[str, ModuleInfo],
+    parameter: Callable[[nn.Parameter], nn.Parameter],
+) -> None:
+    """Build beneath ``root`` the tree of ``source``, sharing its tensors.
+
+    ``parameter`` makes the new tree's parameter of an original one; tied parameters stay tied.
+    A module that occurs under several names occurs once here too.
+    """
+    made: dict[int, nn.Module] = {id(source): root}
+    tensors: dict[int, nn.Parameter] = {}
+
+    def build(original: nn.Module, copy: nn.Module, path: str) -> None:
+        for name, value in original._parameters.items():
+            if value is not None and id(value) not in tensors:
+                tensors[id(value)] = parameter(value)
+            copy.register_parameter(name, None if value is None else tensors[id(value)])
+        for name, buffer in original._buffers.items():
+            persistent = name not in original._non_persistent_buffers_set
+            copy.register_buffer(name, buffer, persistent=persistent)
+        for name, child in original._modules.items():
+            if child is None:
+                continue
+            inner = f"{path}.{name}" if path else name
+            if hasattr(copy, name):
+                raise SurgeryError(
+                    "PSG209",
+                    f"the module '{inner}' has a name that a captured model needs for itself",
+                    "rename it in the model",
+                )
+            if id(child) not in made:
+                made[id(child)] = _counterpart(child, infos[inner], inner in blocks)
+                build(child, made[id(child)], inner)
+            copy.add_module(name, made[id(child)])
+        copy.training = original.training
+
+    build(source, root, "")
+
+
+def _counterpart(child: nn.Module, info: ModuleInfo, is_block: bool) -> nn.Module:
+    if is_block:
+        return Block(info)
+    return nn.ModuleList() if isinstance(child, nn.ModuleList) else Part(info)
+
+
+def module_infos(module: nn.Module) -> dict[str, ModuleInfo]:
+    """What every module of a model shows of itself, by path; "" is the model."""
+    return {
+        name: ModuleInfo(type(part).__name__, _settings(part))
+        for name, part in module.named_modules(remove_duplicate=False)
+    }
+
+
+def _settings(part: nn.Module) -> str:
+    return "" if isinstance(part, nn.ModuleList | nn.Sequential) else part.extra_repr()

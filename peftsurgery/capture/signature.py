@@ -1,0 +1,88 @@
+"""Signatures: which inputs a call gives, and what of them a capture may not change.
+
+A model is captured once per signature: the names and kinds of its tensor inputs, and the values of
+everything else (flags such as ``output_attentions``). Sizes are not part of a signature; a size that
+torch.export could not keep symbolic is a fixed size, and a call that differs in it is another capture.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from ..errors import SurgeryError
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, by name: ``tensors`` hold at least one tensor, ``flags`` none."""
+
+    tensors: Mapping[str, Any]
+    flags: Mapping[str, Any]
+
+    @property
+    def leaves(self) -> list[Any]:
+        """The values of the call in the order in which a captured graph takes them."""
+        return pytree.tree_leaves(dict(self.tensors))
+
+    @property
+    def signature(self) -> str:
+        """A text that is equal for calls that one capture can serve, fixed sizes aside."""
+        leaves, spec = pytree.tree_flatten(dict(self.tensors))
+        kinds = [(str(t.dtype), t.ndim) if isinstance(t, torch.Tensor) else repr(t) for t in leaves]
+        return repr((spec, kinds, sorted(self.flags.items(), key=lambda item: item[0])))
+
+
+def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Name the arguments of ``module(*args, **kwargs)``; arguments that are None are left out.
+
+    Raises PSG203 if the module's forward does not take them.
+    """
+    try:
+        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise SurgeryError("PSG203", f"{type(module).__name__}.forward: {error}") from None
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(value)
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            raise SurgeryError(
+                "PSG203",
+                f"{type(module).__name__}.forward takes *{name}",
+                "wrap the module in one whose forward names its inputs",
+            )
+        else:
+            named[name] = value
+    named = {name: value for name, value in named.items() if value is not None}
+    tensors = {name: value for name, value in named.items() if _has_tensor(value)}
+    flags = {name: value for name, value in named.items() if name not in tensors}
+    return Call(dict(sorted(tensors.items())), flags)
+
+
+def widen(call: Call) -> Call:
+    """The same call with a batch of two where every tensor has a batch of one.
+
+    torch.export takes a size of 1 for a constant, so an example needs at least two of everything
+    that may vary.
+    """
+    tensors = [leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
+    if any(tensor.ndim == 0 or tensor.shape[0] != 1 for tensor in tensors):
+        return call
+    return map_tensors(call, lambda tensor: torch.cat([tensor, tensor]))
+
+
+def map_tensors(call: Call, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
+    """The call with a function applied to every tensor in it."""
+    return Call(pytree.tree_map_only(torch.Tensor, function, dict(call.tensors)), call.flags)
+
+
+def _has_tensor(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))

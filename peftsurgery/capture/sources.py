@@ -1,0 +1,154 @@
+"""Where a captured model comes from, and where its weights are when they are needed.
+
+A live module brings its weights. A directory or hub id is read as a config only: the module is built
+on the meta device, and its weights are read (memory-mapped, by transformers) when a graph first runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..errors import SurgeryError, did_you_mean
+
+
+class Source:
+    """The module a capture was made of; ``weights()`` is the same module with its tensors."""
+
+    def __init__(self, module: nn.Module, origin: str | None = None) -> None:
+        self.module = module
+        self.origin = origin
+        self._loaded: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self  # copies of a captured model come from the same place
+
+    @property
+    def on_meta(self) -> bool:
+        """Whether the module has no weights yet."""
+        return any(tensor.is_meta for tensor in self.module.parameters())
+
+    def weights(self) -> nn.Module:
+        """The module with its weights, loaded once. PSG207 if it has none anywhere."""
+        if not self.on_meta:
+            return self.module
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def _load(self) -> nn.Module:
+        if self.origin is None or not isinstance(self.module, PreTrainedModel):
+            raise SurgeryError(
+                "PSG207",
+                f"this {type(self.module).__name__} is on the meta device and has no weights",
+                "capture a model that has them, or a directory that holds them",
+            )
+        config = self.module.config
+        try:
+            return type(self.module).from_pretrained(
+                self.origin, config=config, dtype=self.module.dtype
+            )
+        except OSError as error:
+            reason = str(error).splitlines()[0]
+            raise SurgeryError(
+                "PSG207", f"no weights could be read from {self.origin}: {reason}"
+            ) from error
+
+
+def open_source(spec: str, trust_remote_code: bool = False) -> Source:
+    """The source that MODEL names: a directory or hub id, or ``package.module:factory``.
+
+    Raises PSG205 (no such model), PSG206 (a config that names no known class), PSG208 (remote code).
+    """
+    if ":" in spec and not Path(spec).exists():
+        return Source(_call_factory(spec), spec)
+    if not Path(spec).exists() and spec.count("/") != 1:
+        raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
+    if Path(spec).exists() and not (Path(spec) / "config.json").is_file():
+        raise SurgeryError("PSG205", f"'{spec}' is not a model directory: it has no config.json")
+    config = _config(spec, trust_remote_code)
+    return Source(build_on_meta(config), spec)
+
+
+def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config, with shapes and names but without memory for its weights."""
+    with torch.device("meta"):
+        return model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+
+
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class a config names, or the base model of its type. PSG206 if there is none."""
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found  # type: ignore[no-any-return]
+    try:
+        return transformers.AutoModel._model_mapping[type(config)]  # type: ignore[no-any-return]
+    except KeyError:
+        raise SurgeryError(
+            "PSG206", f"transformers has no model class for '{config.model_type}'"
+        ) from None
+
+
+def _config(spec: str, trust_remote_code: bool) -> PreTrainedConfig:
+    file = Path(spec) / "config.json"
+    if file.is_file():
+        raw = _read_json(file)
+        known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
+        if "auto_map" in raw and not trust_remote_code:
+            raise SurgeryError(
+                "PSG208",
+                f"'{spec}' needs Python code that comes with it ({', '.join(raw['auto_map'])})",
+                "import that code yourself and capture the live model",
+            )
+        kind = raw.get("model_type")
+        if kind not in known:
+            hint = (
+                did_you_mean(str(kind), known.keys()) if kind else "config.json names no model_type"
+            )
+            raise SurgeryError("PSG206", f"'{spec}' has an unknown model_type: {kind!r}", hint)
+    try:
+        return AutoConfig.from_pretrained(spec)
+    except (OSError, ValueError) as error:
+        raise SurgeryError("PSG205", f"no model '{spec}': {str(error).splitlines()[0]}") from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise SurgeryError("PSG205", f"{file} cannot be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise SurgeryError("PSG205", f"{file} holds no JSON object")
+    return raw
+
+
+def _call_factory(spec: str) -> nn.Module:
+    module_name, _, name = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SurgeryError("PSG205", f"'{spec}': {error}") from None
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise SurgeryError("PSG205", f"'{spec}': no '{name}' to call", did_you_mean(name, known))
+    made = factory()
+    if not isinstance(made, nn.Module):
+        raise SurgeryError("PSG205", f"'{spec}' made a {type(made).__name__}, not an nn.Module")
+    return made
+
+
+def _nearby(spec: str) -> str | None:
+    parent = Path(spec).parent
+    if not parent.is_dir():
+        return None
+    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    return did_you_mean(Path(spec).name, names) if names else None
