@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 from torch import fx
 
 from ..capture import Program
+from .feedforward import feedforward_parts, open_parts
 from .flow import Flow
-from .feedforward import feedforward_parts
-from .feedforward import open_parts as branches_left_open
+from .links import find_links
 from .norms import find_norms
 from .roles import Part, attention_parts, with_role
 from .site import Site
-from .stream import find_joins, residual_sites
+from .stream import Join, find_joins, residual_sites
 from .tables import find_convs, find_embeddings, find_parameters
 
 
 @dataclass(frozen=True, eq=False)
 class Anatomy:
-    """The sites of a program."""
+    """The sites of a program.
 
+    ``joined`` are the sites if what the program returns joins a stream in its callers: a block that
+    is no more than a perceptron is a feed-forward there, and cannot know it. ``ends`` are the roles
+    of the linears that make the outputs, as ``joined`` has them.
+    """
+
+    flow: Flow
+    joins: Sequence[Join]
     sites: tuple[Site, ...]
+    joined: tuple[Site, ...]
+    ends: frozenset[str | None]
+
+    @cached_property
+    def links(self) -> Mapping[Site, tuple[Site, ...]]:
+        """What each site feeds within the program."""
+        made = find_links(self.flow, self.sites)
+        return made if self.joined is self.sites else made | find_links(self.flow, self.joined)
 
 
 _known: WeakKeyDictionary[Program, Anatomy] = WeakKeyDictionary()
@@ -42,18 +59,29 @@ def _analyse(program: Program) -> Anatomy:
     taken = [part.linear for part in parts]
     joins = find_joins(flow)
     parts += feedforward_parts(flow, joins, taken)
-    open_parts = branches_left_open(flow, taken)
+    more = open_parts(flow, [part.linear for part in parts])
     linears = linear_sites(flow, parts)
-    roles = {site.nodes["y"]: site for site in linears if site.slice is None}
     norms = find_norms(flow)
     tables = [*find_embeddings(flow), *find_convs(flow)]
-    residuals = residual_sites(flow, joins, norms, roles)
-    known = [*linears, *tables, *norms]
-    parameters = find_parameters(flow, program.tensors, known)
-    return Anatomy((*linears, *cores, *tables, *residuals, *norms, *parameters))
+    residuals = residual_sites(flow, joins, norms, by_output(linears))
+    parameters = find_parameters(flow, program.tensors, [*linears, *tables, *norms])
+    rest = (*cores, *tables, *residuals, *norms, *parameters)
+    sites = (*linears, *rest)
+    all_linears = linear_sites(flow, [*parts, *more]) if more else linears
+    joined = (*all_linears, *rest) if more else sites
+    roles = by_output(all_linears)
+    ends = frozenset(
+        roles[linear.nodes["y"]].role for node in flow.outputs for linear in flow.origin(node)
+    )
+    return Anatomy(flow, joins, sites, joined, ends)
 
 
-def linear_sites(flow: Flow, parts: list[Part]) -> list[Site]:
+def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:
+    """The linears by their y, wholes only."""
+    return {site.nodes["y"]: site for site in linears if site.slice is None}
+
+
+def linear_sites(flow: Flow, parts: Sequence[Part]) -> list[Site]:
     """The linears with their roles, each fused one followed by its slices."""
     by_linear: dict[str, list[Part]] = {}
     for part in parts:  # every use of a weight has the role of one of them

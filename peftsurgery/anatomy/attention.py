@@ -12,7 +12,7 @@ shared by several queries are repeated), ``mask`` if there is one, ``o`` what th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import fx
@@ -27,6 +27,7 @@ from .values import (
     argument,
     backward,
     is_swap,
+    never,
     op,
     operands,
     parameter_of,
@@ -124,7 +125,7 @@ def _mask(flow: Flow, softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
         inputs = operands(node)
         if not inputs:
             return None
-        on_way = [n for n in inputs if n is scores or scores in backward([n], _never)]
+        on_way = [n for n in inputs if n is scores or scores in backward([n], never)]
         others = [n for n in inputs if n not in on_way]
         if others and op(node) in ("add", "add_", "masked_fill", "masked_fill_", "where"):
             return others[-1]
@@ -132,10 +133,6 @@ def _mask(flow: Flow, softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
             return None
         node = on_way[0]
     return operands(scores)[0] if op(scores) == "baddbmm" else None
-
-
-def _never(node: fx.Node) -> bool:
-    return False
 
 
 def before_repeat(node: fx.Node) -> fx.Node:
@@ -156,19 +153,21 @@ def projection_out(flow: Flow, core: Core) -> Site | None:
     return next(iter(readers)) if len(readers) == 1 else None
 
 
-def depends_on_order(nodes: Iterator[fx.Node]) -> bool:
+def depends_on_order(nodes: Iterable[fx.Node]) -> bool:
     """Whether a comparison of two positions, or a triangle, is among what a mask is made of."""
-    for node in nodes:
-        name = op(node)
-        if name in ("tril", "triu", "tril_", "triu_"):
-            return True
-        if name in ("le", "lt", "ge", "gt"):
-            inputs = operands(node)
-            if len(inputs) == 2 and all(is_position(n) for n in inputs):
-                return True
-    return False
+    return any(compares_order(node) for node in nodes)
+
+
+def compares_order(node: fx.Node) -> bool:
+    """Whether a node tells earlier from later positions."""
+    name = op(node)
+    if name in ("tril", "triu", "tril_", "triu_"):
+        return True
+    inputs = operands(node)
+    compares = name in ("le", "lt", "ge", "gt") and len(inputs) == 2
+    return compares and all(is_position(n) for n in inputs)
 
 
 def is_position(node: fx.Node) -> bool:
     """Whether a value counts something: it comes from an arange."""
-    return any(op(found) == "arange" for found in backward([node], _never))
+    return any(op(found) == "arange" for found in backward([node], never))

@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from .site import Site
-from .values import argument, is_tensor, op, operands, parameter_of, shape
+from .values import argument, is_tensor, op, operands, parameter_of, shape, sizes
 
 VIEWS = frozenset(("view", "reshape", "_unsafe_view", "flatten"))
 
@@ -96,8 +96,8 @@ def _outer(x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
     if op(x) not in VIEWS or len(shape(x)) != 2 or len(y.users) != 1:
         return x, y
     wide, back = x.all_input_nodes[0], next(iter(y.users))
-    same = op(back) in VIEWS and shape(back)[:-1] == shape(wide)[:-1]
-    if same and shape(back)[-1:] == shape(y)[-1:] and shape(wide)[-1:] == shape(x)[-1:]:
+    same = op(back) in VIEWS and sizes(back)[:-1] == sizes(wide)[:-1]
+    if same and sizes(back)[-1:] == sizes(y)[-1:] and sizes(wide)[-1:] == sizes(x)[-1:]:
         return wide, back
     return x, y
 

@@ -12,7 +12,7 @@ from torch import fx
 
 from .flow import Flow
 from .site import Site
-from .values import argument, backward, op, operands, parameter_of, strip, value
+from .values import argument, backward, op, operands, parameter_of, sizes, strip, value
 
 CASTS = ("to", "_to_copy", "type_as")
 AFFINE = {
@@ -91,6 +91,6 @@ def _site(nodes: dict[str, fx.Node], name: str) -> Site:
     weight = nodes.get("W")
     target = None if weight is None else str(weight.target)
     module = "" if target is None else target.rpartition(".")[0]
-    width = value(nodes["x"]).shape[-1]
+    width = sizes(nodes["x"])[-1]
     facts = {"op": name, "width": width, "dtype": value(nodes["x"]).dtype}
     return Site("norm", module, None, target, nodes, facts)

@@ -18,7 +18,7 @@ from .attention import (
 from .flow import Flow
 from .rows import as_slice
 from .site import Site, Slice
-from .values import backward, shape
+from .values import backward, sizes
 
 PARTS = ("q", "k", "v")
 
@@ -96,32 +96,30 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
     facts |= _sizes(flow, core, feeders)
     facts["kind"] = _kind(feeders)
-    facts["causal"] = core.is_causal or depends_on_order(iter(mask_nodes(flow, core)))
+    inside = mask_nodes(flow, core)
+    facts["causal"] = core.is_causal or depends_on_order(inside)
+    inputs = list(flow.graph.find_nodes(op="placeholder"))
+    facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed
-    modules = [s.module for sites in feeders.values() for s in sites]
-    modules += [out.module] if out is not None else []
-    module = common(modules)
+    around = [s for sites in feeders.values() for s in sites] + ([out] if out else [])
+    module = common(around)
     return Site("attention", module, None, None, nodes, facts)
 
 
-def mask_nodes(flow: Flow, core: Core) -> list[fx.Node]:
+def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
     """What decides which keys a query sees: all that the mask, or the scores, are made of."""
-    if core.softmax is None:
-        return [] if core.mask is None else list(backward([core.mask], lambda n: False))
-    return list(backward([core.softmax], lambda n: n is core.scores or n in flow.products)) + (
-        list(backward([core.mask], lambda n: False)) if core.mask is not None else []
-    )
+    start = [node for node in (core.softmax, core.mask) if node is not None]
+    return set(backward(start, lambda node: node is core.scores or node in flow.products))
 
 
 def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
     """heads, kv_heads and head_dim."""
-    width = int(shape(core.q)[-1])
+    width = sizes(core.q)[-1]
     counts = {}
     for part in ("q", "k"):
         rows = sum(len(_rows(flow, linear, getattr(core, part))) for linear in feeders[part])
-        sizes = shape(before_repeat(getattr(core, part)))
-        heads = sizes[1] if len(sizes) == 4 else 1
-        counts[part] = rows // width if rows else int(heads)
+        found = sizes(before_repeat(getattr(core, part)))
+        counts[part] = rows // width if rows else found[1] if len(found) == 4 else 1
     return {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": width}
 
 
@@ -131,17 +129,16 @@ def _kind(feeders: Mapping[str, Sequence[Site]]) -> str:
     return "self" if queries & keys else "cross"
 
 
-def common(modules: Sequence[str]) -> str:
+def common(linears: Sequence[Site]) -> str:
     """The deepest module that all of these lie in; for one alone, the module around it."""
-    if not modules:
+    if not linears:
         return ""
-    paths = [m.split(".") for m in modules]
     shared = []
-    for names in zip(*paths, strict=False):
+    for names in zip(*(site.module.split(".") for site in linears), strict=False):
         if len(set(names)) > 1:
             break
         shared.append(names[0])
-    if len(set(modules)) == 1:
+    if len({site.parameter for site in linears}) == 1:
         shared = shared[:-1]
     return ".".join(shared)
 

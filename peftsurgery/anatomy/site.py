@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -117,6 +117,16 @@ class Site:
         return f"<{self.kind} {self.parameter or self.module}{part} {self.role or '-'}>"
 
 
+class Relations(Protocol):
+    """Answers which sites of a model feed which."""
+
+    def feeds(self, placed: Placed) -> tuple[Placed, ...]:
+        """The sites that take in what this one puts out."""
+
+    def fed_by(self, placed: Placed) -> tuple[Placed, ...]:
+        """The sites whose output this one takes in."""
+
+
 @dataclass(frozen=True, eq=False)
 class Placed:
     """A site in one block of a model, under its absolute names.
@@ -133,6 +143,7 @@ class Placed:
     type: str = ""
     attention: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    relations: Relations | None = field(default=None, repr=False)
 
     @property
     def kind(self) -> str:
@@ -165,6 +176,16 @@ class Placed:
     def facts(self) -> Mapping[str, Any]:
         """The site's facts, with those that depend on where the block is called."""
         return {**self.site.facts, **self.extra} if self.extra else self.site.facts
+
+    @property
+    def feeds(self) -> tuple[Placed, ...]:
+        """The linears, cores and residual additions of its block that take in what it puts out."""
+        return () if self.relations is None else self.relations.feeds(self)
+
+    @property
+    def fed_by(self) -> tuple[Placed, ...]:
+        """The sites of its block whose output it takes in."""
+        return () if self.relations is None else self.relations.fed_by(self)
 
 
 def join(prefix: str, name: str) -> str:

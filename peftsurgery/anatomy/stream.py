@@ -16,7 +16,7 @@ from torch import fx
 
 from .flow import Flow
 from .site import Site
-from .values import DROPOUT, LAYOUT, SCALING, backward, is_tensor, op, shape
+from .values import DROPOUT, LAYOUT, SCALING, backward, is_tensor, op, shape, sizes
 
 JOINS = ("add", "add_")
 
@@ -41,7 +41,9 @@ def _join(flow: Flow, node: fx.Node) -> Join | None:
     if op(node) not in JOINS:
         return None
     pair = [n for n in node.args[:2] if is_tensor(n) and isinstance(n, fx.Node)]
-    if len(pair) != 2 or not flow.is_signal(node) or any(len(shape(n)) < 2 for n in pair):
+    if len(pair) != 2 or not flow.is_signal(node) or len(shape(node)) < 2:
+        return None
+    if any(sizes(n) != sizes(node) for n in pair):
         return None
     for h, x in (pair, pair[::-1]):
         region = between(flow, x, h)
@@ -51,15 +53,18 @@ def _join(flow: Flow, node: fx.Node) -> Join | None:
 
 
 def between(flow: Flow, x: fx.Node, h: fx.Node) -> frozenset[fx.Node] | None:
-    """What lies between x and h, if h is computed from x through a weight, a core or a block."""
+    """What is computed from x on the way to h, if a weight, a core or a block is on it."""
     first = flow.order[x]
     if flow.order[h] <= first:
         return None
     found = set(backward([h], lambda n: flow.order[n] <= first))
     if x not in found:
         return None
-    inside = frozenset(n for n in found if flow.order[n] > first)
-    return inside if any(is_weighted(flow, n) for n in inside) else None
+    inside = {x}
+    for node in sorted(found, key=flow.order.__getitem__):
+        if any(source in inside for source in node.all_input_nodes):
+            inside.add(node)
+    return frozenset(inside - {x}) if any(is_weighted(flow, n) for n in inside - {x}) else None
 
 
 def is_weighted(flow: Flow, node: fx.Node) -> bool:
@@ -99,10 +104,10 @@ def residual_sites(
                 "after": after(last),
                 "norm": _norm(flow, join, normalised),
                 "parallel": len(join.leaves) > 1,
-                "width": shape(join.y)[-1],
+                "width": sizes(join.y)[-1],
             }
             nodes = {"h": leaf, "x": join.x, "y": join.y}
-            module = last[0].module if last else called(leaf)
+            module = last[0].module if last else owner(leaf)
             sites.append(Site("residual", module, None, None, nodes, facts))
     return sites
 
@@ -115,10 +120,14 @@ def after(last: Sequence[Site]) -> str:
     return "ffn" if roles == {"ffn.down"} else "other"
 
 
-def called(node: fx.Node) -> str:
-    """The nested block whose output a value is, or the empty path."""
-    source = call_of(node)
-    return "" if source is None else str(source.target)
+def owner(node: fx.Node) -> str:
+    """The module whose weight, or the block whose call, a value was last computed with."""
+    while node.op == "call_function" and node.all_input_nodes:
+        for source in node.all_input_nodes[1:]:
+            if source.op == "get_attr" and len(shape(source)) > 1:
+                return str(source.target).rpartition(".")[0]
+        node = node.all_input_nodes[0]
+    return str(node.target) if node.op == "call_module" else ""
 
 
 def call_of(node: fx.Node) -> fx.Node | None:

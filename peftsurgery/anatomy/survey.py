@@ -1,18 +1,30 @@
-"""survey: the sites of a whole model, each block's under its absolute names."""
+"""survey: the sites of a whole model, each block's under its absolute names.
+
+A program is analysed once. What depends on where its block is called is added here: whether a mask
+that is passed in orders the tokens, whether a block's output joins the stream of its caller, what
+kind of sublayer a called block is, and which linear is the model's head.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
 
 from ..capture import Capture, Program
-from .analysis import analyse
-from .site import Placed, Site, join
+from .analysis import Anatomy, analyse
+from .attention import compares_order
+from .calls import Calls, Frame
+from .heads import find_heads
+from .site import Placed, Relations, Site, join
+from .stream import call_of
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Every site of one capture of a model, the top graph's first, then block by block."""
+    """Every site of one capture of a model, block by block."""
 
     sites: tuple[Placed, ...]
 
@@ -25,25 +37,147 @@ class Survey:
 
 def survey(capture: Capture) -> Survey:
     """The sites of a capture. A program is analysed once, however many blocks run it."""
-    found: list[Placed] = []
-    for path, programs in capture.programs.items():
-        for program in programs:
-            found += placed(program, path)
+    surveyor = _Surveyor(Calls(capture.programs))
+    found = [placed for frame in surveyor.calls.frames for placed in surveyor.place(frame)]
+    surveyor.neighbours.know(found)
     return Survey(tuple(found))
 
 
-def placed(program: Program, path: str) -> list[Placed]:
-    """A program's sites in the block at ``path``."""
-    layer = layer_of(path)
-    return [
-        Placed(site, path, program, layer, type_of(program, site), attention_of(site, path))
-        for site in analyse(program).sites
-    ]
+class _Neighbours(Relations):
+    """Answers which placed sites feed which, within a block."""
+
+    def __init__(self) -> None:
+        self.placed: dict[tuple[str, Site], Placed] = {}
+        self.inverse: dict[Program, dict[Site, list[Site]]] = {}
+
+    def know(self, found: list[Placed]) -> None:
+        self.placed = {(placed.block, placed.site): placed for placed in found}
+
+    def feeds(self, placed: Placed) -> tuple[Placed, ...]:
+        reached = analyse(placed.program).links.get(placed.site, ())
+        return self._at(placed.block, reached)
+
+    def fed_by(self, placed: Placed) -> tuple[Placed, ...]:
+        if placed.program not in self.inverse:
+            inverse = self.inverse[placed.program] = {}
+            for source, targets in analyse(placed.program).links.items():
+                for target in targets:
+                    inverse.setdefault(target, []).append(source)
+        return self._at(placed.block, self.inverse[placed.program].get(placed.site, ()))
+
+    def _at(self, block: str, sites: Any) -> tuple[Placed, ...]:
+        found = (self.placed.get((block, site)) for site in sites)
+        return tuple(placed for placed in found if placed is not None)
 
 
-def layer_of(path: str) -> int | None:
-    """The index of the block in its list; that of the outermost list if lists are nested."""
-    return next((int(name) for name in path.split(".") if name.isdigit()), None)
+class _Surveyor:
+    """Places the sites of every frame of one capture."""
+
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        self.neighbours = _Neighbours()
+        self.lists = self._lists()
+        self.ordered: dict[tuple[Program, fx.Node], bool] = {}
+
+    def _lists(self) -> frozenset[str]:
+        """The paths of the model's lists of layers: ModuleLists, and whatever holds blocks."""
+        found = {frame.path.rpartition(".")[0] for frame in self.calls.frames if frame.path}
+        for frame in self.calls.frames:
+            if not frame.path:
+                infos = frame.program.modules
+                found |= {name for name, info in infos.items() if info.type == "ModuleList"}
+        return frozenset(found)
+
+    def place(self, frame: Frame) -> list[Placed]:
+        """The sites of a frame with what its callers add to them."""
+        path, program = frame.path, frame.program
+        anatomy = analyse(program)
+        sites = anatomy.joined if self.joins_stream(frame, anatomy) else anatomy.sites
+        heads = self.heads(anatomy) if not path else {}
+        return [
+            Placed(
+                site,
+                path,
+                program,
+                layer_of(join(path, site.module), self.lists),
+                type_of(program, site),
+                attention_of(site, path),
+                self.extra(frame, site, heads),
+                self.neighbours,
+            )
+            for site in sites
+        ]
+
+    def extra(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
+        """What is known of a site only where its block is called."""
+        if site.kind == "attention" and not site.facts["causal"] and self.is_ordered(frame, site):
+            return {"causal": True}
+        if site.kind == "residual" and site.facts["after"] == "other":
+            call = call_of(site.nodes["h"])
+            callee = None if call is None else self.calls.callee(frame, call)
+            if callee is not None:
+                return {"after": _after(analyse(callee.program))}
+        if site.kind == "linear" and site.nodes["y"] in heads:
+            return {"role": heads[site.nodes["y"]]}
+        return {}
+
+    def is_ordered(self, frame: Frame, site: Site) -> bool:
+        """Whether the mask that a core is passed tells earlier from later tokens."""
+        inputs = [n for n in site.facts["mask_inputs"]]
+        passed = [
+            (call.frame, call.node.args[number])
+            for call in self.calls.callers(frame)
+            for number in inputs
+        ]
+        return any(
+            self._compares(caller, value) for caller, value in passed if isinstance(value, fx.Node)
+        )
+
+    def _compares(self, frame: Frame, node: fx.Node) -> bool:
+        key = (frame.program, node)
+        if frame.path or key not in self.ordered:
+            found = self.calls.walk(frame, [node], set())
+            self.ordered[key] = any(compares_order(n) for _, n in found)
+        return self.ordered[key]
+
+    def joins_stream(self, frame: Frame, anatomy: Anatomy) -> bool:
+        """Whether some caller adds the frame's output to what its input was computed from."""
+        if anatomy.joined is anatomy.sites:
+            return False
+        return any(
+            call_of(leaf) is call.node
+            for call in self.calls.callers(frame)
+            for found in analyse(call.frame.program).joins
+            for leaf in found.leaves
+        )
+
+    def heads(self, anatomy: Anatomy) -> dict[fx.Node, str]:
+        """The heads of the model by their y."""
+        tables = [
+            site.facts["in"]
+            for program in {frame.program: None for frame in self.calls.frames}
+            for site in analyse(program).sites
+            if site.role == "embed.tokens"
+        ]
+        taken = {site.nodes["y"] for site in anatomy.sites if site.kind == "linear" and site.role}
+        others = [linear for linear in anatomy.flow.linears if linear.nodes["y"] in taken]
+        found = find_heads(anatomy.flow, tables, others)
+        return {linear.nodes["y"]: role for linear, role in found.items()}
+
+
+def _after(anatomy: Anatomy) -> str:
+    if anatomy.ends == {"attn.o"}:
+        return "attention"
+    return "ffn" if anatomy.ends == {"ffn.down"} else "other"
+
+
+def layer_of(path: str, lists: frozenset[str]) -> int | None:
+    """The index of the list element that a module lies in; of the outermost if lists are nested."""
+    names = path.split(".")
+    for place, name in enumerate(names):
+        if name.isdigit() and ".".join(names[:place]) in lists:
+            return int(name)
+    return None
 
 
 def type_of(program: Program, site: Site) -> str:

@@ -20,7 +20,7 @@ from torch import fx
 from ..capture import TensorInfo
 from .flow import Flow
 from .site import Site
-from .values import argument, backward, concrete, is_tensor, never, op, parameter_of, shape
+from .values import argument, backward, concrete, is_tensor, op, operands, parameter_of, shape
 
 KEEPS_IDS = frozenset(
     """view reshape _unsafe_view flatten unsqueeze squeeze expand contiguous clone to _to_copy slice
@@ -57,13 +57,27 @@ def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
         source = sources[site]
         entries = site.facts["in"]
         if source is None or source.op != "placeholder" or first is None:
-            counted = any(op(n) in ("arange", "cumsum") for n in backward([site.nodes["x"]], never))
-            return "embed.positions" if counted or entries >= _tokens(site) else "embed.types"
+            counts = is_counted(site.nodes["x"])
+            return "embed.positions" if counts or entries >= _tokens(site) else "embed.types"
         if source is given[0] or entries == first.facts["in"]:
             return "embed.tokens"
         return "embed.positions" if entries >= _tokens(site) else "embed.types"
 
     return [replace(site, role=role(site)) for site in sites]
+
+
+def is_counted(node: fx.Node) -> bool:
+    """Whether ids are made of an arange or a cumulative sum; what is picked by position is not."""
+    stack, seen = [node], set()
+    while stack:
+        found = stack.pop()
+        if op(found) in ("arange", "cumsum"):
+            return True
+        if found not in seen:
+            seen.add(found)
+            picks = op(found) in ("gather", "index", "index_select", "embedding")
+            stack += operands(found)[:1] if picks else operands(found)
+    return False
 
 
 def _tokens(site: Site) -> int:

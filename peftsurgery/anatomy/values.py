@@ -54,13 +54,24 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
 
 
+def sizes(node: fx.Node) -> tuple[int, ...]:
+    """The sizes of a tensor as numbers; comparing symbols would add guards to the capture."""
+    return tuple(concrete(size) for size in shape(node))
+
+
 def is_tensor(node: Any) -> bool:
     """Whether the argument is a node that stands for a tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node, in order; sizes and scalars are left out."""
+    """The tensor operands of a node, in order; sizes and scalars are left out.
+
+    An operator that takes only the shape or the dtype of a tensor has none.
+    """
+    name = op(node)
+    if name.endswith("_like") or name.startswith("new_"):
+        return []
     return [n for n in node.all_input_nodes if not is_size(n)]
 
 
