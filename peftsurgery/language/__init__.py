@@ -1,12 +1,16 @@
 """The language of rules: schema, expressions and their readings, selection."""
 
 from peftsurgery.language import standard  # registers the shipped operators
+from peftsurgery.language.checking import CheckReport, check_rules
+from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
 from peftsurgery.language.initial import INITIALISERS, initial
 from peftsurgery.language.kinds import KINDS, Kind
 from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.maths import maths
 from peftsurgery.language.operators import OPERATORS, Operator, operator
+from peftsurgery.language.pattern import Match, find_pattern
 from peftsurgery.language.readings import fold, initial_value, rewrite, shape_of, weights_read
 from peftsurgery.language.roles import role
 from peftsurgery.language.schema import Expect, Param, Pattern, Rule, RuleFile, json_schema
@@ -19,10 +23,12 @@ __all__ = [
     "KINDS",
     "OPERATORS",
     "Candidate",
+    "CheckReport",
     "Context",
     "Expect",
     "Expression",
     "Kind",
+    "Match",
     "Operator",
     "Param",
     "Pattern",
@@ -32,12 +38,16 @@ __all__ = [
     "Where",
     "check_calls",
     "check_names",
+    "check_rules",
+    "describe_rules",
     "evaluate",
+    "find_pattern",
     "fold",
     "initial",
     "initial_value",
     "json_schema",
     "load_rules",
+    "maths",
     "operator",
     "parse",
     "parse_override",

@@ -85,7 +85,7 @@ def _check(
 ) -> Check:
     title = f"rule {number} ({rule.kind.name}) at {specimen.title}"
     env = {**settings, **specimen.bindings}
-    for name, param in rule.params.items():
+    for param in rule.params.values():
         initial_value(param, rule, env, generator=generator)
     shapes = {name: shape_of(param, rule, env) for name, param in rule.params.items()}
     for name, shape in shapes.items():
@@ -153,7 +153,6 @@ def _difference(
     expected = rewritten.get(result)
     if expected is None:  # the rewrite changes what goes in
         expected = specimen.operation({**specimen.bindings, **rewritten})
-    # an input that the rewrite changes besides the result has no part in the folded operation
     actual = specimen.operation({**specimen.bindings, **folded})
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
     if not difference <= TOLERANCE:

@@ -14,6 +14,7 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.expression import Expression, check_calls, check_names
 from peftsurgery.language.initial import INITIALISERS
 from peftsurgery.language.operators import OPERATORS
+from peftsurgery.language.pattern import compile_pattern
 from peftsurgery.language.strict import place_of
 from peftsurgery.language.where import check_settings
 
@@ -38,6 +39,8 @@ def check_file(file: RuleFile) -> None:
 def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     """Check one rule, given the settings and numbers of its file."""
     kind, params = rule.kind, set(rule.params)
+    if rule.pattern is not None:
+        compile_pattern(rule.pattern)
     _check_words(rule.params, {*numbers, *kind.names}, "parameter")
     _check_words(rule.let, {*numbers, *kind.names, *params}, "let")
     everything = {*numbers, *kind.names, *params}

@@ -133,6 +133,11 @@ class Rule(Strict):
             return pattern_kind(tuple(self.match.pattern.names))
         return KINDS[self.match]
 
+    @property
+    def pattern(self) -> Expression | None:
+        """The expression to look for, if the match is a pattern."""
+        return self.match.pattern if isinstance(self.match, Pattern) else None
+
 
 class RuleFile(Strict):
     """A method: its settings and its rules."""

@@ -46,13 +46,15 @@ def _linears(generator: torch.Generator) -> Iterator[Specimen]:
             "x": _random(generator, *lead, width),
             "W": _random(generator, rows, width),
             "b": _random(generator, rows) if biased else 0.0,
-            **{"in": width, "out": rows},
+            "in": width,
+            "out": rows,
         }
         yield _specimen(f"in {width}, out {rows}, {_bias(biased)}", given, _linear)
 
 
 def _linear(env: Mapping[str, Any]) -> Tensor:
-    return torch.matmul(env["x"], env["W"].transpose(-2, -1)) + env["b"]
+    x, W, b = env["x"], env["W"], env["b"]
+    return torch.add(torch.matmul(x, W.transpose(-2, -1)), b)
 
 
 def _experts(generator: torch.Generator) -> Iterator[Specimen]:
@@ -60,7 +62,10 @@ def _experts(generator: torch.Generator) -> Iterator[Specimen]:
         given = {
             "x": _random(generator, count, 5, width),
             "W": _random(generator, count, rows, width),
-            **{"in": width, "out": rows, "experts": count, "b": 0.0},
+            "in": width,
+            "out": rows,
+            "experts": count,
+            "b": 0.0,
         }
         yield _specimen(f"in {width}, out {rows}, {count} experts", given, _linear)
 
@@ -70,7 +75,8 @@ def _embeddings(generator: torch.Generator) -> Iterator[Specimen]:
         given = {
             "x": torch.randint(count, (2, 7), generator=generator),
             "W": _random(generator, count, width),
-            **{"in": count, "out": width},
+            "in": count,
+            "out": width,
         }
         yield _specimen(f"in {count}, out {width}", given, lambda env: env["W"][env["x"]])
 
@@ -86,8 +92,13 @@ def _convs(generator: torch.Generator) -> Iterator[Specimen]:
             "x": _random(generator, 2, width, 9, 8),
             "W": _random(generator, rows, width // groups, *kernel),
             "b": _random(generator, rows) if biased else 0.0,
-            **{"in": width, "out": rows, "kernel": kernel, "stride": stride},
-            **{"padding": padding, "dilation": dilation, "groups": groups},
+            "in": width,
+            "out": rows,
+            "kernel": kernel,
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
         }
         yield _specimen(f"kernel {kernel}, {groups} groups, {_bias(biased)}", given, _conv)
 
@@ -110,8 +121,9 @@ def _norms(generator: torch.Generator) -> Iterator[Specimen]:
 
 
 def _norm(env: Mapping[str, Any]) -> Tensor:
-    x = env["x"]
-    return (x - x.mean(-1, True)) / x.std(-1, keepdim=True) * env["W"] + env["b"]
+    x: Tensor = env["x"]
+    level = (x - x.mean(-1, True)) / x.std(-1, keepdim=True)
+    return torch.add(level * env["W"], env["b"])
 
 
 def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
@@ -119,9 +131,14 @@ def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
         queries = _random(generator, 2, heads, 5, width)
         keys = _random(generator, 2, kv_heads, 5, width)
         given = {
-            **{"q": queries, "k": keys, "v": _random(generator, 2, kv_heads, 5, width)},
-            **{"mask": None, "o": torch.zeros_like(queries)},
-            **{"heads": heads, "kv_heads": kv_heads, "head_dim": width},
+            "q": queries,
+            "k": keys,
+            "v": _random(generator, 2, kv_heads, 5, width),
+            "mask": None,
+            "o": torch.zeros_like(queries),
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_dim": width,
         }
         yield Specimen(f"{heads} heads, {kv_heads} kv heads", given, None)
 

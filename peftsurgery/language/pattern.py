@@ -1,0 +1,226 @@
+"""Patterns: an expression with free names, looked for in a graph of ATen operations.
+
+``mul(silu(linear(x, gate)), linear(x, up))`` finds every gated feed-forward, whatever computes it.
+Each operator stands for the ATen operations of its entry in the table. Commutative operators match
+in either order; a name that is repeated must be the same value each time; an argument that the
+pattern leaves out (a bias) may be anything; casts that a model has in between are looked through.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.expression import Expression, check_calls, spelling
+from peftsurgery.language.operators import OPERATORS, Operator
+
+MAX_STEPS = 200_000
+
+# what keeps every number (to rounding), so that a pattern need not know of it
+_CASTS = frozenset(("_to_copy", "to", "alias", "contiguous", "clone", "detach"))
+
+# a product with a weight, as other operations spell it: the places of (x, W, b) in their arguments
+_LINEARS: Mapping[str, tuple[int, ...]] = {"addmm": (1, 2, 0), "mm": (0, 1), "matmul": (0, 1)}
+_TURNS = frozenset(("t", "transpose", "permute", "numpy_T"))
+
+_SIGNS: Mapping[type[ast.AST], str] = {
+    ast.Add: "add",
+    ast.Sub: "sub",
+    ast.Mult: "mul",
+    ast.Div: "div",
+    ast.MatMult: "matmul",
+    ast.Pow: "pow",
+    ast.USub: "neg",
+}
+
+Bindings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Name:
+    """Any value, bound to this name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number, as a constant of the graph."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator applied to patterns, by position."""
+
+    operator: Operator
+    arguments: tuple[Name | Number | Call, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """One occurrence: the node that computes the pattern, and what each free name is there."""
+
+    root: fx.Node
+    bindings: Mapping[str, Any]
+
+
+def compile_pattern(expression: Expression) -> Call:
+    """The pattern that an expression is. Raises PSG114, PSG115, or PSG144 if it cannot be one."""
+    check_calls(expression, OPERATORS)
+    pattern = _compile(expression, expression.tree)
+    if not isinstance(pattern, Call):
+        raise _refuse(expression, "it must be an operator at its root")
+    if "y" in expression.names:
+        raise _refuse(expression, "'y' is the value of the whole pattern; use another name")
+    return pattern
+
+
+def find_pattern(expression: Expression, graph: fx.Graph) -> list[Match]:
+    """Every occurrence of the pattern, in the graph's order; ``y`` is bound to its root.
+
+    Nodes that surgery inserted (``meta["surgery"]``) are nobody's match.
+    """
+    pattern = compile_pattern(expression)
+    matches = []
+    for node in graph.nodes:
+        if _name(node) not in _CASTS and "surgery" not in node.meta:
+            found = next(_Search(expression).match(pattern, node, {}), None)
+            if found is not None:
+                matches.append(Match(node, {**found, "y": node}))
+    return matches
+
+
+class _Search:
+    """One search from one root, bounded in steps."""
+
+    def __init__(self, expression: Expression) -> None:
+        self.expression, self.steps = expression, 0
+
+    def match(
+        self, pattern: Name | Number | Call, value: Any, bound: Bindings
+    ) -> Iterator[Bindings]:
+        """Every way to bind the names of ``pattern`` so that it is ``value``."""
+        self.steps += 1
+        if self.steps > MAX_STEPS:
+            raise _refuse(self.expression, "it takes too many steps to search for")
+        if isinstance(pattern, Name):
+            yield from _bind(pattern.name, value, bound)
+        elif isinstance(pattern, Number):
+            same = isinstance(value, int | float) and float(value) == pattern.value
+            yield from (bound,) * same
+        else:
+            for arguments in _spellings(pattern, value):
+                yield from self.match_all(pattern.arguments, arguments, bound)
+
+    def match_all(
+        self, patterns: tuple[Any, ...], values: tuple[Any, ...], bound: Bindings
+    ) -> Iterator[Bindings]:
+        if not patterns:
+            yield bound
+            return
+        for further in self.match(patterns[0], values[0], bound):
+            yield from self.match_all(patterns[1:], values[1:], further)
+
+
+def _spellings(pattern: Call, value: Any) -> Iterator[tuple[Any, ...]]:
+    """The argument lists by which ``value`` is a call of the pattern's operator."""
+    wanted = len(pattern.arguments)
+    for node in _through_casts(value):
+        arguments = _arguments(pattern.operator, node)
+        if arguments is None or len(arguments) < wanted:
+            continue
+        yield arguments[:wanted]
+        if pattern.operator.commutative and wanted == 2:
+            yield arguments[1], arguments[0]
+        return
+
+
+def _arguments(operator: Operator, node: fx.Node) -> tuple[Any, ...] | None:
+    """A node's arguments in the operator's order, if the operator can stand for it."""
+    name = _name(node)
+    if any(value not in (None, 1, False, "none") for value in node.kwargs.values()):
+        return None  # a variant, such as gelu by tanh or an addition scaled by alpha
+    if name in operator.aten:
+        return tuple(node.args)
+    if "linear" in operator.aten and name in _LINEARS:
+        arguments = tuple(node.args[place] for place in _LINEARS[name])
+        return arguments if _is_weight(arguments[1]) else None
+    return None
+
+
+def _is_weight(value: Any) -> bool:
+    while isinstance(value, fx.Node) and _name(value) in _TURNS | _CASTS:
+        value = value.args[0]
+    return isinstance(value, fx.Node) and value.op == "get_attr"
+
+
+def _bind(name: str, value: Any, bound: Bindings) -> Iterator[Bindings]:
+    if name not in bound:
+        yield {**bound, name: value}
+    elif _core(bound[name]) is _core(value) or (
+        not isinstance(value, fx.Node) and bound[name] == value
+    ):
+        yield bound
+
+
+def _core(value: Any) -> Any:
+    return list(_through_casts(value))[-1] if isinstance(value, fx.Node) else value
+
+
+def _through_casts(value: Any) -> Iterator[fx.Node]:
+    """A node, and what it is a cast of."""
+    while isinstance(value, fx.Node):
+        yield value
+        if _name(value) not in _CASTS or not value.args:
+            return
+        value = value.args[0]
+
+
+def _name(node: fx.Node) -> str:
+    """The name of the operation, without its overload: ``linear`` for aten.linear.default."""
+    if node.op != "call_function":
+        return ""
+    return str(getattr(getattr(node.target, "overloadpacket", node.target), "__name__", ""))
+
+
+def _compile(expression: Expression, node: ast.expr) -> Name | Number | Call:
+    if isinstance(node, ast.Name):
+        return Name(spelling(node))
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return Number(float(node.value))
+    if isinstance(node, ast.BinOp | ast.UnaryOp) and type(node.op) in _SIGNS:
+        parts = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.operand]
+        operator, arguments = OPERATORS[_SIGNS[type(node.op)]], parts
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        operator = OPERATORS[spelling(node.func)]
+        arguments = _positional(expression, operator, node)
+    else:
+        raise _refuse(expression, f"{type(node).__name__.lower()} cannot be looked for")
+    if not operator.aten:
+        raise _refuse(expression, f"'{operator.name}' stands for no single operation of a graph")
+    return Call(operator, tuple(_compile(expression, part) for part in arguments))
+
+
+def _positional(expression: Expression, operator: Operator, node: ast.Call) -> list[ast.expr]:
+    """A call's arguments by position; keywords must follow on without a gap."""
+    keywords = {str(word.arg): word.value for word in node.keywords}
+    try:
+        given = operator.signature.bind(*node.args, **keywords)
+    except TypeError as error:
+        where = expression.where(node.col_offset)
+        raise SurgeryError("PSG115", str(error), f"use {operator.usage}", where) from None
+    if len(given.args) != len(node.args) + len(keywords):
+        raise _refuse(expression, f"give the arguments of '{operator.name}' by position")
+    return list(given.args)
+
+
+def _refuse(expression: Expression, message: str) -> SurgeryError:
+    text = f"the pattern '{expression.text}': {message}"
+    return SurgeryError("PSG144", text, where=expression.where())
