@@ -6,7 +6,7 @@ from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
 from peftsurgery.language.initial import INITIALISERS, initial
-from peftsurgery.language.kinds import KINDS, Kind
+from peftsurgery.language.kinds import KINDS, Kind, sizes_of
 from peftsurgery.language.loading import load_rules, parse_rules, shipped
 from peftsurgery.language.maths import maths
 from peftsurgery.language.operators import OPERATORS, Operator, operator
@@ -58,6 +58,7 @@ __all__ = [
     "select",
     "shape_of",
     "shipped",
+    "sizes_of",
     "standard",
     "weights_read",
     "why",

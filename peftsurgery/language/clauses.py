@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -22,6 +22,15 @@ class Clause:
     text: str
     holds: Callable[[Located], bool]
     reason: Callable[[Located], str]
+
+
+_SHAPES: Mapping[str, tuple[str, ...]] = {
+    "linear": ("out", "in"),
+    "experts": ("experts", "out", "in"),
+    "embedding": ("in", "out"),
+    "conv": ("out", "in", "groups", "kernel"),
+    "norm": ("width",),
+}
 
 
 def compile_where(where: Where, roles: Roles) -> tuple[Clause, ...]:
@@ -127,12 +136,14 @@ def _shape(wanted: tuple[int | None, ...]) -> Clause:
 
 def weight_shape(site: Located) -> list[int] | None:
     """The shape of a site's weight as rules see it, (out, in) for a linear; None if it has none."""
-    facts = site.facts
+    facts, sizes = site.facts, _SHAPES.get(site.kind, ())
     if "shape" in facts:
         return [int(size) for size in facts["shape"]]
-    if "out" in facts and "in" in facts:
-        return [int(facts["out"]), int(facts["in"])]
-    return None
+    if not sizes or any(size not in facts for size in sizes):
+        return None
+    if site.kind == "conv":
+        return [facts["out"], facts["in"] // facts["groups"], *facts["kernel"]]
+    return [int(facts[size]) for size in sizes]
 
 
 def _fact(name: str, value: Any) -> Clause:

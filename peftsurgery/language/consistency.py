@@ -41,6 +41,7 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     kind, params = rule.kind, set(rule.params)
     if rule.pattern is not None:
         compile_pattern(rule.pattern)
+    _check_targets(rule)
     _check_words(rule.params, {*numbers, *kind.names}, "parameter")
     _check_words(rule.let, {*numbers, *kind.names, *params}, "let")
     everything = {*numbers, *kind.names, *params}
@@ -57,7 +58,6 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         _check(expression, everything)
     for expression in rule.fold.values():
         _check(expression, within(rule.let, {*weights, *params}))
-    _check_targets(rule)
 
 
 def within(let: Mapping[str, Expression], names: Iterable[str]) -> set[str]:

@@ -231,5 +231,9 @@ class _Parser:
 
     def refuse(self, code: str, message: str, offset: int) -> SurgeryError:
         place = str(self.place.at(offset)) if self.place is not None else None
-        limit = f"limits: {MAX_CHARACTERS} characters, {MAX_NODES} nodes, {MAX_DEPTH} levels"
-        return SurgeryError(code, message, limit if code == "PSG112" else None, place)
+        hint = None
+        if code == "PSG112":
+            hint = f"limits: {MAX_CHARACTERS} characters, {MAX_NODES} nodes, {MAX_DEPTH} levels"
+        elif code == "PSG110" and self.text.count("(") > self.text.count(")"):
+            hint = "inside { } or [ ] of YAML, quote an expression that holds a comma"
+        return SurgeryError(code, message, hint, place)

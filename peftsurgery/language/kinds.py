@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ KINDS: Mapping[str, Kind] = {
         ),
         Kind(
             "residual",
-            "a sublayer's output h where it is added to the stream x",
-            ("h", "x"),
+            "a sublayer's output h where it is added to the stream x, giving y",
+            ("h", "x", "y"),
             (),
             ("hidden",),
             "h",
@@ -84,6 +85,16 @@ KINDS: Mapping[str, Kind] = {
         Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),
     )
 }
+
+
+# `width` is what rules like to call a setting of their own
+_FACTS = {"hidden": "width"}
+
+
+def sizes_of(kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a match binds, from its site's facts. No other fact is a name in a rule."""
+    named = {size: _FACTS.get(size, size) for size in kind.sizes}
+    return {size: facts[fact] for size, fact in named.items() if fact in facts}
 
 
 def pattern_kind(names: tuple[str, ...]) -> Kind:

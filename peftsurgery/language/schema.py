@@ -26,6 +26,7 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.consistency import check_file
 from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
+from peftsurgery.language.place import Text
 from peftsurgery.language.strict import Strict, Word, place_of
 from peftsurgery.language.where import Where
 
@@ -123,7 +124,8 @@ class Rule(Strict):
         for key, target in (("rewrite", result), ("fold", "W")):
             value = data.get(key)
             if key in data and not isinstance(value, Mapping):
-                data[key] = {target: value}
+                named = Text(target, value.place) if isinstance(value, Text) else target
+                data[key] = {named: value}
         return data
 
     @property

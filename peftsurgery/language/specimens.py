@@ -145,7 +145,7 @@ def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
 
 def _residuals(generator: torch.Generator) -> Iterator[Specimen]:
     for width in (8, 6):
-        given = {name: _random(generator, 2, 3, width) for name in ("h", "x")}
+        given = {name: _random(generator, 2, 3, width) for name in ("h", "x", "y")}
         yield Specimen(f"hidden {width}", {**given, "hidden": width}, None)
 
 
