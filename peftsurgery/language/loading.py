@@ -29,17 +29,18 @@ def load_rules(name: str | Path) -> RuleFile:
     """A shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 if there is none."""
     known = shipped()
     path = known.get(str(name), Path(name))
-    if not path.is_file():
-        if path.exists():
-            raise SurgeryError("PSG107", f"'{name}' is not a regular file")
-        raise SurgeryError(
-            "PSG107", f"there is no rule file '{name}'", did_you_mean(str(name), known)
-        )
     try:
-        with path.open("rb") as file:
-            return parse_rules(file.read(MAX_BYTES + 1), str(name if name in known else path))
+        if path.is_file():
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            return parse_rules(content, str(name if str(name) in known else path))
+        exists = path.exists()
     except OSError as error:
         raise SurgeryError("PSG107", f"cannot read '{name}': {error.strerror}") from None
+    if exists:
+        raise SurgeryError("PSG107", f"'{name}' is not a regular file")
+    hint = did_you_mean(str(name), known)
+    raise SurgeryError("PSG107", f"there is no rule file '{name}'", hint)
 
 
 def shipped() -> dict[str, Path]:

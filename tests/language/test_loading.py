@@ -110,7 +110,7 @@ def test_a_name_that_is_not_shipped_is_refused_with_the_nearest():
 def test_a_directory_or_a_fifo_is_not_a_rule_file(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     start = time.perf_counter()
-    for path in (tmp_path, tmp_path / "fifo", tmp_path / "absent.yaml"):
+    for path in (tmp_path, tmp_path / "fifo", tmp_path / "absent.yaml", "x" * 5000, "a\0b"):
         with pytest.raises(SurgeryError) as caught:
             load_rules(path)
         assert caught.value.code == "PSG107"

@@ -78,7 +78,7 @@ def side_by_side(name, dropout=0.0):
 
 
 def share(model, rule, env):
-    """Random values for peft's parameters; ours are copies, found by the rule's checkpoint names."""
+    """Random values for peft's parameters, and ours as copies, by the rule's checkpoint names."""
     theirs = dict(model.named_parameters())
     for param, suffix in rule.checkpoint["peft"].items():
         stem, _, leaf = suffix.partition(".")
