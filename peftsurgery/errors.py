@@ -260,6 +260,68 @@ CODES: dict[str, CodeInfo] = {
         "Every entry of `paths` must be the path of a site of the rule's kind.",
         NO_MATCH,
     ),
+    "PSG304": CodeInfo(
+        "a name is taken",
+        "Every adapter's parameters are named beneath the module they were added to. Two adapters"
+        " of one rule at one place need different names; a name is a word without dots.",
+    ),
+    "PSG305": CodeInfo(
+        "a rewrite is no value of the graph",
+        "The expression gives a number, not a tensor that could take the place of the old value.",
+    ),
+    "PSG306": CodeInfo(
+        "a rewrite does not fit",
+        "The new value has another shape than the one it replaces, so what follows could not use "
+        "it.",
+    ),
+    "PSG307": CodeInfo(
+        "new inputs reach places the rules were not applied to",
+        "The model was captured with inputs that left these places out. Capture it with inputs "
+        "that reach them, then apply.",
+    ),
+    "PSG308": CodeInfo(
+        "a parameter has the wrong shape",
+        "The file was made for another model, or with other settings (rank).",
+    ),
+    "PSG309": CodeInfo(
+        "rules are applied to captured models",
+        "Capture the model first.",
+        USAGE,
+    ),
+    "PSG310": CodeInfo(
+        "there is no such adapter",
+        "The name is none of the adapters that were applied.",
+    ),
+    "PSG311": CodeInfo(
+        "the adapter does not fit the base",
+        "Its tensors and the places that its rules match in this model are not the same. It was "
+        "made for another base, or the base has changed.",
+    ),
+    "PSG401": CodeInfo(
+        "the method cannot be folded",
+        "Only what amounts to a change of weights can become part of them. The rule says so by "
+        "its `fold:`.",
+    ),
+    "PSG402": CodeInfo(
+        "a weight would overflow",
+        "The folded weight is finite in fp32 and too large for the dtype the model is stored in. "
+        "Fold a model that was loaded in a wider dtype.",
+    ),
+    "PSG403": CodeInfo(
+        "a value is not finite",
+        "An adapter or a folded weight holds NaN or infinity: training diverged, or the file is "
+        "damaged.",
+    ),
+    "PSG404": CodeInfo(
+        "a tie cannot be broken",
+        "Two names of the model are one weight and only one of them was adapted. The architecture"
+        " ties them again at every load, so the fold would be lost or would leak to the other "
+        "side.",
+    ),
+    "PSG405": CodeInfo(
+        "there is no bias to fold into",
+        "The fold changes a bias that the model does not have.",
+    ),
     "PSG601": CodeInfo(
         "The output exists already",
         "Nothing is overwritten unless `--force` is given, and then only a file or a model's directory.",
@@ -271,6 +333,19 @@ CODES: dict[str, CodeInfo] = {
     "PSG603": CodeInfo(
         "A file cannot be read or written",
         "The system refused: the message names the file and gives the reason.",
+    ),
+    "PSG604": CodeInfo(
+        "the place is taken",
+        "A surgery is written into a new or empty directory, or over an older surgery.",
+    ),
+    "PSG605": CodeInfo(
+        "the surgery's manifest is damaged",
+        "surgery.json is missing, is no JSON object of a known format, or names files outside the"
+        " directory.",
+    ),
+    "PSG606": CodeInfo(
+        "the surgery's tensors are damaged",
+        "adapter.safetensors is missing or truncated, or holds values that are not finite.",
     ),
     "PSG901": CodeInfo(
         "The command line is not understood",

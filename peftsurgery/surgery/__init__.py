@@ -1,0 +1,21 @@
+"""Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
+
+from .applying import apply, check_covered, eject, load, open_model, operate
+from .folding import fold
+from .operated import OperatedModel
+from .operation import Cut, Operation
+from .report import Report
+
+__all__ = [
+    "Cut",
+    "OperatedModel",
+    "Operation",
+    "Report",
+    "apply",
+    "check_covered",
+    "eject",
+    "fold",
+    "load",
+    "open_model",
+    "operate",
+]

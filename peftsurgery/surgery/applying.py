@@ -1,0 +1,143 @@
+"""apply, eject, load: from captured model to operated model and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..capture import GraphModel, capture
+from ..errors import SurgeryError, did_you_mean
+from ..language import Rule, RuleFile, load_rules, resolve_settings
+from .operated import OperatedModel
+from .operation import Operation
+from .saving import is_surgery, read_manifest, read_operations, read_tensors
+
+Rules = RuleFile | Rule | str | Path
+
+
+def apply(
+    model: GraphModel, rules: Rules | Sequence[Rules], name: str | None = None, **settings: Any
+) -> OperatedModel:
+    """A new model with the rules applied; ``model`` stays as it was, base weights are shared.
+
+    ``rules`` are rule files, shipped names, paths or single rules, applied in order. ``settings``
+    override those of the rule files; ``name`` is what the adapter is called (the rule file's name
+    unless given). Raises PSG301 or PSG302 if a rule matches nothing or not what it expects, PSG120
+    for a setting no rule has, PSG304 if the name is taken.
+    """
+    if not isinstance(model, GraphModel):
+        raise SurgeryError(
+            "PSG309",
+            f"rules are applied to a captured model, not to a {type(model).__name__}",
+            "capture it first: apply(capture(model), rules)",
+        )
+    many = rules if isinstance(rules, list | tuple) else [rules]
+    files = [_rule_file(each) for each in many]
+    _check_settings(files, settings)
+    operations = [
+        Operation(file, resolve_settings(file, _for(file, settings)), _adapter(name or file.name))
+        for file in files
+    ]
+    return operate(model, operations)
+
+
+def operate(
+    model: GraphModel,
+    operations: Iterable[Operation],
+    known: dict[str, torch.Tensor] | None = None,
+) -> OperatedModel:
+    """``model`` with further operations; ``known`` gives values for their parameters."""
+    before = model.operations if isinstance(model, OperatedModel) else ()
+    learnt = dict(model.learnt()) if isinstance(model, OperatedModel) else {}
+    operated = OperatedModel(model._captures, [*before, *operations], {**learnt, **(known or {})})
+    for name, parameter in model.named_parameters():
+        if name in learnt:
+            operated.get_parameter(name).requires_grad_(parameter.requires_grad)
+    return operated.train(model.training)
+
+
+def eject(model: GraphModel, name: str | None = None) -> GraphModel:
+    """The model without its operations: the captured graphs themselves, with the base's weights.
+
+    With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name.
+    """
+    operations = model.operations if isinstance(model, OperatedModel) else ()
+    names = {operation.name for operation in operations}
+    if name is not None and name not in names:
+        hint = did_you_mean(name, names) if names else "it has no adapters"
+        raise SurgeryError("PSG310", f"there is no adapter '{name}'", hint)
+    rest = [op for op in operations if name is not None and op.name != name]
+    if rest and isinstance(model, OperatedModel):
+        return OperatedModel(model._captures, rest, model.learnt()).train(model.training)
+    ejected = GraphModel(model._captures)
+    ejected.serve(model._captures.first)
+    return ejected.train(model.training)
+
+
+def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> OperatedModel:
+    """A saved surgery, on ``base`` or on the model it was made for.
+
+    ``base`` is a captured model, a transformers model, or what the command line takes for MODEL.
+    Raises PSG605 or PSG606 if the files are damaged, PSG311 if they do not fit the base.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    tensors = read_tensors(folder)
+    operations = read_operations(folder, manifest)
+    if base is None:
+        base = manifest.get("base")
+    if base is None:
+        raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
+    graph = base if isinstance(base, GraphModel) else capture(base)
+    operated = operate(graph, operations, tensors)
+    check_covered(str(path), operated.learnt().keys(), tensors.keys())
+    return operated
+
+
+def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> None:
+    """Refuse tensors that are missing or left over: they were made for another model. PSG311."""
+    missing, left = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    if missing or left:
+        parts = [f"{len(missing)} are missing ('{missing[0]}')"] if missing else []
+        parts += [f"{len(left)} have no place ('{left[0]}')"] if left else []
+        raise SurgeryError(
+            "PSG311",
+            f"'{source}' does not fit this model: of its tensors, {' and '.join(parts)}",
+            "it was made for another base",
+        )
+
+
+def open_model(spec: str) -> GraphModel:
+    """What MODEL names on the command line: a saved surgery, or a model to capture."""
+    return load(spec) if is_surgery(Path(spec)) else capture(spec)
+
+
+def _rule_file(rules: Any) -> RuleFile:
+    if isinstance(rules, RuleFile):
+        return rules
+    if isinstance(rules, Rule):
+        return RuleFile(name="custom", rules=(rules,))
+    return load_rules(rules)
+
+
+def _check_settings(files: Sequence[RuleFile], settings: dict[str, Any]) -> None:
+    known = {name for file in files for name in file.with_}
+    for name in settings:
+        if name not in known:
+            hint = did_you_mean(name, known) if known else "the rules have no settings"
+            raise SurgeryError("PSG120", f"no rule has a setting '{name}'", hint)
+
+
+def _for(file: RuleFile, settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name in file.with_}
+
+
+def _adapter(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
+        raise SurgeryError("PSG304", f"'{name}' cannot be the name of an adapter")
+    return name

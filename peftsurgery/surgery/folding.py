@@ -1,0 +1,160 @@
+"""fold: the operations of a model made part of its weights.
+
+The new weight is computed in fp32 (fp64 for a model in fp64) from the stored one, cut by cut, and
+rounded once. A tied weight of which one side was adapted is untied, or the fold is refused: it is
+never silently shared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..anatomy.site import join
+from ..capture import GraphModel
+from ..capture.tensors import tensor_names
+from ..errors import SurgeryError
+from ..language import fold as folded_weights
+from .operated import OperatedModel
+from .operation import Cut
+from .rewriting import disorient, orient
+
+
+def fold(model: GraphModel) -> nn.Module:
+    """A plain module of the class that was captured, with every operation in its weights.
+
+    Weights that no operation changed share memory with the model's. Raises PSG401 for a rule that
+    cannot be folded, PSG402 if a weight would overflow its dtype, PSG403 for values that are not
+    finite, PSG404 for a tie that the architecture insists on, PSG405 for a bias that is not there.
+    """
+    source = model.source.weights()
+    changed = new_weights(model, source) if isinstance(model, OperatedModel) else {}
+    return _rebuild(source, changed).train(model.training)
+
+
+@torch.no_grad()
+def new_weights(model: OperatedModel, source: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights that the operations change, by name, rounded to the dtype they had."""
+    original = dict(source.named_parameters(remove_duplicate=False))
+    working: dict[str, torch.Tensor] = {
+        name: model.get_parameter(name).detach() for name in model.trained
+    }
+    done: set[Any] = set()
+    for cut in model.cuts:
+        _check_foldable(cut)
+        key = (cut.operation, id(cut.rule), cut.placed.parameter, cut.site.slice)
+        if key in done or not cut.rule.rewrite:
+            continue  # a layer that is called twice has one weight
+        done.add(key)
+        _fold_cut(model, cut, original, working)
+    return {name: _round(name, value, original[name]) for name, value in working.items()}
+
+
+def _fold_cut(
+    model: OperatedModel,
+    cut: Cut,
+    original: Mapping[str, torch.Tensor],
+    working: dict[str, torch.Tensor],
+) -> None:
+    names = {
+        name: join(cut.placed.block, str(cut.site.nodes[name].target))
+        for name in cut.rule.kind.weights
+        if name in cut.site.nodes
+    }
+    stored = {
+        name: _wide(working.get(full, original[full].detach())) for name, full in names.items()
+    }
+    dtype = next(iter(stored.values())).dtype
+    bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
+    bound.update({name: orient(value, cut.site, name) for name, value in stored.items()})
+    for name, full in cut.parameters.items():
+        bound[name] = _finite(full, model.get_parameter(full).detach()).to(dtype)
+    for name, value in folded_weights(cut.rule, bound).items():
+        if name not in names:
+            raise SurgeryError(
+                "PSG405",
+                f"{cut.operation.name} folds into a bias, and {cut.placed.module} has none",
+                "add a bias to the model, or keep the adapter",
+            )
+        working[names[name]] = disorient(stored[name], cut.site, name, value)
+
+
+def _check_foldable(cut: Cut) -> None:
+    if cut.rule.rewrite and not cut.rule.fold:
+        raise SurgeryError(
+            "PSG401",
+            f"'{cut.operation.name}' cannot be folded: its rule at {cut.placed.module} has no `fold:`",
+            "what it computes is not a change of weights; ship the saved surgery with the base",
+        )
+
+
+def _wide(value: torch.Tensor) -> torch.Tensor:
+    """In the dtype that weights are added in: at least fp32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _finite(name: str, value: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(value).all():
+        raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
+    return value
+
+
+def _round(name: str, value: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    _finite(name, value)
+    rounded = value.to(original.dtype)
+    if not torch.isfinite(rounded).all():
+        raise SurgeryError("PSG402", f"'{name}' overflows {original.dtype} once it is folded")
+    return rounded.contiguous()
+
+
+def _rebuild(source: nn.Module, changed: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of a module with some parameters replaced; all other tensors share memory."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in source.parameters()
+    }
+    memo.update({id(buffer): buffer for buffer in source.buffers()})
+    plain = copy.deepcopy(source, memo)
+    for name, value in changed.items():
+        owner, _, leaf = name.rpartition(".")
+        part = plain.get_submodule(owner)
+        old = part._parameters[leaf]
+        trainable = old is None or old.requires_grad
+        part._parameters[leaf] = nn.Parameter(value, requires_grad=trainable)
+    _untie(source, plain, changed)
+    return plain
+
+
+def _untie(source: nn.Module, plain: nn.Module, changed: Mapping[str, torch.Tensor]) -> None:
+    """Make a tie that one-sided changes broke stay broken when the module is saved and reloaded."""
+    names = tensor_names(source)
+    broken = [name for name in changed if _is_broken(changed, names[name])]
+    if not broken or not isinstance(plain, PreTrainedModel):
+        return
+    _set_untied(plain.config)
+    expected = {n: plain.get_parameter(n) for name in broken for n in names[name]}
+    plain.tie_weights()
+    for name, parameter in expected.items():
+        if plain.get_parameter(name) is not parameter:
+            raise SurgeryError(
+                "PSG404",
+                f"'{name}' is tied to a weight that was adapted differently, and "
+                f"{type(plain).__name__} ties them again whenever it is loaded",
+                "adapt both sides alike or neither",
+            )
+
+
+def _is_broken(changed: Mapping[str, torch.Tensor], aliases: Iterable[str]) -> bool:
+    values = [changed.get(alias) for alias in aliases]
+    return any(
+        value is None or values[0] is None or not torch.equal(value, values[0]) for value in values
+    )
+
+
+def _set_untied(config: Any) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        part.tie_word_embeddings = False

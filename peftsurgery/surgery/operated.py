@@ -1,0 +1,253 @@
+"""Operated models: a captured model and an ordered list of operations on it.
+
+The programs of an operated model are the captured ones rewritten; they are made again for every new
+capture, so whatever inputs the original takes, the operated model takes. Removing operations gives
+back the captured programs themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..anatomy.site import join
+from ..capture import Capture, GraphModel, ModuleInfo, Program
+from ..capture import Captures
+from ..capture.parts import Part
+from ..errors import SurgeryError
+from ..language import Param, Selection, initial_value, shape_of, weights_read
+from .operation import Cut, Operation, check_free, select_cuts
+from .report import Report
+from .rewriting import check_shapes, orient, rewritten_graph
+from .saving import save_surgery
+
+
+class OperatedModel(GraphModel):
+    """A model with operations: base weights shared and frozen, what the rules made trainable."""
+
+    def __init__(
+        self,
+        captures: Captures,
+        operations: Sequence[Operation],
+        known: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """``known`` are values for parameters by name, instead of their initial ones."""
+        self._operations = tuple(operations)
+        self._known = dict(known or {})
+        self._selections: tuple[Selection, ...] = ()
+        self._cuts: tuple[Cut, ...] = ()
+        self._trained: set[str] = set()
+        super().__init__(captures, _frozen)
+        self.serve(captures.first)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """What was done, in order."""
+        return self._operations
+
+    @property
+    def cuts(self) -> tuple[Cut, ...]:
+        """Every cut in the capture the rules were applied to."""
+        return self._cuts
+
+    @property
+    def report(self) -> Report:
+        """What every rule matched, what it added, and what it nearly matched and why not."""
+        return Report(self)
+
+    def transform(self, capture: Capture) -> Capture:
+        """Replay the operations on a capture. PSG307 if it has sites the first one had not."""
+        cuts, selections = [], []
+        for operation in self._operations:
+            found, chosen = select_cuts(capture, operation)
+            cuts += found
+            selections += chosen
+        if not self._served:
+            self.settle(cuts, selections)
+        missing = [n for cut in cuts for n in cut.parameters.values() if n not in self._names]
+        if missing:
+            raise SurgeryError(
+                "PSG307",
+                f"these inputs reach {len(missing)} places that the rules were not applied to, "
+                f"'{missing[0]}' first",
+                "capture the model with these inputs before applying the rules",
+            )
+        return _Operator(capture, cuts).capture()
+
+    def settle(self, cuts: Sequence[Cut], selections: Sequence[Selection]) -> None:
+        """Check the selections, add the parameters and free what the rules train."""
+        for selection in selections:
+            selection.check()
+        check_free(cuts, (name for name, _ in self.named_parameters()))
+        for cut in _one_for_each_place(cuts):
+            check_shapes(cut)
+        self._cuts, self._selections = tuple(cuts), tuple(selections)
+        for cut in cuts:
+            self.add_parameters(cut)
+            if cut.rule.train and cut.placed.parameter is not None:
+                self.own(cut.placed.parameter)
+
+    def add_parameters(self, cut: Cut) -> None:
+        """Register the parameters of a cut, with their initial values."""
+        holder = self.holder(join(cut.placed.block, cut.place))
+        for name, param in cut.rule.params.items():
+            if name in holder._parameters:
+                continue
+            start = self.start(cut, name, param)
+            holder.register_parameter(name, nn.Parameter(start))
+
+    def start(self, cut: Cut, name: str, param: Param) -> torch.Tensor:
+        """The value a parameter starts with: the one that is known for it, or its initial one."""
+        full = cut.parameters[name]
+        near = self.device_of(cut)
+        if full not in self._known:
+            values = {read: self.weight(cut, read) for read in weights_read(param, cut.rule)}
+            return initial_value(param, cut.rule, {**cut.numbers, **values}, device=near)
+        shape = shape_of(param, cut.rule, cut.numbers)
+        known = self._known[full]
+        if tuple(known.shape) != shape:
+            raise SurgeryError(
+                "PSG308", f"'{full}' has shape {list(known.shape)}, where {list(shape)} is needed"
+            )
+        return known.detach().to(device=near, dtype=getattr(torch, param.dtype))
+
+    def holder(self, path: str) -> nn.Module:
+        """The module at a path, made of new parts where there is none."""
+        module: nn.Module = self
+        for name in path.split("."):
+            if name not in module._modules:
+                part = Part(ModuleInfo("Adapter"))
+                part.training = self.training
+                module.add_module(name, part)
+            module = module.get_submodule(name)
+        return module
+
+    def weight(self, cut: Cut, name: str) -> Any:
+        """A weight of a cut's site as the rule sees it, for an initial value; 0.0 if there is none."""
+        node = cut.site.nodes.get(name)
+        if node is None:
+            return 0.0
+        self.bind()
+        stored = self.get_parameter(join(cut.placed.block, str(node.target)))
+        return orient(stored.detach(), cut.site, name)
+
+    def device_of(self, cut: Cut) -> torch.device:
+        """Where a cut's parameters belong: with the weight of its site, if that is anywhere yet."""
+        name = cut.placed.parameter
+        stored = None if name is None else self.get_parameter(name)
+        if stored is None:
+            stored = next(iter(self.parameters()), None)
+        return torch.device("cpu") if stored is None or stored.is_meta else stored.device
+
+    def own(self, name: str) -> None:
+        """Give the model its own, trainable copy of a parameter of the base."""
+        owner, _, leaf = name.rpartition(".")
+        self._trained.add(name)
+        value = self._known.get(name, self.get_parameter(name)).detach().clone()
+        self.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+
+    def bind(self) -> None:
+        """Read the base's weights if that is still to do; those that the rules train are copied."""
+        if not self._bound:
+            super().bind()
+            for name in self._trained:
+                self.own(name)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The base's parameters that the rules train; this model has its own copies of them."""
+        return frozenset(self._trained)
+
+    def learnt(self) -> dict[str, torch.Tensor]:
+        """What the operations added or trained, by name: all that a saved surgery holds."""
+        names = [*dict.fromkeys(name for cut in self._cuts for name in cut.parameters.values())]
+        return {name: self.get_parameter(name) for name in [*names, *sorted(self._trained)]}
+
+    def save(self, path: str | Path) -> None:
+        """Write the rules, a manifest and what was learnt to the directory ``path``.
+
+        No base weights and no pickle. A surgery that is there is replaced, file by file; PSG604 if
+        something else is.
+        """
+        save_surgery(self, Path(path))
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(name for cut in self._cuts for name in cut.parameters.values())
+
+
+class _Operator:
+    """Rewrites the programs of one capture; blocks that are cut alike share the result."""
+
+    def __init__(self, source: Capture, cuts: Iterable[Cut]) -> None:
+        self.source = source
+        self.cuts: dict[tuple[str, Program], list[Cut]] = {}
+        for cut in cuts:
+            self.cuts.setdefault((cut.placed.block, cut.placed.program), []).append(cut)
+        self.made: dict[Any, Program] = {}
+        self.labels: dict[str, int] = {}
+        self.renamed: dict[tuple[str, str], str] = {}
+
+    def capture(self) -> Capture:
+        """The rewritten capture. Inner blocks come first, since their callers name them."""
+        programs: dict[str, tuple[Program, ...]] = {}
+        for path in sorted(self.source.programs, key=lambda path: (-path.count("."), path == "")):
+            programs[path] = tuple(self.program(path, p) for p in self.source.programs[path])
+        ordered = {path: programs[path] for path in self.source.programs}
+        return replace(self.source, programs=ordered)
+
+    def program(self, path: str, program: Program) -> Program:
+        """The rewritten program of a block; the same object if nothing in it changes."""
+        cuts = self.cuts.get((path, program), [])
+        calls = self.calls(path, program)
+        key = (
+            program,
+            tuple((cut.operation, id(cut.rule), cut.site) for cut in cuts),
+            tuple(sorted((node.name, label) for node, label in calls.items())),
+        )
+        if key not in self.made:
+            self.made[key] = self.rewrite(program, cuts, calls) if cuts or calls else program
+        self.renamed[path, program.label] = self.made[key].label
+        return self.made[key]
+
+    def calls(self, path: str, program: Program) -> dict[fx.Node, str]:
+        """The calls of inner blocks whose programs have other labels now."""
+        renamed = {}
+        for node in program.graph.find_nodes(op="call_module"):
+            label = str(node.kwargs["program"])
+            new = self.renamed[join(path, str(node.target)), label]
+            if new != label:
+                renamed[node] = new
+        return renamed
+
+    def rewrite(
+        self, program: Program, cuts: Sequence[Cut], calls: Mapping[fx.Node, str]
+    ) -> Program:
+        graph = rewritten_graph(program, cuts)
+        by_name = {node.name: label for node, label in calls.items()}
+        for node in graph.find_nodes(op="call_module"):
+            if node.name in by_name:
+                node.kwargs = {**node.kwargs, "program": by_name[node.name]}
+        adapters = "+".join(dict.fromkeys(cut.operation.name for cut in cuts))
+        label = f"{program.label}+{adapters}" if adapters else program.label
+        number = self.labels.get(label, 0)
+        self.labels[label] = number + 1
+        if number:
+            label = f"{label}.{number}"
+        return program.rewritten(label, graph)
+
+
+def _one_for_each_place(cuts: Iterable[Cut]) -> list[Cut]:
+    """One cut for each site of a program: blocks of one shape class need checking once."""
+    return list({(cut.operation, id(cut.rule), cut.site): cut for cut in cuts}.values())
+
+
+def _frozen(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter of one's own over the same memory, not trained."""
+    return nn.Parameter(parameter.detach(), requires_grad=False)

@@ -1,0 +1,92 @@
+"""Reports: what every rule matched, what it added, and what it nearly matched and why not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ..language import Selection
+from ..language.selection import name_of
+from .operation import Cut
+
+if TYPE_CHECKING:
+    from .operated import OperatedModel
+
+
+class Report:
+    """What was done to an operated model, as text and as data."""
+
+    def __init__(self, model: OperatedModel) -> None:
+        self._cuts, self._selections = model.cuts, model._selections
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.total = sum(p.numel() for p in model.parameters())
+        self.notes = tuple(note for capture in model.captures[:1] for note in capture.notes)
+        self.added = {
+            name: list(model.get_parameter(name).shape)
+            for cut in self._cuts
+            for name in cut.parameters.values()
+        }
+
+    @property
+    def matches(self) -> list[dict[str, Any]]:
+        """One entry for each site that was cut, in the model's order for each rule."""
+        return [_match(cut) for cut in self._cuts]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return {
+            "matches": self.matches,
+            "added": self.added,
+            "trainable": self.trainable,
+            "total": self.total,
+            "near_misses": [miss for chosen in self._selections for miss in _misses(chosen)],
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [line for chosen in self._selections for line in _lines(chosen)]
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _match(cut: Cut) -> dict[str, Any]:
+    placed = cut.placed
+    part = placed.slice
+    return {
+        "rule": cut.operation.file.name,
+        "adapter": cut.operation.name,
+        "role": placed.role,
+        "module": placed.module,
+        "parameter": placed.parameter,
+        "slice": None
+        if part is None
+        else {
+            "part": placed.site.label,
+            "start": part.start,
+            "length": part.length,
+            "period": part.period,
+            "groups": part.groups,
+        },
+        "block": placed.block,
+        "added": list(cut.parameters.values()),
+    }
+
+
+def _misses(selection: Selection) -> list[dict[str, Any]]:
+    return [
+        {"rule": selection.name, "site": name_of(miss.site), "reasons": miss.reasons}
+        for miss in selection.near_misses()
+    ]
+
+
+def _lines(selection: Selection) -> list[str]:
+    """A rule's matches counted by role, and its nearest misses."""
+    roles: dict[str, int] = {}
+    for site in selection.kept:
+        name = site.role or selection.rule.kind.name
+        roles[name] = roles.get(name, 0) + 1
+    counted = ", ".join(f"{count} {role}" for role, count in roles.items())
+    lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]
+    lines += [f"  not {miss}" for miss in selection.near_misses(2)]
+    return lines

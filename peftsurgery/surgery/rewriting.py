@@ -1,0 +1,265 @@
+"""Rewriting one program: a copy of its graph with every cut's expression sewn in.
+
+A rule's text is read over fx proxies, so evaluating it inserts nodes. They are inserted right after
+the value they replace, keep that node's origin, and carry ``meta["surgery"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from ..anatomy import Site
+from ..anatomy.site import join
+from ..capture import Program
+from ..capture.cleanup import inherit
+from ..errors import SurgeryError
+from ..language import Context, fold, rewrite, shape_of
+from .operation import Cut
+
+
+class Rewriter:
+    """Sews cuts into a copy of a program's graph, in order; ``graph`` is the result."""
+
+    def __init__(self, program: Program) -> None:
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        result = self.graph.graph_copy(program.graph, self.copies)
+        for node, copy in self.copies.items():
+            copy.meta = dict(node.meta)
+        self.graph.output(result)
+        self.tracer = GraphAppendingTracer(self.graph)
+        self.latest: dict[fx.Node, fx.Node] = {}
+        # The folded weight so far, by the weight's node and the site's result: a later cut at the
+        # same place sees what earlier ones made of it.
+        self.weights: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+
+    def sew(self, cut: Cut) -> None:
+        """Insert one cut: what it does to the site's inputs first, then to its result."""
+        result = cut.rule.kind.result
+        for name in sorted(cut.rule.rewrite, key=lambda name: name == result):
+            self.sew_value(cut, name)
+
+    def sew_value(self, cut: Cut, name: str) -> None:
+        """Insert the expression for one of the cut's new values, and let it be used."""
+        old = self.node(cut.site.nodes[name])
+        is_result = name == cut.rule.kind.result
+        users = [] if is_result else _between(old, self.result(cut))
+        rule = cut.rule.model_copy(update={"rewrite": {name: cut.rule.rewrite[name]}})
+        before = set(self.graph.nodes)
+        # fx inserts "after" in reverse order, so new nodes go before what comes next
+        with self.graph.inserting_before(old.next if is_result else users[0]):
+            bindings = self.bindings(cut)
+            # first, since a later cut is inserted right after the new value
+            folded = self.folded(cut, bindings) if is_result else {}
+            flag = self.graph.create_node("get_attr", f"{cut.place}.training")
+            context = Context(training=fx.Proxy(flag, self.tracer))
+            new = self.finish(cut, name, rewrite(rule, bindings, context)[name])
+        inserted = {node for node in self.graph.nodes if node not in before}
+        for node in inserted:
+            inherit(node, old)
+            node.meta["surgery"] = cut.operation.name
+        if is_result:
+            old.replace_all_uses_with(new, lambda user: user not in inserted)
+            self.latest[self.copies[cut.site.nodes[name]]] = new
+        for user in users:
+            user.replace_input_with(old, new)
+        self.weights.update(folded)
+
+    def result(self, cut: Cut) -> fx.Node:
+        """The node of the graph that computes the site's result."""
+        return self.copies[cut.site.nodes[str(cut.rule.kind.result)]]
+
+    def node(self, original: fx.Node) -> fx.Node:
+        """What stands for a node of the program now."""
+        copy = self.copies[original]
+        return self.latest.get(copy, copy)
+
+    def bindings(self, cut: Cut) -> dict[str, Any]:
+        """The rule's names as proxies: values, weights, parameters; sizes and settings as they are."""
+        site, kind = cut.site, cut.rule.kind
+        dtype = compute_dtype(cut)
+        bound: dict[str, Any] = dict(cut.numbers)
+        for name in kind.values:
+            if name in site.nodes:
+                value = fx.Proxy(self.node(site.nodes[name]), self.tracer)
+                if site.slice is not None and name == kind.result:
+                    value = site.slice.take(value, -1)
+                bound[name] = _cast(value, _dtype(site.nodes[name]), dtype)
+        for name in kind.weights:
+            bound[name] = self.weight(cut, name, dtype)
+        for name, param in cut.rule.params.items():
+            node = self.graph.create_node("get_attr", join(cut.place, name))
+            own: torch.dtype = getattr(torch, param.dtype)
+            bound[name] = _cast(fx.Proxy(node, self.tracer), own, dtype)
+        return bound
+
+    def weight(self, cut: Cut, name: str, dtype: torch.dtype) -> Any:
+        """A weight as rules see it: (out, in), the slice alone, with earlier cuts folded in."""
+        original = cut.site.nodes.get(name)
+        if original is None:
+            return 0.0
+        oriented = orient(self.stored(cut, name), cut.site, name)
+        return _cast(oriented, _dtype(original), dtype)
+
+    def stored(self, cut: Cut, name: str) -> fx.Proxy:
+        """A weight as the model stores it, with earlier cuts folded in."""
+        original = cut.site.nodes[name]
+        known = self.weights.get((self.copies[original], self.result(cut)))
+        if known is None:
+            known = self.graph.create_node("get_attr", str(original.target))
+            known.meta["val"] = original.meta["val"]
+        return fx.Proxy(known, self.tracer)
+
+    def folded(
+        self, cut: Cut, bindings: Mapping[str, Any]
+    ) -> dict[tuple[fx.Node, fx.Node], fx.Node]:
+        """Each weight of the site with this cut folded in, for a later cut that reads it."""
+        results = {}
+        for name, value in fold(cut.rule, bindings).items():
+            original = cut.site.nodes.get(name)
+            if original is None or original.op != "get_attr" or not isinstance(value, fx.Proxy):
+                continue
+            value = _cast(value, compute_dtype(cut), _dtype(original))
+            whole = disorient(self.stored(cut, name), cut.site, name, value)
+            results[self.copies[original], self.result(cut)] = whole.node
+        return results
+
+    def finish(self, cut: Cut, name: str, value: Any) -> fx.Node:
+        """The rewritten value in the dtype and place of the one it replaces."""
+        if not isinstance(value, fx.Proxy):
+            raise SurgeryError(
+                "PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}"
+            )
+        original = cut.site.nodes[name]
+        value = _cast(value, compute_dtype(cut), _dtype(original))
+        if name in cut.rule.kind.weights:
+            value = disorient(self.stored(cut, name), cut.site, name, value)
+        elif cut.site.slice is not None and name == cut.rule.kind.result:
+            whole = fx.Proxy(self.node(original), self.tracer)
+            value = cut.site.slice.put(whole, -1, value)
+        value.node.meta["val"] = original.meta.get("val")
+        return value.node
+
+    def drop_unused(self) -> None:
+        """Remove inserted nodes that nothing uses: bindings that an expression did not read."""
+        for node in reversed(self.graph.nodes):
+            if "surgery" in node.meta and not node.users:
+                self.graph.erase_node(node)
+
+
+def compute_dtype(cut: Cut) -> torch.dtype:
+    """The dtype a cut computes in: at least that of its parameters, so that a half-precision model
+    trains its adapters in full precision, and at least the model's.
+    """
+    dtypes = [getattr(torch, param.dtype) for param in cut.rule.params.values()]
+    dtypes += [_dtype(node) for node in cut.site.nodes.values() if _is_float(node)]
+    dtype: torch.dtype = dtypes[0] if dtypes else torch.float32
+    for other in dtypes:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def orient(value: Any, site: Site, name: str) -> Any:
+    """A stored weight as rules see it: (out, in), and the slice alone."""
+    if name == "W" and site.layout == "io":
+        value = value.transpose(-1, -2)
+    return value if site.slice is None else site.slice.take(value, 0)
+
+
+def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
+    """``value`` put back where :func:`orient` took it from in the stored weight ``whole``."""
+    turned = name == "W" and site.layout == "io"
+    if site.slice is not None:
+        whole = whole.transpose(-1, -2) if turned else whole
+        value = site.slice.put(whole, 0, value)
+    return value.transpose(-1, -2) if turned else value
+
+
+def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """The users of ``start`` through which it reaches ``end``."""
+    reaches, stack = {end}, [end]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source is not start and source not in reaches:
+                reaches.add(source)
+                stack.append(source)
+    return [user for user in start.users if user in reaches]
+
+
+def _cast(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any:
+    if source is None or source == target or not source.is_floating_point:
+        return value
+    return value.to(target)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _is_float(node: fx.Node) -> bool:
+    dtype = _dtype(node)
+    return dtype is not None and dtype.is_floating_point
+
+
+def check_shapes(cut: Cut) -> None:
+    """Evaluate a cut over fake tensors: PSG306 if the new value has another shape."""
+    for name, value in fake_rewrite(cut).items():
+        expected = _fake(cut, name)
+        if tuple(value.shape) != tuple(expected.shape):
+            raise SurgeryError(
+                "PSG306",
+                f"{cut.operation.name} at {cut.placed.module}: the new {name} has shape "
+                f"{list(value.shape)}, where {list(expected.shape)} is needed",
+            )
+
+
+def fake_rewrite(cut: Cut) -> dict[str, Any]:
+    """The values a cut computes, as fake tensors."""
+    fakes = [node.meta["val"] for node in cut.site.nodes.values()]
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    if mode is None:
+        return {}
+    dtype = compute_dtype(cut)
+    with mode:
+        bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
+        for name, node in cut.site.nodes.items():
+            value = node.meta["val"]
+            if name in cut.rule.kind.weights:
+                value = orient(value, cut.site, name)
+            elif name == cut.rule.kind.result:
+                value = _fake(cut, name)
+            bound[name] = value.to(dtype) if _is_float(node) else value
+        for name, param in cut.rule.params.items():
+            shape = shape_of(param, cut.rule, cut.numbers)
+            bound[name] = torch.empty(shape, dtype=dtype, device=_device(fakes))
+        return {
+            name: value
+            for name, value in rewrite(cut.rule, bound).items()
+            if isinstance(value, torch.Tensor)
+        }
+
+
+def _fake(cut: Cut, name: str) -> Any:
+    value = cut.site.nodes[name].meta["val"]
+    if cut.site.slice is not None and name == cut.rule.kind.result:
+        return cut.site.slice.take(value, -1)
+    return value
+
+
+def _device(fakes: Iterable[Any]) -> torch.device:
+    return next(f.device for f in fakes if isinstance(f, torch.Tensor))
+
+
+def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
+    """The program's graph with the cuts sewn in, in order."""
+    rewriter = Rewriter(program)
+    for cut in cuts:
+        rewriter.sew(cut)
+    rewriter.drop_unused()
+    return rewriter.graph
