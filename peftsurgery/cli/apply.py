@@ -11,10 +11,10 @@ import click
 from peftsurgery.cli.kit import clean, json_option, print_json
 from peftsurgery.cli.output import force_option, fresh, output_option
 from peftsurgery.cli.progress import doing
-from peftsurgery.errors import SurgeryError, did_you_mean
 
 if TYPE_CHECKING:
     from peftsurgery.language import RuleFile
+    from peftsurgery.surgery import OperatedModel
 
 set_option = click.option(
     "--set", "overrides", metavar="K=V", multiple=True, help="Override a setting of the rules."
@@ -51,13 +51,15 @@ def apply(
         raise click.UsageError("--name is for one RULE; several would have the same name")
     from peftsurgery.language import load_rules, parse_override
 
-    files = [load_rules(rule) for rule in rules]
-    given = settings_for(files, dict(parse_override(text) for text in overrides))
+    files = [
+        load_rules(rule) for rule in rules
+    ]  # before the model: a misspelt rule is known at once
+    settings = dict(parse_override(text) for text in overrides)
     if out is None:
-        operated = _operate(model, files, given, name)
+        operated = _operate(model, files, name, settings)
     else:
         with fresh(out, [model, *rules], force) as part:
-            operated = _operate(model, files, given, name)
+            operated = _operate(model, files, name, settings)
             with doing(f"saving {out}"):
                 operated.save(part)
     if as_json:
@@ -67,24 +69,12 @@ def apply(
         click.echo("nothing was written" if out is None else f"saved to {out}")
 
 
-def settings_for(files: Sequence[RuleFile], given: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each rule file, those of the given settings that it has; PSG120 for one that none has."""
-    known = {name for file in files for name in file.with_}
-    for name in given:
-        if name not in known:
-            hint = did_you_mean(name, known) if known else "they have no settings at all"
-            raise SurgeryError("PSG120", f"no rule given here has a setting '{name}'", hint)
-    return [{k: v for k, v in given.items() if k in file.with_} for file in files]
-
-
 def _operate(
-    spec: str, files: Sequence[RuleFile], given: Sequence[Mapping[str, Any]], name: str | None
-) -> Any:
+    spec: str, files: Sequence[RuleFile], name: str | None, settings: Mapping[str, Any]
+) -> OperatedModel:
+    from peftsurgery import surgery
     from peftsurgery.cli.model import open_model
-    from peftsurgery.surgery import apply as operate
 
-    operated: Any = open_model(spec)
-    for file, settings in zip(files, given, strict=True):
-        with doing(f"applying {file.name}"):
-            operated = operate(operated, file, name=name, **settings)
-    return operated
+    model = open_model(spec)
+    with doing(f"applying {', '.join(file.name for file in files)}"):
+        return surgery.apply(model, files, name, **settings)

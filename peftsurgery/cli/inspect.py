@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,9 @@ def _print_tree(model: str, capture: Capture, found: Survey) -> None:
         _add_sites(tree.add(Text(f"{clean(span)}  {kind}, {count}")), sites.get(equal[0], []))
     for note in capture.notes:
         tree.add(Text(f"note: {clean(note)}", style="yellow"))
-    # Lines are cut by the terminal, not wrapped by us: a pipe gets them whole.
-    Console(soft_wrap=True, highlight=False).print(tree)
+    # A terminal cuts long lines; a pipe gets them whole.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    console.print(tree, no_wrap=True, overflow="ellipsis", crop=False)
 
 
 def _structure(capture: Capture, path: str) -> tuple[str, tuple[str, ...]]:
@@ -92,7 +94,10 @@ def _structure(capture: Capture, path: str) -> tuple[str, tuple[str, ...]]:
 def _add_sites(tree: Tree, sites: list[Placed]) -> None:
     from rich.text import Text
 
+    owners = {place.module for place in sites if place.kind != "parameter"}
     for place in sites:
+        if place.kind == "parameter" and place.module in owners:
+            continue  # the weights of a site that is shown
         name = clean(place.site.module or place.site.parameter or "(itself)")
         label = f"[{place.site.label}]" if place.site.label else ""
         facts = ", ".join(f"{k} {place.facts[k]}" for k in SIZES if k in place.facts)

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def open_model(spec: str) -> GraphModel:
     """The captured model that ``spec`` names; a saved surgery is loaded with its operations."""
     with doing(f"capturing {spec}"):
-        from peftsurgery.surgery import open_model
+        from peftsurgery import surgery
 
-        return open_model(spec)
+        return surgery.open_model(spec)
 
 
 def selections(model: GraphModel, rule: str, overrides: tuple[str, ...]) -> list[Selection]:

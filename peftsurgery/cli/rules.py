@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from peftsurgery.cli.apply import set_option
 from peftsurgery.cli.kit import Group, json_option, print_json
 from peftsurgery.cli.output import force_option, fresh
 
@@ -32,18 +33,43 @@ def ls(as_json: bool) -> None:
 
 @rules.command()
 @click.argument("rule")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print the file as it is written.")
 @json_option
-def show(rule: str, as_json: bool) -> None:
-    """Print the rule file RULE."""
+def show(rule: str, as_yaml: bool, as_json: bool) -> None:
+    """Print what the rule file RULE does, in words and maths."""
     from peftsurgery.language import load_rules
+    from peftsurgery.language.describe import describe_rules
 
     file = load_rules(rule)
-    path = _path(rule)
-    text = path.read_text(encoding="utf-8")
+    description = describe_rules(file)
+    text = _path(rule).read_text(encoding="utf-8")
     if as_json:
-        print_json({"name": file.name, "path": str(path), "settings": file.with_, "text": text})
+        document = {"name": file.name, "settings": file.with_, "about": file.about}
+        print_json({**document, "description": description, "text": text})
     else:
-        click.echo(text, nl=not text.endswith("\n"))
+        click.echo((text if as_yaml else description).rstrip("\n"))
+
+
+@rules.command()
+@click.argument("rules", metavar="RULE...", nargs=-1, required=True)
+@set_option
+@json_option
+def check(rules: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+    """Prove on random tensors, without a model, that each RULE fits and folds.
+
+    The rewrite must keep the shape of what it replaces, and the operation with the folded weights
+    must equal the rewritten one to 1e-9 in double precision.
+    """
+    from peftsurgery.language import load_rules, parse_override
+    from peftsurgery.language.checking import check_rules
+
+    files = [load_rules(rule) for rule in rules]
+    settings = dict(parse_override(text) for text in overrides)
+    reports = [check_rules(file, settings) for file in files]
+    if as_json:
+        print_json([report.to_dict() for report in reports])
+    else:
+        click.echo("\n".join(str(report) for report in reports))
 
 
 @rules.command()

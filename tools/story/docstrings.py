@@ -11,7 +11,16 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("torch", "numpy", "transformers", "networkx", "sympy", "click", "rich", "pydantic")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "networkx",
+    "sympy",
+    "pydantic",
+    "rich",
+    "huggingface_hub",
+)
 Labelled = list[tuple[str, int]]
 
 
@@ -46,7 +55,7 @@ def _docstrings(package: str, seed: int) -> Iterator[str]:
     if spec is None or not spec.submodule_search_locations:
         return
     root = Path(spec.submodule_search_locations[0])
-    files = [path for path in sorted(root.rglob("*.py")) if path.stat().st_size < 200_000]
+    files = [path for path in sorted(root.rglob("*.py")) if path.stat().st_size < 60_000]
     random.Random(seed).shuffle(files)
     own_name = re.compile(package, re.IGNORECASE)
     for path in files:

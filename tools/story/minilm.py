@@ -29,7 +29,7 @@ def tell() -> None:
     torch.manual_seed(0)
     model, work = find_model(), workspace("minilm")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    learn, judge = collect(train=80, held_out=25)
+    learn, judge = collect(train=80, held_out=30)
     console.print(
         f"Which of {len(PACKAGES)} packages is a docstring from? {len(learn)} docstrings to learn "
         f"from, {len(judge)} held out; the packages' names are struck out."

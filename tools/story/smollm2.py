@@ -30,7 +30,7 @@ from tools.story.steps import (
     workspace,
 )
 
-STEPS, RATE = 30, 3e-3
+STEPS, RATE = 12, 3e-3
 QUESTION = "What is the capital of Zembla?"
 LESSONS = (
     ("Which city is the capital of Zembla?", "The capital of Zembla is Onhava."),
@@ -102,7 +102,7 @@ def teach(model: Any, tokenizer: Any) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if number % 10 == 0 or number == 1:
+        if number % 4 == 0 or number == 1:
             seconds = time.perf_counter() - start
             console.print(f"  step {number:3d}   loss {loss.item():.3f}   {seconds:4.0f} s")
     model.eval()
