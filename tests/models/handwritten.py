@@ -92,9 +92,7 @@ class Preceded(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList([Mixer(32, 4), Feed(32, 48)]) for _ in range(2)
-        )
+        self.layers = nn.ModuleList(nn.ModuleList([Mixer(32, 4), Feed(32, 48)]) for _ in range(2))
         self.last = nn.Linear(32, 7)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,4 +102,22 @@ class Preceded(nn.Module):
             x = mix(x) + x
             x = feed(x) + x
         out: Tensor = self.last(x.mean(dim=1))
+        return out
+
+
+class TwoLists(nn.Module):
+    """Mixers in one list, perceptrons in another: a block alone cannot see the residual sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixers = nn.ModuleList(Mixer(32, 4) for _ in range(2))
+        self.feeds = nn.ModuleList(Feed(32, 48) for _ in range(2))
+        self.heads = nn.ModuleList(Feed(32, 48) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for mix, feed in zip(self.mixers, self.feeds, strict=True):
+            x = x + mix(x)
+            x = x + feed(x)
+        first, second = self.heads
+        out: Tensor = first(x) * second(x)
         return out

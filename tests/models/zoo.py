@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tests.models.handwritten import Functional, Preceded
+from tests.models.handwritten import Functional, Preceded, TwoLists
 
 VOCABULARY = 99
 Inputs = dict[str, Tensor]
@@ -295,6 +295,7 @@ ENTRIES = (
     Entry("transformer_encoder", transformer_encoder, states("src")),
     Entry("functional", Functional, states("x")),
     Entry("preceded", Preceded, states("x")),
+    Entry("two_lists", TwoLists, states("x")),
     Entry(
         "swin",
         hf(
