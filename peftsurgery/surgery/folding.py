@@ -88,7 +88,7 @@ def _check_foldable(cut: Cut) -> None:
     if cut.rule.rewrite and not cut.rule.fold:
         raise SurgeryError(
             "PSG401",
-            f"'{cut.operation.name}' cannot be folded: its rule at {cut.placed.module} has no `fold:`",
+            f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
             "what it computes is not a change of weights; ship the saved surgery with the base",
         )
 

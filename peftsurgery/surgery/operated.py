@@ -17,8 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..anatomy.site import join
-from ..capture import Capture, GraphModel, ModuleInfo, Program
-from ..capture import Captures
+from ..capture import Capture, Captures, GraphModel, ModuleInfo, Program
 from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Param, Selection, initial_value, shape_of, weights_read
@@ -129,7 +128,7 @@ class OperatedModel(GraphModel):
         return module
 
     def weight(self, cut: Cut, name: str) -> Any:
-        """A weight of a cut's site as the rule sees it, for an initial value; 0.0 if there is none."""
+        """A weight of a cut's site as the rule sees it, for an initial value; 0.0 without one."""
         node = cut.site.nodes.get(name)
         if node is None:
             return 0.0

@@ -1,8 +1,8 @@
 """Operations and cuts: what is done to a model, and where.
 
-An :class:`Operation` is a rule file with its settings under an adapter's name. A :class:`Cut` is one
-of its rules at one site of one model. An operated model is a captured one and an ordered list of
-operations; everything else about it follows from these.
+An :class:`Operation` is a rule file with its settings under an adapter's name. A :class:`Cut` is
+one of its rules at one site of one model. An operated model is a captured one and an ordered list
+of operations; everything else about it follows from these.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ..anatomy.site import Site, join
 from ..capture import Capture
 from ..errors import SurgeryError
 from ..language import Rule, RuleFile, Selection, select
+from ..language.kinds import sizes_of
 from ..language.pattern import find_pattern
 
 
@@ -45,9 +46,9 @@ class Cut:
     def place(self) -> str:
         """The path, relative to the block, beneath which the cut's parameters live.
 
-        Beneath the site's module and the adapter's name. A further part tells the sites of one module
-        apart: the slice of a fused weight, a weight that is not called by its module's name alone,
-        the sublayer that a residual addition ends.
+        Beneath the site's module and the adapter's name. A further part tells the sites of one
+        module apart: the slice of a fused weight, a weight that is not called by its module's name
+        alone, the sublayer that a residual addition ends.
         """
         path = join(self.site.module, self.operation.name)
         leaf = (self.site.parameter or "").rpartition(".")[2]
@@ -68,8 +69,7 @@ class Cut:
     @property
     def sizes(self) -> dict[str, Any]:
         """The sizes that the site binds."""
-        facts = self.placed.facts
-        return {name: facts[name] for name in self.rule.kind.sizes if name in facts}
+        return sizes_of(self.rule.kind, self.placed.facts)
 
     @property
     def numbers(self) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Rewriter:
         return self.latest.get(copy, copy)
 
     def bindings(self, cut: Cut) -> dict[str, Any]:
-        """The rule's names as proxies: values, weights, parameters; sizes and settings as they are."""
+        """The rule's names: values, weights, parameters as proxies, sizes and settings as they are."""
         site, kind = cut.site, cut.rule.kind
         dtype = compute_dtype(cut)
         bound: dict[str, Any] = dict(cut.numbers)
@@ -153,8 +153,9 @@ class Rewriter:
 
 
 def compute_dtype(cut: Cut) -> torch.dtype:
-    """The dtype a cut computes in: at least that of its parameters, so that a half-precision model
-    trains its adapters in full precision, and at least the model's.
+    """The dtype a cut computes in: the widest of its parameters' and its values'.
+
+    A model in half precision trains its adapters in full precision.
     """
     dtypes = [getattr(torch, param.dtype) for param in cut.rule.params.values()]
     dtypes += [_dtype(node) for node in cut.site.nodes.values() if _is_float(node)]
@@ -191,8 +192,8 @@ def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
     return [user for user in start.users if user in reaches]
 
 
-def _cast(value: Any, source: torch.dtype | None, target: torch.dtype) -> Any:
-    if source is None or source == target or not source.is_floating_point:
+def _cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
+    if source is None or target is None or source == target or not source.is_floating_point:
         return value
     return value.to(target)
 
