@@ -1,4 +1,4 @@
-"""Anatomy: what the graph means. Sites and their roles, found by what the graph does with values."""
+"""Anatomy: what the graph means. Sites and their roles are found by what becomes of values."""
 
 from .analysis import Anatomy, analyse
 from .site import Placed, Site, Slice

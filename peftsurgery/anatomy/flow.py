@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .linears import find_linears
-from .rows import Opaque, arriving
+from .rows import OpaqueError, arriving
 from .site import Site
 from .values import (
     ADDITION,
@@ -78,7 +78,7 @@ class Flow:
         """The rows of a linear's output that arrive at a value; None if they cannot be followed."""
         try:
             return arriving(site.nodes["y"], target, self.between(site.nodes["y"], target))
-        except Opaque:
+        except OpaqueError:
             return None
 
     def is_signal(self, node: fx.Node) -> bool:

@@ -5,8 +5,8 @@
     matmul(x, W.T) + b              W is (out, in) again    layout "oi"
     grouped_mm(x, W3), bmm(x, W3)   one matrix an expert    kind "experts"
 
-Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` its bias if there is one, ``y`` (..., out)
-with the leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
+Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out) with the
+leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
 addmm works on rows flattened by a view and its result is viewed back, x and y are the outer values.
 """
 
@@ -92,7 +92,7 @@ def _added_bias(product: fx.Node, rows: int) -> tuple[fx.Node | None, fx.Node]:
 
 
 def _outer(x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """x and y outside of a view to rows and back, where that is all that is done to both."""
+    """Give x and y outside of a view to rows and back, where that is all that is done to both."""
     if op(x) not in VIEWS or len(shape(x)) != 2 or len(y.users) != 1:
         return x, y
     wide, back = x.all_input_nodes[0], next(iter(y.users))

@@ -22,7 +22,7 @@ from .values import ACTIVATIONS, LAYOUT, argument, concrete, op, shape, strip
 LIMIT = 8  # alternatives kept at a node: a sum of two reorderings of the rows has two
 
 
-class Opaque(Exception):
+class OpaqueError(Exception):
     """The rows cannot be followed through an operator."""
 
 
@@ -41,7 +41,7 @@ def arriving(source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node]) -> dict
     """The rows of ``source``'s last dim that ``target`` is made of: activated or not -> rows.
 
     ``nodes`` are the values between the two, in the graph's order, ``target`` among them.
-    Raises Opaque where an operator on the way mixes rows.
+    Raises OpaqueError where an operator on the way mixes rows.
     """
     sizes = [concrete(size) for size in shape(source)]
     first = torch.arange(sizes[-1]).expand(sizes)
@@ -69,7 +69,7 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
     if name in ("mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "norm", "rsqrt"):
         return None  # a statistic over rows is no row
     if not shape(node):
-        raise Opaque(name)
+        raise OpaqueError(name)
     return _entrywise(node, inputs, carried)
 
 
@@ -79,11 +79,11 @@ def _entrywise(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, 
     result: Carried = []
     for numbers in (n for operand in inputs for n in carried[operand]):
         if numbers.rows.dim() > len(sizes):
-            raise Opaque(op(node))
+            raise OpaqueError(op(node))
         try:
             rows = numbers.rows.expand(sizes)
         except RuntimeError as error:
-            raise Opaque(op(node)) from error
+            raise OpaqueError(op(node)) from error
         result.append(Numbers(rows, numbers.activated or activated))
     return _distinct(result)
 
@@ -94,7 +94,7 @@ def _distinct(carried: Iterable[Numbers]) -> Carried:
         if not any(k.activated == numbers.activated and k.rows.equal(numbers.rows) for k in kept):
             kept.append(numbers)
     if len(kept) > LIMIT:
-        raise Opaque("too many ways")
+        raise OpaqueError("too many ways")
     return kept
 
 
@@ -103,7 +103,7 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
     if op(node) in ("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach"):
         return carried[inputs[0]]
     ways = max(len(carried[operand]) for operand in inputs)
-    result = []
+    result: list[Any] = []
     for way in range(ways):
         chosen = {n: carried[n][min(way, len(carried[n]) - 1)] for n in inputs}
 
@@ -132,7 +132,7 @@ def _constant(node: fx.Node) -> Tensor:
     inner = strip(node, ("lift_fresh_copy", "lift_fresh", "detach", "detach_", "alias"))
     known = getattr(inner.meta.get("val"), "constant", None)
     if not isinstance(known, Tensor):
-        raise Opaque("an index or a second operand that is not made of rows")
+        raise OpaqueError("an index or a second operand that is not made of rows")
     return known
 
 

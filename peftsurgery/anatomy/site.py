@@ -34,7 +34,7 @@ class Slice:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        inside = 0 <= self.start and self.length >= 1 and self.start + self.length <= self.period
+        inside = self.start >= 0 and self.length >= 1 and self.start + self.length <= self.period
         if not inside or self.groups < 1:
             raise ValueError(f"{self} does not lie within its period")
 
@@ -96,7 +96,7 @@ class Site:
     """A place in a program's graph with a meaning.
 
     ``nodes`` binds the names a rule may use to graph values; see the module that finds each kind.
-    ``facts`` holds sizes and properties. ``core`` is the attention site a projection belongs to, and
+    ``facts`` holds sizes and properties. ``core`` is the attention site of a projection, and
     ``whole`` the fused projection that a slice is part of.
     """
 

@@ -85,9 +85,9 @@ def _leaves(flow: Flow, x: fx.Node, h: fx.Node) -> Iterable[fx.Node]:
         inner = inner.all_input_nodes[0]
     if op(inner) in JOINS:
         pair = [n for n in inner.args[:2] if isinstance(n, fx.Node) and is_tensor(n)]
-        if len(pair) == 2 and all(between(flow, x, n) is not None for n in pair):
-            if all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
-                return [leaf for n in pair for leaf in _leaves(flow, x, n)]
+        beside = len(pair) == 2 and all(between(flow, x, n) is not None for n in pair)
+        if beside and all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
+            return [leaf for n in pair for leaf in _leaves(flow, x, n)]
     return [h]
 
 

@@ -123,11 +123,10 @@ class _Surveyor:
 
     def is_ordered(self, frame: Frame, site: Site) -> bool:
         """Whether the mask that a core is passed tells earlier from later tokens."""
-        inputs = [n for n in site.facts["mask_inputs"]]
         passed = [
             (call.frame, call.node.args[number])
             for call in self.calls.callers(frame)
-            for number in inputs
+            for number in site.facts["mask_inputs"]
         ]
         return any(
             self._compares(caller, value) for caller, value in passed if isinstance(value, fx.Node)

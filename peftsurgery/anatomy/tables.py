@@ -20,12 +20,22 @@ from torch import fx
 from ..capture import TensorInfo
 from .flow import Flow
 from .site import Site
-from .values import argument, backward, concrete, is_tensor, op, operands, parameter_of, shape
+from .values import (
+    argument,
+    backward,
+    concrete,
+    is_tensor,
+    op,
+    operands,
+    parameter_of,
+    shape,
+    words,
+)
 
-KEEPS_IDS = frozenset(
+KEEPS_IDS = words(
     """view reshape _unsafe_view flatten unsqueeze squeeze expand contiguous clone to _to_copy slice
     select clamp clamp_min where masked_fill add sub gather index lift_fresh_copy
-    broadcast_to""".split()
+    broadcast_to"""
 )
 
 
@@ -165,7 +175,7 @@ def find_parameters(
 
 
 def _kind(node: fx.Node) -> str:
-    """bias for a vector that is added to something, else other."""
+    """Say bias for a vector that is added to something, else other."""
     users = list(node.users)
     added = users and all(op(user) in ("add", "add_", "sub", "view", "to") for user in users)
     return "bias" if added and len(shape(node)) == 1 else "other"

@@ -8,30 +8,35 @@ on entries one at a time or normalise them, so that a value behind them is still
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-LAYOUT = frozenset(
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text, as a set."""
+    return frozenset(text.split())
+
+
+LAYOUT = words(
     """view reshape _unsafe_view view_as reshape_as flatten unflatten transpose permute t swapaxes
     movedim numpy_T matrix_H mT adjoint unsqueeze squeeze expand expand_as contiguous clone alias
     detach select slice narrow split split_with_sizes chunk tensor_split unbind getitem to _to_copy
-    type_as lift_fresh repeat repeat_interleave cat stack concat roll flip
-    """.split()
+    type_as lift_fresh repeat repeat_interleave cat stack concat roll flip"""
 )
-DROPOUT = frozenset(("dropout", "dropout_", "native_dropout", "feature_dropout", "bernoulli"))
-NORMS = frozenset(("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"))
-ACTIVATIONS = frozenset(
+DROPOUT = words("dropout dropout_ native_dropout feature_dropout bernoulli")
+NORMS = words("layer_norm rms_norm group_norm batch_norm instance_norm")
+ACTIVATIONS = words(
     """gelu relu relu6 silu sigmoid tanh erf elu selu celu leaky_relu hardtanh hardswish
-    hardsigmoid mish softplus prelu rrelu relu_ silu_ gelu_ log_sigmoid glu""".split()
+    hardsigmoid mish softplus prelu rrelu relu_ silu_ gelu_ log_sigmoid glu"""
 )
-SCALING = frozenset(("mul", "div", "neg", "mul_", "div_"))
-ADDITION = frozenset(("add", "add_", "sub"))
+SCALING = words("mul div neg mul_ div_")
+ADDITION = words("add add_ sub")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _named(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target.overloadpacket.__name__

@@ -57,7 +57,9 @@ def under(prefix: str, **roles: str | Part | tuple[str | Part, ...]) -> Roles:
     made: Roles = {}
     for role, found in roles.items():
         several = found if isinstance(found, tuple) else (found,)
-        key = "" if role == "none" else role.replace("_", ".", 1)
+        family, _, rest = role.partition("_")
+        key = f"{family}.{rest}" if family in ("attn", "ffn", "embed") else role
+        key = "" if role == "none" else key
         made[key] = tuple(_under(prefix, entry) for entry in several)
     return made
 

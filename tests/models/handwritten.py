@@ -1,10 +1,15 @@
-"""Models no library knows: linears without nn.Linear, and the two-list style of small repositories."""
+"""Models no library knows: linears without nn.Linear, and the styles of small repositories."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+def matrix(rows: int, columns: int) -> nn.Parameter:
+    """A weight whose products keep the size of their input."""
+    return nn.Parameter(torch.randn(rows, columns) * columns**-0.5)
 
 
 class FunctionalLayer(nn.Module):
@@ -16,16 +21,9 @@ class FunctionalLayer(nn.Module):
     def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for name, shape in {
-            "a1": (width, width),
-            "a2": (width, width),
-            "a3": (width, width),
-            "a4": (width, width),
-            "m1": (hidden, width),
-            "m2": (hidden, width),
-            "m3": (width, hidden),
-        }.items():
-            self.register_parameter(name, nn.Parameter(torch.randn(shape) * shape[1] ** -0.5))
+        self.a1, self.a2, self.a3, self.a4 = (matrix(width, width) for _ in range(4))
+        self.m1, self.m2 = matrix(hidden, width), matrix(hidden, width)
+        self.m3 = matrix(width, hidden)
         self.c4 = nn.Parameter(torch.zeros(width))
         self.n1 = nn.Parameter(torch.ones(width))
         self.n2 = nn.Parameter(torch.ones(width))
@@ -36,7 +34,9 @@ class FunctionalLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.layer_norm(x, x.shape[-1:], self.n1)
-        q, k, v = (self.split(F.linear(h, w)) for w in (self.a1, self.a2, self.a3))
+        q = self.split(F.linear(h, self.a1))
+        k = self.split(F.linear(h, self.a2))
+        v = self.split(F.linear(h, self.a3))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + F.linear(mixed.transpose(1, 2).flatten(2), self.a4, self.c4)
         h = F.layer_norm(x, x.shape[-1:], self.n2)
