@@ -1,6 +1,7 @@
 """Capture: a model in, a GraphModel out."""
 
-from .model import Capture, GraphModel, capture
+from .captures import Capture, Captures
+from .model import GraphModel, capture
 from .parts import Block
 from .program import ModuleInfo, Program, TensorInfo
 from .sources import Source, open_source
@@ -8,6 +9,7 @@ from .sources import Source, open_source
 __all__ = [
     "Block",
     "Capture",
+    "Captures",
     "GraphModel",
     "ModuleInfo",
     "Program",

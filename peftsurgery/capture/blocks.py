@@ -13,7 +13,7 @@ import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, cast
 
 from torch import fx, nn
 
@@ -74,7 +74,7 @@ class Library:
 
 
 def describe(graph: fx.Graph) -> list[Any]:
-    """A value that is equal for graphs that compute the same in the same way, whatever their names."""
+    """A value that is equal for graphs that do the same in the same way, whatever their names."""
     index: dict[fx.Node, str] = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
 
     def plain(argument: Any) -> Any:
@@ -99,7 +99,7 @@ class Region:
     path: str
     nodes: Sequence[fx.Node]
     inputs: Sequence[fx.Node]
-    outputs: Sequence[fx.Node]
+    outputs: Sequence[Any]  # nodes; the model's own may be constants too
     single: bool  # whether the output is the one value itself
 
 
@@ -120,9 +120,7 @@ class Splitter:
     def split(self, graph: fx.Graph) -> Program:
         """The top program of ``graph``; its output is a flat tuple."""
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
-        outputs = graph.output_node().args[0]
-        assert isinstance(outputs, tuple | list)
-        self.results = list(outputs)
+        outputs = cast("Sequence[Any]", graph.output_node().args[0])
         region = Region("", nodes, graph.find_nodes(op="placeholder"), outputs, single=False)
         return self.build(region)
 
@@ -141,7 +139,7 @@ class Splitter:
             else:
                 inner = self.region(child, run, copier)
                 copier.call(inner, self.build(inner))
-        results = tuple(copier.value(node) for node in region.outputs)
+        results = fx.map_arg(tuple(region.outputs), copier.value)
         graph.output(results[0] if region.single else results)
         program = self.library.intern(graph, *self.describe_block(region.path, graph))
         known = self.programs.setdefault(region.path, [])
@@ -176,7 +174,7 @@ class Splitter:
         return None
 
     def region(self, path: str, nodes: list[fx.Node], outside: _Copier) -> Region:
-        """The region of a nested call: what it takes from outside and what outside takes from it."""
+        """The region of a nested call: what it takes from outside, what outside takes from it."""
         inside = set(nodes)
         inputs: dict[fx.Node, None] = {}
         for node in nodes:

@@ -1,4 +1,4 @@
-"""Clean-up passes over a flat exported graph: what the tracer left behind goes, what it fixed follows.
+"""Clean-up passes over a flat exported graph: leftovers of the tracer go, what it fixed follows.
 
 In order: regions without gradient are inlined, assertions and casts that change nothing are
 dropped, in-place arithmetic becomes ordinary, train flags and devices become values of the graph,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import fx
@@ -30,19 +31,23 @@ _CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.def
 
 
 def clean_up(
-    module: fx.GraphModule, aliases: Mapping[str, Sequence[str]], counters: frozenset[str]
+    module: fx.GraphModule,
+    aliases: Mapping[str, Sequence[str]],
+    counters: frozenset[str],
+    mode: bool | None = None,
 ) -> None:
     """Run every pass over ``module.graph``.
 
     ``aliases`` maps each name of a tensor to all names of it; ``counters`` are the names of buffers
-    that count batches.
+    that count batches. A graph for one ``mode`` keeps its train flags as they are.
     """
     inline_gradient_regions(module)
     graph = module.graph
     drop_assertions(graph)
     drop_idle_casts(graph)
     make_functional(graph)
-    follow_training(graph, counters)
+    if mode is None:
+        follow_training(graph, counters)
     follow_device(graph)
     name_by_user(graph, aliases)
     drop_unused(graph)
@@ -56,7 +61,7 @@ def stack_paths(node: fx.Node) -> list[tuple[str, str]]:
 
 
 def inherit(node: fx.Node, source: fx.Node) -> None:
-    """Give an inserted node the origin of the node it serves, so that splitting keeps them together."""
+    """Give an inserted node the origin of the node it serves: splitting keeps them together."""
     for key in ("nn_module_stack", "stack_trace"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
@@ -84,11 +89,13 @@ def _inline(
         for node in inner.nodes:
             if node.op not in ("placeholder", "output"):
                 value_of[node] = graph.node_copy(node, value_of.__getitem__)
-        results = [value_of[result] for result in inner.output_node().args[0]]
+        results = [
+            value_of[result] for result in cast("list[fx.Node]", inner.output_node().args[0])
+        ]
         if detach:
             results = [_detached(graph, result, call) for result in results]
     for pick in list(call.users):
-        pick.replace_all_uses_with(results[pick.args[1]])
+        pick.replace_all_uses_with(results[cast("int", pick.args[1])])
         graph.erase_node(pick)
     graph.erase_node(call)
 
@@ -124,8 +131,8 @@ def _same_kind(node: fx.Node, source: fx.Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    copies = node.kwargs.get("copy", False) or node.kwargs.get("memory_format") is not None
-    return before.dtype == after.dtype and before.device == after.device and not copies
+    copies = bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") is not None
+    return (before.dtype, before.device, copies) == (after.dtype, after.device, False)
 
 
 def _is_full_slice(node: fx.Node) -> bool:
@@ -145,12 +152,27 @@ def make_functional(graph: fx.Graph) -> None:
     """Turn in-place arithmetic on a value that nothing else sees into its ordinary form."""
     for node in list(graph.nodes):
         ordinary = _ordinary_form(node)
-        if ordinary is None:
+        target = node.args[0] if node.args else None
+        if ordinary is None or not isinstance(target, fx.Node):
             continue
-        target = node.args[0]
         made_here = target.op == "call_function" and not _shares_memory(target)
-        if made_here and set(target.users) == {node}:
+        if made_here and set(target.users) == {node} and _agrees(node, ordinary):
             node.target = ordinary
+
+
+def _agrees(node: fx.Node, ordinary: Callable[..., object]) -> bool:
+    """Whether the ordinary form gives the same kind of tensor: in place, nothing is promoted."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
+    expected = node.meta.get("val")
+    try:
+        made = ordinary(*args, **kwargs)
+    except (RuntimeError, TypeError, ValueError):  # no such form for these values
+        return False
+    return (
+        isinstance(made, torch.Tensor)
+        and isinstance(expected, torch.Tensor)
+        and (made.dtype, made.shape) == (expected.dtype, expected.shape)
+    )
 
 
 def _ordinary_form(node: fx.Node) -> Callable[..., object] | None:
@@ -165,7 +187,7 @@ def _ordinary_form(node: fx.Node) -> Callable[..., object] | None:
 
 
 def _shares_memory(node: fx.Node) -> bool:
-    """Whether the value may be a view of another: its schema says so (reshape and contiguous too)."""
+    """Whether the value may be a view of another, as its schema says (reshape, contiguous too)."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     return any(result.alias_info is not None for result in node.target._schema.returns)
@@ -271,7 +293,7 @@ def drop_unused(graph: fx.Graph) -> None:
 
 
 def sizes_first(graph: fx.Graph) -> None:
-    """Move arithmetic on input sizes to the front: blocks then take sizes, none computes another's."""
+    """Move arithmetic on input sizes to the front: blocks take sizes, none computes another's."""
     anchor = graph.find_nodes(op="placeholder")[-1] if graph.find_nodes(op="placeholder") else None
     if anchor is None:
         return

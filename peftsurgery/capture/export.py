@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import (
@@ -27,11 +28,12 @@ from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError
 from .signature import Call
+from .sizes import size_conditions
 
 # What torch.export raises for a model it cannot trace: its own errors derive from these.
 EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
 
-# The names that ATen schemas give to an operator's train flag, and to the dropout of an attention core.
+# The names that ATen schemas give to a train flag, and to the dropout of an attention core.
 TRAIN_FLAGS = frozenset({"train", "training", "dropout_p"})
 
 
@@ -39,38 +41,55 @@ TRAIN_FLAGS = frozenset({"train", "training", "dropout_p"})
 class Exported:
     """A flat exported graph, whose placeholders are the call's values in order.
 
+    ``conditions`` are what it assumes of their sizes,
     ``mode`` is the value of ``training`` it is right for, or None if it follows train() and eval().
     """
 
     module: fx.GraphModule
     output: pytree.TreeSpec
+    conditions: tuple[str, ...]
     mode: bool | None
 
 
 def export(module: nn.Module, call: Call, training: bool) -> Exported:
     """Export ``module`` for ``call``, for both modes if one graph can serve them, else for one.
 
-    Raises PSG201 with torch.export's reason if it cannot be exported in eval mode, and PSG211 if it
-    is only the train mode that cannot.
+    Raises PSG201 with torch.export's reason if it cannot be exported, and PSG211 if it is only the
+    train mode that cannot, and a capture for ``training`` is wanted.
     """
-    refusal: Exception | None = None
-    try:
-        exported = _export(module, call, train=True)
+    trained, refusal = _try(module, call, train=True)
+    if trained is not None:
+        exported = _read(trained)
         if not _has_stray_randomness(exported.module.graph):
             return exported
         if training:
             return replace(exported, mode=True)
-    except EXPORT_ERRORS as error:
-        refusal = error
+    evaluated, reason = _try(module, call, train=False)
     name = type(module).__name__
+    if evaluated is None:
+        raise SurgeryError("PSG201", f"{name} cannot be captured: {first_line(reason)}") from reason
     if training:
         raise SurgeryError(
             "PSG211", f"{name} cannot be captured in train mode: {first_line(refusal)}"
         ) from refusal
+    return replace(_read(evaluated), mode=False)
+
+
+def _try(
+    module: nn.Module, call: Call, train: bool
+) -> tuple[ExportedProgram | None, Exception | None]:
+    """What torch.export makes of the call in one mode, or why it cannot."""
     try:
-        return replace(_export(module, call, train=False), mode=False)
+        return _export(module, call, train), None
     except EXPORT_ERRORS as error:
-        raise SurgeryError("PSG201", f"{name} cannot be captured: {first_line(error)}") from error
+        return None, error
+
+
+def _read(program: ExportedProgram) -> Exported:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    conditions = size_conditions(module.graph, program.range_constraints)
+    return Exported(module, program.call_spec.out_spec, conditions, None)
 
 
 def first_line(error: BaseException | None) -> str:
@@ -89,10 +108,10 @@ def _has_stray_randomness(graph: fx.Graph) -> bool:
     )
 
 
-def _export(module: nn.Module, call: Call, train: bool) -> Exported:
+def _export(module: nn.Module, call: Call, train: bool) -> ExportedProgram:
     images_vary = not isinstance(module, PreTrainedModel)
     with _prepared(module, call, train):
-        program: ExportedProgram = torch.export.export(
+        return torch.export.export(
             module,
             args=(),
             kwargs=dict(call.tensors),
@@ -100,9 +119,6 @@ def _export(module: nn.Module, call: Call, train: bool) -> Exported:
             dynamic_shapes=_dynamic(dict(call.tensors), images_vary),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    graph_module = program.module(check_guards=False)
-    assert isinstance(graph_module, fx.GraphModule)
-    return Exported(graph_module, program.call_spec.out_spec, None)
 
 
 def _dynamic(value: Any, images_vary: bool) -> Any:
@@ -137,6 +153,7 @@ def _prepared(module: nn.Module, call: Call, train: bool) -> Iterator[None]:
             stack.enter_context(reset_model_state(module))
             stack.enter_context(patch_model_config(module, {"use_cache": False}))
         stack.enter_context(_modes(module, train))
+        stack.enter_context(_every_size_alike())
         stack.enter_context(_without_fast_path())
         stack.enter_context(_explicit_forward(module, call, flags))
         stack.enter_context(torch.enable_grad())
@@ -152,6 +169,17 @@ def _modes(module: nn.Module, train: bool) -> Iterator[None]:
     finally:
         for part, training in before.items():
             part.training = training
+
+
+@contextlib.contextmanager
+def _every_size_alike() -> Iterator[None]:
+    """Let a size of one be a size like others, and a decision on it a condition of the capture."""
+    before = fx_config.backed_size_oblivious
+    fx_config.backed_size_oblivious = True
+    try:
+        yield
+    finally:
+        fx_config.backed_size_oblivious = before
 
 
 @contextlib.contextmanager
@@ -175,7 +203,7 @@ def _explicit_forward(module: nn.Module, call: Call, flags: dict[str, Any]) -> I
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in call.tensors]
-    setattr(forward, "__signature__", inspect.Signature(parameters))
+    _declare(forward, inspect.Signature(parameters))
     had_own = "forward" in vars(module)
     module.forward = forward
     try:
@@ -185,3 +213,8 @@ def _explicit_forward(module: nn.Module, call: Call, flags: dict[str, Any]) -> I
             module.forward = original
         else:
             del module.forward
+
+
+def _declare(function: Any, signature: inspect.Signature) -> None:
+    """Let a function say that it takes these parameters; torch.export asks it."""
+    function.__signature__ = signature

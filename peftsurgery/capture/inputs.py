@@ -1,7 +1,7 @@
 """Example inputs of a transformers model, made from its config and the arguments of its forward.
 
-Only names, dtypes and sizes matter: a capture keeps sizes symbolic and never sees a value. Names are
-those that transformers gives to each kind of input in every model.
+Only names, dtypes and sizes matter: a capture keeps sizes symbolic and never sees a value. Names
+are those that transformers gives to each kind of input in every model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if main not in _MAKERS:
         raise SurgeryError(
             "PSG202",
-            f"no example input can be made for {type(model).__name__}, whose main input is '{main}'",
+            f"no example can be made of '{main}', the main input of {type(model).__name__}",
             "give some: capture(model, inputs={...})",
         )
     wanted = [main]

@@ -7,120 +7,21 @@ operated one, so inputs nobody thought of when the rules were applied (labels, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils import _pytree as pytree
-
 from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
-from .blocks import Library, Splitter, block_paths
-from .cleanup import clean_up
-from .export import export
+from .captures import Capture, Captures, Casts
 from .inputs import example_inputs
-from .parts import Block, Part, mirror, module_infos
-from .program import Program, TensorInfo
-from .signature import Call, bind_call, map_tensors, widen
+from .parts import Block, Part, mirror, own
+from .signature import bind_call
 from .sources import Source, open_source
-
-
-@dataclass(frozen=True)
-class Capture:
-    """One signature of a model as programs: "" is the top graph, other keys are block paths.
-
-    ``sizes`` are the shapes of the inputs as far as they are fixed (None where they may vary), and
-    ``mode`` is the value of ``training`` the capture is for (None: it follows).
-    """
-
-    programs: Mapping[str, Sequence[Program]]
-    output: pytree.TreeSpec
-    sizes: tuple[tuple[int | None, ...] | None, ...]
-    names: tuple[str, ...]
-    mode: bool | None
-
-    @property
-    def top(self) -> Program:
-        """The program of the model itself."""
-        return self.programs[""][0]
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What was specialised: sizes that are fixed, a mode."""
-        fixed = [
-            f"axis {axis} of {name} is fixed at {size}"
-            for name, shape in zip(self.names, self.sizes, strict=True)
-            for axis, size in enumerate(shape or ())
-            if size is not None
-        ]
-        if self.mode is not None:
-            fixed.append(f"for {'train' if self.mode else 'eval'} mode only")
-        return tuple(fixed)
-
-    def fits(self, leaves: Sequence[Any], training: bool) -> bool:
-        """Whether the capture is for this mode, and the inputs have its fixed sizes."""
-        return self.mode in (None, training) and all(
-            fixed is None or fixed == actual
-            for sizes, leaf in zip(self.sizes, leaves, strict=True)
-            if sizes is not None
-            for fixed, actual in zip(sizes, leaf.shape, strict=True)
-        )
-
-
-class Captures:
-    """The captures of one source, made when they are needed and shared by all models made of it."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.infos = module_infos(source.module)
-        self.blocks = block_paths(source.module)
-        self.library = Library()
-        self.constants: dict[str, torch.Tensor] = {}
-        self._made: dict[str, list[Capture]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
-        return self
-
-    def find(self, call: Call, training: bool) -> Capture:
-        """The capture that serves a call, made now if there is none yet."""
-        known = self._made.setdefault(call.signature, [])
-        for capture in known:
-            if capture.fits(call.leaves, training):
-                return capture
-        if self.source.on_meta:
-            call = map_tensors(call, lambda tensor: tensor.to("meta"))
-        capture = self._capture(widen(call), training)
-        if not capture.fits(call.leaves, training):
-            capture = self._capture(call, training)
-        known.append(capture)
-        return capture
-
-    def _capture(self, call: Call, training: bool) -> Capture:
-        module = self.source.module
-        exported = export(module, call, training)
-        graph = exported.module.graph
-        tensors = tensor_infos(module)
-        self._name_constants(exported.module, tensors)
-        clean_up(exported.module, tensor_names(module), _counters(module))
-        splitter = Splitter(self.blocks, self.infos, tensors, self.library)
-        splitter.split(graph)
-        placeholders = graph.find_nodes(op="placeholder")
-        sizes = tuple(_fixed_sizes(node.meta.get("val")) for node in placeholders)
-        names = tuple(node.name for node in placeholders)
-        return Capture(splitter.programs, exported.output, sizes, names, exported.mode)
-
-    def _name_constants(self, module: fx.GraphModule, tensors: Mapping[str, TensorInfo]) -> None:
-        """Give each constant tensor of a capture a name that no other capture uses."""
-        for node in module.graph.find_nodes(op="get_attr"):
-            value = _attribute(module, str(node.target))
-            if str(node.target) in tensors or not isinstance(value, torch.Tensor):
-                continue
-            name = f"_constant_{len(self.constants)}"
-            self.constants[name] = value.detach()
-            node.target = name
+from .tensors import named_tensors
 
 
 class GraphModel(Part):
@@ -129,8 +30,9 @@ class GraphModel(Part):
     def __init__(
         self,
         captures: Captures,
-        parameter: Callable[[nn.Parameter], nn.Parameter] = lambda parameter: parameter,
+        parameter: Callable[[nn.Parameter], nn.Parameter] = own,
     ) -> None:
+        """``parameter`` makes this model's parameters of the source's."""
         super().__init__(captures.infos[""])
         self._captures = captures
         self._served: dict[int, Capture] = {}
@@ -141,14 +43,14 @@ class GraphModel(Part):
         """What the original returns for these arguments, in the original's type."""
         self.bind()
         call = bind_call(self._captures.source.module, args, kwargs)
-        capture = self.serve(self._captures.find(call, self.training))
+        capture = self.serve(self._captures.find(call, self.training, self._casts()))
         outputs = capture.top.forward(self, *call.leaves)
         return pytree.tree_unflatten(outputs, capture.output)
 
     def capture_for(self, *args: Any, **kwargs: Any) -> Capture:
         """The capture that serves a call of these arguments, as this model runs it."""
         call = bind_call(self._captures.source.module, args, kwargs)
-        return self.serve(self._captures.find(call, self.training))
+        return self.serve(self._captures.find(call, self.training, self._casts()))
 
     @property
     def captures(self) -> tuple[Capture, ...]:
@@ -185,24 +87,38 @@ class GraphModel(Part):
         return self._served[id(capture)]
 
     def bind(self) -> None:
-        """Read the weights now, if the model was captured without them. PSG207 if there are none."""
+        """Read the weights now if the model was captured without them; PSG207 if there are none."""
         if self._bound:
             return
-        loaded = dict(_named_tensors(self._captures.source.weights()))
-        for name, tensor in _named_tensors(self):
+        loaded = dict(named_tensors(self._captures.source.weights()))
+        for name, tensor in named_tensors(self):
             if tensor.is_meta and name in loaded:
-                _assign(self, name, loaded[name].detach())
+                _fill(self, name, tensor, loaded[name].detach())
         self._bound = True
 
+    def _casts(self) -> Casts:
+        """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
+        before = self._captures.tensors
+        return frozenset(
+            (name, tensor.dtype)
+            for name, tensor in named_tensors(self)
+            if name in before and tensor.dtype != before[name].dtype and _is_cast(tensor)
+        )
+
     def gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each block's forward in the backward pass instead of keeping its activations."""
+        """Recompute each block's forward in the backward pass instead of keeping activations."""
         for part in self.modules():
             if isinstance(part, Block):
                 part.checkpointing = enabled
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.bind()
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        for name, value in self._captures.constants.items():
+            if name in self._buffers:  # constants of the code move, and keep their dtype
+                here = self.get_buffer(name)
+                self._buffers[name] = value.to(here.device)
+        return self
 
     def _get_name(self) -> str:
         return f"GraphModel[{self._info.type}]"
@@ -243,56 +159,18 @@ def _made_inputs(module: nn.Module) -> Mapping[str, Any]:
     return example_inputs(module)
 
 
-def _fixed_sizes(value: Any) -> tuple[int | None, ...] | None:
-    if not isinstance(value, torch.Tensor):
-        return None
-    return tuple(size if isinstance(size, int) else None for size in value.shape)
+def _is_cast(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of another dtype than the original's still holds its values."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _counters(module: nn.Module) -> frozenset[str]:
-    return frozenset(
-        f"{name}.num_batches_tracked" if name else "num_batches_tracked"
-        for name, part in module.named_modules()
-        if isinstance(part, nn.modules.batchnorm._NormBase)
-    )
+def _fill(module: nn.Module, name: str, blank: torch.Tensor, value: torch.Tensor) -> None:
+    """Give a tensor without weights its value.
 
-
-def _attribute(module: nn.Module, name: str) -> Any:
+    A parameter stays the same Python object, so ties and optimizers made before keep hold of it.
+    """
+    if isinstance(blank, nn.Parameter):
+        torch.utils.swap_tensors(blank, nn.Parameter(value, requires_grad=blank.requires_grad))
+        return
     owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf, None)
-
-
-def _assign(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Replace a parameter or buffer by one of the same kind; ties between parameters are kept by
-    the loaded model's, whose storage is shared."""
-    owner, _, leaf = name.rpartition(".")
-    part = module.get_submodule(owner)
-    if leaf in part._parameters:
-        old = part._parameters[leaf]
-        trainable = old is not None and old.requires_grad
-        part._parameters[leaf] = nn.Parameter(value, requires_grad=trainable)
-    else:
-        part._buffers[leaf] = value
-
-
-def tensor_names(module: nn.Module) -> dict[str, list[str]]:
-    """Every name of a parameter or buffer, with all names of the same tensor."""
-    by_tensor: dict[int, list[str]] = {}
-    for name, tensor in _named_tensors(module):
-        by_tensor.setdefault(id(tensor), []).append(name)
-    return {name: names for names in by_tensor.values() for name in names}
-
-
-def tensor_infos(module: nn.Module) -> dict[str, TensorInfo]:
-    """Shape and dtype of every parameter and buffer by name."""
-    return {
-        name: TensorInfo(tuple(tensor.shape), tensor.dtype, isinstance(tensor, nn.Parameter))
-        for name, tensor in _named_tensors(module)
-    }
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
+    module.get_submodule(owner)._buffers[leaf] = value

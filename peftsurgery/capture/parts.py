@@ -1,8 +1,8 @@
 """The modules of a captured model: a tree with the original's names, in which only blocks compute.
 
 Every module of the original has its counterpart, so state-dict names, ``named_modules``,
-``model.layers[0]`` and ``print(model)`` are what they were. The code lives in the blocks (and in the
-model itself), which are called like any module: hooks, checkpointing, sharding and per-block
+``model.layers[0]`` and ``print(model)`` are what they were. The code lives in the blocks (and in
+the model itself), which are called like any module: hooks, checkpointing, sharding and per-block
 compilation work on them.
 """
 
@@ -76,13 +76,15 @@ def mirror(
     infos: Mapping[str, ModuleInfo],
     parameter: Callable[[nn.Parameter], nn.Parameter],
 ) -> None:
-    """Build beneath ``root`` the tree of ``source``, sharing its tensors.
+    """Build beneath ``root`` the tree of ``source``, sharing the memory of its parameters.
 
     ``parameter`` makes the new tree's parameter of an original one; tied parameters stay tied.
+    Buffers are copied, since training changes them in place (the statistics of batch norms).
     A module that occurs under several names occurs once here too.
     """
     made: dict[int, nn.Module] = {id(source): root}
     tensors: dict[int, nn.Parameter] = {}
+    buffers: dict[int, torch.Tensor] = {}
 
     def build(original: nn.Module, copy: nn.Module, path: str) -> None:
         for name, value in original._parameters.items():
@@ -91,7 +93,10 @@ def mirror(
             copy.register_parameter(name, None if value is None else tensors[id(value)])
         for name, buffer in original._buffers.items():
             persistent = name not in original._non_persistent_buffers_set
-            copy.register_buffer(name, buffer, persistent=persistent)
+            if buffer is not None and id(buffer) not in buffers:
+                buffers[id(buffer)] = buffer.detach().clone()
+            own_buffer = None if buffer is None else buffers[id(buffer)]
+            copy.register_buffer(name, own_buffer, persistent=persistent)
         for name, child in original._modules.items():
             if child is None:
                 continue
@@ -109,6 +114,11 @@ def mirror(
         copy.training = original.training
 
     build(source, root, "")
+
+
+def own(parameter: nn.Parameter) -> nn.Parameter:
+    """A parameter over the same memory, so that casting or moving one leaves the other alone."""
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
 def _counterpart(child: nn.Module, info: ModuleInfo, is_block: bool) -> nn.Module:

@@ -53,6 +53,10 @@ class Program:
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # immutable: copies of a model share their programs
 
+    def rewritten(self, label: str, graph: fx.Graph) -> Program:
+        """A program of the same block with another graph."""
+        return Program(label, graph, self.kind, self.modules, self.tensors)
+
     @property
     def code(self) -> str:
         """The Python source of the forward."""

@@ -1,8 +1,8 @@
 """Signatures: which inputs a call gives, and what of them a capture may not change.
 
 A model is captured once per signature: the names and kinds of its tensor inputs, and the values of
-everything else (flags such as ``output_attentions``). Sizes are not part of a signature; a size that
-torch.export could not keep symbolic is a fixed size, and a call that differs in it is another capture.
+everything else (flags such as ``output_attentions``). Sizes are not part of a signature; a capture
+has conditions on them, and a call that does not meet them makes another capture.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where a captured model comes from, and where its weights are when they are needed.
 
-A live module brings its weights. A directory or hub id is read as a config only: the module is built
-on the meta device, and its weights are read (memory-mapped, by transformers) when a graph first runs.
+A live module brings its weights. A directory or hub id is read as a config only: the module is
+built on the meta device, and its weights are read (memory-mapped, by transformers) when a graph
+first runs.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Source:
 def open_source(spec: str, trust_remote_code: bool = False) -> Source:
     """The source that MODEL names: a directory or hub id, or ``package.module:factory``.
 
-    Raises PSG205 (no such model), PSG206 (a config that names no known class), PSG208 (remote code).
+    Raises PSG205 (no such model), PSG206 (a config of no known class) and PSG208 (remote code).
     """
     if ":" in spec and not Path(spec).exists():
         return Source(_call_factory(spec), spec)
@@ -88,9 +89,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if found is not None:
-            return found  # type: ignore[no-any-return]
+            return found
     try:
-        return transformers.AutoModel._model_mapping[type(config)]  # type: ignore[no-any-return]
+        return transformers.AutoModel._model_mapping[type(config)]
     except KeyError:
         raise SurgeryError(
             "PSG206", f"transformers has no model class for '{config.model_type}'"

@@ -1,0 +1,145 @@
+"""The captures of one model: made when a call first needs them, shared by all models made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .blocks import Library, Splitter, block_paths
+from .cleanup import clean_up
+from .export import Exported, export
+from .parts import module_infos
+from .program import Program
+from .signature import Call, map_tensors, widen
+from .sizes import Check, compile_check
+from .sources import Source
+from .tensors import recast, tensor_infos, tensor_names
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One signature of a model as programs: "" is the top graph, other keys are block paths.
+
+    ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
+    ``mode`` is the value of ``training`` the capture is for (None: it follows).
+    """
+
+    programs: Mapping[str, Sequence[Program]]
+    output: pytree.TreeSpec
+    names: tuple[str, ...]
+    conditions: tuple[str, ...]
+    mode: bool | None
+    _check: Check = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_check", compile_check(self.names, self.conditions))
+
+    @property
+    def top(self) -> Program:
+        """The program of the model itself."""
+        return self.programs[""][0]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was specialised: conditions on sizes, a mode."""
+        if self.mode is None:
+            return self.conditions
+        return (*self.conditions, f"for {'train' if self.mode else 'eval'} mode only")
+
+    def fits(self, leaves: Sequence[Any], training: bool) -> bool:
+        """Whether the capture is for this mode and for inputs of these sizes."""
+        return self.mode in (None, training) and all(self._check(*leaves))
+
+
+# The tensors, by name, that have another dtype now than when the model was captured.
+Casts = frozenset[tuple[str, torch.dtype]]
+
+
+class Captures:
+    """The captures of one source, by signature and by the dtypes of the model's tensors."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.infos = module_infos(source.module)
+        self.tensors = tensor_infos(source.module)
+        self.names = tensor_names(source.module)
+        self.blocks = block_paths(source.module)
+        self.library = Library()
+        self.constants: dict[str, torch.Tensor] = {}
+        self._made: dict[tuple[str, Casts], list[Capture]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
+        return self
+
+    @property
+    def first(self) -> Capture:
+        """The capture that was made first: the one that rules are applied to."""
+        return next(capture for made in self._made.values() for capture in made)
+
+    def find(self, call: Call, training: bool, casts: Casts = frozenset()) -> Capture:
+        """The capture that serves a call, made now if there is none yet."""
+        known = self._made.setdefault((call.signature, casts), [])
+        for capture in known:
+            if capture.fits(call.leaves, training):
+                return capture
+        module = self._module(casts)
+        if any(tensor.is_meta for tensor in module.parameters()):
+            call = map_tensors(call, lambda tensor: tensor.to("meta"))
+        capture = self._capture(module, widen(call), training)
+        if not capture.fits(call.leaves, training):
+            capture = self._capture(module, call, training)
+        known.append(capture)
+        return capture
+
+    def _module(self, casts: Casts) -> nn.Module:
+        """The module to export: the source's own, or one of its structure in the wanted dtypes."""
+        wanted = {name: info.dtype for name, info in self.tensors.items()} | dict(casts)
+        return recast(self.source.module, wanted)
+
+    def _capture(self, module: nn.Module, call: Call, training: bool) -> Capture:
+        exported = export(module, call, training)
+        tensors = tensor_infos(module)
+        self._name_constants(exported.module)
+        clean_up(exported.module, self.names, _counters(module), exported.mode)
+        splitter = Splitter(self.blocks, self.infos, tensors, self.library)
+        splitter.split(exported.module.graph)
+        return Capture(
+            splitter.programs,
+            exported.output,
+            _inputs(exported),
+            exported.conditions,
+            exported.mode,
+        )
+
+    def _name_constants(self, module: fx.GraphModule) -> None:
+        """Give each constant tensor of a capture a name that no other capture uses."""
+        for node in module.graph.find_nodes(op="get_attr"):
+            value = _attribute(module, str(node.target))
+            if str(node.target) in self.tensors or not isinstance(value, torch.Tensor):
+                continue
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = value.detach()
+            node.target = name
+
+
+def _inputs(exported: Exported) -> tuple[str, ...]:
+    return tuple(node.name for node in exported.module.graph.find_nodes(op="placeholder"))
+
+
+def _counters(module: nn.Module) -> frozenset[str]:
+    """The names of the buffers in which batch norms count the batches they saw."""
+    return frozenset(
+        f"{name}.num_batches_tracked" if name else "num_batches_tracked"
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.batchnorm._NormBase)
+    )
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf, None)

@@ -1,0 +1,86 @@
+"""The input sizes a capture is exact for, as conditions a call can be checked against.
+
+While it traces, torch.export decides ``if x.shape[1] > 64`` for the example it sees, and notes what
+it decided: bounds of sizes, equal sizes, and any other relation. These notes become conditions,
+written as Python over the inputs by name (``x.shape[1] <= 64``): readable in a report, and compiled
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import sympy
+import torch
+from torch import fx
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+from torch.utils._sympy.value_ranges import ValueRanges
+
+Check = Callable[..., tuple[bool, ...]]
+
+
+def size_conditions(
+    graph: fx.Graph, ranges: Mapping[sympy.Symbol, ValueRanges[sympy.Expr]]
+) -> tuple[str, ...]:
+    """What an exported graph assumes of its inputs' sizes; assumptions about values are left out.
+
+    ``ranges`` are the bounds that the export found for its symbols.
+    """
+    axes = list(_axes(graph))
+    names: dict[sympy.Symbol, sympy.Symbol] = {}
+    for here, size in axes:
+        if isinstance(size, sympy.Symbol):
+            names.setdefault(size, here)
+    found: list[sympy.Basic] = []
+    for here, size in axes:
+        if names.get(size) is here:
+            bounds = ranges.get(size, ValueRanges(0, int_oo))
+            found += _bounds(here, bounds)
+        else:
+            found.append(sympy.Eq(here, size.xreplace(names), evaluate=False))
+    for condition in _asserted(graph):
+        if condition.free_symbols <= names.keys():
+            found.append(condition.xreplace(names))
+    texts = (PythonPrinter().doprint(condition) for condition in found if condition != sympy.true)
+    return tuple(dict.fromkeys(texts))
+
+
+def compile_check(names: Sequence[str], conditions: Sequence[str]) -> Check:
+    """A function of the inputs that evaluates every condition."""
+    body = "".join(f"({condition}), " for condition in conditions)
+    return cast("Check", eval(f"lambda {', '.join(names)}: ({body})"))
+
+
+def _axes(graph: fx.Graph) -> list[tuple[sympy.Symbol, sympy.Expr]]:
+    """Every axis of every tensor input: its name in conditions, and its size."""
+    return [
+        (sympy.Symbol(f"{node.name}.shape[{axis}]", integer=True), _expression(size))
+        for node in graph.find_nodes(op="placeholder")
+        if isinstance(node.meta.get("val"), torch.Tensor)
+        for axis, size in enumerate(node.meta["val"].shape)
+    ]
+
+
+def _bounds(name: sympy.Symbol, bounds: ValueRanges[sympy.Expr]) -> list[sympy.Basic]:
+    if bounds.is_singleton():
+        return [sympy.Eq(name, bounds.lower, evaluate=False)]
+    low = [sympy.Ge(name, bounds.lower, evaluate=False)] if bounds.lower > 0 else []
+    high = [sympy.Le(name, bounds.upper, evaluate=False)] if bounds.upper < int_oo else []
+    return [*low, *high]
+
+
+def _asserted(graph: fx.Graph) -> list[sympy.Basic]:
+    """The relations between sizes that the graph asserts when it runs."""
+    target = torch.ops.aten._assert_scalar.default
+    claims = [node.args[0] for node in graph.find_nodes(op="call_function", target=target)]
+    values = [claim.meta.get("val") for claim in claims if isinstance(claim, fx.Node)]
+    return [_expression(value) for value in values if isinstance(value, torch.SymBool)]
+
+
+def _expression(value: Any) -> Any:
+    """The sympy expression of a size or condition, as far as it is not known as a number."""
+    if isinstance(value, torch.SymInt | torch.SymBool):
+        return value.node.expr
+    return sympy.sympify(value)
