@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from peftsurgery.anatomy import Placed, Survey
     from peftsurgery.capture import Capture
 
-SIZES = ("in", "out", "heads", "kv_heads", "head_dim", "kind", "causal", "op", "dtype", "shape")
+# What of a site's facts is printed: with its name, and by its value alone.
+NAMED = ("heads", "kv_heads", "head_dim", "after", "shape")
+PLAIN = ("kind", "op", "dtype")
 
 
 @click.command()
@@ -100,8 +102,17 @@ def _add_sites(tree: Tree, sites: list[Placed]) -> None:
             continue  # the weights of a site that is shown
         name = clean(place.site.module or place.site.parameter or "(itself)")
         label = f"[{place.site.label}]" if place.site.label else ""
-        facts = ", ".join(f"{k} {place.facts[k]}" for k in SIZES if k in place.facts)
         line = Text.assemble(
             (f"{place.kind:10}", "dim"), f" {name}{label}  ", (place.role or "-", "cyan")
         )
-        tree.add(line.append(f"  {facts}", "dim"))
+        tree.add(line.append(f"  {_facts(place)}", "dim"))
+
+
+def _facts(place: Placed) -> str:
+    """Sizes and properties in a few words: 384 → 1536, float32."""
+    facts = place.facts
+    words = [f"{facts['in']} → {facts['out']}"] if {"in", "out"} <= facts.keys() else []
+    words += [f"{name.replace('_', ' ')} {facts[name]}" for name in NAMED if name in facts]
+    words += ["causal"] if facts.get("causal") is True else []
+    words += [str(facts[name]).removeprefix("torch.") for name in PLAIN if name in facts]
+    return ", ".join(word for word in words if word != place.kind)

@@ -50,7 +50,7 @@ def _first(texts: Iterator[str], count: int) -> Iterator[str]:
 
 
 def _docstrings(package: str, seed: int) -> Iterator[str]:
-    """First paragraphs, at most three a file; the files in random order."""
+    """Docstrings on one line, at most four a file; the files in random order."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return
@@ -60,14 +60,14 @@ def _docstrings(package: str, seed: int) -> Iterator[str]:
     own_name = re.compile(package, re.IGNORECASE)
     for path in files:
         taken = 0
-        for text in _paragraphs(path):
+        for text in _texts(path):
             text = own_name.sub("it", text)
-            if len(text) >= 30 and taken < 3:
+            if len(text) >= 60 and taken < 4:
                 taken += 1
                 yield text
 
 
-def _paragraphs(path: Path) -> Iterator[str]:
+def _texts(path: Path) -> Iterator[str]:
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:
@@ -76,4 +76,4 @@ def _paragraphs(path: Path) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text:
-                yield " ".join(text.split("\n\n")[0].split())
+                yield " ".join(text.split())

@@ -21,7 +21,7 @@ from tools.story.docstrings import PACKAGES, Labelled, collect
 from tools.story.steps import RULE, command, compare, console, run_plain, step, trainable, workspace
 
 STEPS, BATCH, RATE, TEMPERATURE = 80, 16, 3e-3, 10.0
-TOKENS = 32
+TOKENS = 40
 
 
 def tell() -> None:
@@ -29,7 +29,7 @@ def tell() -> None:
     torch.manual_seed(0)
     model, work = find_model(), workspace("minilm")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    learn, judge = collect(train=80, held_out=30)
+    learn, judge = collect(train=150, held_out=30)
     console.print(
         f"Which of {len(PACKAGES)} packages is a docstring from? {len(learn)} docstrings to learn "
         f"from, {len(judge)} held out; the packages' names are struck out."
