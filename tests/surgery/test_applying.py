@@ -1,0 +1,203 @@
+"""apply and eject: new models that share the base, compute what the rule says, and come off again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import peftsurgery as ps
+from tests.models.captured import captured
+from tests.models.zoo import ZOO
+from tests.surgery.reference import adapted, pairs_of, randomise
+
+MODELS = ["bert", "gpt2", "opt", "llama", "t5", "functional", "transformer_encoder", "falcon_40b"]
+
+
+def outputs(model: torch.nn.Module, name: str, batch: int = 3, seq: int = 5) -> torch.Tensor:
+    with torch.no_grad():
+        result = model(**ZOO[name].inputs(batch, seq))
+    return result if isinstance(result, torch.Tensor) else result[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fresh_lora_changes_nothing_and_eject_gives_the_base_back(name: str) -> None:
+    expected = outputs(ZOO[name].build(), name)
+    operated = ps.apply(captured(name), "lora_attention")
+    assert torch.equal(outputs(operated, name), expected)
+    randomise(operated)
+    assert (outputs(operated, name) - expected).abs().max() > 1e-3
+    ejected = ps.eject(operated)
+    assert torch.equal(outputs(ejected, name), expected)
+    assert ejected.captures[0].programs == captured(name).captures[0].programs
+    assert list(ejected.state_dict()) == list(captured(name).state_dict())
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "llama", "t5"])
+def test_lora_computes_what_hooks_on_the_original_compute(name: str) -> None:
+    operated = randomise(ps.apply(captured(name), "lora_all_linear", rank=3, alpha=6))
+    with adapted(ZOO[name].build(), pairs_of(operated, 2.0)) as reference:
+        expected = outputs(reference, name)
+    torch.testing.assert_close(outputs(operated, name), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_base_is_untouched_and_its_memory_shared() -> None:
+    graph = captured("llama")
+    before = {name: value.clone() for name, value in graph.state_dict().items()}
+    operated = randomise(ps.apply(graph, "lora_qv"))
+    loss = operated(**ZOO["llama"].inputs(2, 5))[0].square().mean()
+    loss.backward()
+    assert all(p.requires_grad and p.grad is None for p in graph.parameters())
+    for name, value in graph.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert operated.get_parameter(name).data_ptr() == value.data_ptr()
+    trained = {name for name, p in operated.named_parameters() if p.requires_grad}
+    assert trained == set(operated.learnt())
+    assert all(operated.get_parameter(name).grad is not None for name in trained)
+
+
+def test_the_report_says_what_was_matched_and_added() -> None:
+    report = ps.apply(captured("gpt2"), "lora_qv", rank=4).report
+    data = report.to_dict()
+    assert [(m["role"], m["module"], m["slice"]["part"]) for m in data["matches"]] == [
+        (role, f"transformer.h.{layer}.attn.c_attn", part)
+        for layer in range(2)
+        for role, part in (("attn.q", "q"), ("attn.v", "v"))
+    ]
+    assert data["added"]["transformer.h.0.attn.c_attn.lora_qv.q.A"] == [4, 32]
+    assert data["trainable"] == 2 * 2 * 4 * (32 + 32)
+    assert "4 sites (2 attn.q, 2 attn.v)" in str(report)
+    assert data["near_misses"][0]["reasons"]
+
+
+def test_two_adapters_of_one_rule_add_up() -> None:
+    graph = captured("llama")
+    first = ps.apply(graph, "lora_qv", name="one", rank=2, alpha=4)
+    both = randomise(ps.apply(first, "lora_qv", name="two", rank=2, alpha=4))
+    assert len(both.report.matches) == 8
+    with adapted(ZOO["llama"].build(), pairs_of(both, 2.0)) as reference:
+        expected = outputs(reference, "llama")
+    torch.testing.assert_close(outputs(both, "llama"), expected, atol=1e-5, rtol=1e-5)
+    alone = ps.eject(both, "two")
+    assert set(alone.learnt()) == set(first.learnt())
+    kept = {name: value for name, value in both.learnt().items() if ".one." in name}
+    assert all(torch.equal(value, alone.learnt()[name]) for name, value in kept.items())
+
+
+def test_a_second_operation_keeps_what_the_first_learnt() -> None:
+    first = randomise(ps.apply(captured("bert"), "lora_qv"))
+    both = ps.apply(first, "lora_embedding")
+    assert torch.equal(outputs(both, "bert"), outputs(first, "bert"))
+
+
+def test_dora_over_lora_normalises_the_weight_that_lora_made() -> None:
+    lora = randomise(ps.apply(captured("llama"), "lora_qv"))
+    both = ps.apply(lora, "dora")
+    randomise(both, seed=3)
+    folded = ps.fold(both)
+    torch.testing.assert_close(
+        outputs(folded, "llama"), outputs(both, "llama"), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_labels_given_later_use_the_same_parameters(name: str) -> None:
+    operated = randomise(ps.apply(captured(name), "lora_qv", rank=3, alpha=6))
+    batch = ZOO[name].inputs(2, 6)
+    loss = operated(**batch, labels=batch["input_ids"]).loss
+    logits = operated(**batch).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten()
+    )
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert all(value.grad is not None for value in operated.learnt().values())
+
+
+def test_blocks_cut_alike_share_one_program_and_others_do_not() -> None:
+    graph = captured("llama")
+    both = ps.apply(graph, "lora_qv").captures[0].programs
+    assert both["model.layers.0"] == both["model.layers.1"]
+    rules = ps.parse_rules(
+        """
+        name: first_layer
+        rules:
+          - match: linear
+            where: {role: attn.q, layers: [0]}
+            params: {A: {shape: [out, in]}}
+            rewrite: y + linear(x, A)
+            fold: W + A
+        """
+    )
+    one = ps.apply(graph, rules).captures[0].programs
+    assert one["model.layers.0"] != one["model.layers.1"]
+    assert one["model.layers.1"] == graph.captures[0].programs["model.layers.1"]
+
+
+def test_dropout_acts_in_training_only() -> None:
+    operated = randomise(ps.apply(captured("llama"), "lora_qv", dropout=0.5))
+    batch = ZOO["llama"].inputs(2, 5)
+    still = [operated.eval()(**batch).logits for _ in range(2)]
+    assert torch.equal(*still)
+    moving = [operated.train()(**batch).logits for _ in range(2)]
+    assert not torch.equal(*moving)
+    operated.eval()
+
+
+def test_a_copy_is_independent() -> None:
+    operated = randomise(ps.apply(captured("bert"), "lora_qv"))
+    before = outputs(operated, "bert")
+    twin = randomise(copy.deepcopy(operated), seed=5)
+    assert not torch.equal(outputs(twin, "bert"), before)
+    assert torch.equal(outputs(operated, "bert"), before)
+
+
+def test_checkpointed_blocks_give_the_same_gradients() -> None:
+    grads = []
+    for enabled in (False, True):
+        operated = randomise(ps.apply(captured("llama"), "lora_qv")).train()
+        operated.gradient_checkpointing(enabled)
+        operated(**ZOO["llama"].inputs(2, 5)).logits.square().mean().backward()
+        grads.append([value.grad for value in operated.learnt().values()])
+    for plain, recomputed in zip(*grads, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+@pytest.mark.parametrize(
+    ("rules", "settings", "code"),
+    [
+        ("lora_qx", {}, "PSG107"),
+        ("lora_qv", {"ranks": 4}, "PSG120"),
+        ("lora_qv", {"rank": "four"}, "PSG121"),
+        ("lora_qv", {"rank": 0}, "PSG122"),
+        ("lora_conv", {}, "PSG301"),
+        ("lora_qv", {"name": "a.b"}, "PSG304"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_code(rules: str, settings: dict, code: str) -> None:
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.apply(captured("llama"), rules, **settings)
+    assert caught.value.code == code
+
+
+def test_the_same_name_twice_is_refused() -> None:
+    operated = ps.apply(captured("llama"), "lora_qv")
+    with pytest.raises(ps.SurgeryError, match="PSG304"):
+        ps.apply(operated, "lora_qv")
+
+
+def test_rules_are_not_applied_to_a_module_that_was_not_captured() -> None:
+    with pytest.raises(ps.SurgeryError, match="PSG309"):
+        ps.apply(ZOO["llama"].build(), "lora_qv")
+
+
+def test_a_rewrite_of_another_shape_is_refused() -> None:
+    rule = ps.Rule(
+        match="linear",
+        where={"role": "attn.q"},
+        params={"A": {"shape": ["in", "in + 1"]}},
+        rewrite="concat(y, y)",
+    )
+    with pytest.raises(ps.SurgeryError, match="PSG306"):
+        ps.apply(captured("llama"), rule)

@@ -1,0 +1,117 @@
+"""Rules of one's own: operators and roles from Python, patterns, inputs rewritten, base trained."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import peftsurgery as ps
+from tests.models.captured import captured
+from tests.models.zoo import ZOO
+from tests.surgery.reference import randomise
+
+
+def logits(model: torch.nn.Module, name: str) -> Tensor:
+    with torch.no_grad():
+        return model(**ZOO[name].inputs(2, 6))[0]
+
+
+@ps.operator("squash")
+def squash(x: Tensor, limit: float) -> Tensor:
+    """x, bent softly below a limit."""
+    return limit * torch.tanh(x / limit)
+
+
+def test_an_operator_in_python_is_sewn_in() -> None:
+    rule = ps.Rule(match="linear", where={"role": "lm_head"}, rewrite="squash(y, 0.5)")
+    operated = ps.apply(captured("llama"), rule)
+    expected = 0.5 * torch.tanh(logits(ZOO["llama"].build(), "llama") / 0.5)
+    torch.testing.assert_close(logits(operated, "llama"), expected)
+
+
+def test_a_role_in_python_selects() -> None:
+    @ps.role("narrowing")
+    def narrowing(site: object) -> bool:
+        """A linear with fewer outputs than inputs."""
+        facts = site.facts
+        return site.kind == "linear" and facts["out"] < facts["in"]
+
+    rule = ps.Rule(
+        match="linear",
+        where={"role": "narrowing"},
+        params={"A": {"shape": ["out", "in"]}},
+        rewrite="y + linear(x, A)",
+    )
+    modules = {m["module"] for m in ps.apply(captured("llama"), rule).report.matches}
+    parts = ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+    assert modules == {f"model.layers.{i}.{part}" for i in range(2) for part in parts}
+
+
+def test_a_pattern_is_found_and_rewritten() -> None:
+    rule = ps.Rule(
+        match={"pattern": "mul(silu(linear(x, gate)), linear(x, up))"}, rewrite="0.5 * y"
+    )
+    operated = ps.apply(captured("llama"), rule)
+    assert len(operated.report.matches) == 2
+    reference = ZOO["llama"].build()
+    for layer in reference.model.layers:
+        layer.mlp.down_proj.register_forward_pre_hook(lambda part, args: (0.5 * args[0],))
+    torch.testing.assert_close(logits(operated, "llama"), logits(reference, "llama"))
+
+
+def test_the_input_of_a_site_can_be_rewritten_for_it_alone() -> None:
+    rules = ps.parse_rules(
+        """
+        name: scale_in
+        rules:
+          - match: linear
+            where: {role: attn.k}
+            params: {s: {shape: [in], init: ones}}
+            rewrite: {x: x * s}
+            fold: W * s
+        """
+    )
+    operated = randomise(ps.apply(captured("llama"), rules))
+    reference = ZOO["llama"].build()
+    for index, layer in enumerate(reference.model.layers):
+        s = operated.get_parameter(f"model.layers.{index}.self_attn.k_proj.scale_in.s").detach()
+        layer.self_attn.k_proj.register_forward_pre_hook(lambda part, args, s=s: (args[0] * s,))
+    torch.testing.assert_close(logits(operated, "llama"), logits(reference, "llama"))
+    folded = ps.fold(operated)
+    torch.testing.assert_close(logits(folded, "llama"), logits(operated, "llama"))
+
+
+def test_train_true_trains_a_copy_of_the_base() -> None:
+    rule = ps.Rule(match="parameter", where={"kind": "bias"}, train=True)
+    graph = captured("bert")
+    operated = ps.apply(graph, rule)
+    trained = {name for name, p in operated.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in graph.named_parameters() if name.endswith("bias")}
+    before = logits(graph, "bert")
+    randomise(operated)
+    assert torch.equal(logits(graph, "bert"), before)
+    assert not torch.equal(logits(operated, "bert"), before)
+    folded = ps.fold(operated)
+    assert torch.equal(logits(folded, "bert"), logits(operated, "bert"))
+    assert torch.equal(logits(ps.eject(operated), "bert"), before)
+
+
+def test_a_rule_with_no_fold_says_so() -> None:
+    rule = ps.Rule(match="linear", where={"role": "lm_head"}, rewrite="squash(y, 0.5)")
+    with pytest.raises(ps.SurgeryError, match="PSG401"):
+        ps.fold(ps.apply(captured("llama"), rule))
+
+
+def test_a_fold_into_a_bias_that_is_not_there_is_refused() -> None:
+    rule = ps.Rule(
+        match="linear",
+        where={"role": "attn.q"},
+        params={"c": {"shape": ["out"]}},
+        rewrite="y + c",
+        fold={"b": "b + c"},
+    )
+    with pytest.raises(ps.SurgeryError, match="PSG405"):
+        ps.fold(ps.apply(captured("llama"), rule))
+    operated = randomise(ps.apply(captured("bert"), rule))
+    torch.testing.assert_close(logits(ps.fold(operated), "bert"), logits(operated, "bert"))
