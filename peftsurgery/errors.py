@@ -322,6 +322,36 @@ CODES: dict[str, CodeInfo] = {
         "there is no bias to fold into",
         "The fold changes a bias that the model does not have.",
     ),
+    "PSG410": CodeInfo(
+        "the folded model is not the operated one",
+        "What was written was read back by from_pretrained (a plain module: from its tensors) and "
+        "run at two shapes, and its outputs differ from the operated model's by more than rounding "
+        "explains. Nothing is left at the output.",
+        UNVERIFIED,
+    ),
+    "PSG411": CodeInfo(
+        "the ONNX model differs from the folded one",
+        "onnxruntime ran the file at two shapes that its export had not seen, and the outputs "
+        "differ by more than 1e-5 (of their size, if they are larger than 1), or the file could not "
+        "be run. The file is removed.",
+        UNVERIFIED,
+    ),
+    "PSG412": CodeInfo(
+        "the model cannot be written as ONNX",
+        "torch.onnx has no translation for something the model does. The reason it gave is printed; "
+        "the folded model itself is not affected.",
+        UNVERIFIED,
+    ),
+    "PSG413": CodeInfo(
+        "adapters cannot be inputs of an ONNX model yet",
+        "export_onnx(..., adapters='fold') writes a model with the adapters in its weights.",
+        USAGE,
+    ),
+    "PSG414": CodeInfo(
+        "no inputs can be made to check the model with",
+        "A check needs inputs at two shapes other than the captured one. They can be made for models "
+        "whose arguments are tensors, given by name, with a batch that may vary.",
+    ),
     "PSG601": CodeInfo(
         "The output exists already",
         "Nothing is overwritten unless `--force` is given, and then only a file or a model's directory.",
@@ -346,6 +376,10 @@ CODES: dict[str, CodeInfo] = {
     "PSG606": CodeInfo(
         "the surgery's tensors are damaged",
         "adapter.safetensors is missing or truncated, or holds values that are not finite.",
+    ),
+    "PSG607": CodeInfo(
+        "there is nothing to fold",
+        "A saved surgery has a surgery.json, a peft adapter an adapter_config.json.",
     ),
     "PSG901": CodeInfo(
         "The command line is not understood",
