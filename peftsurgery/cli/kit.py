@@ -48,12 +48,20 @@ class Group(click.Group):
 class Root(Group):
     """The group at the top: it translates what its commands raise."""
 
-    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
-        """Run, print errors and exit; however it was called, its name is ``peftsurgery``."""
-        arguments = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
-        extra["standalone_mode"] = False
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run, print errors and exit; however it was called, its name is ``peftsurgery``.
+
+        Takes what ``click.Command.main`` takes, of which ``args`` (the command line) is used.
+        """
+        given = args[0] if args else extra.get("args")
+        arguments = [str(word) for word in (sys.argv[1:] if given is None else given)]
         run = super().main
-        sys.exit(translate(lambda: run(arguments, "peftsurgery", **extra), "--json" in arguments))
+        sys.exit(
+            translate(
+                lambda: run(arguments, "peftsurgery", standalone_mode=False),
+                as_json="--json" in arguments,
+            )
+        )
 
 
 def translate(run: Callable[[], Any], as_json: bool) -> int:

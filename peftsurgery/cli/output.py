@@ -31,6 +31,20 @@ force_option = click.option("--force", is_flag=True, help="Replace OUT if it exi
 def fresh(out: Path, inputs: Iterable[str | Path] = (), force: bool = False) -> Iterator[Path]:
     """A path beside ``out`` to write a file or directory to; it becomes ``out`` at the end.
 
+    Raises what :func:`check_free` raises.
+    """
+    check_free(out, inputs, force)
+    part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
+    try:
+        yield part
+        _put(part, out)
+    finally:
+        _remove(part)
+
+
+def check_free(out: Path, inputs: Iterable[str | Path] = (), force: bool = False) -> None:
+    """Refuse an output that must not be written.
+
     Raises PSG601 if ``out`` exists (with ``force``: if it is neither a file nor a model's
     directory), PSG602 if it is, holds or lies in one of ``inputs``, PSG603 if it has no parent.
     """
@@ -43,12 +57,6 @@ def fresh(out: Path, inputs: Iterable[str | Path] = (), force: bool = False) -> 
         _check_replaceable(out)
     if not out.absolute().parent.is_dir():
         raise SurgeryError("PSG603", f"'{out.parent}' is not a directory")
-    part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
-    try:
-        yield part
-        _put(part, out)
-    finally:
-        _remove(part)
 
 
 def _put(part: Path, out: Path) -> None:
