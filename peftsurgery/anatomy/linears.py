@@ -5,8 +5,8 @@
     matmul(x, W.T) + b              W is (out, in) again    layout "oi"
     grouped_mm(x, W3), bmm(x, W3)   one matrix an expert    kind "experts"
 
-Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out) with the
-leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
+Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out)
+with the leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
 addmm works on rows flattened by a view and its result is viewed back, x and y are the outer values.
 """
 

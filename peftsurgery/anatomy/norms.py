@@ -3,7 +3,8 @@
     y = layer_norm(x, W, b)          rms_norm, group_norm and batch_norm alike
     y = W * (x * rsqrt(mean(x^2) + eps))       with casts in between, and (1 + W) for W in some
 
-Bindings: ``x``, ``y``, and ``W`` and ``b`` where there are any.
+Bindings: ``x``, ``y``, and ``W`` and ``b`` where there are any. Facts: ``width`` and ``eps``
+(None if the operator does not say).
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def _single(node: fx.Node) -> Site | None:
         vector, _ = parameter_of(None if place is None else argument(node, place, label))
         if vector is not None:
             nodes[name] = vector
-    return _site(nodes, op(node))
+    return _site(nodes, op(node), _given_eps(node))
+
+
+def _given_eps(node: fx.Node) -> float | None:
+    """The last fractional argument: every norm of ATen puts eps last, after a momentum if any."""
+    given = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
+    return given[-1] if given else None
 
 
 def _spelled(flow: Flow, node: fx.Node) -> Site | None:
@@ -68,7 +75,9 @@ def _spelled(flow: Flow, node: fx.Node) -> Site | None:
         nodes["W"] = weight
         y = next(iter(y.users)) if _is_cast_back(y, nodes["x"]) else y
         nodes["y"] = y
-    return _site(nodes, "rms_norm")
+    inner = node.all_input_nodes[0]
+    added = argument(inner, 1, "other")
+    return _site(nodes, "rms_norm", added if isinstance(added, float) else None)
 
 
 def _is_cast_back(y: fx.Node, x: fx.Node) -> bool:
@@ -87,10 +96,10 @@ def _scale(node: fx.Node) -> fx.Node | None:
     return parameter_of(inner)[0]
 
 
-def _site(nodes: dict[str, fx.Node], name: str) -> Site:
+def _site(nodes: dict[str, fx.Node], name: str, eps: float | None) -> Site:
     weight = nodes.get("W")
     target = None if weight is None else str(weight.target)
     module = "" if target is None else target.rpartition(".")[0]
     width = sizes(nodes["x"])[-1]
-    facts = {"op": name, "width": width, "dtype": value(nodes["x"]).dtype}
+    facts = {"op": name, "width": width, "eps": eps, "dtype": value(nodes["x"]).dtype}
     return Site("norm", module, None, target, nodes, facts)

@@ -145,6 +145,10 @@ class Placed:
     extra: Mapping[str, Any] = field(default_factory=dict)
     relations: Relations | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        part = f"[{self.site.label}]" if self.site.label else ""
+        return f"<{self.kind} {self.parameter or self.module}{part} {self.role or '-'}>"
+
     @property
     def kind(self) -> str:
         """The kind of site: linear, attention, embedding, residual, norm, parameter, conv."""
