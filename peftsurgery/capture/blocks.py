@@ -17,8 +17,8 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from .cleanup import stack_paths
 from .program import ModuleInfo, Program, TensorInfo
+from .stack import stack_paths
 
 
 def block_paths(module: nn.Module) -> frozenset[str]:

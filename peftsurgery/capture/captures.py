@@ -18,7 +18,7 @@ from .program import Program
 from .signature import Call, map_tensors, widen
 from .sizes import Check, compile_check
 from .sources import Source
-from .tensors import recast, tensor_infos, tensor_names
+from .tensors import is_fake, tensor_infos, tensor_names, traceable
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Captures:
             if capture.fits(call.leaves, training):
                 return capture
         module = self._module(casts)
-        if any(tensor.is_meta for tensor in module.parameters()):
-            call = map_tensors(call, lambda tensor: tensor.to("meta"))
+        if is_fake(module.parameters()):
+            call = map_tensors(call, lambda tensor: torch.zeros_like(tensor, device="cpu"))
         capture = self._capture(module, widen(call), training)
         if not capture.fits(call.leaves, training):
             capture = self._capture(module, call, training)
@@ -99,7 +99,7 @@ class Captures:
     def _module(self, casts: Casts) -> nn.Module:
         """The module to export: the source's own, or one of its structure in the wanted dtypes."""
         wanted = {name: info.dtype for name, info in self.tensors.items()} | dict(casts)
-        return recast(self.source.module, wanted)
+        return traceable(self.source.module, wanted)
 
     def _capture(self, module: nn.Module, call: Call, training: bool) -> Capture:
         exported = export(module, call, training)

@@ -17,6 +17,7 @@ from torch import fx
 
 from . import ops
 from .export import TRAIN_FLAGS
+from .stack import inherit, stack_paths
 
 aten = torch.ops.aten
 
@@ -39,32 +40,19 @@ def clean_up(
     """Run every pass over ``module.graph``.
 
     ``aliases`` maps each name of a tensor to all names of it; ``counters`` are the names of buffers
-    that count batches. A graph for one ``mode`` keeps its train flags as they are.
+    that count batches. A graph for eval mode keeps the train flags that are set even there.
     """
     inline_gradient_regions(module)
     graph = module.graph
     drop_assertions(graph)
     drop_idle_casts(graph)
     make_functional(graph)
-    if mode is None:
+    if mode is not False:
         follow_training(graph, counters)
     follow_device(graph)
     name_by_user(graph, aliases)
     drop_unused(graph)
     sizes_first(graph)
-
-
-def stack_paths(node: fx.Node) -> list[tuple[str, str]]:
-    """The modules whose forward made ``node``, outermost first: (call key, path in the model)."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [(key, path) for key, (path, _) in stack.items() if not key.startswith("_empty")]
-
-
-def inherit(node: fx.Node, source: fx.Node) -> None:
-    """Give an inserted node the origin of the node it serves: splitting keeps them together."""
-    for key in ("nn_module_stack", "stack_trace"):
-        if key in source.meta:
-            node.meta[key] = source.meta[key]
 
 
 def inline_gradient_regions(module: fx.GraphModule) -> None:
@@ -132,7 +120,7 @@ def _same_kind(node: fx.Node, source: fx.Node) -> bool:
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     copies = bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") is not None
-    return (before.dtype, before.device, copies) == (after.dtype, after.device, False)
+    return bool(not copies and before.dtype == after.dtype and before.device == after.device)
 
 
 def _is_full_slice(node: fx.Node) -> bool:
@@ -203,8 +191,15 @@ def follow_training(graph: fx.Graph, counters: frozenset[str]) -> None:
                 node.args = (node.args[0], _training_flag(graph, node))
             node.target = ops.count
             continue
+        if _has_no_statistics(node):
+            continue
         for index, argument in enumerate(node.target._schema.arguments):
             _follow_argument(graph, node, index, argument.name)
+
+
+def _has_no_statistics(node: fx.Node) -> bool:
+    """Whether a batch norm keeps no running statistics: it takes the batch's in eval mode too."""
+    return node.target is aten.batch_norm.default and node.args[3] is None
 
 
 def _follow_argument(graph: fx.Graph, node: fx.Node, index: int, name: str) -> None:

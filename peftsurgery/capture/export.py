@@ -27,8 +27,10 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError
+from .randomness import is_random, is_random_in
 from .signature import Call
 from .sizes import size_conditions
+from .stack import stack_paths
 
 # What torch.export raises for a model it cannot trace: its own errors derive from these.
 EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
@@ -60,7 +62,7 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
     trained, refusal = _try(module, call, train=True)
     if trained is not None:
         exported = _read(trained)
-        if not _has_stray_randomness(exported.module.graph):
+        if not _is_bound_to_a_mode(exported.module.graph, module, call):
             return exported
         if training:
             return replace(exported, mode=True)
@@ -98,13 +100,32 @@ def first_line(error: BaseException | None) -> str:
     return text.splitlines()[0][:300]
 
 
-def _has_stray_randomness(graph: fx.Graph) -> bool:
-    """Whether the graph draws random numbers outside operators that have a train flag."""
-    return any(
-        isinstance(node.target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in node.target.tags
-        and not TRAIN_FLAGS & {argument.name for argument in node.target._schema.arguments}
-        for node in graph.nodes
+def _is_bound_to_a_mode(graph: fx.Graph, module: nn.Module, call: Call) -> bool:
+    """Whether a train-mode graph cannot serve eval mode by switching its train flags off.
+
+    It cannot if it draws random numbers by operators that have no such flag (paths dropped at
+    random), nor if some dropout is on in eval mode too. Only code that calls dropout as a function
+    can do that, so only for such code the module is run in eval mode, on fake tensors, to see.
+    """
+    random = [node for node in graph.nodes if is_random(node.target)]
+    flagless = [node for node in random if not TRAIN_FLAGS & _argument_names(node.target)]
+    if flagless or all(_is_in_dropout_module(node, module) for node in random):
+        return bool(flagless)
+    try:
+        with _prepared(module, call, train=False):
+            return is_random_in(module, call)
+    except EXPORT_ERRORS:
+        return True
+
+
+def _argument_names(operator: torch._ops.OpOverload) -> set[str]:
+    return {argument.name for argument in operator._schema.arguments}
+
+
+def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
+    paths = stack_paths(node)
+    return bool(paths) and isinstance(
+        module.get_submodule(paths[-1][1]), nn.modules.dropout._DropoutNd
     )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..errors import SurgeryError
 from .program import TensorInfo
@@ -36,29 +37,39 @@ def tensor_infos(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
-def recast(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
-    """A module of the same structure whose tensors have these dtypes, to be traced and never run.
+def traceable(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
+    """A module of the same structure with tensors of these dtypes, to be traced and never run.
 
-    That is the module itself if it fits. Otherwise the tensors that differ are without content
-    (memory that is never touched is never given out), and the module is left as it is. PSG201 if it
-    cannot be copied.
+    That is the module itself if it fits. Otherwise tensors that differ, and tensors on the meta
+    device, are fake: they take no memory and claim to be on a real device, so that constants made
+    beside them have values. The module is left as it is. PSG201 if it cannot be copied.
     """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, torch.Tensor] = {}
     for name, tensor in named_tensors(module):
         dtype = dtypes.get(name, tensor.dtype)
-        memo[id(tensor)] = tensor if dtype == tensor.dtype else _blank(tensor, dtype)
-    if all(id(tensor) == key for key, tensor in memo.items()):
+        fits = dtype == tensor.dtype and not tensor.is_meta
+        if id(tensor) not in memo:
+            memo[id(tensor)] = tensor if fits else _fake(mode, tensor, dtype)
+    if not is_fake(memo.values()):
         return module
     try:
         return copy.deepcopy(module, dict(memo))
     except (TypeError, RuntimeError) as error:
         raise SurgeryError(
-            "PSG201", f"{type(module).__name__} cannot be captured in another dtype: {error}"
+            "PSG201", f"{type(module).__name__} cannot be copied to be captured: {error}"
         ) from error
 
 
-def _blank(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=tensor.device)
+def is_fake(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether some of the tensors have no content at all."""
+    return any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    device = torch.device("cpu") if tensor.is_meta else tensor.device
+    with mode:
+        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty
