@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel, capture
     from peftsurgery.errors import SurgeryError
+    from peftsurgery.formats.onnx import export_onnx
     from peftsurgery.formats.peft import from_peft, to_peft
+    from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
     from peftsurgery.surgery import Report, apply, eject, fold, load
 
@@ -28,7 +30,9 @@ __all__ = [
     "apply",
     "capture",
     "eject",
+    "export_onnx",
     "fold",
+    "fold_to_directory",
     "from_peft",
     "load",
     "load_rules",
@@ -46,7 +50,9 @@ _HOME = {
     "apply": "surgery",
     "capture": "capture",
     "eject": "surgery",
+    "export_onnx": "formats.onnx",
     "fold": "surgery",
+    "fold_to_directory": "formats.pretrained",
     "from_peft": "formats.peft",
     "load": "surgery",
     "load_rules": "language",

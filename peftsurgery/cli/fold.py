@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,31 +38,19 @@ def fold(
     if out is None:
         raise click.UsageError("missing option --output OUT")
     inputs = [surgery, *([base] if base else [])]
+    # An ONNX file asked for inside OUT is written where OUT is being made.
+    inside = onnx is not None and onnx.absolute().is_relative_to(out.absolute())
+    if onnx is not None and not inside:
+        check_free(onnx, inputs, force)
     from peftsurgery.formats.pretrained import fold_to_directory
 
-    with fresh(out, inputs, force) as part, beside(onnx, out, part, inputs, force) as file:
-        with doing(f"folding {surgery}"):
-            result = fold_to_directory(surgery, part, base=base, onnx=file, verify=verify)
-        if result.onnx is not None and file != onnx:
-            result = replace(result, onnx=result.onnx.moved(str(onnx)))
+    with fresh(out, inputs, force) as part, doing(f"folding {surgery}"):
+        file = part / onnx.absolute().relative_to(out.absolute()) if onnx and inside else onnx
+        result = fold_to_directory(surgery, part, base=base, onnx=file, verify=verify)
+    if result.onnx is not None:
+        result = replace(result, onnx=result.onnx.moved(str(onnx)))
     if as_json:
         print_json({**result.to_dict(), "out": str(out)})
     else:
         click.echo(clean(str(result)))
         click.echo(f"folded model in {out}")
-
-
-@contextmanager
-def beside(
-    onnx: Path | None, out: Path, part: Path, inputs: Sequence[str], force: bool
-) -> Iterator[Path | None]:
-    """Where the ONNX file is written: within OUT it comes and goes with it, elsewhere by itself."""
-    if onnx is None:
-        yield None
-        return
-    inner = onnx.resolve()
-    if out.resolve() in inner.parents:
-        yield part / inner.relative_to(out.resolve())
-        return
-    check_free(onnx, inputs, force)
-    yield onnx

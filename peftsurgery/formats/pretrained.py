@@ -1,0 +1,331 @@
+"""Hugging Face directories: what ``fold`` writes, so that plain transformers loads it.
+
+A directory holds the folded weights and config, as ``save_pretrained`` writes them, and the files
+of the base that belong to the model all the same: tokenizer, vocabulary, processors, the parts of a
+sentence-transformers pipeline. A plain module gives ``model.safetensors``, its state dict.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from ..capture import GraphModel
+from ..errors import SurgeryError
+from ..surgery import OperatedModel, fold, load, open_model
+from ..surgery.saving import is_surgery
+from .onnx import OnnxFile, need_onnx, write_onnx
+from .peft import from_peft
+from .trials import difference, tensors_of, unseen_inputs
+
+PEFT_CONFIG, WEIGHTS = "adapter_config.json", "model.safetensors"
+
+# What the files of a model's weights are called, in any format; they are of the model before.
+_WEIGHT_FILES = (
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.gguf",
+    "*.onnx",
+    "*.onnx.data",
+    "*.ot",
+    "*.pkl",
+    "*.index.json",
+)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A weight that the fold changed.
+
+    ``largest`` is the largest change of an element, ``relative`` the change's norm in parts of the
+    weight's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What was folded into which weights, which other files were taken over, what was checked."""
+
+    adapters: tuple[str, ...]
+    changed: tuple[Change, ...]
+    tensors: int
+    copied: tuple[str, ...]
+    untied: bool
+    verified: float | None = None
+    onnx: OnnxFile | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+        return {
+            "adapters": list(self.adapters),
+            "changed": [asdict(change) for change in self.changed],
+            "tensors": self.tensors,
+            "copied": list(self.copied),
+            "untied": self.untied,
+            "verified": self.verified,
+            "onnx": None if self.onnx is None else self.onnx.to_dict(),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        names = ", ".join(self.adapters)
+        lines = [f"{names}: changed {len(self.changed)} of {self.tensors} weights"]
+        if self.changed:
+            most = max(self.changed, key=lambda change: change.relative)
+            lines.append(f"  most, by {most.relative:.2%} of its norm: {most.name}")
+        if self.untied:
+            lines.append("  the tie of input and output embeddings is broken, also in the config")
+        if self.copied:
+            lines.append(f"  taken over from the base: {', '.join(self.copied)}")
+        if self.verified is not None:
+            lines.append(f"  reloaded and compared at two shapes: {self.verified:.1e} apart")
+        if self.onnx is not None:
+            lines.append(f"  {self.onnx}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def fold_to_directory(
+    spec: str | Path,
+    out: str | Path,
+    base: str | None = None,
+    onnx: str | Path | None = None,
+    verify: bool = False,
+) -> FoldResult:
+    """Fold a saved surgery or a peft adapter into its base, and write a plain model to ``out``.
+
+    ``out`` must not exist; if anything fails, it does not afterwards. ``base`` is the base model if
+    it is not where the adapter says; ``onnx`` is where to write the model as ONNX too; ``verify``
+    reads the result back and compares its outputs with the operated model's at two shapes. Raises
+    what :func:`fold` raises, PSG607 if ``spec`` is neither kind of directory, PSG410 if the result
+    is not the operated model, PSG411 and PSG412 if its ONNX is not.
+    """
+    folder = Path(out)
+    if onnx is not None:
+        need_onnx()
+    with quiet():
+        operated = open_adapter(Path(spec), base)
+        plain = fold(operated).eval()
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise SurgeryError("PSG601", f"'{out}' exists already", "choose another name") from None
+    try:
+        copied, notes = write_model(plain, folder, operated.source.origin)
+        apart = check_written(operated, plain, folder) if verify else None
+        written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return FoldResult(
+        tuple(dict.fromkeys(operation.name for operation in operated.operations)),
+        tuple(changes(operated.source.weights(), plain)),
+        len(plain.state_dict()),
+        copied,
+        _is_tied(operated.source.module) and not _is_tied(plain),
+        apart,
+        written,
+        notes,
+    )
+
+
+def open_adapter(path: Path, base: str | None = None) -> OperatedModel:
+    """The operated model of a saved surgery or of a peft adapter's directory. PSG607 for others."""
+    if is_surgery(path):
+        return load(path, None if base is None else open_model(base))
+    if not (path / PEFT_CONFIG).is_file():
+        what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
+        raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
+    named = base or _named_base(path)
+    if named is None:
+        raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
+    return from_peft(open_model(named), path)
+
+
+def _named_base(path: Path) -> str | None:
+    try:
+        config = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SurgeryError("PSG607", f"{path / PEFT_CONFIG} cannot be read: {error}") from None
+    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return named if isinstance(named, str) and named else None
+
+
+def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
+    """The weights that differ; those that a fold left alone share their memory with the base."""
+    for name, new in after.named_parameters():
+        old = before.get_parameter(name)
+        if new.data_ptr() == old.data_ptr():
+            continue
+        wide = torch.promote_types(old.dtype, torch.float32)
+        gap = (new.detach().to(wide) - old.detach().to(wide)).abs()
+        norm = float(old.detach().to(wide).norm())
+        relative = float(gap.norm()) / norm if norm else 0.0
+        dtype = str(new.dtype).removeprefix("torch.")
+        yield Change(name, tuple(new.shape), dtype, float(gap.max()), relative)
+
+
+def write_model(
+    plain: nn.Module, folder: Path, origin: str | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Write a plain model to an empty directory, with the other files of its base.
+
+    Returns the files that were taken over, and notes for the reader.
+    """
+    try:
+        with quiet():
+            if isinstance(plain, PreTrainedModel):
+                plain.save_pretrained(folder)
+            else:
+                save_model(plain, str(folder / WEIGHTS))
+    except SafetensorError as error:  # a full disk, for one, is not an OSError here
+        raise SurgeryError("PSG603", f"{folder}: {error}") from None
+    for file in folder.glob("*.safetensors"):  # readable by others, as other files are
+        file.chmod(0o666 & ~_umask())
+    if not isinstance(plain, PreTrainedModel) or origin is None:
+        return (), ()
+    companions = _companions(origin)
+    if companions is None:
+        return (), (f"the tokenizer of '{origin}' was not found here and is not in the result",)
+    return tuple(_copy_missing(companions, folder)), ()
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _companions(origin: str) -> Path | None:
+    """The directory that holds a base's files, without its weights if it has to be fetched."""
+    if Path(origin).is_dir():
+        return Path(origin)
+    try:
+        return Path(snapshot_download(origin, ignore_patterns=list(_WEIGHT_FILES)))
+    except (OSError, ValueError):
+        return None
+
+
+def _copy_missing(source: Path, folder: Path) -> Iterator[str]:
+    """Copy what is not weights and not written yet; model cards stay, they describe the base.
+
+    Of the directories inside, those that a pipeline's modules.json lists come whole, with weights
+    of their own, and others if they hold no weights (of the model before, in another format).
+    """
+    parts = _pipeline_parts(source)
+    for entry in sorted(source.iterdir()):
+        name = entry.name
+        if name.startswith(".") or name == "README.md" or (folder / name).exists():
+            continue
+        if entry.is_dir() and (name in parts or not any(_holds_weights(entry))):
+            shutil.copytree(entry, folder / name, copy_function=shutil.copyfile)
+            yield f"{name}/"
+        elif entry.is_file() and not _is_weights(entry):
+            shutil.copyfile(entry, folder / name)
+            yield name
+
+
+def _pipeline_parts(source: Path) -> set[str]:
+    """The directories that sentence-transformers' modules.json names."""
+    try:
+        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
+        return {Path(str(part["path"])).parts[0] for part in listed if part.get("path")}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return set()
+
+
+def _is_weights(file: Path) -> bool:
+    return any(file.match(pattern) for pattern in _WEIGHT_FILES)
+
+
+def _holds_weights(folder: Path) -> Iterator[Path]:
+    return (file for file in folder.rglob("*") if _is_weights(file))
+
+
+def check_written(operated: GraphModel, plain: nn.Module, folder: Path) -> float:
+    """Read a written model back and compare it with the operated one; the largest difference.
+
+    Raises PSG410 if weights are missing, or outputs differ by more than 1e-5 in fp32. In half
+    precision the operated model adds its adapters in fp32 where the folded one has rounded weights,
+    and every layer rounds its activations: some 60 roundings, which add up like a random walk to 8
+    times one of them.
+    """
+    again = _read_back(plain, folder).eval()
+    dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
+    precision = torch.finfo(dtype).eps
+    tolerance = 1e-5 if precision <= torch.finfo(torch.float32).eps else 8 * precision
+    was_training, largest = operated.training, 0.0
+    operated.eval()
+    with torch.no_grad():
+        for inputs in unseen_inputs(operated):
+            wanted = tensors_of(operated(**inputs))
+            gap = difference(wanted, tensors_of(again(**inputs)))
+            if not gap.within(tolerance):
+                raise SurgeryError(
+                    "PSG410", f"reloaded, the outputs differ by {gap.largest:.1e} from the operated"
+                )
+            largest = max(largest, gap.largest)
+    operated.train(was_training)
+    return largest
+
+
+def _read_back(plain: nn.Module, folder: Path) -> nn.Module:
+    try:
+        with quiet():
+            if not isinstance(plain, PreTrainedModel):
+                again = copy.deepcopy(plain)
+                load_model(again, folder / WEIGHTS)
+                return again
+            model, info = type(plain).from_pretrained(
+                folder, dtype=plain.dtype, output_loading_info=True
+            )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SurgeryError("PSG410", f"what was written cannot be read back: {reason}") from error
+    lost = sorted(info["missing_keys"])
+    if lost:
+        raise SurgeryError("PSG410", f"{len(lost)} weights were not written, '{lost[0]}' first")
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars off stderr, where commands show their own progress."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_tied(module: nn.Module) -> bool:
+    config = getattr(module, "config", None)
+    return bool(getattr(config, "tie_word_embeddings", False))

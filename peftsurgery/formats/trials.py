@@ -1,0 +1,170 @@
+"""Inputs to try a model on, at sizes that its capture has not seen, and how far outputs differ.
+
+Names, dtypes and the sizes that may vary are those of the captured graph; the values are random and
+the same every time. Token ids come from the config's vocabulary, and the last row of a mask ends in
+padding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+from transformers.utils import ModelOutput
+
+from ..capture import Capture, GraphModel
+from ..errors import SurgeryError
+
+Inputs = dict[str, Tensor]
+
+# Two batches, and what happens to every other size that may vary; the next best follow.
+_FIRST, _SECOND = 1, 3
+_STRETCHES: tuple[Callable[[int], int], ...] = (
+    lambda size: size + 3,
+    lambda size: 2 * size,
+    lambda size: size,
+)
+
+
+def unseen_inputs(model: GraphModel) -> list[Inputs]:
+    """Inputs at two shapes other than the one the model was captured with.
+
+    PSG414 if the model takes something else than tensors by name, or allows no other size.
+    """
+    first = _allowed(model, (_FIRST, _SECOND + 1), _STRETCHES)
+    second = _allowed(model, (_SECOND,), _STRETCHES[1:])
+    return [first, second]
+
+
+def seen_inputs(model: GraphModel) -> Inputs:
+    """Inputs at the shape the model was captured with."""
+    return _make(model, _placeholders(model), None, _STRETCHES[-1])
+
+
+def free_axes(model: GraphModel) -> dict[str, list[int]]:
+    """The axes of each input whose size may vary."""
+    return {
+        node.name: [i for i, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)]
+        for node in _placeholders(model)
+    }
+
+
+def tensors_of(outputs: Any) -> dict[str, Tensor]:
+    """The tensors of a model's outputs, by the name of the field and their place in it."""
+    fields = outputs.items() if isinstance(outputs, ModelOutput) else [("output", outputs)]
+    found: dict[str, Tensor] = {}
+    for name, value in fields:
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        names = [name] if len(leaves) == 1 else [f"{name}.{i}" for i in range(len(leaves))]
+        found.update(zip(names, leaves, strict=True))
+    return found
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far outputs are from the expected ones, and the largest of those by absolute value."""
+
+    largest: float
+    scale: float
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the difference is small: absolutely for outputs up to 1, relatively above that.
+
+        The rounding error of a sum grows with the sum; logits of 30 in fp32 are known to 1e-5.
+        """
+        return self.largest <= tolerance * max(1.0, self.scale)
+
+
+def difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> Difference:
+    """The largest difference over all expected outputs; infinite if one is missing or is NaN."""
+    largest = scale = 0.0
+    for name, want in expected.items():
+        have = actual.get(name)
+        if have is None or have.shape != want.shape:
+            return Difference(math.inf, scale)
+        if not want.numel():
+            continue
+        wide = want.to(torch.float64)
+        gap = float((have.to(torch.float64) - wide).abs().max())
+        largest = max(largest, math.inf if math.isnan(gap) else gap)
+        scale = max(scale, float(wide.abs().max()))
+    return Difference(largest, scale)
+
+
+def _allowed(
+    model: GraphModel, batches: tuple[int, ...], stretches: tuple[Callable[[int], int], ...]
+) -> Inputs:
+    """Inputs of the first of these sizes that the capture allows."""
+    capture, nodes = model.captures[0], _placeholders(model)
+    for stretch, batch in itertools.product(stretches, batches):
+        inputs = _make(model, nodes, batch, stretch)
+        if _fits(capture, inputs):
+            return inputs
+    raise SurgeryError("PSG414", "the model allows no other sizes than those it was captured with")
+
+
+def _fits(capture: Capture, inputs: Inputs) -> bool:
+    return capture.fits([inputs[name] for name in capture.names], capture.mode is True)
+
+
+def _placeholders(model: GraphModel) -> list[fx.Node]:
+    nodes = list(model.captures[0].top.graph.find_nodes(op="placeholder"))
+    known = inspect.signature(model.source.module.forward).parameters
+    for node in nodes:
+        if node.name not in known or not isinstance(node.meta.get("val"), Tensor):
+            raise SurgeryError(
+                "PSG414", f"no example can be made of '{node.name}', which is not a tensor argument"
+            )
+    return nodes
+
+
+def _make(
+    model: GraphModel, nodes: list[fx.Node], batch: int | None, stretch: Callable[[int], int]
+) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    place = "cpu" if device.type == "meta" else device
+    inputs = {}
+    for node in nodes:
+        shape = list(_shape(node.meta["val"].shape, batch, stretch))
+        value = _value(model, node.name, shape, node.meta["val"].dtype, generator)
+        inputs[node.name] = value.to(place)
+    return inputs
+
+
+def _shape(sizes: Any, batch: int | None, stretch: Callable[[int], int]) -> Iterator[int]:
+    for axis, size in enumerate(sizes):
+        if isinstance(size, int):
+            yield size
+        elif axis == 0 and batch is not None:
+            yield batch
+        else:
+            yield stretch(int(size.node.hint)) if axis else int(size.node.hint)
+
+
+def _value(
+    model: GraphModel, name: str, shape: list[int], dtype: torch.dtype, generator: torch.Generator
+) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        return torch.randn(shape, generator=generator).to(dtype)
+    if "mask" in name or dtype == torch.bool:
+        mask = torch.ones(shape, dtype=dtype)
+        if mask.ndim == 2 and shape[1] > 2:
+            mask[-1, -2:] = 0
+        return mask
+    if name.endswith("input_ids"):
+        return torch.randint(_vocabulary(model), shape, generator=generator, dtype=dtype)
+    return torch.zeros(shape, dtype=dtype)
+
+
+def _vocabulary(model: GraphModel) -> int:
+    config: Any = getattr(model.source.module, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return int(getattr(text, "vocab_size", 2))
