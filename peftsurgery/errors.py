@@ -352,6 +352,54 @@ CODES: dict[str, CodeInfo] = {
         "A check needs inputs at two shapes other than the captured one. They can be made for models "
         "whose arguments are tensors, given by name, with a batch that may vary.",
     ),
+    "PSG501": CodeInfo(
+        "an adapter's config cannot be read",
+        "adapter_config.json is missing, is no JSON object, or holds a key twice, NaN or infinity.",
+    ),
+    "PSG502": CodeInfo(
+        "an adapter is of an unknown method",
+        "peft_type is none of the methods for which a shipped rule lists peft's names (under "
+        "`checkpoint: peft`).",
+    ),
+    "PSG503": CodeInfo(
+        "a value in an adapter's config cannot be used",
+        "A rank is a positive whole number, alpha a finite number, a dropout less than 1, and a "
+        "list of modules a list of texts.",
+    ),
+    "PSG504": CodeInfo(
+        "an adapter's config asks for something that is not honoured",
+        "The key named changes what the adapter computes, and no rule does that. Nothing is "
+        "skipped: an adapter is read as peft means it or not at all.",
+    ),
+    "PSG505": CodeInfo(
+        "an adapter's tensors cannot be read",
+        "adapter_model.safetensors is missing or damaged, or holds NaN or infinity. Pickle files "
+        "(.bin) are never loaded, since that can run code.",
+    ),
+    "PSG506": CodeInfo(
+        "a tensor of an adapter has no place in the model",
+        "No module of that name is reached in the captured model. Most often the adapter was made "
+        "for another base, or for another class around it.",
+    ),
+    "PSG507": CodeInfo(
+        "the tensors of an adapter do not fit",
+        "A module needs all the tensors of its method (lora_A and lora_B), in the shapes that its "
+        "weight and the config's rank give.",
+    ),
+    "PSG508": CodeInfo(
+        "an adapter's config and its tensors contradict each other",
+        "target_modules, modules_to_save, rank_pattern or alpha_pattern name modules that have no "
+        "tensors, or leave out some that have. peft ignores such names; one of them may be a typo.",
+    ),
+    "PSG510": CodeInfo(
+        "peft has no form for what was applied",
+        "peft wraps modules by name, knows some methods, and has one set of values for an adapter. "
+        "Save the surgery itself, or fold it.",
+    ),
+    "PSG511": CodeInfo(
+        "it is not clear which adapter is meant",
+        "A directory of peft's holds one adapter: give the name of one that the model has.",
+    ),
     "PSG601": CodeInfo(
         "The output exists already",
         "Nothing is overwritten unless `--force` is given, and then only a file or a model's directory.",

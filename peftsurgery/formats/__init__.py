@@ -1,0 +1,1 @@
+"""Formats: other tools' files, as thin translations of names and layouts."""

@@ -1,6 +1,6 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
-from .applying import apply, check_covered, eject, load, open_model, operate
+from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
 from .folding import fold
 from .operated import OperatedModel
 from .operation import Cut, Operation
@@ -11,6 +11,7 @@ __all__ = [
     "OperatedModel",
     "Operation",
     "Report",
+    "adapter_name",
     "apply",
     "check_covered",
     "eject",

@@ -40,7 +40,9 @@ def apply(
     files = [_rule_file(each) for each in many]
     _check_settings(files, settings)
     operations = [
-        Operation(file, resolve_settings(file, _for(file, settings)), _adapter(name or file.name))
+        Operation(
+            file, resolve_settings(file, _for(file, settings)), adapter_name(name or file.name)
+        )
         for file in files
     ]
     return operate(model, operations)
@@ -137,7 +139,8 @@ def _for(file: RuleFile, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in file.with_}
 
 
-def _adapter(name: str) -> str:
+def adapter_name(name: str) -> str:
+    """``name`` if it can be an adapter's, and so a part of parameters' names. PSG304 if not."""
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
         raise SurgeryError("PSG304", f"'{name}' cannot be the name of an adapter")
     return name

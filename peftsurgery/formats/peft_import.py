@@ -1,0 +1,251 @@
+"""From peft's tensors to operations: which rule, where, with which settings and values.
+
+The tensors decide. A module's tensors have suffixes, and a shipped rule that the config identifies
+lists just these suffixes for a site of the module's kind. Its ``where`` is replaced by the exact
+paths; modules with the same settings are one operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..anatomy import Placed, survey
+from ..capture import GraphModel
+from ..errors import SurgeryError, did_you_mean
+from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select, shape_of
+from ..surgery import Cut, Operation
+from .peft_config import FORMAT, AdapterConfig, all_suffixes
+from .peft_names import Names, sort_keys
+from .peft_targets import check_targets, ends
+
+# Heads that peft adds to modules_to_save by itself, whichever of them a model has.
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+# The kinds of site that have a weight of their own for a method to change.
+WEIGHTED = ("linear", "embedding", "conv", "experts")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The operations that an adapter is, and the values of their parameters by name."""
+
+    operations: list[Operation] = field(default_factory=list)
+    known: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A rule of a file that may be meant at a module."""
+
+    file: RuleFile
+    rule: Rule
+
+    def fits(self, placed: Placed, suffixes: Mapping[str, str]) -> bool:
+        facts = (self.rule.where.facts or {}).items()
+        return (
+            self.rule.kind.name == placed.kind
+            and set(self.rule.checkpoint.get(FORMAT, {}).values()) == set(suffixes)
+            and all(placed.facts.get(name) == value for name, value in facts)
+        )
+
+
+class Importer:
+    """Makes the plan for one adapter on one model."""
+
+    def __init__(
+        self,
+        model: GraphModel,
+        config: AdapterConfig,
+        tensors: Mapping[str, torch.Tensor],
+        name: str,
+    ) -> None:
+        self.config, self.tensors, self.name = config, tensors, name
+        self.model = model.source.module
+        self.sites = [s for s in survey(model._captures.first) if s.slice is None]
+        self.names: Names = sort_keys(tensors, all_suffixes())
+        self.options = [_Option(file, rule) for file in config.files for rule in file.rules]
+
+    def plan(self) -> Plan:
+        """The plan. Raises PSG504, PSG506, PSG507 and PSG508 for what does not fit."""
+        plan = Plan()
+        placed = {module: self.place(module) for module in self.names.added}
+        check_targets(self.config, self.model, self.names.added)
+        self.config.check_patterns(self.names.added)
+        groups: dict[tuple[Any, ...], tuple[list[_Option], list[Placed]]] = {}
+        for module, site in placed.items():
+            options = self.fitting(site, module)
+            settings = self.config.settings(options[0].file, module)
+            key = (options[0].file.name, id(options[0].rule), tuple(settings.items()))
+            groups.setdefault(key, (options, []))[1].append(site)
+        for options, sites in groups.values():
+            self.add_operation(plan, options, sites)
+        self.add_trained(plan)
+        return plan
+
+    def place(self, module: str) -> Placed:
+        """The site at a module; one that a rule can be for comes first. PSG506 if there is none."""
+        kinds = {option.rule.kind.name for option in self.options}
+        here = [site for site in self.sites if site.module == module and site.kind in WEIGHTED]
+        if here:
+            return min(here, key=lambda site: site.kind not in kinds)
+        key = next(iter(self.names.added[module].values()))
+        known = {site.module for site in self.sites if site.kind in kinds}
+        reached = any(name == module for name, _ in self.model.named_modules())
+        why = "is not reached by these inputs" if reached else "is not in the model"
+        raise SurgeryError(
+            "PSG506", f"the tensor '{key}' is for '{module}', which {why}", _hint(module, known)
+        )
+
+    def fitting(self, site: Placed, module: str) -> list[_Option]:
+        """The rules that have just these tensors at this site. PSG507 if there are none."""
+        suffixes = self.names.added[module]
+        fitting = [option for option in self.options if option.fits(site, suffixes)]
+        if fitting:
+            return fitting
+        wanted = {
+            suffix
+            for option in self.options
+            if option.rule.kind.name == site.kind
+            for suffix in option.rule.checkpoint.get(FORMAT, {}).values()
+        }
+        missing, key = sorted(wanted - set(suffixes)), next(iter(suffixes.values()))
+        if missing:
+            raise SurgeryError("PSG507", f"'{key}' has no '{missing[0]}' beside it")
+        odd = ", ".join(sorted(set(suffixes) - wanted)) or "such tensors"
+        message = f"no shipped rule of this adapter's method has {odd} at a site of this kind"
+        raise SurgeryError("PSG507", f"'{key}' is at a {site.kind}: {message}")
+
+    def add_operation(self, plan: Plan, options: list[_Option], sites: Sequence[Placed]) -> None:
+        """One operation for sites with the same rule and settings."""
+        settings = self.config.settings(options[0].file, sites[0].module)
+        option = _best(options, self.sites, settings, {site.module for site in sites})
+        paths = tuple(site.module for site in sites)
+        where = Where(paths=paths, facts=option.rule.where.facts)
+        update = {"where": where, "expect": Expect(at_least=len(paths))}
+        rule = option.rule.model_copy(update=update)
+        file = option.file.model_copy(update={"rules": (rule,), "roles": {}})
+        operation = Operation(file, resolve_settings(file, settings), self.name)
+        plan.operations.append(operation)
+        for site in sites:
+            cut = Cut(operation, rule, site)
+            keys = self.names.added[site.module]
+            for param, suffix in rule.checkpoint[FORMAT].items():
+                shape = shape_of(rule.params[param], rule, cut.numbers)
+                value = self.shaped(keys[suffix], shape, site.module)
+                plan.known[cut.parameters[param]] = value
+
+    def shaped(self, key: str, shape: Sequence[int], what: str) -> torch.Tensor:
+        """The tensor of a key. PSG507 if it has another shape."""
+        value = self.tensors[key]
+        if tuple(value.shape) != tuple(shape):
+            raise SurgeryError(
+                "PSG507",
+                f"'{key}' has shape {list(value.shape)}, where '{what}' needs {list(shape)}",
+                "it was made for another base, or the config has another rank",
+            )
+        return value
+
+    def add_trained(self, plan: Plan) -> None:
+        """Operations for the model's own parameters that the adapter brings along."""
+        saved = self.config.names("modules_to_save")
+        self.check_saved(saved)
+        groups: dict[str, list[str]] = {"modules_to_save": [], "bias": []}
+        for name in self.names.own:
+            owner, _, leaf = name.rpartition(".")
+            if _within(owner, saved):
+                groups["modules_to_save"].append(name)
+            elif leaf == "bias" and self.config.values.get("bias", "none") != "none":
+                groups["bias"].append(name)
+            elif owner in self.names.added:
+                self.check_base(name)
+            else:
+                raise self.homeless(name)
+        for group, names in groups.items():
+            if names:
+                self.train(plan, group, names)
+
+    def check_saved(self, saved: Sequence[str]) -> None:
+        """Refuse a module that is to be saved whole and of which there is no tensor. PSG508."""
+        automatic = HEADS.get(str(self.config.values.get("task_type")), ())
+        owners = {name.rpartition(".")[0] for name in self.names.own}
+        modules = [name for name, _ in self.model.named_modules(remove_duplicate=False)]
+        for name in saved:
+            exists = any(module.endswith(name) for module in modules)
+            covered = any(_within(owner, [name]) for owner in owners)
+            if covered or (name in automatic and not exists):
+                continue
+            message = f"modules_to_save names '{name}', and the adapter has no tensors for it"
+            raise SurgeryError("PSG508", message, None if exists else _hint(name, modules))
+
+    def train(self, plan: Plan, group: str, names: Sequence[str]) -> None:
+        """An operation that trains parameters of the model, with the adapter's values for them."""
+        read = {s.parameter for s in self.sites if s.kind == "parameter"}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for name in names:
+            if name not in parameters or name not in read:
+                raise self.homeless(name)
+            value = self.shaped(self.names.own[name], tuple(parameters[name].shape), name)
+            plan.known[name] = value.to(parameters[name].dtype)
+        rule = Rule(match="parameter", where=Where(paths=tuple(names)), train=True)
+        about = "Parameters of the model that came with a peft adapter."
+        file = RuleFile(name=group, about=about, rules=(rule,))
+        plan.operations.append(Operation(file, {}, self.name))
+
+    def check_base(self, name: str) -> None:
+        """The copy that peft saves of an adapted embedding must be this base's. PSG507."""
+        key = self.names.own[name]
+        mine = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
+        if mine is None:
+            raise self.homeless(name)
+        value = self.shaped(key, tuple(mine.shape), name)
+        if not mine.is_meta and not torch.equal(value.to(mine.dtype), mine.detach().cpu()):
+            message = f"'{key}' is the weight of the adapter's base, and '{name}' differs from it"
+            raise SurgeryError("PSG507", message, "the adapter was made for another base")
+
+    def homeless(self, name: str) -> SurgeryError:
+        """The refusal of a tensor that is no parameter the captured model reads."""
+        key = self.names.own[name]
+        known = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
+        if name in known:
+            message = f"the tensor '{key}' is for a parameter that the adapter's config leaves out"
+            return SurgeryError("PSG506", message, "see its bias and modules_to_save")
+        return SurgeryError("PSG506", f"the tensor '{key}' has no place", _hint(name, known))
+
+
+def _within(path: str, names: Sequence[str]) -> bool:
+    """Whether a module is, or lies in, one that modules_to_save names by the end of its path."""
+    parts = path.split(".")
+    heads = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    return any(head.endswith(name) for head in heads for name in names)
+
+
+def _best(
+    options: Sequence[_Option],
+    sites: Sequence[Placed],
+    settings: Mapping[str, Any],
+    wanted: set[str],
+) -> _Option:
+    """Of rules that do the same, the one that would choose these very modules, or the first."""
+    for option in options:
+        chosen = select(sites, option.rule, settings, option.file.roles).kept
+        if {site.module for site in chosen} == wanted:
+            return option
+    return options[0]
+
+
+def _hint(name: str, known: Any) -> str | None:
+    """The nearest names: the exact path under another prefix is nearer than a similar path."""
+    ending = [other for other in known if ends(other, name) or ends(name, other)]
+    if ending:
+        return f"did you mean '{max(ending, key=len)}'? the adapter was made for another class"
+    hint = did_you_mean(name, known)
+    return hint if hint.startswith("did you mean") else "the adapter was made for another base"
