@@ -79,9 +79,10 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config, with shapes and names but without memory for its weights."""
+    """The model of a config, in eval mode, with shapes and names but no memory for its weights."""
     with torch.device("meta"):
-        return model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+        model = model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+    return model.eval()
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -37,6 +37,9 @@ class Text(str):
         text.place, text.exact = place, exact
         return text
 
+    def __getnewargs__(self) -> tuple[str, Place, bool]:
+        return str(self), self.place, self.exact
+
     def at(self, offset: int) -> Place:
         """The place of the character at ``offset``."""
         return self.place.shift(offset) if self.exact else self.place

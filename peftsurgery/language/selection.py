@@ -46,6 +46,9 @@ class Selection:
     clauses: tuple[Clause, ...]
     candidates: tuple[Candidate, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
+        return self  # immutable: copies of a model share what was chosen
+
     @cached_property
     def kept(self) -> tuple[Located, ...]:
         """The sites to cut at."""

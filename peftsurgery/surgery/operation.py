@@ -28,6 +28,9 @@ class Operation:
     settings: Mapping[str, Any]
     name: str
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Operation:
+        return self  # immutable: copies of a model share their operations
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
@@ -36,6 +39,9 @@ class Cut:
     operation: Operation
     rule: Rule
     placed: Placed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
+        return self  # immutable, and its site's nodes are those of a program that is shared
 
     @property
     def site(self) -> Site:

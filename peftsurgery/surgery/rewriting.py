@@ -16,7 +16,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from ..anatomy import Site
 from ..anatomy.site import join
 from ..capture import Program
-from ..capture.cleanup import inherit
+from ..capture.stack import inherit
 from ..errors import SurgeryError
 from ..language import Context, fold, rewrite, shape_of
 from .operation import Cut

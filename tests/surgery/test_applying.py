@@ -16,9 +16,9 @@ MODELS = ["bert", "gpt2", "opt", "llama", "t5", "functional", "transformer_encod
 
 
 def outputs(model: torch.nn.Module, name: str, batch: int = 3, seq: int = 5) -> torch.Tensor:
-    with torch.no_grad():
-        result = model(**ZOO[name].inputs(batch, seq))
-    return result if isinstance(result, torch.Tensor) else result[0]
+    # with gradients on: without them torch's own encoder takes a path that rounds otherwise
+    result = model(**ZOO[name].inputs(batch, seq))
+    return (result if isinstance(result, torch.Tensor) else result[0]).detach()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -30,7 +30,7 @@ def test_a_fresh_lora_changes_nothing_and_eject_gives_the_base_back(name: str) -
     assert (outputs(operated, name) - expected).abs().max() > 1e-3
     ejected = ps.eject(operated)
     assert torch.equal(outputs(ejected, name), expected)
-    assert ejected.captures[0].programs == captured(name).captures[0].programs
+    assert ejected.captures == captured(name).captures
     assert list(ejected.state_dict()) == list(captured(name).state_dict())
 
 
@@ -132,7 +132,7 @@ def test_blocks_cut_alike_share_one_program_and_others_do_not() -> None:
     )
     one = ps.apply(graph, rules).captures[0].programs
     assert one["model.layers.0"] != one["model.layers.1"]
-    assert one["model.layers.1"] == graph.captures[0].programs["model.layers.1"]
+    assert list(one["model.layers.1"]) == list(graph.captures[0].programs["model.layers.1"])
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -156,6 +156,7 @@ def test_a_copy_is_independent() -> None:
 def test_checkpointed_blocks_give_the_same_gradients() -> None:
     grads = []
     for enabled in (False, True):
+        torch.manual_seed(0)
         operated = randomise(ps.apply(captured("llama"), "lora_qv")).train()
         operated.gradient_checkpointing(enabled)
         operated(**ZOO["llama"].inputs(2, 5)).logits.square().mean().backward()
@@ -170,7 +171,7 @@ def test_checkpointed_blocks_give_the_same_gradients() -> None:
         ("lora_qx", {}, "PSG107"),
         ("lora_qv", {"ranks": 4}, "PSG120"),
         ("lora_qv", {"rank": "four"}, "PSG121"),
-        ("lora_qv", {"rank": 0}, "PSG122"),
+        ("lora_qv", {"rank": -1}, "PSG122"),
         ("lora_conv", {}, "PSG301"),
         ("lora_qv", {"name": "a.b"}, "PSG304"),
     ],
