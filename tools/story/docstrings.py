@@ -27,12 +27,13 @@ Labelled = list[tuple[str, int]]
 def collect(train: int, held_out: int, seed: int = 0) -> tuple[Labelled, Labelled]:
     """Training and held-out docstrings; every package has at most that many of each.
 
-    Held-out texts come from other files than training texts wherever a package is large enough.
+    The split is random: a held-out text may come from a file that training texts are from.
     """
     learn: Labelled = []
     judge: Labelled = []
     for label, package in enumerate(PACKAGES):
         texts = list(_first(_docstrings(package, seed), train + held_out))
+        random.Random(seed).shuffle(texts)
         judge += [(text, label) for text in texts[-held_out:]]
         learn += [(text, label) for text in texts[:-held_out]]
     return learn, judge

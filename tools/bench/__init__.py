@@ -1,0 +1,1 @@
+"""Times and memory, measured: ``tools/bench/run``, or ``python -m tools.bench``."""

@@ -1,0 +1,81 @@
+"""Print two tables: what surgery costs by size of model, and how its models run beside others.
+
+``python -m tools.bench`` measures everything; arguments are parts of the sizes' names, and
+``--surgery`` leaves the second table out. Exit code 1 if a limit that the project sets itself is
+broken: 1.5 GiB for the 70B Llama, 160 sites in it.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.bench.fresh import measured
+from tools.bench.operate import SIZES
+
+STEPS = ("build", "capture", "match", "rewrite", "fold")
+LIMIT_GB, LARGEST, SITES = 1.5, "Llama 70B, meta", 160
+BESIDE = {
+    "training": ("training step, LoRA on q and v", "peft"),
+    "forward": ("forward in eval, 4 texts of 128 tokens", "the original"),
+    "token": ("forward in eval, 1 token", "the original"),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Measure, print, and say whether the limits hold."""
+    console = Console()
+    wanted = [word for word in arguments if not word.startswith("--")]
+    names = [name for name in SIZES if not wanted or any(word in name for word in wanted)]
+    rows = []
+    for name in names:
+        with console.status(name):
+            rows.append(measured("operate", "measure", name))
+    console.print(surgery_table(rows))
+    if "--surgery" not in arguments:
+        console.print(beside_table({name: measured("beside", name) for name in BESIDE}))
+    largest = next((row for row in rows if row["name"] == LARGEST), None)
+    if largest and (largest["peak"] > LIMIT_GB or largest["sites"] != SITES):
+        console.print(f"[red]{LARGEST}: over {LIMIT_GB} GiB or not {SITES} sites[/red]")
+        return 1
+    return 0
+
+
+def surgery_table(rows: list[dict[str, Any]]) -> Table:
+    """Seconds by step, and memory at the end of apply."""
+    table = Table(title="lora_qv applied: seconds on one thread, each size in a fresh process")
+    columns = ("model", "sites", *STEPS, "match + rewrite", "all", "imports GiB", "peak GiB")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for row in rows:
+        times = row["times"]
+        cells = [f"{times[step]:.2f}" if step in times else "–" for step in STEPS]
+        both, total = times["match"] + times["rewrite"], sum(times.values())
+        table.add_row(
+            row["name"],
+            str(row["sites"]),
+            *cells,
+            f"{both:.2f}",
+            f"{total:.1f}",
+            f"{row['imported']:.2f}",
+            f"{row['peak']:.2f}",
+        )
+    return table
+
+
+def beside_table(results: dict[str, dict[str, float]]) -> Table:
+    """Medians of runs that took turns, and their ratio."""
+    table = Table(title="side by side: medians of runs that took turns, in ms")
+    for column in ("what", "peftsurgery", "beside", "ratio"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for name, (what, other) in BESIDE.items():
+        ours, theirs = results[name]["ours"], results[name]["theirs"]
+        table.add_row(what, f"{ours:.1f}", f"{theirs:.1f} ({other})", f"{ours / theirs:.2f}")
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

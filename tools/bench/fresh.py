@@ -1,0 +1,39 @@
+"""A measurement in a process of its own, so that its peak of memory is its own.
+
+``python -m tools.bench.fresh MODULE FUNCTION ARGUMENT...`` calls a function of a module of this
+directory with texts and prints what it returns as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def measured(module: str, function: str, *arguments: str) -> dict[str, Any]:
+    """What ``function(*arguments)`` returns, run on one thread in a fresh process."""
+    command = [sys.executable, "-m", "tools.bench.fresh", module, function, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def peak_gb() -> float:
+    """The most memory this process has held so far, all imports counted, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    home = importlib.import_module(f"tools.bench.{sys.argv[1]}")
+    print(json.dumps(getattr(home, sys.argv[2])(*sys.argv[3:])))
