@@ -37,8 +37,8 @@ class Text(str):
         text.place, text.exact = place, exact
         return text
 
-    def __getnewargs__(self) -> tuple[str, Place, bool]:
-        return str(self), self.place, self.exact
+    def __reduce__(self) -> tuple[type[Text], tuple[str, Place, bool]]:
+        return Text, (str(self), self.place, self.exact)
 
     def at(self, offset: int) -> Place:
         """The place of the character at ``offset``."""
