@@ -1,0 +1,17 @@
+"""What the whole suite shares: one thread, and tests of one model in one worker."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a model together: a capture costs seconds, and a worker makes it once."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        model = None if callspec is None else callspec.params.get("name")
+        group = model if isinstance(model, str) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
