@@ -31,6 +31,7 @@ from ..surgery import OperatedModel, fold, load, open_model
 from ..surgery.saving import is_surgery
 from .onnx import OnnxFile, need_onnx, write_onnx
 from .peft import from_peft
+from .peft_files import read_config
 from .trials import difference, tensors_of, unseen_inputs
 
 PEFT_CONFIG, WEIGHTS = "adapter_config.json", "model.safetensors"
@@ -114,7 +115,7 @@ class FoldResult:
 def fold_to_directory(
     spec: str | Path,
     out: str | Path,
-    base: str | None = None,
+    base: GraphModel | str | None = None,
     onnx: str | Path | None = None,
     verify: bool = False,
 ) -> FoldResult:
@@ -155,26 +156,17 @@ def fold_to_directory(
     )
 
 
-def open_adapter(path: Path, base: str | None = None) -> OperatedModel:
+def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedModel:
     """The operated model of a saved surgery or of a peft adapter's directory. PSG607 for others."""
     if is_surgery(path):
-        return load(path, None if base is None else open_model(base))
+        return load(path, open_model(base) if isinstance(base, str) else base)
     if not (path / PEFT_CONFIG).is_file():
         what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
         raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
-    named = base or _named_base(path)
-    if named is None:
+    named = base or read_config(path).get("base_model_name_or_path")
+    if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
-    return from_peft(open_model(named), path)
-
-
-def _named_base(path: Path) -> str | None:
-    try:
-        config = json.loads((path / PEFT_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SurgeryError("PSG607", f"{path / PEFT_CONFIG} cannot be read: {error}") from None
-    named = config.get("base_model_name_or_path") if isinstance(config, dict) else None
-    return named if isinstance(named, str) and named else None
+    return from_peft(open_model(named) if isinstance(named, str) else named, path)
 
 
 def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:

@@ -46,7 +46,9 @@ def main(arguments: list[str]) -> int:
 
 def surgery_table(rows: list[dict[str, Any]]) -> Table:
     """Seconds by step, and memory at the end of apply."""
-    table = Table(title="lora_qv applied: seconds on one thread, each size in a fresh process")
+    table = Table(
+        title="lora_qv applied: processor seconds on one thread, each size in a fresh process"
+    )
     columns = ("model", "sites", *STEPS, "match + rewrite", "all", "imports GiB", "peak GiB")
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right")

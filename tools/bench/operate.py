@@ -55,7 +55,10 @@ SIZES = {
 
 
 def measure(name: str) -> dict[str, Any]:
-    """Operate on one size in this process: seconds by step, peak GiB, sites, parameters."""
+    """Operate on one size in this process: seconds by step, peak GiB, sites, parameters.
+
+    Seconds are the processor's on one thread, which other work on the machine does not lengthen.
+    """
     import torch
     import transformers
 
@@ -68,9 +71,9 @@ def measure(name: str) -> dict[str, Any]:
     imported, times = peak_gb(), dict[str, float]()
 
     def timed(step: str, run: Callable[[], Any]) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         result = run()
-        times[step] = time.perf_counter() - start
+        times[step] = time.process_time() - start
         return result
 
     config = getattr(transformers, size.config)(**size.settings, dtype="bfloat16")
