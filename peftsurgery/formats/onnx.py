@@ -155,14 +155,14 @@ def _runtime_errors() -> Iterator[None]:
     """PSG411 for whatever onnxruntime raises; its errors have no base class of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-    kinds: tuple[type[Exception], ...] = tuple(
-        kind
-        for kind in vars(state).values()
-        if isinstance(kind, type) and issubclass(kind, Exception)
+    kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
+    refusals: tuple[type[Exception], ...] = (
+        ValueError,
+        *(kind for kind in kinds if issubclass(kind, Exception)),
     )
     try:
         yield
-    except (ValueError, *kinds) as error:
+    except refusals as error:
         raise SurgeryError(
             "PSG411", f"onnxruntime cannot run the model: {first_line(error)}"
         ) from error

@@ -7,14 +7,14 @@ from transformers import LlamaConfig
 
 import peftsurgery as ps
 from peftsurgery.capture.sources import build_on_meta
+from tools.bench.capture import SIZES
 from tools.bench.fresh import measured
-from tools.bench.operate import LLAMA_70B
 
 LAYERS = 12
 
 
 def test_a_rule_on_a_wide_llama_finds_its_sites_and_materialises_nothing_of_the_base() -> None:
-    config = LlamaConfig(**{**LLAMA_70B, "num_hidden_layers": LAYERS}, dtype="bfloat16")
+    config = LlamaConfig(**{**SIZES["llama-70b"], "num_hidden_layers": LAYERS}, dtype="bfloat16")
     graph = ps.capture(build_on_meta(config))
     base = {name for name, _ in graph.named_parameters()}
     operated = ps.apply(graph, "lora_qv", rank=8)
@@ -32,7 +32,7 @@ def test_a_rule_on_a_wide_llama_finds_its_sites_and_materialises_nothing_of_the_
 
 
 def test_equal_layers_of_a_wide_llama_share_one_program_before_and_after() -> None:
-    config = LlamaConfig(**{**LLAMA_70B, "num_hidden_layers": 3}, dtype="bfloat16")
+    config = LlamaConfig(**{**SIZES["llama-70b"], "num_hidden_layers": 3}, dtype="bfloat16")
     graph = ps.capture(build_on_meta(config))
     operated = ps.apply(graph, "lora_qv")
     for model in (graph, operated):

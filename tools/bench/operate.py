@@ -12,23 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tools.bench.fresh import peak_gb
+from tools.bench.capture import SIZES as LLAMAS
+from tools.bench.capture import peak_gb
 
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-}
-LLAMA_70B = {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "vocab_size": 128_256,
-}
 MINILM = {
     "hidden_size": 384,
     "intermediate_size": 1536,
@@ -49,8 +35,8 @@ class Size:
 
 SIZES = {
     "BERT 23M (MiniLM's shape)": Size("BertModel", "BertConfig", MINILM, has_weights=True),
-    "Llama 1B, meta": Size("LlamaForCausalLM", "LlamaConfig", LLAMA_1B),
-    "Llama 70B, meta": Size("LlamaForCausalLM", "LlamaConfig", LLAMA_70B),
+    "Llama 1B, meta": Size("LlamaForCausalLM", "LlamaConfig", LLAMAS["llama-1b"]),
+    "Llama 70B, meta": Size("LlamaForCausalLM", "LlamaConfig", LLAMAS["llama-70b"]),
 }
 
 
