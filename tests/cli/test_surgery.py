@@ -1,0 +1,131 @@
+"""apply and fold, from a model's directory to a model's directory."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertModel
+
+RULE = """
+name: nowhere
+rules:
+  - match: linear
+    where: {path: ".*no_such_module"}
+    rewrite: 2 * y
+    fold: {W: 2 * W, b: 2 * b}
+"""
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def randomise(surgery: Path) -> dict[str, torch.Tensor]:
+    """Give the adapter of a saved surgery other numbers than its start."""
+    generator = torch.Generator().manual_seed(1)
+    file = surgery / "adapter.safetensors"
+    tensors = {
+        name: torch.randn(value.shape, generator=generator)
+        for name, value in load_file(file).items()
+    }
+    save_file(tensors, file)
+    return tensors
+
+
+def test_a_dry_run_reports_and_writes_nothing(run: Any, bert: Path, tmp_path: Path) -> None:
+    outcome = run("apply", bert, "lora_qv", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.out
+    matches = outcome.json["matches"]
+    assert [match["module"].rpartition(".")[2] for match in matches] == ["query", "value"] * 2
+    # per site: A (8, 32) and B (32, 8)
+    assert outcome.json["trainable"] == 4 * (8 * 32 + 32 * 8)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_and_the_adapters_name_reach_the_rule(run: Any, bert: Path) -> None:
+    outcome = run(
+        "apply", bert, "lora_qv", "--set", "rank=2", "--name", "mine", "--dry-run", "--json"
+    )
+    added = outcome.json["added"]
+    assert added["encoder.layer.0.attention.self.query.mine.A"] == [2, 32]
+    assert added["encoder.layer.1.attention.self.value.mine.B"] == [32, 2]
+
+
+def test_several_rules_are_applied_in_turn(run: Any, bert: Path) -> None:
+    outcome = run("apply", bert, "lora_qv", "lora_embedding", "--dry-run", "--json")
+    assert {match["rule"] for match in outcome.json["matches"]} == {"lora_qv", "lora_embedding"}
+
+
+def test_what_is_applied_and_folded_is_the_formula_of_the_paper(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    before = digest(bert)
+    surgery, folded = tmp_path / "surgery", tmp_path / "folded"
+    assert run("apply", bert, "lora_qv", "-o", surgery, "--set", "alpha=4").code == 0
+    adapter = randomise(surgery)
+    outcome = run("fold", surgery, "-o", folded, "--verify", "--json")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["verified"] < 1e-5
+    assert digest(bert) == before
+
+    base, new = BertModel.from_pretrained(bert), BertModel.from_pretrained(folded)
+    for name, weight in base.named_parameters():
+        module = name.removesuffix(".weight")
+        expected = weight
+        if f"{module}.lora_qv.A" in adapter:
+            product = adapter[f"{module}.lora_qv.B"] @ adapter[f"{module}.lora_qv.A"]
+            expected = weight + 4 / 8 * product
+        torch.testing.assert_close(new.get_parameter(name), expected, rtol=0, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folded", "surgery"]
+
+
+def test_a_saved_surgery_is_a_model_like_any_other(run: Any, bert: Path, tmp_path: Path) -> None:
+    surgery = tmp_path / "surgery"
+    run("apply", bert, "lora_qv", "-o", surgery)
+    outcome = run("apply", surgery, "lora_embedding", "--dry-run", "--json")
+    assert {match["rule"] for match in outcome.json["matches"]} == {"lora_qv", "lora_embedding"}
+
+
+def test_a_rule_without_a_match_ends_with_1_and_leaves_nothing(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    rule = tmp_path / "nowhere.yaml"
+    rule.write_text(RULE)
+    outcome = run("apply", bert, rule, "-o", tmp_path / "surgery")
+    assert outcome.code == 1
+    assert "PSG301" in outcome.err
+    assert "nearest miss" in outcome.err
+    assert list(tmp_path.iterdir()) == [rule]
+
+
+@pytest.mark.parametrize("place", [".", "inside"])
+def test_the_model_is_not_written_into(run: Any, bert: Path, place: str) -> None:
+    before = digest(bert)
+    outcome = run("apply", bert, "lora_qv", "-o", bert / place, "--force", "--json")
+    assert outcome.json["error"]["code"] == "PSG602"
+    assert digest(bert) == before
+
+
+def test_an_onnx_file_may_lie_in_the_folded_directory(run: Any, bert: Path, tmp_path: Path) -> None:
+    surgery, folded = tmp_path / "surgery", tmp_path / "folded"
+    run("apply", bert, "lora_qv", "-o", surgery)
+    file = folded / "model.onnx"
+    outcome = run("fold", surgery, "-o", folded, "--onnx", file, "--json")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["onnx"]["path"] == str(file)
+    assert outcome.json["onnx"]["difference"] < 1e-5
+    assert file.is_file()
+
+
+def test_fold_refuses_what_holds_no_adapter(run: Any, bert: Path, tmp_path: Path) -> None:
+    outcome = run("fold", bert, "-o", tmp_path / "folded", "--json")
+    assert outcome.json["error"]["code"] == "PSG607"
+    assert outcome.code == 3
+    assert list(tmp_path.iterdir()) == []
