@@ -181,10 +181,17 @@ def _export(model: GraphModel, plain: nn.Module) -> Any:
             )
     except EXPORT_ERRORS as error:
         raise SurgeryError(
-            "PSG412", f"{type(plain).__name__} cannot be written as ONNX: {first_line(error)}"
+            "PSG412", f"{type(plain).__name__} cannot be written as ONNX: {_reason(error)}"
         ) from error
     _name_sizes(graph)
     return graph
+
+
+def _reason(error: BaseException) -> str:
+    """What was first to fail; torch.onnx wraps it in advice about its own debugging."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
 
 
 def _by_transformers(plain: PreTrainedModel, inputs: dict[str, Any], shapes: dict[str, Any]) -> Any:

@@ -33,7 +33,7 @@ def operated(name: str, rule: str = "lora_qv") -> Any:
     return randomise(ps.apply(captured(name), rule), scale=0.05).eval()
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "vit", "functional"])
+@pytest.mark.parametrize("name", ["llama", "opt", "vit"])
 def test_onnxruntime_computes_the_original_with_its_adapters(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +48,23 @@ def test_onnxruntime_computes_the_original_with_its_adapters(
         torch.testing.assert_close(
             run(tmp_path / "model.onnx", inputs), wanted, atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_module_of_ones_own_is_exported_too(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = operated("functional")
+    ps.export_onnx(model, tmp_path / "model.onnx")
+    assert capfd.readouterr() == ("", "")
+    original: Any = ZOO["functional"].build()
+    with torch.no_grad():
+        for match in model.report.matches:  # query and value weights, each with B A added by hand
+            A, B = (model.get_parameter(name) for name in match["added"])
+            original.get_parameter(match["parameter"]).add_(2.0 * B @ A)
+        for batch, length in ((1, 4), (5, 13)):
+            inputs = ZOO["functional"].inputs(batch, length)
+            found = run(tmp_path / "model.onnx", inputs)
+            torch.testing.assert_close(found, original(**inputs), atol=1e-5, rtol=1e-5)
 
 
 def test_a_fused_projection_is_exported_with_its_slices(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ BESIDE = {
 
 def main(arguments: list[str]) -> int:
     """Measure, print, and say whether the limits hold."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=132)  # in a file, nothing wraps
     wanted = [word for word in arguments if not word.startswith("--")]
     names = [name for name in SIZES if not wanted or any(word in name for word in wanted)]
     rows = []
