@@ -1,7 +1,8 @@
 """Coded errors: every way an operation can be refused, and what to do about it.
 
-A :class:`SurgeryError` names the thing that is wrong and, where there is one, the nearest right one.
-Its code (``PSG101``) is stable; ``peftsurgery explain PSG101`` prints the entry of :data:`CODES`.
+A :class:`SurgeryError` names the thing that is wrong and, where there is one, the nearest right
+one. Its code (``PSG101``) is stable; ``peftsurgery explain PSG101`` prints the entry of
+:data:`CODES`.
 """
 
 from __future__ import annotations
@@ -191,7 +192,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG201": CodeInfo(
         "the model cannot be captured",
-        "torch.export could not turn the model into a graph for any input of this kind. Usually its "
+        "torch.export could not turn the model into a graph for any input of this kind. "
+        "Usually its "
         "forward takes decisions that depend on values (routing by index, loops over .tolist()). "
         "Capture the part of it that does not, or pass inputs that avoid that path.",
     ),
@@ -211,16 +213,19 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG205": CodeInfo(
         "there is no such model",
-        "MODEL is a directory with a config.json, a hub id (owner/name), package.module:factory, or "
+        "MODEL is a directory with a config.json, a hub id (owner/name), "
+        "package.module:factory, or "
         "a saved surgery.",
     ),
     "PSG206": CodeInfo(
         "the config names no known model",
-        "config.json has a model_type or architecture that the installed transformers does not have.",
+        "config.json has a model_type or architecture that the installed transformers does "
+        "not have.",
     ),
     "PSG207": CodeInfo(
         "the model has no weights",
-        "Applying rules needs no weights, but running, training and folding do. The directory holds "
+        "Applying rules needs no weights, but running, training and folding do. The directory "
+        "holds "
         "none that can be read, or a live model is on the meta device.",
     ),
     "PSG208": CodeInfo(
@@ -234,7 +239,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG210": CodeInfo(
         "captures with a cache are not there yet",
-        "capture(model, cache=True) will carry past_key_values for generation. Until then, fold the "
+        "capture(model, cache=True) will carry past_key_values for generation. Until then, "
+        "fold the "
         "model and generate with the original class.",
     ),
     "PSG211": CodeInfo(
@@ -332,13 +338,15 @@ CODES: dict[str, CodeInfo] = {
     "PSG411": CodeInfo(
         "the ONNX model differs from the folded one",
         "onnxruntime ran the file at two shapes that its export had not seen, and the outputs "
-        "differ by more than 1e-5 (of their size, if they are larger than 1), or the file could not "
+        "differ by more than 1e-5 (of their size, if they are larger than 1), or the file "
+        "could not "
         "be run. The file is removed.",
         UNVERIFIED,
     ),
     "PSG412": CodeInfo(
         "the model cannot be written as ONNX",
-        "torch.onnx has no translation for something the model does. The reason it gave is printed; "
+        "torch.onnx has no translation for something the model does. The reason it gave is "
+        "printed; "
         "the folded model itself is not affected.",
         UNVERIFIED,
     ),
@@ -349,7 +357,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG414": CodeInfo(
         "no inputs can be made to check the model with",
-        "A check needs inputs at two shapes other than the captured one. They can be made for models "
+        "A check needs inputs at two shapes other than the captured one. They can be made for "
+        "models "
         "whose arguments are tensors, given by name, with a batch that may vary.",
     ),
     "PSG501": CodeInfo(
@@ -402,7 +411,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG601": CodeInfo(
         "The output exists already",
-        "Nothing is overwritten unless `--force` is given, and then only a file or a model's directory.",
+        "Nothing is overwritten unless `--force` is given, and then only a file or a model's "
+        "directory.",
     ),
     "PSG602": CodeInfo(
         "The output is, holds or lies in an input",
@@ -431,12 +441,14 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG901": CodeInfo(
         "The command line is not understood",
-        "`peftsurgery --help` lists the commands, `peftsurgery COMMAND --help` the arguments of one.",
+        "`peftsurgery --help` lists the commands, `peftsurgery COMMAND --help` the arguments "
+        "of one.",
         USAGE,
     ),
     "PSG902": CodeInfo(
         "An optional package is not installed",
-        "The command needs a package that comes with an extra; the hint has the line to install it.",
+        "The command needs a package that comes with an extra; the hint has the line to "
+        "install it.",
     ),
     "PSG903": CodeInfo(
         "There is no such error code",
