@@ -34,14 +34,19 @@ def block_paths(module: nn.Module) -> frozenset[str]:
 
 
 def _is_repeated(parts: nn.ModuleList | nn.Sequential) -> bool:
-    """Whether the elements are of one class, and made of parts themselves."""
+    """Whether the elements are of one class, and each more than a linear or a norm by itself."""
     elements = list(parts)
     kinds = {type(element) for element in elements}
     return (
         len(kinds) == 1
         and len(elements) >= (2 if isinstance(parts, nn.Sequential) else 1)
-        and all(any(True for _ in element.children()) for element in elements)
+        and all(_is_composed(element) for element in elements)
     )
+
+
+def _is_composed(element: nn.Module) -> bool:
+    """Whether a module has parts, or tensors for more than one: layers may use functions only."""
+    return bool(element._modules) or len(element._parameters) > 2
 
 
 def _is_inside(name: str, paths: Iterable[str]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from ..errors import SurgeryError
 from .blocks import Library, Splitter, block_paths
 from .cleanup import clean_up
 from .export import Exported, export
@@ -82,7 +83,12 @@ class Captures:
         return next(capture for made in self._made.values() for capture in made)
 
     def find(self, call: Call, training: bool, casts: Casts = frozenset()) -> Capture:
-        """The capture that serves a call, made now if there is none yet."""
+        """The capture that serves a call, made now if there is none yet.
+
+        Raises PSG203 for a call without a tensor, and what :func:`export` raises.
+        """
+        if not call.tensors:
+            raise SurgeryError("PSG203", f"{self.infos[''].type} was called without a tensor")
         known = self._made.setdefault((call.signature, casts), [])
         for capture in known:
             if capture.fits(call.leaves, training):

@@ -1,8 +1,9 @@
 """Clean-up passes over a flat exported graph: leftovers of the tracer go, what it fixed follows.
 
-In order: regions without gradient are inlined, assertions and casts that change nothing are
-dropped, in-place arithmetic becomes ordinary, train flags and devices become values of the graph,
-arithmetic on sizes moves to the front, and every user of a tied weight reads it by its own name.
+In order: regions without gradient or with autocast are inlined, assertions and casts that change
+nothing are dropped, in-place arithmetic becomes ordinary, train flags and devices become values of
+the graph, every user of a tied weight reads it by its own name, and arithmetic on sizes moves to
+the front.
 Each pass changes the graph in place and leaves what it computes unchanged.
 """
 
@@ -10,13 +11,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
 
 import torch
 from torch import fx
 
 from . import ops
-from .export import TRAIN_FLAGS
+from .randomness import TRAIN_FLAGS
+from .regions import AUTOCAST, inline_regions
 from .stack import inherit, stack_paths
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ def clean_up(
     ``aliases`` maps each name of a tensor to all names of it; ``counters`` are the names of buffers
     that count batches. A graph for eval mode keeps the train flags that are set even there.
     """
-    inline_gradient_regions(module)
+    inline_regions(module)
     graph = module.graph
     drop_assertions(graph)
     drop_idle_casts(graph)
@@ -53,48 +54,6 @@ def clean_up(
     name_by_user(graph, aliases)
     drop_unused(graph)
     sizes_first(graph)
-
-
-def inline_gradient_regions(module: fx.GraphModule) -> None:
-    """Inline what ran under no_grad (rotary tables); its outputs are detached instead."""
-    graph = module.graph
-    region = torch.ops.higher_order.wrap_with_set_grad_enabled
-    for call in list(graph.find_nodes(op="call_function", target=region)):
-        enabled, body, *inputs = call.args
-        inner = module.get_submodule(str(body.target))
-        assert isinstance(inner, fx.GraphModule)
-        _inline(graph, call, inner.graph, inputs, detach=not enabled)
-        if not body.users:
-            graph.erase_node(body)
-
-
-def _inline(
-    graph: fx.Graph, call: fx.Node, inner: fx.Graph, inputs: list[fx.Node], detach: bool
-) -> None:
-    placeholders = inner.find_nodes(op="placeholder")
-    value_of: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
-    with graph.inserting_before(call):
-        for node in inner.nodes:
-            if node.op not in ("placeholder", "output"):
-                value_of[node] = graph.node_copy(node, value_of.__getitem__)
-        results = [
-            value_of[result] for result in cast("list[fx.Node]", inner.output_node().args[0])
-        ]
-        if detach:
-            results = [_detached(graph, result, call) for result in results]
-    for pick in list(call.users):
-        pick.replace_all_uses_with(results[cast("int", pick.args[1])])
-        graph.erase_node(pick)
-    graph.erase_node(call)
-
-
-def _detached(graph: fx.Graph, node: fx.Node, call: fx.Node) -> fx.Node:
-    if not isinstance(node.meta.get("val"), torch.Tensor):
-        return node
-    detached = graph.call_function(aten.detach.default, (node,))
-    inherit(detached, call)
-    detached.meta["val"] = node.meta["val"]
-    return detached
 
 
 def drop_assertions(graph: fx.Graph) -> None:
@@ -129,7 +88,7 @@ def _is_full_slice(node: fx.Node) -> bool:
     start = node.args[2] if len(node.args) > 2 else None
     end = node.args[3] if len(node.args) > 3 else None
     step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and step == 1 and (end is None or _is_unbounded(end))
+    return bool(start in (None, 0) and step == 1 and (end is None or _is_unbounded(end)))
 
 
 def _is_unbounded(end: object) -> bool:
@@ -198,8 +157,9 @@ def follow_training(graph: fx.Graph, counters: frozenset[str]) -> None:
 
 
 def _has_no_statistics(node: fx.Node) -> bool:
-    """Whether a batch norm keeps no running statistics: it takes the batch's in eval mode too."""
-    return node.target is aten.batch_norm.default and node.args[3] is None
+    """Whether a norm keeps no running statistics: it takes the batch's in eval mode too."""
+    norms = (aten.batch_norm.default, aten.instance_norm.default)
+    return node.target in norms and node.args[3] is None
 
 
 def _follow_argument(graph: fx.Graph, node: fx.Node, index: int, name: str) -> None:
@@ -320,4 +280,4 @@ def _has_effect(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
-    return target is ops.count
+    return target is ops.count or target in AUTOCAST

@@ -27,16 +27,13 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError
-from .randomness import is_random, is_random_in
+from .randomness import is_random, is_random_in, train_flags
 from .signature import Call
 from .sizes import size_conditions
 from .stack import stack_paths
 
 # What torch.export raises for a model it cannot trace: its own errors derive from these.
 EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
-
-# The names that ATen schemas give to a train flag, and to the dropout of an attention core.
-TRAIN_FLAGS = frozenset({"train", "training", "dropout_p"})
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ def _is_bound_to_a_mode(graph: fx.Graph, module: nn.Module, call: Call) -> bool:
     random), nor if some dropout is on in eval mode too. Only code that calls dropout as a function
     can do that, so only for such code the module is run in eval mode, on fake tensors, to see.
     """
-    random = [node for node in graph.nodes if is_random(node.target)]
-    flagless = [node for node in random if not TRAIN_FLAGS & _argument_names(node.target)]
+    random = [node for node in graph.nodes if is_random(node.target, node.args, node.kwargs)]
+    flagless = [node for node in random if not train_flags(node.target)]
     if flagless or all(_is_in_dropout_module(node, module) for node in random):
         return bool(flagless)
     try:
@@ -116,10 +113,6 @@ def _is_bound_to_a_mode(graph: fx.Graph, module: nn.Module, call: Call) -> bool:
             return is_random_in(module, call)
     except EXPORT_ERRORS:
         return True
-
-
-def _argument_names(operator: torch._ops.OpOverload) -> set[str]:
-    return {argument.name for argument in operator._schema.arguments}
 
 
 def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
@@ -143,7 +136,7 @@ def _export(module: nn.Module, call: Call, train: bool) -> ExportedProgram:
 
 
 def _dynamic(value: Any, images_vary: bool) -> Any:
-    """Every axis of every tensor may vary, as far as the model lets it.
+    """Every axis of every tensor may vary, as far as the model lets it, but for sizes of one.
 
     Of a transformers model's images only the batch may: a config fixes their size, and windows cut
     from symbolic sizes take torch.export minutes. Another size is another capture.
@@ -151,7 +144,7 @@ def _dynamic(value: Any, images_vary: bool) -> Any:
     if isinstance(value, torch.Tensor):
         is_image = value.ndim >= 4 and value.is_floating_point()
         axes = 1 if is_image and not images_vary else value.ndim
-        return dict.fromkeys(range(axes), Dim.AUTO)
+        return {axis: Dim.AUTO for axis in range(axes) if value.shape[axis] != 1}
     if isinstance(value, dict):
         return {key: _dynamic(item, images_vary) for key, item in value.items()}
     if type(value) in (list, tuple):

@@ -12,13 +12,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .signature import Call, map_tensors
 
+# The names that ATen schemas give to a train flag, and to the dropout of an attention core.
+TRAIN_FLAGS = frozenset({"train", "training", "use_input_stats", "dropout_p"})
 
-def is_random(target: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and torch.Tag.nondeterministic_seeded in target.tags
-    )
+
+def train_flags(target: Any) -> frozenset[str]:
+    """The names of the operator's arguments that tell training from evaluation."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return frozenset()
+    return TRAIN_FLAGS & {argument.name for argument in target._schema.arguments}
+
+
+def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call of an operator draws random numbers: attention without dropout does not."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    names = [argument.name for argument in target._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
+    flags = [given.get(name, defaults.get(name)) for name in train_flags(target)]
+    return torch.Tag.nondeterministic_seeded in target.tags and (not flags or any(flags))
 
 
 def is_random_in(module: nn.Module, call: Call) -> bool:
@@ -40,5 +53,5 @@ class _Watch(TorchDispatchMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        self.seen |= is_random(func)
+        self.seen |= is_random(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))

@@ -9,15 +9,37 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import SurgeryError, did_you_mean
+from ..errors import SurgeryError, closest, did_you_mean
+
+FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+# What configs of transformers, and the models made of them, raise for values that do not fit.
+CONFIG_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    StrictDataclassError,
+    TypeError,
+    ValueError,
+)
 
 
 class Source:
@@ -54,9 +76,9 @@ class Source:
         config = self.module.config
         try:
             return type(self.module).from_pretrained(
-                self.origin, config=config, dtype=self.module.dtype
+                self.origin, config=config, dtype=self.module.dtype, use_safetensors=True
             )
-        except OSError as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise SurgeryError(
                 "PSG207", f"no weights could be read from {self.origin}: {reason}"
@@ -68,20 +90,32 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
 
     Raises PSG205 (no such model), PSG206 (a config of no known class) and PSG208 (remote code).
     """
-    if ":" in spec and not Path(spec).exists():
+    here = os.path.exists(spec)
+    if ":" in spec and not here:
         return Source(_call_factory(spec), spec)
-    if not Path(spec).exists() and spec.count("/") != 1:
+    if not here and (spec.count("/") != 1 or _is_nearly_here(spec)):
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
-    if Path(spec).exists() and not (Path(spec) / "config.json").is_file():
+    if here and not os.path.isfile(os.path.join(spec, "config.json")):
         raise SurgeryError("PSG205", f"'{spec}' is not a model directory: it has no config.json")
     config = _config(spec, trust_remote_code)
+    if config.dtype is None:
+        config.dtype = _stored_dtype(Path(spec))
     return Source(build_on_meta(config), spec)
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config, in eval mode, with shapes and names but no memory for its weights."""
-    with torch.device("meta"):
-        model = model_class(config)._from_config(config, dtype=config.dtype or torch.float32)
+    """The model of a config, in eval mode, with shapes and names but no memory for its weights.
+
+    Raises PSG206 if the config's values make no model.
+    """
+    kind = model_class(config)
+    try:
+        with torch.device("meta"):
+            model = kind._from_config(config, dtype=config.dtype or torch.float32)
+    except CONFIG_ERRORS as error:
+        raise SurgeryError(
+            "PSG206", f"this config makes no {kind.__name__}: {str(error).splitlines()[0]}"
+        ) from error
     return model.eval()
 
 
@@ -111,21 +145,39 @@ def _config(spec: str, trust_remote_code: bool) -> PreTrainedConfig:
                 "import that code yourself and capture the live model",
             )
         kind = raw.get("model_type")
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             hint = (
                 did_you_mean(str(kind), known.keys()) if kind else "config.json names no model_type"
             )
             raise SurgeryError("PSG206", f"'{spec}' has an unknown model_type: {kind!r}", hint)
     try:
         return AutoConfig.from_pretrained(spec)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise SurgeryError("PSG205", f"no model '{spec}': {str(error).splitlines()[0]}") from error
+    except CONFIG_ERRORS as error:
+        raise SurgeryError(
+            "PSG206", f"the config of '{spec}' is no valid one: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _stored_dtype(directory: Path) -> torch.dtype | None:
+    """The first floating dtype in a directory's weights: their header is read, no weight is."""
+    for file in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.offset_keys():
+                    dtype = stored.get_slice(name).get_dtype()
+                    if dtype in FLOATING:
+                        return FLOATING[dtype]
+        except (OSError, SafetensorError):
+            return None  # read again, and reported, when the weights are wanted
+    return None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise SurgeryError("PSG205", f"{file} cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise SurgeryError("PSG205", f"{file} holds no JSON object")
@@ -136,7 +188,7 @@ def _call_factory(spec: str) -> nn.Module:
     module_name, _, name = spec.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError, ValueError) as error:
         raise SurgeryError("PSG205", f"'{spec}': {error}") from None
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -150,7 +202,14 @@ def _call_factory(spec: str) -> nn.Module:
 
 def _nearby(spec: str) -> str | None:
     parent = Path(spec).parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return None
     names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
     return did_you_mean(Path(spec).name, names) if names else None
+
+
+def _is_nearly_here(spec: str) -> bool:
+    """Whether a directory of nearly this name exists: then no hub is asked for a misspelt path."""
+    parent = Path(spec).parent
+    names = [entry.name for entry in parent.iterdir()] if os.path.isdir(parent) else []
+    return closest(Path(spec).name, names) is not None

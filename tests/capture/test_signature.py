@@ -1,0 +1,168 @@
+"""A call of another kind makes another capture; sizes and values do so if code asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.capture import capture
+from peftsurgery.errors import SurgeryError
+from tests.capture.pairs import assert_same, pair, pair_of
+from tests.models.zoo import ids, text
+
+
+def test_calls_that_differ_in_sizes_only_share_a_capture() -> None:
+    both = pair("llama")
+    for batch, seq in ((2, 3), (5, 4), (1, 17)):
+        assert_same(*both.run(**text(batch, seq)))
+    assert len(both.graph.captures) == 1
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"position_ids": torch.arange(6).repeat(2, 1) + 3},
+        {"labels": ids(2, 6)},
+        {"output_hidden_states": True},
+        {"return_dict": False},
+        {"logits_to_keep": 1},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_new_kinds_of_arguments_are_captured_when_they_come(extra: dict[str, Any]) -> None:
+    both = pair("llama")
+    assert_same(*both.run(**text(2, 6), **extra))
+    assert len(both.graph.captures) == 2
+
+
+def test_embeddings_can_take_the_place_of_ids() -> None:
+    both = pair("llama")
+    embeddings = torch.randn(2, 6, 32)
+    assert_same(*both.run(inputs_embeds=embeddings, attention_mask=torch.ones(2, 6).long()))
+
+
+def test_arguments_may_be_given_by_position() -> None:
+    both = pair("bert")
+    inputs = text(2, 6)
+    assert_same(*both.run(inputs["input_ids"], inputs["attention_mask"]))
+    assert len(both.graph.captures) == 1
+
+
+def test_images_of_another_size_are_another_capture() -> None:
+    both = pair("resnet")
+    for size in (32, 48):
+        assert_same(*both.run(pixel_values=torch.randn(2, 3, size, size)))
+    assert "pixel_values.shape[2] == 48" in both.graph.captures[1].notes
+    vit = pair("vit")
+    assert_same(
+        *vit.run(pixel_values=torch.randn(2, 3, 48, 48), interpolate_pos_encoding=True),
+    )
+
+
+def test_arguments_that_forward_does_not_take_are_refused_by_name() -> None:
+    with pytest.raises(SurgeryError, match="'z'") as caught:
+        _branching().graph(x=torch.randn(2, 5, 4), z=3)
+    assert caught.value.code == "PSG203"
+
+
+def test_a_call_without_inputs_is_refused() -> None:
+    with pytest.raises(SurgeryError) as caught:
+        pair("bert").graph()
+    assert caught.value.code == "PSG203"
+
+
+class Branching(nn.Module):
+    """Decides by sizes and flags what to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, scale: float = 1.0, double: bool = False) -> dict[str, Any]:
+        if x.shape[1] > 16:
+            x = x * 2
+        if x.shape[1] == 1:
+            x = x + 3
+        if x.shape[0] * x.shape[1] % 3 == 0:
+            x = x - 1
+        y = self.into(x) * scale
+        return {"y": y + y if double else y, "double": double, "none": None}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 7])
+def test_branches_on_sizes_are_taken_as_in_the_original(batch: int) -> None:
+    both = _branching()
+    for seq in (1, 2, 3, 16, 17, 18):
+        assert_same(*both.run(torch.randn(batch, seq, 4)))
+    assert len(both.graph.captures) <= 6
+
+
+def _branching() -> Any:
+    return pair_of(Branching(), {"x": torch.randn(2, 5, 4)})
+
+
+def test_conditions_on_sizes_are_reported() -> None:
+    notes = _branching().graph.captures[0].notes
+    assert {"x.shape[1] <= 16", "x.shape[1] != 1", "x.shape[2] == 4"} <= set(notes)
+
+
+def test_flags_are_part_of_the_signature() -> None:
+    both = _branching()
+    x = torch.randn(2, 5, 4)
+    for flags in ({"scale": 0.5}, {"scale": 2.0, "double": True}, {"double": True}):
+        assert_same(*both.run(x, **flags))
+    assert len(both.graph.captures) == 4
+
+
+class Nested(nn.Module):
+    """Takes and returns nested containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into = nn.Linear(4, 3)
+
+    def forward(self, batch: dict[str, Any], pair: tuple[Tensor, Tensor]) -> Any:
+        first = self.into(batch["x"]) + batch["more"][0]
+        return {"a": (first, [pair[0] * pair[1]]), "b": batch["k"], "same": pair[0]}
+
+
+def test_nested_inputs_and_outputs_keep_their_shape() -> None:
+    def inputs(n: int) -> dict[str, Any]:
+        batch = {"x": torch.randn(n, 4), "more": [torch.randn(n, 3)], "k": 7}
+        return {"batch": batch, "pair": (torch.randn(n, 2), torch.randn(n, 2))}
+
+    both = pair_of(Nested(), inputs(3))
+    assert_same(*both.run(**inputs(5)))
+    assert len(both.graph.captures) == 1
+
+
+class Variadic(nn.Module):
+    def forward(self, *xs: Tensor) -> Tensor:
+        return xs[0] + xs[1]
+
+
+def test_positional_variadics_are_refused() -> None:
+    with pytest.raises(SurgeryError, match=r"\*xs") as caught:
+        capture(Variadic(), (torch.randn(2), torch.randn(2)))
+    assert caught.value.code == "PSG203"
+
+
+class Counting(nn.Module):
+    """Integers only, no parameter, a keyword dictionary."""
+
+    def forward(self, **numbers: Tensor) -> Tensor:
+        return numbers["a"].cumsum(0) + numbers["b"].sum()
+
+
+def test_a_model_of_integers_without_parameters() -> None:
+    both = pair_of(Counting(), {"a": torch.arange(4), "b": torch.arange(3)})
+    assert_same(*both.run(a=torch.arange(9), b=torch.arange(2)))
+
+
+def test_other_input_dtypes_are_other_captures() -> None:
+    both = pair_of(Counting(), {"a": torch.arange(4), "b": torch.arange(3)})
+    assert_same(*both.run(a=torch.randn(4), b=torch.arange(2)))
+    assert len(both.graph.captures) == 2
