@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import SurgeryError, did_you_mean
 from ..language import RuleFile, load_rules, shipped
@@ -69,17 +69,27 @@ class AdapterConfig:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
             raise SurgeryError("PSG502", f"the adapter's peft_type is {kind!r}", hint)
         of_kind = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
+        for key, wanted in {
+            k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
+        }.items():
+            if isinstance(wanted, bool) and not isinstance(self.value(key), bool):
+                _refuse_value(key, self.value(key))
         files = [file for file in of_kind if not self._strangers(file)]
         if not files:
             odd = min((self._strangers(file) for file in of_kind), key=len)
-            shown = ", ".join(f"{key} = {self.values.get(key)!r}" for key in odd)
+            shown = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
             raise SurgeryError("PSG504", f"no shipped rule is {kind} with {shown}")
         return tuple(files)
 
     def _strangers(self, file: RuleFile) -> list[str]:
         """The keys in which this config is not of a rule file's method."""
         wanted = file.identifying(FORMAT)
-        return [k for k, v in wanted.items() if self.values.get(k, ABSENT.get(k)) != v]
+        return [key for key, value in wanted.items() if self.value(key) != value]
+
+    def value(self, key: str) -> Any:
+        """The value of a key, or what peft takes it to be where it is missing."""
+        value = self.values.get(key)
+        return ABSENT.get(key) if value is None else value
 
     def _check_keys(self) -> None:
         carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
@@ -113,7 +123,7 @@ class AdapterConfig:
         """The settings that a rule file has at a module. PSG503 for a value that is none."""
         settings = {}
         for key, setting in file.carried(FORMAT).items():
-            source, value = key, self.values.get(key, ABSENT.get(key))
+            source, value = key, self.value(key)
             for pattern, special in self.pattern(PATTERNS.get(key, "")).items():
                 if pattern_matches(pattern, module):
                     source, value = f"{PATTERNS[key]}['{pattern}']", special
@@ -173,7 +183,11 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
     if key.endswith("dropout"):
         fits = fits and value < 1
     if not fits:
-        raise SurgeryError("PSG503", f"the adapter's {source} cannot be {_short(value)}")
+        _refuse_value(source, value)
+
+
+def _refuse_value(source: str, value: Any) -> NoReturn:
+    raise SurgeryError("PSG503", f"the adapter's {source} cannot be {_short(value)}")
 
 
 def _short(value: Any) -> str:

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import SurgeryError
 from ..surgery import Cut, OperatedModel
-from .peft_config import FORMAT, PATTERNS
+from .peft_config import ABSENT, FORMAT, PATTERNS
 from .peft_fused import fuse
 from .peft_names import added_key
-from .peft_targets import say_targets
+from .peft_targets import grouped, say_targets
 from .peft_trained import Trained, say_trained
 
 WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
@@ -112,6 +112,9 @@ def _check_module(base: nn.Module, cut: Cut) -> None:
     if not isinstance(base.get_submodule(path), WRAPPABLE) or parameter != "weight":
         kind = type(base.get_submodule(path)).__name__
         raise _refuse(cut, f"is a {kind} with '{parameter}', which peft cannot wrap")
+    odd = grouped(base, path)
+    if odd is not None:
+        raise _refuse(cut, odd)
     parents = path.split(".")[:-1]
     for end in range(len(parents) + 1):
         owner = base.get_submodule(".".join(parents[:end]))
@@ -124,7 +127,10 @@ def _merge(name: str, adapted: Sequence[Adapted]) -> dict[str, Any]:
     """One config for all modules: patterns where it may differ, else one value. PSG510."""
     config: dict[str, Any] = {}
     for key in dict.fromkeys(key for one in adapted for key in one.keys):
-        values = {one.module: one.keys[key] for one in adapted if key in one.keys}
+        # a switch that a rule file does not mention is off
+        off = {key: False} if ABSENT.get(key) is False else {}
+        given = {one.module: {**off, **one.keys} for one in adapted}
+        values = {module: keys[key] for module, keys in given.items() if key in keys}
         usual = Counter(values.values()).most_common(1)[0][0]
         config[key] = usual
         odd = {module: value for module, value in values.items() if value != usual}

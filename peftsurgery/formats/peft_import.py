@@ -20,7 +20,7 @@ from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select, 
 from ..surgery import Cut, Operation
 from .peft_config import FORMAT, AdapterConfig, all_suffixes
 from .peft_names import Names, sort_keys
-from .peft_targets import check_targets, ends
+from .peft_targets import check_targets, ends, grouped
 
 # Heads that peft adds to modules_to_save by itself, whichever of them a model has.
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -108,6 +108,9 @@ class Importer:
     def fitting(self, site: Placed, module: str) -> list[_Option]:
         """The rules that have just these tensors at this site. PSG507 if there are none."""
         suffixes = self.names.added[module]
+        odd = grouped(self.model, module)
+        if odd is not None:
+            raise SurgeryError("PSG507", f"'{module}' {odd}", "the adapter is no change of weights")
         fitting = [option for option in self.options if option.fits(site, suffixes)]
         if fitting:
             return fitting
@@ -120,8 +123,8 @@ class Importer:
         missing, key = sorted(wanted - set(suffixes)), next(iter(suffixes.values()))
         if missing:
             raise SurgeryError("PSG507", f"'{key}' has no '{missing[0]}' beside it")
-        odd = ", ".join(sorted(set(suffixes) - wanted)) or "such tensors"
-        message = f"no shipped rule of this adapter's method has {odd} at a site of this kind"
+        more = ", ".join(sorted(set(suffixes) - wanted)) or "such tensors"
+        message = f"no shipped rule of this adapter's method has {more} at a site of this kind"
         raise SurgeryError("PSG507", f"'{key}' is at a {site.kind}: {message}")
 
     def add_operation(self, plan: Plan, options: list[_Option], sites: Sequence[Placed]) -> None:

@@ -24,7 +24,7 @@ class Names:
 
 
 def sort_keys(keys: Iterable[str], suffixes: Collection[str]) -> Names:
-    """Split the keys of a file. PSG506 for a key without peft's prefix."""
+    """Split the keys of a file. PSG504 for a wrapper in a wrapper, PSG506 without the prefix."""
     names = Names()
     longest_first = sorted(suffixes, key=len, reverse=True)
     for key in sorted(keys):
@@ -36,9 +36,24 @@ def sort_keys(keys: Iterable[str], suffixes: Collection[str]) -> Names:
         if suffix is None:
             names.own[unwrapped(path)] = key
         else:
-            module = unwrapped(path.removesuffix(f".{suffix}"))
+            module = path.removesuffix(f".{suffix}")
+            if module != unwrapped(module):
+                raise _nested(key, unwrapped(module))
             names.added.setdefault(module, {})[suffix] = key
     return names
+
+
+def _nested(key: str, module: str) -> SurgeryError:
+    """The refusal of an adapter within another.
+
+    peft makes them for torch.nn.MultiheadAttention. Its merge, which its forward goes through, adds
+    the inner one's update twice (0.21.2), so the tensors alone do not say what was trained.
+    """
+    return SurgeryError(
+        "PSG504",
+        f"'{key}' is an adapter of '{module}' within an adapter of the module around it",
+        "peft adds the inner update twice; merge with peft, and capture the merged model",
+    )
 
 
 def unwrapped(path: str) -> str:

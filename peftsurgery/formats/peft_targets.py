@@ -95,6 +95,17 @@ def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
     return test
 
 
+def grouped(model: nn.Module, path: str) -> str | None:
+    """Why peft's adapter of a convolution in groups has no counterpart; None for other modules.
+
+    Its A reads the channels of all groups, so B A is no kernel of that convolution: it could not be
+    folded, and peft does not merge it either.
+    """
+    module = model.get_submodule(path)
+    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
+    return None if groups == 1 else f"is a convolution in {groups} groups, where peft differs"
+
+
 def _check_each(names: Iterable[str], modules: list[str]) -> None:
     for name in names:
         if not any(ends(module, name) for module in modules):
