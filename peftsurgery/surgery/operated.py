@@ -27,6 +27,16 @@ from .rewriting import check_shapes, orient, rewritten_graph
 from .saving import save_surgery
 
 
+class Adapter(Part):
+    """What an operation added beneath a module: the parameters of its cut."""
+
+    def extra_repr(self) -> str:
+        """The parameters and their shapes."""
+        return ", ".join(
+            f"{name}={list(p.shape)}" for name, p in self._parameters.items() if p is not None
+        )
+
+
 class OperatedModel(GraphModel):
     """A model with operations: base weights shared and frozen, what the rules made trainable."""
 
@@ -121,7 +131,7 @@ class OperatedModel(GraphModel):
         module: nn.Module = self
         for name in path.split("."):
             if name not in module._modules:
-                part = Part(ModuleInfo("Adapter"))
+                part = Adapter(ModuleInfo("Adapter"))
                 part.training = self.training
                 module.add_module(name, part)
             module = module.get_submodule(name)
