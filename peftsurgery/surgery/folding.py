@@ -75,6 +75,8 @@ def _fold_cut(
     for name, full in cut.parameters.items():
         bound[name] = _finite(full, model.get_parameter(full).detach()).to(dtype)
     for name, value in folded_weights(cut.rule, bound).items():
+        if name not in names and _is_nothing(value):
+            continue  # `b * s` where there is no bias
         if name not in names:
             raise SurgeryError(
                 "PSG405",
@@ -82,6 +84,11 @@ def _fold_cut(
                 "add a bias to the model, or keep the adapter",
             )
         working[names[name]] = disorient(stored[name], cut.site, name, value)
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether a folded bias is zero: a model without one has it already."""
+    return not torch.as_tensor(value).any()
 
 
 def _check_foldable(cut: Cut) -> None:

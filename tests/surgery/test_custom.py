@@ -103,6 +103,20 @@ def test_a_rule_with_no_fold_says_so() -> None:
         ps.fold(ps.apply(captured("llama"), rule))
 
 
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_fold_that_scales_the_bias_works_with_and_without_one(name: str) -> None:
+    rule = ps.Rule(
+        match="linear",
+        where={"role": "ffn.up"},
+        params={"s": {"shape": ["out"], "init": "ones"}},
+        rewrite="y * s",
+        fold={"W": "W * s[:, None]", "b": "b * s"},
+    )
+    operated = randomise(ps.apply(captured(name), rule))
+    folded = ps.fold(operated)
+    torch.testing.assert_close(logits(folded, name), logits(operated, name), atol=1e-6, rtol=1e-5)
+
+
 def test_a_fold_into_a_bias_that_is_not_there_is_refused() -> None:
     rule = ps.Rule(
         match="linear",
@@ -112,6 +126,6 @@ def test_a_fold_into_a_bias_that_is_not_there_is_refused() -> None:
         fold={"b": "b + c"},
     )
     with pytest.raises(ps.SurgeryError, match="PSG405"):
-        ps.fold(ps.apply(captured("llama"), rule))
+        ps.fold(randomise(ps.apply(captured("llama"), rule)))
     operated = randomise(ps.apply(captured("bert"), rule))
     torch.testing.assert_close(logits(ps.fold(operated), "bert"), logits(operated, "bert"))
