@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -115,14 +116,18 @@ def _as_operators(
         return lambda *args, **kwargs: draw(fresh(), generator, *args, **kwargs)
 
     return {
-        name: Operator(name, bind(draw), inspect.getdoc(draw) or "", _signature(draw))
-        for name, draw in INITIALISERS.items()
+        name: Operator(name, bind(draw), *_described(draw)) for name, draw in INITIALISERS.items()
     }
 
 
-def _signature(draw: Initialiser) -> inspect.Signature:
-    """The arguments that an expression gives: without the tensor and the generator."""
-    return inspect.Signature(list(inspect.signature(draw).parameters.values())[2:])
+@cache
+def _described(draw: Initialiser) -> tuple[str, inspect.Signature]:
+    """The text of an initialiser, and the arguments that an expression gives to it.
+
+    Those are all but the tensor and the generator. Every parameter of a large model asks again.
+    """
+    signature = inspect.Signature(list(inspect.signature(draw).parameters.values())[2:])
+    return inspect.getdoc(draw) or "", signature
 
 
 def _unfit(expression: Expression, shape: tuple[int, ...], reason: str) -> SurgeryError:
