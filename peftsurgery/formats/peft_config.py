@@ -9,8 +9,8 @@ and has a value is refused by name, so a switch that peft adds tomorrow is not i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, lru_cache
 from typing import Any, NoReturn
 
 from ..errors import SurgeryError, did_you_mean
@@ -161,7 +161,12 @@ def all_suffixes() -> frozenset[str]:
 
 def pattern_matches(pattern: str, module: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern is about a module: the end of its path."""
-    return full_match(rf"(.*\.)?({pattern})")(module)
+    return _pattern(pattern)(module)
+
+
+@lru_cache(maxsize=4096)
+def _pattern(pattern: str) -> Callable[[str], bool]:
+    return full_match(rf"(.*\.)?({pattern})")
 
 
 def leaves(modules: Iterable[str]) -> set[str]:

@@ -26,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
 }
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+
 CASES = [
     (name, targets, method)
     for name in SMALL
