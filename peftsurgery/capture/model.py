@@ -38,6 +38,11 @@ class GraphModel(Part):
         self._served: dict[int, Capture] = {}
         mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
         self._bound = not captures.source.on_meta
+        self._watched = [
+            (name, self.get_submodule(owner), leaf, info.dtype)
+            for name, info in captures.tensors.items()
+            for owner, _, leaf in [name.rpartition(".")]
+        ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for these arguments, in the original's type."""
@@ -80,9 +85,7 @@ class GraphModel(Part):
                     block = self.get_submodule(path)
                     assert isinstance(block, Block)
                     block.programs.update({program.label: program for program in programs})
-            for name, value in self._captures.constants.items():
-                if not hasattr(self, name):
-                    self.register_buffer(name, value, persistent=False)
+            self._take_constants()
             self._served[id(capture)] = ready
         return self._served[id(capture)]
 
@@ -98,11 +101,10 @@ class GraphModel(Part):
 
     def _casts(self) -> Casts:
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
-        before = self._captures.tensors
         return frozenset(
             (name, tensor.dtype)
-            for name, tensor in named_tensors(self)
-            if name in before and tensor.dtype != before[name].dtype and _is_cast(tensor)
+            for name, part, leaf, dtype in self._watched
+            if (tensor := getattr(part, leaf)).dtype != dtype and _is_cast(tensor)
         )
 
     def gradient_checkpointing(self, enabled: bool = True) -> None:
@@ -114,11 +116,15 @@ class GraphModel(Part):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.bind()
         super()._apply(fn, recurse)
-        for name, value in self._captures.constants.items():
-            if name in self._buffers:  # constants of the code move, and keep their dtype
-                here = self.get_buffer(name)
-                self._buffers[name] = value.to(here.device)
+        self._take_constants()
         return self
+
+    def _take_constants(self) -> None:
+        """Hold the constants of all captures on this model's device, in the dtype they have."""
+        tensors = [*self.parameters(), *self.buffers()]
+        for name, value in self._captures.constants.items():
+            here = value if not tensors or tensors[0].is_meta else value.to(tensors[0].device)
+            self.register_buffer(name, here, persistent=False)
 
     def _get_name(self) -> str:
         return f"GraphModel[{self._info.type}]"
