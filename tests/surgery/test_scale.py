@@ -13,9 +13,15 @@ from tools.bench.fresh import measured
 LAYERS = 12
 
 
+def wide_llama(layers: int) -> ps.GraphModel:
+    """A captured Llama of the 70B's widths with fewer layers."""
+    config = LlamaConfig(**{**SIZES["llama-70b"], "num_hidden_layers": layers}, dtype="bfloat16")
+    config.architectures = ["LlamaForCausalLM"]
+    return ps.capture(build_on_meta(config))
+
+
 def test_a_rule_on_a_wide_llama_finds_its_sites_and_materialises_nothing_of_the_base() -> None:
-    config = LlamaConfig(**{**SIZES["llama-70b"], "num_hidden_layers": LAYERS}, dtype="bfloat16")
-    graph = ps.capture(build_on_meta(config))
+    graph = wide_llama(LAYERS)
     base = {name for name, _ in graph.named_parameters()}
     operated = ps.apply(graph, "lora_qv", rank=8)
     modules = [match["module"] for match in operated.report.matches]
@@ -32,8 +38,7 @@ def test_a_rule_on_a_wide_llama_finds_its_sites_and_materialises_nothing_of_the_
 
 
 def test_equal_layers_of_a_wide_llama_share_one_program_before_and_after() -> None:
-    config = LlamaConfig(**{**SIZES["llama-70b"], "num_hidden_layers": 3}, dtype="bfloat16")
-    graph = ps.capture(build_on_meta(config))
+    graph = wide_llama(3)
     operated = ps.apply(graph, "lora_qv")
     for model in (graph, operated):
         programs = model.captures[0].programs

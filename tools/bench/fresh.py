@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def measured(module: str, function: str, *arguments: str) -> dict[str, Any]:
     """What ``function(*arguments)`` returns, run on one thread in a fresh process."""
     command = [sys.executable, "-m", "tools.bench.fresh", module, function, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **quiet}
     done = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     )
