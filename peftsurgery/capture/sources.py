@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,15 @@ CONFIG_ERRORS = (
 
 
 class Source:
-    """The module a capture was made of; ``weights()`` is the same module with its tensors."""
+    """The module a capture was made of; ``weights()`` is the same module with its tensors.
+
+    Once they are loaded, ``notes`` says which tensors the module and the files do not share.
+    """
 
     def __init__(self, module: nn.Module, origin: str | None = None) -> None:
         self.module = module
         self.origin = origin
+        self.notes: tuple[str, ...] = ()
         self._loaded: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
@@ -75,14 +80,30 @@ class Source:
             )
         config = self.module.config
         try:
-            return type(self.module).from_pretrained(
-                self.origin, config=config, dtype=self.module.dtype, use_safetensors=True
+            model, info = type(self.module).from_pretrained(
+                self.origin,
+                config=config,
+                dtype=self.module.dtype,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise SurgeryError(
                 "PSG207", f"no weights could be read from {self.origin}: {reason}"
             ) from error
+        kind = type(model).__name__
+        self.notes = (
+            *_unshared(info["unexpected_keys"], f"in {self.origin} that a {kind} leaves out"),
+            *_unshared(info["missing_keys"], f"of a {kind} that {self.origin} has no values for"),
+        )
+        return model
+
+
+def _unshared(names: Iterable[str], where: str) -> list[str]:
+    """A note on tensors that only one side has."""
+    found = sorted(names)
+    return [f"{len(found)} tensors {where}, '{found[0]}' first"] if found else []
 
 
 def open_source(spec: str, trust_remote_code: bool = False) -> Source:

@@ -152,7 +152,7 @@ def fold_to_directory(
         _is_tied(operated.source.module) and not _is_tied(plain),
         apart,
         written,
-        notes,
+        (*operated.source.notes, *notes),
     )
 
 

@@ -243,3 +243,15 @@ def test_a_directory_that_is_no_adapter_is_named(llama: tuple[Path, Path], tmp_p
     code, _, errors = command("fold", llama[0], "-o", tmp_path / "out")
     assert (code, "PSG607" in errors) == (3, True)
     assert "holds neither a surgery nor a peft adapter" in errors
+
+
+def test_tensors_that_base_and_class_do_not_share_are_named(tmp_path: Path) -> None:
+    ZOO["bert"].build().save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config["architectures"] = ["BertModel"]
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    ps.apply(ps.capture(str(tmp_path / "base")), "lora_qv").save(tmp_path / "surgery")
+    result = ps.fold_to_directory(tmp_path / "surgery", tmp_path / "folded")
+    assert len(result.notes) == 1
+    assert "tensors in" in result.notes[0]
+    assert "'classifier.bias' first" in result.notes[0]
