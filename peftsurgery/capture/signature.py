@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     Raises PSG203 if the module's forward does not take them.
     """
     try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound = _signature(module).bind(*args, **kwargs)
     except TypeError as error:
         raise SurgeryError("PSG203", f"{type(module).__name__}.forward: {error}") from None
     named: dict[str, Any] = {}
@@ -65,6 +66,19 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     tensors = {name: value for name, value in named.items() if _has_tensor(value)}
     flags = {name: value for name, value in named.items() if name not in tensors}
     return Call(dict(sorted(tensors.items())), flags)
+
+
+def _signature(module: nn.Module) -> inspect.Signature:
+    """What the module's forward takes, without self."""
+    forward = module.forward
+    function = getattr(forward, "__func__", None)
+    return inspect.signature(forward) if function is None else _method_signature(function)
+
+
+@lru_cache(maxsize=256)  # decorated forwards take longer to inspect than a small block to run
+def _method_signature(function: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 def widen(call: Call) -> Call:

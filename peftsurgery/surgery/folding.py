@@ -47,25 +47,22 @@ def new_weights(model: OperatedModel, source: nn.Module) -> dict[str, torch.Tens
     done: set[Any] = set()
     for cut in model.cuts:
         _check_foldable(cut)
-        key = (cut.operation, id(cut.rule), cut.placed.parameter, cut.site.slice)
+        weights = _weights_of(cut)
+        key = (cut.operation, id(cut.rule), cut.site.slice, tuple(weights.items()))
         if key in done or not cut.rule.rewrite:
             continue  # a layer that is called twice has one weight
         done.add(key)
-        _fold_cut(model, cut, original, working)
+        _fold_cut(model, cut, weights, original, working)
     return {name: _round(name, value, original[name]) for name, value in working.items()}
 
 
 def _fold_cut(
     model: OperatedModel,
     cut: Cut,
+    names: Mapping[str, str],
     original: Mapping[str, torch.Tensor],
     working: dict[str, torch.Tensor],
 ) -> None:
-    names = {
-        name: join(cut.placed.block, str(cut.site.nodes[name].target))
-        for name in cut.rule.kind.weights
-        if name in cut.site.nodes
-    }
     stored = {
         name: _wide(working.get(full, original[full].detach())) for name, full in names.items()
     }
@@ -84,6 +81,15 @@ def _fold_cut(
                 "add a bias to the model, or keep the adapter",
             )
         working[names[name]] = disorient(stored[name], cut.site, name, value)
+
+
+def _weights_of(cut: Cut) -> dict[str, str]:
+    """The names in the model of the weights that the cut's site binds, by the rule's names."""
+    return {
+        name: join(cut.placed.block, str(node.target))
+        for name, node in cut.site.nodes.items()
+        if node.op == "get_attr"
+    }
 
 
 def _is_nothing(value: Any) -> bool:

@@ -7,13 +7,16 @@ of operations; everything else about it follows from these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from torch import fx
 
 from ..anatomy import Placed, Survey, survey
 from ..anatomy.site import Site, join
 from ..capture import Capture
+from ..capture.stack import stack_paths
 from ..errors import SurgeryError
 from ..language import Rule, RuleFile, Selection, select
 from ..language.kinds import sizes_of
@@ -110,8 +113,9 @@ def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
     frames = {(site.block, site.program): site for site in sites}
     for (block, program), neighbour in frames.items():
         if program not in found:
+            alike = [path for path, other in frames if other is program]
             found[program] = [
-                _pattern_site(match.root, match.bindings)
+                _pattern_site(match.root, match.bindings, alike)
                 for match in find_pattern(rule.pattern, program.graph)
             ]
         placed += [
@@ -120,10 +124,18 @@ def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
     return placed
 
 
-def _pattern_site(root: Any, bindings: Mapping[str, Any]) -> Site:
-    stack = root.meta.get("nn_module_stack") or {}
-    nodes = {name: node for name, node in bindings.items() if hasattr(node, "op")}
-    module = list(stack.values())[-1][0] if stack else ""
+def _pattern_site(root: fx.Node, bindings: Mapping[str, Any], blocks: Sequence[str]) -> Site:
+    """The site of one match. Its module is where the root was computed, relative to its block.
+
+    The graph remembers the path in the block it was traced in, which is one of ``blocks``.
+    """
+    paths = [path for _, path in stack_paths(root)]
+    module = paths[-1] if paths else ""
+    for block in blocks:
+        if block and (module == block or module.startswith(f"{block}.")):
+            module = module[len(block) + 1 :]
+            break
+    nodes = {name: node for name, node in bindings.items() if isinstance(node, fx.Node)}
     return Site("pattern", module, None, None, nodes, {})
 
 

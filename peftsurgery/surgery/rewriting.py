@@ -80,7 +80,7 @@ class Rewriter:
         return self.latest.get(copy, copy)
 
     def bindings(self, cut: Cut) -> dict[str, Any]:
-        """The rule's names: values, weights, parameters as proxies, sizes and settings as they are."""
+        """The rule's names: values, weights and parameters as proxies, sizes and settings plain."""
         site, kind = cut.site, cut.rule.kind
         dtype = compute_dtype(cut)
         bound: dict[str, Any] = dict(cut.numbers)

@@ -1,4 +1,4 @@
-"""What an adapter computes, done to the original model by forward hooks: an oracle without graphs."""
+"""What an adapter computes, done to the original by forward hooks: an oracle without graphs."""
 
 from __future__ import annotations
 

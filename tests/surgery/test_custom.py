@@ -60,6 +60,25 @@ def test_a_pattern_is_found_and_rewritten() -> None:
     torch.testing.assert_close(logits(operated, "llama"), logits(reference, "llama"))
 
 
+def test_a_pattern_can_add_parameters_and_fold_into_what_it_binds() -> None:
+    rule = ps.Rule(
+        match={"pattern": "mul(silu(linear(x, gate)), linear(x, up))"},
+        params={"s": {"shape": [48], "init": "ones"}},
+        rewrite="y * s",
+        fold={"up": "up * s[:, None]"},
+    )
+    operated = randomise(ps.apply(captured("llama"), rule))
+    assert set(operated.learnt()) == {f"model.layers.{i}.mlp.custom.s" for i in range(2)}
+    folded = ps.fold(operated)
+    changed = {
+        n
+        for n, p in folded.named_parameters()
+        if not torch.equal(p, captured("llama").get_parameter(n))
+    }
+    assert changed == {f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)}
+    torch.testing.assert_close(logits(folded, "llama"), logits(operated, "llama"))
+
+
 def test_the_input_of_a_site_can_be_rewritten_for_it_alone() -> None:
     rules = ps.parse_rules(
         """

@@ -20,7 +20,9 @@ from tests.surgery.reference import randomise
 @pytest.fixture
 def operated() -> OperatedModel:
     first = ps.apply(captured("bert"), "lora_qv", rank=3, alpha=9)
-    rule = ps.Rule(match="parameter", where={"kind": "bias", "path": r"classifier\.bias"}, train=True)
+    rule = ps.Rule(
+        match="parameter", where={"kind": "bias", "path": r"classifier\.bias"}, train=True
+    )
     return randomise(ps.apply(first, rule, name="head"))
 
 
