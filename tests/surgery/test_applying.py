@@ -1,4 +1,4 @@
-"""apply and eject: new models that share the base, compute what the rule says, and come off again."""
+"""apply and eject: new models that share the base, compute what the rule says, and come off."""
 
 from __future__ import annotations
 
