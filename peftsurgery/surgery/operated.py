@@ -8,22 +8,22 @@ back the captured programs themselves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ..anatomy.site import join
-from ..capture import Capture, Captures, GraphModel, ModuleInfo, Program
+from ..capture import Capture, Captures, GraphModel, ModuleInfo
 from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Param, Selection, initial_value, shape_of, weights_read
 from .operation import Cut, Operation, check_free, select_cuts
 from .report import Report
-from .rewriting import check_shapes, orient, rewritten_graph
+from .rewrites import Rewrites
+from .rewriting import check_shapes, orient
 from .saving import save_surgery
 
 
@@ -52,6 +52,7 @@ class OperatedModel(GraphModel):
         self._selections: tuple[Selection, ...] = ()
         self._cuts: tuple[Cut, ...] = ()
         self._trained: set[str] = set()
+        self._rewrites = Rewrites()
         super().__init__(captures, _frozen)
         self.serve(captures.first)
 
@@ -87,7 +88,7 @@ class OperatedModel(GraphModel):
                 f"'{missing[0]}' first",
                 "capture the model with these inputs before applying the rules",
             )
-        return _Operator(capture, cuts).capture()
+        return self._rewrites.capture(capture, cuts)
 
     def settle(self, cuts: Sequence[Cut], selections: Sequence[Selection]) -> None:
         """Check the selections, add the parameters and free what the rules train."""
@@ -101,6 +102,7 @@ class OperatedModel(GraphModel):
             self.add_parameters(cut)
             if cut.rule.train and cut.placed.parameter is not None:
                 self.own(cut.placed.parameter)
+        self._known.clear()
 
     def add_parameters(self, cut: Cut) -> None:
         """Register the parameters of a cut, with their initial values."""
@@ -163,10 +165,11 @@ class OperatedModel(GraphModel):
 
     def bind(self) -> None:
         """Read the base's weights if that is still to do; those that the rules train are copied."""
-        if not self._bound:
-            super().bind()
-            for name in self._trained:
-                self.own(name)
+        unread = [n for n in self._trained if not self._bound and self.get_parameter(n).is_meta]
+        super().bind()
+        for name in unread:
+            parameter = self.get_parameter(name)
+            parameter.data = parameter.data.clone()
 
     @property
     def trained(self) -> frozenset[str]:
@@ -189,67 +192,6 @@ class OperatedModel(GraphModel):
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(name for cut in self._cuts for name in cut.parameters.values())
-
-
-class _Operator:
-    """Rewrites the programs of one capture; blocks that are cut alike share the result."""
-
-    def __init__(self, source: Capture, cuts: Iterable[Cut]) -> None:
-        self.source = source
-        self.cuts: dict[tuple[str, Program], list[Cut]] = {}
-        for cut in cuts:
-            self.cuts.setdefault((cut.placed.block, cut.placed.program), []).append(cut)
-        self.made: dict[Any, Program] = {}
-        self.labels: dict[str, int] = {}
-        self.renamed: dict[tuple[str, str], str] = {}
-
-    def capture(self) -> Capture:
-        """The rewritten capture. Inner blocks come first, since their callers name them."""
-        programs: dict[str, tuple[Program, ...]] = {}
-        for path in sorted(self.source.programs, key=lambda path: (-path.count("."), path == "")):
-            programs[path] = tuple(self.program(path, p) for p in self.source.programs[path])
-        ordered = {path: programs[path] for path in self.source.programs}
-        return replace(self.source, programs=ordered)
-
-    def program(self, path: str, program: Program) -> Program:
-        """The rewritten program of a block; the same object if nothing in it changes."""
-        cuts = self.cuts.get((path, program), [])
-        calls = self.calls(path, program)
-        key = (
-            program,
-            tuple((cut.operation, id(cut.rule), cut.site) for cut in cuts),
-            tuple(sorted((node.name, label) for node, label in calls.items())),
-        )
-        if key not in self.made:
-            self.made[key] = self.rewrite(program, cuts, calls) if cuts or calls else program
-        self.renamed[path, program.label] = self.made[key].label
-        return self.made[key]
-
-    def calls(self, path: str, program: Program) -> dict[fx.Node, str]:
-        """The calls of inner blocks whose programs have other labels now."""
-        renamed = {}
-        for node in program.graph.find_nodes(op="call_module"):
-            label = str(node.kwargs["program"])
-            new = self.renamed[join(path, str(node.target)), label]
-            if new != label:
-                renamed[node] = new
-        return renamed
-
-    def rewrite(
-        self, program: Program, cuts: Sequence[Cut], calls: Mapping[fx.Node, str]
-    ) -> Program:
-        graph = rewritten_graph(program, cuts)
-        by_name = {node.name: label for node, label in calls.items()}
-        for node in graph.find_nodes(op="call_module"):
-            if node.name in by_name:
-                node.kwargs = {**node.kwargs, "program": by_name[node.name]}
-        adapters = "+".join(dict.fromkeys(cut.operation.name for cut in cuts))
-        label = f"{program.label}+{adapters}" if adapters else program.label
-        number = self.labels.get(label, 0)
-        self.labels[label] = number + 1
-        if number:
-            label = f"{label}.{number}"
-        return program.rewritten(label, graph)
 
 
 def _one_for_each_place(cuts: Iterable[Cut]) -> list[Cut]:

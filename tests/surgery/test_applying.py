@@ -12,7 +12,17 @@ from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.reference import adapted, pairs_of, randomise
 
-MODELS = ["bert", "gpt2", "opt", "llama", "t5", "functional", "transformer_encoder", "falcon_40b"]
+MODELS = [
+    "bert",
+    "gpt2",
+    "opt",
+    "llama",
+    "t5",
+    "functional",
+    "transformer_encoder",
+    "falcon_40b",
+    "swin",
+]
 
 
 def outputs(model: torch.nn.Module, name: str, batch: int = 3, seq: int = 5) -> torch.Tensor:

@@ -1,0 +1,80 @@
+"""Rewriting a whole capture: each block that is cut gets a program, blocks cut alike the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from ..anatomy.site import join
+from ..capture import Capture, Program
+from .operation import Cut
+from .rewriting import rewritten_graph
+
+
+@dataclass(frozen=True)
+class Rewrites:
+    """The rewritten programs of a model, in all its captures, and how often a label is used."""
+
+    made: dict[Any, Program] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewrites:
+        return self  # what it holds is immutable, and the same for a copy of the model
+
+    def capture(self, source: Capture, cuts: Iterable[Cut]) -> Capture:
+        """``source`` with the cuts made. Inner blocks come first, since their callers name them."""
+        by_block: dict[tuple[str, Program], list[Cut]] = {}
+        for cut in cuts:
+            by_block.setdefault((cut.placed.block, cut.placed.program), []).append(cut)
+        programs: dict[str, tuple[Program, ...]] = {}
+        renamed: dict[tuple[str, str], str] = {}
+        for path in sorted(source.programs, key=lambda path: (-path.count("."), path == "")):
+            for program in source.programs[path]:
+                mine = by_block.get((path, program), [])
+                new = self.program(program, mine, _renamed_calls(path, program, renamed))
+                renamed[path, program.label] = new.label
+                programs[path] = (*programs.get(path, ()), new)
+        return replace(source, programs={path: programs[path] for path in source.programs})
+
+    def program(
+        self, program: Program, cuts: Sequence[Cut], calls: Mapping[fx.Node, str]
+    ) -> Program:
+        """A program with its cuts made; the same object if nothing in it changes."""
+        if not cuts and not calls:
+            return program
+        done = tuple((cut.operation, id(cut.rule), cut.site) for cut in cuts)
+        key = (program, done, tuple((node.name, label) for node, label in calls.items()))
+        if key not in self.made:
+            self.made[key] = self.rewrite(program, cuts, calls)
+        return self.made[key]
+
+    def rewrite(
+        self, program: Program, cuts: Sequence[Cut], calls: Mapping[fx.Node, str]
+    ) -> Program:
+        """A new program, under a label that says what was done."""
+        graph = rewritten_graph(program, cuts)
+        labels = {node.name: label for node, label in calls.items()}
+        for node in graph.find_nodes(op="call_module"):
+            if node.name in labels:
+                node.kwargs = {**node.kwargs, "program": labels[node.name]}
+        adapters = "+".join(dict.fromkeys(cut.operation.name for cut in cuts))
+        label = f"{program.label}+{adapters}" if adapters else program.label
+        number = self.labels.get(label, 0)
+        self.labels[label] = number + 1
+        return program.rewritten(f"{label}.{number}" if number else label, graph)
+
+
+def _renamed_calls(
+    path: str, program: Program, renamed: Mapping[tuple[str, str], str]
+) -> dict[fx.Node, str]:
+    """The calls of inner blocks whose programs have other labels now."""
+    calls = {}
+    for node in program.graph.find_nodes(op="call_module"):
+        label = str(node.kwargs["program"])
+        new = renamed[join(path, str(node.target)), label]
+        if new != label:
+            calls[node] = new
+    return calls
