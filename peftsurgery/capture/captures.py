@@ -17,7 +17,7 @@ from .export import Exported, export
 from .parts import module_infos
 from .program import Program
 from .signature import Call, map_tensors, widen
-from .sizes import Check, compile_check
+from .sizes import Check, compile_check, is_limit
 from .sources import Source
 from .tensors import is_fake, tensor_infos, tensor_names, traceable
 
@@ -47,10 +47,15 @@ class Capture:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was specialised: conditions on sizes, a mode."""
+        """What was specialised, for a reader: sizes that are fixed or bounded, and the mode.
+
+        That inputs have a size in common goes without saying, and other sizes and the other mode
+        are captured when they come.
+        """
+        limits = tuple(condition for condition in self.conditions if is_limit(condition))
         if self.mode is None:
-            return self.conditions
-        return (*self.conditions, f"for {'train' if self.mode else 'eval'} mode only")
+            return limits
+        return (*limits, f"for {'train' if self.mode else 'eval'} mode only")
 
     def fits(self, leaves: Sequence[Any], training: bool) -> bool:
         """Whether the capture is for this mode and for inputs of these sizes."""

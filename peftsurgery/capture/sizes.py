@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -51,6 +52,11 @@ def compile_check(names: Sequence[str], conditions: Sequence[str]) -> Check:
     """A function of the inputs that evaluates every condition."""
     body = "".join(f"({condition}), " for condition in conditions)
     return cast("Check", eval(f"lambda {', '.join(names)}: ({body})"))
+
+
+def is_limit(condition: str) -> bool:
+    """Whether a condition fixes one size, excludes one or bounds it above."""
+    return re.fullmatch(r"\w+\.shape\[\d+\] (==|!=|<=) \d+", condition) is not None
 
 
 def _axes(graph: fx.Graph) -> list[tuple[sympy.Symbol, sympy.Expr]]:
