@@ -45,7 +45,11 @@ class GraphModel(Part):
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns for these arguments, in the original's type."""
+        """What the original returns for these arguments, in the original's type.
+
+        What a model remembers for the next call (``past_key_values``) is left out, as with
+        ``use_cache=False``, unless the call asks for it.
+        """
         self.bind()
         call = bind_call(self._captures.source.module, args, kwargs)
         capture = self.serve(self._captures.find(call, self.training, self._casts()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -48,8 +47,6 @@ def pair_of(module: nn.Module, inputs: Any) -> Pair:
 
 @cache
 def _dropping_llama() -> tuple[nn.Module, GraphModel]:
-    settings = ZOO["llama"].make.__closure__
-    assert settings is not None
     make = hf(
         "LlamaForCausalLM",
         "LlamaConfig",
@@ -98,6 +95,3 @@ def assert_same_gradients(pair: Pair) -> None:
         found = mine[name].grad
         assert found is not None, name
         assert torch.equal(found, parameter.grad), name
-
-
-Build = Callable[[], nn.Module]
