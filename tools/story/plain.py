@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import logging
 
 
 def main() -> None:
@@ -21,6 +22,7 @@ def main() -> None:
     parser.add_argument("outputs")
     parser.add_argument("--generate", type=int, default=0, metavar="N")
     options = parser.parse_args()
+    logging.disable_progress_bar()
     inputs = load_file(options.inputs)
     loader: Any = AutoModelForCausalLM if options.generate else AutoModel
     model = loader.from_pretrained(options.model, dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 RULE = ROOT / "rules" / "lora_qv.yaml"
-console = Console(highlight=False)
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
 def workspace(name: str) -> Path:
@@ -32,7 +32,7 @@ def step(text: str) -> None:
 def command(*arguments: str | Path) -> None:
     """Run the ``peftsurgery`` command as a reader would, and show it and what it prints."""
     shown = " ".join(str(argument).removeprefix(f"{ROOT}/") for argument in arguments)
-    console.print(f"$ peftsurgery {shown}", style="cyan", markup=False)
+    console.print(f"$ peftsurgery {shown}", style="cyan", markup=False, soft_wrap=True)
     done = subprocess.run(
         [sys.executable, "-m", "peftsurgery", *map(str, arguments)],
         text=True,
@@ -41,7 +41,7 @@ def command(*arguments: str | Path) -> None:
     )
     lines = done.stdout.rstrip().splitlines()
     shown_lines = lines if len(lines) <= 16 else [*lines[:15], f"... {len(lines) - 15} more lines"]
-    console.print("\n".join(f"  {line}" for line in shown_lines), markup=False)
+    console.print("\n".join(f"  {line}" for line in shown_lines), markup=False, soft_wrap=True)
 
 
 def run_plain(model: Path, inputs: dict[str, Tensor], generate: int = 0) -> dict[str, Tensor]:
