@@ -54,7 +54,11 @@ def tell() -> None:
     inputs = encode(tokenizer, [text for text, _ in judge])
     with torch.no_grad():
         expected = operated(**inputs).last_hidden_state
-    compare(expected, run_plain(work / "folded", inputs)["last_hidden_state"], limit=1e-5)
+    actual = run_plain(work / "folded", inputs)["last_hidden_state"]
+    mask = inputs["attention_mask"]
+    compare("embeddings", pool(expected, mask), pool(actual, mask), limit=1e-5)
+    real = mask.bool()  # what a model computes at padding is nobody's output
+    compare("last hidden states", expected[real], actual[real], limit=1e-5)
     folded = accuracy(AutoModel.from_pretrained(work / "folded").eval(), tokenizer, judge)
 
     table = Table(title="accuracy on held-out docstrings")
@@ -82,9 +86,13 @@ def encode(tokenizer: Any, texts: list[str]) -> dict[str, Tensor]:
 def embed(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
     """Mean-pooled embeddings of unit length (texts, 384), as MiniLM was trained to be used."""
     batch = encode(tokenizer, texts)
-    mask = batch["attention_mask"].unsqueeze(-1)
-    hidden = model(**batch).last_hidden_state * mask
-    return F.normalize(hidden.sum(1) / mask.sum(1), dim=-1)
+    return pool(model(**batch).last_hidden_state, batch["attention_mask"])
+
+
+def pool(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of the hidden states of real tokens, scaled to unit length."""
+    weight = mask.unsqueeze(-1)
+    return F.normalize((hidden * weight).sum(1) / weight.sum(1), dim=-1)
 
 
 def embed_all(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:

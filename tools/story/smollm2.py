@@ -63,7 +63,7 @@ def tell() -> None:
     step("4. Generate with transformers alone, in a process without peftsurgery")
     outputs = run_plain(work / "folded", question, generate=24)
     with torch.no_grad():
-        compare(operated(**question).logits, outputs["logits"], limit=1e-3)
+        compare("logits", operated(**question).logits, outputs["logits"], limit=1e-3)
     after = answer(tokenizer, question, outputs["tokens"])
     console.print(f"{QUESTION}\n  before: [yellow]{before}[/yellow]")
     console.print(f"  after:  [green]{after}[/green]")

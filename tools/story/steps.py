@@ -56,10 +56,12 @@ def run_plain(model: Path, inputs: dict[str, Tensor], generate: int = 0) -> dict
         return load_file(made)
 
 
-def compare(operated: Tensor, folded: Tensor, limit: float) -> None:
+def compare(what: str, operated: Tensor, folded: Tensor, limit: float) -> None:
     """Show the largest difference, and end the story if it is not below ``limit``."""
     difference = (operated - folded).abs().max().item()
-    console.print(f"  largest difference: [bold]{difference:.1e}[/bold] (limit {limit:.0e})")
+    console.print(
+        f"  largest difference of the {what}: [bold]{difference:.1e}[/bold] (limit {limit:.0e})"
+    )
     if not difference < limit:
         sys.exit("the folded model is not the operated one")
 
