@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsurgery.cli.progress import doing
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 
 def open_model(spec: str) -> GraphModel:
-    """The captured model that ``spec`` names; a saved surgery is loaded with its operations."""
+    """The captured model that ``spec`` names; a saved surgery is loaded with its operations.
+
+    A path is made absolute: a surgery remembers its base, and is used from other directories too.
+    """
+    if Path(spec).exists():
+        spec = str(Path(spec).absolute())
     with doing(f"capturing {spec}"):
         from peftsurgery import surgery
 

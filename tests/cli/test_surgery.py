@@ -93,6 +93,17 @@ def test_a_saved_surgery_is_a_model_like_any_other(run: Any, bert: Path, tmp_pat
     assert {match["rule"] for match in outcome.json["matches"]} == {"lora_qv", "lora_embedding"}
 
 
+def test_a_surgery_finds_its_base_from_another_directory(
+    run: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bert.parent)
+    run("apply", bert.name, "lora_qv", "-o", tmp_path / "surgery")
+    monkeypatch.chdir(tmp_path)
+    outcome = run("fold", "surgery", "-o", "folded")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "folded" / "config.json").is_file()
+
+
 def test_a_rule_without_a_match_ends_with_1_and_leaves_nothing(
     run: Any, bert: Path, tmp_path: Path
 ) -> None:
