@@ -1,4 +1,4 @@
-"""What the whole suite shares: one thread, and tests of one model in one worker."""
+"""What the whole suite shares: one thread, one seed, and tests of one model in one worker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test draws the same random numbers, whichever tests came before it."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

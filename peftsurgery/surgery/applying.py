@@ -56,15 +56,15 @@ def operate(
     """``model`` with further operations; ``known`` gives values for their parameters."""
     before = model.operations if isinstance(model, OperatedModel) else ()
     learnt = dict(model.learnt()) if isinstance(model, OperatedModel) else {}
-    operated = OperatedModel(model._captures, [*before, *operations], {**learnt, **(known or {})})
+    operated = OperatedModel(model, [*before, *operations], {**learnt, **(known or {})})
     for name, parameter in model.named_parameters():
         if name in learnt:
             operated.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return operated.train(model.training)
+    return operated
 
 
 def eject(model: GraphModel, name: str | None = None) -> GraphModel:
-    """The model without its operations: the captured graphs themselves, with the base's weights.
+    """The captured model that the operations are on: the very graphs and weights it had.
 
     With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name.
     """
@@ -74,11 +74,9 @@ def eject(model: GraphModel, name: str | None = None) -> GraphModel:
         hint = did_you_mean(name, names) if names else "it has no adapters"
         raise SurgeryError("PSG310", f"there is no adapter '{name}'", hint)
     rest = [op for op in operations if name is not None and op.name != name]
-    if rest and isinstance(model, OperatedModel):
-        return OperatedModel(model._captures, rest, model.learnt()).train(model.training)
-    ejected = GraphModel(model._captures)
-    ejected.serve(model._captures.first)
-    return ejected.train(model.training)
+    if not isinstance(model, OperatedModel):
+        return model
+    return OperatedModel(model, rest, model.learnt()) if rest else model.base
 
 
 def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> OperatedModel:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..anatomy.site import join
 from ..capture import GraphModel
-from ..capture.tensors import tensor_names
+from ..capture.tensors import named_tensors, tensor_names
 from ..errors import SurgeryError
 from ..language import fold as folded_weights
 from .operated import OperatedModel
@@ -32,15 +32,15 @@ def fold(model: GraphModel) -> nn.Module:
     cannot be folded, PSG402 if a weight would overflow its dtype, PSG403 for values that are not
     finite, PSG404 for a tie that the architecture insists on, PSG405 for a bias that is not there.
     """
-    source = model.source.weights()
-    changed = new_weights(model, source) if isinstance(model, OperatedModel) else {}
-    return _rebuild(source, changed).train(model.training)
+    model.bind()
+    changed = new_weights(model) if isinstance(model, OperatedModel) else {}
+    return _rebuild(model, changed).train(model.training)
 
 
 @torch.no_grad()
-def new_weights(model: OperatedModel, source: nn.Module) -> dict[str, torch.Tensor]:
+def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
     """The weights that the operations change, by name, rounded to the dtype they had."""
-    original = dict(source.named_parameters(remove_duplicate=False))
+    original = dict(model.named_parameters(remove_duplicate=False))
     working: dict[str, torch.Tensor] = {
         name: model.get_parameter(name).detach() for name in model.trained
     }
@@ -125,12 +125,20 @@ def _round(name: str, value: torch.Tensor, original: torch.Tensor) -> torch.Tens
     return rounded.contiguous()
 
 
-def _rebuild(source: nn.Module, changed: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of a module with some parameters replaced; all other tensors share memory."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in source.parameters()
-    }
-    memo.update({id(buffer): buffer for buffer in source.buffers()})
+def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The original module with the model's tensors, some of them changed.
+
+    Parameters that are not changed share the model's memory.
+    """
+    source = model.source.weights()
+    memo: dict[int, Any] = {}
+    for name, tensor in sorted(named_tensors(source), key=lambda item: item[0] in changed):
+        owner, _, leaf = name.rpartition(".")
+        mine: torch.Tensor = getattr(model.get_submodule(owner), leaf).detach()
+        if isinstance(tensor, nn.Parameter):
+            memo.setdefault(id(tensor), nn.Parameter(mine, requires_grad=tensor.requires_grad))
+        else:
+            memo.setdefault(id(tensor), mine.clone())
     plain = copy.deepcopy(source, memo)
     for name, value in changed.items():
         owner, _, leaf = name.rpartition(".")

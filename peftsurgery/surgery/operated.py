@@ -8,6 +8,7 @@ back the captured programs themselves.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from ..anatomy.site import join
-from ..capture import Capture, Captures, GraphModel, ModuleInfo
+from ..capture import Capture, GraphModel, ModuleInfo
 from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Param, Selection, initial_value, shape_of, weights_read
@@ -42,19 +43,29 @@ class OperatedModel(GraphModel):
 
     def __init__(
         self,
-        captures: Captures,
+        model: GraphModel,
         operations: Sequence[Operation],
         known: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
-        """``known`` are values for parameters by name, instead of their initial ones."""
+        """The operations on ``model``, or on the base of an operated one.
+
+        ``known`` are values for parameters by name, instead of their initial ones.
+        """
         self._operations = tuple(operations)
         self._known = dict(known or {})
         self._selections: tuple[Selection, ...] = ()
         self._cuts: tuple[Cut, ...] = ()
         self._trained: set[str] = set()
         self._rewrites = Rewrites()
-        super().__init__(captures, _frozen)
-        self.serve(captures.first)
+        super().__init__(model._captures, _frozen)
+        self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
+        self._adopt(model)
+        self.serve(self._captures.first)
+
+    @property
+    def base(self) -> GraphModel:
+        """The captured model that the operations are on."""
+        return self._base.model
 
     @property
     def operations(self) -> tuple[Operation, ...]:
@@ -70,6 +81,28 @@ class OperatedModel(GraphModel):
     def report(self) -> Report:
         """What every rule matched, what it added, and what it nearly matched and why not."""
         return Report(self)
+
+    def _adopt(self, model: GraphModel) -> None:
+        """Share the tensors ``model`` has now, which may have been cast or moved, and its modes.
+
+        What ``model`` itself trained of the base is not the base's: those values come with the
+        operations. Buffers are copied, since training changes them in place.
+        """
+        trained = model.trained if isinstance(model, OperatedModel) else frozenset()
+        parameters: dict[int, nn.Parameter] = {}
+        buffers: dict[int, torch.Tensor] = {}
+        for name in self._captures.tensors:
+            owner, _, leaf = name.rpartition(".")
+            theirs = (self.base if name in trained else model).get_submodule(owner)
+            mine = self.get_submodule(owner)
+            tensor = getattr(theirs, leaf)
+            if leaf in mine._parameters:
+                mine._parameters[leaf] = parameters.setdefault(id(tensor), _frozen(tensor))
+            else:
+                mine._buffers[leaf] = buffers.setdefault(id(tensor), tensor.detach().clone())
+        for path, part in self.named_modules():
+            part.training = model.get_submodule(path).training
+        self._bound = model._bound
 
     def transform(self, capture: Capture) -> Capture:
         """Replay the operations on a capture. PSG307 if it has sites the first one had not."""
@@ -192,6 +225,16 @@ class OperatedModel(GraphModel):
     @cached_property
     def _names(self) -> frozenset[str]:
         return frozenset(name for cut in self._cuts for name in cut.parameters.values())
+
+
+@dataclass(frozen=True)
+class _Base:
+    """Holds the base without making it a part of the model."""
+
+    model: GraphModel
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
+        return self  # a copy of an operated model is on the same base
 
 
 def _one_for_each_place(cuts: Iterable[Cut]) -> list[Cut]:

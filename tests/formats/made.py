@@ -26,7 +26,7 @@ def model_directory(name: str, folder: Path, dtype: torch.dtype = torch.float32)
 
 def saved_surgery(model: Path, folder: Path, rule: str = "lora_qv") -> Path:
     """A surgery on a model directory with values that show."""
-    operated = randomise(ps.apply(ps.capture(str(model)), rule), scale=0.05)
+    operated = randomise(ps.apply(ps.capture(str(model)), rule), scale=0.02)
     operated.save(folder)
     return folder
 

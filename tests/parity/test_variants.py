@@ -59,11 +59,11 @@ def test_a_config_means_what_peft_takes_it_to_mean(variant: str, tmp_path: Path)
     name, settings = VARIANTS[variant]
     theirs = get_peft_model(base(name), LoraConfig(r=4, lora_alpha=6, **settings)).eval()
     trainable = {n for n, p in theirs.named_parameters() if p.requires_grad}
-    randomise(theirs, lambda parameter: parameter in trainable, 0.2)
+    randomise(theirs, lambda parameter: parameter in trainable, 0.1)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = ps.from_peft(captured(name), tmp_path / "theirs").eval()
 
-    assert (logits(ours) - logits(captured(name))).abs().max() > 0.01
+    assert (logits(ours) - logits(captured(name))).abs().max() > 1e-3
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-6)
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == sum(
         p.numel() for p in theirs.parameters() if p.requires_grad

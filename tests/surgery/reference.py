@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftsurgery.surgery import OperatedModel
 
 
-def randomise(model: OperatedModel, seed: int = 1, scale: float = 0.1) -> OperatedModel:
+def randomise(model: OperatedModel, seed: int = 1, scale: float = 0.05) -> OperatedModel:
     """Move every learnt tensor off its start, so that no zero hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

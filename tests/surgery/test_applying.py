@@ -218,3 +218,25 @@ def test_a_rewrite_of_another_shape_is_refused() -> None:
     )
     with pytest.raises(ps.SurgeryError, match="PSG306"):
         ps.apply(captured("llama"), rule)
+
+
+def test_a_model_that_was_cast_is_operated_on_as_it_is() -> None:
+    graph = ps.capture(ZOO["llama"].build()).to(torch.bfloat16)
+    operated = randomise(ps.apply(graph, "lora_qv"))
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    assert operated.get_parameter(weight).data_ptr() == graph.get_parameter(weight).data_ptr()
+    assert outputs(operated, "llama").dtype == torch.bfloat16
+    folded = ps.fold(operated)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
+    A, B = (operated.get_parameter(name) for name in operated.report.matches[0]["added"])
+    expected = (graph.get_parameter(weight).float() + 2.0 * (B @ A)).to(torch.bfloat16)
+    assert torch.equal(folded.get_parameter(weight), expected)
+
+
+def test_a_part_in_another_mode_stays_in_it() -> None:
+    graph = ps.capture(ZOO["bert"].build()).train()
+    graph.get_submodule("bert.encoder.layer.0").eval()
+    operated = ps.apply(graph, "lora_qv")
+    assert operated.training
+    assert not operated.get_submodule("bert.encoder.layer.0").training
+    assert operated.get_submodule("bert.encoder.layer.1").training
