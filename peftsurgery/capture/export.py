@@ -168,7 +168,7 @@ def _prepared(module: nn.Module, call: Call, train: bool) -> Iterator[None]:
             stack.enter_context(patch_model_config(module, {"use_cache": False}))
         stack.enter_context(_modes(module, train))
         stack.enter_context(_every_size_alike())
-        stack.enter_context(_without_fast_path())
+        stack.enter_context(without_fast_path())
         stack.enter_context(_explicit_forward(module, call, flags))
         stack.enter_context(torch.enable_grad())
         yield
@@ -197,8 +197,8 @@ def _every_size_alike() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """nn.TransformerEncoder's fast path is one opaque operator that hides every linear."""
+def without_fast_path() -> Iterator[None]:
+    """nn.TransformerEncoder's fast path is one opaque operator: no linears to see, none in ONNX."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -67,6 +67,11 @@ class GraphModel(Part):
         return tuple(self._served.values())
 
     @property
+    def base_capture(self) -> Capture:
+        """The capture that was made first, before any operation: the one rules are applied to."""
+        return self._captures.first
+
+    @property
     def source(self) -> Source:
         """Where the model and its weights come from."""
         return self._captures.source

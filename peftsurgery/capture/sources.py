@@ -121,7 +121,8 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
     config = _config(spec, trust_remote_code)
     if config.dtype is None:
         config.dtype = _stored_dtype(Path(spec))
-    return Source(build_on_meta(config), spec)
+    # absolute, since a saved surgery names its base and is used from other directories too
+    return Source(build_on_meta(config), os.path.abspath(spec) if here else spec)
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:

@@ -29,7 +29,7 @@ def inspect(model: str, as_json: bool) -> None:
     from peftsurgery.anatomy import survey
     from peftsurgery.cli.model import open_model
 
-    captured = open_model(model).captures[0]
+    captured = open_model(model).base_capture
     found = survey(captured)
     if as_json:
         print_json(_document(model, captured, found))

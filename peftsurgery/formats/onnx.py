@@ -29,7 +29,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from ..capture import GraphModel
-from ..capture.export import EXPORT_ERRORS, first_line
+from ..capture.export import EXPORT_ERRORS, first_line, without_fast_path
 from ..errors import SurgeryError
 from ..surgery import fold
 from .trials import Difference, difference, free_axes, seen_inputs, tensors_of, unseen_inputs
@@ -173,7 +173,7 @@ def _export(model: GraphModel, plain: nn.Module) -> Any:
     inputs = seen_inputs(model)
     shapes = {name: dict.fromkeys(axes, Dim.AUTO) for name, axes in free_axes(model).items()}
     try:
-        with silence(), _without_fast_path():
+        with silence(), without_fast_path():
             graph = (
                 _by_transformers(plain, inputs, shapes)
                 if isinstance(plain, PreTrainedModel)
@@ -272,17 +272,6 @@ def _without_cache(plain: nn.Module) -> Iterator[None]:
         yield
     finally:
         config.use_cache = before
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """nn.TransformerEncoder's fast path is one opaque operator that ONNX does not have."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

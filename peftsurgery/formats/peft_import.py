@@ -70,7 +70,7 @@ class Importer:
     ) -> None:
         self.config, self.tensors, self.name = config, tensors, name
         self.model = model.source.module
-        self.sites = [s for s in survey(model._captures.first) if s.slice is None]
+        self.sites = [s for s in survey(model.base_capture) if s.slice is None]
         self.names: Names = sort_keys(tensors, all_suffixes())
         self.options = [_Option(file, rule) for file in config.files for rule in file.rules]
 

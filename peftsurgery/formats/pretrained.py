@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -137,13 +137,12 @@ def fold_to_directory(
         folder.mkdir()
     except FileExistsError:
         raise SurgeryError("PSG601", f"'{out}' exists already", "choose another name") from None
-    try:
+    with ExitStack() as unfinished:
+        unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
         copied, notes = write_model(plain, folder, operated.source.origin)
         apart = check_written(operated, plain, folder) if verify else None
         written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        unfinished.pop_all()
     return FoldResult(
         tuple(dict.fromkeys(operation.name for operation in operated.operations)),
         tuple(changes(operated.source.weights(), plain)),

@@ -3,7 +3,7 @@
 from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
 from .folding import fold
 from .operated import OperatedModel
-from .operation import Cut, Operation
+from .operation import Cut, Operation, select_cuts
 from .report import Report
 
 __all__ = [
@@ -19,4 +19,5 @@ __all__ = [
     "load",
     "open_model",
     "operate",
+    "select_cuts",
 ]

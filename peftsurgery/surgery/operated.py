@@ -60,7 +60,7 @@ class OperatedModel(GraphModel):
         super().__init__(model._captures, _frozen)
         self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
         self._adopt(model)
-        self.serve(self._captures.first)
+        self.serve(self.base_capture)
 
     @property
     def base(self) -> GraphModel:
