@@ -273,7 +273,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG305": CodeInfo(
         "a rewrite is no value of the graph",
-        "The expression gives a number, not a tensor that could take the place of the old value.",
+        "The expression gives a number, not a tensor that could take the place of the old value, "
+        "or the site has no value of the name that is rewritten.",
     ),
     "PSG306": CodeInfo(
         "a rewrite does not fit",

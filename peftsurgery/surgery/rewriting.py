@@ -41,22 +41,24 @@ class Rewriter:
     def sew(self, cut: Cut) -> None:
         """Insert one cut: what it does to the site's inputs first, then to its result."""
         result = cut.rule.kind.result
-        for name in sorted(cut.rule.rewrite, key=lambda name: name == result):
-            self.sew_value(cut, name)
+        names = sorted(cut.rule.rewrite, key=lambda name: name == result)
+        for name in names:
+            self.sew_value(cut, name, is_last=name == names[-1])
 
-    def sew_value(self, cut: Cut, name: str) -> None:
+    def sew_value(self, cut: Cut, name: str, is_last: bool) -> None:
         """Insert the expression for one of the cut's new values, and let it be used."""
         old = self.node(cut.site.nodes[name])
         is_result = name == cut.rule.kind.result
-        users = [] if is_result else _between(old, self.result(cut))
+        users = [] if is_result else self.between(old, self.result(cut))
         rule = cut.rule.model_copy(update={"rewrite": {name: cut.rule.rewrite[name]}})
         before = set(self.graph.nodes)
         # fx inserts "after" in reverse order, so new nodes go before what comes next
         with self.graph.inserting_before(old.next if is_result else users[0]):
             bindings = self.bindings(cut)
             # first, since a later cut is inserted right after the new value
-            folded = self.folded(cut, bindings) if is_result else {}
-            flag = self.graph.create_node("get_attr", f"{cut.place}.training")
+            folded = self.folded(cut, bindings) if is_last else {}
+            owner = cut.place if cut.rule.params else cut.site.module
+            flag = self.graph.create_node("get_attr", join(owner, "training"))
             context = Context(training=fx.Proxy(flag, self.tracer))
             new = self.finish(cut, name, rewrite(rule, bindings, context)[name])
         inserted = {node for node in self.graph.nodes if node not in before}
@@ -73,6 +75,16 @@ class Rewriter:
     def result(self, cut: Cut) -> fx.Node:
         """The node of the graph that computes the site's result."""
         return self.copies[cut.site.nodes[str(cut.rule.kind.result)]]
+
+    def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The users of ``start`` through which it reaches ``end``, in the graph's order."""
+        reaches, stack = {end}, [end]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source is not start and source not in reaches:
+                    reaches.add(source)
+                    stack.append(source)
+        return [node for node in self.graph.nodes if node in start.users and node in reaches]
 
     def node(self, original: fx.Node) -> fx.Node:
         """What stands for a node of the program now."""
@@ -181,17 +193,6 @@ def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
     return value.transpose(-1, -2) if turned else value
 
 
-def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """The users of ``start`` through which it reaches ``end``."""
-    reaches, stack = {end}, [end]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is not start and source not in reaches:
-                reaches.add(source)
-                stack.append(source)
-    return [user for user in start.users if user in reaches]
-
-
 def _cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
     if source is None or target is None or source == target or not source.is_floating_point:
         return value
@@ -209,7 +210,17 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def check_shapes(cut: Cut) -> None:
-    """Evaluate a cut over fake tensors: PSG306 if the new value has another shape."""
+    """Evaluate a cut over fake tensors: PSG306 if the new value has another shape.
+
+    PSG305 if the site has nothing of the name that is rewritten (a mask, a bias).
+    """
+    for name in cut.rule.rewrite:
+        if name not in cut.site.nodes:
+            raise SurgeryError(
+                "PSG305",
+                f"{cut.operation.name} rewrites '{name}', and {cut.placed.module} has none",
+                "leave such sites out with `where:`",
+            )
     for name, value in fake_rewrite(cut).items():
         expected = _fake(cut, name)
         if tuple(value.shape) != tuple(expected.shape):

@@ -148,3 +148,41 @@ def test_a_fold_into_a_bias_that_is_not_there_is_refused() -> None:
         ps.fold(randomise(ps.apply(captured("llama"), rule)))
     operated = randomise(ps.apply(captured("bert"), rule))
     torch.testing.assert_close(logits(ps.fold(operated), "bert"), logits(operated, "bert"))
+
+
+def test_a_rule_without_parameters_may_drop_out() -> None:
+    rule = ps.Rule(match="linear", where={"role": "ffn.down"}, rewrite="dropout(y, 0.5)")
+    operated = ps.apply(captured("llama"), rule)
+    assert torch.equal(logits(operated, "llama"), logits(captured("llama"), "llama"))
+    moving = [logits(operated.train(), "llama") for _ in range(2)]
+    assert not torch.equal(*moving)
+
+
+def test_rewriting_what_a_site_has_not_is_refused() -> None:
+    rule = ps.Rule(match="linear", where={"role": "attn.q"}, rewrite={"b": "2 * b"})
+    with pytest.raises(ps.SurgeryError, match="PSG305"):
+        ps.apply(captured("llama"), rule)
+    doubled = ps.apply(captured("bert"), rule)
+    reference = ZOO["bert"].build()
+    with torch.no_grad():
+        for layer in reference.bert.encoder.layer:
+            layer.attention.self.query.bias.mul_(2)
+    torch.testing.assert_close(logits(doubled, "bert"), logits(reference, "bert"))
+
+
+def test_a_scaled_input_and_dora_at_one_place_fold_together() -> None:
+    scaled = ps.Rule(
+        match="linear",
+        where={"role": "attn.q"},
+        params={"s": {"shape": ["in"], "init": "ones"}},
+        rewrite={"x": "x * s"},
+        fold="W * s",
+    )
+    first = randomise(ps.apply(captured("llama"), scaled))
+    with_input = logits(first, "llama")
+    assert not torch.equal(with_input, logits(captured("llama"), "llama"))
+    torch.testing.assert_close(logits(ps.fold(first), "llama"), with_input, atol=1e-6, rtol=1e-5)
+    both = randomise(ps.apply(first, "dora"), seed=4)
+    torch.testing.assert_close(
+        logits(ps.fold(both), "llama"), logits(both, "llama"), atol=1e-6, rtol=1e-5
+    )
