@@ -110,6 +110,7 @@ def test_any_text_is_read_or_refused_with_a_code(text):
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_read_or_refused_with_a_code(content):
     try:
-        read_document(content, "f")
+        document = read_document(content, "f")
     except SurgeryError:
         return
+    assert isinstance(document.data, dict)

@@ -73,7 +73,8 @@ def parsed(text):
 @given(st.text(max_size=200))
 @settings(max_examples=300, deadline=None)
 def test_any_text_parses_or_is_refused_with_a_code(text):
-    parsed(text)
+    tree = parsed(text)
+    assert tree is None or isinstance(tree, ast.AST)
 
 
 @given(st.text(alphabet="()[]{}.,:+-*/@%<>=!'\"\\_ abinforlmd019\n", max_size=80))
