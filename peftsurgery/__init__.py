@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from peftsurgery.formats.peft import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
-    from peftsurgery.surgery import Report, apply, eject, fold, load
+    from peftsurgery.surgery import OperatedModel, Report, apply, eject, fold, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GraphModel",
+    "OperatedModel",
     "Report",
     "Rule",
     "SurgeryError",
@@ -44,6 +45,7 @@ __all__ = [
 
 _HOME = {
     "GraphModel": "capture",
+    "OperatedModel": "surgery",
     "Report": "surgery",
     "Rule": "language",
     "SurgeryError": "errors",
