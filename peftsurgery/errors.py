@@ -153,6 +153,11 @@ CODES: dict[str, CodeInfo] = {
         "A parameter's initial value does not fit",
         "`init` must give a number, or a tensor of exactly the declared shape.",
     ),
+    "PSG133": CodeInfo(
+        "A penalty is not a number",
+        "What a rule adds to the loss is one number for each site: reduce it, by `norm`, `sum` or "
+        "`mean` over all dimensions.",
+    ),
     "PSG130": CodeInfo(
         "A rule's fold does not agree with its rewrite",
         "On random tensors in double precision, the operation with the folded weights must equal "

@@ -11,7 +11,15 @@ from peftsurgery.language.loading import load_rules, parse_rules, shipped
 from peftsurgery.language.maths import maths
 from peftsurgery.language.operators import OPERATORS, Operator, operator
 from peftsurgery.language.pattern import Match, find_pattern
-from peftsurgery.language.readings import fold, initial_value, rewrite, shape_of, weights_read
+from peftsurgery.language.readings import (
+    fold,
+    initial_value,
+    initial_values,
+    penalty,
+    rewrite,
+    shape_of,
+    weights_read,
+)
 from peftsurgery.language.roles import role
 from peftsurgery.language.schema import Expect, Param, Pattern, Rule, RuleFile, json_schema
 from peftsurgery.language.selection import Candidate, Selection, select, why
@@ -45,6 +53,7 @@ __all__ = [
     "fold",
     "initial",
     "initial_value",
+    "initial_values",
     "json_schema",
     "load_rules",
     "maths",
@@ -52,6 +61,7 @@ __all__ = [
     "parse",
     "parse_override",
     "parse_rules",
+    "penalty",
     "resolve_settings",
     "rewrite",
     "role",

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.evaluation import Context
-from peftsurgery.language.readings import fold, initial_value, rewrite, shape_of
+from peftsurgery.language.readings import fold, initial_values, penalty, rewrite, shape_of
 from peftsurgery.language.schema import Rule, RuleFile
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.specimens import Specimen, specimens
@@ -63,8 +63,9 @@ def check_rules(
 ) -> CheckReport:
     """Prove what can be proved of a rule file.
 
-    Raises PSG131 for a shape, PSG132 for text that does not trace, PSG130 for a fold that differs,
-    and whatever evaluation raises (PSG115, PSG116, PSG122, PSG123).
+    Raises PSG131 for a shape, PSG133 for a penalty that is no number, PSG132 for text that does not
+    trace, PSG130 for a fold that differs, and whatever evaluation raises (PSG115, PSG116, PSG122,
+    PSG123).
     """
     settings = resolve_settings(file, overrides)
     generator = torch.Generator().manual_seed(seed)
@@ -85,11 +86,11 @@ def _check(
 ) -> Check:
     title = f"rule {number} ({rule.kind.name}) at {specimen.title}"
     env = {**settings, **specimen.bindings}
-    for param in rule.params.values():
-        initial_value(param, rule, env, generator=generator)
+    initial_values(rule, env, {}, generator=generator)
     shapes = {name: shape_of(param, rule, env) for name, param in rule.params.items()}
     for name, shape in shapes.items():
         env[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    penalty(rule, env)
     values = rewrite(rule, env)
     _check_shapes(title, rule, env, values)
     _check_traces(title, rule, env)

@@ -1,8 +1,8 @@
 """Names: every expression of a rule file may read only what exists where it is evaluated.
 
-A rewrite sees everything. A fold sees the weights, not the values that flow. An initial value sees
-the weights but not the parameters. A shape sees numbers. A ``let`` name can be used wherever
-all that it depends on can.
+A rewrite sees everything. A fold and a penalty see the weights, not the values that flow. An
+initial value sees the weights and the parameters before its own. A shape sees numbers. A ``let``
+name can be used wherever all that it depends on can.
 """
 
 from __future__ import annotations
@@ -49,15 +49,17 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         _check(expression, everything)
         everything.add(name)
     sizes = within(rule.let, {*numbers, *kind.sizes})
-    weights = within(rule.let, {*numbers, *kind.sizes, *_foldable(rule)})
-    for param in rule.params.values():
+    known = {*numbers, *kind.sizes, *_foldable(rule)}
+    for name, param in rule.params.items():
         for size in param.shape:
             _check(size, sizes)
-        _check(param.init, {*weights, *INITIALISERS}, {*OPERATORS, *INITIALISERS})
+        initial = within(rule.let, known)
+        _check(param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS})
+        known.add(name)
     for expression in rule.rewrite.values():
         _check(expression, everything)
-    for expression in rule.fold.values():
-        _check(expression, within(rule.let, {*weights, *params}))
+    for expression in (*rule.fold.values(), *rule.penalty.values()):
+        _check(expression, within(rule.let, known))
 
 
 def within(let: Mapping[str, Expression], names: Iterable[str]) -> set[str]:

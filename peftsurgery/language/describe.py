@@ -54,7 +54,8 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
     yield f"   expects {describe_expect(rule.expect)}"
     for name, param in rule.params.items():
         shape = ", ".join(str(size) for size in param.shape)
-        yield f"   adds {name} [{shape}], initially {param.init}"
+        kept = "" if param.train else ", and not trained"
+        yield f"   adds {name} [{shape}], initially {param.init}{kept}"
     if rule.params:
         yield f"   parameters at each site: {parameter_count(rule)}"
     scalars = within(rule.let, {*settings, *rule.kind.sizes})
@@ -64,6 +65,8 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
         yield f"   {name} ← {maths(expression, settings, scalars)}"
     for name, expression in rule.fold.items():
         yield f"   folds into {name} ← {maths(expression, settings, scalars)}"
+    for name, expression in rule.penalty.items():
+        yield f"   adds to the loss the {name} of {maths(expression, settings, scalars)}"
     if rule.train:
         yield "   trains the model's own parameters there"
 

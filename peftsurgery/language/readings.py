@@ -1,6 +1,6 @@
-"""The readings of a rule: its rewrite, its fold, its shapes, its initial values.
+"""The readings of a rule: its rewrite, its fold, its penalty, its shapes, its initial values.
 
-All four evaluate the rule's expressions over an environment: what the match binds, its sizes and
+All of them evaluate the rule's expressions over an environment: what the match binds, its sizes and
 the settings, and the parameters. ``let`` names are computed on demand, once, and only those that
 are needed: a fold never touches one that is about activations.
 """
@@ -38,6 +38,10 @@ class Environment(Mapping[str, Any]):
             self._values[name] = evaluate(expression, self, OPERATORS, self._context)
         return self._values[name]
 
+    def bind(self, name: str, value: Any) -> None:
+        """Give a name a value, for ``let`` names that are computed from here on."""
+        self._values[name] = value
+
     def __contains__(self, name: object) -> bool:
         return name in self._values or name in self._let
 
@@ -61,6 +65,21 @@ def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
     """The new value of each weight; ``env`` binds weights, sizes, settings and parameters."""
     names = Environment(env, rule.let)
     return {name: evaluate(expression, names) for name, expression in rule.fold.items()}
+
+
+def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
+    """What one site adds to the loss, by how sites are combined (``sum``, ``mean``).
+
+    ``env`` binds weights, sizes, settings and parameters. Raises PSG133 for what is no number.
+    """
+    names = Environment(env, rule.let)
+    values: dict[str, Any] = {}
+    for kind, expression in rule.penalty.items():
+        values[kind] = value = evaluate(expression, names)
+        if isinstance(value, Tensor) and value.dim() > 0:
+            message = f"'{expression.text}' has shape {list(value.shape)}, and a penalty has none"
+            raise SurgeryError("PSG133", message, where=expression.where())
+    return values
 
 
 def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...]:
@@ -88,12 +107,52 @@ def initial_value(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """A parameter before training; ``env`` also binds the weights that its ``init`` reads."""
-    dtype: torch.dtype = getattr(torch, param.dtype)
+    """A parameter before training; ``env`` also binds the weights and parameters it is made of."""
+    names, dtype = _initial_names(param, rule, env), _dtype(param)
     shape = shape_of(param, rule, env)
-    weights = {n: v.to(dtype) if _is_float(v) else v for n, v in env.items()}
-    names = Environment(weights, rule.let)
     return initial(param.init, shape, names, dtype=dtype, device=device, generator=generator)
+
+
+def initial_values(
+    rule: Rule,
+    env: Mapping[str, Any],
+    known: Mapping[str, Tensor],
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Tensor]:
+    """Every parameter of a rule before training, in order; what is ``known`` stays as it is.
+
+    ``env`` binds sizes, settings, and the weights that are read. What several parameters have in
+    common under a ``let`` name, such as a decomposition, is computed once.
+    """
+    values: dict[str, Tensor] = {}
+    names: dict[torch.dtype, Environment] = {}
+    for name, param in rule.params.items():
+        dtype = _dtype(param)
+        if name in known:
+            values[name] = known[name]
+        else:
+            if dtype not in names:
+                names[dtype] = _initial_names(param, rule, {**env, **values})
+            shape = shape_of(param, rule, env)
+            values[name] = initial(
+                param.init, shape, names[dtype], dtype=dtype, device=device, generator=generator
+            )
+        for other, environment in names.items():
+            environment.bind(name, _in_dtype(values[name], other))
+    return values
+
+
+def _initial_names(param: Param, rule: Rule, env: Mapping[str, Any]) -> Environment:
+    """What initial values of a parameter's dtype read; it computes in that dtype."""
+    dtype = _dtype(param)
+    return Environment({n: _in_dtype(value, dtype) for n, value in env.items()}, rule.let)
+
+
+def _dtype(param: Param) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, param.dtype)
+    return dtype
 
 
 def weights_read(param: Param, rule: Rule) -> frozenset[str]:
@@ -107,5 +166,6 @@ def weights_read(param: Param, rule: Rule) -> frozenset[str]:
     return frozenset(rule.kind.weights) & seen
 
 
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of floating-point numbers in ``dtype``; anything else as it is."""
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -74,8 +74,12 @@ class Param(Strict):
     shape: tuple[ExpressionField, ...]
     """One expression for each dimension, over sizes and settings."""
     init: ExpressionField = Field(default_factory=lambda: parse("zeros"), validate_default=True)
-    """An initialiser (zeros, normal(0.02), kaiming_uniform(sqrt(5))) or any expression."""
+    """An initialiser (zeros, normal(0.02), kaiming_uniform(sqrt(5))) or any expression.
+
+    It may read the weights, and the parameters that stand before it as they are initially."""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    train: StrictBool = True
+    """Whether it is trained; if not, it keeps its initial value, which is saved with the rest."""
 
 
 def _as_match(value: Any) -> Any:
@@ -109,19 +113,22 @@ class Rule(Strict):
     """The new value of the weight W, or of several weights by name."""
     train: StrictBool = False
     """Train the parameters that the model has at the matched sites."""
+    penalty: dict[Literal["sum", "mean"], ExpressionField] = Field(default_factory=dict)
+    """A number for each site, over parameters, weights and settings, that is added to the loss
+    while training: the sum over the sites, unless it is said to be the mean."""
     checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)
     """For each file format, the key suffix of each parameter."""
 
     @model_validator(mode="before")
     @classmethod
     def _name_results(cls, data: Any) -> Any:
-        """``rewrite: text`` is about the match's result, ``fold: text`` about W."""
+        """A text alone is, for ``rewrite``, the result; for ``fold``, W; for ``penalty``, a sum."""
         if not isinstance(data, Mapping):
             return data
         data = dict(data)
         kind = KINDS.get(data["match"]) if isinstance(data.get("match"), str) else None
         result = (kind.result if kind else "y") or "W"
-        for key, target in (("rewrite", result), ("fold", "W")):
+        for key, target in (("rewrite", result), ("fold", "W"), ("penalty", "sum")):
             value = data.get(key)
             if key in data and not isinstance(value, Mapping):
                 named = Text(target, value.place) if isinstance(value, Text) else target

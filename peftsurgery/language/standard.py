@@ -17,6 +17,7 @@ from torch import Tensor
 from peftsurgery.language.operators import operator
 
 Number = float | int
+Dimensions = int | tuple[int, ...]
 
 
 @operator("add", commutative=True, maths="{0} + {1}", aten=("add",))
@@ -162,20 +163,20 @@ def absolute(x: Any) -> Any:
 
 
 @operator("mean", aten=("mean",))
-def mean(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    """The mean over ``dim``."""
+def mean(x: Tensor, dim: Dimensions, keepdim: bool = False) -> Tensor:
+    """The mean over ``dim``, one dimension or several."""
     return torch.mean(x, dim, keepdim)
 
 
 @operator("sum", aten=("sum",))
-def total(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    """The sum over ``dim``."""
+def total(x: Tensor, dim: Dimensions, keepdim: bool = False) -> Tensor:
+    """The sum over ``dim``, one dimension or several."""
     return torch.sum(x, dim, keepdim)
 
 
 @operator("norm", maths="‖{0}‖", aten=("linalg_vector_norm",))
-def norm(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
-    """The Euclidean norm over ``dim``."""
+def norm(x: Tensor, dim: Dimensions, keepdim: bool = False) -> Tensor:
+    """The Euclidean norm over ``dim``; over two dimensions, the Frobenius norm of a matrix."""
     length: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=keepdim)
     return length
 
@@ -220,3 +221,23 @@ def zeros_like(x: Tensor) -> Tensor:
 def ones_like(x: Tensor) -> Tensor:
     """Ones of the shape and dtype of x."""
     return torch.ones_like(x)
+
+
+@operator("eye_like", maths="I")
+def eye_like(x: Tensor) -> Tensor:
+    """The identity matrix of the size and dtype of x, which is square."""
+    return torch.diag_embed(torch.ones_like(torch.diagonal(x, 0, -2, -1)))
+
+
+@operator("svd")
+def svd(W: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, Vᵀ of the largest ``rank`` singular values: W ≈ (U * S) @ Vᵀ, S in falling order."""
+    U, S, V = torch.linalg.svd(W, full_matrices=False)
+    return U[:, :rank], S[:rank], V[:rank]
+
+
+@operator("qr")
+def qr(W: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """The first ``rank`` columns of Q and rows of R, where W = Q @ R and Qᵀ @ Q = I."""
+    Q, R = torch.linalg.qr(W)
+    return Q[:, :rank], R[:rank]

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..anatomy.site import join
 from ..capture import GraphModel
 from ..capture.tensors import named_tensors, tensor_names
 from ..errors import SurgeryError
@@ -47,7 +46,7 @@ def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
     done: set[Any] = set()
     for cut in model.cuts:
         _check_foldable(cut)
-        weights = _weights_of(cut)
+        weights = cut.weights
         key = (cut.operation, id(cut.rule), cut.site.slice, tuple(weights.items()))
         if key in done or not cut.rule.rewrite:
             continue  # a layer that is called twice has one weight
@@ -81,15 +80,6 @@ def _fold_cut(
                 "add a bias to the model, or keep the adapter",
             )
         working[names[name]] = disorient(stored[name], cut.site, name, value)
-
-
-def _weights_of(cut: Cut) -> dict[str, str]:
-    """The names in the model of the weights that the cut's site binds, by the rule's names."""
-    return {
-        name: join(cut.placed.block, str(node.target))
-        for name, node in cut.site.nodes.items()
-        if node.op == "get_attr"
-    }
 
 
 def _is_nothing(value: Any) -> bool:

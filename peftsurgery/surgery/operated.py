@@ -20,8 +20,9 @@ from ..anatomy.site import join
 from ..capture import Capture, GraphModel, ModuleInfo
 from ..capture.parts import Part
 from ..errors import SurgeryError
-from ..language import Param, Selection, initial_value, shape_of, weights_read
+from ..language import Selection, initial_values, shape_of, weights_read
 from .operation import Cut, Operation, check_free, select_cuts
+from .penalties import penalty_of
 from .report import Report
 from .rewrites import Rewrites
 from .rewriting import check_shapes, orient
@@ -140,26 +141,32 @@ class OperatedModel(GraphModel):
     def add_parameters(self, cut: Cut) -> None:
         """Register the parameters of a cut, with their initial values."""
         holder = self.holder(join(cut.placed.block, cut.place))
-        for name, param in cut.rule.params.items():
-            if name in holder._parameters:
-                continue
-            start = self.start(cut, name, param)
-            holder.register_parameter(name, nn.Parameter(start))
+        if not cut.rule.params.keys() <= holder._parameters.keys():
+            for name, value in self.starts(cut).items():
+                train = cut.rule.params[name].train
+                holder.register_parameter(name, nn.Parameter(value, requires_grad=train))
 
-    def start(self, cut: Cut, name: str, param: Param) -> torch.Tensor:
-        """The value a parameter starts with: the one that is known for it, or its initial one."""
-        full = cut.parameters[name]
-        near = self.device_of(cut)
-        if full not in self._known:
-            values = {read: self.weight(cut, read) for read in weights_read(param, cut.rule)}
-            return initial_value(param, cut.rule, {**cut.numbers, **values}, device=near)
-        shape = shape_of(param, cut.rule, cut.numbers)
-        known = self._known[full]
-        if tuple(known.shape) != shape:
+    def starts(self, cut: Cut) -> dict[str, torch.Tensor]:
+        """What a cut's parameters start with: the values known for them, or their initial ones."""
+        known = {name: self.known(cut, name) for name in cut.parameters if self.knows(cut, name)}
+        unknown = [param for name, param in cut.rule.params.items() if name not in known]
+        read = {name for param in unknown for name in weights_read(param, cut.rule)}
+        env = {**cut.numbers, **{name: self.weight(cut, name) for name in sorted(read)}}
+        return initial_values(cut.rule, env, known, device=self.device_of(cut))
+
+    def knows(self, cut: Cut, name: str) -> bool:
+        """Whether there is a value for a cut's parameter."""
+        return cut.parameters[name] in self._known
+
+    def known(self, cut: Cut, name: str) -> torch.Tensor:
+        """The value there is for a cut's parameter. PSG308 if it has another shape."""
+        param, full = cut.rule.params[name], cut.parameters[name]
+        shape, value = shape_of(param, cut.rule, cut.numbers), self._known[full]
+        if tuple(value.shape) != shape:
             raise SurgeryError(
-                "PSG308", f"'{full}' has shape {list(known.shape)}, where {list(shape)} is needed"
+                "PSG308", f"'{full}' has shape {list(value.shape)}, where {list(shape)} is needed"
             )
-        return known.detach().to(device=near, dtype=getattr(torch, param.dtype))
+        return value.detach().to(device=self.device_of(cut), dtype=getattr(torch, param.dtype))
 
     def holder(self, path: str) -> nn.Module:
         """The module at a path, made of new parts where there is none."""
@@ -203,6 +210,22 @@ class OperatedModel(GraphModel):
         for name in unread:
             parameter = self.get_parameter(name)
             parameter.data = parameter.data.clone()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original returns; while training, a loss by name has the penalty added to it.
+
+        A loss in a tuple is the original's: add :meth:`penalty` to it.
+        """
+        outputs = super().forward(*args, **kwargs)
+        if self.training and isinstance(outputs, dict):
+            loss = outputs.get("loss")
+            if isinstance(loss, torch.Tensor) and any(cut.rule.penalty for cut in self._cuts):
+                outputs["loss"] = loss + self.penalty().to(loss.device)
+        return outputs
+
+    def penalty(self) -> torch.Tensor:
+        """What the rules add to the loss for their parameters as they are; 0 if nothing."""
+        return penalty_of(self)
 
     @property
     def trained(self) -> frozenset[str]:

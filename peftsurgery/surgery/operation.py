@@ -76,6 +76,15 @@ class Cut:
         return {name: join(path, name) for name in self.rule.params}
 
     @property
+    def weights(self) -> dict[str, str]:
+        """The absolute names of the weights the site binds, by the rule's names for them."""
+        return {
+            name: join(self.placed.block, str(node.target))
+            for name, node in self.site.nodes.items()
+            if node.op == "get_attr"
+        }
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """The sizes that the site binds."""
         return sizes_of(self.rule.kind, self.placed.facts)

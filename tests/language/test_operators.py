@@ -18,6 +18,13 @@ ids, image, kernel = (
 )
 ENV = {"x": x, "W": W, "b": b, "s": s, "ids": ids, "image": image, "kernel": kernel}
 
+
+def rank_two(matrix):
+    """The best approximation of rank 2 by the eigenvectors of W Wᵀ."""
+    vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -2:]
+    return vectors @ vectors.T @ matrix
+
+
 ORACLES = {
     "add(x, 1)": x + 1,
     "sub(x, 1)": x - 1,
@@ -55,6 +62,11 @@ ORACLES = {
     "concat(x, x, 1)": torch.cat((x, x), 1),
     "zeros_like(x)": torch.zeros_like(x),
     "ones_like(x)": torch.ones_like(x),
+    "eye_like(W @ transpose(W))": torch.eye(6),
+    "norm(W, (0, 1))": torch.linalg.norm(W),
+    "svd(W, 2)[0] * svd(W, 2)[1] @ svd(W, 2)[2]": rank_two(W),
+    "qr(W)[0] @ qr(W)[1]": W,
+    "qr(W, 2)[0] @ qr(W, 2)[1]": torch.linalg.qr(W).Q[:, :2] @ torch.linalg.qr(W).R[:2],
 }
 
 
