@@ -158,6 +158,11 @@ CODES: dict[str, CodeInfo] = {
         "What a rule adds to the loss is one number for each site: reduce it, by `norm`, `sum` or "
         "`mean` over all dimensions.",
     ),
+    "PSG124": CodeInfo(
+        "unknown activation",
+        "`activation(name, x)` takes the name of an activation: relu, silu (or swish), gelu, "
+        "gelu_new, tanh and others that configurations use.",
+    ),
     "PSG130": CodeInfo(
         "A rule's fold does not agree with its rewrite",
         "On random tensors in double precision, the operation with the folded weights must equal "

@@ -25,15 +25,15 @@ class Anatomy:
     """The sites of a program.
 
     ``joined`` are the sites if what the program returns joins a stream in its callers: a block that
-    is no more than a perceptron is a feed-forward there, and cannot know it. ``ends`` are the roles
-    of the linears that make the outputs, as ``joined`` has them.
+    is no more than a perceptron is a feed-forward there, and cannot know it. ``ends`` are the
+    linears that make the outputs, as ``joined`` has them.
     """
 
     flow: Flow
     joins: Sequence[Join]
     sites: tuple[Site, ...]
     joined: tuple[Site, ...]
-    ends: frozenset[str | None]
+    ends: tuple[Site, ...]
 
     @cached_property
     def links(self) -> Mapping[Site, tuple[Site, ...]]:
@@ -70,9 +70,7 @@ def _analyse(program: Program) -> Anatomy:
     all_linears = linear_sites(flow, [*parts, *more]) if more else linears
     joined = (*all_linears, *rest) if more else sites
     roles = by_output(all_linears)
-    ends = frozenset(
-        roles[linear.nodes["y"]].role for node in flow.outputs for linear in flow.origin(node)
-    )
+    ends = tuple(roles[linear.nodes["y"]] for node in flow.outputs for linear in flow.origin(node))
     return Anatomy(flow, joins, sites, joined, ends)
 
 

@@ -3,8 +3,9 @@
     y = x + h       x the stream, h computed from x through at least one weight or core
 
 Bindings: ``h``, ``x``, ``y``. Where two sublayers run side by side, y = x + (h1 + h2), each has its
-own site with the same x and y. Facts: ``after`` (attention, ffn or other), ``norm`` (pre: the
-sublayer normalises its input; post: the sum is normalised), ``parallel``.
+own site with the same x and y. Facts: ``after`` (attention, ffn or other), ``kind`` after attention
+(self or cross), ``norm`` (pre: the sublayer normalises its input; post: the sum is normalised),
+``parallel``.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def residual_sites(
         for leaf in join.leaves:
             last = [roles[s.nodes["y"]] for s in flow.origin(leaf) if s.nodes["y"] in roles]
             facts = {
-                "after": after(last),
+                **sublayer(last),
                 "norm": _norm(flow, join, normalised),
                 "parallel": len(join.leaves) > 1,
                 "width": sizes(join.y)[-1],
@@ -112,12 +113,13 @@ def residual_sites(
     return sites
 
 
-def after(last: Sequence[Site]) -> str:
-    """What kind of sublayer ends with these linears."""
+def sublayer(last: Sequence[Site]) -> dict[str, str]:
+    """What kind of sublayer ends with these linears, as facts."""
     roles = {site.role for site in last}
     if roles == {"attn.o"}:
-        return "attention"
-    return "ffn" if roles == {"ffn.down"} else "other"
+        kinds = {site.core.facts["kind"] for site in last if site.core is not None}
+        return {"after": "attention", **({"kind": kinds.pop()} if len(kinds) == 1 else {})}
+    return {"after": "ffn" if roles == {"ffn.down"} else "other"}
 
 
 def owner(node: fx.Node) -> str:

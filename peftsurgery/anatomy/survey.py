@@ -19,7 +19,7 @@ from .attention import compares_order
 from .calls import Calls, Frame
 from .heads import find_heads
 from .site import Placed, Relations, Site, join
-from .stream import call_of
+from .stream import call_of, sublayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ class _Surveyor:
             call = call_of(site.nodes["h"])
             callee = None if call is None else self.calls.callee(frame, call)
             if callee is not None:
-                return {"after": _after(analyse(callee.program))}
+                return sublayer(analyse(callee.program).ends)
         if site.kind == "linear" and site.nodes["y"] in heads:
             return {"role": heads[site.nodes["y"]]}
         return {}
@@ -162,12 +162,6 @@ class _Surveyor:
         others = [linear for linear in anatomy.flow.linears if linear.nodes["y"] in taken]
         found = find_heads(anatomy.flow, tables, others)
         return {linear.nodes["y"]: role for linear, role in found.items()}
-
-
-def _after(anatomy: Anatomy) -> str:
-    if anatomy.ends == {"attn.o"}:
-        return "attention"
-    return "ffn" if anatomy.ends == {"ffn.down"} else "other"
 
 
 def layer_of(path: str, lists: frozenset[str]) -> int | None:

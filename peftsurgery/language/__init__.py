@@ -1,6 +1,6 @@
 """The language of rules: schema, expressions and their readings, selection."""
 
-from peftsurgery.language import standard  # registers the shipped operators
+from peftsurgery.language import activations, standard  # register the shipped operators
 from peftsurgery.language.checking import CheckReport, check_rules
 from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.evaluation import Context, evaluate
@@ -44,6 +44,7 @@ __all__ = [
     "RuleFile",
     "Selection",
     "Where",
+    "activations",
     "check_calls",
     "check_names",
     "check_rules",

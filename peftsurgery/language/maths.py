@@ -175,7 +175,7 @@ def _levels(form: str) -> tuple[int, int]:
         return PRODUCT, PRODUCT
     if " / " in form or " ⊙ " in form:
         return QUOTIENT, POWER
-    bracketed = form.endswith((")", "‖", "|"))
+    bracketed = form.endswith((")", "‖", "|", "⌋"))
     return (ATOM, SUM) if bracketed else (POWER, ATOM)
 
 

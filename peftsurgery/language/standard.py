@@ -56,6 +56,18 @@ def neg(a: Any) -> Any:
     return -a
 
 
+@operator("max", maths="max({0}, {1})")
+def larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers."""
+    return max(a, b)
+
+
+@operator("floor", maths="⌊{0}⌋")
+def floor(a: Number) -> int:
+    """The largest whole number that is not above a."""
+    return math.floor(a)
+
+
 @operator("matmul", maths="{0}·{1}", aten=("matmul", "mm", "bmm"))
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of the last two dimensions, written a @ b outside patterns."""

@@ -66,7 +66,7 @@ def test_a_description_names_settings_parameters_and_clauses(name):
     assert all(f"{setting} = {value}" in text for setting, value in file.with_.items())
     for rule in file.rules:
         assert all(f"adds {param} [" in text for param in rule.params)
-        assert "folds into W" in text
+        assert all(f"folds into {weight} ← " in text for weight in rule.fold)
     assert "arXiv" in text
 
 

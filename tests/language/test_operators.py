@@ -32,6 +32,8 @@ ORACLES = {
     "div(x, 2)": x / 2,
     "pow(x, 2)": x**2,
     "neg(x)": -x,
+    "max(2, 3)": 3,
+    "floor(6.4)": 6,
     "abs(x)": x.abs(),
     "matmul(x, transpose(W))": x @ W.T,
     "linear(x, W)": F.linear(x, W),
@@ -75,7 +77,7 @@ def test_an_operator_computes_what_torch_does(text):
     torch.testing.assert_close(evaluate(parse(text), ENV), ORACLES[text])
 
 
-@pytest.mark.parametrize("text", ORACLES)
+@pytest.mark.parametrize("text", [t for t, v in ORACLES.items() if isinstance(v, torch.Tensor)])
 def test_an_operator_reads_as_graph_nodes(text):
     graph = fx.Graph()
     tracer = fx.proxy.GraphAppendingTracer(graph)
