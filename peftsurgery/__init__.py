@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
     from peftsurgery.surgery import OperatedModel, Report, apply, eject, fold, load
+    from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AllocateRanks",
     "GraphModel",
     "OperatedModel",
+    "RankAllocator",
     "Report",
     "Rule",
     "SurgeryError",
@@ -37,6 +40,7 @@ __all__ = [
     "from_peft",
     "load",
     "load_rules",
+    "lora_plus",
     "operator",
     "parse_rules",
     "role",
@@ -44,8 +48,10 @@ __all__ = [
 ]
 
 _HOME = {
+    "AllocateRanks": "training",
     "GraphModel": "capture",
     "OperatedModel": "surgery",
+    "RankAllocator": "training",
     "Report": "surgery",
     "Rule": "language",
     "SurgeryError": "errors",
@@ -58,6 +64,7 @@ _HOME = {
     "from_peft": "formats.peft",
     "load": "surgery",
     "load_rules": "language",
+    "lora_plus": "training",
     "operator": "language",
     "parse_rules": "language",
     "role": "language",

@@ -314,6 +314,24 @@ CODES: dict[str, CodeInfo] = {
         "Its tensors and the places that its rules match in this model are not the same. It was "
         "made for another base, or the base has changed.",
     ),
+    "PSG321": CodeInfo(
+        "there are no ranks to take away",
+        "A rule whose ranks a budget can be shared among says so under `ranks:`.",
+    ),
+    "PSG322": CodeInfo(
+        "a schedule of ranks does not fit the training",
+        "It needs the number of steps, and some of them between those at the start, in which "
+        "nothing is taken away, and those at the end, in which the choice is final.",
+    ),
+    "PSG323": CodeInfo(
+        "the state of a rank allocator is missing or another model's",
+        "Which ranks are important is learnt over many steps. Training that goes on in the middle "
+        "needs what was saved with it: RankAllocator.save and load, or the checkpoint's directory.",
+    ),
+    "PSG324": CodeInfo(
+        "no parameter has that name",
+        "Parameters are chosen by the names that the rules give them, such as A and B.",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

@@ -19,7 +19,7 @@ from peftsurgery.language.strict import place_of
 from peftsurgery.language.where import check_settings
 
 if TYPE_CHECKING:
-    from peftsurgery.language.schema import Rule, RuleFile
+    from peftsurgery.language.schema import Ranks, Rule, RuleFile
 
 
 def check_file(file: RuleFile) -> None:
@@ -60,6 +60,20 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         _check(expression, everything)
     for expression in (*rule.fold.values(), *rule.penalty.values()):
         _check(expression, within(rule.let, known))
+    if rule.ranks is not None:
+        _check_ranks(rule.ranks, rule, numbers)
+
+
+def _check_ranks(ranks: Ranks, rule: Rule, numbers: Collection[str]) -> None:
+    """Ranks are counted along dimensions that there are, and every number is one of settings."""
+    _check_keys(ranks.axes, rule.params, "`ranks:` counts along")
+    _check_keys([ranks.zero], ranks.axes, "`ranks:` sets to zero")
+    for name, axis in ranks.axes.items():
+        if not 0 <= axis < len(rule.params[name].shape):
+            message = f"'{name}' has no dimension {axis}"
+            raise SurgeryError("PSG106", message, where=place_of(name))
+    for key in type(ranks).model_fields.keys() - {"axes", "zero"}:
+        _check(getattr(ranks, key), numbers)
 
 
 def within(let: Mapping[str, Expression], names: Iterable[str]) -> set[str]:

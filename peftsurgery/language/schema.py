@@ -82,6 +82,37 @@ class Param(Strict):
     """Whether it is trained; if not, it keeps its initial value, which is saved with the rest."""
 
 
+def _number(text: str) -> Any:
+    return Field(default_factory=lambda: parse(text), validate_default=True)
+
+
+class Ranks(Strict):
+    """What a rank allocator may take away: parts of a cut that are counted along one dimension.
+
+    Every number is an expression over the settings.
+    """
+
+    noun: ClassVar[str] = "ranks"
+    axes: dict[Word, StrictInt] = Field(min_length=1)
+    """For each parameter that has ranks, the dimension that counts them."""
+    zero: Word
+    """The parameter in which the ranks that lose are set to zero."""
+    target: ExpressionField
+    """How many ranks a site keeps in the end, on average over the sites."""
+    total: ExpressionField
+    """How many steps the training has; 0 if only the training knows."""
+    initial: ExpressionField = _number("0")
+    """Steps at the start in which nothing is taken away."""
+    final: ExpressionField = _number("0")
+    """Steps at the end in which the choice stays as it is."""
+    interval: ExpressionField = _number("1")
+    """Steps from one choice to the next."""
+    beta1: ExpressionField = _number("0.85")
+    """How much of the old sensitivity is kept in each step."""
+    beta2: ExpressionField = _number("0.85")
+    """How much of the old uncertainty is kept in each step."""
+
+
 def _as_match(value: Any) -> Any:
     if isinstance(value, str) and value not in KINDS:
         message = f"unknown kind of site '{value}'"
@@ -116,6 +147,8 @@ class Rule(Strict):
     penalty: dict[Literal["sum", "mean"], ExpressionField] = Field(default_factory=dict)
     """A number for each site, over parameters, weights and settings, that is added to the loss
     while training: the sum over the sites, unless it is said to be the mean."""
+    ranks: Ranks | None = None
+    """What a rank allocator may take away while training, and when."""
     checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)
     """For each file format, the key suffix of each parameter."""
 

@@ -38,8 +38,8 @@ def specimens(kind: str, generator: torch.Generator) -> Iterator[Specimen]:
 
 def _linears(generator: torch.Generator) -> Iterator[Specimen]:
     for lead, width, rows, biased in (
-        ((2, 3), 8, 6, True),
-        ((4,), 5, 12, False),
+        ((2, 3), 18, 14, True),
+        ((4,), 13, 20, False),
         ((1,), 16, 16, True),
     ):
         given = {

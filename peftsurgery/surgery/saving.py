@@ -40,8 +40,7 @@ def save_surgery(model: OperatedModel, path: Path) -> None:
         file = f"{RULES}/{number}_{operation.file.name}.yaml"
         _write(path / file, dump_rules(operation.file).encode())
         entries.append({"name": operation.name, "rules": file, "settings": _own(operation)})
-    tensors = {name: value.detach().contiguous() for name, value in model.learnt().items()}
-    _write(path / TENSORS, save(tensors))
+    write_tensors(path / TENSORS, model.learnt())
     manifest = {
         "format": FORMAT,
         "base": model.source.origin,
@@ -105,6 +104,12 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def _own(operation: Operation) -> dict[str, Any]:
     """The settings that a rule file declares; what it computes from them is left out."""
     return {name: operation.settings[name] for name in operation.file.with_}
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors into a safetensors file, whole or not at all."""
+    plain = {name: value.detach().contiguous() for name, value in tensors.items()}
+    _write(path, save(plain))
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -71,7 +71,7 @@ def test_the_message_names_rule_expression_and_sizes():
     text = "name: t\nrules: [{match: linear, rewrite: y * 2, fold: W * 3}]"
     with pytest.raises(SurgeryError) as refusal:
         check_rules(parse_rules(text, "t.yaml"))
-    assert "rule 1 (linear) at in 8, out 6" in refusal.value.message
+    assert "rule 1 (linear) at in 18, out 14" in refusal.value.message
     assert "W = W * 3" in refusal.value.message
     assert refusal.value.where.startswith("t.yaml:2:")
 
