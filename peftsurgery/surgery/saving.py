@@ -92,7 +92,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """What was learnt. PSG606 if the file is damaged or holds numbers that are not finite."""
     file = path / TENSORS
     try:
-        tensors = load_file(file)
+        # copies, since arithmetic rounds otherwise where memory is aligned as in the file
+        tensors = {name: value.clone() for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise SurgeryError("PSG606", f"{file} cannot be read: {error}") from None
     for name, value in tensors.items():
