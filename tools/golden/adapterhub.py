@@ -24,6 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import adapters
 import torch
@@ -61,7 +62,7 @@ ENCODER = {
 }
 GPT2 = {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "n_inner": 40}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "bert": ("Bert", "ForSequenceClassification", {**ENCODER, "pad_token_id": 0}),
     "roberta": ("Roberta", "ForSequenceClassification", {**ENCODER, "pad_token_id": 1}),
     "gpt2": ("GPT2", "LMHeadModel", {**GPT2, **NO_DROPOUT}),
@@ -140,7 +141,7 @@ def write(target: Path) -> None:
         save_file(expected, folder / "expected.safetensors")
 
 
-def build(architecture: str) -> nn.Module:
+def build(architecture: str) -> Any:
     """The tiny model, with weights large enough to make mistakes visible."""
     name, head, settings = ARCHITECTURES[architecture]
     config = getattr(transformers, f"{name}Config")(
@@ -148,7 +149,7 @@ def build(architecture: str) -> nn.Module:
         use_cache=False,
         attn_implementation="eager",
     )
-    model: nn.Module = getattr(transformers, f"{name}{head}")(config).eval()
+    model: Any = getattr(transformers, f"{name}{head}")(config).eval()
     randomise(model, architecture, lambda _: True, lambda _: 0.2)
     return model
 
@@ -163,7 +164,7 @@ def inputs(architecture: str) -> dict[str, Tensor]:
     return {"input_ids": ids.where(mask.bool(), torch.tensor(padding)), "attention_mask": mask}
 
 
-def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def run(model: Any, batch: dict[str, Tensor]) -> Tensor:
     """The logits."""
     with torch.no_grad():
         logits: Tensor = model(
@@ -172,7 +173,7 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits.contiguous()
 
 
-def single(architecture: str, method: str, folder: Path) -> nn.Module:
+def single(architecture: str, method: str, folder: Path) -> Any:
     """The model with one adapter, which is saved too."""
     model = build(architecture)
     adapters.init(model)
@@ -190,7 +191,7 @@ def single(architecture: str, method: str, folder: Path) -> nn.Module:
     return model.eval()
 
 
-def fusion(architecture: str, method: str, folder: Path) -> nn.Module:
+def fusion(architecture: str, method: str, folder: Path) -> Any:
     """The model with two adapters and a fusion over them, all of which are saved."""
     model = build(architecture)
     adapters.init(model)
