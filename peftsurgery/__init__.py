@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel, capture
     from peftsurgery.errors import SurgeryError
+    from peftsurgery.formats.adapterhub import from_adapterhub, to_adapterhub
     from peftsurgery.formats.onnx import export_onnx
     from peftsurgery.formats.peft import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
@@ -37,6 +38,7 @@ __all__ = [
     "export_onnx",
     "fold",
     "fold_to_directory",
+    "from_adapterhub",
     "from_peft",
     "load",
     "load_rules",
@@ -44,6 +46,7 @@ __all__ = [
     "operator",
     "parse_rules",
     "role",
+    "to_adapterhub",
     "to_peft",
 ]
 
@@ -61,6 +64,7 @@ _HOME = {
     "export_onnx": "formats.onnx",
     "fold": "surgery",
     "fold_to_directory": "formats.pretrained",
+    "from_adapterhub": "formats.adapterhub",
     "from_peft": "formats.peft",
     "load": "surgery",
     "load_rules": "language",
@@ -68,6 +72,7 @@ _HOME = {
     "operator": "language",
     "parse_rules": "language",
     "role": "language",
+    "to_adapterhub": "formats.adapterhub",
     "to_peft": "formats.peft",
 }
 

@@ -396,8 +396,8 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG502": CodeInfo(
         "an adapter is of an unknown method",
-        "peft_type is none of the methods for which a shipped rule lists peft's names (under "
-        "`checkpoint: peft`).",
+        "Its peft_type, or AdapterHub's architecture, is none of the methods for which a shipped "
+        "rule lists the library's names (under `checkpoint: peft` or `checkpoint: adapterhub`).",
     ),
     "PSG503": CodeInfo(
         "a value in an adapter's config cannot be used",
@@ -407,12 +407,13 @@ CODES: dict[str, CodeInfo] = {
     "PSG504": CodeInfo(
         "an adapter's config asks for something that is not honoured",
         "The key named changes what the adapter computes, and no rule does that. Nothing is "
-        "skipped: an adapter is read as peft means it or not at all.",
+        "skipped: an adapter is read as its library means it or not at all.",
     ),
     "PSG505": CodeInfo(
         "an adapter's tensors cannot be read",
-        "adapter_model.safetensors is missing or damaged, or holds NaN or infinity. Pickle files "
-        "(.bin) are never loaded, since that can run code.",
+        "The safetensors file is missing or damaged, or holds NaN or infinity. peft's pickle files "
+        "(.bin) are never loaded, since that can run code. AdapterHub's are, if they hold nothing "
+        "but tensors: its library cannot write a prefix in any other way.",
     ),
     "PSG506": CodeInfo(
         "a tensor of an adapter has no place in the model",
@@ -436,7 +437,23 @@ CODES: dict[str, CodeInfo] = {
     ),
     "PSG511": CodeInfo(
         "it is not clear which adapter is meant",
-        "A directory of peft's holds one adapter: give the name of one that the model has.",
+        "A directory of peft's or AdapterHub's holds one adapter: give the name of one that the "
+        "model has.",
+    ),
+    "PSG512": CodeInfo(
+        "AdapterHub's library has no form for what was applied",
+        "Its adapter is one method with one config, which says by kind of place and by layer where "
+        "it is. Save the surgery itself, or fold it.",
+    ),
+    "PSG513": CodeInfo(
+        "AdapterHub's names for the places of a model are not known",
+        "The library names them for each architecture in its own way; those that are known here "
+        "are in peftsurgery/formats/adapterhub.yaml.",
+    ),
+    "PSG514": CodeInfo(
+        "the head that was saved with an adapter has no place in the model",
+        "A head is taken over if the captured model has parameters of its names and shapes. Those "
+        "of AdapterHub's own model classes (`heads.<name>...`) are not.",
     ),
     "PSG601": CodeInfo(
         "The output exists already",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats import peft_files
+from peftsurgery.formats import adapter_files
 from peftsurgery.language import RuleFile
 from peftsurgery.surgery import OperatedModel
 from tests.parity.models import randomise
@@ -174,7 +174,7 @@ def test_nothing_is_left_when_writing_fails(
         if len(written) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(peft_files, "_write", full)
+    monkeypatch.setattr(adapter_files, "_write", full)
     with pytest.raises(SurgeryError, match=r"PSG603: .*No space left on device"):
         ps.to_peft(ours, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

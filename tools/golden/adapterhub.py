@@ -100,7 +100,7 @@ METHODS = {
     "double_seq_bn": Method(DoubleSeqBnConfig),
     "par_bn": Method(lambda: ParBnConfig(reduction_factor=4)),
     "fusion": Method(SeqBnConfig, fused=True),
-    "prefix_flat": Method(lambda: prefix(flat=True)),
+    "prefix_flat": Method(lambda: PrefixTuningConfig(flat=True, prefix_length=5)),
     "prefix_mlp": Method(prefix),
     "mam": Method(lambda: MAMConfig(prefix(), ParBnConfig(reduction_factor=4))),
     "unipelt": Method(

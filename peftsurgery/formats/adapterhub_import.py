@@ -1,0 +1,139 @@
+"""From AdapterHub's tensors to an operation: a rule file at the sites that the config means.
+
+The config decides where the adapter is; the file must then hold just the tensors that the rule
+file's table lists for each of those sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..anatomy import Placed
+from ..capture import GraphModel
+from ..errors import SurgeryError, did_you_mean
+from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select
+from ..surgery import Cut, Operation, select_cuts
+from .adapterhub_config import HubConfig, Reading
+from .adapterhub_places import Places, difference
+from .adapterhub_tensors import named, stacks
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The operations that an adapter is, and the values of their parameters by name."""
+
+    operations: list[Operation] = field(default_factory=list)
+    known: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """A rule file at the sites that a config means, and how many rules had to be told where."""
+
+    operation: Operation
+    moved: int
+
+
+class Importer:
+    """Makes the plan for one adapter on one model."""
+
+    def __init__(self, model: GraphModel, config: HubConfig, name: str) -> None:
+        """PSG506 if the adapter was made for a model of another type, PSG513 for an unknown one."""
+        self.model, self.config, self.name = model, config, name
+        self.places = Places(model)
+        if config.model_type != self.places.model_type:
+            message = f"the adapter is for a '{config.model_type}'"
+            raise SurgeryError("PSG506", f"{message}, not for a '{self.places.model_type}'")
+
+    def plan(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
+        """The plan. Raises PSG504, PSG506 and PSG507 for what does not fit."""
+        options = [self.option(reading) for reading in self.config.readings()]
+        operation = min(options, key=lambda option: option.moved).operation
+        cuts = select_cuts(self.model.base_capture, operation)[0]
+        return Plan([operation], self.values(cuts, tensors))
+
+    def option(self, reading: Reading) -> _Option:
+        """A rule file at the sites that a reading of the config means. PSG504 if there are none."""
+        moved, rules = 0, []
+        for rule in reading.file.rules:
+            sites = self.meant(rule, reading)
+            if not agree(self.chosen(rule, reading), sites):
+                rule, reading, told = self.move(rule, reading, sites)
+                moved += told
+            if sites:
+                rules.append(rule)
+        if not rules:
+            raise SurgeryError("PSG504", "the adapter's config means no place in the model")
+        file = reading.file.model_copy(update={"rules": tuple(rules)})
+        return _Option(Operation(file, resolve_settings(file, reading.settings), self.name), moved)
+
+    def meant(self, rule: Rule, reading: Reading) -> list[Placed]:
+        """The sites that the config means for a rule; none for one that the library has not."""
+        kind = rule.kind.name
+        if not named(rule) or kind not in reading.places:
+            return []
+        return self.places.meant(kind, reading.places[kind])
+
+    def chosen(self, rule: Rule, reading: Reading) -> list[Placed]:
+        """The sites that a rule would choose."""
+        settings = resolve_settings(reading.file, reading.settings)
+        kept = select(self.places.sites, rule, settings, reading.file.roles).kept
+        return [site for site in kept if isinstance(site, Placed)]
+
+    def move(
+        self, rule: Rule, reading: Reading, sites: Sequence[Placed]
+    ) -> tuple[Rule, Reading, int]:
+        """The rule at other sites: by its setting for roles, or else by the paths of modules."""
+        roles = list(dict.fromkeys(str(site.role) for site in sites))
+        setting = _role_setting(rule, reading.file)
+        if setting is not None:
+            told = replace(reading, settings={**reading.settings, setting: roles})
+            if agree(self.chosen(rule, told), sites):
+                return rule, told, 0
+        return rule.model_copy(update={"where": _exactly(sites), "expect": Expect()}), reading, 1
+
+    def values(
+        self, cuts: Sequence[Cut], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The values of the cuts' parameters. PSG506 for a tensor too many, PSG507 for one lost."""
+        known: dict[str, torch.Tensor] = {}
+        wanted = stacks(cuts, self.places, self.config.name)
+        for key, stack in wanted.items():
+            if key not in tensors:
+                message = f"the adapter's config means '{stack.module}', and there is no '{key}'"
+                raise SurgeryError("PSG507", message, "the file is incomplete")
+            known |= stack.split(key, tensors[key])
+        for key in tensors:
+            if key not in wanted:
+                message = f"the tensor '{key}' has no place: the adapter's config does not mean it"
+                raise SurgeryError("PSG506", message, did_you_mean(key, wanted))
+        return known
+
+
+def agree(some: Sequence[Placed], others: Sequence[Placed]) -> bool:
+    """Whether two lists hold the same sites."""
+    return difference(some, others) is None
+
+
+def _role_setting(rule: Rule, file: RuleFile) -> str | None:
+    """The setting that alone says which roles a rule is for."""
+    given = rule.where.given()
+    text = given["role"][0] if list(given) == ["role"] and len(given["role"]) == 1 else ""
+    return text[1:] if text[:1] == "$" and text[1:] in file.with_ else None
+
+
+def _exactly(sites: Sequence[Placed]) -> Where:
+    """The clauses that choose these sites: their modules, and for parts of a weight their roles."""
+    choices: list[dict[str, Any]] = []
+    whole = [site.module for site in sites if site.slice is None]
+    parts = [site for site in sites if site.slice is not None]
+    if whole:
+        choices.append({"paths": list(dict.fromkeys(whole))})
+    if parts:
+        paths = list(dict.fromkeys(site.module for site in parts))
+        choices.append({"paths": paths, "role": sorted({str(site.role) for site in parts})})
+    return Where.model_validate(choices[0] if len(choices) == 1 else {"any": choices})
