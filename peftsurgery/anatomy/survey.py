@@ -16,6 +16,7 @@ from torch import fx
 from ..capture import Capture, Program
 from .analysis import Anatomy, analyse
 from .attention import compares_order
+from .boundary import find_boundary
 from .calls import Calls, Frame
 from .heads import find_heads
 from .site import Placed, Relations, Site, join
@@ -40,6 +41,10 @@ def survey(capture: Capture) -> Survey:
     surveyor = _Surveyor(Calls(capture.programs))
     found = [placed for frame in surveyor.calls.frames for placed in surveyor.place(frame)]
     surveyor.neighbours.know(found)
+    boundary = find_boundary(capture)
+    if boundary is not None:
+        kind = capture.top.kind
+        found.append(Placed(boundary, "", capture.top, type=kind, relations=surveyor.neighbours))
     return Survey(tuple(found))
 
 

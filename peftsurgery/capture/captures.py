@@ -27,7 +27,8 @@ class Capture:
     """One signature of a model as programs: "" is the top graph, other keys are block paths.
 
     ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
-    ``mode`` is the value of ``training`` the capture is for (None: it follows).
+    ``mode`` is the value of ``training`` the capture is for (None: it follows). ``call`` is the
+    call it was made for, with tensors on meta.
     """
 
     programs: Mapping[str, Sequence[Program]]
@@ -35,6 +36,7 @@ class Capture:
     names: tuple[str, ...]
     conditions: tuple[str, ...]
     mode: bool | None
+    call: Call
     _check: Check = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,10 @@ class Capture:
     def fits(self, leaves: Sequence[Any], training: bool) -> bool:
         """Whether the capture is for this mode and for inputs of these sizes."""
         return self.mode in (None, training) and all(self._check(*leaves))
+
+    def unmet(self, leaves: Sequence[Any]) -> list[str]:
+        """The conditions that inputs of these sizes do not meet."""
+        return [c for c, met in zip(self.conditions, self._check(*leaves), strict=True) if not met]
 
 
 # The tensors, by name, that have another dtype now than when the model was captured.
@@ -99,8 +105,7 @@ class Captures:
             if capture.fits(call.leaves, training):
                 return capture
         module = self._module(casts)
-        if is_fake(module.parameters()):
-            call = map_tensors(call, lambda tensor: torch.zeros_like(tensor, device="cpu"))
+        call = map_tensors(call, lambda tensor: _tangible(tensor, module))
         capture = self._capture(module, widen(call), training)
         if not capture.fits(call.leaves, training):
             capture = self._capture(module, call, training)
@@ -125,6 +130,7 @@ class Captures:
             _inputs(exported),
             exported.conditions,
             exported.mode,
+            map_tensors(call, lambda tensor: torch.empty_like(tensor, device="meta")),
         )
 
     def _name_constants(self, module: fx.GraphModule) -> None:
@@ -149,6 +155,16 @@ def _counters(module: nn.Module) -> frozenset[str]:
         for name, part in module.named_modules()
         if isinstance(part, nn.modules.batchnorm._NormBase)
     )
+
+
+def _tangible(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """An example to trace ``module`` with: not on meta, and not beside fake parameters."""
+    parameters = list(module.parameters())
+    if is_fake(parameters):
+        return torch.zeros_like(tensor, device="cpu")
+    if not tensor.is_meta:
+        return tensor
+    return torch.zeros_like(tensor, device=parameters[0].device if parameters else "cpu")
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -19,7 +19,7 @@ from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
 from .inputs import example_inputs
 from .parts import Block, Part, mirror, own
-from .signature import bind_call
+from .signature import Call, bind_call
 from .sources import Source, open_source
 from .tensors import named_tensors
 
@@ -52,14 +52,22 @@ class GraphModel(Part):
         """
         self.bind()
         call = bind_call(self._captures.source.module, args, kwargs)
-        capture = self.serve(self._captures.find(call, self.training, self._casts()))
+        capture = self.find(call)
         outputs = capture.top.forward(self, *call.leaves)
         return pytree.tree_unflatten(outputs, capture.output)
 
     def capture_for(self, *args: Any, **kwargs: Any) -> Capture:
         """The capture that serves a call of these arguments, as this model runs it."""
         call = bind_call(self._captures.source.module, args, kwargs)
-        return self.serve(self._captures.find(call, self.training, self._casts()))
+        return self.find(call)
+
+    def find(self, call: Call) -> Capture:
+        """The capture that serves a call, as this model runs it."""
+        return self.serve(self.captured(call))
+
+    def captured(self, call: Call) -> Capture:
+        """The capture that serves a call, as the original runs it."""
+        return self._captures.find(call, self.training, self._casts())
 
     @property
     def captures(self) -> tuple[Capture, ...]:

@@ -68,6 +68,11 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return Call(dict(sorted(tensors.items())), flags)
 
 
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward has an argument of that name."""
+    return name in _signature(module).parameters
+
+
 def _signature(module: nn.Module) -> inspect.Signature:
     """What the module's forward takes, without self."""
     forward = module.forward

@@ -19,6 +19,8 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
 
+_AXIS = re.compile(r"\b(\w+)\.shape\[(\d+)\]")
+
 Check = Callable[..., tuple[bool, ...]]
 
 
@@ -48,10 +50,42 @@ def size_conditions(
     return tuple(dict.fromkeys(texts))
 
 
+def shape_texts(graph: fx.Graph, shape: Sequence[Any]) -> tuple[str, ...]:
+    """Sizes in the symbols of a graph's inputs, as Python over the inputs by name."""
+    names: dict[sympy.Symbol, sympy.Symbol] = {}
+    for here, size in _axes(graph):
+        if isinstance(size, sympy.Symbol):
+            names.setdefault(size, here)
+    printer = PythonPrinter()
+    return tuple(printer.doprint(_expression(size).xreplace(names)) for size in shape)
+
+
+def with_shapes(conditions: Sequence[str], shapes: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The conditions where inputs have these sizes, each given as a text."""
+
+    def size(match: re.Match[str]) -> str:
+        known = shapes.get(match[1])
+        return match[0] if known is None else _bracketed(known[int(match[2])])
+
+    found = (_AXIS.sub(size, condition) for condition in conditions)
+    return tuple(text for text in found if len(set(text.split(" == "))) > 1 or " == " not in text)
+
+
+def _bracketed(text: str) -> str:
+    return text if re.fullmatch(r"[\w.\[\]]+", text) else f"({text})"
+
+
 def compile_check(names: Sequence[str], conditions: Sequence[str]) -> Check:
     """A function of the inputs that evaluates every condition."""
     body = "".join(f"({condition}), " for condition in conditions)
     return cast("Check", eval(f"lambda {', '.join(names)}: ({body})"))
+
+
+def evaluate_sizes(
+    names: Sequence[str], texts: Sequence[str], leaves: Sequence[Any]
+) -> tuple[int, ...]:
+    """The sizes that texts say, for inputs of these names."""
+    return tuple(int(size) for size in compile_check(names, texts)(*leaves))
 
 
 def is_limit(condition: str) -> bool:

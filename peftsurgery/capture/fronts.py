@@ -1,0 +1,139 @@
+"""Fronts: a capture whose inputs can be changed before the model sees them.
+
+A model that takes embeddings as well as token ids has a capture of either kind. Put the embedding's
+own nodes, taken from the capture of ids, before the capture of embeddings, and the result takes ids
+again; but every size in it now follows from the embeddings, so that they may be made longer, and
+more of them, than the ids that were given.
+
+    ids capture          input_ids -> embedding -> sizes of input_ids, masks, layers
+    embeddings capture   inputs_embeds -> sizes of inputs_embeds, masks, layers
+    front                input_ids -> embedding -> (here) -> sizes of the embeddings, masks, layers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .captures import Capture
+from .program import Program
+from .signature import Call
+from .sizes import evaluate_sizes, shape_texts, with_shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """A capture, and the values of its top graph that are the inputs of the model behind.
+
+    ``entries`` are these values by the names of the inputs, ``behind`` the conditions on their
+    sizes, ``outside`` those on what a call gives.
+    """
+
+    capture: Capture
+    entries: Mapping[str, fx.Node]
+    behind: tuple[str, ...]
+    outside: tuple[str, ...]
+
+    def conditions(self, changed: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
+        """What a call must satisfy if these entries have other shapes than they came with.
+
+        The shapes are in terms of the symbols that the entries of the graph have.
+        """
+        return tuple(dict.fromkeys((*self.outside, *with_shapes(self.behind, self.texts(changed)))))
+
+    def texts(self, changed: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
+        """The sizes of every entry, written as Python over what a call gives."""
+        graph = self.capture.top.graph
+        shapes = {
+            name: node.meta["val"].shape
+            for name, node in self.entries.items()
+            if isinstance(node.meta.get("val"), torch.Tensor)
+        }
+        return {name: shape_texts(graph, shape) for name, shape in {**shapes, **changed}.items()}
+
+    def sizes(
+        self, changed: Mapping[str, Sequence[Any]], leaves: Sequence[Any]
+    ) -> dict[str, tuple[int, ...]]:
+        """The sizes of every entry in a call that gives these values."""
+        return {
+            name: evaluate_sizes(self.capture.names, texts, leaves)
+            for name, texts in self.texts(changed).items()
+        }
+
+
+def as_it_is(capture: Capture) -> Front:
+    """The front of a capture whose inputs are all given as the model takes them."""
+    entries = {node.name: node for node in capture.top.graph.find_nodes(op="placeholder")}
+    return Front(capture, entries, capture.conditions, ())
+
+
+def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -> Front:
+    """``behind``, for the inputs of ``given``.
+
+    ``values`` are nodes of ``given``'s top graph by the name of the input of ``behind`` that they
+    are; the other inputs of ``behind`` are inputs of ``given`` too.
+    """
+    graph = fx.Graph()
+    outer: dict[fx.Node, fx.Node] = {}
+    needed = _ancestors(values.values())
+    for node in given.top.graph.nodes:
+        if node.op == "placeholder" or node in needed:
+            outer[node] = graph.node_copy(node, outer.__getitem__)
+    entries = {node.name: outer[node] for node in given.top.graph.find_nodes(op="placeholder")}
+    entries |= {name: outer[node] for name, node in values.items()}
+    inner: dict[fx.Node, fx.Node] = {}
+    for node in behind.top.graph.nodes:
+        if node.op == "placeholder":
+            inner[node] = entries[node.name]
+        elif node.op == "output":
+            graph.output(fx.map_arg(node.args[0], inner.__getitem__))
+        else:
+            inner[node] = graph.node_copy(node, inner.__getitem__)
+    top = behind.top
+    tensors = {**given.top.tensors, **top.tensors}
+    program = Program(f"{top.label}<{given.top.label}", graph, top.kind, top.modules, tensors)
+    taken = {node.name: inner[node] for node in behind.top.graph.find_nodes(op="placeholder")}
+    capture = replace(
+        given,
+        programs={**behind.programs, "": (program,)},
+        output=behind.output,
+        mode=given.mode if behind.mode is None else behind.mode,
+    )
+    front = Front(capture, taken, behind.conditions, given.conditions)
+    return replace(front, capture=replace(capture, conditions=front.conditions({})))
+
+
+def call_behind(given: Capture, values: Mapping[str, fx.Node], sources: Sequence[str]) -> Call:
+    """An example of the call that ``put_before`` puts the values into.
+
+    ``sources`` are the inputs of ``given`` that it does without. All tensors are on meta.
+    """
+    rest = {name: value for name, value in given.call.tensors.items() if name not in sources}
+    made = {
+        name: torch.empty(
+            [_concrete(size) for size in node.meta["val"].shape],
+            dtype=node.meta["val"].dtype,
+            device="meta",
+        )
+        for name, node in values.items()
+    }
+    return Call(dict(sorted({**rest, **made}.items())), given.call.flags)
+
+
+def _concrete(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _ancestors(nodes: Any) -> set[fx.Node]:
+    """The nodes, and all that they are computed from."""
+    found, stack = set(), list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
