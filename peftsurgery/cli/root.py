@@ -12,6 +12,7 @@ from peftsurgery import __version__
 from peftsurgery.cli.apply import apply
 from peftsurgery.cli.doctor import doctor
 from peftsurgery.cli.explain import explain
+from peftsurgery.cli.export import export
 from peftsurgery.cli.fold import fold
 from peftsurgery.cli.inspect import inspect
 from peftsurgery.cli.kit import Root
@@ -32,7 +33,7 @@ def root() -> None:
     """Operate on models as graphs: rules say where to cut, what to sew in and how it folds back."""
 
 
-for command in (apply, fold, inspect, why, rules, explain, doctor):
+for command in (apply, fold, export, inspect, why, rules, explain, doctor):
     root.add_command(command)
 
 

@@ -1,0 +1,79 @@
+"""``peftsurgery export``: write what was sewn in for another program to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.output import check_free, force_option, fresh, output_option
+from peftsurgery.cli.progress import doing
+
+if TYPE_CHECKING:
+    from peftsurgery.surgery import OperatedModel
+
+FORMATS = {
+    "peft": "an adapter's directory for peft",
+    "adapterhub": "an adapter's directory for AdapterHub's library",
+    "onnx": "a file with the adapters folded in, checked in onnxruntime",
+}
+
+
+@click.command(epilog="Formats: " + "; ".join(f"{name}, {what}" for name, what in FORMATS.items()))
+@click.argument("surgery")
+@click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="The format.")
+@output_option
+@click.option("--name", metavar="ADAPTER", help="Which adapter, if there are several.")
+@click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
+@force_option
+@json_option
+def export(
+    surgery: str,
+    to: str,
+    out: Path | None,
+    name: str | None,
+    base: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the adapter of a saved SURGERY to OUT in the format of another library."""
+    if out is None:
+        raise click.UsageError("missing option --output OUT")
+    if name is not None and to == "onnx":
+        raise click.UsageError("an ONNX file holds every adapter: --name is not for it")
+    inputs = [surgery, *([base] if base else [])]
+    check_free(out, inputs, force)
+    with doing(f"opening {surgery}"):
+        from peftsurgery.surgery import load
+
+        operated = load(surgery, base)
+    with doing(f"writing {out}"):
+        if to == "onnx":
+            about = _write_onnx(operated, out)
+        else:
+            with fresh(out, inputs, force) as part:
+                about = _write_adapter(operated, to, part, name)
+    if as_json:
+        print_json({"format": to, "out": str(out), **about})
+    else:
+        click.echo(clean(f"{out}: {FORMATS[to]}"))
+
+
+def _write_adapter(
+    operated: OperatedModel, to: str, part: Path, name: str | None
+) -> dict[str, Any]:
+    from peftsurgery.formats.adapterhub import to_adapterhub
+    from peftsurgery.formats.peft import to_peft
+
+    {"peft": to_peft, "adapterhub": to_adapterhub}[to](operated, part, name)
+    files = sorted(str(file.relative_to(part)) for file in part.rglob("*") if file.is_file())
+    return {"files": files}
+
+
+def _write_onnx(operated: OperatedModel, out: Path) -> dict[str, Any]:
+    # it is written beside OUT and takes its name, with its data if they are apart
+    from peftsurgery.formats.onnx import export_onnx
+
+    return export_onnx(operated, out).to_dict()

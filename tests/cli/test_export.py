@@ -1,0 +1,82 @@
+"""export: a saved surgery in the formats of other libraries."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def surgery(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import peftsurgery as ps
+
+    path = tmp_path_factory.mktemp("surgeries") / "surgery"
+    ps.apply(ps.capture(str(bert)), "lora_qv", rank=2, name="mine").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("to", "tensors", "key"),
+    [
+        (
+            "peft",
+            "adapter_model.safetensors",
+            "base_model.model.encoder.layer.0.attention.self.query.lora_A.weight",
+        ),
+        (
+            "adapterhub",
+            "adapter.safetensors",
+            "encoder.layer.0.attention.self.query.loras.mine.lora_A",
+        ),
+    ],
+)
+def test_an_adapter_is_written_under_the_names_of_its_library(
+    run: Any, surgery: Path, tmp_path: Path, to: str, tensors: str, key: str
+) -> None:
+    outcome = run("export", surgery, "--to", to, "-o", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.out
+    assert set(outcome.json["files"]) == {"adapter_config.json", tensors}
+    assert key in load_file(tmp_path / "out" / tensors)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert 2 in (config.get("r"), config.get("config", {}).get("r"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_onnx_file_is_checked_and_written(run: Any, surgery: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    outcome = run("export", surgery, "--to", "onnx", "-o", file, "--json")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["path"] == str(file)
+    assert outcome.json["difference"] < 1e-5
+    assert file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "exit_code"),
+    [
+        (("--to", "keras"), "PSG901", 2),
+        (("--to", "onnx", "--name", "mine"), "PSG901", 2),
+        (("--to", "peft", "--name", "nobody"), "PSG511", 3),
+        (("--to", "adapterhub", "--name", "nobody"), "PSG511", 3),
+    ],
+)
+def test_refusals_have_codes_and_leave_nothing(
+    run: Any, surgery: Path, tmp_path: Path, arguments: tuple[str, ...], code: str, exit_code: int
+) -> None:
+    outcome = run("export", surgery, *arguments, "-o", tmp_path / "out", "--json")
+    assert (outcome.json["error"]["code"], outcome.code) == (code, exit_code)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_surgery_and_what_is_there_already_are_refused(
+    run: Any, bert: Path, surgery: Path, tmp_path: Path
+) -> None:
+    outcome = run("export", bert, "--to", "peft", "-o", tmp_path / "out", "--json")
+    assert outcome.json["error"]["code"] == "PSG605"
+    outcome = run("export", surgery, "--to", "peft", "-o", surgery, "--json")
+    assert outcome.json["error"]["code"] == "PSG602"
+    (tmp_path / "out").mkdir()
+    outcome = run("export", surgery, "--to", "peft", "-o", tmp_path / "out", "--json")
+    assert outcome.json["error"]["code"] == "PSG601"
