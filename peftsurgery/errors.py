@@ -314,6 +314,11 @@ CODES: dict[str, CodeInfo] = {
         "Its tensors and the places that its rules match in this model are not the same. It was "
         "made for another base, or the base has changed.",
     ),
+    "PSG312": CodeInfo(
+        "two active adapters train one parameter",
+        "Each has its own copy of a parameter of the model, and a program can read only one of "
+        "them. Deactivate one; the rows of a batch may use both.",
+    ),
     "PSG321": CodeInfo(
         "there are no ranks to take away",
         "A rule whose ranks a budget can be shared among says so under `ranks:`.",

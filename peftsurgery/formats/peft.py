@@ -54,5 +54,6 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
     chosen = names[0] if name is None else name
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
-    config, tensors = export(model, chosen)
+    with model.only(chosen):
+        config, tensors = export(model, chosen)
     write_adapter(Path(directory), config, tensors)

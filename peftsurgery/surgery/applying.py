@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ..errors import SurgeryError, did_you_mean
 from ..language import Rule, RuleFile, load_rules, resolve_settings
 from .operated import OperatedModel
 from .operation import Operation
-from .saving import is_surgery, read_manifest, read_operations, read_tensors
+from .saving import is_surgery, read_active, read_manifest, read_operations, read_tensors
+from .switching import check_name
 
 Rules = RuleFile | Rule | str | Path
 
@@ -51,16 +53,18 @@ def apply(
 def operate(
     model: GraphModel,
     operations: Iterable[Operation],
-    known: dict[str, torch.Tensor] | None = None,
+    known: Mapping[str, torch.Tensor] | None = None,
+    active: Collection[str] | None = None,
 ) -> OperatedModel:
-    """``model`` with further operations; ``known`` gives values for their parameters."""
+    """``model`` with further operations; ``known`` gives values for their parameters.
+
+    What was active stays so, and of the new adapters those in ``active`` are: all unless given. An
+    operation under a name that is there already belongs to that adapter.
+    """
+    added = list(operations)
     before = model.operations if isinstance(model, OperatedModel) else ()
-    learnt = dict(model.learnt()) if isinstance(model, OperatedModel) else {}
-    operated = OperatedModel(model, [*before, *operations], {**learnt, **(known or {})})
-    for name, parameter in model.named_parameters():
-        if name in learnt:
-            operated.get_parameter(name).requires_grad_(parameter.requires_grad)
-    return operated
+    names = {operation.name for operation in added}
+    return _remade(model, [*before, *added], names if active is None else active, known or {})
 
 
 def eject(model: GraphModel, name: str | None = None) -> GraphModel:
@@ -69,21 +73,36 @@ def eject(model: GraphModel, name: str | None = None) -> GraphModel:
     With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name.
     """
     operations = model.operations if isinstance(model, OperatedModel) else ()
-    names = {operation.name for operation in operations}
-    if name is not None and name not in names:
-        hint = did_you_mean(name, names) if names else "it has no adapters"
-        raise SurgeryError("PSG310", f"there is no adapter '{name}'", hint)
+    if name is not None:
+        check_name(name, (operation.name for operation in operations))
     rest = [op for op in operations if name is not None and op.name != name]
     if not isinstance(model, OperatedModel):
         return model
-    return OperatedModel(model, rest, model.learnt()) if rest else model.base
+    return _remade(model, rest) if rest else model.base
+
+
+def _remade(
+    model: GraphModel,
+    operations: Sequence[Operation],
+    active: Iterable[str] = (),
+    known: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> OperatedModel:
+    """A model with these operations; what ``model`` learnt, trains and has active stays so."""
+    if not isinstance(model, OperatedModel):
+        return OperatedModel(model, operations, known, set(active))
+    kept = {operation.name for operation in operations}
+    values = {**model.values(), **known}
+    remade = OperatedModel(model, operations, values, {*model.active, *active} & kept)
+    remade.freeze_as(model)
+    return remade
 
 
 def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> OperatedModel:
     """A saved surgery, on ``base`` or on the model it was made for.
 
     ``base`` is a captured model, a transformers model, or what the command line takes for MODEL.
-    Raises PSG605 or PSG606 if the files are damaged, PSG311 if they do not fit the base.
+    An operated model gets the saved adapters besides its own. Raises PSG605 or PSG606 if the files
+    are damaged, PSG311 if they do not fit the base, PSG304 if it has an adapter of the same name.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
@@ -94,8 +113,13 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
     if base is None:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
     graph = base if isinstance(base, GraphModel) else capture(base)
-    operated = operate(graph, operations, tensors)
-    check_covered(str(path), operated.learnt().keys(), tensors.keys())
+    names = {operation.name for operation in operations}
+    taken = names & set(graph.adapters) if isinstance(graph, OperatedModel) else set()
+    if taken:
+        hint = f"take the old one out first: eject(model, '{min(taken)}')"
+        raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
+    operated = operate(graph, operations, tensors, read_active(folder, manifest))
+    check_covered(str(path), operated.learnt(*names).keys(), tensors.keys())
     return operated
 
 

@@ -25,7 +25,7 @@ from .rewriting import disorient, orient
 
 
 def fold(model: GraphModel) -> nn.Module:
-    """A plain module of the class that was captured, with every operation in its weights.
+    """A plain module of the class that was captured, with the active adapters in its weights.
 
     Weights that no operation changed share memory with the model's. Raises PSG401 for a rule that
     cannot be folded, PSG402 if a weight would overflow its dtype, PSG403 for values that are not
@@ -44,7 +44,7 @@ def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
         name: model.get_parameter(name).detach() for name in model.trained
     }
     done: set[Any] = set()
-    for cut in model.cuts:
+    for cut in model.active_cuts:
         _check_foldable(cut)
         weights = cut.weights
         key = (cut.operation, id(cut.rule), cut.site.slice, tuple(weights.items()))

@@ -7,7 +7,7 @@ back the captured programs themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,14 @@ from ..capture import Capture, GraphModel, ModuleInfo
 from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Selection, initial_values, shape_of, weights_read
+from .copies import Copies
 from .operation import Cut, Operation, check_free, select_cuts
 from .penalties import penalty_of
 from .report import Report
 from .rewrites import Rewrites
 from .rewriting import check_shapes, orient
 from .saving import save_surgery
+from .switching import Mode, Switchable
 
 
 class Adapter(Part):
@@ -39,7 +41,7 @@ class Adapter(Part):
         )
 
 
-class OperatedModel(GraphModel):
+class OperatedModel(Switchable):
     """A model with operations: base weights shared and frozen, what the rules made trainable."""
 
     def __init__(
@@ -47,21 +49,28 @@ class OperatedModel(GraphModel):
         model: GraphModel,
         operations: Sequence[Operation],
         known: Mapping[str, torch.Tensor] | None = None,
+        active: Collection[str] | None = None,
     ) -> None:
         """The operations on ``model``, or on the base of an operated one.
 
-        ``known`` are values for parameters by name, instead of their initial ones.
+        ``known`` are values for parameters by name, instead of their initial ones. ``active`` are
+        the adapters that take part in a call: all of them unless given.
         """
         self._operations = tuple(operations)
         self._known = dict(known or {})
         self._selections: tuple[Selection, ...] = ()
+        self._selected: dict[int, tuple[tuple[Cut, ...], tuple[Selection, ...]]] = {}
         self._cuts: tuple[Cut, ...] = ()
-        self._trained: set[str] = set()
+        self._copies = Copies()
+        self._resting: set[str] = set()
         self._rewrites = Rewrites()
         super().__init__(model._captures, _frozen)
         self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
         self._adopt(model)
-        self.serve(self.base_capture)
+        self._mode = Mode()
+        self._served_by_mode = {self._mode: self._served}
+        self.settle(*self._select(self.base_capture))
+        self._switch(self._mode_of(self.adapters if active is None else active))
 
     @property
     def base(self) -> GraphModel:
@@ -89,14 +98,14 @@ class OperatedModel(GraphModel):
         What ``model`` itself trained of the base is not the base's: those values come with the
         operations. Buffers are copied, since training changes them in place.
         """
-        trained = model.trained if isinstance(model, OperatedModel) else frozenset()
+        copies = model._copies if isinstance(model, OperatedModel) else Copies()
         parameters: dict[int, nn.Parameter] = {}
         buffers: dict[int, torch.Tensor] = {}
         for name in self._captures.tensors:
             owner, _, leaf = name.rpartition(".")
-            theirs = (self.base if name in trained else model).get_submodule(owner)
             mine = self.get_submodule(owner)
-            tensor = getattr(theirs, leaf)
+            place, _, there = copies.base_name(name).rpartition(".")
+            tensor = getattr(model.get_submodule(place), there)
             if leaf in mine._parameters:
                 mine._parameters[leaf] = parameters.setdefault(id(tensor), _frozen(tensor))
             else:
@@ -106,14 +115,11 @@ class OperatedModel(GraphModel):
         self._bound = model._bound
 
     def transform(self, capture: Capture) -> Capture:
-        """Replay the operations on a capture. PSG307 if it has sites the first one had not."""
-        cuts, selections = [], []
-        for operation in self._operations:
-            found, chosen = select_cuts(capture, operation)
-            cuts += found
-            selections += chosen
-        if not self._served:
-            self.settle(cuts, selections)
+        """Replay the active operations on a capture.
+
+        PSG307 if it has sites the first one had not.
+        """
+        cuts, _ = self._select(capture)
         missing = [n for cut in cuts for n in cut.parameters.values() if n not in self._names]
         if missing:
             raise SurgeryError(
@@ -122,7 +128,21 @@ class OperatedModel(GraphModel):
                 f"'{missing[0]}' first",
                 "capture the model with these inputs before applying the rules",
             )
-        return self._rewrites.capture(capture, cuts)
+        return self._rewrites.capture(
+            capture, [cut for cut in cuts if cut.operation.name in self.active]
+        )
+
+    def _select(self, capture: Capture) -> tuple[tuple[Cut, ...], tuple[Selection, ...]]:
+        """Where all operations cut in a capture, active or not, and the selections."""
+        if id(capture) not in self._selected:
+            cuts: list[Cut] = []
+            selections: list[Selection] = []
+            for operation in self._operations:
+                found, chosen = select_cuts(capture, operation)
+                cuts += found
+                selections += chosen
+            self._selected[id(capture)] = tuple(cuts), tuple(selections)
+        return self._selected[id(capture)]
 
     def settle(self, cuts: Sequence[Cut], selections: Sequence[Selection]) -> None:
         """Check the selections, add the parameters and free what the rules train."""
@@ -135,11 +155,13 @@ class OperatedModel(GraphModel):
         for cut in cuts:
             self.add_parameters(cut)
             if cut.rule.train and cut.placed.parameter is not None:
-                self.own(cut.placed.parameter)
+                self.own(cut.placed.parameter, cut.operation.name)
         self._known.clear()
 
     def add_parameters(self, cut: Cut) -> None:
         """Register the parameters of a cut, with their initial values."""
+        if not cut.rule.params:
+            return
         holder = self.holder(join(cut.placed.block, cut.place))
         if not cut.rule.params.keys() <= holder._parameters.keys():
             for name, value in self.starts(cut).items():
@@ -196,20 +218,36 @@ class OperatedModel(GraphModel):
             stored = next(iter(self.parameters()), None)
         return torch.device("cpu") if stored is None or stored.is_meta else stored.device
 
-    def own(self, name: str) -> None:
-        """Give the model its own, trainable copy of a parameter of the base."""
-        owner, _, leaf = name.rpartition(".")
-        self._trained.add(name)
-        value = self._known.get(name, self.get_parameter(name)).detach().clone()
-        self.get_submodule(owner)._parameters[leaf] = nn.Parameter(value)
+    def own(self, name: str, adapter: str) -> None:
+        """Give an adapter its own, trainable copy of a parameter of the base.
+
+        A value that is known for the parameter itself is the adapter's too. PSG308 if it has
+        another shape.
+        """
+        home = self._copies.add(name, adapter)
+        mine = self.get_parameter(name)
+        value = self._known.get(home, self._known.get(name, mine)).detach()
+        if value.shape != mine.shape:
+            raise SurgeryError(
+                "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(mine.shape)}"
+            )
+        owner, _, leaf = home.rpartition(".")
+        copied = value.to(device=mine.device, dtype=mine.dtype, copy=True)
+        self.holder(owner).register_parameter(leaf, nn.Parameter(copied))
 
     def bind(self) -> None:
         """Read the base's weights if that is still to do; those that the rules train are copied."""
-        unread = [n for n in self._trained if not self._bound and self.get_parameter(n).is_meta]
+        if self._bound:
+            return
+        self._copies.place(self, ())
         super().bind()
-        for name in unread:
-            parameter = self.get_parameter(name)
-            parameter.data = parameter.data.clone()
+        for home, (name, _) in self._copies.made.items():
+            copied = self.get_parameter(home)
+            if copied.is_meta:
+                value = self.get_parameter(name).detach().clone()
+                trained = nn.Parameter(value, requires_grad=copied.requires_grad)
+                torch.utils.swap_tensors(copied, trained)
+        self._copies.place(self, self.active)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns; while training, a loss by name has the penalty added to it.
@@ -219,7 +257,7 @@ class OperatedModel(GraphModel):
         outputs = super().forward(*args, **kwargs)
         if self.training and isinstance(outputs, dict):
             loss = outputs.get("loss")
-            if isinstance(loss, torch.Tensor) and any(cut.rule.penalty for cut in self._cuts):
+            if isinstance(loss, torch.Tensor) and any(cut.rule.penalty for cut in self.active_cuts):
                 outputs["loss"] = loss + self.penalty().to(loss.device)
         return outputs
 
@@ -228,22 +266,43 @@ class OperatedModel(GraphModel):
         return penalty_of(self)
 
     @property
+    def active_cuts(self) -> tuple[Cut, ...]:
+        """The cuts of the adapters that take part in a call."""
+        return tuple(cut for cut in self._cuts if cut.operation.name in self.active)
+
+    @property
     def trained(self) -> frozenset[str]:
-        """The base's parameters that the rules train; this model has its own copies of them."""
-        return frozenset(self._trained)
+        """The base's parameters that the active adapters train, each its own copy."""
+        return frozenset(self._copies.placed)
 
-    def learnt(self) -> dict[str, torch.Tensor]:
-        """What the operations added or trained, by name: all that a saved surgery holds."""
-        names = [*dict.fromkeys(name for cut in self._cuts for name in cut.parameters.values())]
-        return {name: self.get_parameter(name) for name in [*names, *sorted(self._trained)]}
+    def learnt(self, *adapters: str) -> dict[str, torch.Tensor]:
+        """What the adapters (all of them, unless named) added or trained, by its name now.
 
-    def save(self, path: str | Path) -> None:
+        That is all that a saved surgery holds.
+        """
+        return {self._copies.name(name): value for name, value in self.values(*adapters).items()}
+
+    def values(self, *adapters: str) -> dict[str, torch.Tensor]:
+        """What :meth:`learnt` holds, by names that do not depend on which adapters are active."""
+        owners = self._adapters_of_tensors()
+        return {
+            name: self._learnt_parameter(name)
+            for name, owner in owners.items()
+            if not adapters or owner in adapters
+        }
+
+    def _adapters_of_tensors(self) -> Mapping[str, str]:
+        added = {n: cut.operation.name for cut in self._cuts for n in cut.parameters.values()}
+        return {**added, **{home: adapter for home, (_, adapter) in self._copies.made.items()}}
+
+    def save(self, path: str | Path, names: Collection[str] | None = None) -> None:
         """Write the rules, a manifest and what was learnt to the directory ``path``.
 
-        No base weights and no pickle. A surgery that is there is replaced, file by file; PSG604 if
+        All adapters are saved, active or not, unless ``names`` chooses among them (PSG310). No
+        base weights and no pickle. A surgery that is there is replaced, file by file; PSG604 if
         something else is.
         """
-        save_surgery(self, Path(path))
+        save_surgery(self, Path(path), self._known_names(names or self.adapters))
 
     @cached_property
     def _names(self) -> frozenset[str]:

@@ -63,7 +63,7 @@ class Cut:
         leaf = (self.site.parameter or "").rpartition(".")[2]
         if self.site.slice is not None:
             return join(path, str(self.site.label))
-        if leaf not in ("", "weight"):
+        if leaf not in ("", "weight") and not self.rule.train:
             return join(path, leaf)
         if self.site.kind == "residual":
             return join(path, str(self.placed.facts.get("after", "")))

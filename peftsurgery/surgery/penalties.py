@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def penalty_of(model: OperatedModel) -> torch.Tensor:
-    """The sum of all penalties of a model: a tensor without dimensions, 0.0 if there are none."""
+    """The sum of the active adapters' penalties: a tensor without dimensions, 0.0 if none."""
     groups: dict[Any, dict[Any, Cut]] = {}
-    for cut in model.cuts:
+    for cut in model.active_cuts:
         if cut.rule.penalty:
             names = (*cut.parameters.values(), *cut.weights.values(), cut.site.slice)
             groups.setdefault((cut.operation, id(cut.rule)), {})[names] = cut

@@ -17,6 +17,7 @@ class Report:
 
     def __init__(self, model: OperatedModel) -> None:
         self._cuts, self._selections = model.cuts, model._selections
+        self.adapters = {name: name in model.active for name in model.adapters}
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.total = sum(p.numel() for p in model.parameters())
         self.notes = tuple(note for capture in model.captures[:1] for note in capture.notes)
@@ -36,6 +37,7 @@ class Report:
         return {
             "matches": self.matches,
             "added": self.added,
+            "active": [name for name, active in self.adapters.items() if active],
             "trainable": self.trainable,
             "total": self.total,
             "near_misses": [miss for chosen in self._selections for miss in _misses(chosen)],
@@ -45,6 +47,9 @@ class Report:
     def __str__(self) -> str:
         lines = [line for chosen in self._selections for line in _lines(chosen)]
         share = 100 * self.trainable / max(self.total, 1)
+        if len(self.adapters) > 1 or not all(self.adapters.values()):
+            shown = (n if active else f"{n} (inactive)" for n, active in self.adapters.items())
+            lines.append(f"adapters: {', '.join(shown)}")
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Saved surgeries: a directory with the rules, a manifest and what was learnt.
 
-    surgery.json           format, base, and for each operation its name, rule file and settings
+    surgery.json           format, base, for each operation its name, rule file and settings, and
+                           which adapters are active
     rules/0_lora_qv.yaml   the rule files, as they were applied
     adapter.safetensors    every parameter the rules added or trained, by its name in the model
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,22 +31,24 @@ if TYPE_CHECKING:
 MANIFEST, TENSORS, RULES, FORMAT = "surgery.json", "adapter.safetensors", "rules", 1
 
 
-def save_surgery(model: OperatedModel, path: Path) -> None:
-    """Write a surgery to ``path``; see :meth:`OperatedModel.save`."""
+def save_surgery(model: OperatedModel, path: Path, names: Collection[str]) -> None:
+    """Write these adapters to ``path``; see :meth:`OperatedModel.save`."""
     if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_surgery(path))):
         raise SurgeryError("PSG604", f"'{path}' exists and is not a saved surgery")
     (path / RULES).mkdir(parents=True, exist_ok=True)
     entries = []
-    for number, operation in enumerate(model.operations):
+    saved = [operation for operation in model.operations if operation.name in names]
+    for number, operation in enumerate(saved):
         file = f"{RULES}/{number}_{operation.file.name}.yaml"
         _write(path / file, dump_rules(operation.file).encode())
         entries.append({"name": operation.name, "rules": file, "settings": _own(operation)})
-    write_tensors(path / TENSORS, model.learnt())
+    write_tensors(path / TENSORS, model.learnt(*names))
     manifest = {
         "format": FORMAT,
         "base": model.source.origin,
         "model": type(model.source.module).__name__,
         "operations": entries,
+        "active": [name for name in model.active if name in names],
     }
     _write(path / MANIFEST, json.dumps(manifest, indent=2).encode())
 
@@ -86,6 +89,15 @@ def read_operations(path: Path, manifest: Mapping[str, Any]) -> list[Operation]:
     except (KeyError, TypeError, ValueError) as error:
         raise SurgeryError("PSG605", f"{path / MANIFEST} lists no operations: {error!r}") from None
     return operations
+
+
+def read_active(path: Path, manifest: Mapping[str, Any]) -> list[str] | None:
+    """The adapters that were active; None, for all, where nothing is said. PSG605 if damaged."""
+    active = manifest.get("active")
+    names = {str(entry["name"]) for entry in manifest["operations"]}
+    if active is None or (isinstance(active, list) and all(name in names for name in active)):
+        return active
+    raise SurgeryError("PSG605", f"{path / MANIFEST}: 'active' does not list adapters")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
