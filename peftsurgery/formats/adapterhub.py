@@ -74,7 +74,8 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     chosen = names[0] if name is None else name
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
-    written = export(model, chosen)
+    with model.only(chosen):
+        written = export(model, chosen)
     contents = adapter_contents(written.config, written.tensors)
     if written.head:
         contents |= head_contents(_head_config(model), written.head)
