@@ -1,0 +1,230 @@
+"""Adapters of AdapterHub's that are damaged, ask for too much or were made for another base.
+
+Each case is a change to a golden adapter; the error must name what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language import Expect, Rule, RuleFile, Where
+from tests.formats.golden import GOLDEN, captured
+
+NAME = "bert"
+CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+A = "bert.encoder.layer.0.attention.self.query.loras.golden.lora_A"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A directory of the library's that can be changed."""
+
+    folder: Path
+
+    def about(self, **changes: Any) -> None:
+        """Change what is said beside the method's config."""
+        file = self.folder / CONFIG
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    def config(self, **changes: Any) -> None:
+        """Change the method's config."""
+        values = json.loads((self.folder / CONFIG).read_text())
+        self.about(config=values["config"] | changes)
+
+    def tensors(self, changes: dict[str, Tensor | None]) -> None:
+        found = {**load_file(self.folder / TENSORS), **changes}
+        save_file({n: v for n, v in found.items() if v is not None}, self.folder / TENSORS)
+
+    def pickled(self, content: Any) -> None:
+        (self.folder / TENSORS).unlink()
+        torch.save(content, self.folder / PICKLED)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Adapter:
+    return Adapter(Path(shutil.copytree(GOLDEN / NAME / "lora", tmp_path / "adapter")))
+
+
+class Opened:
+    """What a pickle may do when it is loaded."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("pickle-was-run",)
+
+
+def compressed(adapter: Adapter) -> None:
+    adapter.pickled(load_file(adapter.folder / TENSORS))
+    file = adapter.folder / PICKLED
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content + bytes(10**6))
+
+
+def head(tensors: dict[str, Tensor]) -> Callable[[Adapter], None]:
+    return lambda a: save_file(tensors, a.folder / "model_head.safetensors")
+
+
+CASES: dict[str, tuple[Callable[[Adapter], object], str, str]] = {
+    "no config": (lambda a: (a.folder / CONFIG).unlink(), "PSG501", CONFIG),
+    "a config that is a list": (lambda a: (a.folder / CONFIG).write_text("[]"), "PSG501", "object"),
+    "NaN in the config": (lambda a: a.config(alpha=float("nan")), "PSG501", "NaN"),
+    "an unknown method": (lambda a: a.config(architecture="reft"), "PSG502", "'reft'"),
+    "a config by name": (lambda a: a.about(config="pfeiffer"), "PSG503", "pfeiffer"),
+    "no name": (lambda a: a.about(name=None), "PSG503", "name"),
+    "a rank that is none": (lambda a: a.config(r=0), "PSG503", "r cannot be 0"),
+    "an alpha that is a text": (lambda a: a.config(alpha="6"), "PSG503", "alpha"),
+    "layers that are no numbers": (lambda a: a.config(leave_out=["0"]), "PSG503", "leave_out"),
+    "an old version": (lambda a: a.about(version="adapters.1.0.1"), "PSG504", "1.0.1"),
+    "another library": (lambda a: a.about(version="3.2.1"), "PSG504", "3.2.1"),
+    "DoRA": (lambda a: a.config(use_dora=True), "PSG504", "use_dora"),
+    "a gate": (lambda a: a.config(use_gating=True), "PSG504", "use_gating"),
+    "an unknown key": (lambda a: a.config(drop_out=0.5), "PSG504", "did you mean 'dropout'"),
+    "an unwrapped projection": (lambda a: a.config(attn_matrices=["q", "o"]), "PSG503", "'o'"),
+    "no place": (lambda a: a.config(attn_matrices=[]), "PSG504", "no place"),
+    "no tensors": (lambda a: (a.folder / TENSORS).unlink(), "PSG505", TENSORS),
+    "a truncated file": (
+        lambda a: (a.folder / TENSORS).write_bytes((a.folder / TENSORS).read_bytes()[:-9]),
+        "PSG505",
+        TENSORS,
+    ),
+    "NaN": (lambda a: a.tensors({A: torch.full((4, 32), torch.nan)}), "PSG505", A),
+    "whole numbers": (lambda a: a.tensors({A: torch.ones(4, 32, dtype=torch.int)}), "PSG505", A),
+    "a pickle that runs code": (lambda a: a.pickled({A: Opened()}), "PSG505", "run code"),
+    "a pickle of something else": (lambda a: a.pickled([1]), "PSG505", "by name"),
+    "a pickle that is no archive": (
+        lambda a: (a.folder / TENSORS).rename(a.folder / PICKLED),
+        "PSG505",
+        PICKLED,
+    ),
+    "a bomb": (compressed, "PSG505", "compressed"),
+    "another model": (lambda a: a.about(model_type="gpt2"), "PSG506", "gpt2"),
+    "a tensor too many": (
+        lambda a: a.tensors({f"{A}.more": torch.ones(2)}),
+        "PSG506",
+        "lora_A.more",
+    ),
+    "fewer layers in the config": (lambda a: a.config(leave_out=[0]), "PSG506", "layer.0"),
+    "a tensor too few": (lambda a: a.tensors({A: None}), "PSG507", "lora_A"),
+    "more places in the config": (
+        lambda a: a.config(attn_matrices=["q", "k", "v"]),
+        "PSG507",
+        "attention.self.key",
+    ),
+    "another shape": (lambda a: a.tensors({A: torch.ones(4, 31)}), "PSG507", "[4, 31]"),
+    "another rank": (lambda a: a.config(r=3), "PSG507", "[3, 32]"),
+    "a head of the library's own": (
+        head({"heads.default.1.weight": torch.ones(2, 2)}),
+        "PSG514",
+        "heads.default.1.weight",
+    ),
+    "a head of another size": (head({"classifier.bias": torch.ones(4)}), "PSG514", "[4]"),
+}
+
+
+@pytest.mark.parametrize("name", [NAME])
+@pytest.mark.parametrize(("change", "code", "text"), CASES.values(), ids=CASES)
+def test_what_is_wrong_is_named(
+    name: str,
+    change: Callable[[Adapter], object],
+    code: str,
+    text: str,
+    adapter: Adapter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(adapter.folder)
+    change(adapter)
+    with pytest.raises(SurgeryError) as caught:
+        ps.from_adapterhub(captured(name), adapter.folder)
+    assert caught.value.code == code
+    assert text in str(caught.value)
+    assert not (adapter.folder / "pickle-was-run").exists()
+
+
+@pytest.mark.parametrize("name", [NAME])
+def test_a_pickle_of_plain_tensors_is_read(name: str, adapter: Adapter) -> None:
+    plain = load_file(adapter.folder / TENSORS)
+    adapter.pickled(plain)
+    operated = ps.from_adapterhub(captured(name), adapter.folder, name="mine")
+    place = "bert.encoder.layer.0.attention.self.query.mine.A"
+    assert torch.equal(operated.get_parameter(place), plain[A])
+
+
+def at(*paths: str) -> RuleFile:
+    """LoRA at the modules of these paths."""
+    file = ps.load_rules("lora_qv")
+    update = {"where": Where(paths=paths), "expect": Expect(at_least=1)}
+    return file.model_copy(update={"rules": (file.rules[0].model_copy(update=update),)})
+
+
+def layer(number: int, module: str) -> str:
+    return f"bert.encoder.layer.{number}.{module}"
+
+
+WRITING: dict[str, tuple[Callable[[ps.GraphModel], Any], str, str]] = {
+    "nothing": (lambda g: g, "PSG511", "no adapters"),
+    "two adapters": (lambda g: ps.apply(g, ["lora_qv", "houlsby"]), "PSG511", "2 adapters"),
+    "two methods": (lambda g: ps.apply(g, ["lora_qv", "houlsby"], "a"), "PSG512", "one method"),
+    "a method it has not": (lambda g: ps.apply(g, "dora"), "PSG512", "dora"),
+    "a place it has not": (lambda g: ps.apply(g, "lora_attention"), "PSG512", "output.dense"),
+    "another matrix in another layer": (
+        lambda g: ps.apply(
+            g, at(layer(0, "attention.self.query"), layer(1, "attention.self.value"))
+        ),
+        "PSG512",
+        "attention.self",
+    ),
+    "a parameter of the model's body": (
+        lambda g: ps.apply(
+            g, ["lora_qv", Rule(match="parameter", where=Where(kind="bias"), train=True)], "a"
+        ),
+        "PSG512",
+        "was trained",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [NAME])
+@pytest.mark.parametrize(("change", "code", "text"), WRITING.values(), ids=WRITING)
+def test_what_the_library_has_no_form_for_is_not_written(
+    name: str,
+    change: Callable[[ps.GraphModel], Any],
+    code: str,
+    text: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(SurgeryError) as caught:
+        ps.to_adapterhub(change(captured(name)), tmp_path / "out")
+    assert caught.value.code == code
+    assert text in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_the_library_does_not_know_is_refused(adapter: Adapter) -> None:
+    model = ps.capture(nn.Sequential(nn.Linear(3, 3)), (torch.ones(2, 3),))
+    with pytest.raises(SurgeryError, match="PSG513"):
+        ps.from_adapterhub(model, adapter.folder)
+
+
+@pytest.mark.parametrize("name", [NAME])
+def test_only_an_adapter_is_written_over(name: str, adapter: Adapter) -> None:
+    operated = ps.from_adapterhub(captured(name), adapter.folder)
+    ps.to_adapterhub(operated, adapter.folder)
+    (adapter.folder / CONFIG).unlink()
+    with pytest.raises(SurgeryError, match="PSG601"):
+        ps.to_adapterhub(operated, adapter.folder)
