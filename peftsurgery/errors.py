@@ -200,6 +200,11 @@ CODES: dict[str, CodeInfo] = {
         "A pattern is an expression of operators that stand for graph operations, with free names "
         "for the values to bind, small enough to search for.",
     ),
+    "PSG145": CodeInfo(
+        "a rule refers to one that was not applied before it",
+        "`matched:` names an adapter or a rule file whose cuts are already made: apply that first, "
+        "or in the same call before this one. It is still needed when the other is ejected.",
+    ),
     "PSG201": CodeInfo(
         "the model cannot be captured",
         "torch.export could not turn the model into a graph for any input of this kind. "

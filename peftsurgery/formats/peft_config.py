@@ -36,7 +36,7 @@ WITHOUT_EFFECT = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"),
     )
 )
 
@@ -93,7 +93,7 @@ class AdapterConfig:
 
     def _check_keys(self) -> None:
         carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
-        known = {*READ, *WITHOUT_EFFECT, *CHOICES, *carried}
+        known = {*READ, *WITHOUT_EFFECT, *CHOICES, *carried, *listings(self.files)}
         for key, value in self.values.items():
             if key in CHOICES and not any(value is c or value == c for c in CHOICES[key]):
                 allowed = ", ".join(repr(choice) for choice in CHOICES[key] if choice is not None)
@@ -155,8 +155,16 @@ def all_suffixes() -> frozenset[str]:
         suffix
         for file in rule_files()
         for rule in file.rules
-        for suffix in rule.checkpoint.get(FORMAT, {}).values()
+        for suffix in rule.suffixes(FORMAT).values()
     )
+
+
+def listings(files: Iterable[RuleFile]) -> set[str]:
+    """The keys that list the modules of one of the rules, in these methods."""
+    kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
+    alike = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] in kinds]
+    keys = (rule.listing(FORMAT) for file in alike for rule in file.rules)
+    return {key for key in keys if key is not None}
 
 
 def pattern_matches(pattern: str, module: str) -> bool:

@@ -19,10 +19,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import SurgeryError
 from ..surgery import Cut, OperatedModel
-from .peft_config import ABSENT, FORMAT, PATTERNS
+from .peft_config import ABSENT, FORMAT, PATTERNS, listings
 from .peft_fused import fuse
 from .peft_names import added_key
-from .peft_targets import grouped, say_targets
+from .peft_targets import grouped, say_listed, say_targets
 from .peft_trained import Trained, say_trained
 
 WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
@@ -30,11 +30,15 @@ WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
 
 @dataclass(frozen=True)
 class Adapted:
-    """One module's adapter: the config keys that it needs, and its tensors by suffix."""
+    """One module's adapter: the config keys that it needs, and its tensors by suffix.
+
+    ``listing`` is the key of the list that peft has for the modules of its rule, if any.
+    """
 
     module: str
     keys: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
+    listing: str | None
 
 
 def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -47,15 +51,20 @@ def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, t
     base = model.source.module
     modules = [path for path, _ in base.named_modules() if path]
     config = _merge(name, adapted)
-    config["target_modules"] = say_targets(paths, modules)
+    config["target_modules"] = targets = say_targets(paths, modules)
+    listed = {one.module: one.listing for one in adapted}
+    for key in sorted(listings(cut.operation.file for cut in cuts)):
+        config[key] = say_listed([path for path in paths if listed[path] == key], paths, targets)
     tensors = {
         added_key(one.module, suffix): value
         for one in adapted
         for suffix, value in one.tensors.items()
     }
     trained = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
-    said: Trained = say_trained(model, trained, paths)
-    config |= {"bias": said.bias, "modules_to_save": said.modules or None}
+    has_bias = config.pop("bias", "none") is not None
+    said: Trained = say_trained(model, trained, paths, has_bias)
+    config |= {"bias": said.bias} if has_bias else {}
+    config["modules_to_save"] = said.modules or None
     if any(isinstance(base.get_submodule(path), Conv1D) for path in paths):
         config["fan_in_fan_out"] = True
     config["base_model_name_or_path"] = model.source.origin
@@ -86,16 +95,17 @@ def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
         values = {n: model.get_parameter(full) for n, full in first.parameters.items()}
     else:
         raise _refuse(first, "is adapted more than once under this name")
-    file, table = whole.operation.file, whole.rule.checkpoint[FORMAT]
+    file, table = whole.operation.file, whole.rule.suffixes(FORMAT)
     keys = file.identifying(FORMAT) | {
         key: whole.operation.settings[setting] for key, setting in file.carried(FORMAT).items()
     }
-    return Adapted(first.placed.module, keys, {table[n]: value for n, value in values.items()})
+    tensors = {table[n]: value for n, value in values.items()}
+    return Adapted(first.placed.module, keys, tensors, whole.rule.listing(FORMAT))
 
 
 def _check_form(cut: Cut) -> None:
     """Refuse a rule for whose parameters the rule file lists no names in peft."""
-    table = cut.rule.checkpoint.get(FORMAT, {})
+    table = cut.rule.suffixes(FORMAT)
     identifying = cut.operation.file.identifying(FORMAT)
     if not cut.rule.params or set(table) != set(cut.rule.params) or not identifying:
         raise SurgeryError(

@@ -45,7 +45,7 @@ def fuse(model: OperatedModel, cuts: Sequence[Cut]) -> tuple[Cut, Tensors]:
     cut = Cut(operation, first.rule, whole)
     values = {name: model.weight(cut, name) for name in _needed(first.rule)}
     tensors = {
-        name: _fused(model, cut, cuts, name, values) for name in first.rule.checkpoint[FORMAT]
+        name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)
     }
     _check(model, cut, cuts, tensors, values)
     return cut, tensors
@@ -112,29 +112,39 @@ def _check(
     values: Mapping[str, Any],
 ) -> None:
     """Compare the folds on one weight, random unless initial values came from the model's."""
-    rule = whole.rule
-    facts = whole.placed.facts
-    random = torch.randn(facts["out"], facts["in"], generator=torch.Generator().manual_seed(0))
-    start = {name: values.get(name, 0.0) for name in rule.kind.weights} | {
-        "W": values.get("W", random).double().cpu()
-    }
-    given = {name: tensor.double().cpu() for name, tensor in tensors.items()}
-    together = fold(rule, {**whole.numbers, **start, **given})
-    weight = start["W"]
+    weights = _examples(whole, values)
+    together = weights | _folded(whole, weights, tensors)
     for cut in cuts:
-        assert cut.site.slice is not None
-        own = {
-            name: model.get_parameter(full).detach().double().cpu()
-            for name, full in cut.parameters.items()
-        }
-        part = {**start, "W": cut.site.slice.take(weight, 0)}
-        changed = fold(cut.rule, {**cut.numbers, **part, **own})
-        if set(changed) != {"W"}:
-            raise _refuse(whole, "its rule changes more than the weight")
-        weight = cut.site.slice.put(weight, 0, changed["W"])
-    bound = (ROUNDED if values else EXACT) * weight.abs().max()
-    if set(together) != {"W"} or (together["W"] - weight).abs().max() > bound:
-        raise _refuse(whole, "its parts together are not one adapter of the whole")
+        rows = cut.site.slice
+        assert rows is not None
+        part = {name: rows.take(weight, 0) for name, weight in weights.items()}
+        own = {name: model.get_parameter(full).detach() for name, full in cut.parameters.items()}
+        changed = _folded(cut, part, own)
+        weights |= {name: rows.put(weights[name], 0, value) for name, value in changed.items()}
+    for name, weight in weights.items():
+        bound = (ROUNDED if values else EXACT) * weight.abs().max()
+        if (together[name] - weight).abs().max() > bound:
+            raise _refuse(whole, "its parts together are not one adapter of the whole")
+
+
+def _examples(whole: Cut, values: Mapping[str, Any]) -> Tensors:
+    """The weight and the bias of a site, random unless their values are given."""
+    generator = torch.Generator().manual_seed(0)
+    facts = whole.placed.facts
+    shapes = {"W": (facts["out"], facts["in"]), "b": (facts["out"],)}
+    return {
+        name: values.get(name, torch.randn(shape, generator=generator)).double().cpu()
+        for name, shape in shapes.items()
+        if name in whole.site.nodes
+    }
+
+
+def _folded(cut: Cut, weights: Tensors, tensors: Mapping[str, torch.Tensor]) -> Tensors:
+    """What a cut makes of the weights that are there, with these values of its parameters."""
+    given = {name: tensor.double().cpu() for name, tensor in tensors.items()}
+    absent = dict.fromkeys(cut.rule.kind.weights, 0.0)
+    changed = fold(cut.rule, {**cut.numbers, **absent, **weights, **given})
+    return {name: value for name, value in changed.items() if name in weights}
 
 
 def _needed(rule: Rule) -> set[str]:

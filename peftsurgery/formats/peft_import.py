@@ -15,12 +15,13 @@ import torch
 
 from ..anatomy import Placed, survey
 from ..capture import GraphModel
+from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, did_you_mean
 from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select, shape_of
 from ..surgery import Cut, Operation
-from .peft_config import FORMAT, AdapterConfig, all_suffixes
+from .peft_config import FORMAT, AdapterConfig, all_suffixes, listings
 from .peft_names import Names, sort_keys
-from .peft_targets import check_targets, ends, grouped
+from .peft_targets import check_listed, check_targets, ends, grouped
 
 # Heads that peft adds to modules_to_save by itself, whichever of them a model has.
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -53,7 +54,7 @@ class _Option:
         facts = (self.rule.where.facts or {}).items()
         return (
             self.rule.kind.name == placed.kind
-            and set(self.rule.checkpoint.get(FORMAT, {}).values()) == set(suffixes)
+            and set(self.rule.suffixes(FORMAT).values()) == set(suffixes)
             and all(placed.facts.get(name) == value for name, value in facts)
         )
 
@@ -81,8 +82,10 @@ class Importer:
         check_targets(self.config, self.model, self.names.added)
         self.config.check_patterns(self.names.added)
         groups: dict[tuple[Any, ...], tuple[list[_Option], list[Placed]]] = {}
+        chosen = {module: self.fitting(site, module) for module, site in placed.items()}
+        self.check_lists(chosen)
         for module, site in placed.items():
-            options = self.fitting(site, module)
+            options = chosen[module]
             settings = self.config.settings(options[0].file, module)
             key = (options[0].file.name, id(options[0].rule), tuple(settings.items()))
             groups.setdefault(key, (options, []))[1].append(site)
@@ -113,12 +116,13 @@ class Importer:
             raise SurgeryError("PSG507", f"'{module}' {odd}", "the adapter is no change of weights")
         fitting = [option for option in self.options if option.fits(site, suffixes)]
         if fitting:
-            return fitting
+            # rules of one method may have the same suffix: then the shapes tell them apart
+            return [option for option in fitting if self.has_shape(option, site)] or fitting
         wanted = {
             suffix
             for option in self.options
             if option.rule.kind.name == site.kind
-            for suffix in option.rule.checkpoint.get(FORMAT, {}).values()
+            for suffix in option.rule.suffixes(FORMAT).values()
         }
         missing, key = sorted(wanted - set(suffixes)), next(iter(suffixes.values()))
         if missing:
@@ -126,6 +130,24 @@ class Importer:
         more = ", ".join(sorted(set(suffixes) - wanted)) or "such tensors"
         message = f"no shipped rule of this adapter's method has {more} at a site of this kind"
         raise SurgeryError("PSG507", f"'{key}' is at a {site.kind}: {message}")
+
+    def has_shape(self, option: _Option, site: Placed) -> bool:
+        """Whether the tensors at a site have the shapes that a rule's parameters have there."""
+        settings = self.config.settings(option.file, site.module)
+        operation = Operation(option.file, resolve_settings(option.file, settings), self.name)
+        cut = Cut(operation, option.rule, site)
+        keys = self.names.added[site.module]
+        return all(
+            tuple(self.tensors[keys[suffix]].shape)
+            == shape_of(option.rule.params[param], option.rule, cut.numbers)
+            for param, suffix in option.rule.suffixes(FORMAT).items()
+        )
+
+    def check_lists(self, chosen: Mapping[str, list[_Option]]) -> None:
+        """Refuse a config whose lists of modules contradict the tensors. PSG508."""
+        for key in listings(self.config.files):
+            listed = [m for m, options in chosen.items() if options[0].rule.listing(FORMAT) == key]
+            check_listed(self.config, key, listed, chosen)
 
     def add_operation(self, plan: Plan, options: list[_Option], sites: Sequence[Placed]) -> None:
         """One operation for sites with the same rule and settings."""
@@ -141,7 +163,7 @@ class Importer:
         for site in sites:
             cut = Cut(operation, rule, site)
             keys = self.names.added[site.module]
-            for param, suffix in rule.checkpoint[FORMAT].items():
+            for param, suffix in rule.suffixes(FORMAT).items():
                 shape = shape_of(rule.params[param], rule, cut.numbers)
                 value = self.shaped(keys[suffix], shape, site.module)
                 plan.known[cut.parameters[param]] = value
@@ -193,12 +215,17 @@ class Importer:
         """An operation that trains parameters of the model, with the adapter's values for them."""
         read = {s.parameter for s in self.sites if s.kind == "parameter"}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        aliases = tensor_names(self.model)
+        paths: dict[str, None] = {}
         for name in names:
-            if name not in parameters or name not in read:
+            # a tied parameter goes by the name that the graph reads it by
+            path = next((a for a in (name, *aliases.get(name, ())) if a in read), None)
+            if path is None or name not in parameters:
                 raise self.homeless(name)
             value = self.shaped(self.names.own[name], tuple(parameters[name].shape), name)
-            plan.known[name] = value.to(parameters[name].dtype)
-        rule = Rule(match="parameter", where=Where(paths=tuple(names)), train=True)
+            plan.known[path] = value.to(parameters[name].dtype)
+            paths[path] = None
+        rule = Rule(match="parameter", where=Where(paths=tuple(paths)), train=True)
         about = "Parameters of the model that came with a peft adapter."
         file = RuleFile(name=group, about=about, rules=(rule,))
         plan.operations.append(Operation(file, {}, self.name))
@@ -239,7 +266,8 @@ def _best(
 ) -> _Option:
     """Of rules that do the same, the one that would choose these very modules, or the first."""
     for option in options:
-        chosen = select(sites, option.rule, settings, option.file.roles).kept
+        given = resolve_settings(option.file, settings)
+        chosen = select(sites, option.rule, given, option.file.roles).kept
         if {site.module for site in chosen} == wanted:
             return option
     return options[0]

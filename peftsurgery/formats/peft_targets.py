@@ -127,6 +127,42 @@ def linears(model: nn.Module, but: Iterable[str] = ()) -> set[str]:
     }
 
 
+def check_listed(
+    config: AdapterConfig, key: str, listed: Collection[str], covered: Collection[str]
+) -> None:
+    """Refuse a list of modules that is not the one the tensors' shapes tell of. PSG508.
+
+    ``listed`` are the adapted modules that the list should mean, ``covered`` all of them.
+    """
+    value = config.values.get(key)
+    if value is None:
+        return  # peft looks it up by the model's type; the tensors are all there is to go by
+    wanted = value if isinstance(value, str) else config.names(key)
+    meant = {module for module in covered if _is_listed(wanted, module)}
+    for module in sorted(meant ^ set(listed)):
+        verb = "does not mean" if module in listed else "means"
+        message = f"{key} {verb} '{module}', and the shape of its tensor tells otherwise"
+        raise SurgeryError("PSG508", message, f"correct {key}")
+
+
+def _is_listed(wanted: list[str] | str, module: str) -> bool:
+    """Whether such a list means an adapted module: peft looks at endings, dot or no dot."""
+    if isinstance(wanted, str):
+        return full_match(wanted)(module)
+    return any(module.endswith(name) for name in wanted)
+
+
+def say_listed(
+    paths: Collection[str], adapted: Collection[str], targets: list[str] | str
+) -> list[str] | str:
+    """A list that means these of the adapted modules; a part of ``target_modules`` if it can be."""
+    if isinstance(targets, list):
+        names = [name for name in targets if any(ends(path, name) for path in paths)]
+        if {module for module in adapted if _is_listed(names, module)} == set(paths):
+            return names
+    return "|".join(re.escape(path) for path in sorted(paths))
+
+
 def say_targets(paths: Collection[str], modules: Collection[str]) -> list[str] | str:
     """A ``target_modules`` that means exactly these paths among a model's modules.
 

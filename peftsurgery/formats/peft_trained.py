@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from ..capture.tensors import tensor_names
 from ..errors import SurgeryError
 from ..surgery import OperatedModel
 from .peft_names import own_key
@@ -27,20 +28,26 @@ class Trained:
 
 
 def say_trained(
-    model: OperatedModel, trained: Collection[str], adapted: Collection[str]
+    model: OperatedModel, trained: Collection[str], adapted: Collection[str], has_bias: bool = True
 ) -> Trained:
     """How peft says that these parameters are trained. PSG510 if it cannot.
 
     ``adapted`` are the modules that carry adapters; peft cannot save such a module whole.
+    ``has_bias`` says whether the method's config has a ``bias``.
     """
     base = model.source.module
-    biases = {name for name, _ in base.named_parameters() if name.endswith(".bias")}
+    aliases = tensor_names(base)
+    biases = {
+        next((alias for alias in aliases[name] if alias in trained), name)
+        for name, _ in base.named_parameters()
+        if name.endswith(".bias")
+    }
     choices = {
         "all": biases,
         "lora_only": {name for name in biases if name.rpartition(".")[0] in set(adapted)},
         "none": set[str](),
     }
-    for word, meant in choices.items():
+    for word, meant in choices.items() if has_bias else [("none", set[str]())]:
         rest = {name.rpartition(".")[0] for name in set(trained) - meant}
         fits = meant <= set(trained) and (meant or word == "none")
         if fits and (word == "none" or not any(_holds(module, adapted) for module in rest)):

@@ -24,6 +24,9 @@ class Clause:
     reason: Callable[[Located], str]
 
 
+# The key of the clause for `role: []`: a setting left the rule out, and nothing is to be matched.
+NOBODY = "nobody"
+
 _SHAPES: Mapping[str, tuple[str, ...]] = {
     "linear": ("out", "in"),
     "experts": ("experts", "out", "in"),
@@ -46,7 +49,9 @@ def address(site: Located) -> str:
 
 
 def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
-    if where.role is not None:
+    if where.role is not None and not where.role:
+        yield Clause(NOBODY, "no role is asked for", lambda s: False, lambda s: "no role is asked for")
+    elif where.role is not None:
         for name in where.role:
             roles.check(name, place_of(name))
         yield _choice("role", where.role, lambda site: roles.of(site), glob=True)
@@ -59,6 +64,8 @@ def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
         yield _layers(where.layers)
     if where.shape is not None:
         yield _shape(where.shape)
+    if where.matched is not None:
+        yield _matched(where.matched, roles)
     for name, value in (where.facts or {}).items():
         yield _fact(name, value)
     yield from _combined(where, roles)
@@ -144,6 +151,17 @@ def weight_shape(site: Located) -> list[int] | None:
     if site.kind == "conv":
         return [facts["out"], facts["in"] // facts["groups"], *facts["kernel"]]
     return [int(facts[size]) for size in sizes]
+
+
+def _matched(names: Iterable[str], roles: Roles) -> Clause:
+    modules = frozenset().union(*(roles.cut_by(name, place_of(name)) for name in names))
+    shown = " or ".join(names)
+    return Clause(
+        "matched",
+        f"matched: {shown}",
+        lambda site: site.module in modules,
+        lambda site: f"{shown} did not cut '{site.module}'",
+    )
 
 
 def _fact(name: str, value: Any) -> Clause:

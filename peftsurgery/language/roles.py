@@ -8,7 +8,7 @@ have any number of those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
@@ -45,20 +45,34 @@ def role(name: str) -> Callable[[Function], Function]:
 
 @dataclass(frozen=True)
 class Roles:
-    """The roles that a selection knows: those of the sites, and users' predicates by name."""
+    """The roles that a selection knows: those of the sites, and users' predicates by name.
+
+    ``matched`` says where earlier rules cut: the paths of modules, by the adapter's name and by
+    the rule file's.
+    """
 
     found: frozenset[str]
     predicates: Mapping[str, Predicate] = field(default_factory=dict)
+    matched: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @staticmethod
-    def among(sites: Iterable[Located]) -> Roles:
+    def among(
+        sites: Iterable[Located], matched: Mapping[str, frozenset[str]] | None = None
+    ) -> Roles:
         """The roles of ``sites`` and all that are registered."""
         found = {str(site.role) for site in sites if site.role is not None}
-        return Roles(frozenset(found), dict(_registered))
+        return Roles(frozenset(found), dict(_registered), matched or {})
 
     def extended(self, name: str, predicate: Predicate) -> Roles:
         """These and one more."""
-        return Roles(self.found, {**self.predicates, name: predicate})
+        return replace(self, predicates={**self.predicates, name: predicate})
+
+    def cut_by(self, name: str, where: str | None = None) -> frozenset[str]:
+        """The modules that an earlier adapter or rule cut (PSG145 if there is none such)."""
+        if name not in self.matched:
+            hint = did_you_mean(name, self.matched) if self.matched else "apply it first"
+            raise SurgeryError("PSG145", f"no rule '{name}' was applied before", hint, where)
+        return self.matched[name]
 
     @property
     def known(self) -> frozenset[str]:

@@ -46,6 +46,9 @@ ExpressionField = Annotated[
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
 Setting = Scalar | list[Scalar]
 
+MODULES = "modules"
+"""What a rule's `checkpoint` calls the config key that lists the rule's modules."""
+
 
 class Pattern(Strict):
     """A sub-graph to match: an expression of operators with free names."""
@@ -150,7 +153,8 @@ class Rule(Strict):
     ranks: Ranks | None = None
     """What a rank allocator may take away while training, and when."""
     checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)
-    """For each file format, the key suffix of each parameter."""
+    """For each file format, the key suffix of each parameter; and under `modules`, the config key
+    that lists the modules of this rule, if the format has one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -174,6 +178,15 @@ class Rule(Strict):
         if isinstance(self.match, Pattern):
             return pattern_kind(tuple(self.match.pattern.names))
         return KINDS[self.match]
+
+    def suffixes(self, format_name: str) -> dict[str, str]:
+        """The key suffix of each parameter in a file format; none if the format has no form."""
+        table = self.checkpoint.get(format_name, {})
+        return {name: suffix for name, suffix in table.items() if name in self.params}
+
+    def listing(self, format_name: str) -> str | None:
+        """The config key of a file format that lists the modules of this rule."""
+        return None if MODULES in self.params else self.checkpoint.get(format_name, {}).get(MODULES)
 
     @property
     def pattern(self) -> Expression | None:

@@ -13,7 +13,14 @@ from functools import cached_property
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.clauses import Clause, address, compile_where, failures, passes
+from peftsurgery.language.clauses import (
+    NOBODY,
+    Clause,
+    address,
+    compile_where,
+    failures,
+    passes,
+)
 from peftsurgery.language.located import Located
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.schema import Rule
@@ -80,7 +87,8 @@ class Selection:
 
     def check(self) -> None:
         """Refuse a selection that is not what the rule expects: PSG301 or PSG302."""
-        complaint = self._complaint()
+        is_left_out = any(clause.key == NOBODY for clause in self.clauses)
+        complaint = None if is_left_out else self._complaint()
         if complaint is not None:
             code = "PSG302" if self.kept else "PSG301"
             raise SurgeryError(code, f"{self.name}: {complaint}", self.trail())
@@ -136,15 +144,17 @@ def select(
     settings: Mapping[str, Any] | None = None,
     roles: Mapping[str, Where] | None = None,
     name: str = "the rule",
+    matched: Mapping[str, frozenset[str]] | None = None,
 ) -> Selection:
     """Choose among the placed sites of a model.
 
-    ``roles`` are those that the rule file defines; each may use the ones before it. Raises PSG142
-    for a role and PSG303 for a path that does not exist; what the rule expects is for
+    ``roles`` are those that the rule file defines; each may use the ones before it. ``matched`` are
+    the modules that earlier rules cut, by name. Raises PSG142 for a role, PSG145 for an earlier
+    rule and PSG303 for a path that does not exist; what the rule expects is for
     :meth:`Selection.check` to say.
     """
     placed, values = tuple(sites), settings or {}
-    known = Roles.among(placed)
+    known = Roles.among(placed, matched)
     for word, where in (roles or {}).items():
         known = _define(known, word, where.bind(values))
     where = rule.where.bind(values)

@@ -60,7 +60,7 @@ class Where(Strict):
     noun: ClassVar[str] = "where"
 
     role: Names | None = None
-    """One of these roles; a * stands for any text (attn.*)."""
+    """One of these roles; a * stands for any text (attn.*). An empty list leaves the rule out."""
     path: Word | None = None
     """A regular expression that the whole path of the module matches."""
     paths: Names | None = None
@@ -81,6 +81,8 @@ class Where(Strict):
     """The shape of the weight; null stands for any size."""
     dtype: Names | None = None
     """The dtype of the weight: float32, bfloat16, ..."""
+    matched: Names | None = None
+    """The module is one that an earlier adapter or rule file of one of these names cut."""
     facts: dict[Word, Fact] | None = None
     """Other facts of the site by name: {causal: true, heads: 12}."""
     all: tuple[Where, ...] | None = None
@@ -95,8 +97,11 @@ class Where(Strict):
     """A site whose value reaches this one satisfies these clauses."""
 
     def bind(self, settings: Mapping[str, Any]) -> Where:
-        """The same clauses with every ``$setting`` replaced by its value."""
-        return Where.model_validate(_substitute(self.given(), settings))
+        """The same clauses with every ``$setting`` replaced by its value.
+
+        A clause whose setting is null is left out.
+        """
+        return Where.model_validate(_substitute(self, settings))
 
     def given(self) -> dict[str, Any]:
         """The clauses that were written, by their names in YAML."""
@@ -111,12 +116,16 @@ class Where(Strict):
 
 def _substitute(value: Any, settings: Mapping[str, Any]) -> Any:
     if isinstance(value, Where):
-        return _substitute(value.given(), settings)
+        clauses = _substitute(value.given(), settings)
+        return {key: clause for key, clause in clauses.items() if clause is not None}
     if isinstance(value, Mapping):
         return {key: _substitute(item, settings) for key, item in value.items()}
     if isinstance(value, list | tuple):
         items = [(_substitute(item, settings), isinstance(item, str)) for item in value]
-        return [part for item, spread in items for part in _parts(item, spread)]
+        given = [(item, spread) for item, spread in items if not (spread and item is None)]
+        if items and not given:
+            return None  # nothing but settings that are null
+        return [part for item, spread in given for part in _parts(item, spread)]
     if isinstance(value, str) and "$" in value:
         whole = _SETTING.fullmatch(value)
         if whole and whole[1] in settings:

@@ -52,6 +52,7 @@ def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
             continue  # a layer that is called twice has one weight
         done.add(key)
         _fold_cut(model, cut, weights, original, working)
+    working |= {alias: value for name, value in working.items() for alias in model.unread(name)}
     return {name: _round(name, value, original[name]) for name, value in working.items()}
 
 
@@ -130,12 +131,17 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
         else:
             memo.setdefault(id(tensor), mine.clone())
     plain = copy.deepcopy(source, memo)
+    names = tensor_names(source)
+    made: dict[str, nn.Parameter] = {}
     for name, value in changed.items():
         owner, _, leaf = name.rpartition(".")
         part = plain.get_submodule(owner)
         old = part._parameters[leaf]
         trainable = old is None or old.requires_grad
-        part._parameters[leaf] = nn.Parameter(value, requires_grad=trainable)
+        twins = (made[a] for a in names[name] if a in made and torch.equal(made[a], value))
+        twin = next(twins, None)
+        made[name] = nn.Parameter(value, requires_grad=trainable) if twin is None else twin
+        part._parameters[leaf] = made[name]
     _untie(source, plain, changed)
     return plain
 

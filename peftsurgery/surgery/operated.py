@@ -138,7 +138,7 @@ class OperatedModel(Switchable):
             cuts: list[Cut] = []
             selections: list[Selection] = []
             for operation in self._operations:
-                found, chosen = select_cuts(capture, operation)
+                found, chosen = select_cuts(capture, operation, cuts)
                 cuts += found
                 selections += chosen
             self._selected[id(capture)] = tuple(cuts), tuple(selections)
@@ -264,6 +264,12 @@ class OperatedModel(Switchable):
     def penalty(self) -> torch.Tensor:
         """What the rules add to the loss for their parameters as they are; 0 if nothing."""
         return penalty_of(self)
+
+    def unread(self, name: str) -> list[str]:
+        """The other names of a tied parameter that no graph reads: they go wherever it goes."""
+        sites = self._selections[0].sites if self._selections else ()
+        read = {site.parameter for site in sites if site.kind == "parameter"}
+        return [alias for alias in self._captures.names[name] if alias not in read]
 
     @property
     def active_cuts(self) -> tuple[Cut, ...]:

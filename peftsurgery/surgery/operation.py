@@ -95,8 +95,15 @@ class Cut:
         return {**self.operation.settings, **self.sizes}
 
 
-def select_cuts(capture: Capture, operation: Operation) -> tuple[list[Cut], list[Selection]]:
-    """Where an operation cuts in a capture, and the selections that say so."""
+def select_cuts(
+    capture: Capture, operation: Operation, before: Iterable[Cut] = ()
+) -> tuple[list[Cut], list[Selection]]:
+    """Where an operation cuts in a capture, and the selections that say so.
+
+    ``before`` are the cuts of the operations that come first; the rules of a file know each other's
+    too.
+    """
+    earlier = list(before)
     sites = survey(capture)
     cuts, selections = [], []
     for number, rule in enumerate(operation.file.rules):
@@ -104,10 +111,20 @@ def select_cuts(capture: Capture, operation: Operation) -> tuple[list[Cut], list
             f"{operation.name}.rules[{number}]" if len(operation.file.rules) > 1 else operation.name
         )
         candidates = [*sites, *pattern_sites(sites, rule)] if rule.pattern else sites
-        chosen = select(candidates, rule, operation.settings, operation.file.roles, name)
+        matched = _modules([*earlier, *cuts])
+        chosen = select(candidates, rule, operation.settings, operation.file.roles, name, matched)
         selections.append(chosen)
         cuts += [Cut(operation, rule, placed) for placed in _placed(chosen.kept)]
     return cuts, selections
+
+
+def _modules(cuts: Iterable[Cut]) -> dict[str, frozenset[str]]:
+    """The modules that were cut, by the adapter's name and by the rule file's."""
+    found: dict[str, set[str]] = {}
+    for cut in cuts:
+        for name in (cut.operation.name, cut.operation.file.name):
+            found.setdefault(name, set()).add(cut.placed.module)
+    return {name: frozenset(modules) for name, modules in found.items()}
 
 
 def _placed(sites: Iterable[Any]) -> list[Placed]:
