@@ -44,9 +44,7 @@ def fuse(model: OperatedModel, cuts: Sequence[Cut]) -> tuple[Cut, Tensors]:
     operation = Operation(first.operation.file, settings, first.operation.name)
     cut = Cut(operation, first.rule, whole)
     values = {name: model.weight(cut, name) for name in _needed(first.rule)}
-    tensors = {
-        name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)
-    }
+    tensors = {name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)}
     _check(model, cut, cuts, tensors, values)
     return cut, tensors
 

@@ -50,7 +50,9 @@ def address(site: Located) -> str:
 
 def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
     if where.role is not None and not where.role:
-        yield Clause(NOBODY, "no role is asked for", lambda s: False, lambda s: "no role is asked for")
+        yield Clause(
+            NOBODY, "no role is asked for", lambda s: False, lambda s: "no role is asked for"
+        )
     elif where.role is not None:
         for name in where.role:
             roles.check(name, place_of(name))

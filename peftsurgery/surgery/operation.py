@@ -105,7 +105,8 @@ def select_cuts(
     """
     earlier = list(before)
     sites = survey(capture)
-    cuts, selections = [], []
+    cuts: list[Cut] = []
+    selections: list[Selection] = []
     for number, rule in enumerate(operation.file.rules):
         name = (
             f"{operation.name}.rules[{number}]" if len(operation.file.rules) > 1 else operation.name

@@ -23,8 +23,14 @@ from tests.parity.models import base, batch, captured, randomise
 from tests.parity.training import both_train, logits
 
 PAPER: dict[str, dict[str, Any]] = {
-    "llama": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
-    "qwen3": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "llama": {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "qwen3": {
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
     "bert": {
         "target_modules": r".*\.(key|value)|.*\.\d+\.output\.dense",
         "feedforward_modules": r".*\.\d+\.output\.dense",
@@ -109,7 +115,11 @@ def test_the_rule_finds_what_peft_is_told_by_name(name: str, tmp_path: Path) -> 
     ps.to_peft(ours, tmp_path)
     theirs = PeftModel.from_pretrained(base(name), tmp_path).eval()
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-6)
-    wrapped = {n.removeprefix("base_model.model.") for n, m in theirs.named_modules() if hasattr(m, "ia3_l")}
+    wrapped = {
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if hasattr(m, "ia3_l")
+    }
     assert wrapped == {match["module"] for match in ours.report.matches}
     assert ps.eject(ours) is captured(name)
     ours.save(tmp_path / "saved")
@@ -144,4 +154,3 @@ def test_biases_beside_ia3_have_no_form_in_peft(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError) as caught:
         ps.to_peft(both, tmp_path)
     assert caught.value.code == "PSG510"
-
