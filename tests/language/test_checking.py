@@ -41,7 +41,7 @@ def looks(value):
 def test_every_shipped_rule_fits_and_folds_to_what_it_rewrites_if_it_folds(name):
     file = load_rules(name)
     report = check_rules(file)
-    assert not report.unchecked
+    assert not any(file.rules[number - 1].rewrite for number in report.unchecked)
     for check in report.checks:
         folds = bool(file.rules[check.rule - 1].fold)
         assert (check.folded is not None) == folds
