@@ -264,6 +264,11 @@ CODES: dict[str, CodeInfo] = {
         "that to zero in its config, or call eval() on the captured model and train it as it is, "
         "without dropout.",
     ),
+    "PSG214": CodeInfo(
+        "Gradient checkpointing is asked for something it does not do",
+        "Blocks are recomputed without re-entering, on the device they are on. Leave "
+        "`use_reentrant` and `offload` out, or false.",
+    ),
     "PSG301": CodeInfo(
         "A rule matched nothing",
         "No site of the model survived the rule's clauses. The count after each clause and the "

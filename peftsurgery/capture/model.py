@@ -18,13 +18,14 @@ from transformers import PreTrainedModel
 from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
 from .inputs import example_inputs
-from .parts import Block, Part, mirror, own
+from .likeness import Likeness, become_like
+from .parts import Block, mirror, own
 from .signature import Call, bind_call
 from .sources import Source, open_source
 from .tensors import named_tensors
 
 
-class GraphModel(Part):
+class GraphModel(Likeness):
     """The captured model: a top graph and block graphs under the original's names."""
 
     def __init__(
@@ -34,6 +35,7 @@ class GraphModel(Part):
     ) -> None:
         """``parameter`` makes this model's parameters of the source's."""
         super().__init__(captures.infos[""])
+        become_like(self, type(captures.source.module))
         self._captures = captures
         self._served: dict[int, Capture] = {}
         mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
@@ -84,11 +86,6 @@ class GraphModel(Part):
         """Where the model and its weights come from."""
         return self._captures.source
 
-    @property
-    def config(self) -> Any:
-        """The transformers config of the original; AttributeError if it has none."""
-        return self._captures.source.module.config
-
     def transform(self, capture: Capture) -> Capture:
         """A fresh capture as this model runs it; an operated model replays its operations here."""
         return capture
@@ -123,12 +120,6 @@ class GraphModel(Part):
             for name, part, leaf, dtype in self._watched
             if (tensor := getattr(part, leaf)).dtype != dtype and _is_cast(tensor)
         )
-
-    def gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each block's forward in the backward pass instead of keeping activations."""
-        for part in self.modules():
-            if isinstance(part, Block):
-                part.checkpointing = enabled
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self.bind()

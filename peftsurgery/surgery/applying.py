@@ -13,7 +13,7 @@ from torch import nn
 
 from ..capture import GraphModel, capture
 from ..errors import SurgeryError, did_you_mean
-from ..language import Rule, RuleFile, load_rules, resolve_settings
+from ..language import Rule, RuleFile, Where, load_rules, resolve_settings
 from .operated import OperatedModel
 from .operation import Operation
 from .saving import is_surgery, read_active, read_manifest, read_operations, read_tensors
@@ -23,14 +23,21 @@ Rules = RuleFile | Rule | str | Path
 
 
 def apply(
-    model: GraphModel, rules: Rules | Sequence[Rules], name: str | None = None, **settings: Any
+    model: GraphModel,
+    rules: Rules | Sequence[Rules],
+    name: str | None = None,
+    *,
+    train: str | Sequence[str] = (),
+    **settings: Any,
 ) -> OperatedModel:
     """A new model with the rules applied; ``model`` stays as it was, base weights are shared.
 
     ``rules`` are rule files, shipped names, paths or single rules, applied in order. ``settings``
     override those of the rule files; ``name`` is what the adapter is called (the rule file's name
-    unless given). Raises PSG301 or PSG302 if a rule matches nothing or not what it expects, PSG120
-    for a setting no rule has, PSG304 if the name is taken.
+    unless given). ``train`` names modules or parameters of the model, by the ends of their paths,
+    that are trained whole besides, such as a new head; they belong to the last adapter. Raises
+    PSG301 or PSG302 if a rule matches nothing or not what it expects, PSG120 for a setting no rule
+    has, PSG304 if the name is taken.
     """
     if not isinstance(model, GraphModel):
         raise SurgeryError(
@@ -47,6 +54,11 @@ def apply(
         )
         for file in files
     ]
+    parts = [train] if isinstance(train, str) else list(train)
+    if parts:
+        file = _training(parts)
+        owner = operations[-1].name if operations else adapter_name(name or file.name)
+        operations.append(Operation(file, {}, owner))
     return operate(model, operations)
 
 
@@ -139,6 +151,13 @@ def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> N
 def open_model(spec: str) -> GraphModel:
     """What MODEL names on the command line: a saved surgery, or a model to capture."""
     return load(spec) if is_surgery(Path(spec)) else capture(spec)
+
+
+def _training(parts: Sequence[str]) -> RuleFile:
+    """Rules that train parts of the model whole, each known by the end of its path."""
+    paths = [rf"(.*\.)?{re.escape(part)}(\..*)?" for part in parts]
+    rules = [Rule(match="parameter", where=Where(path=path), train=True) for path in paths]
+    return RuleFile(name="trained", about="Parts of the model, trained whole.", rules=tuple(rules))
 
 
 def _rule_file(rules: Any) -> RuleFile:

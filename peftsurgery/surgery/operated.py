@@ -28,6 +28,7 @@ from .report import Report
 from .rewrites import Rewrites
 from .rewriting import check_shapes, orient
 from .saving import save_surgery
+from .states import keep_learnt
 from .switching import Mode, Switchable
 
 
@@ -71,6 +72,7 @@ class OperatedModel(Switchable):
         self._served_by_mode = {self._mode: self._served}
         self.settle(*self._select(self.base_capture))
         self._switch(self._mode_of(self.adapters if active is None else active))
+        keep_learnt(self)
 
     @property
     def base(self) -> GraphModel:

@@ -1,0 +1,37 @@
+"""State dicts of operated models: what was learnt, and the buffers; not the base's parameters.
+
+So a checkpoint of any trainer is small, and whatever shares memory in the base (tied embeddings)
+is no obstacle to writing it. Reading one leaves the base as it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .operated import OperatedModel
+
+
+def keep_learnt(model: OperatedModel) -> None:
+    """Leave the base's parameters out of the model's state dicts, written and read."""
+    model.register_state_dict_post_hook(_leave_out)
+    model.register_load_state_dict_pre_hook(_put_back)
+
+
+def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name in _of_base(module):
+        state.pop(prefix + name, None)
+
+
+def _put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Base parameters that are not there are the model's own: there is nothing to complain of."""
+    for name, parameter in _of_base(module).items():
+        state.setdefault(prefix + name, parameter)
+
+
+def _of_base(module: nn.Module) -> dict[str, nn.Parameter]:
+    learnt = cast("OperatedModel", module).learnt()
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in parameters if name not in learnt}
