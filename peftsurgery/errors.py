@@ -329,6 +329,12 @@ CODES: dict[str, CodeInfo] = {
         "Each has its own copy of a parameter of the model, and a program can read only one of "
         "them. Deactivate one; the rows of a batch may use both.",
     ),
+    "PSG320": CodeInfo(
+        "an attention core cannot be run again with more keys",
+        "A rule that calls attention(...) runs the model's own core with the values it gives. This "
+        "core takes its heads or keys apart on the way, so it is not known what more keys would "
+        "mean. Leave it out with `where:`.",
+    ),
     "PSG321": CodeInfo(
         "there are no ranks to take away",
         "A rule whose ranks a budget can be shared among says so under `ranks:`.",

@@ -6,7 +6,8 @@ A core is a scaled_dot_product_attention call, or a softmax between two products
 
 Whatever the model does between the products (a bias of positions, a cap on the scores) is its own.
 Bindings of an attention site: ``q`` (..., heads, tokens, head_dim), ``k`` and ``v`` (before heads
-shared by several queries are repeated), ``mask`` if there is one, ``o`` what the core returns, and
+shared by several queries are repeated), ``mask`` if there is one (what says which keys are seen,
+without the model's biases where they can be told apart), ``o`` what the core returns, and
 ``q_operand``, ``k_operand``, ``v_operand`` exactly as the core reads them.
 """
 
@@ -112,6 +113,18 @@ def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[C
         k = swapped.all_input_nodes[0] if plain else pair[1]
         mask = _mask(flow, softmax, scores)
         yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax)
+
+
+def visibility(mask: fx.Node) -> fx.Node:
+    """Of a mask that is biases where keys are seen and a number elsewhere, what says where.
+
+    Other masks are what they are: added, or true for keys that are seen.
+    """
+    inner = strip(mask, ("contiguous", "clone", "alias"))
+    if op(inner) != "where":
+        return mask
+    shown, *others = operands(inner)
+    return shown if any(len(shape(other)) > 2 for other in others) else mask
 
 
 def _inputs(flow: Flow, node: fx.Node) -> set[fx.Node]:

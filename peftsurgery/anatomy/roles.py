@@ -14,6 +14,7 @@ from .attention import (
     depends_on_order,
     find_cores,
     projection_out,
+    visibility,
 )
 from .flow import Flow
 from .rows import as_slice
@@ -91,7 +92,8 @@ def _rows(flow: Flow, linear: Site, target: fx.Node) -> set[int]:
 def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
     nodes = {"q": core.q, "k": before_repeat(core.k), "v": before_repeat(core.v), "o": core.o}
     nodes |= {"q_operand": core.q, "k_operand": core.k, "v_operand": core.v}
-    extra = {"mask": core.mask, "scores": core.scores, "softmax": core.softmax}
+    mask = None if core.mask is None else visibility(core.mask)
+    extra = {"mask": mask, "scores": core.scores, "softmax": core.softmax}
     nodes |= {name: node for name, node in extra.items() if node is not None}
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
     facts |= _sizes(flow, core, feeders)

@@ -2,10 +2,10 @@
 
     y = x + h       x the stream, h computed from x through at least one weight or core
 
-Bindings: ``h``, ``x``, ``y``. Where two sublayers run side by side, y = x + (h1 + h2), each has its
-own site with the same x and y. Facts: ``after`` (attention, ffn or other), ``kind`` after attention
-(self or cross), ``norm`` (pre: the sublayer normalises its input; post: the sum is normalised),
-``parallel``.
+Bindings: ``h``, ``x``, ``y``, and ``normed`` where the sum is normalised. Where two sublayers run
+side by side, y = x + (h1 + h2), each has its own site with the same x and y. Facts: ``after``
+(attention, ffn or other), ``kind`` after attention (self or cross), ``norm`` (pre: the sublayer
+normalises its input; post: the sum is normalised), ``parallel``.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ def residual_sites(
                 "width": sizes(join.y)[-1],
             }
             nodes = {"h": leaf, "x": join.x, "y": join.y}
+            if facts["norm"] == "post":
+                nodes["normed"] = next(
+                    y for y, norm in normalised.items() if norm.nodes["x"] is join.y
+                )
             module = last[0].module if last else owner(leaf)
             sites.append(Site("residual", module, None, None, nodes, facts))
     return sites

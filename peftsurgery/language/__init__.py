@@ -5,6 +5,7 @@ from peftsurgery.language.checking import CheckReport, check_rules
 from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
+from peftsurgery.language.functions import site_function
 from peftsurgery.language.initial import INITIALISERS, initial
 from peftsurgery.language.kinds import KINDS, Kind, sizes_of
 from peftsurgery.language.loading import load_rules, parse_rules, shipped
@@ -69,6 +70,7 @@ __all__ = [
     "select",
     "shape_of",
     "shipped",
+    "site_function",
     "sizes_of",
     "standard",
     "weights_read",

@@ -44,9 +44,9 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     _check_targets(rule)
     _check_words(rule.params, {*numbers, *kind.names}, "parameter")
     _check_words(rule.let, {*numbers, *kind.names, *params}, "let")
-    everything = {*numbers, *kind.names, *params}
+    everything, calls = {*numbers, *kind.names, *params}, {*OPERATORS, *kind.functions}
     for name, expression in rule.let.items():
-        _check(expression, everything)
+        _check(expression, everything, calls)
         everything.add(name)
     sizes = within(rule.let, {*numbers, *kind.sizes})
     known = {*numbers, *kind.sizes, *_foldable(rule)}
@@ -57,7 +57,7 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         _check(param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS})
         known.add(name)
     for expression in rule.rewrite.values():
-        _check(expression, everything)
+        _check(expression, everything, calls)
     for expression in (*rule.fold.values(), *rule.penalty.values()):
         _check(expression, within(rule.let, known))
     if rule.ranks is not None:

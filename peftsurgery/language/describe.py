@@ -58,11 +58,12 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
         yield f"   adds {name} [{shape}], initially {param.init}{kept}"
     if rule.params:
         yield f"   parameters at each site: {parameter_count(rule)}"
+    functions = rule.kind.functions
     scalars = within(rule.let, {*settings, *rule.kind.sizes})
     for name, expression in rule.let.items():
-        yield f"   with {name} = {maths(expression, settings, scalars)}"
+        yield f"   with {name} = {maths(expression, settings, scalars, functions)}"
     for name, expression in rule.rewrite.items():
-        yield f"   {name} ← {maths(expression, settings, scalars)}"
+        yield f"   {name} ← {maths(expression, settings, scalars, functions)}"
     for name, expression in rule.fold.items():
         yield f"   folds into {name} ← {maths(expression, settings, scalars)}"
     for name, expression in rule.penalty.items():

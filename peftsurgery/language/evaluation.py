@@ -11,7 +11,7 @@ import ast
 import math
 import operator as python
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,11 +52,13 @@ class Context:
     """What a reading adds to the bindings.
 
     ``training`` is what stochastic operators read: a bool, or the proxy of a graph's value.
-    ``call`` applies an operator; the symbolic reading prints instead of computing.
+    ``call`` applies an operator; the symbolic reading prints instead of computing. ``functions``
+    are what the rule's site lets it call, where they differ from their plain definitions.
     """
 
     training: Any = False
     call: Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any] = call_function
+    functions: Mapping[str, Operator] = field(default_factory=dict)
 
 
 PLAIN = Context()

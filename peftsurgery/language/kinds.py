@@ -7,13 +7,19 @@ numbers known before the model runs. ``result`` is the value that a plain ``rewr
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from peftsurgery.language.functions import ATTENTION, RESIDUAL
+from peftsurgery.language.operators import Operator
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of site, seen from the language: the names it binds."""
+    """One kind of site, seen from the language: the names it binds, and what it lets rules call.
+
+    ``optional`` values are None where a site has none.
+    """
 
     name: str
     doc: str
@@ -21,6 +27,8 @@ class Kind:
     weights: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     result: str | None = None
+    optional: tuple[str, ...] = ()
+    functions: Mapping[str, Operator] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def names(self) -> frozenset[str]:
@@ -72,6 +80,8 @@ KINDS: Mapping[str, Kind] = {
             (),
             ("heads", "kv_heads", "head_dim"),
             "o",
+            ("mask",),
+            ATTENTION,
         ),
         Kind(
             "residual",
@@ -80,6 +90,7 @@ KINDS: Mapping[str, Kind] = {
             (),
             ("hidden",),
             "h",
+            functions=RESIDUAL,
         ),
         Kind("norm", "a normalisation of x to y", ("x", "y"), ("W", "b"), ("hidden",), "y"),
         Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from peftsurgery.language.evaluation import Context, evaluate
@@ -118,11 +119,12 @@ def maths(
     expression: Expression,
     settings: Mapping[str, Any] | None = None,
     scalars: Iterable[str] = (),
+    functions: Mapping[str, Operator] = MappingProxyType({}),
 ) -> str:
     """The expression as maths.
 
     ``settings`` decide any ``if``; they and the names in ``scalars`` are numbers, everything else
-    is a tensor.
+    is a tensor. ``functions`` may be called beside the operators.
     """
     known, numbers = settings or {}, set(scalars)
     env = {
@@ -131,7 +133,8 @@ def maths(
         )
         for name in expression.names
     }
-    return str(symbol(evaluate(expression, env, OPERATORS, Context(call=print_call))))
+    operators = {**OPERATORS, **functions}
+    return str(symbol(evaluate(expression, env, operators, Context(call=print_call))))
 
 
 def print_call(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:

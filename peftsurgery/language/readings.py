@@ -18,7 +18,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language.evaluation import PLAIN, Context, evaluate
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
-from peftsurgery.language.operators import OPERATORS
+from peftsurgery.language.operators import OPERATORS, Operator
 from peftsurgery.language.schema import Param, Rule
 
 MAX_ELEMENTS = 2**33
@@ -28,14 +28,19 @@ class Environment(Mapping[str, Any]):
     """Bindings, and ``let`` names that are computed when first read."""
 
     def __init__(
-        self, given: Mapping[str, Any], let: Mapping[str, Expression], context: Context = PLAIN
+        self,
+        given: Mapping[str, Any],
+        let: Mapping[str, Expression],
+        context: Context = PLAIN,
+        operators: Mapping[str, Operator] = OPERATORS,
     ) -> None:
         self._values, self._let, self._context = dict(given), let, context
+        self._operators = operators
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._values:
             expression = self._let[name]
-            self._values[name] = evaluate(expression, self, OPERATORS, self._context)
+            self._values[name] = evaluate(expression, self, self._operators, self._context)
         return self._values[name]
 
     def bind(self, name: str, value: Any) -> None:
@@ -57,8 +62,9 @@ def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dic
 
     ``env`` binds values, weights (``b`` is 0.0 where there is none), sizes, settings, parameters.
     """
-    names = Environment(env, rule.let, context)
-    return {k: evaluate(e, names, OPERATORS, context) for k, e in rule.rewrite.items()}
+    operators = {**OPERATORS, **rule.kind.functions, **context.functions}
+    names = Environment(env, rule.let, context, operators)
+    return {k: evaluate(e, names, operators, context) for k, e in rule.rewrite.items()}
 
 
 def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,20 +127,21 @@ def _norm(env: Mapping[str, Any]) -> Tensor:
 
 
 def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
-    for heads, kv_heads, width in ((4, 4, 8), (4, 2, 6)):
+    for heads, kv_heads, width, masked in ((4, 4, 8, False), (4, 2, 6, True)):
         queries = _random(generator, 2, heads, 5, width)
         keys = _random(generator, 2, kv_heads, 5, width)
         given = {
             "q": queries,
             "k": keys,
             "v": _random(generator, 2, kv_heads, 5, width),
-            "mask": None,
+            "mask": _random(generator, 2, 1, 5, 5) if masked else None,
             "o": torch.zeros_like(queries),
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": width,
         }
-        yield Specimen(f"{heads} heads, {kv_heads} kv heads", given, None)
+        title = f"{heads} heads, {kv_heads} kv heads, {'a' if masked else 'no'} mask"
+        yield Specimen(title, given, None)
 
 
 def _residuals(generator: torch.Generator) -> Iterator[Specimen]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..anatomy import Site
@@ -19,7 +20,9 @@ from ..capture import Program
 from ..capture.stack import inherit
 from ..errors import SurgeryError
 from ..language import Context, fold, rewrite, shape_of
+from .layout import as_held, as_seen
 from .operation import Cut
+from .replay import Replay
 
 
 class Rewriter:
@@ -37,6 +40,8 @@ class Rewriter:
         # The folded weight so far, by the weight's node and the site's result: a later cut at the
         # same place sees what earlier ones made of it.
         self.weights: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+        self.masks: dict[fx.Node, fx.Proxy] = {}
+        self.retired: set[fx.Node] = set()
 
     def sew(self, cut: Cut) -> None:
         """Insert one cut: what it does to the site's inputs first, then to its result."""
@@ -51,16 +56,18 @@ class Rewriter:
         is_result = name == cut.rule.kind.result
         users = [] if is_result else self.between(old, self.result(cut))
         rule = cut.rule.model_copy(update={"rewrite": {name: cut.rule.rewrite[name]}})
-        before = set(self.graph.nodes)
+        before, place = set(self.graph.nodes), old.next if is_result else users[0]
         # fx inserts "after" in reverse order, so new nodes go before what comes next
-        with self.graph.inserting_before(old.next if is_result else users[0]):
-            bindings = self.bindings(cut)
+        with self.graph.inserting_before(place):
+            replay = self.replay(cut, place)
+            bindings = self.bindings(cut, replay)
             # first, since a later cut is inserted right after the new value
             folded = self.folded(cut, bindings) if is_last else {}
             owner = cut.place if cut.rule.params else cut.site.module
             flag = self.graph.create_node("get_attr", join(owner, "training"))
-            context = Context(training=fx.Proxy(flag, self.tracer))
-            new = self.finish(cut, name, rewrite(rule, bindings, context)[name])
+            context = Context(fx.Proxy(flag, self.tracer), functions=replay.functions)
+            value = rewrite(rule, bindings, context)[name]
+            new = self.finish(cut, name, value)
         inserted = {node for node in self.graph.nodes if node not in before}
         for node in inserted:
             inherit(node, old)
@@ -71,6 +78,38 @@ class Rewriter:
         for user in users:
             user.replace_input_with(old, new)
         self.weights.update(folded)
+        self.retire(cut, replay, value)
+
+    def replay(self, cut: Cut, place: fx.Node) -> Replay:
+        """The site's functions over proxies, for nodes that are inserted before ``place``."""
+        late = set[fx.Node]()
+        node = place
+        while node.op != "root":
+            late.add(node)
+            node = node.next
+
+        def early(node: fx.Node) -> fx.Node:
+            """What stands for a node, computed again if that is too late."""
+            return self.graph.node_copy(node, early) if node in late else node
+
+        def outside(original: fx.Node) -> fx.Proxy:
+            return fx.Proxy(early(self.node(original)), self.tracer)
+
+        mask = self.masks.get(self.result(cut)) if cut.rule.kind.functions else None
+        return Replay(cut.site, outside, compute_dtype(cut), mask)
+
+    def retire(self, cut: Cut, replay: Replay, value: Any) -> None:
+        """If the new value is the core run again, later cuts find there what it was given."""
+        if replay.result is None:
+            return
+        self.retired.update(self.copies[node] for node in replay.region.nodes)
+        if value is not replay.result:
+            return
+        for node, given in replay.given.items():
+            if node in self.copies:
+                self.latest[self.copies[node]] = given.node
+            else:
+                self.masks[self.result(cut)] = given
 
     def result(self, cut: Cut) -> fx.Node:
         """The node of the graph that computes the site's result."""
@@ -91,7 +130,7 @@ class Rewriter:
         copy = self.copies[original]
         return self.latest.get(copy, copy)
 
-    def bindings(self, cut: Cut) -> dict[str, Any]:
+    def bindings(self, cut: Cut, replay: Replay) -> dict[str, Any]:
         """The rule's names: values, weights and parameters as proxies, sizes and settings plain."""
         site, kind = cut.site, cut.rule.kind
         dtype = compute_dtype(cut)
@@ -101,7 +140,10 @@ class Rewriter:
                 value = fx.Proxy(self.node(site.nodes[name]), self.tracer)
                 if site.slice is not None and name == kind.result:
                     value = site.slice.take(value, -1)
+                value = as_seen(site, name, value)
                 bound[name] = _cast(value, _dtype(site.nodes[name]), dtype)
+            elif name in kind.optional:
+                bound[name] = replay.mask()
         for name in kind.weights:
             bound[name] = self.weight(cut, name, dtype)
         for name, param in cut.rule.params.items():
@@ -148,7 +190,7 @@ class Rewriter:
                 "PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}"
             )
         original = cut.site.nodes[name]
-        value = _cast(value, compute_dtype(cut), _dtype(original))
+        value = as_held(cut.site, name, _cast(value, compute_dtype(cut), _dtype(original)))
         if name in cut.rule.kind.weights:
             value = disorient(self.stored(cut, name), cut.site, name, value)
         elif cut.site.slice is not None and name == cut.rule.kind.result:
@@ -158,9 +200,9 @@ class Rewriter:
         return value.node
 
     def drop_unused(self) -> None:
-        """Remove inserted nodes that nothing uses: bindings that an expression did not read."""
+        """Remove what nothing uses: bindings that were not read, cores that were run again."""
         for node in reversed(self.graph.nodes):
-            if "surgery" in node.meta and not node.users:
+            if ("surgery" in node.meta or node in self.retired) and not node.users:
                 self.graph.erase_node(node)
 
 
@@ -222,7 +264,7 @@ def check_shapes(cut: Cut) -> None:
                 "leave such sites out with `where:`",
             )
     for name, value in fake_rewrite(cut).items():
-        expected = _fake(cut, name)
+        expected = as_seen(cut.site, name, _fake(cut, name))
         if tuple(value.shape) != tuple(expected.shape):
             raise SurgeryError(
                 "PSG306",
@@ -238,21 +280,25 @@ def fake_rewrite(cut: Cut) -> dict[str, Any]:
     if mode is None:
         return {}
     dtype = compute_dtype(cut)
-    with mode:
+    with mode, enable_python_dispatcher():  # which operators of symbolic sizes go through
         bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
+        replay = Replay(cut.site, _value, dtype)
+        bound |= {name: replay.mask() for name in cut.rule.kind.optional}
         for name, node in cut.site.nodes.items():
             value = node.meta["val"]
             if name in cut.rule.kind.weights:
                 value = orient(value, cut.site, name)
             elif name == cut.rule.kind.result:
                 value = _fake(cut, name)
+            value = as_seen(cut.site, name, value)
             bound[name] = value.to(dtype) if _is_float(node) else value
         for name, param in cut.rule.params.items():
             shape = shape_of(param, cut.rule, cut.numbers)
             bound[name] = torch.empty(shape, dtype=dtype, device=_device(fakes))
+        context = Context(functions=replay.functions)
         return {
             name: value
-            for name, value in rewrite(cut.rule, bound).items()
+            for name, value in rewrite(cut.rule, bound, context).items()
             if isinstance(value, torch.Tensor)
         }
 
@@ -262,6 +308,12 @@ def _fake(cut: Cut, name: str) -> Any:
     if cut.site.slice is not None and name == cut.rule.kind.result:
         return cut.site.slice.take(value, -1)
     return value
+
+
+def _value(node: fx.Node) -> Any:
+    """The fake value of a node; a flag of the mode, or a rate that depends on it, is off."""
+    value = node.meta.get("val")
+    return 0 if value is None else value
 
 
 def _device(fakes: Iterable[Any]) -> torch.device:

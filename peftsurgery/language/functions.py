@@ -1,0 +1,74 @@
+"""Site functions: what a rule may call at sites of one kind, beside the operators.
+
+A site can run again what the model itself does there, with other values going in: an attention core
+its scores, biases, softmax and dropout, a residual addition the norm that follows it. Surgery
+replays the site's own nodes. The plain definitions here are what `peftsurgery rules check` computes
+with, where there is no model.
+
+At an attention site every value has one layout, whatever the model's: q is (batch, heads, tokens,
+head_dim), k and v are (batch, kv_heads, tokens, head_dim).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftsurgery.language.operators import Operator
+
+KEYS = 2
+"""The dimension of tokens in the layout of an attention site's values."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    """What the core gives for these queries, keys, values and mask.
+
+    The model's own scores, biases, caps, softmax and dropout; None leaves the mask as it is. Keys
+    may be more than there were: what the core adds to the scores by itself is 0 for those on the
+    left.
+    """
+    repeats = q.shape[1] // k.shape[1]
+    keys, values = (x.repeat_interleave(repeats, 1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+
+
+def concat(a: Tensor, b: Tensor) -> Tensor:
+    """The tokens of a before those of b, for every sequence of b's batch."""
+    return torch.cat((a.expand(b.shape[0], -1, -1, -1), b), KEYS)
+
+
+def tokens(P: Tensor) -> Tensor:
+    """Keys or values that are no token's: P is (length, kv_heads, head_dim)."""
+    return P.transpose(0, 1).unsqueeze(0)
+
+
+def extend(mask: Any, length: int) -> Any:
+    """The mask for ``length`` more keys on the left, which every query sees.
+
+    It adds 0 to their scores, or says True where the model's masks are of that kind.
+    """
+    return None if mask is None else F.pad(mask, (length, 0))
+
+
+def norm(h: Tensor) -> Tensor:
+    """The norm that the model applies to the sum, applied to h; h itself where none follows."""
+    return F.layer_norm(h, (h.shape[-1],))
+
+
+def site_function(function: Callable[..., Any]) -> Operator:
+    """The entry of a site function, which a rule calls by its name."""
+    doc = inspect.getdoc(function) or ""
+    return Operator(function.__name__, function, doc, inspect.signature(function))
+
+
+def _table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
+    return {function.__name__: site_function(function) for function in functions}
+
+
+ATTENTION = _table(attention, concat, tokens, extend)
+RESIDUAL = _table(norm)

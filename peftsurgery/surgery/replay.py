@@ -1,0 +1,137 @@
+"""Replays: what a site offers a rule to call, done by the site's own nodes.
+
+    attention(q, k, v, mask)    the core: repeated heads, scores, biases, caps, softmax, dropout
+    extend(mask, length)        the mask in the model's own kind: added, True to see, True to hide
+    norm(h)                     the norm after a residual addition
+
+The same code inserts nodes (values are proxies) and infers shapes (values are fake tensors).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..anatomy.site import ATEN, Site
+from ..anatomy.values import argument, op, value
+from ..errors import SurgeryError
+from ..language import Operator, site_function
+from .layout import as_held, as_seen, is_regular
+from .region import INPUTS, Region, core_region, find_region
+
+Outside = Callable[[fx.Node], Any]
+HIDERS = ("masked_fill", "masked_fill_")
+
+
+class Replay:
+    """The functions of one site, for one reading of a rule."""
+
+    def __init__(
+        self, site: Site, outside: Outside, dtype: torch.dtype, given_mask: Any = None
+    ) -> None:
+        """``outside`` gives the values of the program's nodes; rules compute in ``dtype``.
+
+        ``given_mask`` is what earlier cuts gave to a core that has no mask.
+        """
+        self.site, self.outside, self.dtype, self.given_mask = site, outside, dtype, given_mask
+        self.given: Mapping[fx.Node, Any] = {}
+        self.result: Any = None
+
+    @property
+    def functions(self) -> dict[str, Operator]:
+        """The site's functions that differ from their plain definitions."""
+        table = {"attention": (self.attention, self.extend), "residual": (self.norm,)}
+        return {f.__name__: site_function(f) for f in table.get(self.site.kind, ())}
+
+    def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
+        """What the core gives for these queries, keys, values and mask."""
+        mask = self.mask() if mask is None else mask
+        given = {"q": q, "k": k, "v": v, "mask": mask}
+        self.given = {node: self.held(name, given[name]) for name, node in self.inputs.items()}
+        result = as_seen(self.site, "o", self.region.run(self.given, self.outside))
+        same = value(self.region.end).dtype == self.dtype
+        self.result = result if same else result.to(self.dtype)
+        return self.result
+
+    @cached_property
+    def region(self) -> Region:
+        """The core's nodes, fit for more keys. PSG320 if it cannot be run with more."""
+        if not is_regular(self.site):
+            raise SurgeryError(
+                "PSG320",
+                f"the attention core in '{self.site.module}' does not hold its heads one by one",
+                "leave such cores out with `where:`",
+            )
+        return core_region(self.site)
+
+    @cached_property
+    def inputs(self) -> dict[str, fx.Node]:
+        """The core's inputs by name; where it had no mask, the stand-in for the one it gets."""
+        found = {name: self.site.nodes[name] for name in INPUTS if name in self.site.nodes}
+        if "mask" not in found and self.site.facts["op"] == "sdpa":
+            found["mask"] = self.region.calls[self.region.end][0][3]
+        return found
+
+    def held(self, name: str, given: Any) -> Any:
+        """A value that a rule made, in the layout and dtype of the model's."""
+        node = self.site.nodes.get(name)
+        if node is None or given is None:
+            return given
+        given = as_held(self.site, name, given)
+        known: torch.dtype = value(node).dtype
+        return given if known == self.dtype or not known.is_floating_point else given.to(known)
+
+    def mask(self) -> Any:
+        """The mask that the core has: None if every query sees every key."""
+        if "mask" in self.site.nodes:
+            return self.outside(self.site.nodes["mask"])
+        if self.given_mask is not None or not is_causal(self.site):
+            return self.given_mask
+        q, k = (self.outside(self.site.nodes[name]) for name in ("q_operand", "k_operand"))
+        shape = [ATEN.sym_size.int(q, -2), ATEN.sym_size.int(k, -2)]
+        return ATEN.tril.default(ATEN.new_ones.default(q, shape, dtype=torch.bool))
+
+    def extend(self, mask: Any, length: int) -> Any:
+        """The mask for ``length`` more keys on the left, which every query sees."""
+        if mask is None:
+            return None
+        seen = 1 if is_causal(self.site) else sees(self.site)
+        return ATEN.constant_pad_nd.default(mask, [length, 0], seen)
+
+    def norm(self, h: Any) -> Any:
+        """The norm that follows the addition, of h; h itself where none follows."""
+        if "normed" not in self.site.nodes:
+            return h
+        end = self.site.nodes["normed"]
+        region = find_region([self.site.nodes["y"]], end)
+        known: torch.dtype = value(self.site.nodes["y"]).dtype
+        given = {self.site.nodes["y"]: h if known == self.dtype else h.to(known)}
+        result = region.run(given, self.outside)
+        return result if value(end).dtype == self.dtype else result.to(self.dtype)
+
+
+def is_causal(site: Site) -> bool:
+    """Whether a core without a mask is told to hide later tokens from earlier ones."""
+    return "mask" not in site.nodes and argument(site.nodes["o"], 5, "is_causal", False) is True
+
+
+def sees(site: Site) -> int:
+    """What a mask holds for a key that is seen: 0 if it is added or hides, 1 if it shows."""
+    mask = site.nodes["mask"]
+    if value(mask).dtype != torch.bool:
+        return 0
+    for user in mask.users:
+        if op(user) in HIDERS:
+            return 0
+        if op(user) == "where":
+            return int(not is_constant(user.args[1]))
+    return 1
+
+
+def is_constant(branch: Any) -> bool:
+    """Whether what a `where` chooses is one number."""
+    return not isinstance(branch, fx.Node) or value(branch).dim() == 0

@@ -1,0 +1,85 @@
+"""What a site lets a rule call: its own nodes, run again with other values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftsurgery as ps
+from tests.models.captured import captured
+from tests.models.zoo import ZOO
+
+CORES = ["llama", "gpt2", "bert", "gpt_neox", "bloom", "gemma2", "t5"]
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+NAMES = ("outer", "inner")
+UNCHANGED = """
+name: unchanged
+rules:
+  - match: attention
+    rewrite: attention(q, k, v, mask)
+"""
+TWICE = """
+name: twice
+rules:
+  - match: residual
+    rewrite: norm(x + h) - x
+"""
+PREFIX = """
+name: prefix
+with: {length: 3}
+rules:
+  - match: attention
+    where: {kind: self}
+    params:
+      K: {shape: [length, kv_heads, head_dim], init: normal(0.5)}
+      V: {shape: [length, kv_heads, head_dim], init: normal(0.5)}
+    rewrite: attention(q, concat(tokens(K), k), concat(tokens(V), v), extend(mask, length))
+"""
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_a_core_run_again_with_its_own_values_is_the_core_and_replaces_it(name: str) -> None:
+    graph, inputs = captured(name), ZOO[name].inputs(3, 9)
+    again = ps.apply(graph, ps.parse_rules(UNCHANGED))
+    with torch.no_grad():  # a bias that is trained chooses another kernel
+        assert torch.equal(again(**inputs)[0], graph(**inputs)[0])
+    for path, programs in again.captures[0].programs.items():
+        ours, theirs = programs[0].graph, graph.base_capture.programs[path][0].graph
+        cores = [len(g.find_nodes(op="call_function", target=SDPA)) for g in (ours, theirs)]
+        assert cores[0] == cores[1], "the core that was replaced must not run"
+
+
+@pytest.mark.parametrize("name", CORES)
+def test_two_prefixes_are_one_longer_prefix(name: str) -> None:
+    graph, inputs = captured(name), ZOO[name].inputs(3, 9)
+    rules = ps.parse_rules(PREFIX)
+    both = ps.apply(ps.apply(graph, rules, "inner", length=2), rules, "outer", length=3)
+    one = ps.apply(graph, rules, "one", length=5)
+    with torch.no_grad():
+        for full, value in one.learnt().items():
+            parts = [both.get_parameter(full.replace(".one.", f".{n}.")) for n in NAMES]
+            value.copy_(torch.cat(parts))
+        assert not torch.equal(one(**inputs)[0], graph(**inputs)[0])
+        torch.testing.assert_close(both(**inputs)[0], one(**inputs)[0], rtol=0, atol=1e-6)
+
+
+def test_the_norm_of_a_post_norm_model_is_the_one_after_the_sum() -> None:
+    model, inputs = ZOO["bert"].build(), ZOO["bert"].inputs(3, 9)
+    twice = ps.apply(captured("bert"), ps.parse_rules(TWICE))
+    for name, part in model.named_modules():
+        if name.endswith("output.LayerNorm"):
+            part.register_forward_hook(lambda norm, _, result: norm.forward(result))
+    torch.testing.assert_close(twice(**inputs)[0], model(**inputs)[0], rtol=0, atol=1e-6)
+
+
+def test_no_norm_follows_the_sum_of_a_pre_norm_model() -> None:
+    inputs = ZOO["llama"].inputs(3, 9)
+    rules = ps.parse_rules(TWICE)
+    result = ps.apply(captured("llama"), rules)(**inputs)[0]
+    torch.testing.assert_close(result, captured("llama")(**inputs)[0], rtol=0, atol=1e-5)
+
+
+def test_a_core_that_takes_keys_apart_is_refused() -> None:
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.apply(captured("deberta"), ps.parse_rules(PREFIX))
+    assert caught.value.code == "PSG320"
