@@ -104,7 +104,7 @@ class Importer:
         wanted = stacks(cuts, self.places, self.config.name)
         for key, stack in wanted.items():
             if key not in tensors:
-                message = f"the adapter's config means '{stack.module}', and there is no '{key}'"
+                message = f"the adapter's config asks for the tensor '{key}', which is not there"
                 raise SurgeryError("PSG507", message, "the file is incomplete")
             known |= stack.split(key, tensors[key])
         for key in tensors:

@@ -1,12 +1,16 @@
 """Names of tensors in AdapterHub's files: `<module>.<what>.<adapter>.<which>`.
 
 A rule file lists for each parameter what follows the module, with a * for the adapter's name:
-`loras.*.lora_A`. Where the parts of a fused weight are adapted, the library stacks their tensors
-along the first dim, in the order of the parts.
+`loras.*.lora_A`. What begins with a / is the same for all sites, from the base model on. Several
+parameters under one name are one tensor: the parts of a fused weight one below the other, in their
+order in the weight, and the prefixes of all layers side by side,
+
+    K of (length, kv_heads, head_dim), V, the next K, ...    as (length, 2 layers, ...), flattened
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -22,30 +26,37 @@ from .adapterhub_places import Places
 
 @dataclass
 class Stack:
-    """One tensor of a file: the parameters that it holds, one after another, and their shapes."""
+    """One tensor of a file: the parameters that it holds, in order, and their shapes."""
 
-    module: str
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @property
+    def beside(self) -> bool:
+        """Whether the parameters lie side by side: those of three dims and more, of tokens."""
+        return len(next(iter(self.shapes.values()))) > 2
 
     def split(self, key: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters in a tensor. PSG507 if it has another shape."""
-        shapes = list(self.shapes.values())
-        rows = [shape[0] if shape else 1 for shape in shapes]
-        wanted = (sum(rows), *shapes[0][1:]) if shapes[0] else ()
+        first = next(iter(self.shapes.values()))
+        rows = [shape[0] for shape in self.shapes.values()]
+        count = len(self.shapes) * math.prod(first)
+        wanted = (count,) if self.beside else (sum(rows), *first[1:])
         if tuple(tensor.shape) != wanted:
             raise SurgeryError(
                 "PSG507",
                 f"'{key}' has shape {list(tensor.shape)}, where {list(wanted)} is needed",
                 "it was made for another base, or the config says otherwise",
             )
-        if len(shapes) == 1:
-            return dict.fromkeys(self.shapes, tensor)
-        return dict(zip(self.shapes, tensor.split(rows), strict=True))
+        if self.beside:
+            parts = tensor.view(first[0], len(rows), *first[1:]).unbind(1)
+        else:
+            parts = tensor.split(rows)
+        return dict(zip(self.shapes, parts, strict=True))
 
     def join(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The tensor that holds the parameters."""
         own = [values[name].detach().cpu() for name in self.shapes]
-        return own[0] if len(own) == 1 else torch.cat(own)
+        return torch.stack(own, 1).flatten() if self.beside else torch.cat(own)
 
 
 def named(rule: Rule) -> dict[str, str]:
@@ -60,8 +71,8 @@ def stacks(cuts: Iterable[Cut], places: Places, name: str) -> dict[str, Stack]:
     for cut in sorted(cuts, key=lambda cut: cut.site.slice.start if cut.site.slice else 0):
         holder = places.plain(places.holder(cut.placed))
         for param, suffix in named(cut.rule).items():
-            key = join(holder, suffix.replace("*", name))
-            stack = found.setdefault(key, Stack(cut.placed.module))
+            pooled = suffix.startswith("/")
+            key = join("" if pooled else holder, suffix.lstrip("/").replace("*", name))
             shape = tuple(shape_of(cut.rule.params[param], cut.rule, cut.numbers))
-            stack.shapes[cut.parameters[param]] = shape
+            found.setdefault(key, Stack()).shapes[cut.parameters[param]] = shape
     return found
