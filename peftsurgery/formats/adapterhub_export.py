@@ -13,7 +13,7 @@ from ..surgery import Cut, OperatedModel, Operation
 from .adapterhub_config import expected
 from .adapterhub_library import FORMAT, architectures, parts, unflattened, version
 from .adapterhub_places import Places
-from .adapterhub_tensors import named, stacks
+from .adapterhub_tensors import stacks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -67,7 +67,7 @@ def about(model: OperatedModel) -> dict[str, Any]:
 def _only_operation(name: str, cuts: Sequence[Cut]) -> Operation:
     """The operation of an adapter's cuts, all of which the library has names for. PSG512."""
     for cut in cuts:
-        if set(named(cut.rule)) != set(cut.rule.params) or not cut.rule.params:
+        if set(cut.rule.suffixes(FORMAT)) != set(cut.rule.params) or not cut.rule.params:
             file = cut.operation.file.name
             raise _refuse(f"the rule file '{file}' has no form in AdapterHub's library")
     operations = list(dict.fromkeys(cut.operation for cut in cuts))

@@ -18,8 +18,9 @@ from ..errors import SurgeryError, did_you_mean
 from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select
 from ..surgery import Cut, Operation, select_cuts
 from .adapterhub_config import HubConfig, Reading
+from .adapterhub_library import FORMAT
 from .adapterhub_places import Places, difference
-from .adapterhub_tensors import named, stacks
+from .adapterhub_tensors import stacks
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ class Importer:
         moved, rules = 0, []
         for rule in reading.file.rules:
             sites = self.meant(rule, reading)
-            if not agree(self.chosen(rule, reading), sites):
-                rule, reading, told = self.move(rule, reading, sites)
-                moved += told
-            if sites:
+            told = self.told(rule, reading, sites)
+            if told is not None:
+                reading = told
                 rules.append(rule)
+            elif sites:
+                where = {"where": _exactly(sites), "expect": Expect()}
+                rules.append(rule.model_copy(update=where))
+                moved += 1
         if not rules:
             raise SurgeryError("PSG504", "the adapter's config means no place in the model")
         file = reading.file.model_copy(update={"rules": tuple(rules)})
@@ -74,7 +78,7 @@ class Importer:
     def meant(self, rule: Rule, reading: Reading) -> list[Placed]:
         """The sites that the config means for a rule; none for one that the library has not."""
         kind = rule.kind.name
-        if not named(rule) or kind not in reading.places:
+        if not rule.suffixes(FORMAT) or kind not in reading.places:
             return []
         return self.places.meant(kind, reading.places[kind])
 
@@ -84,17 +88,19 @@ class Importer:
         kept = select(self.places.sites, rule, settings, reading.file.roles).kept
         return [site for site in kept if isinstance(site, Placed)]
 
-    def move(
-        self, rule: Rule, reading: Reading, sites: Sequence[Placed]
-    ) -> tuple[Rule, Reading, int]:
-        """The rule at other sites: by its setting for roles, or else by the paths of modules."""
-        roles = list(dict.fromkeys(str(site.role) for site in sites))
+    def told(self, rule: Rule, reading: Reading, sites: Sequence[Placed]) -> Reading | None:
+        """The settings with which a rule chooses these sites by itself; None if it cannot.
+
+        A setting may say for which roles it is.
+        """
+        if agree(self.chosen(rule, reading), sites):
+            return reading
         setting = _role_setting(rule, reading.file)
-        if setting is not None:
-            told = replace(reading, settings={**reading.settings, setting: roles})
-            if agree(self.chosen(rule, told), sites):
-                return rule, told, 0
-        return rule.model_copy(update={"where": _exactly(sites), "expect": Expect()}), reading, 1
+        if setting is None:
+            return None
+        roles = list(dict.fromkeys(str(site.role) for site in sites))
+        told = replace(reading, settings={**reading.settings, setting: roles})
+        return told if agree(self.chosen(rule, told), sites) else None
 
     def values(
         self, cuts: Sequence[Cut], tensors: Mapping[str, torch.Tensor]

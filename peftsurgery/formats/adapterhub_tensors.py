@@ -18,7 +18,7 @@ import torch
 
 from ..anatomy.site import join
 from ..errors import SurgeryError
-from ..language import Rule, shape_of
+from ..language import shape_of
 from ..surgery import Cut
 from .adapterhub_library import FORMAT
 from .adapterhub_places import Places
@@ -59,18 +59,12 @@ class Stack:
         return torch.stack(own, 1).flatten() if self.beside else torch.cat(own)
 
 
-def named(rule: Rule) -> dict[str, str]:
-    """What a rule's parameters are called; nothing if the library has no such method."""
-    table = rule.checkpoint.get(FORMAT, {})
-    return {name: suffix for name, suffix in table.items() if name in rule.params}
-
-
 def stacks(cuts: Iterable[Cut], places: Places, name: str) -> dict[str, Stack]:
     """The tensors that an adapter of this name is, by their names without the base model's."""
     found: dict[str, Stack] = {}
     for cut in sorted(cuts, key=lambda cut: cut.site.slice.start if cut.site.slice else 0):
         holder = places.plain(places.holder(cut.placed))
-        for param, suffix in named(cut.rule).items():
+        for param, suffix in cut.rule.suffixes(FORMAT).items():
             pooled = suffix.startswith("/")
             key = join("" if pooled else holder, suffix.lstrip("/").replace("*", name))
             shape = tuple(shape_of(cut.rule.params[param], cut.rule, cut.numbers))

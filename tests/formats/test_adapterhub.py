@@ -16,7 +16,7 @@ from tests.formats.golden import ARCHITECTURES, GOLDEN, captured, expected, inpu
 
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 HEAD = "model_head.safetensors"
-METHODS = ("lora", "lora_all", "lora_head", "double_seq_bn", "par_bn")
+METHODS = ("lora", "lora_all", "lora_head", "ia3", "double_seq_bn", "par_bn")
 
 
 def cases() -> list[Any]:
