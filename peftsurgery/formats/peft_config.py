@@ -35,7 +35,7 @@ READ = frozenset(
 WITHOUT_EFFECT = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("inference_mode", "r", "megatron_core", "qalora_group_size", "runtime_config"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"),
     )
 )
@@ -135,7 +135,8 @@ class AdapterConfig:
     def check_patterns(self, modules: Iterable[str]) -> None:
         """Refuse a pattern that matches no adapted module: peft would ignore it. PSG508."""
         modules = list(modules)
-        for key in PATTERNS.values():
+        carried = {key for file in self.files for key in file.carried(FORMAT)}
+        for key in (pattern for key, pattern in PATTERNS.items() if key in carried):
             for pattern in self.pattern(key):
                 if not any(pattern_matches(pattern, module) for module in modules):
                     message = f"{key} names '{pattern}', and no adapted module is called that"

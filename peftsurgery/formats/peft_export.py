@@ -18,10 +18,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SurgeryError
+from ..language import Rule
 from ..surgery import Cut, OperatedModel
 from .peft_config import ABSENT, FORMAT, PATTERNS, listings
 from .peft_fused import fuse
 from .peft_names import added_key
+from .peft_ranks import PATTERN, check_total, gather
 from .peft_targets import grouped, say_listed, say_targets
 from .peft_trained import Trained, say_trained
 
@@ -30,15 +32,12 @@ WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
 
 @dataclass(frozen=True)
 class Adapted:
-    """One module's adapter: the config keys that it needs, and its tensors by suffix.
-
-    ``listing`` is the key of the list that peft has for the modules of its rule, if any.
-    """
+    """One module's adapter: the config keys that it needs, its tensors by suffix, its rule."""
 
     module: str
     keys: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
-    listing: str | None
+    rule: Rule
 
 
 def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -52,13 +51,15 @@ def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, t
     modules = [path for path, _ in base.named_modules() if path]
     config = _merge(name, adapted)
     config["target_modules"] = targets = say_targets(paths, modules)
-    listed = {one.module: one.listing for one in adapted}
+    listed = {one.module: one.rule.listing(FORMAT) for one in adapted}
     for key in sorted(listings(cut.operation.file for cut in cuts)):
         config[key] = say_listed([path for path in paths if listed[path] == key], paths, targets)
+    pattern, values = gather((one.module, one.rule, one.tensors) for one in adapted)
+    config |= {PATTERN: pattern} if pattern else {}
     tensors = {
-        added_key(one.module, suffix): value
-        for one in adapted
-        for suffix, value in one.tensors.items()
+        added_key(module, suffix): value
+        for module, of_module in values.items()
+        for suffix, value in of_module.items()
     }
     trained = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
     has_bias = config.pop("bias", "none") is not None
@@ -100,7 +101,7 @@ def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
         key: whole.operation.settings[setting] for key, setting in file.carried(FORMAT).items()
     }
     tensors = {table[n]: value for n, value in values.items()}
-    return Adapted(first.placed.module, keys, tensors, whole.rule.listing(FORMAT))
+    return Adapted(first.placed.module, keys, tensors, whole.rule)
 
 
 def _check_form(cut: Cut) -> None:
@@ -113,6 +114,7 @@ def _check_form(cut: Cut) -> None:
             f"the rule file '{cut.operation.file.name}' has no form in peft",
             "it says so under `checkpoint: peft`; save the surgery itself with save()",
         )
+    check_total(cut)
 
 
 def _check_module(base: nn.Module, cut: Cut) -> None:

@@ -21,6 +21,7 @@ from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select, 
 from ..surgery import Cut, Operation
 from .peft_config import FORMAT, AdapterConfig, all_suffixes, listings
 from .peft_names import Names, sort_keys
+from .peft_ranks import spread
 from .peft_targets import check_listed, check_targets, ends, grouped
 
 # Heads that peft adds to modules_to_save by itself, whichever of them a model has.
@@ -69,10 +70,11 @@ class Importer:
         tensors: Mapping[str, torch.Tensor],
         name: str,
     ) -> None:
-        self.config, self.tensors, self.name = config, tensors, name
+        self.config, self.name = config, name
         self.model = model.source.module
         self.sites = [s for s in survey(model.base_capture) if s.slice is None]
         self.names: Names = sort_keys(tensors, all_suffixes())
+        self.tensors = spread(config, self.names, tensors)
         self.options = [_Option(file, rule) for file in config.files for rule in file.rules]
 
     def plan(self) -> Plan:

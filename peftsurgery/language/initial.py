@@ -94,7 +94,9 @@ def initial(
         return fresh().fill_(value)
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         raise _unfit(expression, shape, f"the value is {describe_value(value)}")
-    return value.detach().to(dtype=dtype, device=device).clone()
+    # in the order of its dimensions, as it is when it was saved: products round by the order too
+    start = value.detach().to(dtype=dtype, device=device)
+    return start.clone(memory_format=torch.contiguous_format)
 
 
 def _bare(expression: Expression) -> list[str]:

@@ -1,0 +1,110 @@
+"""PiSSA and OLoRA against peft in the same process, which changes the weights of its base.
+
+Here the base stays as it is, so only what the two compute, learn and fold to can be compared.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import peftsurgery as ps
+from peftsurgery.language import Where
+from peftsurgery.surgery import OperatedModel
+from tests.parity.models import SMALL, base, batch, captured
+from tests.parity.training import both_train, logits
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
+# peft's olora takes a Conv1D's weight the wrong way round, and fails
+CASES = [(m, n) for m in ("pissa", "olora") for n in ("llama", "gpt2", "bert", "t5", "qwen3")]
+CASES.remove(("olora", "gpt2"))
+LETTERS = {f"lora_{letter}.default.weight": letter for letter in "AB"}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same start on the same model, in peft and here."""
+
+    name: str
+    theirs: Any
+    ours: OperatedModel
+
+    def parameters(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Every tensor that peft trains, and ours."""
+        found = []
+        for full, theirs in self.theirs.named_parameters():
+            for ending, letter in LETTERS.items():
+                if full.endswith(ending):
+                    module = full.removeprefix("base_model.model.").removesuffix(f".{ending}")
+                    name = f"{module}.{self.ours.operations[0].name}.{letter}"
+                    found.append((theirs, self.ours.get_parameter(name)))
+        return found
+
+
+def applied(name: str, method: str, **settings: Any) -> OperatedModel:
+    rules = ps.load_rules(method)
+    modules = captured(name).source.module.named_modules()
+    ends = tuple(f".{target}" for target in SMALL[name].targets)
+    where = Where(paths=tuple(path for path, _ in modules if path.endswith(ends)))
+    rule = rules.rules[0].model_copy(update={"where": where, "expect": rules.rules[0].expect})
+    rule = rule.model_copy(update={"expect": type(rule.expect)(at_least=1)})
+    return ps.apply(captured(name), rules.model_copy(update={"rules": (rule,)}), **settings)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=["-".join(case) for case in CASES])
+def pair(request: pytest.FixtureRequest) -> Pair:
+    method, name = request.param
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=list(SMALL[name].targets), init_lora_weights=method
+    )
+    theirs = get_peft_model(base(name), config).eval()
+    return Pair(name, theirs, applied(name, method, rank=4, alpha=6).eval())
+
+
+def test_the_start_is_pefts_and_the_model_is_what_it_was(pair: Pair) -> None:
+    for theirs, ours in pair.parameters():
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert ours.abs().max() > 0.01
+    assert torch.equal(logits(ps.eject(pair.ours)), logits(captured(pair.name)))
+    torch.testing.assert_close(logits(pair.ours), logits(captured(pair.name)), rtol=0, atol=1e-6)
+
+
+def test_outputs_gradients_losses_and_the_fold_are_pefts(pair: Pair, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for theirs, ours in pair.parameters():
+        theirs.data.add_(0.1 * torch.randn(theirs.shape, generator=generator))
+        ours.data.copy_(theirs.data)
+    torch.testing.assert_close(logits(pair.ours), logits(pair.theirs), rtol=0, atol=1e-6)
+    assert (logits(pair.ours) - logits(captured(pair.name))).abs().max() > 0.01
+    for model in (pair.theirs, pair.ours):
+        model.zero_grad()
+        model(**batch()).loss.backward()
+    for theirs, ours in pair.parameters():
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-5)
+    assert len(pair.parameters()) == sum(p.requires_grad for p in pair.ours.parameters())
+    losses = both_train(pair.theirs, pair.ours)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+    folded, merged = ps.fold(pair.ours), deepcopy(pair.theirs).merge_and_unload()
+    torch.testing.assert_close(logits(folded), logits(merged), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(folded), logits(pair.ours), rtol=0, atol=2e-6)
+    pair.ours.save(tmp_path)
+    again = ps.load(tmp_path, captured(pair.name)).eval()
+    assert torch.equal(logits(again), logits(pair.ours))
+
+
+def test_a_rank_that_the_weight_does_not_have_is_refused() -> None:
+    with pytest.raises(ps.SurgeryError, match="PSG123"):
+        ps.apply(captured("llama"), "pissa", rank=64)
+
+
+def test_parts_of_a_fused_weight_start_by_themselves() -> None:
+    model = ps.apply(captured("gpt2"), "olora", rank=4).eval()
+    assert len(model.learnt()) == 2 * 2 * 4
+    torch.testing.assert_close(logits(model), logits(captured("gpt2")), rtol=0, atol=1e-6)
