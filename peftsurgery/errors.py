@@ -329,6 +329,18 @@ CODES: dict[str, CodeInfo] = {
         "Each has its own copy of a parameter of the model, and a program can read only one of "
         "them. Deactivate one; the rows of a batch may use both.",
     ),
+    "PSG313": CodeInfo(
+        "an adapter changes what all rows of a batch share",
+        "Rows of one batch use different adapters by choosing, for each row, between the new value "
+        "and the old one. That needs a value with the batch as an axis: the tables of positions "
+        "that blocks share, or a prompt that makes the input longer, are not the rows' own.",
+    ),
+    "PSG314": CodeInfo(
+        "the rows of the batch are not those that adapters are named for",
+        "One adapter is named for each row of the batch, or None for the base. While generating, "
+        "a row may be repeated for beams.",
+        USAGE,
+    ),
     "PSG320": CodeInfo(
         "an attention core cannot be run again with more keys",
         "A rule that calls attention(...) runs the model's own core with the values it gives. This "

@@ -7,7 +7,7 @@ operated one, so inputs nobody thought of when the rules were applied (labels, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,8 +55,11 @@ class GraphModel(Likeness):
         self.bind()
         call = bind_call(self._captures.source.module, args, kwargs)
         capture = self.find(call)
-        outputs = capture.top.forward(self, *call.leaves)
-        return pytree.tree_unflatten(outputs, capture.output)
+        return pytree.tree_unflatten(self.run(capture, call.leaves), capture.output)
+
+    def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
+        """The outputs of a capture for a call's values, in the graph's order."""
+        return capture.top.forward(self, *leaves)
 
     def capture_for(self, *args: Any, **kwargs: Any) -> Capture:
         """The capture that serves a call of these arguments, as this model runs it."""

@@ -9,6 +9,7 @@ compilation work on them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import SurgeryError
 from .program import ModuleInfo, Program
+
+# What a block computes in, and what it is computed again in, if it is checkpointed.
+Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
+
+
+def no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Compute again under whatever there is then."""
+    return nullcontext(), nullcontext()
 
 
 class Part(nn.Module):
@@ -49,6 +58,7 @@ class Block(Part):
         super().__init__(info)
         self.programs: dict[str, Program] = {}
         self.checkpointing = False
+        self.contexts: Contexts = no_contexts
 
     def forward(self, *args: Any, program: str | None = None) -> Any:
         """Run the program of that label, or the only one there is.
@@ -57,7 +67,8 @@ class Block(Part):
         """
         run = self.program(program).forward
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run, self, *args, use_reentrant=False)
+            contexts = self.contexts
+            return checkpoint(run, self, *args, use_reentrant=False, context_fn=contexts)
         return run(self, *args)
 
     def program(self, label: str | None = None) -> Program:

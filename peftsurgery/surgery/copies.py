@@ -60,6 +60,11 @@ class Copies:
                     f"deactivate one of them: deactivate('{taken[parameter]}')",
                 )
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        """The adapters whose copies are in place."""
+        return frozenset(self.made[home][1] for home in self.placed.values())
+
     def place(self, model: nn.Module, active: Collection[str]) -> None:
         """Put the copies of active adapters in place, and the base's tensors back elsewhere."""
         for parameter, home in list(self.placed.items()):

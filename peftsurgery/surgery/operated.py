@@ -130,9 +130,8 @@ class OperatedModel(Switchable):
                 f"'{missing[0]}' first",
                 "capture the model with these inputs before applying the rules",
             )
-        return self._rewrites.capture(
-            capture, [cut for cut in cuts if cut.operation.name in self.active]
-        )
+        active = [cut for cut in cuts if cut.operation.name in self.active]
+        return self._rewrites.capture(capture, active, self.active if self._mode.by_row else None)
 
     def _select(self, capture: Capture) -> tuple[tuple[Cut, ...], tuple[Selection, ...]]:
         """Where all operations cut in a capture, active or not, and the selections."""
@@ -193,10 +192,13 @@ class OperatedModel(Switchable):
         return value.detach().to(device=self.device_of(cut), dtype=getattr(torch, param.dtype))
 
     def holder(self, path: str) -> nn.Module:
-        """The module at a path, made of new parts where there is none."""
+        """The module at a path, made of new parts where there is none. PSG304 if it is taken."""
         module: nn.Module = self
         for name in path.split("."):
             if name not in module._modules:
+                if hasattr(module, name):
+                    hint = "apply under another name: apply(..., name='second')"
+                    raise SurgeryError("PSG304", f"'{path}' is not free: '{name}' is taken", hint)
                 part = Adapter(ModuleInfo("Adapter"))
                 part.training = self.training
                 module.add_module(name, part)

@@ -10,8 +10,10 @@ from torch import fx
 
 from ..anatomy.site import join
 from ..capture import Capture, Program
+from .batches import batches
 from .operation import Cut
 from .rewriting import rewritten_graph
+from .rowwise import Choice, pass_rows, row_graph
 
 
 @dataclass(frozen=True)
@@ -24,47 +26,79 @@ class Rewrites:
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewrites:
         return self  # what it holds is immutable, and the same for a copy of the model
 
-    def capture(self, source: Capture, cuts: Iterable[Cut]) -> Capture:
-        """``source`` with the cuts made. Inner blocks come first, since their callers name them."""
+    def capture(
+        self, source: Capture, cuts: Iterable[Cut], rows: Sequence[str] | None = None
+    ) -> Capture:
+        """``source`` with the cuts made. Inner blocks come first, since their callers name them.
+
+        With ``rows``, the names of adapters, the rows of a batch choose among them, and the
+        programs take one input more: the number of each row's adapter.
+        """
         by_block: dict[tuple[str, Program], list[Cut]] = {}
         for cut in cuts:
             by_block.setdefault((cut.placed.block, cut.placed.program), []).append(cut)
         programs: dict[str, tuple[Program, ...]] = {}
         renamed: dict[tuple[str, str], str] = {}
+        choice = {} if rows is None else _choices(source, rows)
         for path in sorted(source.programs, key=lambda path: (-path.count("."), path == "")):
             for program in source.programs[path]:
                 mine = by_block.get((path, program), [])
-                new = self.program(program, mine, _renamed_calls(path, program, renamed))
+                calls = _renamed_calls(path, program, renamed)
+                new = self.program(program, mine, calls, choice.get((path, program)))
                 renamed[path, program.label] = new.label
                 programs[path] = (*programs.get(path, ()), new)
         return replace(source, programs={path: programs[path] for path in source.programs})
 
     def program(
-        self, program: Program, cuts: Sequence[Cut], calls: Mapping[fx.Node, str]
+        self,
+        program: Program,
+        cuts: Sequence[Cut],
+        calls: Mapping[fx.Node, str],
+        choice: Choice | None = None,
     ) -> Program:
         """A program with its cuts made; the same object if nothing in it changes."""
-        if not cuts and not calls:
+        if not cuts and not calls and (choice is None or not choice.is_top):
             return program
         done = tuple((cut.operation, id(cut.rule), cut.site) for cut in cuts)
-        key = (program, done, tuple((node.name, label) for node, label in calls.items()))
+        key = (program, done, tuple((node.name, label) for node, label in calls.items()), choice)
         if key not in self.made:
-            self.made[key] = self.rewrite(program, cuts, calls)
+            self.made[key] = self.rewrite(program, cuts, calls, choice)
         return self.made[key]
 
     def rewrite(
-        self, program: Program, cuts: Sequence[Cut], calls: Mapping[fx.Node, str]
+        self,
+        program: Program,
+        cuts: Sequence[Cut],
+        calls: Mapping[fx.Node, str],
+        choice: Choice | None,
     ) -> Program:
         """A new program, under a label that says what was done."""
-        graph = rewritten_graph(program, cuts)
+        graph = (
+            rewritten_graph(program, cuts) if choice is None else row_graph(program, cuts, choice)
+        )
         labels = {node.name: label for node, label in calls.items()}
         for node in graph.find_nodes(op="call_module"):
             if node.name in labels:
                 node.kwargs = {**node.kwargs, "program": labels[node.name]}
-        adapters = "+".join(dict.fromkeys(cut.operation.name for cut in cuts))
+                if choice is not None:
+                    pass_rows(node)
+        adapters = ("+" if choice is None else "|").join(
+            dict.fromkeys(cut.operation.name for cut in cuts)
+        )
         label = f"{program.label}+{adapters}" if adapters else program.label
         number = self.labels.get(label, 0)
         self.labels[label] = number + 1
         return program.rewritten(f"{label}.{number}" if number else label, graph)
+
+
+def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Program], Choice]:
+    """What every program needs to know to choose by rows."""
+    known = batches(source)
+    return {
+        (path, program): Choice(tuple(adapters), known.get((path, program)), path == "")
+        for path, programs in source.programs.items()
+        for program in programs
+    }
 
 
 def _renamed_calls(

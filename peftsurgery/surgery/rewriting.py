@@ -6,7 +6,7 @@ the value they replace, keep that node's origin, and carry ``meta["surgery"]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Rewriter:
             copy.meta = dict(node.meta)
         self.graph.output(result)
         self.tracer = GraphAppendingTracer(self.graph)
-        self.latest: dict[fx.Node, fx.Node] = {}
+        self.latest: MutableMapping[fx.Node, fx.Node] = {}
         # The folded weight so far, by the weight's node and the site's result: a later cut at the
         # same place sees what earlier ones made of it.
         self.weights: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
@@ -73,12 +73,19 @@ class Rewriter:
             inherit(node, old)
             node.meta["surgery"] = cut.operation.name
         if is_result:
-            old.replace_all_uses_with(new, lambda user: user not in inserted)
-            self.latest[self.copies[cut.site.nodes[name]]] = new
-        for user in users:
-            user.replace_input_with(old, new)
+            users = [user for user in old.users if user not in inserted]
+        self.use(cut, name, old, new, users)
         self.weights.update(folded)
         self.retire(cut, replay, value)
+
+    def use(
+        self, cut: Cut, name: str, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]
+    ) -> None:
+        """Let the users of a value, and later cuts if it is the site's result, see the new one."""
+        for user in users:
+            user.replace_input_with(old, new)
+        if name == cut.rule.kind.result:
+            self.latest[self.copies[cut.site.nodes[name]]] = new
 
     def replay(self, cut: Cut, place: fx.Node) -> Replay:
         """The site's functions over proxies, for nodes that are inserted before ``place``."""

@@ -8,23 +8,52 @@ do trains the active adapters alone; made active again, it trains as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..capture import Capture, GraphModel
+from ..capture.parts import Block
 from ..errors import SurgeryError, did_you_mean
+from .batches import batch_input
 from .copies import Copies
 from .operation import Operation
 
 
 @dataclass(frozen=True)
 class Mode:
-    """The adapters that take part in a call, in the order they were applied."""
+    """The adapters that take part in a call, in the order they were applied.
+
+    ``by_row`` says that each row of the batch uses one of them, or none.
+    """
 
     names: tuple[str, ...] = ()
+    by_row: bool = False
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The adapter of each row of a batch, whose rows may each be ``repeated`` for beams."""
+
+    names: tuple[str | None, ...]
+    repeated: bool = True
+
+    def numbers(self, adapters: Sequence[str], batch: torch.Tensor) -> torch.Tensor:
+        """For each row of ``batch`` its adapter's number among those, -1 without. PSG314."""
+        size, named = len(batch), len(self.names)
+        times = size // named if named else 0
+        if times < 1 or times * named != size or (times > 1 and not self.repeated):
+            raise SurgeryError(
+                "PSG314",
+                f"adapters are named for {named} rows, and the batch has {size}",
+                "name one for each row; None is the base",
+            )
+        of = [-1 if name is None else adapters.index(name) for name in self.names]
+        return torch.tensor(of, device=batch.device).repeat_interleave(times)
 
 
 class Switchable(GraphModel):
@@ -34,6 +63,7 @@ class Switchable(GraphModel):
     _mode: Mode
     _copies: Copies
     _resting: set[str]
+    _rows: Rows | None = None
     _served_by_mode: dict[Mode, dict[int, Capture]]
 
     @property
@@ -66,18 +96,64 @@ class Switchable(GraphModel):
         finally:
             self._switch(before)
 
+    @contextmanager
+    def rows(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within the context each row of a batch uses the adapter named for it; None is the base.
+
+        Rows are those of the first input's first axis. A batch of k times as many rows is taken for
+        one in which each row was repeated k times in a row, as ``generate`` repeats them for beams
+        and samples; any other is refused (PSG314). Which adapters are active makes no difference,
+        and what is inactive is not trained. PSG310 for an unknown name, PSG313 where an adapter
+        changes what the rows share.
+        """
+        with self._choosing(Rows(tuple(names))):
+            yield
+
+    @contextmanager
+    def _choosing(self, rows: Rows) -> Iterator[None]:
+        named = self._known_names(name for name in rows.names if name is not None)
+        before, mode = self._rows, self._mode
+        self._switch(replace(self._mode_of(named), by_row=True))
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = before
+            self._switch(mode)
+
+    def forward(
+        self, *args: Any, adapters: Sequence[str | None] | None = None, **kwargs: Any
+    ) -> Any:
+        """What the original returns with the active adapters, or with those named for the rows.
+
+        ``adapters`` names one for each row of the batch, as in :meth:`rows`.
+        """
+        if adapters is None:
+            return super().forward(*args, **kwargs)
+        with self._choosing(Rows(tuple(adapters), repeated=False)):
+            return super().forward(*args, **kwargs)
+
+    def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
+        """The outputs of a capture; a row-wise one is told the rows."""
+        if self._rows is not None and self._mode.by_row:
+            leaf = leaves[capture.names.index(batch_input(capture).name)]
+            leaves = [*leaves, self._rows.numbers(self.active, leaf)]
+        return super().run(capture, leaves)
+
     def _switch(self, mode: Mode) -> None:
         """Run in a mode from now on; nothing has changed if it cannot be."""
-        self._copies.check(mode.names)
+        in_place = () if mode.by_row else mode.names  # row by row, copies are read where they live
+        self._copies.check(in_place)
         before = self._mode
         self._mode, self._served = mode, self._served_by_mode.setdefault(mode, {})
-        try:
-            self.serve(self.base_capture)
-        except SurgeryError:
-            self._mode, self._served = before, self._served_by_mode[before]
-            raise
-        self._copies.place(self, mode.names)
-        self._rest(mode.names)
+        if not mode.by_row:
+            try:
+                self.serve(self.base_capture)
+            except SurgeryError:
+                self._mode, self._served = before, self._served_by_mode[before]
+                raise
+            self._rest(mode.names)
+        self._copies.place(self, in_place)
 
     def _rest(self, active: Iterable[str]) -> None:
         """Let what is inactive require no gradients, and what is active again what it required."""
@@ -89,6 +165,29 @@ class Switchable(GraphModel):
             elif adapter not in active and parameter.requires_grad:
                 self._resting.add(name)
                 parameter.requires_grad_(False)
+
+    def gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Recompute each block's forward in the backward pass, with the copies it had."""
+        super().gradient_checkpointing(enabled)
+        for part in self.modules():
+            if isinstance(part, Block) and self._copies.made:
+                part.contexts = self._then
+
+    def _then(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self._placing(self._copies.adapters)
+
+    @contextmanager
+    def _placing(self, adapters: frozenset[str]) -> Iterator[None]:
+        """With the copies of these adapters in place."""
+        now = self._copies.adapters
+        if now == adapters:
+            yield
+            return
+        self._copies.place(self, adapters)
+        try:
+            yield
+        finally:
+            self._copies.place(self, now)
 
     def freeze_as(self, other: Switchable) -> None:
         """Let this model train, of what both have, what the other one trains."""
@@ -114,9 +213,10 @@ class Switchable(GraphModel):
         return Mode(tuple(name for name in self.adapters if name in chosen))
 
     def _known_names(self, names: Iterable[str]) -> set[str]:
-        for name in names:
+        known = set(names)
+        for name in sorted(known):
             check_name(name, self.adapters)
-        return set(names)
+        return known
 
     def extra_repr(self) -> str:
         """The adapters, and which of them are active."""
