@@ -166,9 +166,9 @@ class Switchable(GraphModel):
                 self._resting.add(name)
                 parameter.requires_grad_(False)
 
-    def gradient_checkpointing(self, enabled: bool = True) -> None:
-        """Recompute each block's forward in the backward pass, with the copies it had."""
-        super().gradient_checkpointing(enabled)
+    def gradient_checkpointing(self, enabled: bool = True, every: int = 1) -> None:
+        """Compute blocks again in the backward pass, with the copies that were in place."""
+        super().gradient_checkpointing(enabled, every)
         for part in self.modules():
             if isinstance(part, Block) and self._copies.made:
                 part.contexts = self._then

@@ -185,8 +185,3 @@ def test_the_batch_is_found_wherever_it_is(module: type[nn.Module], rows: int) -
     assert (changed - base).abs().amax((1, 2)).amin() > 1e-3
     for row, name in enumerate(names):
         assert torch.equal(result[row], (changed if name else base)[row])
-
-
-def test_a_batch_of_one_has_one_adapter() -> None:
-    model = several("llama")
-    assert torch.equal(logits(model, 1, adapters=["dora"]), expected(model, ["dora"], 1))
