@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftsurgery.formats.peft import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
-    from peftsurgery.surgery import OperatedModel, Report, apply, eject, fold, load
+    from peftsurgery.surgery import OperatedModel, Report, apply, eject, flatten, fold, load
     from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "capture",
     "eject",
     "export_onnx",
+    "flatten",
     "fold",
     "fold_to_directory",
     "from_adapterhub",
@@ -62,6 +63,7 @@ _HOME = {
     "capture": "capture",
     "eject": "surgery",
     "export_onnx": "formats.onnx",
+    "flatten": "surgery",
     "fold": "surgery",
     "fold_to_directory": "formats.pretrained",
     "from_adapterhub": "formats.adapterhub",

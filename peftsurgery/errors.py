@@ -365,6 +365,11 @@ CODES: dict[str, CodeInfo] = {
         "no parameter has that name",
         "Parameters are chosen by the names that the rules give them, such as A and B.",
     ),
+    "PSG330": CodeInfo(
+        "a method cannot be flattened",
+        "The rules that its file names under `flat:` must match the very places that the method "
+        "was applied to, and have parameters of the shapes that it computes.",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

@@ -13,6 +13,7 @@ from peftsurgery.language.maths import maths
 from peftsurgery.language.operators import OPERATORS, Operator, operator
 from peftsurgery.language.pattern import Match, find_pattern
 from peftsurgery.language.readings import (
+    flat_values,
     fold,
     initial_value,
     initial_values,
@@ -52,6 +53,7 @@ __all__ = [
     "describe_rules",
     "evaluate",
     "find_pattern",
+    "flat_values",
     "fold",
     "initial",
     "initial_value",

@@ -34,6 +34,10 @@ def check_file(file: RuleFile) -> None:
         check_settings(where, file.with_)
     for rule in file.rules:
         check_rule(rule, numbers)
+        if file.flat is not None and rule.params:
+            known = {*numbers, *rule.kind.sizes, *rule.params}
+            for expression in file.flat.params.values():
+                _check(expression, within(rule.let, known))
 
 
 def check_rule(rule: Rule, numbers: Collection[str]) -> None:

@@ -46,6 +46,9 @@ def _lines(file: RuleFile) -> Iterator[str]:
     for number, rule in enumerate(file.rules, 1):
         yield ""
         yield from (f"  {line}" for line in _rule(number, rule, settings))
+    if file.flat is not None:
+        given = ", ".join(f"{name} = {value}" for name, value in file.flat.params.items())
+        yield f"  trained, it is {file.flat.rule} with {given}"
 
 
 def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]:
@@ -55,6 +58,7 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
     for name, param in rule.params.items():
         shape = ", ".join(str(size) for size in param.shape)
         kept = "" if param.train else ", and not trained"
+        kept += ", one for all sites" if param.shared else ""
         yield f"   adds {name} [{shape}], initially {param.init}{kept}"
     if rule.params:
         yield f"   parameters at each site: {parameter_count(rule)}"

@@ -19,7 +19,7 @@ from peftsurgery.language.evaluation import PLAIN, Context, evaluate
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS, Operator
-from peftsurgery.language.schema import Param, Rule
+from peftsurgery.language.schema import Flat, Param, Rule
 
 MAX_ELEMENTS = 2**33
 
@@ -65,6 +65,12 @@ def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dic
     operators = {**OPERATORS, **rule.kind.functions, **context.functions}
     names = Environment(env, rule.let, context, operators)
     return {k: evaluate(e, names, operators, context) for k, e in rule.rewrite.items()}
+
+
+def flat_values(flat: Flat, rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of the trained method; ``env`` binds sizes, settings and the parameters."""
+    names = Environment(env, rule.let)
+    return {name: evaluate(expression, names) for name, expression in flat.params.items()}
 
 
 def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class Param(Strict):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
     train: StrictBool = True
     """Whether it is trained; if not, it keeps its initial value, which is saved with the rest."""
+    shared: StrictBool = False
+    """Whether it is one parameter for all sites, trained and saved once."""
 
 
 def _number(text: str) -> Any:
@@ -194,6 +196,16 @@ class Rule(Strict):
         return self.match.pattern if isinstance(self.match, Pattern) else None
 
 
+class Flat(Strict):
+    """What a method is once it is trained, if a network makes its parameters until then."""
+
+    noun: ClassVar[str] = "flat"
+    rule: Word
+    """The rules of the trained method, applied at the same sites with the same settings."""
+    params: dict[Word, ExpressionField] = Field(min_length=1)
+    """Their parameters, in terms of this method's."""
+
+
 class RuleFile(Strict):
     """A method: its settings and its rules."""
 
@@ -210,6 +222,8 @@ class RuleFile(Strict):
     """Roles of one's own, for this file: a name and the clauses that define it."""
     rules: tuple[Rule, ...] = Field(min_length=1)
     """The cuts, made in this order."""
+    flat: Flat | None = None
+    """What the method is once it is trained, if a network makes its parameters until then."""
     checkpoint: dict[Word, dict[Word, Setting]] = Field(default_factory=dict)
     """For each file format: the config values that identify this method. A value that is the name
     of a setting carries that setting."""

@@ -119,7 +119,8 @@ def _substitute(value: Any, settings: Mapping[str, Any]) -> Any:
         clauses = _substitute(value.given(), settings)
         return {key: clause for key, clause in clauses.items() if clause is not None}
     if isinstance(value, Mapping):
-        return {key: _substitute(item, settings) for key, item in value.items()}
+        given = {key: (_substitute(item, settings), item) for key, item in value.items()}
+        return {key: new for key, (new, old) in given.items() if new is not None or old is None}
     if isinstance(value, list | tuple):
         items = [(_substitute(item, settings), isinstance(item, str)) for item in value]
         given = [(item, spread) for item, spread in items if not (spread and item is None)]

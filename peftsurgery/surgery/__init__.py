@@ -1,6 +1,7 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
 from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
+from .flattening import flatten
 from .folding import fold
 from .operated import OperatedModel
 from .operation import Cut, Operation, select_cuts
@@ -15,6 +16,7 @@ __all__ = [
     "apply",
     "check_covered",
     "eject",
+    "flatten",
     "fold",
     "load",
     "open_model",

@@ -76,7 +76,7 @@ def operate(
     added = list(operations)
     before = model.operations if isinstance(model, OperatedModel) else ()
     names = {operation.name for operation in added}
-    return _remade(model, [*before, *added], names if active is None else active, known or {})
+    return remade(model, [*before, *added], names if active is None else active, known or {})
 
 
 def eject(model: GraphModel, name: str | None = None) -> GraphModel:
@@ -90,10 +90,10 @@ def eject(model: GraphModel, name: str | None = None) -> GraphModel:
     rest = [op for op in operations if name is not None and op.name != name]
     if not isinstance(model, OperatedModel):
         return model
-    return _remade(model, rest) if rest else model.base
+    return remade(model, rest) if rest else model.base
 
 
-def _remade(
+def remade(
     model: GraphModel,
     operations: Sequence[Operation],
     active: Iterable[str] = (),
@@ -104,9 +104,9 @@ def _remade(
         return OperatedModel(model, operations, known, set(active))
     kept = {operation.name for operation in operations}
     values = {**model.values(), **known}
-    remade = OperatedModel(model, operations, values, {*model.active, *active} & kept)
-    remade.freeze_as(model)
-    return remade
+    made = OperatedModel(model, operations, values, {*model.active, *active} & kept)
+    made.freeze_as(model)
+    return made
 
 
 def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> OperatedModel:

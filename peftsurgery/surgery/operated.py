@@ -166,8 +166,18 @@ class OperatedModel(Switchable):
         holder = self.holder(join(cut.placed.block, cut.place))
         if not cut.rule.params.keys() <= holder._parameters.keys():
             for name, value in self.starts(cut).items():
-                train = cut.rule.params[name].train
-                holder.register_parameter(name, nn.Parameter(value, requires_grad=train))
+                param = cut.rule.params[name]
+                made = nn.Parameter(value, requires_grad=param.train)
+                made = self._share(cut.parameters[name], made) if param.shared else made
+                holder.register_parameter(name, made)
+
+    def _share(self, name: str, made: nn.Parameter) -> nn.Parameter:
+        """The parameter that all sites of an operation have: the one made for the first of them."""
+        owner, _, leaf = name.rpartition(".")
+        holder = self.holder(owner)
+        if leaf not in holder._parameters:
+            holder.register_parameter(leaf, made)
+        return holder.get_parameter(leaf)
 
     def starts(self, cut: Cut) -> dict[str, torch.Tensor]:
         """What a cut's parameters start with: the values known for them, or their initial ones."""
@@ -179,12 +189,18 @@ class OperatedModel(Switchable):
 
     def knows(self, cut: Cut, name: str) -> bool:
         """Whether there is a value for a cut's parameter."""
-        return cut.parameters[name] in self._known
+        return cut.parameters[name] in self._known or self._is_shared(cut, name)
+
+    def _is_shared(self, cut: Cut, name: str) -> bool:
+        """Whether an earlier cut made a parameter that all of them share."""
+        holder = self._modules.get(cut.operation.name) if cut.rule.params[name].shared else None
+        return holder is not None and name in holder._parameters
 
     def known(self, cut: Cut, name: str) -> torch.Tensor:
         """The value there is for a cut's parameter. PSG308 if it has another shape."""
         param, full = cut.rule.params[name], cut.parameters[name]
-        shape, value = shape_of(param, cut.rule, cut.numbers), self._known[full]
+        shape = shape_of(param, cut.rule, cut.numbers)
+        value = self.get_parameter(full) if self._is_shared(cut, name) else self._known[full]
         if tuple(value.shape) != shape:
             raise SurgeryError(
                 "PSG308", f"'{full}' has shape {list(value.shape)}, where {list(shape)} is needed"

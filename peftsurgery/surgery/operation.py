@@ -71,9 +71,15 @@ class Cut:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """The absolute names of the parameters the cut adds, by the rule's names for them."""
+        """The absolute names of the parameters the cut adds, by the rule's names for them.
+
+        One that all sites share is known by the adapter's name alone.
+        """
         path = join(self.placed.block, self.place)
-        return {name: join(path, name) for name in self.rule.params}
+        return {
+            name: join(self.operation.name if param.shared else path, name)
+            for name, param in self.rule.params.items()
+        }
 
     @property
     def weights(self) -> dict[str, str]:
@@ -171,9 +177,10 @@ def check_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
     owners: dict[str, Cut] = {}
     occupied = set(taken)
     for cut in cuts:
-        for name in cut.parameters.values():
+        for short, name in cut.parameters.items():
             other = owners.get(name)
-            shared = other is not None and _same_weight(cut, other)
+            common = cut.rule.params[short].shared
+            shared = other is not None and (common or _same_weight(cut, other))
             if name in occupied or (other is not None and not shared):
                 raise SurgeryError(
                     "PSG304",
