@@ -370,6 +370,20 @@ CODES: dict[str, CodeInfo] = {
         "The rules that its file names under `flat:` must match the very places that the method "
         "was applied to, and have parameters of the shapes that it computes.",
     ),
+    "PSG340": CodeInfo(
+        "a fusion is over an adapter that is not there",
+        "A rule `over` adapters combines the values of adapters that were applied before it. Apply "
+        "them first, and give their names to the setting that the rule takes them from.",
+    ),
+    "PSG341": CodeInfo(
+        "adapters cannot be combined",
+        "A fusion binds what each of its adapters makes of the same value. They must rewrite the "
+        "result of the same sites, and the fusion must cover all of them.",
+    ),
+    "PSG342": CodeInfo(
+        "an adapter is in use",
+        "A fusion combines its values. Take the fusion out first: eject(model, fusion).",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftsurgery.errors import SurgeryError
+from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.readings import fold, initial_values, penalty, rewrite, shape_of
 from peftsurgery.language.schema import Rule, RuleFile
@@ -90,6 +91,8 @@ def _check(
     shapes = {name: shape_of(param, rule, env) for name, param in rule.params.items()}
     for name, shape in shapes.items():
         env[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if rule.over:
+        env[OUTPUTS] = _outputs(env[str(rule.kind.result)], generator)
     penalty(rule, env)
     values = rewrite(rule, env)
     _check_shapes(title, rule, env, values)
@@ -99,6 +102,12 @@ def _check(
     if rule.fold and specimen.operation is not None:
         difference = _difference(title, rule, specimen, env, values)
     return Check(number, specimen.title, True, difference)
+
+
+def _outputs(result: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
+    """What so many adapters might have made of a value, stacked before its last dimension."""
+    shape = (*result.shape[:-1], count, result.shape[-1])
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _check_shapes(

@@ -21,6 +21,9 @@ from peftsurgery.language.where import check_settings
 if TYPE_CHECKING:
     from peftsurgery.language.schema import Ranks, Rule, RuleFile
 
+OUTPUTS = "outputs"
+"""What a rule `over` other adapters calls their values."""
+
 
 def check_file(file: RuleFile) -> None:
     """Refuse a file whose names do not fit: PSG106, PSG113, PSG114 or PSG120."""
@@ -33,6 +36,7 @@ def check_file(file: RuleFile) -> None:
     for where in (*file.roles.values(), *(rule.where for rule in file.rules)):
         check_settings(where, file.with_)
     for rule in file.rules:
+        check_settings(rule.over, file.with_, "over")
         check_rule(rule, numbers)
         if file.flat is not None and rule.params:
             known = {*numbers, *rule.kind.sizes, *rule.params}
@@ -43,12 +47,13 @@ def check_file(file: RuleFile) -> None:
 def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     """Check one rule, given the settings and numbers of its file."""
     kind, params = rule.kind, set(rule.params)
+    values = {*kind.names, *([OUTPUTS] if rule.over else [])}
     if rule.pattern is not None:
         compile_pattern(rule.pattern)
     _check_targets(rule)
-    _check_words(rule.params, {*numbers, *kind.names}, "parameter")
-    _check_words(rule.let, {*numbers, *kind.names, *params}, "let")
-    everything, calls = {*numbers, *kind.names, *params}, {*OPERATORS, *kind.functions}
+    _check_words(rule.params, {*numbers, *values}, "parameter")
+    _check_words(rule.let, {*numbers, *values, *params}, "let")
+    everything, calls = {*numbers, *values, *params}, {*OPERATORS, *kind.functions}
     for name, expression in rule.let.items():
         _check(expression, everything, calls)
         everything.add(name)
@@ -120,6 +125,11 @@ def _check_targets(rule: Rule) -> None:
         raise SurgeryError("PSG106", message, hint, place)
     if rule.fold and not rule.rewrite:
         raise SurgeryError("PSG106", "a `fold:` without its `rewrite:`", where=place)
+    if rule.over and (rule.fold or rule.rewrite.keys() != {kind.result}):
+        message = (
+            f"a rule `over` other adapters rewrites {kind.result} alone and folds into nothing"
+        )
+        raise SurgeryError("PSG106", message, where=place_of(rule.over[0]))
     _check_keys(rule.rewrite, {*kind.values, *kind.weights}, "`rewrite:` gives")
     _check_keys(rule.fold, _foldable(rule), "`fold:` gives")
     for name, keys in rule.checkpoint.items():

@@ -55,6 +55,8 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
     pattern = f" {rule.match.pattern}" if isinstance(rule.match, Pattern) else ""
     yield f"{number}. {rule.kind.name}{pattern}: {describe_where(rule.where)}"
     yield f"   expects {describe_expect(rule.expect)}"
+    if rule.over:
+        yield f"   over the adapters {' and '.join(rule.over)}, whose values are `outputs`"
     for name, param in rule.params.items():
         shape = ", ".join(str(size) for size in param.shape)
         kept = "" if param.train else ", and not trained"

@@ -47,6 +47,11 @@ def call_function(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, A
     return operator.function(*args, **kwargs)
 
 
+def as_it_is(value: Any) -> Any:
+    """The ordinary way to read a condition: the number that it is."""
+    return value
+
+
 @dataclass(frozen=True)
 class Context:
     """What a reading adds to the bindings.
@@ -54,11 +59,13 @@ class Context:
     ``training`` is what stochastic operators read: a bool, or the proxy of a graph's value.
     ``call`` applies an operator; the symbolic reading prints instead of computing. ``functions``
     are what the rule's site lets it call, where they differ from their plain definitions.
+    ``decide`` gives the number that a condition is.
     """
 
     training: Any = False
     call: Callable[[Operator, tuple[Any, ...], dict[str, Any]], Any] = call_function
     functions: Mapping[str, Operator] = field(default_factory=dict)
+    decide: Callable[[Any], Any] = as_it_is
 
 
 PLAIN = Context()
@@ -122,7 +129,7 @@ class _Reading:
 
     def decided(self, node: ast.expr) -> bool:
         # the choice is made once, when the rule is read: a graph has no branch to take later
-        value = self.value(node)
+        value = self.context.decide(self.value(node))
         if isinstance(value, bool | int | float):
             return bool(value)
         raise self.refuse("PSG116", node, "a condition must be a number, known before the model")

@@ -134,7 +134,8 @@ def maths(
         for name in expression.names
     }
     operators = {**OPERATORS, **functions}
-    return str(symbol(evaluate(expression, env, operators, Context(call=print_call))))
+    context = Context(call=print_call, decide=_value)
+    return str(symbol(evaluate(expression, env, operators, context)))
 
 
 def print_call(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Symbol:

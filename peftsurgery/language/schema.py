@@ -28,7 +28,7 @@ from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
 from peftsurgery.language.place import Text
 from peftsurgery.language.strict import Strict, Word, place_of
-from peftsurgery.language.where import Where
+from peftsurgery.language.where import Names, Where, substitute
 
 
 def _as_expression(value: Any) -> Expression:
@@ -139,6 +139,10 @@ class Rule(Strict):
     """Clauses that choose among the sites of that kind."""
     expect: Annotated[Expect, BeforeValidator(_as_expect)] = Expect(at_least=1)
     """How many sites must match; at least one unless told otherwise."""
+    over: Names = ()
+    """Earlier adapters by name: `outputs` binds what each of them makes of the match's result,
+    stacked before the last dimension. The rule is about the sites that all of them cut at; there
+    they do nothing else, and they are not trained."""
     let: dict[Word, ExpressionField] = Field(default_factory=dict)
     """Names for intermediate values, each computed at most once where it is used."""
     params: dict[Word, Param] = Field(default_factory=dict)
@@ -189,6 +193,10 @@ class Rule(Strict):
     def listing(self, format_name: str) -> str | None:
         """The config key of a file format that lists the modules of this rule."""
         return None if MODULES in self.params else self.checkpoint.get(format_name, {}).get(MODULES)
+
+    def fused(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
+        """The names of the adapters that the rule is over."""
+        return tuple(str(name) for name in substitute(self.over, settings) or ())
 
     @property
     def pattern(self) -> Expression | None:

@@ -101,7 +101,7 @@ class Where(Strict):
 
         A clause whose setting is null is left out.
         """
-        return Where.model_validate(_substitute(self, settings))
+        return Where.model_validate(substitute(self, settings))
 
     def given(self) -> dict[str, Any]:
         """The clauses that were written, by their names in YAML."""
@@ -111,18 +111,19 @@ class Where(Strict):
 
     def settings(self) -> list[str]:
         """The settings that the clauses refer to, as texts that know their place."""
-        return _references(self.given())
+        return references(self.given())
 
 
-def _substitute(value: Any, settings: Mapping[str, Any]) -> Any:
+def substitute(value: Any, settings: Mapping[str, Any]) -> Any:
+    """The same value with every ``$setting`` in it replaced by what the setting is."""
     if isinstance(value, Where):
-        clauses = _substitute(value.given(), settings)
+        clauses = substitute(value.given(), settings)
         return {key: clause for key, clause in clauses.items() if clause is not None}
     if isinstance(value, Mapping):
-        given = {key: (_substitute(item, settings), item) for key, item in value.items()}
+        given = {key: (substitute(item, settings), item) for key, item in value.items()}
         return {key: new for key, (new, old) in given.items() if new is not None or old is None}
     if isinstance(value, list | tuple):
-        items = [(_substitute(item, settings), isinstance(item, str)) for item in value]
+        items = [(substitute(item, settings), isinstance(item, str)) for item in value]
         given = [(item, spread) for item, spread in items if not (spread and item is None)]
         if items and not given:
             return None  # nothing but settings that are null
@@ -140,19 +141,20 @@ def _parts(item: Any, spread: bool) -> list[Any]:
     return list(item) if spread and isinstance(item, list | tuple) else [item]
 
 
-def _references(value: Any) -> list[str]:
+def references(value: Any) -> list[str]:
+    """The settings that a value refers to, as texts that know their place."""
     if isinstance(value, Where):
         return value.settings()
     if isinstance(value, Mapping):
-        return [name for item in value.values() for name in _references(item)]
+        return [name for item in value.values() for name in references(item)]
     if isinstance(value, list | tuple):
-        return [name for item in value for name in _references(item)]
+        return [name for item in value for name in references(item)]
     return _SETTING.findall(value) if isinstance(value, str) else []
 
 
-def check_settings(where: Where, settings: Mapping[str, Any]) -> None:
+def check_settings(value: Any, settings: Mapping[str, Any], key: str = "where") -> None:
     """Refuse a ``$name`` that is not a setting (PSG120)."""
-    for name in where.settings():
+    for name in references(value):
         if name not in settings:
-            message = f"'${name}' in `where` is not a setting"
+            message = f"'${name}' in `{key}` is not a setting"
             raise SurgeryError("PSG120", message, did_you_mean(name, settings))

@@ -4,8 +4,9 @@ from .applying import adapter_name, apply, check_covered, eject, load, open_mode
 from .flattening import flatten
 from .folding import fold
 from .operated import OperatedModel
-from .operation import Cut, Operation, select_cuts
+from .operation import Cut, Operation
 from .report import Report
+from .selecting import select_cuts
 
 __all__ = [
     "Cut",

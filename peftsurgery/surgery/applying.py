@@ -14,9 +14,17 @@ from torch import nn
 from ..capture import GraphModel, capture
 from ..errors import SurgeryError, did_you_mean
 from ..language import Rule, RuleFile, Where, load_rules, resolve_settings
+from .fusing import check_unused
 from .operated import OperatedModel
 from .operation import Operation
-from .saving import is_surgery, read_active, read_manifest, read_operations, read_tensors
+from .saving import (
+    is_surgery,
+    read_active,
+    read_left_out,
+    read_manifest,
+    read_operations,
+    read_tensors,
+)
 from .switching import check_name
 
 Rules = RuleFile | Rule | str | Path
@@ -82,12 +90,14 @@ def operate(
 def eject(model: GraphModel, name: str | None = None) -> GraphModel:
     """The captured model that the operations are on: the very graphs and weights it had.
 
-    With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name.
+    With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name,
+    PSG342 if another adapter is over it.
     """
     operations = model.operations if isinstance(model, OperatedModel) else ()
     if name is not None:
         check_name(name, (operation.name for operation in operations))
     rest = [op for op in operations if name is not None and op.name != name]
+    check_unused(str(name), rest)
     if not isinstance(model, OperatedModel):
         return model
     return remade(model, rest) if rest else model.base
@@ -132,6 +142,8 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
     check_covered(str(path), operated.learnt(*names).keys(), tensors.keys())
+    for name, layers in read_left_out(folder, manifest).items():
+        operated.activate(name, leave_out=layers)
     return operated
 
 

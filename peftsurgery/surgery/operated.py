@@ -22,12 +22,14 @@ from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Selection, initial_values, shape_of, weights_read
 from .copies import Copies
-from .operation import Cut, Operation, check_free, select_cuts
+from .fusing import check_fused, check_fusions, sewn
+from .operation import Cut, Operation, check_free
 from .penalties import penalty_of
 from .report import Report
 from .rewrites import Rewrites
 from .rewriting import check_shapes, orient
 from .saving import save_surgery
+from .selecting import select_cuts
 from .states import keep_learnt
 from .switching import Mode, Switchable
 
@@ -58,6 +60,7 @@ class OperatedModel(Switchable):
         the adapters that take part in a call: all of them unless given.
         """
         self._operations = tuple(operations)
+        check_fusions(self._operations)
         self._known = dict(known or {})
         self._selections: tuple[Selection, ...] = ()
         self._selected: dict[int, tuple[tuple[Cut, ...], tuple[Selection, ...]]] = {}
@@ -130,8 +133,15 @@ class OperatedModel(Switchable):
                 f"'{missing[0]}' first",
                 "capture the model with these inputs before applying the rules",
             )
+        taking_part = self._taking_part(cuts)
+        order = self.active if self._mode.by_row else None
+        return self._rewrites.capture(capture, taking_part, order)
+
+    def _taking_part(self, cuts: Iterable[Cut]) -> list[Cut]:
+        """The cuts that are made in a call: not those inside a fusion, or in a layer left out."""
         active = [cut for cut in cuts if cut.operation.name in self.active]
-        return self._rewrites.capture(capture, active, self.active if self._mode.by_row else None)
+        alone = active if self._mode.by_row else sewn(active)  # a row has the one or the other
+        return [cut for cut in alone if not self._mode.leaves_out(cut)]
 
     def _select(self, capture: Capture) -> tuple[tuple[Cut, ...], tuple[Selection, ...]]:
         """Where all operations cut in a capture, active or not, and the selections."""
@@ -147,6 +157,7 @@ class OperatedModel(Switchable):
 
     def settle(self, cuts: Sequence[Cut], selections: Sequence[Selection]) -> None:
         """Check the selections, add the parameters and free what the rules train."""
+        check_fused(self._operations, cuts)
         for selection in selections:
             selection.check()
         check_free(cuts, (name for name, _ in self.named_parameters()))
@@ -294,7 +305,7 @@ class OperatedModel(Switchable):
     @property
     def active_cuts(self) -> tuple[Cut, ...]:
         """The cuts of the adapters that take part in a call."""
-        return tuple(cut for cut in self._cuts if cut.operation.name in self.active)
+        return tuple(self._taking_part(self._cuts))
 
     @property
     def trained(self) -> frozenset[str]:

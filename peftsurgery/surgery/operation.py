@@ -7,20 +7,15 @@ of operations; everything else about it follows from these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
-
-from ..anatomy import Placed, Survey, survey
+from ..anatomy import Placed
 from ..anatomy.site import Site, join
-from ..capture import Capture
-from ..capture.stack import stack_paths
 from ..errors import SurgeryError
-from ..language import Rule, RuleFile, Selection, select
+from ..language import Rule, RuleFile
 from ..language.kinds import sizes_of
-from ..language.pattern import find_pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,11 +32,16 @@ class Operation:
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """One rule of an operation at one site."""
+    """One rule of an operation at one site.
+
+    ``over`` are the cuts that earlier adapters make there, for each adapter those that it makes, if
+    the rule is about their values.
+    """
 
     operation: Operation
     rule: Rule
     placed: Placed
+    over: tuple[tuple[Cut, ...], ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
         return self  # immutable, and its site's nodes are those of a program that is shared
@@ -91,6 +91,12 @@ class Cut:
         }
 
     @property
+    def done(self) -> tuple[Any, ...]:
+        """What is done to the site's program: the same in all blocks of one shape class."""
+        inner = tuple(part.done for group in self.over for part in group)
+        return (self.operation, id(self.rule), self.site, *inner)
+
+    @property
     def sizes(self) -> dict[str, Any]:
         """The sizes that the site binds."""
         return sizes_of(self.rule.kind, self.placed.facts)
@@ -99,77 +105,6 @@ class Cut:
     def numbers(self) -> dict[str, Any]:
         """The sizes and settings that the rule's expressions may read."""
         return {**self.operation.settings, **self.sizes}
-
-
-def select_cuts(
-    capture: Capture, operation: Operation, before: Iterable[Cut] = ()
-) -> tuple[list[Cut], list[Selection]]:
-    """Where an operation cuts in a capture, and the selections that say so.
-
-    ``before`` are the cuts of the operations that come first; the rules of a file know each other's
-    too.
-    """
-    earlier = list(before)
-    sites = survey(capture)
-    cuts: list[Cut] = []
-    selections: list[Selection] = []
-    for number, rule in enumerate(operation.file.rules):
-        name = (
-            f"{operation.name}.rules[{number}]" if len(operation.file.rules) > 1 else operation.name
-        )
-        candidates = [*sites, *pattern_sites(sites, rule)] if rule.pattern else sites
-        matched = _modules([*earlier, *cuts])
-        chosen = select(candidates, rule, operation.settings, operation.file.roles, name, matched)
-        selections.append(chosen)
-        cuts += [Cut(operation, rule, placed) for placed in _placed(chosen.kept)]
-    return cuts, selections
-
-
-def _modules(cuts: Iterable[Cut]) -> dict[str, frozenset[str]]:
-    """The modules that were cut, by the adapter's name and by the rule file's."""
-    found: dict[str, set[str]] = {}
-    for cut in cuts:
-        for name in (cut.operation.name, cut.operation.file.name):
-            found.setdefault(name, set()).add(cut.placed.module)
-    return {name: frozenset(modules) for name, modules in found.items()}
-
-
-def _placed(sites: Iterable[Any]) -> list[Placed]:
-    return [site for site in sites if isinstance(site, Placed)]
-
-
-def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
-    """A site for every occurrence of the rule's pattern, in every block."""
-    assert rule.pattern is not None
-    found: dict[Any, list[Site]] = {}
-    placed = []
-    frames = {(site.block, site.program): site for site in sites}
-    for (block, program), neighbour in frames.items():
-        if program not in found:
-            alike = [path for path, other in frames if other is program]
-            found[program] = [
-                _pattern_site(match.root, match.bindings, alike)
-                for match in find_pattern(rule.pattern, program.graph)
-            ]
-        placed += [
-            Placed(site, block, program, neighbour.layer, program.kind) for site in found[program]
-        ]
-    return placed
-
-
-def _pattern_site(root: fx.Node, bindings: Mapping[str, Any], blocks: Sequence[str]) -> Site:
-    """The site of one match. Its module is where the root was computed, relative to its block.
-
-    The graph remembers the path in the block it was traced in, which is one of ``blocks``.
-    """
-    paths = [path for _, path in stack_paths(root)]
-    module = paths[-1] if paths else ""
-    for block in blocks:
-        if block and (module == block or module.startswith(f"{block}.")):
-            module = module[len(block) + 1 :]
-            break
-    nodes = {name: node for name, node in bindings.items() if isinstance(node, fx.Node)}
-    return Site("pattern", module, None, None, nodes, {})
 
 
 def check_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:

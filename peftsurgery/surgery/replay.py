@@ -41,6 +41,10 @@ class Replay:
         self.given: Mapping[fx.Node, Any] = {}
         self.result: Any = None
 
+    def computing_in(self, dtype: torch.dtype) -> Replay:
+        """The same site, read by a rule that computes in another dtype."""
+        return Replay(self.site, self.outside, dtype, self.given_mask)
+
     @property
     def functions(self) -> dict[str, Operator]:
         """The site's functions that differ from their plain definitions."""

@@ -59,7 +59,7 @@ class Rewrites:
         """A program with its cuts made; the same object if nothing in it changes."""
         if not cuts and not calls and (choice is None or not choice.is_top):
             return program
-        done = tuple((cut.operation, id(cut.rule), cut.site) for cut in cuts)
+        done = tuple(cut.done for cut in cuts)
         key = (program, done, tuple((node.name, label) for node, label in calls.items()), choice)
         if key not in self.made:
             self.made[key] = self.rewrite(program, cuts, calls, choice)

@@ -20,6 +20,7 @@ from ..capture import Program
 from ..capture.stack import inherit
 from ..errors import SurgeryError
 from ..language import Context, fold, rewrite, shape_of
+from ..language.consistency import OUTPUTS
 from .layout import as_held, as_seen
 from .operation import Cut
 from .replay import Replay
@@ -63,10 +64,7 @@ class Rewriter:
             bindings = self.bindings(cut, replay)
             # first, since a later cut is inserted right after the new value
             folded = self.folded(cut, bindings) if is_last else {}
-            owner = cut.place if cut.rule.params else cut.site.module
-            flag = self.graph.create_node("get_attr", join(owner, "training"))
-            context = Context(fx.Proxy(flag, self.tracer), functions=replay.functions)
-            value = rewrite(rule, bindings, context)[name]
+            value = rewrite(rule, bindings, self.context(cut, replay))[name]
             new = self.finish(cut, name, value)
         inserted = {node for node in self.graph.nodes if node not in before}
         for node in inserted:
@@ -157,7 +155,29 @@ class Rewriter:
             node = self.graph.create_node("get_attr", join(cut.place, name))
             own: torch.dtype = getattr(torch, param.dtype)
             bound[name] = _cast(fx.Proxy(node, self.tracer), own, dtype)
+        if cut.over:
+            made: Any = [self.output(group, replay, dtype) for group in cut.over]
+            bound[OUTPUTS] = torch.stack(made, -2)
         return bound
+
+    def output(self, cuts: Sequence[Cut], replay: Replay, dtype: torch.dtype) -> Any:
+        """What the cuts of one adapter make of their site's result, none of them being sewn in."""
+        value = None
+        for cut in cuts:
+            result = str(cut.rule.kind.result)
+            mine = replay.computing_in(compute_dtype(cut))
+            bindings = self.bindings(cut, mine)
+            if value is not None:
+                bindings[result] = _cast(value, dtype, compute_dtype(cut))
+            value = rewrite(cut.rule, bindings, self.context(cut, mine))[result]
+            value = _cast(value, compute_dtype(cut), dtype)
+        return value
+
+    def context(self, cut: Cut, replay: Replay) -> Context:
+        """What a cut's text is read with: whether its module trains, what its site can do."""
+        owner = cut.place if cut.rule.params else cut.site.module
+        flag = self.graph.create_node("get_attr", join(owner, "training"))
+        return Context(fx.Proxy(flag, self.tracer), functions=replay.functions)
 
     def weight(self, cut: Cut, name: str, dtype: torch.dtype) -> Any:
         """A weight as rules see it: (out, in), the slice alone, with earlier cuts folded in."""
@@ -280,8 +300,8 @@ def check_shapes(cut: Cut) -> None:
             )
 
 
-def fake_rewrite(cut: Cut) -> dict[str, Any]:
-    """The values a cut computes, as fake tensors."""
+def fake_rewrite(cut: Cut, result: Any = None) -> dict[str, Any]:
+    """The values a cut computes, as fake tensors; ``result`` is what its site gave so far."""
     fakes = [node.meta["val"] for node in cut.site.nodes.values()]
     mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
     if mode is None:
@@ -291,23 +311,34 @@ def fake_rewrite(cut: Cut) -> dict[str, Any]:
         bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
         replay = Replay(cut.site, _value, dtype)
         bound |= {name: replay.mask() for name in cut.rule.kind.optional}
-        for name, node in cut.site.nodes.items():
+        for name in sorted(cut.site.nodes.keys() & cut.rule.kind.names):
+            node = cut.site.nodes[name]
             value = node.meta["val"]
             if name in cut.rule.kind.weights:
                 value = orient(value, cut.site, name)
             elif name == cut.rule.kind.result:
-                value = _fake(cut, name)
+                value = _fake(cut, name) if result is None else result
             value = as_seen(cut.site, name, value)
             bound[name] = value.to(dtype) if _is_float(node) else value
         for name, param in cut.rule.params.items():
             shape = shape_of(param, cut.rule, cut.numbers)
             bound[name] = torch.empty(shape, dtype=dtype, device=_device(fakes))
+        if cut.over:
+            bound[OUTPUTS] = torch.stack([fake_output(c).to(dtype) for c in cut.over], -2)
         context = Context(functions=replay.functions)
         return {
             name: value
             for name, value in rewrite(cut.rule, bound, context).items()
             if isinstance(value, torch.Tensor)
         }
+
+
+def fake_output(cuts: Sequence[Cut]) -> Any:
+    """What the cuts of one adapter make of their site's result, as a fake tensor."""
+    value = None
+    for cut in cuts:
+        value = fake_rewrite(cut, value)[str(cut.rule.kind.result)]
+    return value
 
 
 def _fake(cut: Cut, name: str) -> Any:

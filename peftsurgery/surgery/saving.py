@@ -43,13 +43,16 @@ def save_surgery(model: OperatedModel, path: Path, names: Collection[str]) -> No
         _write(path / file, dump_rules(operation.file).encode())
         entries.append({"name": operation.name, "rules": file, "settings": _own(operation)})
     write_tensors(path / TENSORS, model.learnt(*names))
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "base": model.source.origin,
         "model": type(model.source.module).__name__,
         "operations": entries,
         "active": [name for name in model.active if name in names],
     }
+    left_out = {name: layers for name, layers in model.left_out.items() if name in names}
+    if left_out:
+        manifest["left_out"] = left_out
     _write(path / MANIFEST, json.dumps(manifest, indent=2).encode())
 
 
@@ -98,6 +101,14 @@ def read_active(path: Path, manifest: Mapping[str, Any]) -> list[str] | None:
     if active is None or (isinstance(active, list) and all(name in names for name in active)):
         return active
     raise SurgeryError("PSG605", f"{path / MANIFEST}: 'active' does not list adapters")
+
+
+def read_left_out(path: Path, manifest: Mapping[str, Any]) -> dict[str, list[int | str]]:
+    """The layers in which an adapter does nothing, by its name. PSG605 if damaged."""
+    left_out = manifest.get("left_out", {})
+    if isinstance(left_out, dict) and all(isinstance(v, list) for v in left_out.values()):
+        return left_out
+    raise SurgeryError("PSG605", f"{path / MANIFEST}: 'left_out' does not list layers")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

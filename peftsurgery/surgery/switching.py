@@ -3,7 +3,8 @@
 Every adapter stays in the model, and is saved with it, whether it is active or not. Switching
 rewrites nothing that was rewritten before: a model keeps its programs for each set of adapters that
 was active. What is inactive does not require gradients, so an optimizer made of the parameters that
-do trains the active adapters alone; made active again, it trains as before.
+do trains the active adapters alone; made active again, it trains as before. So do adapters that
+another one is over: they take part in its call, and it alone is trained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,20 +21,32 @@ from torch import nn
 from ..capture import Capture, GraphModel
 from ..capture.parts import Block
 from ..errors import SurgeryError, did_you_mean
+from ..language.where import layer_range
 from .batches import batch_input
 from .copies import Copies
-from .operation import Operation
+from .fusing import fused_names
+from .operation import Cut, Operation
+
+NOTHING: Mapping[str, tuple[int | str, ...]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Mode:
     """The adapters that take part in a call, in the order they were applied.
 
-    ``by_row`` says that each row of the batch uses one of them, or none.
+    ``by_row`` says that each row of the batch uses one of them, or none; ``left_out`` are the
+    layers, as in a rule's `where`, in which one of them does nothing.
     """
 
     names: tuple[str, ...] = ()
     by_row: bool = False
+    left_out: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+
+    def leaves_out(self, cut: Cut) -> bool:
+        """Whether a cut is in a layer in which its adapter does nothing."""
+        ranges = [layer_range(item) for item in dict(self.left_out).get(cut.operation.name, ())]
+        layer = cut.placed.layer
+        return layer is not None and any(low <= layer <= high for low, high in ranges)
 
 
 @dataclass(frozen=True)
@@ -76,15 +90,29 @@ class Switchable(GraphModel):
         """The adapters that take part in a call, in the order they were applied."""
         return self._mode.names
 
-    def activate(self, *names: str) -> None:
-        """Let these adapters take part too; all of them if none is named. PSG310, PSG312."""
+    @property
+    def left_out(self) -> dict[str, list[int | str]]:
+        """The layers in which an active adapter does nothing, by its name."""
+        return {name: list(layers) for name, layers in self._mode.left_out}
+
+    def activate(self, *names: str, leave_out: Iterable[int | str] = ()) -> None:
+        """Let these adapters take part too; all of them if none is named. PSG310, PSG312.
+
+        They do nothing in the layers to ``leave_out``, written as in a rule's `where` (0, "..4"),
+        until they are activated again: AdapterDrop (Rücklé et al., 2021, arXiv:2010.11918).
+        """
         wanted = self._known_names(names) or set(self.adapters)
-        self._switch(self._mode_of({*self.active, *wanted}))
+        layers = tuple(leave_out)
+        for item in layers:
+            layer_range(item)
+        kept = {n: left for n, left in self._mode.left_out if n not in wanted}
+        left_out = {**kept, **(dict.fromkeys(wanted, layers) if layers else {})}
+        self._switch(self._mode_of({*self.active, *wanted}, left_out))
 
     def deactivate(self, *names: str) -> None:
         """Leave these adapters out; all of them if none is named, which gives the base. PSG310."""
         unwanted = self._known_names(names) or set(self.adapters)
-        self._switch(self._mode_of({*self.active} - unwanted))
+        self._switch(self._mode_of({*self.active} - unwanted, dict(self._mode.left_out)))
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
@@ -152,17 +180,25 @@ class Switchable(GraphModel):
             except SurgeryError:
                 self._mode, self._served = before, self._served_by_mode[before]
                 raise
-            self._rest(mode.names)
+            self._rest()
         self._copies.place(self, in_place)
 
-    def _rest(self, active: Iterable[str]) -> None:
-        """Let what is inactive require no gradients, and what is active again what it required."""
+    @property
+    def working(self) -> tuple[str, ...]:
+        """The active adapters that train: all but those that an active one is over."""
+        active = [op for op in self._operations if op.name in self.active]
+        fused = {name for operation in active for name in fused_names(operation)}
+        return tuple(name for name in self.active if name not in fused)
+
+    def _rest(self) -> None:
+        """Let what does not work require no gradients, and what works again what it required."""
+        working = self.working
         for name, adapter in self._adapters_of_tensors().items():
             parameter = self._learnt_parameter(name)
-            if adapter in active and name in self._resting:
+            if adapter in working and name in self._resting:
                 self._resting.discard(name)
                 parameter.requires_grad_(True)
-            elif adapter not in active and parameter.requires_grad:
+            elif adapter not in working and parameter.requires_grad:
                 self._resting.add(name)
                 parameter.requires_grad_(False)
 
@@ -191,13 +227,13 @@ class Switchable(GraphModel):
 
     def freeze_as(self, other: Switchable) -> None:
         """Let this model train, of what both have, what the other one trains."""
-        mine = self._adapters_of_tensors()
+        mine, working = self._adapters_of_tensors(), self.working
         for name in other._adapters_of_tensors().keys() & mine.keys():
             trains = other._learnt_parameter(name).requires_grad or name in other._resting
-            is_active = mine[name] in self.active
-            self._learnt_parameter(name).requires_grad_(trains and is_active)
+            works = mine[name] in working
+            self._learnt_parameter(name).requires_grad_(trains and works)
             self._resting.discard(name)
-            if trains and not is_active:
+            if trains and not works:
                 self._resting.add(name)
 
     def _learnt_parameter(self, name: str) -> nn.Parameter:
@@ -208,9 +244,13 @@ class Switchable(GraphModel):
         """The adapter of every parameter that was added or copied, by the parameter's own name."""
         raise NotImplementedError
 
-    def _mode_of(self, names: Iterable[str]) -> Mode:
+    def _mode_of(
+        self, names: Iterable[str], left_out: Mapping[str, tuple[int | str, ...]] = NOTHING
+    ) -> Mode:
         chosen = set(names)
-        return Mode(tuple(name for name in self.adapters if name in chosen))
+        active = tuple(name for name in self.adapters if name in chosen)
+        left = tuple((n, left_out[n]) for n in active if n in left_out)
+        return Mode(active, left_out=left)
 
     def _known_names(self, names: Iterable[str]) -> set[str]:
         known = set(names)

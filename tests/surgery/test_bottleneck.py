@@ -191,3 +191,33 @@ def test_an_adapter_wider_than_the_model_still_has_one_unit(name: str) -> None:
 def test_an_activation_that_is_not_there_is_refused_by_name(name: str) -> None:
     with pytest.raises(ps.SurgeryError, match=r"PSG124.*'swisch'\n.*swish"):
         ps.apply(captured(name), "houlsby", non_linearity="swisch")
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_adapter_drop_leaves_the_first_layers_as_they_are(name: str) -> None:
+    dropped = randomise(ps.apply(captured(name), "adapter_drop", name="a", drop=1), scale=0.2)
+    whole = ps.apply(captured(name), "pfeiffer", name="a", leave_out=[0])
+    assert {n.split(".")[2] for n in dropped.learnt()} == {"1"}
+    assert set(dropped.learnt()) == set(whole.learnt())
+    whole.load_state_dict(dropped.state_dict())
+    assert torch.equal(logits(dropped, name), logits(whole, name))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_layers_are_dropped_from_a_trained_adapter_when_it_is_activated(
+    name: str, tmp_path: Path
+) -> None:
+    ours = randomise(ps.apply(captured(name), "houlsby"), scale=0.2).eval()
+    whole = logits(ours, name)
+    ours.activate("houlsby", leave_out=["..0"])
+    dropped = logits(ours, name)
+    fewer = ps.apply(captured(name), "houlsby", leave_out=[0])
+    with torch.no_grad():
+        for key, value in fewer.learnt().items():
+            value.copy_(ours.get_parameter(key))
+    assert torch.equal(dropped, logits(fewer, name))
+    ours.save(tmp_path / "dropped")
+    again = ps.load(tmp_path / "dropped", base=captured(name))
+    assert torch.equal(logits(again, name), dropped)
+    ours.activate("houlsby")
+    assert torch.equal(logits(ours, name), whole)

@@ -50,7 +50,7 @@ def measure(name: str) -> dict[str, Any]:
 
     import peftsurgery as ps
     from peftsurgery.surgery import Operation
-    from peftsurgery.surgery.operation import select_cuts
+    from peftsurgery.surgery.selecting import select_cuts
 
     torch.set_num_threads(1)
     size, rules = SIZES[name], ps.load_rules("lora_qv")
