@@ -62,6 +62,8 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return None
     if name == "getitem":
         return [piece[node.args[1]] for piece in carried[inputs[0]]]
+    if name == "with_past":  # the rows are the same for every token
+        return [_longer(node, numbers) for numbers in carried[inputs[0]]]
     if name == "glu":
         return _glu(node, carried[inputs[0]])
     if name in LAYOUT or name in ("broadcast_to", "index"):
@@ -125,6 +127,11 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
         else:
             result.append(Numbers(made, activated))
     return result
+
+
+def _longer(node: fx.Node, numbers: Numbers) -> Numbers:
+    sizes = [concrete(size) for size in shape(node)]
+    return Numbers(numbers.rows[..., :1, :].expand(sizes), numbers.activated)
 
 
 def _constant(node: fx.Node) -> Tensor:

@@ -24,7 +24,7 @@ LAYOUT = words(
     """view reshape _unsafe_view view_as reshape_as flatten unflatten transpose permute t swapaxes
     movedim numpy_T matrix_H mT adjoint unsqueeze squeeze expand expand_as contiguous clone alias
     detach select slice narrow split split_with_sizes chunk tensor_split unbind getitem to _to_copy
-    type_as lift_fresh repeat repeat_interleave cat stack concat roll flip"""
+    type_as lift_fresh repeat repeat_interleave cat stack concat roll flip with_past"""
 )
 DROPOUT = words("dropout dropout_ native_dropout feature_dropout bernoulli")
 NORMS = words("layer_norm rms_norm group_norm batch_norm instance_norm")
@@ -72,9 +72,12 @@ def is_tensor(node: Any) -> bool:
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node, in order; sizes and scalars are left out.
 
-    An operator that takes only the shape or the dtype of a tensor has none.
+    An operator that takes only the shape or the dtype of a tensor has none; keys behind those that
+    were remembered come from the new keys.
     """
     name = op(node)
+    if name == "with_past":
+        return node.all_input_nodes[:1]
     if name.endswith("_like") or name.startswith("new_"):
         return []
     return [n for n in node.all_input_nodes if not is_size(n)]

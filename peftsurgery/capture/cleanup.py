@@ -263,7 +263,7 @@ def sizes_first(graph: fx.Graph) -> None:
 
 
 def _is_size(node: fx.Node) -> bool:
-    if node.target is ops.device_of:
+    if node.target in (ops.device_of, ops.past_length, ops.layer_of):
         return True
     arithmetic = node.target is aten.sym_size.int or (
         getattr(node.target, "__module__", None) in ("_operator", "math", "torch")
@@ -280,4 +280,4 @@ def _has_effect(node: fx.Node) -> bool:
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.is_mutable
-    return target is ops.count or target in AUTOCAST
+    return target in (ops.count, ops.remember) or target in AUTOCAST

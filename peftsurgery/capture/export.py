@@ -28,7 +28,8 @@ from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError
 from .randomness import is_random, is_random_in, train_flags
-from .signature import Call
+from .remembering import as_if_run
+from .signature import Call, traced
 from .sizes import size_conditions
 from .stack import stack_paths
 
@@ -54,11 +55,13 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
     """Export ``module`` for ``call``, for both modes if one graph can serve them, else for one.
 
     Raises PSG201 with torch.export's reason if it cannot be exported, and PSG211 if it is only the
-    train mode that cannot, and a capture for ``training`` is wanted.
+    train mode that cannot, and a capture for ``training`` is wanted; PSG210 for a cache that cannot
+    be left to its owner.
     """
+    call = traced(call, module)
     trained, refusal = _try(module, call, train=True)
     if trained is not None:
-        exported = _read(trained)
+        exported = _read(trained, call)
         if not _is_bound_to_a_mode(exported.module.graph, module, call):
             return exported
         if training:
@@ -71,7 +74,7 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
         raise SurgeryError(
             "PSG211", f"{name} cannot be captured in train mode: {first_line(refusal)}"
         ) from refusal
-    return replace(_read(evaluated), mode=False)
+    return replace(_read(evaluated, call), mode=False)
 
 
 def _try(
@@ -84,10 +87,13 @@ def _try(
         return None, error
 
 
-def _read(program: ExportedProgram) -> Exported:
+def _read(program: ExportedProgram, call: Call) -> Exported:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     conditions = size_conditions(module.graph, program.range_constraints)
+    if call.trace is not None:
+        conditions = call.trace.conditions(conditions)
+        call.trace.connect(module.graph)
     return Exported(module, program.call_spec.out_spec, conditions, None)
 
 
@@ -165,7 +171,10 @@ def _prepared(module: nn.Module, call: Call, train: bool) -> Iterator[None]:
             register_cache_pytrees_for_model(module)
             stack.enter_context(apply_patches("dynamo"))
             stack.enter_context(reset_model_state(module))
-            stack.enter_context(patch_model_config(module, {"use_cache": False}))
+            if call.trace is None:
+                stack.enter_context(patch_model_config(module, {"use_cache": False}))
+            else:
+                stack.enter_context(as_if_run())
         stack.enter_context(_modes(module, train))
         stack.enter_context(_every_size_alike())
         stack.enter_context(without_fast_path())
@@ -213,6 +222,8 @@ def _explicit_forward(module: nn.Module, call: Call, flags: dict[str, Any]) -> I
     original: Callable[..., Any] = module.forward
 
     def forward(**tensors: Any) -> Any:
+        if call.trace is not None:
+            return call.trace.run(original, tensors, **flags)
         return original(**tensors, **flags)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

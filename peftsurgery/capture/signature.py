@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,26 +18,37 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
+from .remembering import STRETCH, Past, Traced, is_cache, refused
+
+
+MASK = "attention_mask"  # the name it has in every model of transformers
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call, by name: ``tensors`` hold at least one tensor, ``flags`` none."""
+    """The arguments of one call, by name: ``tensors`` hold at least one tensor, ``flags`` none.
+
+    ``past`` is the cache among them, if there is one; ``trace`` stands for it in a trace.
+    """
 
     tensors: Mapping[str, Any]
     flags: Mapping[str, Any]
+    past: Past | None = None
+    trace: Traced | None = None
 
     @property
     def leaves(self) -> list[Any]:
         """The values of the call in the order in which a captured graph takes them."""
-        return pytree.tree_leaves(dict(self.tensors))
+        past = [] if self.past is None else [self.past.cache]
+        return [*pytree.tree_leaves(dict(self.tensors)), *past]
 
     @property
     def signature(self) -> str:
         """A text that is equal for calls that one capture can serve, fixed sizes aside."""
         leaves, spec = pytree.tree_flatten(dict(self.tensors))
         kinds = [(str(t.dtype), t.ndim) if isinstance(t, torch.Tensor) else repr(t) for t in leaves]
-        return repr((spec, kinds, sorted(self.flags.items(), key=lambda item: item[0])))
+        past = self.past and self.past.signature
+        return repr((spec, kinds, sorted(self.flags.items(), key=lambda item: item[0]), past))
 
 
 def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -63,9 +74,28 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         else:
             named[name] = value
     named = {name: value for name, value in named.items() if value is not None}
+    pasts = [Past(name, named.pop(name)) for name in list(named) if is_cache(named[name])]
+    if len(pasts) > 1:
+        raise refused(f"there are {len(pasts)} of them")
+    past = pasts[0] if pasts else None
+    if past is not None and _masks_nothing(named, past):
+        del named[MASK]
     tensors = {name: value for name, value in named.items() if _has_tensor(value)}
     flags = {name: value for name, value in named.items() if name not in tensors}
-    return Call(dict(sorted(tensors.items())), flags)
+    return Call(dict(sorted(tensors.items())), flags, past)
+
+
+def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
+    """Whether the mask covers past and present and keeps all of it.
+
+    Models look, and compute in another way then; a capture cannot look.
+    """
+    mask, new = named.get(MASK), named.get("input_ids", named.get("inputs_embeds"))
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not isinstance(new, torch.Tensor):
+        return False
+    if mask.shape != (new.shape[0], new.shape[1] + past.cache.get_seq_length()):
+        return False
+    return bool(mask.all())
 
 
 def takes(module: nn.Module, name: str) -> bool:
@@ -87,20 +117,39 @@ def _method_signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def widen(call: Call) -> Call:
-    """The same call with a batch of two where every tensor has a batch of one.
+    """The same call with a batch of two where every tensor has a batch of one, and a longer past.
 
     torch.export takes a size of 1 for a constant, so an example needs at least two of everything
-    that may vary.
+    that may vary. A mask of the past has the past's length.
     """
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
-    if any(tensor.ndim == 0 or tensor.shape[0] != 1 for tensor in tensors):
+    if all(tensor.ndim > 0 and tensor.shape[0] == 1 for tensor in tensors):
+        call = map_tensors(call, lambda tensor: torch.cat([tensor, tensor]))
+    mask = call.tensors.get(MASK)
+    if call.past is None:
         return call
-    return map_tensors(call, lambda tensor: torch.cat([tensor, tensor]))
+    longer = dict(call.tensors)
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        longer[MASK] = nn.functional.pad(mask, (STRETCH, 0), value=1)
+    return replace(call, tensors=longer, past=replace(call.past, stretched=True))
+
+
+def traced(call: Call, module: nn.Module) -> Call:
+    """The call as ``module`` is traced for it: without a cache, but with sizes that stand for one.
+
+    Raises PSG210 for a cache that a capture cannot leave to its owner.
+    """
+    if call.past is None:
+        return call
+    trace = Traced(call.past, module)
+    return replace(call, tensors={**call.tensors, **trace.sizes}, trace=trace)
 
 
 def map_tensors(call: Call, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     """The call with a function applied to every tensor in it."""
-    return Call(pytree.tree_map_only(torch.Tensor, function, dict(call.tensors)), call.flags)
+    return replace(
+        call, tensors=pytree.tree_map_only(torch.Tensor, function, dict(call.tensors))
+    )
 
 
 def _has_tensor(value: Any) -> bool:
