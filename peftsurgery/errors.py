@@ -253,16 +253,25 @@ CODES: dict[str, CodeInfo] = {
         "something every captured model or block has.",
     ),
     "PSG210": CodeInfo(
-        "captures with a cache are not there yet",
-        "capture(model, cache=True) will carry past_key_values for generation. Until then, "
-        "fold the "
-        "model and generate with the original class.",
+        "the cache cannot be left to its owner",
+        "A captured model calls the cache it is given, and knows no more of it than how long it "
+        "is: that works for every cache of keys and values that grows with each token (a "
+        "DynamicCache, with sliding windows or without; an offloaded or quantised one). A static "
+        "cache has a fixed length, and some models keep other states or read the cache's tensors "
+        "themselves. Generate with a dynamic cache (cache_implementation='dynamic') or with "
+        "use_cache=False, or fold the model and generate with the plain one.",
     ),
     "PSG211": CodeInfo(
         "the model cannot be captured in train mode",
         "In training its code decides by random values what to run (LayerDrop, router jitter). Set "
         "that to zero in its config, or call eval() on the captured model and train it as it is, "
         "without dropout.",
+    ),
+    "PSG212": CodeInfo(
+        "the model does not generate",
+        "generate() is for causal language models of transformers. The encoder and the decoder of "
+        "an encoder-decoder model are captured as one graph, and generating calls the decoder "
+        "alone: fold such a model and generate with the plain one.",
     ),
     "PSG214": CodeInfo(
         "Gradient checkpointing is asked for something it does not do",

@@ -16,7 +16,7 @@ from .cleanup import clean_up
 from .export import Exported, export
 from .parts import module_infos
 from .program import Program
-from .signature import Call, map_tensors, widen
+from .signature import Call, example, map_tensors, widen
 from .sizes import Check, compile_check, is_limit
 from .sources import Source
 from .tensors import is_fake, tensor_infos, tensor_names, traceable
@@ -73,10 +73,14 @@ Casts = frozenset[tuple[str, torch.dtype]]
 
 
 class Captures:
-    """The captures of one source, by signature and by the dtypes of the model's tensors."""
+    """The captures of one source, by signature and by the dtypes of the model's tensors.
 
-    def __init__(self, source: Source) -> None:
+    ``cache`` is whether calls return what the model remembers without being asked for it.
+    """
+
+    def __init__(self, source: Source, cache: bool = False) -> None:
         self.source = source
+        self.cache = cache
         self.infos = module_infos(source.module)
         self.tensors = tensor_infos(source.module)
         self.names = tensor_names(source.module)
@@ -130,7 +134,7 @@ class Captures:
             _inputs(exported),
             exported.conditions,
             exported.mode,
-            map_tensors(call, lambda tensor: torch.empty_like(tensor, device="meta")),
+            example(call),
         )
 
     def _name_constants(self, module: fx.GraphModule) -> None:

@@ -8,6 +8,7 @@ operated one, so inputs nobody thought of when the rules were applied (labels, e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
+from .generating import PAST, first_inputs, new_cache, remembers, shell
 from .inputs import example_inputs
 from .likeness import Likeness, become_like
 from .parts import Block, mirror, own
+from .remembering import Past
 from .signature import Call, bind_call
 from .sources import Source, open_source
 from .tensors import named_tensors
@@ -50,10 +53,10 @@ class GraphModel(Likeness):
         """What the original returns for these arguments, in the original's type.
 
         What a model remembers for the next call (``past_key_values``) is left out, as with
-        ``use_cache=False``, unless the call asks for it.
+        ``use_cache=False``, unless the call asks for it or the model was captured with a cache.
         """
         self.bind()
-        call = bind_call(self._captures.source.module, args, kwargs)
+        call = self.call_of(*args, **kwargs)
         capture = self.find(call)
         return pytree.tree_unflatten(self.run(capture, call.leaves), capture.output)
 
@@ -63,8 +66,18 @@ class GraphModel(Likeness):
 
     def capture_for(self, *args: Any, **kwargs: Any) -> Capture:
         """The capture that serves a call of these arguments, as this model runs it."""
-        call = bind_call(self._captures.source.module, args, kwargs)
-        return self.find(call)
+        return self.find(self.call_of(*args, **kwargs))
+
+    def call_of(self, *args: Any, **kwargs: Any) -> Call:
+        """The arguments by name, with a new cache if one is wanted and none is given."""
+        module = self._captures.source.module
+        call = bind_call(module, args, kwargs)
+        wanted = call.flags.get("use_cache", self._captures.cache and not self.training)
+        if wanted and call.past is None and remembers(module):
+            return replace(
+                call, flags={**call.flags, "use_cache": True}, past=Past(PAST, new_cache(module))
+            )
+        return call
 
     def find(self, call: Call) -> Capture:
         """The capture that serves a call, as this model runs it."""
@@ -88,6 +101,20 @@ class GraphModel(Likeness):
     def source(self) -> Source:
         """Where the model and its weights come from."""
         return self._captures.source
+
+    @property
+    def generation_config(self) -> Any:
+        """How the original generates unless told otherwise; AttributeError if it does not."""
+        return self._captures.source.module.generation_config
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The tokens that the original's ``generate`` gives, by the original's own code.
+
+        What has not been captured yet is captured now. PSG212 unless the original is a causal
+        language model; PSG210 for a cache that a capture cannot leave to its owner.
+        """
+        self.bind()
+        return shell(self._captures.source.module, self, self).generate(*args, **kwargs)
 
     def transform(self, capture: Capture) -> Capture:
         """A fresh capture as this model runs it; an operated model replays its operations here."""
@@ -151,18 +178,21 @@ def capture(
     ``model`` is a live module, or what the command line takes for MODEL (a directory, a hub id,
     ``package.module:factory``), which is captured on the meta device. ``inputs`` are example
     arguments, a tuple or a dict, with a batch of at least 2; a transformers model needs none.
-    Raises PSG201 if the model cannot be exported, PSG202 if it needs inputs.
+    With ``cache``, a causal language model returns what it remembers from every call in eval mode,
+    and what ``generate`` calls first is captured now; without, both are done when they are asked
+    for. Raises PSG201 if the model cannot be exported, PSG202 if it needs inputs, PSG212 if it
+    does not generate, PSG210 if its cache is no ordinary one.
     """
-    if cache:
-        raise SurgeryError("PSG210", "captures that carry a cache are not there yet")
     source = open_source(model) if isinstance(model, str) else Source(model)
-    graph_model = GraphModel(Captures(source))
+    graph_model = GraphModel(Captures(source, cache))
     if inputs is None:
         inputs = _made_inputs(source.module)
     if isinstance(inputs, Mapping):
         graph_model.capture_for(**inputs)
     else:
         graph_model.capture_for(*inputs)
+    if cache:
+        graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
 
 

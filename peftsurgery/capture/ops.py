@@ -31,7 +31,9 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 
 def past_length(cache: Any, layer: int, which: int) -> int:
     """A length of a layer of a cache: of the tokens seen, of those attended to, of the others."""
-    length: int = cache.get_seq_length(layer) if which == 0 else cache.get_mask_sizes(0, layer)[which - 1]
+    length: int = (
+        cache.get_seq_length(layer) if which == 0 else cache.get_mask_sizes(0, layer)[which - 1]
+    )
     return length
 
 
@@ -41,7 +43,7 @@ def layer_of(cache: Any, layer: int) -> tuple[Any, int]:
 
 
 def remember(layer: tuple[Any, int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Hand new keys and values (batch, heads, tokens, head_dim) to a cache; all it has, theirs last."""
+    """All keys and values (batch, heads, tokens, head_dim) that a cache has with these new ones."""
     cache, index = layer
     both: tuple[Tensor, Tensor] = cache.update(keys, values, index)
     return both

@@ -56,6 +56,21 @@ class Past:
             kinds.append(_kind(self.cache.layer_class_to_replicate()))
         return self.name, type(self.cache), kinds if len(set(kinds)) > 1 else kinds[:1]
 
+    @property
+    def seen(self) -> int:
+        """How many tokens it is to be taken for. PSG210 if it does not count them."""
+        layers = self.cache.layers
+        if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+            raise refused(f"a {type(layers[0]).__name__} remembers no keys and values")
+        return int(self.cache.get_seq_length()) + (STRETCH if self.stretched else 0)
+
+    def emptied(self) -> Past:
+        """A cache of this kind with nothing in it."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.reset()
+        return Past(self.name, cache)
+
 
 def _kind(layer: Any) -> Any:
     return type(layer), layer.get_max_length()
@@ -79,7 +94,7 @@ class Traced:
     """One cache during one trace: a copy whose layers are stand-ins, and where it was returned.
 
     ``sizes`` are tensors without content, one for each kind of layer, under names that no argument
-    has: their sizes are the lengths of that kind. A length of 0 or 1 is a case of its own, and fixed.
+    has: their sizes are the lengths of that kind. A length of 0 or 1 is fixed, a case of its own.
     """
 
     def __init__(self, past: Past, module: nn.Module) -> None:
@@ -231,7 +246,7 @@ def refused(why: str) -> SurgeryError:
 
 def _stand_in(layer: Any, index: int, lengths: tuple[int, int, int]) -> Any:
     kind = type(type(layer).__name__, (_StandIn, type(layer)), {})
-    made = object.__new__(kind)
+    made: Any = object.__new__(kind)
     made.__dict__.update(vars(layer))
     made.index, made.lengths, made.added = index, lengths, 0
     return made
@@ -262,9 +277,7 @@ def _lengths(layer: Any, stretched: bool) -> tuple[int, int, int]:
     return seen + STRETCH, within + STRETCH - longer, before + longer
 
 
-def _ask(
-    graph: fx.Graph, sizes: fx.Node, cache: fx.Node, index: int, free: Sequence[int]
-) -> None:
+def _ask(graph: fx.Graph, sizes: fx.Node, cache: fx.Node, index: int, free: Sequence[int]) -> None:
     """Ask the cache for what the trace read off ``sizes``, a stand-in for a kind of layer."""
     for size in list(sizes.users):
         assert size.target is torch.ops.aten.sym_size.int

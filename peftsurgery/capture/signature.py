@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from ..errors import SurgeryError
 from .remembering import STRETCH, Past, Traced, is_cache, refused
 
-
 MASK = "attention_mask"  # the name it has in every model of transformers
 
 
@@ -93,9 +92,8 @@ def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
     mask, new = named.get(MASK), named.get("input_ids", named.get("inputs_embeds"))
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not isinstance(new, torch.Tensor):
         return False
-    if mask.shape != (new.shape[0], new.shape[1] + past.cache.get_seq_length()):
-        return False
-    return bool(mask.all())
+    covers = mask.shape == (new.shape[0], new.shape[1] + past.seen)
+    return covers and bool(mask.all())
 
 
 def takes(module: nn.Module, name: str) -> bool:
@@ -125,12 +123,11 @@ def widen(call: Call) -> Call:
     tensors = [leaf for leaf in call.leaves if isinstance(leaf, torch.Tensor)]
     if all(tensor.ndim > 0 and tensor.shape[0] == 1 for tensor in tensors):
         call = map_tensors(call, lambda tensor: torch.cat([tensor, tensor]))
-    mask = call.tensors.get(MASK)
     if call.past is None:
         return call
     longer = dict(call.tensors)
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        longer[MASK] = nn.functional.pad(mask, (STRETCH, 0), value=1)
+    if MASK in longer and longer[MASK].ndim == 2:
+        longer[MASK] = nn.functional.pad(longer[MASK], (STRETCH, 0), value=1)
     return replace(call, tensors=longer, past=replace(call.past, stretched=True))
 
 
@@ -145,11 +142,19 @@ def traced(call: Call, module: nn.Module) -> Call:
     return replace(call, tensors={**call.tensors, **trace.sizes}, trace=trace)
 
 
+def example(call: Call) -> Call:
+    """The call with tensors on meta and nothing in its past, to remember what a capture is for."""
+    tensors = dict(call.tensors)
+    if call.past is not None and MASK in tensors:
+        tensors[MASK] = tensors[MASK][..., call.past.seen :]
+    past = call.past and call.past.emptied()
+    emptied = replace(call, tensors=tensors, past=past)
+    return map_tensors(emptied, lambda tensor: torch.empty_like(tensor, device="meta"))
+
+
 def map_tensors(call: Call, function: Callable[[torch.Tensor], torch.Tensor]) -> Call:
     """The call with a function applied to every tensor in it."""
-    return replace(
-        call, tensors=pytree.tree_map_only(torch.Tensor, function, dict(call.tensors))
-    )
+    return replace(call, tensors=pytree.tree_map_only(torch.Tensor, function, dict(call.tensors)))
 
 
 def _has_tensor(value: Any) -> bool:

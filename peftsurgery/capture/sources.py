@@ -121,8 +121,10 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
     config = _config(spec, trust_remote_code)
     if config.dtype is None:
         config.dtype = _stored_dtype(Path(spec))
+    model = build_on_meta(config)
+    _read_generation_config(model, spec)
     # absolute, since a saved surgery names its base and is used from other directories too
-    return Source(build_on_meta(config), os.path.abspath(spec) if here else spec)
+    return Source(model, os.path.abspath(spec) if here else spec)
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
@@ -179,6 +181,28 @@ def _config(spec: str, trust_remote_code: bool) -> PreTrainedConfig:
     except CONFIG_ERRORS as error:
         raise SurgeryError(
             "PSG206", f"the config of '{spec}' is no valid one: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _read_generation_config(model: PreTrainedModel, spec: str) -> None:
+    """Give the model its settings for generation, as ``from_pretrained`` does. PSG206."""
+    if not model.can_generate():
+        return
+    wanted = dict.fromkeys(("generation_config", "from_auto_class", "from_pipeline"))
+    loading = {"cache_dir": None, "force_download": False, "proxies": None, "token": None}
+    try:
+        model.adjust_generation_fn(
+            **wanted,
+            **loading,
+            pretrained_model_name_or_path=spec,
+            local_files_only=False,
+            revision=None,
+            subfolder="",
+            trust_remote_code=False,
+        )
+    except CONFIG_ERRORS as error:
+        raise SurgeryError(
+            "PSG206", f"the generation config of '{spec}' is no valid one: {error}"
         ) from error
 
 
