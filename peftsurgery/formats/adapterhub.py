@@ -4,33 +4,39 @@
     to_adapterhub(o, "adapter")          one that ``model.load_adapter("adapter",
                                          use_safetensors=True)`` loads
 
-The library runs with transformers 4 and not beside 5, so the two meet in files alone. What cannot
-be honoured, one way or the other, is refused by name; nothing is skipped.
+A fusion goes in and out with its adapters, as ``save_adapter_setup`` writes it. The library runs
+with transformers 4 and not beside 5, so the two meet in files alone. What cannot be honoured, one
+way or the other, is refused by name; nothing is skipped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
-from ..language import Rule, RuleFile, Where
-from ..surgery import OperatedModel, Operation, adapter_name, check_covered, operate
+from ..surgery import OperatedModel, adapter_name, check_covered, fused_names, operate
+from .adapter_files import write_files
 from .adapterhub_config import HubConfig
-from .adapterhub_export import about, export
+from .adapterhub_export import Written, export
 from .adapterhub_files import (
-    adapter_contents,
-    head_contents,
+    ADAPTER,
+    FUSION,
+    HEAD,
+    SETUP,
+    contents,
     read_config,
     read_head,
     read_tensors,
-    write_adapter,
 )
+from .adapterhub_head import check_head, head_config, train_head
 from .adapterhub_import import Importer, Plan
+from .adapterhub_setup import as_fusion, fusion_config, is_setup, read_setup, setup_content
+
+FUSED_NAME = "fusion"
 
 
 def from_adapterhub(
@@ -38,19 +44,20 @@ def from_adapterhub(
 ) -> OperatedModel:
     """``model`` with the adapter in ``directory``, under ``name`` or the name it was saved with.
 
-    A head that was saved with it comes along as parameters of the model that were trained. Raises
-    PSG501 to PSG507 for an adapter that is damaged, asks for what is not honoured, or was made for
-    another base, and PSG513 for a model of a type that the library has no names for.
+    A fusion is called `fusion` unless ``name`` is given, and its adapters keep their names. A head
+    that was saved along comes as parameters of the model that were trained. Raises PSG501 to PSG507
+    for an adapter that is damaged, asks for what is not honoured, or was made for another base,
+    PSG513 for a model of a type that the library has no names for, PSG514 for a head without place.
     """
     if not isinstance(model, GraphModel):
         message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
         raise SurgeryError("PSG309", message, "capture it first: from_adapterhub(capture(model))")
     folder = Path(directory)
-    config = HubConfig(read_config(folder))
-    importer = Importer(model, config, adapter_name(name or config.name))
-    tensors = {importer.places.plain(key): value for key, value in read_tensors(folder).items()}
-    plan = importer.plan(tensors)
-    add_head(plan, model, read_head(folder), importer.name)
+    importer = Importer(model)
+    if is_setup(folder):
+        plan = _fusion(importer, folder, adapter_name(name or FUSED_NAME))
+    else:
+        plan = _adapter(importer, folder, name)
     before = set(model.learnt()) if isinstance(model, OperatedModel) else set[str]()
     operated = operate(model, plan.operations, plan.known)
     check_covered(str(folder), operated.learnt().keys() - before, plan.known.keys() - before)
@@ -60,51 +67,79 @@ def from_adapterhub(
 def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None = None) -> None:
     """Write the adapter ``name`` (or the only one) as the library does, tensors as safetensors.
 
+    A fusion is written with its adapters, and is the one that is meant if it is over all others.
     Raises PSG512 for what the library has no form for, PSG513 if it has no names for the model's
     places, PSG511 if it is not clear which adapter is meant, PSG601 and PSG603 if the directory
     cannot be written.
     """
+    chosen = _choose(model, name)
+    fused = [n for op in model.operations if op.name == chosen for n in fused_names(op)]
+    if not fused:
+        write_files(Path(directory), _contents(model, _written(model, chosen)), ADAPTER.config)
+        return
+    files = {SETUP: setup_content(fused)}
+    for adapter in fused:
+        files |= _contents(model, _written(model, adapter), adapter)
+    fusion = _written(model, chosen)
+    files |= contents(FUSION, as_fusion(fusion.config), fusion.tensors, ",".join(fused))
+    write_files(Path(directory), files, SETUP)
+
+
+def _adapter(importer: Importer, folder: Path, name: str | None) -> Plan:
+    """What one adapter's directory is on the importer's model."""
+    config = HubConfig(read_config(folder), importer.model_config)
+    name = adapter_name(name or config.name)
+    plan = importer.plan(config, name, _plain(importer, read_tensors(folder)))
+    head = read_head(folder)
+    check_head(importer.model, head)
+    if head:
+        plan.operations.append(train_head(head, name))
+        plan.known.update(head)
+    return plan
+
+
+def _fusion(importer: Importer, folder: Path, name: str) -> Plan:
+    """What a setup's directory is: the adapters, and the fusion over them."""
+    names = read_setup(folder)
+    plan = Plan()
+    for adapter in names:
+        plan.add(_adapter(importer, folder / adapter, adapter))
+    last = read_config(folder / names[-1]).get("config")
+    values = fusion_config(folder, names, dict(last or {}))
+    config = HubConfig(values, importer.model_config)
+    tensors = _plain(importer, read_tensors(folder / ",".join(names), FUSION))
+    plan.add(importer.plan(config, name, tensors, plan.cuts))
+    return plan
+
+
+def _plain(importer: Importer, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {importer.places.plain(key): value for key, value in tensors.items()}
+
+
+def _choose(model: OperatedModel, name: str | None) -> str:
+    """The adapter that is meant. PSG511."""
     operations = model.operations if isinstance(model, OperatedModel) else ()
     names = list(dict.fromkeys(operation.name for operation in operations))
     if not names:
         raise SurgeryError("PSG511", "the model has no adapters", "apply rules to it first")
-    if name is None and len(names) > 1:
-        message = f"the model has {len(names)} adapters, and a directory of AdapterHub's holds one"
+    fused = {inner for operation in operations for inner in fused_names(operation)}
+    outer = [known for known in names if known not in fused]
+    if name is None and len(outer) > 1:
+        message = f"the model has {len(outer)} adapters, and a directory of AdapterHub's holds one"
         raise SurgeryError("PSG511", message, f"choose by name: {', '.join(names)}")
-    chosen = names[0] if name is None else name
-    if chosen not in names:
-        raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
-    with model.only(chosen):
-        written = export(model, chosen)
-    contents = adapter_contents(written.config, written.tensors)
-    if written.head:
-        contents |= head_contents(_head_config(model), written.head)
-    write_adapter(Path(directory), contents)
+    if name is not None and name not in names:
+        raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(name, names))
+    return outer[0] if name is None else name
 
 
-def add_head(plan: Plan, model: GraphModel, tensors: Mapping[str, torch.Tensor], name: str) -> None:
-    """Add a head's parameters to a plan, as the model's own that were trained. PSG514 if not."""
-    parameters = dict(model.source.module.named_parameters(remove_duplicate=False))
-    for key, value in tensors.items():
-        if key not in parameters:
-            message = f"the head's tensor '{key}' has no place in the model"
-            hint = "it belongs to a head of the library's own; load the adapter without its head"
-            raise SurgeryError("PSG514", message, hint)
-        if value.shape != parameters[key].shape:
-            shapes = f"{list(value.shape)}, where {list(parameters[key].shape)} is needed"
-            raise SurgeryError("PSG514", f"the head's tensor '{key}' has shape {shapes}")
-    if tensors:
-        rule = Rule(match="parameter", where=Where(paths=tuple(tensors)), train=True)
-        about = "A head that came with an AdapterHub adapter."
-        plan.operations.append(
-            Operation(RuleFile(name="head", about=about, rules=(rule,)), {}, name)
-        )
-        plan.known.update(tensors)
+def _written(model: OperatedModel, name: str) -> Written:
+    """An adapter as files, by what it holds when it is the one that is active."""
+    with model.only(name):
+        return export(model, name)
 
 
-def _head_config(model: OperatedModel) -> dict[str, Any]:
-    """What the library writes beside a head that is the model class's own."""
-    module: Any = model.source.module
-    labels = getattr(module.config, "label2id", None)
-    more = {"label2id": labels, "num_labels": len(labels)} if labels else {}
-    return {"config": None, "name": None, **about(model), **more}
+def _contents(model: OperatedModel, written: Written, folder: str = "") -> dict[str, bytes]:
+    files = contents(ADAPTER, written.config, written.tensors, folder)
+    return files | (
+        contents(HEAD, head_config(model), written.head, folder) if written.head else {}
+    )

@@ -31,7 +31,7 @@ from .adapterhub_library import (
 )
 from .adapterhub_places import MATRICES
 
-# Before this version the library scaled a LoRA by alpha where it should have by alpha / r.
+# Before this version the library scaled by alpha where it should have by alpha / r.
 SCALED = (1, 1, 0)
 
 
@@ -47,13 +47,16 @@ class Reading:
 class HubConfig:
     """The checked values of an adapter_config.json."""
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        """Raises PSG502 for an unknown method, PSG503 for a bad value, PSG504 for a refused key."""
+    def __init__(self, values: Mapping[str, Any], model_config: Any) -> None:
+        """Raises PSG502 for an unknown method, PSG503 for a bad value, PSG504 for a refused key.
+
+        ``model_config`` has the values that the adapter's config leaves to the model's.
+        """
         self.values = values
         self.name = self._text("name")
         self.model_type = self._text("model_type")
+        self.flats = [completed(f, model_config) for f in flattened(self._config())]
         self._check_version()
-        self.flats = [completed(flat) for flat in flattened(self._config())]
         self._check_keys()
 
     def readings(self) -> list[Reading]:
@@ -88,18 +91,21 @@ class HubConfig:
         for part in members:
             known = parts()
             architecture = part.get("architecture")
-            if architecture is not None and architecture not in known:
+            if architecture is not None and str(architecture) not in known:
                 message = f"the adapter's architecture is {_short(architecture)}"
                 raise SurgeryError("PSG502", message, did_you_mean(str(architecture), known))
         return config
 
     def _check_version(self) -> None:
+        """Refuse what an old version of the library computed otherwise. PSG504."""
         version = self._text("version")
         found = re.match(r"adapters\.(\d+)\.(\d+)\.(\d+)", version)
-        if found is None or tuple(map(int, found.groups())) < SCALED:
-            least = ".".join(map(str, SCALED))
-            message = f"the adapter was saved by {version}, whose LoRA and activations differ"
-            raise SurgeryError("PSG504", message, f"save it again with adapters {least} or newer")
+        old = found is not None and tuple(map(int, found.groups())) < SCALED
+        flat = self.flats[0]
+        if old and any(flat.get(f"{p}r") != flat.get(f"{p}alpha") for p in architectures(flat)):
+            message = f"the adapter was saved by {version}, which took no account of the rank"
+            hint = f"save it again with adapters {'.'.join(map(str, SCALED))} or newer"
+            raise SurgeryError("PSG504", message, hint)
 
     def _check_keys(self) -> None:
         """Refuse keys that the library does not have, unless they say nothing. PSG504."""
@@ -143,7 +149,7 @@ def strangers(flat: Flat, file: RuleFile) -> list[str]:
     open_keys = {*carried}
     for prefix, architecture in architectures(wanted).items():
         part = parts()[architecture]
-        open_keys |= {f"{prefix}{key}" for key in part.places | part.free}
+        open_keys |= {f"{prefix}{key}" for key in (*part.places, *part.free)}
     return [
         key
         for key, value in wanted.items()

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..errors import SurgeryError
-from ..surgery import Cut, OperatedModel, Operation
+from ..surgery import Cut, OperatedModel, Operation, fused_names
 from .adapterhub_config import expected
-from .adapterhub_library import FORMAT, architectures, parts, unflattened, version
+from .adapterhub_head import about, trained_head
+from .adapterhub_library import FORMAT, Flat, architectures, parts, unflattened
 from .adapterhub_places import Places
 from .adapterhub_tensors import stacks
 
@@ -36,32 +37,40 @@ def export(model: OperatedModel, name: str) -> Written:
     added = [cut for cut in cuts if cut.rule.params or cut.rule.rewrite]
     places = Places(model)
     operation = _only_operation(name, added)
+    flat = _flat(operation, places, added)
+    values = model.learnt()
+    called = ",".join(fused_names(operation)) or name
+    tensors = {
+        places.full(key): stack.join(values) for key, stack in stacks(added, places, called).items()
+    }
+    config = {"config": unflattened(flat), "name": called, **about(model)}
+    return Written(config, tensors, trained_head(model, places, cuts))
+
+
+def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
+    """The config of an operation. PSG512 for settings that the library cannot have."""
+    carried = operation.file.carried(FORMAT)
     flat = expected(operation.file) | {
-        key: operation.settings[setting] for key, setting in operation.file.carried(FORMAT).items()
+        key: operation.settings[setting] for key, setting in carried.items()
     }
     for prefix, architecture in architectures(flat).items():
-        kind = parts()[architecture].kind
-        sites = [cut.placed for cut in added if cut.rule.kind.name == kind]
-        said = places.said(kind, list(dict.fromkeys(sites)))
+        part = parts()[architecture]
+        sites = dict.fromkeys(c.placed for c in cuts if c.rule.kind.name == part.kind)
+        said = places.said(part.kind, list(sites)) if part.places else {}
         flat |= {f"{prefix}{key}": value for key, value in said.items()}
-    values = model.learnt()
-    tensors = {
-        places.full(key): stack.join(values) for key, stack in stacks(added, places, name).items()
-    }
-    config = {"config": unflattened(flat), "name": name, **about(model)}
-    return Written(config, tensors, _head(model, places, cuts))
-
-
-def about(model: OperatedModel) -> dict[str, Any]:
-    """What a config says of the model and the library."""
-    module: Any = model.source.module
-    return {
-        "model_type": module.config.model_type,
-        "model_class": type(module).__name__,
-        "model_name": model.source.origin or "",
-        "hidden_size": module.config.hidden_size,
-        "version": version(),
-    }
+        for key, default in part.defaults.items():
+            if type(default) is int and default > 0 and not flat[f"{prefix}{key}"] > 0:
+                raise _unsaid(operation, f"{prefix}{key}", "a number of its own")
+        for key, source in part.inherited.items():
+            theirs = getattr(places.config, source, 0.0)
+            own = key not in part.taken
+            if not own and flat[f"{prefix}{key}"] not in (None, theirs):
+                raise _unsaid(operation, f"{prefix}{key}", f"the model's {theirs}")
+            if not own:
+                del flat[f"{prefix}{key}"]
+            elif flat[f"{prefix}{key}"] == theirs:
+                flat[f"{prefix}{key}"] = None
+    return flat
 
 
 def _only_operation(name: str, cuts: Sequence[Cut]) -> Operation:
@@ -79,15 +88,11 @@ def _only_operation(name: str, cuts: Sequence[Cut]) -> Operation:
     return operations[0]
 
 
-def _head(model: OperatedModel, places: Places, cuts: Sequence[Cut]) -> Tensors:
-    """The model's own parameters that were trained: the head's, or PSG512."""
-    names = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
-    for name in sorted(names):
-        if not places.headed or name.startswith(places.prefix):
-            raise _refuse(f"'{name}' was trained, and AdapterHub keeps only the head's parameters")
-    base = dict(model.source.module.named_parameters(remove_duplicate=False))
-    heads = [n for n in base if not n.startswith(places.prefix)] if names else []
-    return {n: model.get_parameter(n).detach().cpu() for n in heads}
+def _unsaid(operation: Operation, key: str, needed: str) -> SurgeryError:
+    """The refusal of a setting's value that a key of the library's cannot have."""
+    setting = operation.file.carried(FORMAT).get(key, key)
+    value = operation.settings.get(setting)
+    return _refuse(f"'{setting}' is {value!r}, and the library needs {needed} as its {key}")
 
 
 def _refuse(message: str) -> SurgeryError:

@@ -4,6 +4,11 @@
     adapter.safetensors or pytorch_adapter.bin     its tensors
     head_config.json, model_head.safetensors       the head that was trained with it, if any
 
+A fusion is a directory of directories: one for each adapter, one for the fusion itself, and
+
+    adapter_setup.json                             which adapters are fused
+    a,b/adapter_fusion_config.json, a,b/model_adapter_fusion.safetensors
+
 The library cannot write a prefix as safetensors. So its .bin files are read too: only those that
 are an archive of plain tensors, through torch's unpickler that knows no other classes
 (``weights_only``). What is written here is always safetensors.
@@ -14,6 +19,7 @@ from __future__ import annotations
 import pickle
 import zipfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +33,46 @@ from .adapter_files import (
     nearby,
     read_object,
     read_safetensors,
-    write_files,
 )
 
-CONFIG, HEAD_CONFIG = "adapter_config.json", "head_config.json"
-TENSORS, PICKLED = "adapter.safetensors", "pytorch_adapter.bin"
-HEAD, HEAD_PICKLED = "model_head.safetensors", "pytorch_model_head.bin"
+SETUP = "adapter_setup.json"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the files of one kind of module are called."""
+
+    config: str
+    tensors: str
+    pickled: str
+
+
+ADAPTER = Kind("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+HEAD = Kind("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+FUSION = Kind(
+    "adapter_fusion_config.json",
+    "model_adapter_fusion.safetensors",
+    "pytorch_model_adapter_fusion.bin",
+)
+
 # The library keeps a prefix in one place and, under these names, at every layer.
 ALIAS, POOL = ".pool.", "prefix_tuning."
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config. PSG501 if it is missing, is no JSON object or holds NaN."""
-    if not (folder / CONFIG).is_file():
-        raise SurgeryError("PSG501", f"'{folder}' has no {CONFIG}", nearby(folder, CONFIG))
-    return read_object(folder / CONFIG)
+def read_config(folder: Path, kind: Kind = ADAPTER) -> dict[str, Any]:
+    """A module's config. PSG501 if it is missing, is no JSON object or holds NaN."""
+    if not (folder / kind.config).is_file():
+        hint = nearby(folder, kind.config)
+        raise SurgeryError("PSG501", f"'{folder}' has no {kind.config}", hint)
+    return read_object(folder / kind.config)
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, each once. PSG505 if there are none, PSG507 if copies differ."""
-    tensors = _read(folder, TENSORS, PICKLED)
+def read_tensors(folder: Path, kind: Kind = ADAPTER) -> dict[str, torch.Tensor]:
+    """A module's tensors, each once. PSG505 if there are none, PSG507 if copies differ."""
+    tensors = _read(folder, kind)
     if tensors is None:
-        raise SurgeryError("PSG505", f"'{folder}' has no {TENSORS}", nearby(folder, CONFIG))
+        hint = nearby(folder, kind.config)
+        raise SurgeryError("PSG505", f"'{folder}' has no {kind.tensors}", hint)
     found = {key: value for key, value in tensors.items() if ALIAS not in key}
     for key, value in tensors.items():
         _, alias, rest = key.partition(ALIAS)
@@ -60,13 +84,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_head(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of the head; none if there is no head."""
-    return _read(folder, HEAD, HEAD_PICKLED) or {}
+    return _read(folder, HEAD) or {}
 
 
-def _read(folder: Path, safe: str, pickled: str) -> dict[str, torch.Tensor] | None:
-    if (folder / safe).is_file():
-        return read_safetensors(folder / safe)
-    return read_archive(folder / pickled) if (folder / pickled).is_file() else None
+def _read(folder: Path, kind: Kind) -> dict[str, torch.Tensor] | None:
+    safe, pickled = folder / kind.tensors, folder / kind.pickled
+    if safe.is_file():
+        return read_safetensors(safe)
+    return read_archive(pickled) if pickled.is_file() else None
 
 
 def read_archive(file: Path) -> dict[str, torch.Tensor]:
@@ -91,23 +116,15 @@ def read_archive(file: Path) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in tensors.items()}
 
 
-def adapter_contents(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+def contents(
+    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: str = ""
 ) -> dict[str, bytes]:
-    """The files of an adapter by name."""
-    return {TENSORS: as_safetensors(tensors), CONFIG: as_json(config)}
-
-
-def head_contents(
-    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> dict[str, bytes]:
-    """The files of a head by name."""
-    return {HEAD: as_safetensors(tensors), HEAD_CONFIG: as_json(config)}
-
-
-def write_adapter(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write an adapter's files, or leave what is there alone. PSG601 and PSG603."""
-    write_files(folder, contents, CONFIG)
+    """The files of a module by their names beneath the directory that is written."""
+    inside = f"{folder}/" if folder else ""
+    return {
+        f"{inside}{kind.tensors}": as_safetensors(tensors),
+        f"{inside}{kind.config}": as_json(config),
+    }
 
 
 def _line(error: Exception) -> str:

@@ -20,15 +20,25 @@ from ..surgery import Cut, Operation, select_cuts
 from .adapterhub_config import HubConfig, Reading
 from .adapterhub_library import FORMAT
 from .adapterhub_places import Places, difference
-from .adapterhub_tensors import stacks
+from .adapterhub_tensors import Stack, stacks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The operations that an adapter is, and the values of their parameters by name."""
+    """The operations that an adapter is, their cuts, and the values of parameters by name."""
 
     operations: list[Operation] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
     known: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, other: Plan) -> None:
+        """Take over what another plan holds, after what is there. PSG514 if two heads differ."""
+        for name in other.known.keys() & self.known.keys():
+            if not torch.equal(self.known[name], other.known[name]):
+                raise SurgeryError("PSG514", f"two adapters come with a '{name}' of their own")
+        self.operations.extend(other.operations)
+        self.cuts.extend(other.cuts)
+        self.known.update(other.known)
 
 
 @dataclass(frozen=True)
@@ -38,26 +48,42 @@ class _Option:
     operation: Operation
     moved: int
 
+    @property
+    def order(self) -> tuple[int, int]:
+        """Best first: rules that find their places themselves, files that carry more settings."""
+        return self.moved, -len(self.operation.file.carried(FORMAT))
+
 
 class Importer:
-    """Makes the plan for one adapter on one model."""
+    """Makes plans for adapters on one model."""
 
-    def __init__(self, model: GraphModel, config: HubConfig, name: str) -> None:
-        """PSG506 if the adapter was made for a model of another type, PSG513 for an unknown one."""
-        self.model, self.config, self.name = model, config, name
+    def __init__(self, model: GraphModel) -> None:
+        """PSG513 for a model of a type that the library has no names for."""
+        self.model = model
         self.places = Places(model)
+        self.model_config = self.places.config
+
+    def plan(
+        self,
+        config: HubConfig,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        earlier: Sequence[Cut] = (),
+    ) -> Plan:
+        """An adapter under a name; ``earlier`` are the cuts of adapters that it may be over.
+
+        Raises PSG504 for what no rule file is, PSG506 for another model, PSG507 for other tensors.
+        """
         if config.model_type != self.places.model_type:
             message = f"the adapter is for a '{config.model_type}'"
             raise SurgeryError("PSG506", f"{message}, not for a '{self.places.model_type}'")
+        options = [self.option(reading, name) for reading in config.readings()]
+        operation = min(options, key=lambda option: option.order).operation
+        cuts = select_cuts(self.model.base_capture, operation, earlier)[0]
+        wanted = stacks(cuts, self.places, config.name)
+        return Plan([operation], cuts, values_of(wanted, tensors))
 
-    def plan(self, tensors: Mapping[str, torch.Tensor]) -> Plan:
-        """The plan. Raises PSG504, PSG506 and PSG507 for what does not fit."""
-        options = [self.option(reading) for reading in self.config.readings()]
-        operation = min(options, key=lambda option: option.moved).operation
-        cuts = select_cuts(self.model.base_capture, operation)[0]
-        return Plan([operation], self.values(cuts, tensors))
-
-    def option(self, reading: Reading) -> _Option:
+    def option(self, reading: Reading, name: str) -> _Option:
         """A rule file at the sites that a reading of the config means. PSG504 if there are none."""
         moved, rules = 0, []
         for rule in reading.file.rules:
@@ -73,14 +99,15 @@ class Importer:
         if not rules:
             raise SurgeryError("PSG504", "the adapter's config means no place in the model")
         file = reading.file.model_copy(update={"rules": tuple(rules)})
-        return _Option(Operation(file, resolve_settings(file, reading.settings), self.name), moved)
+        return _Option(Operation(file, resolve_settings(file, reading.settings), name), moved)
 
     def meant(self, rule: Rule, reading: Reading) -> list[Placed]:
         """The sites that the config means for a rule; none for one that the library has not."""
         kind = rule.kind.name
         if not rule.suffixes(FORMAT) or kind not in reading.places:
             return []
-        return self.places.meant(kind, reading.places[kind])
+        keys = reading.places[kind]
+        return self.places.meant(kind, keys) if keys else self.chosen(rule, reading)
 
     def chosen(self, rule: Rule, reading: Reading) -> list[Placed]:
         """The sites that a rule would choose."""
@@ -102,22 +129,22 @@ class Importer:
         told = replace(reading, settings={**reading.settings, setting: roles})
         return told if agree(self.chosen(rule, told), sites) else None
 
-    def values(
-        self, cuts: Sequence[Cut], tensors: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        """The values of the cuts' parameters. PSG506 for a tensor too many, PSG507 for one lost."""
-        known: dict[str, torch.Tensor] = {}
-        wanted = stacks(cuts, self.places, self.config.name)
-        for key, stack in wanted.items():
-            if key not in tensors:
-                message = f"the adapter's config asks for the tensor '{key}', which is not there"
-                raise SurgeryError("PSG507", message, "the file is incomplete")
-            known |= stack.split(key, tensors[key])
-        for key in tensors:
-            if key not in wanted:
-                message = f"the tensor '{key}' has no place: the adapter's config does not mean it"
-                raise SurgeryError("PSG506", message, did_you_mean(key, wanted))
-        return known
+
+def values_of(
+    wanted: Mapping[str, Stack], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The values of parameters. PSG506 for a tensor without place, PSG507 if one is not there."""
+    known: dict[str, torch.Tensor] = {}
+    for key, stack in wanted.items():
+        if key not in tensors:
+            message = f"the adapter's config asks for the tensor '{key}', which is not there"
+            raise SurgeryError("PSG507", message, "the file is incomplete")
+        known |= stack.split(key, tensors[key])
+    for key in tensors:
+        if key not in wanted:
+            message = f"the tensor '{key}' has no place: the adapter's config does not mean it"
+            raise SurgeryError("PSG506", message, did_you_mean(key, wanted))
+    return known
 
 
 def agree(some: Sequence[Placed], others: Sequence[Placed]) -> bool:

@@ -7,8 +7,8 @@ as the library itself counts, and so the rule files write them under ``checkpoin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import yaml
 from ..language import RuleFile, load_rules, shipped
 
 FORMAT = "adapterhub"
-BOTTLENECK, UNION = "bottleneck", "union"
+BOTTLENECK, UNION, FUSED = "bottleneck", "union", "fusion"
 MAX_UNION = 4  # parts are tried in every order
 
 Flat = dict[str, Any]
@@ -29,13 +29,16 @@ class Part:
     """What the library's configs of one architecture hold.
 
     ``kind`` is the kind of site they are about, ``defaults`` the values where they leave a key out,
-    ``places`` the keys that say at which sites an adapter is, ``free`` those without effect.
+    ``places`` the keys that say at which sites an adapter is, ``free`` those without effect; see
+    ``adapterhub.yaml``.
     """
 
     kind: str
     defaults: Mapping[str, Any]
-    places: frozenset[str]
-    free: frozenset[str]
+    places: Collection[str] = ()
+    free: Collection[str] = ()
+    taken: Collection[str] = ()
+    inherited: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,7 @@ def version() -> str:
 @cache
 def parts() -> dict[str, Part]:
     """The kinds of config that are understood, by architecture."""
-    return {
-        name: Part(
-            entry["kind"], entry["defaults"], frozenset(entry["places"]), frozenset(entry["free"])
-        )
-        for name, entry in _table()["configs"].items()
-    }
+    return {name: Part(**entry) for name, entry in _table()["configs"].items()}
 
 
 @cache
@@ -114,10 +112,16 @@ def unflattened(flat: Mapping[str, Any]) -> dict[str, Any]:
     return {"architecture": UNION, "configs": [unflattened(member) for member in members]}
 
 
-def completed(flat: Mapping[str, Any]) -> Flat:
-    """A flat config with every key that it leaves out at its default."""
+def completed(flat: Mapping[str, Any], model_config: Any = None) -> Flat:
+    """A flat config with every key that it leaves out at its default, or as the model has it."""
     full: Flat = {}
     for prefix, architecture in architectures(flat).items():
         part = parts().get(architecture)
-        full |= {f"{prefix}{k}": v for k, v in part.defaults.items()} if part else {}
-    return {**full, **flat}
+        if part is None:
+            continue
+        for key, default in part.defaults.items():
+            value = flat.get(f"{prefix}{key}", default)
+            if value is None and key in part.inherited and model_config is not None:
+                value = getattr(model_config, part.inherited[key], 0.0)
+            full[f"{prefix}{key}"] = value
+    return {**flat, **full}

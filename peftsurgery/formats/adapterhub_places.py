@@ -26,8 +26,8 @@ class Places:
     def __init__(self, model: GraphModel) -> None:
         """PSG513 for a model of which the library's names are not known here."""
         module: Any = model.source.module
-        config = getattr(module, "config", None)
-        self.model_type = str(getattr(config, "model_type", type(module).__name__))
+        self.config = getattr(module, "config", None)
+        self.model_type = str(getattr(self.config, "model_type", type(module).__name__))
         known = layouts()
         if self.model_type not in known:
             message = f"AdapterHub's names for the places of a '{self.model_type}' are not known"

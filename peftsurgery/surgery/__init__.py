@@ -3,6 +3,7 @@
 from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
 from .flattening import flatten
 from .folding import fold
+from .fusing import fused_names
 from .operated import OperatedModel
 from .operation import Cut, Operation
 from .report import Report
@@ -19,6 +20,7 @@ __all__ = [
     "eject",
     "flatten",
     "fold",
+    "fused_names",
     "load",
     "open_model",
     "operate",

@@ -91,7 +91,14 @@ CASES: dict[str, tuple[Callable[[Adapter], object], str, str]] = {
     "an alpha that is a text": (lambda a: a.config(alpha="6"), "PSG503", "alpha"),
     "layers that are no numbers": (lambda a: a.config(leave_out=["0"]), "PSG503", "leave_out"),
     "an old version": (lambda a: a.about(version="adapters.1.0.1"), "PSG504", "1.0.1"),
-    "another library": (lambda a: a.about(version="3.2.1"), "PSG504", "3.2.1"),
+    "no version": (lambda a: a.about(version=None), "PSG503", "version"),
+    "a method that is a list": (lambda a: a.config(architecture=["lora"]), "PSG502", "lora"),
+    "an empty union": (lambda a: a.config(architecture="union", configs=[]), "PSG504", "union"),
+    "a union of texts": (
+        lambda a: a.config(architecture="union", configs=["a"]),
+        "PSG503",
+        "union",
+    ),
     "DoRA": (lambda a: a.config(use_dora=True), "PSG504", "use_dora"),
     "a gate": (lambda a: a.config(use_gating=True), "PSG504", "use_gating"),
     "an unknown key": (lambda a: a.config(drop_out=0.5), "PSG504", "did you mean 'dropout'"),
@@ -163,6 +170,48 @@ def test_a_pickle_of_plain_tensors_is_read(name: str, adapter: Adapter) -> None:
     operated = ps.from_adapterhub(captured(name), adapter.folder, name="mine")
     place = "bert.encoder.layer.0.attention.self.query.mine.A"
     assert torch.equal(operated.get_parameter(place), plain[A])
+
+
+def changed(file: str, **changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        values = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(values | changes))
+
+    return change
+
+
+SETUP, FUSION = "adapter_setup.json", "first,second/adapter_fusion_config.json"
+STACK = {"type": "Stack", "children": [{"type": "single", "children": ["first"]}] * 2}
+ELSEWHERE = {"type": "Fuse", "children": [{"type": "single", "children": ["../first"]}] * 2}
+FUSIONS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "a stack": (changed(SETUP, adapter_setup=STACK), "PSG504", "Stack"),
+    "a setup that is none": (changed(SETUP, adapter_setup=[1]), "PSG504", "[1]"),
+    "a head of the setup's own": (changed(SETUP, head_setup="default"), "PSG504", "default"),
+    "an adapter from elsewhere": (changed(SETUP, adapter_setup=ELSEWHERE), "PSG304", "../first"),
+    "an adapter that is not there": (lambda f: shutil.rmtree(f / "second"), "PSG501", "second"),
+    "a fusion that is not there": (lambda f: (f / FUSION).unlink(), "PSG501", "fusion"),
+    "the fusion of others": (changed(FUSION, adapter_names=["first", "third"]), "PSG503", "third"),
+    "a fusion that cools down": (
+        lambda f: changed(
+            FUSION, config=json.loads((f / FUSION).read_text())["config"] | {"temperature": True}
+        )(f),
+        "PSG504",
+        "temperature",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [NAME])
+@pytest.mark.parametrize(("change", "code", "text"), FUSIONS.values(), ids=FUSIONS)
+def test_what_is_wrong_with_a_fusion_is_named(
+    name: str, change: Callable[[Path], object], code: str, text: str, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(GOLDEN / name / "fusion", tmp_path / "fusion"))
+    change(folder)
+    with pytest.raises(SurgeryError) as caught:
+        ps.from_adapterhub(captured(name), folder)
+    assert caught.value.code == code
+    assert text in str(caught.value)
 
 
 def at(*paths: str) -> RuleFile:
