@@ -393,6 +393,18 @@ CODES: dict[str, CodeInfo] = {
         "an adapter is in use",
         "A fusion combines its values. Take the fusion out first: eject(model, fusion).",
     ),
+    "PSG351": CodeInfo(
+        "the model's inputs cannot be changed",
+        "A rule that matches `inputs` changes what the model is given after its tokens are "
+        "embedded, so the model must take embeddings (inputs_embeds) in place of tokens.",
+    ),
+    "PSG352": CodeInfo(
+        "the inputs do not fit together once they are changed",
+        "A rule that makes the text longer must do the same to all that has a value for each token "
+        "(mask, labels, positions, types). What is given in another form than (batch, tokens), a "
+        "mask for each pair of tokens say, cannot be made longer. The longer text may also be more "
+        "than the model takes.",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

@@ -34,7 +34,10 @@ from .sizes import size_conditions
 from .stack import stack_paths
 
 # What torch.export raises for a model it cannot trace: its own errors derive from these.
-EXPORT_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError)
+EXPORT_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError),
+    AssertionError,
+)
 
 
 @dataclass(frozen=True)

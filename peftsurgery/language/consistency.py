@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.expression import Expression, check_calls, check_names
-from peftsurgery.language.initial import INITIALISERS
+from peftsurgery.language.initial import FROM_WEIGHTS, INITIALISERS
 from peftsurgery.language.operators import OPERATORS
 from peftsurgery.language.pattern import compile_pattern
 from peftsurgery.language.strict import place_of
@@ -51,6 +51,8 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     if rule.pattern is not None:
         compile_pattern(rule.pattern)
     _check_targets(rule)
+    if rule.when is not None:
+        _check(rule.when, numbers)
     _check_words(rule.params, {*numbers, *values}, "parameter")
     _check_words(rule.let, {*numbers, *values, *params}, "let")
     everything, calls = {*numbers, *values, *params}, {*OPERATORS, *kind.functions}
@@ -63,7 +65,7 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         for size in param.shape:
             _check(size, sizes)
         initial = within(rule.let, known)
-        _check(param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS})
+        _check(param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS, *FROM_WEIGHTS})
         known.add(name)
     for expression in rule.rewrite.values():
         _check(expression, everything, calls)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import operator as python
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Context:
     ``training`` is what stochastic operators read: a bool, or the proxy of a graph's value.
     ``call`` applies an operator; the symbolic reading prints instead of computing. ``functions``
     are what the rule's site lets it call, where they differ from their plain definitions.
-    ``decide`` gives the number that a condition is.
+    ``decide`` gives the number that a condition or an index is.
     """
 
     training: Any = False
@@ -85,6 +85,18 @@ def evaluate(
     """
     check_names(expression, env)
     return _Reading(expression, env, operators, context).value(expression.tree)
+
+
+def names_read(
+    expression: Expression,
+    env: Mapping[str, Any],
+    operators: Mapping[str, Operator] = OPERATORS,
+) -> frozenset[str]:
+    """The names whose values ``expression`` needs.
+
+    Of a choice that the numbers of ``env`` decide, those of the branch that is taken.
+    """
+    return frozenset(_Reading(expression, env, operators, PLAIN).read(expression.tree))
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,18 @@ class _Reading:
                 return self.call(node)
         raise self.refuse("PSG111", node, f"{type(node).__name__} has no value")
 
+    def read(self, node: ast.AST) -> Iterator[str]:
+        """The names that the value of a node needs."""
+        if isinstance(node, ast.Name):
+            yield spelling(node)
+        parts = list(ast.iter_child_nodes(node))
+        if isinstance(node, ast.Call):
+            parts = [*node.args, *node.keywords]
+        elif isinstance(node, ast.IfExp) and set(self.read(node.test)) <= self.env.keys():
+            parts = [node.body if self.decided(node.test) else node.orelse]
+        for part in parts:
+            yield from self.read(part)
+
     def binary(self, node: ast.BinOp) -> Any:
         left, right = self.value(node.left), self.value(node.right)
         if isinstance(node.op, ast.Pow) and isinstance(right, int | float):
@@ -141,7 +165,11 @@ class _Reading:
             parts = (node.lower, node.upper, node.step)
             return slice(*(None if p is None else self.index(p) for p in parts))
         value = self.value(node)
-        if value is None or value is Ellipsis or isinstance(value, int | torch.SymInt):
+        if (
+            value is None
+            or value is Ellipsis
+            or isinstance(self.context.decide(value), int | torch.SymInt)
+        ):
             return value
         raise self.refuse("PSG116", node, "an index is a whole number, a slice or None")
 

@@ -66,9 +66,10 @@ def site_function(function: Callable[..., Any]) -> Operator:
     return Operator(function.__name__, function, doc, inspect.signature(function))
 
 
-def _table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
+def table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
+    """The entries of site functions, by name."""
     return {function.__name__: site_function(function) for function in functions}
 
 
-ATTENTION = _table(attention, concat, tokens, extend)
-RESIDUAL = _table(norm)
+ATTENTION = table(attention, concat, tokens, extend)
+RESIDUAL = table(norm)

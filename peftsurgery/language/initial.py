@@ -7,7 +7,7 @@ the initialisers of this table, each a tensor of the parameter's own shape.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -59,10 +59,28 @@ def eye(t: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.nn.init.eye_(t)
 
 
+def rows(t: Tensor, generator: torch.Generator | None, W: Tensor, ids: Sequence[int]) -> Tensor:
+    """The rows of W that ``ids`` name, from the start again when they are used up."""
+    wanted = [ids[number % len(ids)] for number in range(t.shape[0])]
+    return t.copy_(W[torch.tensor(wanted, device=W.device)])
+
+
+def sample(t: Tensor, generator: torch.Generator | None, W: Tensor) -> Tensor:
+    """Rows of W drawn at random, one as likely as another."""
+    wanted = torch.randint(W.shape[0], t.shape[:-1], generator=generator, device=W.device)
+    return t.copy_(W[wanted])
+
+
 INITIALISERS: Mapping[str, Initialiser] = {
     function.__name__: function
     for function in (kaiming_uniform, xavier_uniform, normal, uniform, zeros, ones, eye)
 }
+"""What draws a tensor of a parameter's shape; bare, it is called without arguments."""
+
+FROM_WEIGHTS: Mapping[str, Initialiser] = {
+    function.__name__: function for function in (rows, sample)
+}
+"""What fills a parameter's shape from a weight that it is given."""
 
 
 def initial(
@@ -118,7 +136,8 @@ def _as_operators(
         return lambda *args, **kwargs: draw(fresh(), generator, *args, **kwargs)
 
     return {
-        name: Operator(name, bind(draw), *_described(draw)) for name, draw in INITIALISERS.items()
+        name: Operator(name, bind(draw), *_described(draw))
+        for name, draw in {**INITIALISERS, **FROM_WEIGHTS}.items()
     }
 
 

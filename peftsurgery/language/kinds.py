@@ -12,13 +12,16 @@ from typing import Any
 
 from peftsurgery.language.functions import ATTENTION, RESIDUAL
 from peftsurgery.language.operators import Operator
+from peftsurgery.language.sequences import SEQUENCES
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of site, seen from the language: the names it binds, and what it lets rules call.
 
-    ``optional`` values are None where a site has none.
+    ``optional`` values are None where a site has none, and are then not rewritten. ``outputs`` are
+    the values that leave the model there. At a kind that ``resizes``, new values may have other
+    sizes than those they replace.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Kind:
     result: str | None = None
     optional: tuple[str, ...] = ()
     functions: Mapping[str, Operator] = field(default_factory=dict, compare=False, repr=False)
+    outputs: tuple[str, ...] = ()
+    resizes: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -36,6 +41,7 @@ class Kind:
         return frozenset((*self.values, *self.weights, *self.sizes))
 
 
+_SEQUENCE = ("embeds", "mask", "positions", "types", "labels")
 _CONVOLUTION = ("in", "out", "kernel", "stride", "padding", "dilation", "groups")
 
 KINDS: Mapping[str, Kind] = {
@@ -91,6 +97,19 @@ KINDS: Mapping[str, Kind] = {
             ("hidden",),
             "h",
             functions=RESIDUAL,
+        ),
+        Kind(
+            "inputs",
+            "the model's boundary: the embeddings it is given, what else it is given for every "
+            "token, and its logits. What is rewritten may become longer, and more",
+            (*_SEQUENCE, *(f"decoder_{name}" for name in _SEQUENCE), "logits"),
+            ("W",),
+            ("width", "vocabulary"),
+            "embeds",
+            tuple(f"{at}{name}" for at in ("", "decoder_") for name in _SEQUENCE[1:]),
+            SEQUENCES,
+            ("logits",),
+            True,
         ),
         Kind("norm", "a normalisation of x to y", ("x", "y"), ("W", "b"), ("hidden",), "y"),
         Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),

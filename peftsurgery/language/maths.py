@@ -147,11 +147,18 @@ def print_call(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
     if form is None:
         shown = [symbol(a).text for a in args]
         shown += [f"{name}={symbol(value).text}" for name, value in kwargs.items()]
-        return Symbol(f"{operator.name}({', '.join(shown)})", ATOM, scalar)
+        text = f"{operator.name}({', '.join(shown)})"
+        return Symbol(text, ATOM, scalar, _number(operator, args) if scalar else None)
     if form == "{0}":  # what changes no number, such as detach
         return symbol(given[0])
     level, needed = _levels(form)
     return Symbol(form.format(*(symbol(a).at(needed) for a in given)), level, scalar)
+
+
+def _number(operator: Operator, args: tuple[Any, ...]) -> Any:
+    """What an operator makes of settings; None if one of its arguments is no known number."""
+    values = [symbol(a).value for a in args]
+    return None if any(value is None for value in values) else operator.function(*values)
 
 
 def symbol(value: Any) -> Symbol:

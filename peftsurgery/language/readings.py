@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.evaluation import PLAIN, Context, evaluate
+from peftsurgery.language.evaluation import PLAIN, Context, evaluate, names_read
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS, Operator
@@ -167,14 +168,19 @@ def _dtype(param: Param) -> torch.dtype:
     return dtype
 
 
-def weights_read(param: Param, rule: Rule) -> frozenset[str]:
-    """The weights that a parameter's initial value needs, through ``let`` names too."""
-    pending, seen = list(param.init.names), set[str]()
+def weights_read(
+    param: Param, rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
+) -> frozenset[str]:
+    """The weights that a parameter's initial value needs, through ``let`` names too.
+
+    ``env`` binds sizes and settings, which decide what is chosen between.
+    """
+    pending, seen = list(names_read(param.init, env)), set[str]()
     while pending:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
-            pending += rule.let[name].names if name in rule.let else ()
+            pending += names_read(rule.let[name], env) if name in rule.let else ()
     return frozenset(rule.kind.weights) & seen
 
 

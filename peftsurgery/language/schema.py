@@ -24,6 +24,7 @@ from pydantic import (
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.consistency import check_file
+from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
 from peftsurgery.language.place import Text
@@ -137,6 +138,8 @@ class Rule(Strict):
     """The kind of site, or {pattern: expression}."""
     where: Where = Where()
     """Clauses that choose among the sites of that kind."""
+    when: ExpressionField | None = None
+    """A condition on the settings: where it does not hold, the rule is left out."""
     expect: Annotated[Expect, BeforeValidator(_as_expect)] = Expect(at_least=1)
     """How many sites must match; at least one unless told otherwise."""
     over: Names = ()
@@ -177,6 +180,10 @@ class Rule(Strict):
                 named = Text(target, value.place) if isinstance(value, Text) else target
                 data[key] = {named: value}
         return data
+
+    def applies(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the rule is one of its file's with these settings."""
+        return self.when is None or bool(evaluate(self.when, settings))
 
     @property
     def kind(self) -> Kind:

@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftsurgery.language.kinds import KINDS
+
+_PER_TOKEN = ("mask", "positions", "types", "labels")
+
 Operation = Callable[[Mapping[str, Any]], Tensor]
 
 
@@ -150,6 +154,20 @@ def _residuals(generator: torch.Generator) -> Iterator[Specimen]:
         yield Specimen(f"hidden {width}", {**given, "hidden": width}, None)
 
 
+def _inputs(generator: torch.Generator) -> Iterator[Specimen]:
+    for width, rows, length, given in ((8, 11, 5, True), (6, 7, 9, False)):
+        sequence = torch.ones(2, length, dtype=torch.long)
+        bound: dict[str, Any] = dict.fromkeys(KINDS["inputs"].values)
+        for prefix in ("", "decoder_"):
+            bound[f"{prefix}embeds"] = _random(generator, 2, length, width)
+            bound |= {f"{prefix}{name}": sequence for name in _PER_TOKEN if given}
+        # as many texts as any small number of prompts is a divisor of
+        bound |= {"logits": _random(generator, 840, 3), "W": _random(generator, rows, width)}
+        bound |= {"width": width, "vocabulary": rows}
+        title = f"width {width}, {'with' if given else 'without'} a mask and labels"
+        yield Specimen(title, bound, None)
+
+
 def _specimen(title: str, given: Mapping[str, Any], operation: Operation) -> Specimen:
     return Specimen(title, {**given, "y": operation(given)}, operation)
 
@@ -170,4 +188,5 @@ _MAKERS: Mapping[str, Callable[[torch.Generator], Iterator[Specimen]]] = {
     "norm": _norms,
     "attention": _attentions,
     "residual": _residuals,
+    "inputs": _inputs,
 }

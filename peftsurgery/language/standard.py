@@ -253,3 +253,26 @@ def qr(W: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
     """The first ``rank`` columns of Q and rows of R, where W = Q @ R and Qᵀ @ Q = I."""
     Q, R = torch.linalg.qr(W)
     return Q[:, :rank], R[:rank]
+
+
+@operator("count")
+def count(items: Sequence[Any]) -> int:
+    """How many items a list has."""
+    return len(items)
+
+
+@operator("lstm")
+def lstm(x: Tensor, Wi: Tensor, Wh: Tensor, bi: Tensor, bh: Tensor, *, training: Any) -> Tensor:
+    """A bidirectional layer of long short-term memory over a sequence x (steps, in).
+
+    Gives (steps, 2 * hidden). The first dimension of each weight is the direction: Wi is (2,
+    4 * hidden, in), Wh (2, 4 * hidden, hidden), bi and bh (2, 4 * hidden); gates are in torch's
+    order: input, forget, cell, output.
+    """
+    start = x.new_zeros((2, 1, Wh.shape[-1]))
+    weights = [weight[direction] for direction in (0, 1) for weight in (Wi, Wh, bi, bh)]
+    both = torch.ops.aten.lstm.input(
+        x.unsqueeze(1), [start, start], weights, True, 1, 0.0, training, True, False
+    )
+    steps: Tensor = both[0].squeeze(1)
+    return steps

@@ -21,7 +21,9 @@ from ..capture import Capture, GraphModel, ModuleInfo
 from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Selection, initial_values, shape_of, weights_read
+from .boundary import check_inputs, is_at_boundary
 from .copies import Copies
+from .fronted import Fronted, Fronts
 from .fusing import check_fused, check_fusions, sewn
 from .operation import Cut, Operation, check_free
 from .penalties import penalty_of
@@ -31,7 +33,7 @@ from .rewriting import check_shapes, orient
 from .saving import save_surgery
 from .selecting import select_cuts
 from .states import keep_learnt
-from .switching import Mode, Switchable
+from .switching import Mode
 
 
 class Adapter(Part):
@@ -44,7 +46,7 @@ class Adapter(Part):
         )
 
 
-class OperatedModel(Switchable):
+class OperatedModel(Fronted):
     """A model with operations: base weights shared and frozen, what the rules made trainable."""
 
     def __init__(
@@ -68,12 +70,13 @@ class OperatedModel(Switchable):
         self._copies = Copies()
         self._resting: set[str] = set()
         self._rewrites = Rewrites()
+        self._fronts = Fronts.of(self._operations, model.source.module)
         super().__init__(model._captures, _frozen)
         self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
         self._adopt(model)
         self._mode = Mode()
         self._served_by_mode = {self._mode: self._served}
-        self.settle(*self._select(self.base_capture))
+        self.settle(*self._select(self._entered(self.base_capture)))
         self._switch(self._mode_of(self.adapters if active is None else active))
         keep_learnt(self)
 
@@ -135,7 +138,11 @@ class OperatedModel(Switchable):
             )
         taking_part = self._taking_part(cuts)
         order = self.active if self._mode.by_row else None
-        return self._rewrites.capture(capture, taking_part, order)
+        ready = self._rewrites.capture(capture, taking_part, order)
+        return self._resized(capture, ready, taking_part)
+
+    def _cuts_in(self, capture: Capture) -> list[Cut]:
+        return self._taking_part(self._select(capture)[0])
 
     def _taking_part(self, cuts: Iterable[Cut]) -> list[Cut]:
         """The cuts that are made in a call: not those inside a fusion, or in a layer left out."""
@@ -162,7 +169,7 @@ class OperatedModel(Switchable):
             selection.check()
         check_free(cuts, (name for name, _ in self.named_parameters()))
         for cut in _one_for_each_place(cuts):
-            check_shapes(cut)
+            check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
         self._cuts, self._selections = tuple(cuts), tuple(selections)
         for cut in cuts:
             self.add_parameters(cut)
@@ -194,8 +201,9 @@ class OperatedModel(Switchable):
         """What a cut's parameters start with: the values known for them, or their initial ones."""
         known = {name: self.known(cut, name) for name in cut.parameters if self.knows(cut, name)}
         unknown = [param for name, param in cut.rule.params.items() if name not in known]
-        read = {name for param in unknown for name in weights_read(param, cut.rule)}
-        env = {**cut.numbers, **{name: self.weight(cut, name) for name in sorted(read)}}
+        env: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
+        read = {n for param in unknown for n in weights_read(param, cut.rule, cut.numbers)}
+        env |= {name: self.weight(cut, name) for name in sorted(read)}
         return initial_values(cut.rule, env, known, device=self.device_of(cut))
 
     def knows(self, cut: Cut, name: str) -> bool:

@@ -11,8 +11,9 @@ from torch import fx
 from ..anatomy.site import join
 from ..capture import Capture, Program
 from .batches import batches
+from .boundary import is_at_boundary, sew_inputs
 from .operation import Cut
-from .rewriting import rewritten_graph
+from .rewriting import Rewriter
 from .rowwise import Choice, pass_rows, row_graph
 
 
@@ -112,3 +113,15 @@ def _renamed_calls(
         if new != label:
             calls[node] = new
     return calls
+
+
+def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
+    """The program's graph with the cuts sewn in, in order; those of the inputs come last.
+
+    What else is done to the embeddings is done to those of the text alone.
+    """
+    rewriter = Rewriter(program)
+    for cut in sorted(cuts, key=is_at_boundary):
+        sew_inputs(rewriter, cut) if is_at_boundary(cut) else rewriter.sew(cut)
+    rewriter.drop_unused()
+    return rewriter.graph

@@ -146,18 +146,24 @@ class Rewriter:
                 if site.slice is not None and name == kind.result:
                     value = site.slice.take(value, -1)
                 value = as_seen(site, name, value)
-                bound[name] = _cast(value, _dtype(site.nodes[name]), dtype)
+                bound[name] = cast(value, dtype_of(site.nodes[name]), dtype)
             elif name in kind.optional:
                 bound[name] = replay.mask()
         for name in kind.weights:
             bound[name] = self.weight(cut, name, dtype)
-        for name, param in cut.rule.params.items():
-            node = self.graph.create_node("get_attr", join(cut.place, name))
-            own: torch.dtype = getattr(torch, param.dtype)
-            bound[name] = _cast(fx.Proxy(node, self.tracer), own, dtype)
+        bound |= self.parameters(cut)
         if cut.over:
             made: Any = [self.output(group, replay, dtype) for group in cut.over]
             bound[OUTPUTS] = torch.stack(made, -2)
+        return bound
+
+    def parameters(self, cut: Cut) -> dict[str, Any]:
+        """The parameters of a cut, in the dtype that it computes in."""
+        bound = {}
+        for name, param in cut.rule.params.items():
+            node = self.graph.create_node("get_attr", join(cut.place, name))
+            own: torch.dtype = getattr(torch, param.dtype)
+            bound[name] = cast(fx.Proxy(node, self.tracer), own, compute_dtype(cut))
         return bound
 
     def output(self, cuts: Sequence[Cut], replay: Replay, dtype: torch.dtype) -> Any:
@@ -168,16 +174,17 @@ class Rewriter:
             mine = replay.computing_in(compute_dtype(cut))
             bindings = self.bindings(cut, mine)
             if value is not None:
-                bindings[result] = _cast(value, dtype, compute_dtype(cut))
+                bindings[result] = cast(value, dtype, compute_dtype(cut))
             value = rewrite(cut.rule, bindings, self.context(cut, mine))[result]
-            value = _cast(value, compute_dtype(cut), dtype)
+            value = cast(value, compute_dtype(cut), dtype)
         return value
 
-    def context(self, cut: Cut, replay: Replay) -> Context:
+    def context(self, cut: Cut, replay: Replay | None = None) -> Context:
         """What a cut's text is read with: whether its module trains, what its site can do."""
         owner = cut.place if cut.rule.params else cut.site.module
         flag = self.graph.create_node("get_attr", join(owner, "training"))
-        return Context(fx.Proxy(flag, self.tracer), functions=replay.functions)
+        functions = {} if replay is None else replay.functions
+        return Context(fx.Proxy(flag, self.tracer), functions=functions)
 
     def weight(self, cut: Cut, name: str, dtype: torch.dtype) -> Any:
         """A weight as rules see it: (out, in), the slice alone, with earlier cuts folded in."""
@@ -185,7 +192,7 @@ class Rewriter:
         if original is None:
             return 0.0
         oriented = orient(self.stored(cut, name), cut.site, name)
-        return _cast(oriented, _dtype(original), dtype)
+        return cast(oriented, dtype_of(original), dtype)
 
     def stored(self, cut: Cut, name: str) -> fx.Proxy:
         """A weight as the model stores it, with earlier cuts folded in."""
@@ -205,7 +212,7 @@ class Rewriter:
             original = cut.site.nodes.get(name)
             if original is None or original.op != "get_attr" or not isinstance(value, fx.Proxy):
                 continue
-            value = _cast(value, compute_dtype(cut), _dtype(original))
+            value = cast(value, compute_dtype(cut), dtype_of(original))
             whole = disorient(self.stored(cut, name), cut.site, name, value)
             results[self.copies[original], self.result(cut)] = whole.node
         return results
@@ -217,7 +224,7 @@ class Rewriter:
                 "PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}"
             )
         original = cut.site.nodes[name]
-        value = as_held(cut.site, name, _cast(value, compute_dtype(cut), _dtype(original)))
+        value = as_held(cut.site, name, cast(value, compute_dtype(cut), dtype_of(original)))
         if name in cut.rule.kind.weights:
             value = disorient(self.stored(cut, name), cut.site, name, value)
         elif cut.site.slice is not None and name == cut.rule.kind.result:
@@ -239,7 +246,7 @@ def compute_dtype(cut: Cut) -> torch.dtype:
     A model in half precision trains its adapters in full precision.
     """
     dtypes = [getattr(torch, param.dtype) for param in cut.rule.params.values()]
-    dtypes += [_dtype(node) for node in cut.site.nodes.values() if _is_float(node)]
+    dtypes += [dtype_of(node) for node in cut.site.nodes.values() if _is_float(node)]
     dtype: torch.dtype = dtypes[0] if dtypes else torch.float32
     for other in dtypes:
         dtype = torch.promote_types(dtype, other)
@@ -262,19 +269,21 @@ def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
     return value.transpose(-1, -2) if turned else value
 
 
-def _cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
+def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
+    """A value in another dtype, if it holds floating-point numbers of a known one."""
     if source is None or target is None or source == target or not source.is_floating_point:
         return value
     return value.to(target)
 
 
-def _dtype(node: fx.Node) -> torch.dtype | None:
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype of the tensor that a node stands for."""
     value = node.meta.get("val")
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def _is_float(node: fx.Node) -> bool:
-    dtype = _dtype(node)
+    dtype = dtype_of(node)
     return dtype is not None and dtype.is_floating_point
 
 
@@ -356,12 +365,3 @@ def _value(node: fx.Node) -> Any:
 
 def _device(fakes: Iterable[Any]) -> torch.device:
     return next(f.device for f in fakes if isinstance(f, torch.Tensor))
-
-
-def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
-    """The program's graph with the cuts sewn in, in order."""
-    rewriter = Rewriter(program)
-    for cut in cuts:
-        rewriter.sew(cut)
-    rewriter.drop_unused()
-    return rewriter.graph

@@ -166,6 +166,13 @@ def row_graph(program: Program, cuts: Sequence[Cut], choice: Choice) -> fx.Graph
             f"no axis of what {where} is given is known to be the batch",
             "call the model for the rows of each adapter alone",
         )
+    for cut in cuts:
+        if cut.rule.kind.resizes:
+            raise SurgeryError(
+                "PSG313",
+                f"{cut.operation.name} changes the length of the text, and all rows have one",
+                "call the model for the rows of this adapter alone",
+            )
     rewriter = RowRewriter(program, choice)
     for cut in sorted(cuts, key=lambda cut: not cut.rule.train):
         rewriter.sew(cut)

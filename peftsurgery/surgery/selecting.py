@@ -33,6 +33,8 @@ def select_cuts(
         name = (
             f"{operation.name}.rules[{number}]" if len(operation.file.rules) > 1 else operation.name
         )
+        if not rule.applies(operation.settings):
+            continue
         candidates = [*sites, *(pattern_sites(sites, rule) if rule.pattern else ())]
         spots = common_spots(rule.fused(operation.settings), earlier)
         if rule.over:

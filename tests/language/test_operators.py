@@ -18,6 +18,12 @@ ids, image, kernel = (
 )
 ENV = {"x": x, "W": W, "b": b, "s": s, "ids": ids, "image": image, "kernel": kernel}
 
+memory = torch.nn.LSTM(6, 4, bidirectional=True).requires_grad_(False)
+for name, kind in {"Wi": "weight_ih", "Wh": "weight_hh", "bi": "bias_ih", "bh": "bias_hh"}.items():
+    ways = (memory.get_parameter(f"{kind}_l0"), memory.get_parameter(f"{kind}_l0_reverse"))
+    ENV[name] = torch.stack(ways)
+ENV["steps"] = torch.randn(5, 6)
+
 
 def rank_two(matrix):
     """The best approximation of rank 2 by the eigenvectors of W Wᵀ."""
@@ -68,6 +74,8 @@ ORACLES = {
     "norm(W, (0, 1))": torch.linalg.norm(W),
     "svd(W, 2)[0] * svd(W, 2)[1] @ svd(W, 2)[2]": rank_two(W),
     "qr(W)[0] @ qr(W)[1]": W,
+    "count((1, 2, 3))": 3,
+    "lstm(steps, Wi, Wh, bi, bh)": memory(ENV["steps"])[0],
     "qr(W, 2)[0] @ qr(W, 2)[1]": torch.linalg.qr(W).Q[:, :2] @ torch.linalg.qr(W).R[:2],
 }
 

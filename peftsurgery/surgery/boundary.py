@@ -1,0 +1,150 @@
+"""Cuts at the model's boundary: new inputs between the embedding and all else, new outputs last.
+
+They are made in a front (:mod:`peftsurgery.capture.fronts`), so every size behind them is that of
+the longer sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..anatomy.boundary import ARGUMENTS
+from ..capture import Capture
+from ..capture.signature import Call
+from ..capture.stack import inherit
+from ..errors import SurgeryError
+from ..language import rewrite, shape_of
+from .operation import Cut
+from .rewriting import Rewriter, cast, compute_dtype, dtype_of
+
+Find = Callable[[Call], Capture]
+
+
+def is_at_boundary(cut: Cut) -> bool:
+    """Whether a cut is at the model's inputs and may change their sizes."""
+    return cut.rule.kind.resizes
+
+
+def new_shapes(cuts: Iterable[Cut]) -> dict[str, tuple[Any, ...]]:
+    """The shapes of the model's inputs after these cuts, by the names of its arguments."""
+    values: dict[str, Any] = {}
+    for cut in cuts:
+        if is_at_boundary(cut):
+            values |= fake_inputs(cut, values)
+    return {ARGUMENTS[name]: tuple(value.shape) for name, value in values.items()}
+
+
+def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that a cut changes, as fake tensors; ``known`` are those that others changed.
+
+    PSG306 if one of them does not fit the model: another width, another number of dimensions.
+    """
+    kind, nodes = cut.rule.kind, cut.site.nodes
+    given = {name: known.get(name, _value(nodes, name)) for name in kind.values}
+    dtype = compute_dtype(cut)
+    with given["embeds"].fake_mode:
+        bound: dict[str, Any] = {**dict.fromkeys(kind.weights, 0.0), **cut.numbers}
+        for name, value in given.items():
+            floats = value is not None and value.is_floating_point()
+            bound[name] = value.to(dtype) if floats and name not in kind.outputs else value
+        for name, param in cut.rule.params.items():
+            bound[name] = torch.empty(
+                shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=given["embeds"].device
+            )
+        found = rewrite(_only(cut, _entering(cut)), bound)
+    for name, value in found.items():
+        _check_entry(cut, name, value, given[name])
+    return found
+
+
+def _value(nodes: Mapping[str, fx.Node], name: str) -> Any:
+    return nodes[name].meta["val"] if name in nodes else None
+
+
+def _check_entry(cut: Cut, name: str, value: Any, old: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise SurgeryError("PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}")
+    if value.dim() != old.dim() or (old.dim() > 2 and value.shape[2:] != old.shape[2:]):
+        raise SurgeryError(
+            "PSG306",
+            f"{cut.operation.name}: the new {name} has shape {list(value.shape)}, which cannot "
+            f"take the place of {list(old.shape)}",
+        )
+
+
+def check_inputs(cut: Cut) -> None:
+    """Refuse a cut whose new values do not fit: PSG305 if there is nothing to rewrite, PSG306."""
+    for name in cut.rule.rewrite:
+        if name not in cut.site.nodes and name not in cut.rule.kind.optional:
+            raise SurgeryError(
+                "PSG305",
+                f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs",
+                "capture the model with inputs that give it",
+            )
+    fake_inputs(cut, {})
+
+
+def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
+    """Insert a cut's new inputs before all that reads them, and its new outputs at the end."""
+    graph, nodes = rewriter.graph, cut.site.nodes
+    old = {name: rewriter.node(node) for name, node in nodes.items() if node.op != "get_attr"}
+    entering = {name: node for name, node in old.items() if name not in cut.rule.kind.outputs}
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    placeholders = graph.find_nodes(op="placeholder")
+    last = max((*entering.values(), *placeholders), key=order.__getitem__)
+    before = set(graph.nodes)
+    with graph.inserting_before(last.next):
+        bound = _bindings(rewriter, cut, entering)
+        context = rewriter.context(cut)
+        new = rewrite(_only(cut, _entering(cut)), bound, context)
+        ends = {name: _finished(cut, name, value).node for name, value in new.items()}
+    mine = {node for node in graph.nodes if node not in before}
+    for name, node in ends.items():
+        entering[name].replace_all_uses_with(node, lambda user: user not in mine)
+        rewriter.latest[rewriter.copies[nodes[name]]] = node
+    leaving = {name: old[name] for name in cut.rule.kind.outputs if name in cut.rule.rewrite}
+    end = graph.output_node()
+    with graph.inserting_before(end):
+        bound |= _values(rewriter, cut, leaving)
+        for name, value in rewrite(_only(cut, list(leaving)), bound, context).items():
+            end.replace_input_with(leaving[name], _finished(cut, name, value).node)
+    for node in graph.nodes:
+        if node not in before:
+            inherit(node, nodes["embeds"] if node in mine else nodes[next(iter(leaving))])
+            node.meta["surgery"] = cut.operation.name
+
+
+def _bindings(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:
+    kind = cut.rule.kind
+    bound: dict[str, Any] = {**dict.fromkeys(kind.values), **cut.numbers}
+    bound |= {name: rewriter.weight(cut, name, compute_dtype(cut)) for name in kind.weights}
+    return {**bound, **_values(rewriter, cut, given), **rewriter.parameters(cut)}
+
+
+def _values(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:
+    dtype = compute_dtype(cut)
+    return {
+        name: cast(fx.Proxy(node, rewriter.tracer), dtype_of(cut.site.nodes[name]), dtype)
+        for name, node in given.items()
+    }
+
+
+def _finished(cut: Cut, name: str, value: Any) -> Any:
+    """A new value in the dtype of the one it replaces; whole numbers are what they are."""
+    dtype = dtype_of(cut.site.nodes[name])
+    floats = dtype is not None and dtype.is_floating_point
+    return cast(value, compute_dtype(cut), dtype) if floats else value
+
+
+def _entering(cut: Cut) -> list[str]:
+    """The inputs that a cut rewrites, of those that the call gives."""
+    outputs = cut.rule.kind.outputs
+    return [n for n in cut.rule.rewrite if n not in outputs and n in cut.site.nodes]
+
+
+def _only(cut: Cut, names: Sequence[str]) -> Any:
+    return cut.rule.model_copy(update={"rewrite": {n: cut.rule.rewrite[n] for n in names}})

@@ -1,0 +1,178 @@
+"""Models whose inputs are changed: their rules are applied to fronts.
+
+A *front* (:mod:`peftsurgery.capture.fronts`) is the capture of embeddings with the embedding's own
+nodes before it. While an adapter that changes the inputs is active, every call is served by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..anatomy.boundary import ARGUMENTS, TOKENS, embedded
+from ..capture import Capture
+from ..capture.fronts import Front, as_it_is, call_behind, put_before
+from ..capture.signature import Call, takes
+from ..errors import SurgeryError
+from .boundary import new_shapes
+from .operation import Cut, Operation
+from .switching import Switchable
+
+Find = Callable[[Call], Capture]
+
+
+@dataclass(eq=False)
+class Fronts:
+    """The fronts that operations on the inputs are made on, for each capture of a call.
+
+    ``names`` are the bindings that the rules of the ``adapters`` rewrite. ``find`` gives the
+    capture that serves a call of the model behind.
+    """
+
+    module: Any
+    names: frozenset[str]
+    adapters: frozenset[str]
+    made: dict[int, list[Front]] = field(default_factory=dict)
+    by_capture: dict[int, Front] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, operations: Iterable[Operation], module: Any) -> Fronts | None:
+        """None if no operation is on the inputs. ``module`` is the model itself."""
+        rules = [
+            (operation.name, rule)
+            for operation in operations
+            for rule in operation.file.rules
+            if rule.kind.resizes and rule.applies(operation.settings)
+        ]
+        names = frozenset(name for _, rule in rules for name in rule.rewrite)
+        adapters = frozenset(adapter for adapter, _ in rules)
+        return cls(module, names, adapters) if rules else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fronts:
+        return self  # what it holds is immutable, and the same for a copy of the model
+
+    def all(self, capture: Capture, find: Find) -> list[Front]:
+        """The fronts there are for the calls that a capture serves; at least one.
+
+        A front's own capture has that front. PSG351 if the model has none.
+        """
+        if id(capture) in self.by_capture and id(capture) not in self.made:
+            return [self.by_capture[id(capture)]]
+        if id(capture) not in self.made:
+            self.add(capture, find, {})
+        return self.made[id(capture)]
+
+    def add(self, capture: Capture, find: Find, shapes: Mapping[str, Sequence[int]]) -> Front:
+        """A further front, over a capture that serves inputs of these shapes."""
+        front = self.make(capture, find, shapes)
+        self.made.setdefault(id(capture), []).append(front)
+        self.by_capture[id(front.capture)] = front
+        return front
+
+    def make(self, capture: Capture, find: Find, shapes: Mapping[str, Sequence[int]]) -> Front:
+        """The capture of embeddings that fits, with the embedding before it."""
+        values = self.embeddings(capture)
+        replaced = [ids for ids, embeds in TOKENS.items() if embeds in values]
+        behind = capture
+        if values or shapes:
+            behind = find(_resized(call_behind(capture, values, replaced), shapes))
+        return put_before(behind, capture, values) if values else as_it_is(behind)
+
+    def embeddings(self, capture: Capture) -> dict[str, fx.Node]:
+        """Where tokens are embedded, by the argument that takes embeddings instead of tokens."""
+        values = {}
+        for ids, embeds in TOKENS.items():
+            if ids not in capture.names or not self.names & _names_of(embeds):
+                continue
+            node = embedded(capture, ids)
+            if node is None or not takes(self.module, embeds):
+                reason = "has no one table of them" if node is None else f"takes no '{embeds}'"
+                name = type(self.module).__name__
+                raise SurgeryError(
+                    "PSG351",
+                    f"the tokens of {name} cannot be changed once they are embedded: it {reason}",
+                    "choose a method that changes what is inside, such as prefix_tuning",
+                )
+            values[embeds] = node
+        return values
+
+
+def _names_of(argument: str) -> set[str]:
+    return {name for name, known in ARGUMENTS.items() if known == argument}
+
+
+def _resized(call: Call, shapes: Mapping[str, Sequence[int]]) -> Call:
+    tensors = {
+        name: torch.empty(tuple(shapes[name]), dtype=value.dtype, device="meta")
+        if name in shapes and isinstance(value, torch.Tensor)
+        else value
+        for name, value in call.tensors.items()
+    }
+    return Call(tensors, call.flags)
+
+
+class Fronted(Switchable):
+    """A model with adapters of which some may change its inputs."""
+
+    _fronts: Fronts | None
+
+    def _cuts_in(self, capture: Capture) -> list[Cut]:
+        """The cuts that are made in a capture in the present mode."""
+        raise NotImplementedError
+
+    def find(self, call: Call) -> Capture:
+        """The capture that serves a call. PSG352 if its inputs do not fit once they are changed."""
+        capture = self.captured(call)
+        fronts = self._fronts_of(capture)
+        if self._fronts is None or not fronts:
+            return self.serve(capture)
+        for front in fronts:
+            ready = self.serve(front.capture)
+            if ready.fits(call.leaves, self.training):
+                return ready
+        sizes = fronts[0].sizes(new_shapes(self._cuts_in(fronts[0].capture)), call.leaves)
+        try:
+            longer = self.serve(self._fronts.add(capture, self.captured, sizes).capture)
+        except SurgeryError as error:
+            raise _misfit(ready, call) from error
+        if not longer.fits(call.leaves, self.training):
+            raise _misfit(longer, call)
+        return longer
+
+    def serve(self, capture: Capture) -> Capture:
+        """Make a capture runnable; rules about the inputs are applied to its front."""
+        fronts = self._fronts_of(capture)
+        return super().serve(fronts[0].capture if fronts else capture)
+
+    def _fronts_of(self, capture: Capture) -> list[Front]:
+        """The fronts of a capture; none if no active adapter changes the inputs."""
+        if self._fronts is None or not self._fronts.adapters & {*self.active}:
+            return []
+        return self._fronts.all(capture, self.captured)
+
+    def _entered(self, capture: Capture) -> Capture:
+        """What rules are applied to: a capture, or its front if some change the inputs."""
+        fronts = [] if self._fronts is None else self._fronts.all(capture, self.captured)
+        return fronts[0].capture if fronts else capture
+
+    def _resized(self, capture: Capture, ready: Capture, cuts: Sequence[Cut]) -> Capture:
+        """``ready``, with conditions for the sizes that inputs have before the cuts."""
+        fronts = self._fronts_of(capture)
+        if not fronts:
+            return ready
+        return replace(ready, conditions=fronts[0].conditions(new_shapes(cuts)))
+
+
+def _misfit(capture: Capture, call: Call) -> SurgeryError:
+    """The refusal of a call whose inputs do not fit once some of them are longer."""
+    unmet = capture.unmet(call.leaves)
+    needed = f": {unmet[0]} is needed" if unmet else ""
+    return SurgeryError(
+        "PSG352",
+        f"these inputs do not fit together once the rules have changed them{needed}",
+        "see that the rules rewrite every input that has a value for each token",
+    )
