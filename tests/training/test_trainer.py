@@ -116,6 +116,9 @@ def test_a_state_dict_is_read_strictly_and_leaves_the_base_alone() -> None:
     assert not result.missing_keys
     assert not result.unexpected_keys
     assert all(torch.equal(p, other.learnt()[name]) for name, p in model.learnt().items())
+    third = deepcopy(adapted())
+    third.load_state_dict(state)
+    assert all(torch.equal(p, third.learnt()[name]) for name, p in model.learnt().items())
     with pytest.raises(RuntimeError, match="Missing key"):
         other.load_state_dict(dict(list(state.items())[1:]))
 
