@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
-from ..surgery import OperatedModel, adapter_name, check_covered, operate
+from ..surgery import OperatedModel, adapter_name, check_covered, flatten, operate
 from .peft_config import AdapterConfig
 from .peft_export import export
 from .peft_files import read_config, read_tensors, write_adapter
@@ -55,5 +55,5 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
     with model.only(chosen):
-        config, tensors = export(model, chosen)
+        config, tensors = export(flatten(model), chosen)
     write_adapter(Path(directory), config, tensors)

@@ -35,6 +35,8 @@ def check_file(file: RuleFile) -> None:
         numbers.add(name)
     for where in (*file.roles.values(), *(rule.where for rule in file.rules)):
         check_settings(where, file.with_)
+    for expression in file.flat.settings.values() if file.flat is not None else ():
+        _check(expression, numbers)
     for rule in file.rules:
         check_settings(rule.over, file.with_, "over")
         check_rule(rule, numbers)

@@ -47,7 +47,8 @@ def _lines(file: RuleFile) -> Iterator[str]:
         yield ""
         yield from (f"  {line}" for line in _rule(number, rule, settings))
     if file.flat is not None:
-        given = ", ".join(f"{name} = {value}" for name, value in file.flat.params.items())
+        values = {**file.flat.settings, **file.flat.params}
+        given = ", ".join(f"{name} = {value}" for name, value in values.items())
         yield f"  trained, it is {file.flat.rule} with {given}"
 
 

@@ -217,6 +217,8 @@ class Flat(Strict):
     noun: ClassVar[str] = "flat"
     rule: Word
     """The rules of the trained method, applied at the same sites with the same settings."""
+    settings: dict[Word, ExpressionField] = Field(default_factory=dict)
+    """Those of their settings that are not this method's of the same name."""
     params: dict[Word, ExpressionField] = Field(min_length=1)
     """Their parameters, in terms of this method's."""
 

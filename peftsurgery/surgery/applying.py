@@ -109,11 +109,15 @@ def remade(
     active: Iterable[str] = (),
     known: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> OperatedModel:
-    """A model with these operations; what ``model`` learnt, trains and has active stays so."""
+    """A model with these operations; what ``model`` learnt, trains and has active stays so.
+
+    Parameters of an operation that is gone are not taken over by another under their names.
+    """
     if not isinstance(model, OperatedModel):
         return OperatedModel(model, operations, known, set(active))
     kept = {operation.name for operation in operations}
-    values = {**model.values(), **known}
+    gone = {n for c in model.cuts if c.operation not in operations for n in c.parameters.values()}
+    values = {**{n: v for n, v in model.values().items() if n not in gone}, **known}
     made = OperatedModel(model, operations, values, {*model.active, *active} & kept)
     made.freeze_as(model)
     return made

@@ -1,8 +1,9 @@
 """flatten: re-parameterised methods in the form in which they are shipped.
 
 A method that trains a small network to make its parameters (prefix tuning's perceptron, P-tuning's
-encoder) needs the network only while it is trained. Its rule file says under `flat:` which rules
-the trained method is, and what the network gives for their parameters.
+encoder) needs the network only while it is trained, and one that keeps where it started (PiSSA)
+can say what it learnt without. The rule file says under `flat:` which rules the trained method is,
+and what it gives for their parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import SurgeryError
-from ..language import RuleFile, flat_values, load_rules, resolve_settings
+from ..language import RuleFile, evaluate, flat_values, load_rules, resolve_settings
 from .applying import remade
 from .operated import OperatedModel
 from .operation import Cut, Operation
@@ -41,6 +42,7 @@ def _flat(model: OperatedModel, operation: Operation) -> Operation:
         return operation
     file = _at_places_of(load_rules(flat.rule), _cuts(model, operation))
     settings = {name: operation.settings[name] for name in file.with_ if name in operation.settings}
+    settings |= {name: evaluate(e, operation.settings) for name, e in flat.settings.items()}
     return Operation(file, resolve_settings(file, settings), operation.name)
 
 

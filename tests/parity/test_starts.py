@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
 import peftsurgery as ps
 from peftsurgery.language import Where
@@ -97,6 +97,24 @@ def test_outputs_gradients_losses_and_the_fold_are_pefts(pair: Pair, tmp_path: P
     pair.ours.save(tmp_path)
     again = ps.load(tmp_path, captured(pair.name)).eval()
     assert torch.equal(logits(again), logits(pair.ours))
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("pissa", "llama"), ("pissa", "gpt2"), ("olora", "t5")]
+)
+def test_for_peft_it_is_lora_of_twice_the_rank(method: str, name: str, tmp_path: Path) -> None:
+    ours = ps.apply(captured(name), method, rank=3, alpha=4)
+    for parameter in ours.learnt().values():
+        if parameter.requires_grad:
+            parameter.data.mul_(1.3)
+    ps.to_peft(ours.eval(), tmp_path)
+    theirs = PeftModel.from_pretrained(base(name), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-6)
+    assert (logits(ours) - logits(captured(name))).abs().max() > 0.01
+    flat = ps.flatten(ours)
+    assert flat.operations[0].file.name == "lora_qv"
+    assert flat.operations[0].settings["rank"] == 6
+    torch.testing.assert_close(logits(flat), logits(ours), rtol=0, atol=1e-6)
 
 
 def test_a_rank_that_the_weight_does_not_have_is_refused() -> None:
