@@ -165,16 +165,18 @@ def same(value: Any, other: Any) -> bool:
 def _settings(flat: Flat, file: RuleFile) -> dict[str, Any]:
     shapes = [size for rule in file.rules for param in rule.params.values() for size in param.shape]
     counts = {name for size in shapes for name in size.names}
-    settings = {}
+    settings: dict[str, Any] = {}
     for key, setting in file.carried(FORMAT).items():
         value: Any = flat.get(key)
+        if not same(settings.get(setting, value), value):
+            raise SurgeryError("PSG504", f"the adapter's parts have different values of {key[2:]}")
         default = file.with_[setting]
         fits = isinstance(value, type(default)) or default is None
         if isinstance(default, int | float) and not isinstance(default, bool):
             fits = isinstance(value, int | float) and not isinstance(value, bool)
             fits = fits and math.isfinite(value) and value >= 0
         if setting in counts:
-            fits = isinstance(value, int) and value > 0
+            fits = type(value) is int and value > 0
         if not fits:
             raise SurgeryError("PSG503", f"the adapter's {key} cannot be {_short(value)}")
         settings[setting] = value

@@ -12,7 +12,7 @@ from ..errors import SurgeryError
 from ..surgery import Cut, OperatedModel, Operation, fused_names
 from .adapterhub_config import expected
 from .adapterhub_head import about, trained_head
-from .adapterhub_library import FORMAT, Flat, architectures, parts, unflattened
+from .adapterhub_library import FORMAT, Flat, architectures, named, parts, unflattened
 from .adapterhub_places import Places
 from .adapterhub_tensors import stacks
 
@@ -76,7 +76,7 @@ def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
 def _only_operation(name: str, cuts: Sequence[Cut]) -> Operation:
     """The operation of an adapter's cuts, all of which the library has names for. PSG512."""
     for cut in cuts:
-        if set(cut.rule.suffixes(FORMAT)) != set(cut.rule.params) or not cut.rule.params:
+        if set(named(cut.rule)) != set(cut.rule.params) or not cut.rule.params:
             file = cut.operation.file.name
             raise _refuse(f"the rule file '{file}' has no form in AdapterHub's library")
     operations = list(dict.fromkeys(cut.operation for cut in cuts))

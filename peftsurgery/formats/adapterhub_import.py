@@ -18,7 +18,7 @@ from ..errors import SurgeryError, did_you_mean
 from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select
 from ..surgery import Cut, Operation, select_cuts
 from .adapterhub_config import HubConfig, Reading
-from .adapterhub_library import FORMAT
+from .adapterhub_library import FORMAT, named
 from .adapterhub_places import Places, difference
 from .adapterhub_tensors import Stack, stacks
 
@@ -104,7 +104,7 @@ class Importer:
     def meant(self, rule: Rule, reading: Reading) -> list[Placed]:
         """The sites that the config means for a rule; none for one that the library has not."""
         kind = rule.kind.name
-        if not rule.suffixes(FORMAT) or kind not in reading.places:
+        if not named(rule) or kind not in reading.places:
             return []
         keys = reading.places[kind]
         return self.places.meant(kind, keys) if keys else self.chosen(rule, reading)

@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from ..language import RuleFile, load_rules, shipped
+from ..errors import SurgeryError, did_you_mean
+from ..language import Rule, RuleFile, load_rules, shipped
 
 FORMAT = "adapterhub"
 BOTTLENECK, UNION, FUSED = "bottleneck", "union", "fusion"
@@ -74,6 +75,23 @@ def parts() -> dict[str, Part]:
 def layouts() -> dict[str, Layout]:
     """What places are called, by the type of the model."""
     return {name: Layout(**entry) for name, entry in _table()["layouts"].items()}
+
+
+def named(rule: Rule) -> dict[str, str]:
+    """What follows the module in the names of a rule's parameters; nothing for a rule without.
+
+    A / begins what all sites have in one place.
+    """
+    table = rule.table(FORMAT)
+    if table is None:
+        return rule.suffixes(FORMAT)
+    known = _table()["tables"]
+    if table not in known:
+        where = f"the rule's `checkpoint: {FORMAT}` asks for the table '{table}'"
+        raise SurgeryError("PSG512", where, did_you_mean(table, known))
+    pool = f"/{_table()['pool']}"
+    names = {name: text for name, text in known[table].items() if name in rule.params}
+    return {n: f"{pool}.{text[1:]}" if text[0] == "/" else text for n, text in names.items()}
 
 
 @cache

@@ -20,7 +20,7 @@ from ..anatomy.site import join
 from ..errors import SurgeryError
 from ..language import shape_of
 from ..surgery import Cut
-from .adapterhub_library import FORMAT
+from .adapterhub_library import named
 from .adapterhub_places import Places
 
 
@@ -64,7 +64,7 @@ def stacks(cuts: Iterable[Cut], places: Places, name: str) -> dict[str, Stack]:
     found: dict[str, Stack] = {}
     for cut in sorted(cuts, key=lambda cut: cut.site.slice.start if cut.site.slice else 0):
         holder = places.plain(places.holder(cut.placed))
-        for param, suffix in cut.rule.suffixes(FORMAT).items():
+        for param, suffix in named(cut.rule).items():
             pooled = suffix.startswith("/")
             key = join("" if pooled else holder, suffix.lstrip("/").replace("*", name))
             shape = tuple(shape_of(cut.rule.params[param], cut.rule, cut.numbers))

@@ -137,7 +137,7 @@ def _check_targets(rule: Rule) -> None:
     _check_keys(rule.rewrite, {*kind.values, *kind.weights}, "`rewrite:` gives")
     _check_keys(rule.fold, _foldable(rule), "`fold:` gives")
     for name, keys in rule.checkpoint.items():
-        _check_keys(keys, {*rule.params, "modules"}, f"`checkpoint: {name}` names")
+        _check_keys(keys, {*rule.params, "modules", "table"}, f"`checkpoint: {name}` names")
 
 
 def _check_keys(given: Iterable[str], known: Collection[str], verb: str) -> None:

@@ -47,8 +47,9 @@ ExpressionField = Annotated[
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
 Setting = Scalar | list[Scalar]
 
-MODULES = "modules"
-"""What a rule's `checkpoint` calls the config key that lists the rule's modules."""
+MODULES, TABLE = "modules", "table"
+"""What a rule's `checkpoint` calls the config key that lists the rule's modules, and the table of
+the format's own that says what the parameters are called."""
 
 
 class Pattern(Strict):
@@ -162,8 +163,9 @@ class Rule(Strict):
     ranks: Ranks | None = None
     """What a rank allocator may take away while training, and when."""
     checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)
-    """For each file format, the key suffix of each parameter; and under `modules`, the config key
-    that lists the modules of this rule, if the format has one."""
+    """For each file format, the key suffix of each parameter, or under `table` the name of a table
+    of the format's own; and under `modules`, the config key that lists the modules of this rule, if
+    the format has one."""
 
     @model_validator(mode="before")
     @classmethod
@@ -199,7 +201,14 @@ class Rule(Strict):
 
     def listing(self, format_name: str) -> str | None:
         """The config key of a file format that lists the modules of this rule."""
-        return None if MODULES in self.params else self.checkpoint.get(format_name, {}).get(MODULES)
+        return self._reserved(format_name, MODULES)
+
+    def table(self, format_name: str) -> str | None:
+        """The name of the table of a file format that says what the parameters are called."""
+        return self._reserved(format_name, TABLE)
+
+    def _reserved(self, format_name: str, word: str) -> str | None:
+        return None if word in self.params else self.checkpoint.get(format_name, {}).get(word)
 
     def fused(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of the adapters that the rule is over."""
