@@ -124,10 +124,10 @@ def substitute(value: Any, settings: Mapping[str, Any]) -> Any:
         return {key: new for key, (new, old) in given.items() if new is not None or old is None}
     if isinstance(value, list | tuple):
         items = [(substitute(item, settings), isinstance(item, str)) for item in value]
-        given = [(item, spread) for item, spread in items if not (spread and item is None)]
-        if items and not given:
+        kept = [(item, spread) for item, spread in items if not (spread and item is None)]
+        if items and not kept:
             return None  # nothing but settings that are null
-        return [part for item, spread in given for part in _parts(item, spread)]
+        return [part for item, spread in kept for part in _parts(item, spread)]
     if isinstance(value, str) and "$" in value:
         whole = _SETTING.fullmatch(value)
         if whole and whole[1] in settings:
