@@ -6,9 +6,10 @@ A core is a scaled_dot_product_attention call, or a softmax between two products
 
 Whatever the model does between the products (a bias of positions, a cap on the scores) is its own.
 Bindings of an attention site: ``q`` (..., heads, tokens, head_dim), ``k`` and ``v`` (before heads
-shared by several queries are repeated), ``mask`` if there is one (what says which keys are seen,
-without the model's biases where they can be told apart), ``o`` what the core returns, and
-``q_operand``, ``k_operand``, ``v_operand`` exactly as the core reads them.
+shared by several queries are repeated), ``x`` that the queries are projected from, if it is one
+value, ``mask`` if there is one (what says which keys are seen, without the model's biases where
+they can be told apart), ``o`` what the core returns, and ``q_operand``, ``k_operand``,
+``v_operand`` exactly as the core reads them.
 """
 
 from __future__ import annotations

@@ -95,6 +95,8 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     mask = None if core.mask is None else visibility(core.mask)
     extra = {"mask": mask, "scores": core.scores, "softmax": core.softmax}
     nodes |= {name: node for name, node in extra.items() if node is not None}
+    read = {site.nodes["x"] for site in feeders["q"]}
+    nodes |= {"x": read.pop()} if len(read) == 1 else {}
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
     facts |= _sizes(flow, core, feeders)
     facts["kind"] = _kind(feeders)
@@ -103,6 +105,8 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     inputs = list(flow.graph.find_nodes(op="placeholder"))
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed
+    if "x" in nodes:
+        facts["width"] = sizes(nodes["x"])[-1]
     around = [s for sites in feeders.values() for s in sites] + ([out] if out else [])
     module = common(around)
     return Site("attention", module, None, None, nodes, facts)

@@ -81,10 +81,10 @@ KINDS: Mapping[str, Kind] = {
         ),
         Kind(
             "attention",
-            "an attention core: o from queries q, keys k, values v and a mask",
-            ("q", "k", "v", "mask", "o"),
+            "an attention core: o from queries q (projected from x), keys k, values v and a mask",
+            ("x", "q", "k", "v", "mask", "o"),
             (),
-            ("heads", "kv_heads", "head_dim"),
+            ("heads", "kv_heads", "head_dim", "hidden"),
             "o",
             ("mask",),
             ATTENTION,

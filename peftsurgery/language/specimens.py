@@ -135,6 +135,7 @@ def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
         queries = _random(generator, 2, heads, 5, width)
         keys = _random(generator, 2, kv_heads, 5, width)
         given = {
+            "x": _random(generator, 2, 5, heads * width),
             "q": queries,
             "k": keys,
             "v": _random(generator, 2, kv_heads, 5, width),
@@ -143,6 +144,7 @@ def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
             "heads": heads,
             "kv_heads": kv_heads,
             "head_dim": width,
+            "hidden": heads * width,
         }
         title = f"{heads} heads, {kv_heads} kv heads, {'a' if masked else 'no'} mask"
         yield Specimen(title, given, None)

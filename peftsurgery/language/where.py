@@ -120,8 +120,8 @@ def substitute(value: Any, settings: Mapping[str, Any]) -> Any:
         clauses = substitute(value.given(), settings)
         return {key: clause for key, clause in clauses.items() if clause is not None}
     if isinstance(value, Mapping):
-        given = {key: (substitute(item, settings), item) for key, item in value.items()}
-        return {key: new for key, (new, old) in given.items() if new is not None or old is None}
+        new = {key: substitute(item, settings) for key, item in value.items()}
+        return {key: new[key] for key in value if new[key] is not None or value[key] is None}
     if isinstance(value, list | tuple):
         items = [(substitute(item, settings), isinstance(item, str)) for item in value]
         kept = [(item, spread) for item, spread in items if not (spread and item is None)]
