@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from peftsurgery.formats.peft import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
-    from peftsurgery.surgery import OperatedModel, Report, apply, eject, flatten, fold, load
+    from peftsurgery.surgery import (
+        OperatedModel,
+        Report,
+        apply,
+        combine,
+        eject,
+        flatten,
+        fold,
+        load,
+    )
     from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
 
 __version__ = "0.1.0"
@@ -34,6 +43,7 @@ __all__ = [
     "SurgeryError",
     "apply",
     "capture",
+    "combine",
     "eject",
     "export_onnx",
     "flatten",
@@ -61,6 +71,7 @@ _HOME = {
     "SurgeryError": "errors",
     "apply": "surgery",
     "capture": "capture",
+    "combine": "surgery",
     "eject": "surgery",
     "export_onnx": "formats.onnx",
     "flatten": "surgery",

@@ -350,6 +350,25 @@ CODES: dict[str, CodeInfo] = {
         "a row may be repeated for beams.",
         USAGE,
     ),
+    "PSG315": CodeInfo(
+        "adapters cannot be combined with each other",
+        "A combination is a new adapter of the same method. That needs adapters that do the same, "
+        "at the same places or at some of them, with settings that differ by a factor or, for "
+        "'cat' and 'svd', in rank.",
+    ),
+    "PSG316": CodeInfo(
+        "a method cannot be combined in this way",
+        "'cat' is for methods whose change is a sum over a size that is a setting (a rank), 'svd' "
+        "for those that add a product of two parameters to a weight. It is tried, not assumed: a "
+        "rule for which it does not come out is refused. 'linear' and its kin merge parameters "
+        "one by one.",
+    ),
+    "PSG317": CodeInfo(
+        "a combination's settings make no sense",
+        "Weights are finite numbers for adapters that are there; ties, dare and magnitude_prune "
+        "need a density, svd may have a rank and a clamp.",
+        USAGE,
+    ),
     "PSG320": CodeInfo(
         "an attention core cannot be run again with more keys",
         "A rule that calls attention(...) runs the model's own core with the values it gives. This "

@@ -1,6 +1,7 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
 from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
+from .combining import combine
 from .flattening import flatten
 from .folding import fold
 from .fusing import fused_names
@@ -17,6 +18,7 @@ __all__ = [
     "adapter_name",
     "apply",
     "check_covered",
+    "combine",
     "eject",
     "flatten",
     "fold",

@@ -240,6 +240,10 @@ class Switchable(GraphModel):
         """What an adapter has under this name, which is elsewhere if it is a copy in place."""
         return self.get_parameter(self._copies.name(name))
 
+    def base_name(self, parameter: str) -> str:
+        """Where the base's own tensor is now, of a parameter that adapters may have copies of."""
+        return self._copies.base_name(parameter)
+
     def _adapters_of_tensors(self) -> Mapping[str, str]:
         """The adapter of every parameter that was added or copied, by the parameter's own name."""
         raise NotImplementedError

@@ -1,0 +1,171 @@
+"""combine: a new adapter that is a weighted combination of others.
+
+Three forms, for any rule they are true of:
+
+    merges   every parameter is merged with its namesakes (:mod:`.merging`). Where the change is a
+             product of k of them, each gets the k-th root of its adapter's weight, so that LoRA's
+             B A is weighted once and not twice
+    cat      parameters are joined along the axes that one setting, the rank, is the size of: the
+             change is the weighted sum of the adapters' changes
+    svd      the changes of the weight are summed (or merged: ``ties_svd``) and taken apart into two
+             parameters by singular value decomposition; so adapters of any rank can be combined
+
+What a rule's change is a product of, and whether it is a sum over the rank, is tried on a specimen
+(:mod:`.change`). Where a form is not true of a rule, it is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import SurgeryError
+from ..language import Rule
+from .applying import adapter_name, operate
+from .copies import home_of
+from .forms import Form, Share, form_named
+from .merging import Majority
+from .operated import OperatedModel
+from .operation import Cut, Operation
+from .switching import check_name
+
+
+def combine(
+    model: OperatedModel,
+    weights: Mapping[str, float],
+    name: str,
+    how: str = "linear",
+    *,
+    rank: int | None = None,
+    density: float | None = None,
+    majority: Majority = "total",
+    clamp: float | None = None,
+) -> OperatedModel:
+    """A new model with an adapter ``name`` more, which combines those in ``weights``.
+
+    ``how`` is linear, magnitude_prune, ties, dare_linear, dare_ties, any of these with ``_svd``,
+    svd, or cat; as in peft's ``add_weighted_adapter``. ``density`` is the share of entries that
+    pruning keeps, ``majority`` how ties elects signs (by the total or by the number), ``rank``
+    what svd keeps (the largest of the adapters' unless given), ``clamp`` the quantile that svd's
+    factors are limited to. The combination is active instead of what it is made of. DARE draws
+    from torch's random numbers.
+
+    Raises PSG310 for an unknown adapter, PSG304 if the name is taken, PSG315 for adapters that
+    cannot be combined with each other, PSG316 for a method of which the form is not true, PSG317
+    for settings that make no sense.
+    """
+    form = form_named(how, rank, density, majority, clamp)
+    _check(model, weights, name)
+    rows = _rows(model, weights)
+    operations: list[Operation] = []
+    known: dict[str, Tensor] = {}
+    for operation in dict.fromkeys(row.cut.operation for row in rows):
+        mine = [row for row in rows if row.cut.operation is operation]
+        settings = form.settings(operation, [row.shares for row in mine])
+        made = Operation(operation.file, settings, name)
+        operations.append(made)
+        for row in mine:
+            known |= _values(model, form, replace(row.cut, operation=made), row, known)
+    with model.only(*(other for other in model.active if other not in weights)):
+        return operate(model, operations, known)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place: the cut of the adapter that covers all places, and every adapter's share."""
+
+    cut: Cut
+    shares: tuple[Share, ...]
+
+
+def _check(model: OperatedModel, weights: Mapping[str, float], name: str) -> None:
+    if not weights:
+        raise SurgeryError("PSG317", "no adapters are named to be combined")
+    for other, weight in weights.items():
+        check_name(other, model.adapters)
+        if not isfinite(weight):
+            raise SurgeryError("PSG317", f"the weight of '{other}' is {weight}")
+    if adapter_name(name) in model.adapters:
+        raise SurgeryError("PSG304", f"the model has an adapter '{name}' already")
+
+
+def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
+    """The places of the adapter that covers all, in its order. PSG315 if none does."""
+    places = {other: _places(model, other) for other in weights}
+    every = {key for cuts in places.values() for key in cuts}
+    widest = next((other for other, cuts in places.items() if cuts.keys() == every), None)
+    if widest is None:
+        raise SurgeryError(
+            "PSG315",
+            f"{_listed(weights)} change different places, and none of them all of the places",
+            "combine adapters of which one covers the others",
+        )
+    rows = []
+    for key, cut in places[widest].items():
+        cuts = {other: found[key] for other, found in places.items() if key in found}
+        for other, found in cuts.items():
+            if _method(found.rule) != _method(cut.rule):
+                raise SurgeryError(
+                    "PSG315",
+                    f"'{other}' and '{widest}' are different methods at {cut.placed.module}",
+                )
+        shares = tuple(Share(weights[n], c, _params(model, c)) for n, c in cuts.items())
+        rows.append(Row(cut, shares))
+    return rows
+
+
+def _places(model: OperatedModel, adapter: str) -> dict[Any, Cut]:
+    """An adapter's cuts by what they cut. PSG315 if it cuts something twice."""
+    found: dict[Any, Cut] = {}
+    for cut in model.cuts:
+        if cut.operation.name != adapter:
+            continue
+        nodes = tuple(sorted((name, node.name) for name, node in cut.site.nodes.items()))
+        key = (cut.placed.block, cut.placed.program, cut.site.kind, cut.site.label, nodes)
+        if key in found:
+            module = cut.placed.module
+            raise SurgeryError("PSG315", f"'{adapter}' changes {module} more than once")
+        if not cut.rule.params and not cut.rule.train:
+            raise SurgeryError("PSG316", f"'{adapter}' has no parameters to combine")
+        found[key] = cut
+    return found
+
+
+def _method(rule: Rule) -> Any:
+    """What a rule does, as text: rules that only choose other places do the same."""
+    parts: Iterable[Mapping[str, Any]] = (rule.let, rule.rewrite, rule.fold)
+    shapes = {name: [str(size) for size in param.shape] for name, param in rule.params.items()}
+    return [{n: str(e) for n, e in part.items()} for part in parts], shapes, rule.train
+
+
+def _params(model: OperatedModel, cut: Cut) -> dict[str, Tensor]:
+    return {name: model.get_parameter(full).detach() for name, full in cut.parameters.items()}
+
+
+def _values(
+    model: OperatedModel, form: Form, cut: Cut, row: Row, known: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The combination's values at one place, by their names in the new model."""
+    names, values = cut.parameters, dict[str, Tensor]()
+    if not names.keys() or names[next(iter(names))] not in known:  # a layer may be called twice
+        made = form.values(cut, row.shares) if names else {}
+        values |= {names[n]: value for n, value in made.items()}
+    if cut.rule.train and cut.placed.parameter is not None:
+        parameter = cut.placed.parameter
+        copies = model.values(*(share.cut.operation.name for share in row.shares))
+        base = model.get_parameter(model.base_name(parameter)).detach()
+        changes = [
+            copies[home_of(parameter, share.cut.operation.name)].detach() - base
+            for share in row.shares
+        ]
+        value = base + form.trained(cut, changes, [share.weight for share in row.shares])
+        values[home_of(parameter, cut.operation.name)] = value
+    return values
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(f"'{name}'" for name in names)

@@ -1,0 +1,190 @@
+"""Weighted combinations of adapters of any method: what each form promises, or a refusal."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.surgery import OperatedModel
+from tests.parity.models import batch, captured
+from tests.surgery.reference import randomise
+
+BIASES = ps.Rule(match="parameter", where={"kind": "bias"}, train=True)
+BOTTLENECK = """
+name: bottleneck
+with: {width: 4, strength: 1.0}
+rules:
+  - match: residual
+    where: {after: ffn}
+    params:
+      D: {shape: [width, hidden], init: normal(0.02)}
+      U: {shape: [hidden, width]}
+      c: {shape: [hidden]}
+    rewrite: h + strength * (linear(relu(linear(h, D)), U) + c)
+"""
+
+
+def made(model: str, *parts: tuple[Any, dict[str, Any]]) -> OperatedModel:
+    """A model with random adapters a, b, ... of these rules and settings, none of them active."""
+    graph: Any = captured(model)
+    for name, (rules, settings) in zip("abcdef", parts, strict=False):
+        if isinstance(graph, OperatedModel):
+            graph.deactivate()  # two adapters may train one parameter of the base
+        graph = ps.apply(graph, rules, name=name, **settings)
+    randomise(graph, scale=0.3).deactivate()
+    return graph
+
+
+@cache
+def loras() -> OperatedModel:
+    return made("llama", ("lora_qv", {"rank": 2}), ("lora_attention", {"rank": 3, "alpha": 5}))
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model.eval()(**batch(3, 6)).logits
+    return result
+
+
+def weights(model: OperatedModel, *names: str) -> dict[str, Tensor]:
+    with model.only(*names):
+        return {name: value.detach() for name, value in ps.fold(model).named_parameters()}
+
+
+def assert_sum(model: OperatedModel, shares: dict[str, float], combined: OperatedModel) -> None:
+    """The folded combination is the base and the weighted sum of what the adapters fold into it."""
+    base, got = weights(model), weights(combined, "new")
+    each = {name: weights(model, name) for name in shares}
+    for name, value in base.items():
+        added = sum(share * (each[n][name] - value) for n, share in shares.items())
+        torch.testing.assert_close(got[name], value + added, rtol=1e-6, atol=5e-6)
+
+
+@pytest.mark.parametrize(("how", "settings"), [("cat", {}), ("svd", {"rank": 40})])
+def test_adapters_of_other_rank_at_fewer_places_add_up(how: str, settings: dict[str, Any]) -> None:
+    model, shares = loras(), {"a": 0.6, "b": -1.5}
+    combined = ps.combine(model, shares, "new", how, **settings)
+    assert combined.adapters == ("a", "b", "new")
+    assert combined.active == ("new",)
+    assert model.active == ()
+    assert combined.operations[-1].settings["rank"] == settings.get("rank", 5)
+    assert_sum(model, shares, combined)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "settings"),
+    [
+        ("llama", "pissa", {}),
+        ("llama", "adalora", {}),
+        ("llama", "lora_embedding", {}),
+        ("gpt2", "lora_qv", {}),
+        ("llama", "rslora", {}),
+    ],
+)
+def test_whatever_is_a_sum_over_its_rank_is_joined(
+    name: str, rules: str, settings: dict[str, Any]
+) -> None:
+    model = made(name, (rules, {"rank": 3, **settings}), (rules, {"rank": 2, **settings}))
+    assert_sum(model, {"a": 0.8, "b": 0.5}, ps.combine(model, {"a": 0.8, "b": 0.5}, "new", "cat"))
+
+
+def test_bottlenecks_are_joined_to_one_that_adds_what_they_add() -> None:
+    rules = ps.parse_rules(BOTTLENECK)
+    model = made("bert", (rules, {}), (rules, {"width": 2, "strength": 3.0}))
+    combined = ps.combine(model, {"a": 1.0, "b": 1.0}, "new", "cat")
+    values, strength = combined.values("new"), combined.operations[-1].settings["strength"]
+    for name, value in values.items():
+        a, b = (model.get_parameter(name.replace(".new.", f".{n}.")) for n in "ab")
+        if name.endswith(".c"):
+            torch.testing.assert_close(strength * value, a + 3 * b)
+        else:
+            assert value.numel() == a.numel() + b.numel()
+    h = torch.randn(5, 32)
+    path = next(name for name in values if name.endswith(".D")).rpartition(".new.")[0]
+
+    def adds(graph: OperatedModel, name: str, strength: float) -> Tensor:
+        D, U, c = (graph.get_parameter(f"{path}.{name}.ffn.{part}") for part in "DUc")
+        return strength * ((h @ D.T).relu() @ U.T + c)
+
+    both = adds(model, "a", 1.0) + adds(model, "b", 3.0)
+    torch.testing.assert_close(adds(combined, "new", strength), both)
+
+
+@pytest.mark.parametrize("rules", ["ia3", "dora"])
+def test_parameters_that_are_no_factors_are_averaged_as_they_are(rules: str) -> None:
+    model = made("llama", (rules, {}), (rules, {}))
+    combined = ps.combine(model, {"a": 0.25, "b": 0.75}, "new")
+    for name, value in combined.values("new").items():
+        a, b = (model.get_parameter(name.replace(".new.", f".{n}.")) for n in "ab")
+        torch.testing.assert_close(value, 0.25 * a + 0.75 * b)
+
+
+def test_one_adapter_scaled_is_its_change_scaled() -> None:
+    model = loras()
+    for factor in (0.3, -2.0):
+        assert_sum(model, {"a": factor}, ps.combine(model, {"a": factor}, "new"))
+
+
+def test_of_trained_parameters_of_the_base_the_changes_are_combined() -> None:
+    model = made("bert", (BIASES, {}), (BIASES, {}))
+    shares = {"a": 0.5, "b": -2.0}
+    combined = ps.combine(model, shares, "new")
+    assert_sum(model, shares, combined)
+    assert logits(combined).isfinite().all()
+    assert "bert.embeddings.LayerNorm.bias" in combined.learnt("new")
+    with pytest.raises(ps.SurgeryError, match="PSG316"):
+        ps.combine(model, shares, "new", "cat")
+
+
+def test_a_combination_is_trained_saved_and_taken_out_as_others(tmp_path: Any) -> None:
+    combined = ps.combine(loras(), {"a": 1.0, "b": 1.0}, "new", "cat")
+    trained = {name for name, p in combined.named_parameters() if p.requires_grad}
+    assert trained == set(combined.learnt("new"))
+    combined.save(tmp_path, names=["new"])
+    again = ps.load(tmp_path, captured("llama"))
+    assert torch.equal(logits(again), logits(combined))
+    without = ps.eject(combined, "new")
+    without.activate()
+    loras().activate()
+    assert torch.equal(logits(without), logits(loras()))
+    loras().deactivate()
+
+
+@pytest.mark.parametrize(
+    ("parts", "how", "settings", "message"),
+    [
+        (["lora_qv", "dora"], "linear", {}, "PSG315: 'b' and 'a' are different methods at"),
+        (["lora_qv", ("lora_qv", 4)], "linear", {}, "PSG315: 'A' at .*q_proj has the shapes"),
+        (["ia3", "lora_embedding"], "linear", {}, "PSG315: .* different places"),
+        (["dora", "dora"], "cat", {}, "PSG316: 'dora' .* not proportional to any"),
+        (["dora", "dora"], "svd", {}, "PSG316: 'dora' .* depends on the weight"),
+        (["ia3", "ia3"], "cat", {}, "PSG316: 'ia3' .* no setting is the size"),
+        (["adalora", "adalora"], "svd", {}, "PSG316: 'adalora' .* no product of two"),
+        (["lora_qv", "lora_qv"], "ties", {}, "PSG317: 'ties' needs a? ?density"),
+        (["lora_qv", "lora_qv"], "ties", {"density": 2.0}, "PSG317: a density"),
+        (["lora_qv", "lora_qv"], "cat", {"rank": 3}, "PSG317: rank and clamp are for 'svd'"),
+        (["lora_qv", "lora_qv"], "linaer", {}, "PSG317: no combination .*\n.*'linear'"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_with_the_reason(
+    parts: list[Any], how: str, settings: dict[str, Any], message: str
+) -> None:
+    pairs = [(p, {}) if isinstance(p, str) else (p[0], {"rank": p[1]}) for p in parts]
+    with pytest.raises(ps.SurgeryError, match=message):
+        ps.combine(made("llama", *pairs), {"a": 0.5, "b": 0.5}, "new", how, **settings)
+
+
+def test_names_that_are_unknown_taken_or_none_are_refused() -> None:
+    for shares, name, code in (
+        ({"a": 1.0, "z": 1.0}, "new", "PSG310"),
+        ({"a": 1.0}, "b", "PSG304"),
+        ({}, "new", "PSG317"),
+        ({"a": float("nan")}, "new", "PSG317"),
+    ):
+        with pytest.raises(ps.SurgeryError, match=code):
+            ps.combine(loras(), shares, name)
