@@ -128,7 +128,8 @@ def _inner(
             for given, taken in zip(call.args, inputs, strict=False)
             if isinstance(given, fx.Node)
             for size, name in zip(_sizes(given), _sizes(taken), strict=False)
-            if size == batch.size
+            # a program may be shared with a capture in which some value is one for all rows
+            if size == batch.size and not name.is_number
         }
         if len(names) == 1:
             found[inner, called] = Batch(names.pop())

@@ -151,9 +151,10 @@ def _values(
 ) -> dict[str, Tensor]:
     """The combination's values at one place, by their names in the new model."""
     names, values = cut.parameters, dict[str, Tensor]()
-    if not names.keys() or names[next(iter(names))] not in known:  # a layer may be called twice
-        made = form.values(cut, row.shares) if names else {}
-        values |= {names[n]: value for n, value in made.items()}
+    new = {n for n, full in names.items() if full not in known}  # sites may share parameters
+    if new:
+        made = form.values(cut, row.shares)
+        values |= {names[n]: value for n, value in made.items() if n in new}
     if cut.rule.train and cut.placed.parameter is not None:
         parameter = cut.placed.parameter
         copies = model.values(*(share.cut.operation.name for share in row.shares))

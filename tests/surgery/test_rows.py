@@ -89,6 +89,18 @@ def test_a_rows_context_serves_batches_whose_rows_are_repeated() -> None:
     assert model.active == ()
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_generate_what_their_adapters_alone_generate(beams: int) -> None:
+    model, rows = several("llama"), ["lora", None, "dora"]
+    prompt = batch(3, 6)["input_ids"]
+    given = {"max_new_tokens": 5, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
+    with model.rows(rows):
+        together = model.generate(prompt, **given)
+    for row, name in enumerate(rows):
+        with model.only(*([name] if name else [])):
+            assert torch.equal(model.generate(prompt, **given)[row], together[row])
+
+
 def test_wrong_rows_are_refused_and_change_nothing() -> None:
     model = several("llama")
     for names, code in ((["lora"] * 2, "PSG314"), ([], "PSG314"), (["lora", "lo"], "PSG310")):
