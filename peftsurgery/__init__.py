@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         eject,
         flatten,
         fold,
+        fold_error,
         load,
     )
     from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
@@ -48,6 +49,7 @@ __all__ = [
     "export_onnx",
     "flatten",
     "fold",
+    "fold_error",
     "fold_to_directory",
     "from_adapterhub",
     "from_peft",
@@ -76,6 +78,7 @@ _HOME = {
     "export_onnx": "formats.onnx",
     "flatten": "surgery",
     "fold": "surgery",
+    "fold_error": "surgery",
     "fold_to_directory": "formats.pretrained",
     "from_adapterhub": "formats.adapterhub",
     "from_peft": "formats.peft",

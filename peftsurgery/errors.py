@@ -205,6 +205,11 @@ CODES: dict[str, CodeInfo] = {
         "`matched:` names an adapter or a rule file whose cuts are already made: apply that first, "
         "or in the same call before this one. It is still needed when the other is ejected.",
     ),
+    "PSG146": CodeInfo(
+        "there is no such way to store a weight",
+        "`store:` is nf4(block, double, compute) or fp4(...): blocks of 32 to 4096 numbers share a "
+        "scale, `double` quantises the scales too, and `compute` is a dtype or null.",
+    ),
     "PSG201": CodeInfo(
         "the model cannot be captured",
         "torch.export could not turn the model into a graph for any input of this kind. "
@@ -277,6 +282,11 @@ CODES: dict[str, CodeInfo] = {
         "Gradient checkpointing is asked for something it does not do",
         "Blocks are recomputed without re-entering, on the device they are on. Leave "
         "`use_reentrant` and `offload` out, or false.",
+    ),
+    "PSG215": CodeInfo(
+        "the model is quantised already",
+        "Graphs are captured of models with ordinary weights. Capture the model that was quantised "
+        "and apply `nf4` or `qlora`: the base is then kept in four bits by the operated model.",
     ),
     "PSG301": CodeInfo(
         "A rule matched nothing",
@@ -393,6 +403,16 @@ CODES: dict[str, CodeInfo] = {
         "no parameter has that name",
         "Parameters are chosen by the names that the rules give them, such as A and B.",
     ),
+    "PSG325": CodeInfo(
+        "a weight cannot be stored in four bits",
+        "Only a whole matrix of finite numbers in float32, float16 or bfloat16 that no rule trains "
+        "has a four-bit form. Leave other weights out with `where:`.",
+    ),
+    "PSG326": CodeInfo(
+        "bitsandbytes is missing",
+        "Four-bit weights are packed and unpacked by bitsandbytes, which is an optional "
+        "dependency: pip install 'peftsurgery[quantise]'.",
+    ),
     "PSG330": CodeInfo(
         "a method cannot be flattened",
         "The rules that its file names under `flat:` must match the very places that the method "
@@ -448,6 +468,11 @@ CODES: dict[str, CodeInfo] = {
     "PSG405": CodeInfo(
         "there is no bias to fold into",
         "The fold changes a bias that the model does not have.",
+    ),
+    "PSG406": CodeInfo(
+        "a weight has no four-bit layer to go into",
+        "With requantise, folded weights go into bitsandbytes' linear layers. A weight of another "
+        "kind of module can only be written in full precision.",
     ),
     "PSG410": CodeInfo(
         "the folded model is not the operated one",

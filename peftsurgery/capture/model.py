@@ -24,7 +24,7 @@ from .likeness import Likeness, become_like
 from .parts import Block, mirror, own
 from .remembering import Past
 from .signature import Call, bind_call
-from .sources import Source, open_source
+from .sources import Source, check_plain, open_source
 from .tensors import named_tensors
 
 
@@ -184,6 +184,7 @@ def capture(
     does not generate, PSG210 if its cache is no ordinary one.
     """
     source = open_source(model) if isinstance(model, str) else Source(model)
+    check_plain(source.module)
     graph_model = GraphModel(Captures(source, cache))
     if inputs is None:
         inputs = _made_inputs(source.module)

@@ -71,6 +71,10 @@ class Source:
             self._loaded = self._load()
         return self._loaded
 
+    def release(self) -> None:
+        """Forget weights that were loaded; they are read again when they are wanted again."""
+        self._loaded = None
+
     def _load(self) -> nn.Module:
         if self.origin is None or not isinstance(self.module, PreTrainedModel):
             raise SurgeryError(
@@ -119,12 +123,27 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
         raise SurgeryError("PSG205", f"'{spec}' is not a model directory: it has no config.json")
     config = _config(spec, trust_remote_code)
+    if getattr(config, "quantization_config", None):
+        raise quantised(f"'{spec}'")
     if config.dtype is None:
         config.dtype = _stored_dtype(Path(spec))
     model = build_on_meta(config)
     _read_generation_config(model, spec)
     # absolute, since a saved surgery names its base and is used from other directories too
     return Source(model, os.path.abspath(spec) if here else spec)
+
+
+def check_plain(module: nn.Module) -> None:
+    """Refuse a live module with weights of a quantiser's own kind. PSG215."""
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "quant_state") or hasattr(parameter, "SCB"):
+            raise quantised(f"'{name}' ({type(parameter).__name__})")
+
+
+def quantised(what: str) -> SurgeryError:
+    """The refusal of a model that is quantised already."""
+    hint = "capture the model that was quantised, and apply the rule `nf4` or `qlora` to it"
+    return SurgeryError("PSG215", f"{what} is quantised already", hint)
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:

@@ -22,7 +22,12 @@ REQUIRED = (
     "regex",
     "rich",
 )
-OPTIONAL = {"peft": ("peft",), "onnx": ("onnx", "onnxruntime", "onnxscript"), "models": ("gguf",)}
+OPTIONAL = {
+    "peft": ("peft",),
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "models": ("gguf",),
+    "quantise": ("bitsandbytes",),
+}
 
 
 @click.command()

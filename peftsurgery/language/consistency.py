@@ -15,6 +15,7 @@ from peftsurgery.language.expression import Expression, check_calls, check_names
 from peftsurgery.language.initial import FROM_WEIGHTS, INITIALISERS
 from peftsurgery.language.operators import OPERATORS
 from peftsurgery.language.pattern import compile_pattern
+from peftsurgery.language.storage import STORES
 from peftsurgery.language.strict import place_of
 from peftsurgery.language.where import check_settings
 
@@ -73,6 +74,8 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         _check(expression, everything, calls)
     for expression in (*rule.fold.values(), *rule.penalty.values()):
         _check(expression, within(rule.let, known))
+    for expression in rule.store.values():
+        _check(expression, numbers, STORES)
     if rule.ranks is not None:
         _check_ranks(rule.ranks, rule, numbers)
 
@@ -123,9 +126,9 @@ def _check_words(words: Mapping[str, Any], taken: Collection[str], what: str) ->
 
 def _check_targets(rule: Rule) -> None:
     kind, place = rule.kind, place_of(rule.match)
-    if not rule.rewrite and not rule.train:
+    if not rule.rewrite and not rule.train and not rule.store:
         message = f"a rule that matches {kind.name} and does nothing to it"
-        hint = "give it `rewrite:` or `train: true`"
+        hint = "give it `rewrite:`, `store:` or `train: true`"
         raise SurgeryError("PSG106", message, hint, place)
     if rule.fold and not rule.rewrite:
         raise SurgeryError("PSG106", "a `fold:` without its `rewrite:`", where=place)
@@ -136,6 +139,7 @@ def _check_targets(rule: Rule) -> None:
         raise SurgeryError("PSG106", message, where=place_of(rule.over[0]))
     _check_keys(rule.rewrite, {*kind.values, *kind.weights}, "`rewrite:` gives")
     _check_keys(rule.fold, _foldable(rule), "`fold:` gives")
+    _check_keys(rule.store, kind.weights, "`store:` gives")
     for name, keys in rule.checkpoint.items():
         _check_keys(keys, {*rule.params, "modules", "table"}, f"`checkpoint: {name}` names")
 

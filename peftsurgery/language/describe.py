@@ -77,6 +77,8 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
         yield f"   adds to the loss the {name} of {maths(expression, settings, scalars)}"
     if rule.ranks is not None:
         yield f"   ranks may be taken away: those that lose are zero in {rule.ranks.zero}"
+    for name, expression in rule.store.items():
+        yield f"   keeps {name} as {expression}"
     if rule.train:
         yield "   trains the model's own parameters there"
 

@@ -155,6 +155,8 @@ class Rule(Strict):
     """The new value of the match's result, or of several bindings by name."""
     fold: dict[Word, ExpressionField] = Field(default_factory=dict)
     """The new value of the weight W, or of several weights by name."""
+    store: dict[Word, ExpressionField] = Field(default_factory=dict)
+    """How the model keeps the weight W, or several weights by name: nf4(block, double, compute)."""
     train: StrictBool = False
     """Train the parameters that the model has at the matched sites."""
     penalty: dict[Literal["sum", "mean"], ExpressionField] = Field(default_factory=dict)
@@ -176,7 +178,7 @@ class Rule(Strict):
         data = dict(data)
         kind = KINDS.get(data["match"]) if isinstance(data.get("match"), str) else None
         result = (kind.result if kind else "y") or "W"
-        for key, target in (("rewrite", result), ("fold", "W"), ("penalty", "sum")):
+        for key, target in (("rewrite", result), ("fold", "W"), ("store", "W"), ("penalty", "sum")):
             value = data.get(key)
             if key in data and not isinstance(value, Mapping):
                 named = Text(target, value.place) if isinstance(value, Text) else target

@@ -3,7 +3,7 @@
 from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
 from .combining import combine
 from .flattening import flatten
-from .folding import fold
+from .folding import fold, fold_error
 from .fusing import fused_names
 from .operated import OperatedModel
 from .operation import Cut, Operation
@@ -22,6 +22,7 @@ __all__ = [
     "eject",
     "flatten",
     "fold",
+    "fold_error",
     "fused_names",
     "load",
     "open_model",

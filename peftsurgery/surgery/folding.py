@@ -21,27 +21,57 @@ from ..errors import SurgeryError
 from ..language import fold as folded_weights
 from .operated import OperatedModel
 from .operation import Cut
+from .requantising import FoldError, error_of, pack_layers
 from .rewriting import disorient, orient
 
 
-def fold(model: GraphModel) -> nn.Module:
+def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     """A plain module of the class that was captured, with the active adapters in its weights.
 
-    Weights that no operation changed share memory with the model's. Raises PSG401 for a rule that
-    cannot be folded, PSG402 if a weight would overflow its dtype, PSG403 for values that are not
-    finite, PSG404 for a tie that the architecture insists on, PSG405 for a bias that is not there.
+    Weights that no operation changed share memory with the model's. Weights that were kept in four
+    bits are written in the base's dtype, or with ``requantise`` packed again, in bitsandbytes'
+    layers; :func:`fold_error` tells the error. Raises PSG401 for a rule that cannot be folded,
+    PSG402 if a weight would overflow its dtype, PSG403 for values that are not finite, PSG404 for a
+    tie that the architecture insists on, PSG405 for a bias that is not there, PSG406 for a weight
+    that no four-bit layer can have.
     """
     model.bind()
     changed = new_weights(model) if isinstance(model, OperatedModel) else {}
-    return _rebuild(model, changed).train(model.training)
+    plain = _rebuild(model, changed).train(model.training)
+    if requantise and isinstance(model, OperatedModel):
+        pack_layers(plain, model.stored)
+    return plain
 
 
 @torch.no_grad()
+def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
+    """How far the weights that :func:`fold` writes are from the exact ones.
+
+    Raises what :func:`fold` raises for the weights.
+    """
+    if not isinstance(model, OperatedModel):
+        return error_of({}, {}, {})
+    model.bind()
+    stored = model.stored if requantise else {}
+    return error_of(exact_weights(model), new_weights(model), stored)
+
+
 def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
     """The weights that the operations change, by name, rounded to the dtype they had."""
-    original = dict(model.named_parameters(remove_duplicate=False))
+    return {
+        name: _round(name, value, model.dense(name).dtype)
+        for name, value in exact_weights(model).items()
+    }
+
+
+@torch.no_grad()
+def exact_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
+    """The weights that the operations change, by name, in the dtype they were added in.
+
+    A weight that is kept packed is changed by that: it is unpacked.
+    """
     working: dict[str, torch.Tensor] = {
-        name: model.get_parameter(name).detach() for name in model.trained
+        name: model.dense(name) for name in (*model.trained, *model.stored)
     }
     done: set[Any] = set()
     for cut in model.active_cuts:
@@ -51,20 +81,19 @@ def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
         if key in done or not cut.rule.rewrite:
             continue  # a layer that is called twice has one weight
         done.add(key)
-        _fold_cut(model, cut, weights, original, working)
-    working |= {alias: value for name, value in working.items() for alias in model.unread(name)}
-    return {name: _round(name, value, original[name]) for name, value in working.items()}
+        _fold_cut(model, cut, weights, working)
+    return working | {a: value for name, value in working.items() for a in model.unread(name)}
 
 
 def _fold_cut(
     model: OperatedModel,
     cut: Cut,
     names: Mapping[str, str],
-    original: Mapping[str, torch.Tensor],
     working: dict[str, torch.Tensor],
 ) -> None:
     stored = {
-        name: _wide(working.get(full, original[full].detach())) for name, full in names.items()
+        name: _wide(working[full] if full in working else model.dense(full))
+        for name, full in names.items()
     }
     dtype = next(iter(stored.values())).dtype
     bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
@@ -108,11 +137,11 @@ def _finite(name: str, value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _round(name: str, value: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+def _round(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     _finite(name, value)
-    rounded = value.to(original.dtype)
+    rounded = value.to(dtype)
     if not torch.isfinite(rounded).all():
-        raise SurgeryError("PSG402", f"'{name}' overflows {original.dtype} once it is folded")
+        raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
     return rounded.contiguous()
 
 
@@ -126,6 +155,8 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
     for name, tensor in sorted(named_tensors(source), key=lambda item: item[0] in changed):
         owner, _, leaf = name.rpartition(".")
         mine: torch.Tensor = getattr(model.get_submodule(owner), leaf).detach()
+        if name in changed:
+            mine = tensor.new_empty(0)  # replaced below; it may be packed, which is no weight
         if isinstance(tensor, nn.Parameter):
             memo.setdefault(id(tensor), nn.Parameter(mine, requires_grad=tensor.requires_grad))
         else:

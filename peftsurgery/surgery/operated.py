@@ -25,6 +25,7 @@ from .boundary import check_inputs, is_at_boundary
 from .copies import Copies
 from .fronted import Fronted, Fronts
 from .fusing import check_fused, check_fusions, sewn
+from .keeping import Keeping
 from .operation import Cut, Operation, check_free
 from .penalties import penalty_of
 from .report import Report
@@ -33,6 +34,7 @@ from .rewriting import check_shapes, orient
 from .saving import save_surgery
 from .selecting import select_cuts
 from .states import keep_learnt
+from .storing import Store
 from .switching import Mode
 
 
@@ -46,7 +48,7 @@ class Adapter(Part):
         )
 
 
-class OperatedModel(Fronted):
+class OperatedModel(Fronted, Keeping):
     """A model with operations: base weights shared and frozen, what the rules made trainable."""
 
     def __init__(
@@ -68,6 +70,7 @@ class OperatedModel(Fronted):
         self._selected: dict[int, tuple[tuple[Cut, ...], tuple[Selection, ...]]] = {}
         self._cuts: tuple[Cut, ...] = ()
         self._copies = Copies()
+        self._store = Store()
         self._resting: set[str] = set()
         self._rewrites = Rewrites()
         self._fronts = Fronts.of(self._operations, model.source.module)
@@ -120,6 +123,8 @@ class OperatedModel(Fronted):
                 mine._buffers[leaf] = buffers.setdefault(id(tensor), tensor.detach().clone())
         for path, part in self.named_modules():
             part.training = model.get_submodule(path).training
+        if isinstance(model, OperatedModel):
+            self._store.adopt(model._store)
         self._bound = model._bound
 
     def transform(self, capture: Capture) -> Capture:
@@ -138,7 +143,7 @@ class OperatedModel(Fronted):
             )
         taking_part = self._taking_part(cuts)
         order = self.active if self._mode.by_row else None
-        ready = self._rewrites.capture(capture, taking_part, order)
+        ready = self._rewrites.capture(capture, taking_part, order, self._store.weights)
         return self._resized(capture, ready, taking_part)
 
     def _cuts_in(self, capture: Capture) -> list[Cut]:
@@ -171,6 +176,8 @@ class OperatedModel(Fronted):
         for cut in _one_for_each_place(cuts):
             check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
         self._cuts, self._selections = tuple(cuts), tuple(selections)
+        self._store.settle(self, cuts)
+        self._store.pack(self)
         for cut in cuts:
             self.add_parameters(cut)
             if cut.rule.train and cut.placed.parameter is not None:
@@ -246,8 +253,7 @@ class OperatedModel(Fronted):
         if node is None:
             return 0.0
         self.bind()
-        stored = self.get_parameter(join(cut.placed.block, str(node.target)))
-        return orient(stored.detach(), cut.site, name)
+        return orient(self.dense(join(cut.placed.block, str(node.target))), cut.site, name)
 
     def device_of(self, cut: Cut) -> torch.device:
         """Where a cut's parameters belong: with the weight of its site, if that is anywhere yet."""
@@ -287,6 +293,9 @@ class OperatedModel(Fronted):
                 trained = nn.Parameter(value, requires_grad=copied.requires_grad)
                 torch.utils.swap_tensors(copied, trained)
         self._copies.place(self, self.active)
+        if self._store.weights:
+            self._store.pack(self)
+            self.source.release()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns; while training, a loss by name has the penalty added to it.

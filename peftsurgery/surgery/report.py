@@ -19,7 +19,7 @@ class Report:
         self._cuts, self._selections = model.cuts, model._selections
         self.adapters = {name: name in model.active for name in model.adapters}
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.total = sum(p.numel() for p in model.parameters())
+        self.total = sum(p.numel() for p in model.parameters()) + model.hidden
         self.notes = tuple(note for capture in model.captures[:1] for note in capture.notes)
         self.added = {
             name: list(model.get_parameter(name).shape)

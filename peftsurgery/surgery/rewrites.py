@@ -15,6 +15,7 @@ from .boundary import is_at_boundary, sew_inputs
 from .operation import Cut
 from .rewriting import Rewriter
 from .rowwise import Choice, pass_rows, row_graph
+from .storing import Stored, read_packed
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,17 @@ class Rewrites:
         return self  # what it holds is immutable, and the same for a copy of the model
 
     def capture(
-        self, source: Capture, cuts: Iterable[Cut], rows: Sequence[str] | None = None
+        self,
+        source: Capture,
+        cuts: Iterable[Cut],
+        rows: Sequence[str] | None = None,
+        stored: Mapping[str, Stored] | None = None,
     ) -> Capture:
         """``source`` with the cuts made. Inner blocks come first, since their callers name them.
 
         With ``rows``, the names of adapters, the rows of a batch choose among them, and the
-        programs take one input more: the number of each row's adapter.
+        programs take one input more: the number of each row's adapter. ``stored`` are the weights,
+        by name, that the model keeps packed.
         """
         by_block: dict[tuple[str, Program], list[Cut]] = {}
         for cut in cuts:
@@ -45,7 +51,8 @@ class Rewrites:
             for program in source.programs[path]:
                 mine = by_block.get((path, program), [])
                 calls = _renamed_calls(path, program, renamed)
-                new = self.program(program, mine, calls, choice.get((path, program)))
+                packed = _read_by(path, program, stored or {})
+                new = self.program(program, mine, calls, choice.get((path, program)), packed)
                 renamed[path, program.label] = new.label
                 programs[path] = (*programs.get(path, ()), new)
         return replace(source, programs={path: programs[path] for path in source.programs})
@@ -55,15 +62,17 @@ class Rewrites:
         program: Program,
         cuts: Sequence[Cut],
         calls: Mapping[fx.Node, str],
-        choice: Choice | None = None,
+        choice: Choice | None,
+        stored: Mapping[str, Stored],
     ) -> Program:
         """A program with its cuts made; the same object if nothing in it changes."""
-        if not cuts and not calls and (choice is None or not choice.is_top):
+        if not cuts and not calls and not stored and (choice is None or not choice.is_top):
             return program
         done = tuple(cut.done for cut in cuts)
-        key = (program, done, tuple((node.name, label) for node, label in calls.items()), choice)
+        called = tuple((node.name, label) for node, label in calls.items())
+        key = (program, done, called, choice, tuple(stored.items()))
         if key not in self.made:
-            self.made[key] = self.rewrite(program, cuts, calls, choice)
+            self.made[key] = self.rewrite(program, cuts, calls, choice, stored)
         return self.made[key]
 
     def rewrite(
@@ -72,20 +81,21 @@ class Rewrites:
         cuts: Sequence[Cut],
         calls: Mapping[fx.Node, str],
         choice: Choice | None,
+        stored: Mapping[str, Stored],
     ) -> Program:
         """A new program, under a label that says what was done."""
         graph = (
             rewritten_graph(program, cuts) if choice is None else row_graph(program, cuts, choice)
         )
+        read_packed(graph, stored)
         labels = {node.name: label for node, label in calls.items()}
         for node in graph.find_nodes(op="call_module"):
             if node.name in labels:
                 node.kwargs = {**node.kwargs, "program": labels[node.name]}
                 if choice is not None:
                     pass_rows(node)
-        adapters = ("+" if choice is None else "|").join(
-            dict.fromkeys(cut.operation.name for cut in cuts)
-        )
+        names = [*(cut.operation.name for cut in cuts), *(s.adapter for s in stored.values())]
+        adapters = ("+" if choice is None else "|").join(dict.fromkeys(names))
         label = f"{program.label}+{adapters}" if adapters else program.label
         number = self.labels.get(label, 0)
         self.labels[label] = number + 1
@@ -125,3 +135,10 @@ def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
         sew_inputs(rewriter, cut) if is_at_boundary(cut) else rewriter.sew(cut)
     rewriter.drop_unused()
     return rewriter.graph
+
+
+def _read_by(path: str, program: Program, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """The packed weights that a block's program reads, by their names in it."""
+    nodes = program.graph.find_nodes(op="get_attr") if stored else ()
+    names = dict.fromkeys(str(node.target) for node in nodes)
+    return {name: stored[join(path, name)] for name in names if join(path, name) in stored}
