@@ -161,7 +161,7 @@ class Rule(Strict):
     """Train the parameters that the model has at the matched sites."""
     penalty: dict[Literal["sum", "mean"], ExpressionField] = Field(default_factory=dict)
     """A number for each site, over parameters, weights and settings, that is added to the loss
-    while training: the sum over the sites, unless it is said to be the mean."""
+    while training: the sum over the adapter's sites, unless it is said to be the mean."""
     ranks: Ranks | None = None
     """What a rank allocator may take away while training, and when."""
     checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)

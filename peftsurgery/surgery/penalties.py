@@ -1,7 +1,8 @@
 """Penalties: what rules add to the loss for the parameters they made.
 
-Each rule gives a number for a site. Over the sites of one operation's rule the numbers are summed
-or averaged, as the rule says; over rules they are summed. A layer that is called twice counts once.
+Each rule gives a number for a site. Over the sites of an adapter, numbers that are to be summed are
+summed, and those to be averaged are averaged, whichever of its rules they come from. A layer that
+is called twice counts once.
 """
 
 from __future__ import annotations
@@ -20,18 +21,20 @@ if TYPE_CHECKING:
 
 def penalty_of(model: OperatedModel) -> torch.Tensor:
     """The sum of the active adapters' penalties: a tensor without dimensions, 0.0 if none."""
-    groups: dict[Any, dict[Any, Cut]] = {}
+    sites: dict[Any, Cut] = {}
     for cut in model.active_cuts:
         if cut.rule.penalty:
-            names = (*cut.parameters.values(), *cut.weights.values(), cut.site.slice)
-            groups.setdefault((cut.operation, id(cut.rule)), {})[names] = cut
+            weights = (*cut.weights.values(), cut.site.slice)
+            sites[cut.operation, id(cut.rule), (*cut.parameters.values(), *weights)] = cut
     total = torch.zeros((), device=next((p.device for p in model.parameters()), None))
-    for cuts in groups.values():
-        sites = [penalty(cut.rule, _bindings(model, cut)) for cut in cuts.values()]
-        for kind in sites[0]:
-            values = [torch.as_tensor(site[kind]).to(total.device) for site in sites]
-            summed = torch.stack(values).sum()
-            total = total + (summed / len(values) if kind == "mean" else summed)
+    groups: dict[tuple[str, str], list[torch.Tensor]] = {}
+    for cut in sites.values():
+        for kind, value in penalty(cut.rule, _bindings(model, cut)).items():
+            number = torch.as_tensor(value).to(total.device)
+            groups.setdefault((cut.operation.name, kind), []).append(number)
+    for (_, kind), values in groups.items():
+        together = torch.stack(values)
+        total = total + (together.mean() if kind == "mean" else together.sum())
     return total
 
 

@@ -20,6 +20,7 @@ import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
+from tests.parity.test_variants import Convolutions
 from tests.parity.training import both_train, logits
 
 pytestmark = [
@@ -131,6 +132,37 @@ def test_ranks_that_were_taken_away_are_read_and_written(allocated: Path, tmp_pa
     assert all(torch.equal(after[name], before[name]) for name in before)
     again = PeftModel.from_pretrained(base("llama"), tmp_path).eval()
     assert torch.equal(logits(again), logits(theirs))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_convolutions_and_linears_in_one_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Convolutions().eval()
+    config = AdaLoraConfig(
+        init_r=4, target_r=2, lora_alpha=8, total_step=9, target_modules=["first", "second", "head"]
+    )
+    theirs: Any = get_peft_model(deepcopy(module), config).eval()
+    randomise(theirs, lambda name: "lora_" in name, 0.2)
+    theirs.base_model.peft_config["default"].rank_pattern = {
+        f"{name}.lora_E.default": [True, name != "head", False, True]
+        for name in ("first", "second", "head")
+    }
+    theirs.base_model.rankallocator.mask_using_rank_pattern(
+        theirs.base_model.model, theirs.base_model.peft_config["default"].rank_pattern
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    images, more = torch.randn(2, 3, 12, 9), torch.randn(5, 3, 14, 10)
+    ours = ps.from_peft(ps.capture(module, (images,)), tmp_path / "theirs").eval()
+    torch.testing.assert_close(ours(more), theirs(more), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ps.fold(ours)(more), theirs(more), rtol=0, atol=2e-6)
+    letters = {"A": lambda p: p @ p.T, "B": lambda p: p.T @ p}
+    squares = [letters[n[-1]](p) for n, p in ours.learnt().items() if n[-1] in letters]
+    lengths = [torch.norm(square - torch.eye(4), p="fro") for square in squares]
+    torch.testing.assert_close(ours.penalty(), 0.5 * torch.stack(lengths).mean())
+
+    ps.to_peft(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(deepcopy(module), tmp_path / "ours").eval()
+    torch.testing.assert_close(again(more), ours(more), rtol=0, atol=1e-6)
 
 
 Q = "model.layers.0.self_attn.q_proj.lora_E"
