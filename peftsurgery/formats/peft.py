@@ -17,6 +17,7 @@ from .peft_config import AdapterConfig
 from .peft_export import export
 from .peft_files import read_config, read_tensors, write_adapter
 from .peft_import import Importer
+from .peft_prompts import export_prompt, is_prompt
 
 
 def from_peft(model: GraphModel, directory: str | Path, name: str = "default") -> OperatedModel:
@@ -55,5 +56,8 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
     with model.only(chosen):
-        config, tensors = export(flatten(model), chosen)
+        if is_prompt(model, chosen):
+            config, tensors = export_prompt(model, chosen)
+        else:
+            config, tensors = export(flatten(model), chosen)
     write_adapter(Path(directory), config, tensors)

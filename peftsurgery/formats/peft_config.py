@@ -30,13 +30,18 @@ READ = frozenset(
     )
 )
 
-# Where an adapter comes from, and settings that matter only together with a key that is refused or
-# while an adapter is being made.
+# Where an adapter comes from, what its tensors say already, and settings that matter only together
+# with a key that is refused or while an adapter is being made.
 WITHOUT_EFFECT = frozenset(
     (
         *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "r", "megatron_core", "qalora_group_size", "runtime_config"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"),
+        *("token_dim", "num_attention_heads", "num_layers"),
+        *("prompt_tuning_init", "prompt_tuning_init_text"),
+        *("tokenizer_name_or_path", "tokenizer_kwargs"),
+        *("encoder_reparameterization_type", "encoder_hidden_size"),
+        *("encoder_num_layers", "encoder_dropout"),
     )
 )
 
@@ -49,7 +54,15 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
 }
 
 # What a key means where it is missing; a number that every adapter needs has no such meaning.
-ABSENT: Mapping[str, Any] = {"lora_dropout": 0.0, "use_rslora": False, "use_dora": False}
+ABSENT: Mapping[str, Any] = {
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "num_transformer_submodules": 1,
+}
+
+# Values that count something.
+COUNTS = ("r", "num_virtual_tokens", "num_transformer_submodules")
 
 
 class AdapterConfig:
@@ -74,7 +87,7 @@ class AdapterConfig:
         }.items():
             if isinstance(wanted, bool) and not isinstance(self.value(key), bool):
                 _refuse_value(key, self.value(key))
-        files = [file for file in of_kind if not self._strangers(file)]
+        files = [flat_form(file) for file in of_kind if not self._strangers(file)]
         if not files:
             odd = min((self._strangers(file) for file in of_kind), key=len)
             shown = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
@@ -143,6 +156,15 @@ class AdapterConfig:
                     raise SurgeryError("PSG508", message, did_you_mean(pattern, leaves(modules)))
 
 
+def flat_form(file: RuleFile) -> RuleFile:
+    """The rules whose parameters peft saves, identified as the method itself."""
+    if file.flat is None:
+        return file
+    flat = load_rules(file.flat.rule)
+    table = {**flat.checkpoint.get(FORMAT, {}), **file.identifying(FORMAT)}
+    return flat.model_copy(update={"checkpoint": {**flat.checkpoint, FORMAT: table}})
+
+
 @cache
 def rule_files() -> tuple[RuleFile, ...]:
     """The shipped rule files of methods that peft has too."""
@@ -192,7 +214,7 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
         fits = fits and math.isfinite(value) and value >= 0
     else:
         fits = isinstance(value, type(default))
-    if key == "r":
+    if key in COUNTS:
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if key.endswith("dropout"):
         fits = fits and value < 1

@@ -34,6 +34,8 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 
 # The kinds of site that have a weight of their own for a method to change.
 WEIGHTED = ("linear", "embedding", "conv", "experts")
+# What has parameters of no module.
+WHOLE = "inputs"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Importer:
     def place(self, module: str) -> Placed:
         """The site at a module; one that a rule can be for comes first. PSG506 if there is none."""
         kinds = {option.rule.kind.name for option in self.options}
-        here = [site for site in self.sites if site.module == module and site.kind in WEIGHTED]
+        wanted = WEIGHTED if module else (WHOLE,)
+        here = [site for site in self.sites if site.module == module and site.kind in wanted]
         if here:
             return min(here, key=lambda site: site.kind not in kinds)
         key = next(iter(self.names.added[module].values()))
@@ -158,7 +161,7 @@ class Importer:
         paths = tuple(site.module for site in sites)
         where = Where(paths=paths, facts=option.rule.where.facts)
         update = {"where": where, "expect": Expect(at_least=len(paths))}
-        rule = option.rule.model_copy(update=update)
+        rule = option.rule.model_copy(update=update if all(paths) else {})
         file = option.file.model_copy(update={"rules": (rule,), "roles": {}})
         operation = Operation(file, resolve_settings(file, settings), self.name)
         plan.operations.append(operation)

@@ -3,16 +3,20 @@
 The suffixes are those that the shipped rules list under ``checkpoint: peft``. What has none of them
 is a parameter of the model itself: a bias that was trained, or a part of a module that was saved
 whole. Where peft wrapped a module, the module's own tensors are under ``base_layer``.
+
+What belongs to no module (virtual tokens) is its suffix alone. peft wraps no modules for it, and
+one part of the prefix is missing then: `base_model.<module>`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from ..errors import SurgeryError
 
 PREFIX, WRAPPED = "base_model.model.", "base_layer"
+UNWRAPPED = "base_model."
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,20 @@ class Names:
     own: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(keys: Iterable[str], suffixes: Collection[str]) -> Names:
+def sort_keys(keys: Collection[str], suffixes: Collection[str]) -> Names:
     """Split the keys of a file. PSG504 for a wrapper in a wrapper, PSG506 without the prefix."""
     names = Names()
     longest_first = sorted(suffixes, key=len, reverse=True)
+    whole = {key for key in keys if key in suffixes}
+    prefix = UNWRAPPED if whole else PREFIX
     for key in sorted(keys):
-        if not key.startswith(PREFIX):
-            message = f"the tensor '{key}' does not begin with '{PREFIX}'"
+        if key in whole:
+            names.added.setdefault("", {})[key] = key
+            continue
+        if not key.startswith(prefix):
+            message = f"the tensor '{key}' does not begin with '{prefix}'"
             raise SurgeryError("PSG506", message, "it was not saved by peft's save_pretrained")
-        path = key.removeprefix(PREFIX)
+        path = key.removeprefix(prefix)
         suffix = next((s for s in longest_first if path.endswith(f".{s}")), None)
         if suffix is None:
             names.own[unwrapped(path)] = key
@@ -72,3 +81,8 @@ def own_key(parameter: str, wrapped: Collection[str]) -> str:
     if module in wrapped:
         return f"{PREFIX}{module}.{WRAPPED}.{leaf}"
     return f"{PREFIX}{parameter}"
+
+
+def without_wrapper(key: str) -> str:
+    """The key that a parameter of the model has beside virtual tokens."""
+    return UNWRAPPED + key.removeprefix(PREFIX)
