@@ -20,6 +20,7 @@ from peftsurgery.language.readings import (
     penalty,
     rewrite,
     shape_of,
+    weights_in,
     weights_read,
 )
 from peftsurgery.language.roles import role
@@ -75,6 +76,7 @@ __all__ = [
     "site_function",
     "sizes_of",
     "standard",
+    "weights_in",
     "weights_read",
     "why",
 ]

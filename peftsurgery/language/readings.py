@@ -8,7 +8,7 @@ are needed: a fold never touches one that is about activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -175,7 +175,14 @@ def weights_read(
 
     ``env`` binds sizes and settings, which decide what is chosen between.
     """
-    pending, seen = list(names_read(param.init, env)), set[str]()
+    return weights_in([param.init], rule, env)
+
+
+def weights_in(
+    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
+) -> frozenset[str]:
+    """The weights that expressions of a rule read, through ``let`` names too."""
+    pending, seen = [name for e in expressions for name in names_read(e, env)], set[str]()
     while pending:
         name = pending.pop()
         if name not in seen:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..language import penalty
+from ..language import penalty, weights_in
 from .operation import Cut
 from .rewriting import orient
 
@@ -41,8 +41,12 @@ def penalty_of(model: OperatedModel) -> torch.Tensor:
 def _bindings(model: OperatedModel, cut: Cut) -> dict[str, Any]:
     """The names a penalty may read: in fp32 or wider, whatever the model is in."""
     bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
+    read = weights_in(cut.rule.penalty.values(), cut.rule, cut.numbers)
     for name, full in cut.weights.items():
-        bound[name] = orient(_wide(model.get_parameter(full)), cut.site, name)
+        if name in read:
+            packed = full in model.stored
+            value = model.dense(full) if packed else model.get_parameter(full)
+            bound[name] = orient(_wide(value), cut.site, name)
     for name, full in cut.parameters.items():
         bound[name] = _wide(model.get_parameter(full))
     return bound

@@ -86,3 +86,16 @@ def test_a_penalty_with_dimensions_is_refused() -> None:
 def test_an_initial_value_reads_no_later_parameter() -> None:
     with pytest.raises(ps.SurgeryError, match=r"PSG113.*unknown name 'B'"):
         ps.parse_rules(RULES.replace("2 * A0", "2 * A0 * B"))
+
+
+def test_a_penalty_reads_packed_weights_as_what_they_stand_for() -> None:
+    first = RULES.partition("  - match: linear\n    where: {role: attn.o}")[0]
+    text = first.replace("weight * norm(", "norm(W, [0, 1]) + norm(")
+    model = ps.apply(captured("llama"), ["nf4", ps.parse_rules(text)])
+    plain = ps.apply(captured("llama"), ps.parse_rules(text), name="kept")
+    names = [name for name in model.learnt() if name.endswith("kept.A")]
+    for name in names:
+        plain.get_parameter(name).data.copy_(model.get_parameter(name))
+    assert len(names) == 4
+    assert model.penalty() != plain.penalty()
+    torch.testing.assert_close(model.penalty(), plain.penalty(), rtol=0.02, atol=0)
