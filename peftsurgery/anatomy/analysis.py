@@ -14,6 +14,7 @@ from .feedforward import feedforward_parts, open_parts
 from .flow import Flow
 from .links import find_links
 from .norms import find_norms
+from .positions import find_positions
 from .roles import Part, attention_parts, with_role
 from .site import Site
 from .stream import Join, find_joins, residual_sites
@@ -65,7 +66,8 @@ def _analyse(program: Program) -> Anatomy:
     tables = [*find_embeddings(flow), *find_convs(flow)]
     residuals = residual_sites(flow, joins, norms, by_output(linears))
     parameters = find_parameters(flow, program.tensors, [*linears, *tables, *norms])
-    rest = (*cores, *tables, *residuals, *norms, *parameters)
+    positions = find_positions(flow, tables, cores)
+    rest = (*cores, *tables, *residuals, *norms, *parameters, *positions)
     sites = (*linears, *rest)
     all_linears = linear_sites(flow, [*parts, *more]) if more else linears
     joined = (*all_linears, *rest) if more else sites

@@ -122,9 +122,33 @@ class _Surveyor:
             callee = None if call is None else self.calls.callee(frame, call)
             if callee is not None:
                 return sublayer(analyse(callee.program).ends)
+        if site.kind == "positions":
+            return {"causal": any(self.orders(at, core) for at, core in self.cores(frame, site))}
         if site.kind == "linear" and site.nodes["y"] in heads:
             return {"role": heads[site.nodes["y"]]}
         return {}
+
+    def cores(self, frame: Frame, site: Site) -> list[tuple[Frame, Site]]:
+        """The attention sites that positions are for, and where: the first that they come to."""
+        if site.core is not None:
+            return [(frame, site.core)]
+        seen, stack = {site.nodes["y"]}, [site.nodes["y"]]
+        found: list[tuple[Frame, Site]] = []
+        while stack:
+            node = stack.pop()
+            callee = self.calls.callee(frame, node) if node.op == "call_module" else None
+            if callee is None:
+                users = [user for user in node.users if user not in seen]
+                seen.update(users)
+                stack += users
+            else:
+                sites = analyse(callee.program).sites
+                found += [(callee, s) for s in sites if s.kind == "attention"][:1]
+        return found
+
+    def orders(self, frame: Frame, core: Site) -> bool:
+        """Whether a core hides later tokens from earlier ones."""
+        return bool(core.facts["causal"]) or self.is_ordered(frame, core)
 
     def is_ordered(self, frame: Frame, site: Site) -> bool:
         """Whether the mask that a core is passed tells earlier from later tokens."""

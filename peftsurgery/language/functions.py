@@ -55,6 +55,12 @@ def extend(mask: Any, length: int) -> Any:
     return None if mask is None else F.pad(mask, (length, 0))
 
 
+def precede(p: Tensor, length: int) -> Tensor:
+    """The positions p, after those of ``length`` tokens that come right before the first."""
+    first = p[..., :1].repeat_interleave(length, -1)
+    return torch.cat((first + torch.ones_like(first).cumsum(-1) - (length + 1), p), -1)
+
+
 def norm(h: Tensor) -> Tensor:
     """The norm that the model applies to the sum, applied to h; h itself where none follows."""
     return F.layer_norm(h, (h.shape[-1],))
@@ -72,4 +78,5 @@ def table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
 
 
 ATTENTION = table(attention, concat, tokens, extend)
+POSITIONS = table(precede)
 RESIDUAL = table(norm)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftsurgery.language.functions import ATTENTION, RESIDUAL
+from peftsurgery.language.functions import ATTENTION, POSITIONS, RESIDUAL
 from peftsurgery.language.operators import Operator
 from peftsurgery.language.sequences import SEQUENCES
 
@@ -110,6 +110,16 @@ KINDS: Mapping[str, Kind] = {
             SEQUENCES,
             ("logits",),
             True,
+        ),
+        Kind(
+            "positions",
+            "where positions p become numbers y: rows of a table, angles, biases of scores",
+            ("p", "y"),
+            (),
+            (),
+            "y",
+            functions=POSITIONS,
+            resizes=True,
         ),
         Kind("norm", "a normalisation of x to y", ("x", "y"), ("W", "b"), ("hidden",), "y"),
         Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),

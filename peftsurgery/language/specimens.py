@@ -170,6 +170,13 @@ def _inputs(generator: torch.Generator) -> Iterator[Specimen]:
         yield Specimen(title, bound, None)
 
 
+def _positions(generator: torch.Generator) -> Iterator[Specimen]:
+    for lead in ((), (2,)):
+        p = torch.arange(5).expand(*lead, 5)
+        given = {"p": p, "y": _random(generator, *p.shape, 6)}
+        yield Specimen(f"{p.dim()} dimensions", given, None)
+
+
 def _specimen(title: str, given: Mapping[str, Any], operation: Operation) -> Specimen:
     return Specimen(title, {**given, "y": operation(given)}, operation)
 
@@ -191,4 +198,5 @@ _MAKERS: Mapping[str, Callable[[torch.Generator], Iterator[Specimen]]] = {
     "attention": _attentions,
     "residual": _residuals,
     "inputs": _inputs,
+    "positions": _positions,
 }

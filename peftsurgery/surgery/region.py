@@ -9,7 +9,7 @@ much as is missing then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,8 +109,7 @@ def find_region(starts: Sequence[fx.Node], end: fx.Node) -> Region:
 
 def core_region(site: Site) -> Region:
     """The region of an attention core, made fit for more keys. PSG320 if it cannot be."""
-    starts = [node for name in INPUTS if (node := site.nodes.get(name)) is not None]
-    region = find_region(starts, site.nodes["o"])
+    region = _core_nodes(site)
     tried: dict[fx.Node, Any] = {}
     for name in INPUTS:
         if name not in site.nodes:
@@ -121,16 +120,49 @@ def core_region(site: Site) -> Region:
             grown[dim] += MORE
         tried[node] = torch.empty(grown, dtype=value(node).dtype, device="meta")
     for node in region.nodes:
-        _fit(region, node, tried)
-        try:
-            tried[node] = region.step(node, tried, sample)
-        except (RuntimeError, TypeError, ValueError, IndexError) as error:
-            raise _refuse(node, str(error).splitlines()[0]) from error
+        grown = _grown_inputs(node, tried)
+        if grown and op(node) not in GROWABLE and not _keeps(node, grown):
+            raise _refuse(node, "it takes tokens apart")
+        _fit(region, node, grown, tried)
+        _try(region, node, tried)
     if tuple(tried[region.end].shape) != sizes(region.end):
         raise _refuse(region.end, "its result grows with the keys")
     if "mask" not in site.nodes and site.facts["op"] == "sdpa":
         region.calls[region.end] = _masked(region.end)
     return region
+
+
+def _try(region: Region, node: fx.Node, tried: dict[fx.Node, Any]) -> None:
+    try:
+        tried[node] = region.step(node, tried, sample)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise _refuse(node, str(error).splitlines()[0]) from error
+
+
+def calls_for_more(p: fx.Node, y: fx.Node, cores: Iterable[Site]) -> dict[fx.Node, Any]:
+    """The calls that must change where the positions ``p``, of which y is made, become more.
+
+    Up to where the ``cores`` of the program, or the blocks that it calls, take what is made of
+    them. PSG320 if that meets something on the way that does not become longer with it.
+    """
+    ends = {node for core in cores for node in _core_nodes(core).nodes}
+    grown = [*sizes(p)[:-1], sizes(p)[-1] + MORE]
+    tried: dict[fx.Node, Any] = {p: torch.empty(grown, dtype=value(p).dtype, device="meta")}
+    region = Region(frozenset((p,)), y, ())
+    for node in p.graph.nodes:
+        made = node is y or any(n in tried and n is not p for n in node.all_input_nodes)
+        if not made or node.op != "call_function" or node in ends:
+            continue
+        _fit(region, node, _grown_inputs(node, tried), tried)
+        if region.pads:
+            raise _refuse(node, "biases of position join masks")
+        _try(region, node, tried)
+    return region.calls
+
+
+def _core_nodes(site: Site) -> Region:
+    starts = [node for name in INPUTS if (node := site.nodes.get(name)) is not None]
+    return find_region(starts, site.nodes["o"])
 
 
 def _masked(core: fx.Node) -> tuple[Any, Any]:
@@ -163,15 +195,16 @@ def _sample(found: Any) -> Any:
     return 0 if found is None else found  # a flag of the mode, a rate: off
 
 
-def _fit(region: Region, node: fx.Node, tried: Values) -> None:
+def _grown_inputs(node: fx.Node, tried: Values) -> dict[fx.Node, dict[int, tuple[int, int]]]:
+    """The operands of a node that have more tokens, and where."""
+    known = {n: _grown(n, tried) for n in node.all_input_nodes if n in tried}
+    return {n: dims for n, dims in known.items() if dims}
+
+
+def _fit(region: Region, node: fx.Node, grown: Mapping[fx.Node, Any], tried: Values) -> None:
     """Note what must change for a node to run on values with more tokens."""
-    grown = {n: found for n in node.all_input_nodes if n in tried and (found := _grown(n, tried))}
-    if not grown:
-        return
     name = op(node)
-    if name not in GROWABLE and not _keeps(node, grown):
-        raise _refuse(node, "it takes tokens apart")
-    if name in VIEWS | EXPANSIONS:
+    if grown and name in VIEWS | EXPANSIONS:
         refit = _viewed if name in VIEWS else _expanded
         wanted = refit(node, tried[node.all_input_nodes[0]])
         region.calls[node] = ((node.args[0], wanted, *node.args[2:]), node.kwargs)

@@ -75,6 +75,20 @@ class Rewriter:
         self.use(cut, name, old, new, users)
         self.weights.update(folded)
         self.retire(cut, replay, value)
+        if cut.rule.kind.resizes and not is_result:
+            self.lengthen(cut, name)
+
+    def lengthen(self, cut: Cut, name: str) -> None:
+        """Let what is computed from a value on its way to the cores be longer, if it is now."""
+        sites = analyse(cut.placed.program).sites
+        cores = [site for site in sites if site.kind == "attention"]
+        if cut.site.facts.get("kind") != "key":
+            return
+        calls = calls_for_more(cut.site.nodes[name], self_result(cut), cores)
+        for node, (args, kwargs) in calls.items():
+            copy = self.copies[node]
+            copy.args = map_arg(args, self.node)
+            copy.kwargs = map_arg(kwargs, self.node)
 
     def use(
         self, cut: Cut, name: str, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]

@@ -1,0 +1,110 @@
+"""Position sites: where a model turns the positions of tokens into numbers.
+
+    token    rows of a table of positions, cosines and sines of positions
+    key      what biases the scores of attention by distance: the positions of its keys
+
+Bindings: ``p``, whole numbers (those of keys have the tokens last), and ``y``, what is first made
+of them. Facts: ``kind``; and ``causal``, whether the attention that the positions are for is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import fx
+
+from .flow import Flow
+from .site import Site
+from .tables import is_counted
+from .values import backward, is_ancestor, is_tensor, never, op, operands, shape, sizes, value
+
+WAVES = ("cos", "sin")
+PICKS = ("gather", "index_select", "index")
+DIFFERENCES = ("sub", "rsub")
+
+
+def find_positions(flow: Flow, tables: Sequence[Site], cores: Sequence[Site]) -> list[Site]:
+    """The position sites of a program; ``tables`` are its embeddings, ``cores`` its attention."""
+    found: dict[tuple[fx.Node, fx.Node], Site] = {}
+    for p, y, kind, module in (*_tables(tables), *_numbers(flow)):
+        core = next((c for c in cores if is_ancestor(y, c.nodes["o"])), None)
+        facts = {"kind": kind, "op": op(y)}
+        site = Site("positions", module, None, None, {"p": p, "y": y}, facts, core=core)
+        found.setdefault((p, y), site)
+    return list(found.values())
+
+
+def _tables(tables: Iterable[Site]) -> Iterator[tuple[fx.Node, fx.Node, str, str]]:
+    """Tables of positions. One of distances is indexed by the difference of two positions."""
+    for table in tables:
+        if table.role != "embed.positions":
+            continue
+        ids, y = table.nodes["x"], table.nodes["y"]
+        distance = next((n for n in backward([ids], never) if _is_distance(n)), None)
+        if distance is None:
+            yield ids, y, "token", table.module
+        else:
+            keys = max(operands(distance), key=lambda n: sizes(n)[-1])
+            yield keys, distance, "key", table.module
+
+
+def _is_distance(node: fx.Node) -> bool:
+    """Whether a node is the distance of every query to every key."""
+    inputs = operands(node)
+    if op(node) not in DIFFERENCES or len(inputs) != 2 or not all(map(is_counted, inputs)):
+        return False
+    return sizes(node) not in (sizes(inputs[0]), sizes(inputs[1]))
+
+
+def _numbers(flow: Flow) -> Iterator[tuple[fx.Node, fx.Node, str, str]]:
+    """Positions that become fractional numbers: angles, or biases that grow with distance."""
+    for node in flow.nodes:
+        whole = [n for n in operands(node) if is_tensor(n) and _is_whole(n)]
+        if len(whole) != 1 or not flow.is_signal(node) or op(node) == "embedding":
+            continue
+        if op(node) in PICKS:
+            if _is_fixed(node.all_input_nodes[0]):
+                yield whole[0], node, "token", ""
+            continue
+        later = _made_of(node)
+        if any(op(n) in WAVES for n in later):
+            yield whole[0], node, "token", ""
+        elif is_counted(whole[0]) and _biases(whole[0], later):
+            yield whole[0], node, "key", ""
+
+
+def _is_whole(node: fx.Node) -> bool:
+    dtype = value(node).dtype
+    return not dtype.is_floating_point and dtype != torch.bool
+
+
+def _is_fixed(node: fx.Node) -> bool:
+    """Whether a value is a table that the model holds, viewed at most."""
+    ends = [n for n in backward([node], never) if not operands(n)]
+    return bool(ends) and all(n.op == "get_attr" for n in ends)
+
+
+def _made_of(node: fx.Node) -> list[fx.Node]:
+    """What is computed from a value as long as it is fractional, itself included."""
+    found, stack = {node: None}, [node]
+    while stack:
+        for user in stack.pop().users:
+            is_fraction = is_tensor(user) and value(user).is_floating_point()
+            if user.op == "call_function" and is_fraction and user not in found:
+                found[user] = None
+                stack.append(user)
+    return list(found)
+
+
+def _biases(p: fx.Node, later: Iterable[fx.Node]) -> bool:
+    """Whether blocks are passed something made of positions that has their tokens last."""
+    passed = [n for n in later if any(user.op == "call_module" for user in n.users)]
+    return any(shape(n) and _is_same(shape(n)[-1], shape(p)[-1]) for n in passed)
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two sizes are the same symbol; comparing them would add a guard to the capture."""
+    if not isinstance(one, torch.SymInt) or not isinstance(other, torch.SymInt):
+        return False
+    return bool(one.node.expr == other.node.expr)
