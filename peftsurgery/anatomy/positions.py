@@ -16,7 +16,7 @@ from torch import fx
 
 from .flow import Flow
 from .site import Site
-from .tables import is_counted
+from .tables import is_counted, is_held
 from .values import backward, is_ancestor, is_tensor, never, op, operands, shape, sizes, value
 
 WAVES = ("cos", "sin")
@@ -60,11 +60,11 @@ def _is_distance(node: fx.Node) -> bool:
 def _numbers(flow: Flow) -> Iterator[tuple[fx.Node, fx.Node, str, str]]:
     """Positions that become fractional numbers: angles, or biases that grow with distance."""
     for node in flow.nodes:
-        whole = [n for n in operands(node) if is_tensor(n) and _is_whole(n)]
+        whole = [n for n in operands(node) if is_tensor(n) and _is_whole(n) and _is_open(n)]
         if len(whole) != 1 or not flow.is_signal(node) or op(node) == "embedding":
             continue
         if op(node) in PICKS:
-            if _is_fixed(node.all_input_nodes[0]):
+            if is_held(node.all_input_nodes[0]):
                 yield whole[0], node, "token", ""
             continue
         later = _made_of(node)
@@ -79,10 +79,9 @@ def _is_whole(node: fx.Node) -> bool:
     return not dtype.is_floating_point and dtype != torch.bool
 
 
-def _is_fixed(node: fx.Node) -> bool:
-    """Whether a value is a table that the model holds, viewed at most."""
-    ends = [n for n in backward([node], never) if not operands(n)]
-    return bool(ends) and all(n.op == "get_attr" for n in ends)
+def _is_open(node: fx.Node) -> bool:
+    """Whether there may be more or fewer positions: they are those of a text."""
+    return any(isinstance(size, torch.SymInt) for size in shape(node))
 
 
 def _made_of(node: fx.Node) -> list[fx.Node]:

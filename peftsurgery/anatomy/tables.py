@@ -25,6 +25,7 @@ from .values import (
     backward,
     concrete,
     is_tensor,
+    never,
     op,
     operands,
     parameter_of,
@@ -68,6 +69,9 @@ def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
         entries = site.facts["in"]
         if source is None or source.op != "placeholder" or first is None:
             counts = is_counted(site.nodes["x"])
+            alike = first is not None and entries == first.facts["in"]
+            if alike and not counts and not is_held(site.nodes["x"]):
+                return "embed.tokens"  # shifted labels
             return "embed.positions" if counts or entries >= _tokens(site) else "embed.types"
         if source is given[0] or entries == first.facts["in"]:
             return "embed.tokens"
@@ -88,6 +92,12 @@ def is_counted(node: fx.Node) -> bool:
             picks = op(found) in ("gather", "index", "index_select", "embedding")
             stack += operands(found)[:1] if picks else operands(found)
     return False
+
+
+def is_held(node: fx.Node) -> bool:
+    """Whether a value is a tensor that the model holds, viewed or picked from at most."""
+    ends = [n for n in backward([node], never) if not operands(n)]
+    return bool(ends) and all(n.op == "get_attr" for n in ends)
 
 
 def _tokens(site: Site) -> int:

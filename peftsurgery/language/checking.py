@@ -117,7 +117,8 @@ def _check_shapes(
 ) -> None:
     for name, value in values.items():
         old, new = getattr(env[name], "shape", None), getattr(value, "shape", None)
-        if old != new and not (rule.kind.resizes and _alike(name, old, new)):
+        free = rule.kind.lengthens or (rule.kind.resizes and _alike(name, old, new))
+        if old != new and not free:
             message = f"{title}: {name} has shape {_sizes(old)}, the rewrite {_sizes(new)}"
             raise SurgeryError("PSG131", message, where=rule.rewrite[name].where())
 

@@ -21,7 +21,7 @@ class Kind:
 
     ``optional`` values are None where a site has none, and are then not rewritten. ``outputs`` are
     the values that leave the model there. At a kind that ``resizes``, new values may have other
-    sizes than those they replace.
+    sizes than those they replace; at one that ``lengthens``, they may be of more tokens.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Kind:
     functions: Mapping[str, Operator] = field(default_factory=dict, compare=False, repr=False)
     outputs: tuple[str, ...] = ()
     resizes: bool = False
+    lengthens: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -119,7 +120,7 @@ KINDS: Mapping[str, Kind] = {
             (),
             "y",
             functions=POSITIONS,
-            resizes=True,
+            lengthens=True,
         ),
         Kind("norm", "a normalisation of x to y", ("x", "y"), ("W", "b"), ("hidden",), "y"),
         Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..anatomy import Site
+from ..anatomy import Site, analyse
 from ..anatomy.site import join
 from ..capture import Program
 from ..capture.stack import inherit
@@ -23,6 +24,7 @@ from ..language import Context, fold, rewrite, shape_of
 from ..language.consistency import OUTPUTS
 from .layout import as_held, as_seen
 from .operation import Cut
+from .region import calls_for_more
 from .replay import Replay
 
 
@@ -75,20 +77,18 @@ class Rewriter:
         self.use(cut, name, old, new, users)
         self.weights.update(folded)
         self.retire(cut, replay, value)
-        if cut.rule.kind.resizes and not is_result:
+        if cut.rule.kind.lengthens and not is_result:
             self.lengthen(cut, name)
 
     def lengthen(self, cut: Cut, name: str) -> None:
         """Let what is computed from a value on its way to the cores be longer, if it is now."""
-        sites = analyse(cut.placed.program).sites
-        cores = [site for site in sites if site.kind == "attention"]
         if cut.site.facts.get("kind") != "key":
             return
-        calls = calls_for_more(cut.site.nodes[name], self_result(cut), cores)
-        for node, (args, kwargs) in calls.items():
-            copy = self.copies[node]
-            copy.args = map_arg(args, self.node)
-            copy.kwargs = map_arg(kwargs, self.node)
+        sites = analyse(cut.placed.program).sites
+        cores = [site for site in sites if site.kind == "attention"]
+        y = cut.site.nodes[str(cut.rule.kind.result)]
+        for node, call in calls_for_more(cut.site.nodes[name], y, cores).items():
+            self.copies[node].args, self.copies[node].kwargs = map_arg(call, self.node)
 
     def use(
         self, cut: Cut, name: str, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]
@@ -284,8 +284,9 @@ def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
 
 
 def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
-    """A value in another dtype, if it holds floating-point numbers of a known one."""
-    if source is None or target is None or source == target or not source.is_floating_point:
+    """A value in another dtype, if both are known and hold floating-point numbers."""
+    known = source is not None and target is not None and source != target
+    if not known or not source.is_floating_point or not target.is_floating_point:
         return value
     return value.to(target)
 
@@ -314,6 +315,8 @@ def check_shapes(cut: Cut) -> None:
                 "leave such sites out with `where:`",
             )
     for name, value in fake_rewrite(cut).items():
+        if cut.rule.kind.lengthens:
+            continue
         expected = as_seen(cut.site, name, _fake(cut, name))
         if tuple(value.shape) != tuple(expected.shape):
             raise SurgeryError(
