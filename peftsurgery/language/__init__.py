@@ -15,6 +15,7 @@ from peftsurgery.language.pattern import Match, find_pattern
 from peftsurgery.language.readings import (
     flat_values,
     fold,
+    group_of,
     initial_value,
     initial_values,
     penalty,
@@ -56,6 +57,7 @@ __all__ = [
     "find_pattern",
     "flat_values",
     "fold",
+    "group_of",
     "initial",
     "initial_value",
     "initial_values",

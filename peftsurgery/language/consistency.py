@@ -65,8 +65,9 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     sizes = within(rule.let, {*numbers, *kind.sizes})
     known = {*numbers, *kind.sizes, *_foldable(rule)}
     for name, param in rule.params.items():
-        for size in param.shape:
-            _check(size, sizes)
+        shared = () if isinstance(param.shared, bool) else (param.shared,)
+        for number in (*param.shape, *shared):
+            _check(number, sizes)
         initial = within(rule.let, known)
         _check(param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS, *FROM_WEIGHTS})
         known.add(name)

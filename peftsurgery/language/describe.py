@@ -61,7 +61,8 @@ def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]
     for name, param in rule.params.items():
         shape = ", ".join(str(size) for size in param.shape)
         kept = "" if param.train else ", and not trained"
-        kept += ", one for all sites" if param.shared else ""
+        groups = "all sites" if param.shared is True else f"all sites of equal {param.shared}"
+        kept += f", one for {groups}" if param.shared else ""
         yield f"   adds {name} [{shape}], initially {param.init}{kept}"
     if rule.params:
         yield f"   parameters at each site: {parameter_count(rule)}"

@@ -112,6 +112,20 @@ def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...
     return tuple(sizes)
 
 
+def group_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> bool | int:
+    """The group of sites that share a parameter, or whether all do; ``env`` is that of a shape.
+
+    Raises PSG122 for a group that is no whole number.
+    """
+    if isinstance(param.shared, bool):
+        return param.shared
+    group = evaluate(param.shared, Environment(env, rule.let))
+    if not isinstance(group, int) or group < 0:
+        message = f"'{param.shared.text}' is {group}, not the number of a group"
+        raise SurgeryError("PSG122", message, where=param.shared.where())
+    return group
+
+
 def initial_value(
     param: Param,
     rule: Rule,

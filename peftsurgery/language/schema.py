@@ -85,8 +85,9 @@ class Param(Strict):
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
     train: StrictBool = True
     """Whether it is trained; if not, it keeps its initial value, which is saved with the rest."""
-    shared: StrictBool = False
-    """Whether it is one parameter for all sites, trained and saved once."""
+    shared: StrictBool | ExpressionField = False
+    """Whether it is one parameter for all sites, trained and saved once. An expression over sizes
+    and settings gives each site the number of its group; sites of a group share it."""
 
 
 def _number(text: str) -> Any:

@@ -143,6 +143,7 @@ def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
             "o": torch.zeros_like(queries),
             "heads": heads,
             "kv_heads": kv_heads,
+            "layer": 0,
             "head_dim": width,
             "hidden": heads * width,
         }

@@ -193,7 +193,8 @@ class OperatedModel(Fronted, Keeping):
             for name, value in self.starts(cut).items():
                 param = cut.rule.params[name]
                 made = nn.Parameter(value, requires_grad=param.train)
-                made = self._share(cut.parameters[name], made) if param.shared else made
+                if param.shared:
+                    made = self._share(cut.parameters[name], made)
                 holder.register_parameter(name, made)
 
     def _share(self, name: str, made: nn.Parameter) -> nn.Parameter:
@@ -219,7 +220,9 @@ class OperatedModel(Fronted, Keeping):
 
     def _is_shared(self, cut: Cut, name: str) -> bool:
         """Whether an earlier cut made a parameter that all of them share."""
-        holder = self._modules.get(cut.operation.name) if cut.rule.params[name].shared else None
+        holder: nn.Module | None = self if cut.rule.params[name].shared else None
+        for part in cut.parameters[name].split(".")[:-1]:
+            holder = None if holder is None else holder._modules.get(part)
         return holder is not None and name in holder._parameters
 
     def known(self, cut: Cut, name: str) -> torch.Tensor:

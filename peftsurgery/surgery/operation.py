@@ -14,7 +14,7 @@ from typing import Any
 from ..anatomy import Placed
 from ..anatomy.site import Site, join
 from ..errors import SurgeryError
-from ..language import Rule, RuleFile
+from ..language import Rule, RuleFile, group_of
 from ..language.kinds import sizes_of
 
 
@@ -73,13 +73,16 @@ class Cut:
     def parameters(self) -> dict[str, str]:
         """The absolute names of the parameters the cut adds, by the rule's names for them.
 
-        One that all sites share is known by the adapter's name alone.
+        One that all sites share is known by the adapter's name alone, one that a group of them
+        shares by the group's number beneath it.
         """
-        path = join(self.placed.block, self.place)
-        return {
-            name: join(self.operation.name if param.shared else path, name)
-            for name, param in self.rule.params.items()
-        }
+        path, root = join(self.placed.block, self.place), self.operation.name
+        names = {}
+        for name, param in self.rule.params.items():
+            group = group_of(param, self.rule, self.numbers) if param.shared else False
+            holder = path if group is False else root if group is True else join(root, str(group))
+            names[name] = join(holder, name)
+        return names
 
     @property
     def weights(self) -> dict[str, str]:
@@ -99,7 +102,8 @@ class Cut:
     @property
     def sizes(self) -> dict[str, Any]:
         """The sizes that the site binds."""
-        return sizes_of(self.rule.kind, self.placed.facts)
+        facts = {"layer": self.placed.layer or 0, **self.placed.facts}
+        return sizes_of(self.rule.kind, facts)
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -114,7 +118,7 @@ def check_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
     for cut in cuts:
         for short, name in cut.parameters.items():
             other = owners.get(name)
-            common = cut.rule.params[short].shared
+            common = bool(cut.rule.params[short].shared)
             shared = other is not None and (common or _same_weight(cut, other))
             if name in occupied or (other is not None and not shared):
                 raise SurgeryError(
