@@ -120,10 +120,10 @@ def core_region(site: Site) -> Region:
             grown[dim] += MORE
         tried[node] = torch.empty(grown, dtype=value(node).dtype, device="meta")
     for node in region.nodes:
-        grown = _grown_inputs(node, tried)
-        if grown and op(node) not in GROWABLE and not _keeps(node, grown):
+        longer = _grown_inputs(node, tried)
+        if longer and op(node) not in GROWABLE and not _keeps(node, longer):
             raise _refuse(node, "it takes tokens apart")
-        _fit(region, node, grown, tried)
+        _fit(region, node, longer, tried)
         _try(region, node, tried)
     if tuple(tried[region.end].shape) != sizes(region.end):
         raise _refuse(region.end, "its result grows with the keys")

@@ -285,8 +285,9 @@ def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
 
 def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
     """A value in another dtype, if both are known and hold floating-point numbers."""
-    known = source is not None and target is not None and source != target
-    if not known or not source.is_floating_point or not target.is_floating_point:
+    if source is None or target is None or source == target:
+        return value
+    if not source.is_floating_point or not target.is_floating_point:
         return value
     return value.to(target)
 
