@@ -1,7 +1,8 @@
 """Print two tables: what surgery costs by size of model, and how its models run beside others.
 
 ``python -m tools.bench`` measures everything; arguments are parts of the sizes' names, and
-``--surgery`` leaves the second table out. Exit code 1 if a limit that the project sets itself is
+``--surgery`` leaves the second table out; ``methods`` prints another one, of every method trained
+on MiniLM (see methods.py). Exit code 1 if a limit that the project sets itself is
 broken: 1.5 GiB for the 70B Llama, 160 sites in it.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tools.bench import methods
 from tools.bench.fresh import measured
 from tools.bench.operate import SIZES
 
@@ -80,4 +82,5 @@ def beside_table(results: dict[str, dict[str, float]]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    given = sys.argv[1:]
+    sys.exit(methods.main(given[1:]) if given[:1] == ["methods"] else main(given))

@@ -17,13 +17,24 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def measured(module: str, function: str, *arguments: str) -> dict[str, Any]:
-    """What ``function(*arguments)`` returns, run on one thread in a fresh process."""
+def measured(
+    module: str, function: str, *arguments: str, threads: int = 1, seconds: float | None = None
+) -> dict[str, Any]:
+    """What ``function(*arguments)`` returns, run on so many threads in a fresh process.
+
+    subprocess.SubprocessError if it fails or takes longer than ``seconds``.
+    """
     command = [sys.executable, "-m", "tools.bench.fresh", module, function, *arguments]
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **quiet}
+    quiet = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, **quiet, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run(
-        command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        command,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=seconds,
     )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
