@@ -76,9 +76,9 @@ def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
 def _only_operation(name: str, cuts: Sequence[Cut]) -> Operation:
     """The operation of an adapter's cuts, all of which the library has names for. PSG512."""
     for cut in cuts:
-        if set(named(cut.rule)) != set(cut.rule.params) or not cut.rule.params:
-            file = cut.operation.file.name
-            raise _refuse(f"the rule file '{file}' has no form in AdapterHub's library")
+        file = cut.operation.file
+        if set(named(cut.rule)) != set(cut.rule.params) or not file.checkpoint.get(FORMAT):
+            raise _refuse(f"the rule file '{file.name}' has no form in AdapterHub's library")
     operations = list(dict.fromkeys(cut.operation for cut in cuts))
     if not operations:
         raise _refuse(f"'{name}' adds no parameters, and AdapterHub has no such method")

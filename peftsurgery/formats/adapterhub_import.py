@@ -84,9 +84,15 @@ class Importer:
         return Plan([operation], cuts, values_of(wanted, tensors))
 
     def option(self, reading: Reading, name: str) -> _Option:
-        """A rule file at the sites that a reading of the config means. PSG504 if there are none."""
+        """A rule file at the sites that a reading of the config means. PSG504 if there are none.
+
+        Rules without parameters go along with the others.
+        """
         moved, rules = 0, []
         for rule in reading.file.rules:
+            if not rule.params:
+                rules.append(rule)
+                continue
             sites = self.meant(rule, reading)
             told = self.told(rule, reading, sites)
             if told is not None:
@@ -96,7 +102,7 @@ class Importer:
                 where = {"where": _exactly(sites), "expect": Expect()}
                 rules.append(rule.model_copy(update=where))
                 moved += 1
-        if not rules:
+        if not any(rule.params for rule in rules):
             raise SurgeryError("PSG504", "the adapter's config means no place in the model")
         file = reading.file.model_copy(update={"rules": tuple(rules)})
         return _Option(Operation(file, resolve_settings(file, reading.settings), name), moved)

@@ -35,14 +35,15 @@ class Places:
         self.layout: Layout = known[self.model_type]
         self.prefix = f"{getattr(module, 'base_model_prefix', '')}."
         self.headed = hasattr(module, self.prefix[:-1])
-        self.sites = [site for site in survey(model.base_capture) if site.layer is not None]
+        self.sites = list(survey(model.base_capture))
         self.layers = sorted({site.layer for site in self.sites if site.layer is not None})
 
     def meant(self, kind: str, keys: Mapping[str, Any]) -> list[Placed]:
         """The sites of a kind that config keys mean."""
         wanted = self._test(kind, keys)
         left_out = set(keys.get("leave_out") or ())
-        return [s for s in self.sites if s.kind == kind and s.layer not in left_out and wanted(s)]
+        here = [s for s in self.sites if s.kind == kind and s.layer is not None]
+        return [s for s in here if s.layer not in left_out and wanted(s)]
 
     def said(self, kind: str, sites: Iterable[Placed]) -> dict[str, Any]:
         """The config keys that mean sites of a kind. PSG512 if none mean just these."""

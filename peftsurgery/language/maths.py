@@ -90,7 +90,8 @@ class Symbol:
         return symbol(other) ** self
 
     def __neg__(self) -> Symbol:
-        return Symbol(f"−{self.at(PRODUCT)}", SUM, self.scalar)
+        value = self.value if isinstance(self.value, int | float) else None
+        return Symbol(f"−{self.at(PRODUCT)}", SUM, self.scalar, None if value is None else -value)
 
     def __pos__(self) -> Symbol:
         return self

@@ -17,7 +17,7 @@ from tests.formats.golden import ARCHITECTURES, GOLDEN, captured, expected, inpu
 TENSORS = "adapter.safetensors"
 METHODS = (
     *("lora", "lora_all", "lora_head", "ia3", "seq_bn", "seq_bn_drop", "double_seq_bn", "par_bn"),
-    *("fusion", "prefix_flat", "prefix_mlp", "mam", "unipelt"),
+    *("fusion", "prefix_flat", "prefix_mlp", "mam", "unipelt", "prompt_tuning"),
 )
 
 
