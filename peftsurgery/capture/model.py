@@ -44,9 +44,10 @@ class GraphModel(Likeness):
         mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
         self._bound = not captures.source.on_meta
         self._watched = [
-            (name, self.get_submodule(owner), leaf, info.dtype)
+            (name, part._parameters if info.parameter else part._buffers, leaf, info.dtype)
             for name, info in captures.tensors.items()
             for owner, _, leaf in [name.rpartition(".")]
+            for part in [self.get_submodule(owner)]
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,8 +148,8 @@ class GraphModel(Likeness):
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
         return frozenset(
             (name, tensor.dtype)
-            for name, part, leaf, dtype in self._watched
-            if (tensor := getattr(part, leaf)).dtype != dtype and _is_cast(tensor)
+            for name, tensors, leaf, dtype in self._watched
+            if (tensor := tensors[leaf]).dtype != dtype and _is_cast(tensor)
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -44,10 +44,17 @@ class Call:
     @property
     def signature(self) -> str:
         """A text that is equal for calls that one capture can serve, fixed sizes aside."""
-        leaves, spec = pytree.tree_flatten(dict(self.tensors))
-        kinds = [(str(t.dtype), t.ndim) if isinstance(t, torch.Tensor) else repr(t) for t in leaves]
+        kinds = [(name, _kind(value)) for name, value in self.tensors.items()]
         past = self.past and self.past.signature
-        return repr((spec, kinds, sorted(self.flags.items(), key=lambda item: item[0]), past))
+        return repr((kinds, sorted(self.flags.items(), key=lambda item: item[0]), past))
+
+
+def _kind(value: Any) -> Any:
+    """What a capture takes for granted of an argument: dtypes and ranks, and how they are nested."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.ndim
+    leaves, spec = pytree.tree_flatten(value)
+    return spec, [_kind(leaf) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves]
 
 
 def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
