@@ -34,11 +34,13 @@ from .values import (
     operands,
     parameter_of,
     shape,
+    sizes,
     strip,
 )
 
 WAY_OUT = LAYOUT | DROPOUT | NORMS | SCALING
 REPEATS = ("expand", "broadcast_to", "unsqueeze")
+RESHAPES = ("view", "reshape", "_unsafe_view")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,11 +71,28 @@ def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
         mask = argument(node, 3, "attn_mask")
         causal = argument(node, 5, "is_causal", False) is True
         mask = mask if isinstance(mask, fx.Node) else None
-        yield Core(q, k, v, node, mask, False, node, is_causal=causal)
+        q, o = unpacked(q, node)
+        yield Core(q, k, v, o, mask, False, node, is_causal=causal)
     elif name in ("softmax", "_softmax"):
         product = _weighted_sum(flow, node)
         if product is not None:
             yield from _by_hand(flow, node, *product)
+
+
+def unpacked(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Queries, and what the core returns, of one token by heads: (batch, heads, 1, head_dim).
+
+    When there is one token, the queries that share keys are packed: they take the tokens' place,
+    (batch, kv_heads, queries, head_dim), and are put back afterwards.
+    """
+    if op(q) not in RESHAPES or op(next(iter(core.users), core)) not in RESHAPES:
+        return q, core
+    source, result = q.all_input_nodes[0], next(iter(core.users))
+    batch, heads, tokens, width = (*sizes(source), 0, 0, 0, 0)[:4]
+    packed = sizes(q)
+    is_packed = tokens == 1 and packed[0] == batch and packed[1] * packed[2] == heads != packed[1]
+    back = is_packed and sizes(result) == (batch, heads, tokens, width) and len(core.users) == 1
+    return (source, result) if back else (q, core)
 
 
 def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -165,6 +184,12 @@ def projection_out(flow: Flow, core: Core) -> Site | None:
     values = forward([core.o], WAY_OUT)
     readers = {site: None for value in values for site in flow.by_input.get(value, ())}
     return next(iter(readers)) if len(readers) == 1 else None
+
+
+def remembers(flow: Flow, core: Core) -> bool:
+    """Whether the keys of earlier calls are kept: tokens see earlier ones, whatever the mask is."""
+    keys = backward([core.k], lambda node: node in flow.products)
+    return any(op(node) == "with_past" for node in keys)
 
 
 def depends_on_order(nodes: Iterable[fx.Node]) -> bool:

@@ -14,6 +14,7 @@ from .attention import (
     depends_on_order,
     find_cores,
     projection_out,
+    remembers,
     visibility,
 )
 from .flow import Flow
@@ -101,7 +102,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts |= _sizes(flow, core, feeders)
     facts["kind"] = _kind(feeders)
     inside = mask_nodes(flow, core)
-    facts["causal"] = core.is_causal or depends_on_order(inside)
+    facts["causal"] = core.is_causal or depends_on_order(inside) or remembers(flow, core)
     inputs = list(flow.graph.find_nodes(op="placeholder"))
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed
