@@ -43,7 +43,7 @@ class GraphModel(Likeness):
         self._served: dict[int, Capture] = {}
         mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
         self._bound = not captures.source.on_meta
-        self._watched = [
+        self._watched: list[tuple[str, dict[str, Any], str, torch.dtype]] = [
             (name, part._parameters if info.parameter else part._buffers, leaf, info.dtype)
             for name, info in captures.tensors.items()
             for owner, _, leaf in [name.rpartition(".")]

@@ -50,7 +50,7 @@ class Call:
 
 
 def _kind(value: Any) -> Any:
-    """What a capture takes for granted of an argument: dtypes and ranks, and how they are nested."""
+    """What a capture takes for granted of an argument: dtype and rank, and how it is nested."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.ndim
     leaves, spec = pytree.tree_flatten(value)
