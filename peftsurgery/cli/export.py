@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMATS = {
     "peft": "an adapter's directory for peft",
     "adapterhub": "an adapter's directory for AdapterHub's library",
-    "onnx": "a file with the adapters folded in, checked in onnxruntime",
+    "onnx": "a file with the active adapters folded in, checked in onnxruntime",
 }
 
 
@@ -41,14 +41,15 @@ def export(
     """Write the adapter of a saved SURGERY to OUT in the format of another library."""
     if out is None:
         raise click.UsageError("missing option --output OUT")
-    if name is not None and to == "onnx":
-        raise click.UsageError("an ONNX file holds every adapter: --name is not for it")
     inputs = [surgery, *([base] if base else [])]
     check_free(out, inputs, force)
     with doing(f"opening {surgery}"):
         from peftsurgery.surgery import load
 
         operated = load(surgery, base)
+        if name is not None and to == "onnx":
+            operated.deactivate()
+            operated.activate(name)
     with doing(f"writing {out}"):
         if to == "onnx":
             about = _write_onnx(operated, out)

@@ -17,6 +17,13 @@ from peftsurgery.cli.progress import doing
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
 @output_option
 @click.option(
+    "--adapter",
+    "adapters",
+    metavar="NAME",
+    multiple=True,
+    help="Fold this adapter; those that were active when the surgery was saved unless given.",
+)
+@click.option(
     "--onnx",
     metavar="FILE",
     type=click.Path(path_type=Path),
@@ -29,6 +36,7 @@ def fold(
     surgery: str,
     base: str | None,
     out: Path | None,
+    adapters: tuple[str, ...],
     onnx: Path | None,
     verify: bool,
     force: bool,
@@ -46,7 +54,9 @@ def fold(
 
     with fresh(out, inputs, force) as part, doing(f"folding {surgery}"):
         file = part / onnx.absolute().relative_to(out.absolute()) if onnx and inside else onnx
-        result = fold_to_directory(surgery, part, base=base, onnx=file, verify=verify)
+        result = fold_to_directory(
+            surgery, part, base=base, onnx=file, verify=verify, adapters=adapters
+        )
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))
     if as_json:

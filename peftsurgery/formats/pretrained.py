@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ class FoldResult:
         }
 
     def __str__(self) -> str:
-        names = ", ".join(self.adapters)
+        names = ", ".join(self.adapters) or "no adapter is active"
         lines = [f"{names}: changed {len(self.changed)} of {self.tensors} weights"]
         if self.changed:
             most = max(self.changed, key=lambda change: change.relative)
@@ -118,20 +118,25 @@ def fold_to_directory(
     base: GraphModel | str | None = None,
     onnx: str | Path | None = None,
     verify: bool = False,
+    adapters: Collection[str] = (),
 ) -> FoldResult:
     """Fold a saved surgery or a peft adapter into its base, and write a plain model to ``out``.
 
     ``out`` must not exist; if anything fails, it does not afterwards. ``base`` is the base model if
     it is not where the adapter says; ``onnx`` is where to write the model as ONNX too; ``verify``
-    reads the result back and compares its outputs with the operated model's at two shapes. Raises
-    what :func:`fold` raises, PSG607 if ``spec`` is neither kind of directory, PSG410 if the result
-    is not the operated model, PSG411 and PSG412 if its ONNX is not.
+    reads the result back and compares its outputs with the operated model's at two shapes;
+    ``adapters`` are folded instead of those that were active when the surgery was saved. Raises
+    what :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if ``spec`` is neither kind of
+    directory, PSG410 if the result is not the operated model, PSG411 and PSG412 if its ONNX is not.
     """
     folder = Path(out)
     if onnx is not None:
         need_onnx()
     with quiet():
         operated = open_adapter(Path(spec), base)
+        if adapters:
+            operated.deactivate()
+            operated.activate(*adapters)
         plain = fold(operated).eval()
     try:
         folder.mkdir()
@@ -144,7 +149,7 @@ def fold_to_directory(
         written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
         unfinished.pop_all()
     return FoldResult(
-        tuple(dict.fromkeys(operation.name for operation in operated.operations)),
+        operated.active,
         tuple(changes(operated.source.weights(), plain)),
         len(plain.state_dict()),
         copied,

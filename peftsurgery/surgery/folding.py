@@ -57,7 +57,12 @@ def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
 
 
 def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
-    """The weights that the operations change, by name, rounded to the dtype they had."""
+    """The weights that the operations change, by name, rounded to the dtype they had.
+
+    PSG401 where the rows of a batch have weights of their own.
+    """
+    if model.is_by_row:
+        raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
     return {
         name: _round(name, value, model.dense(name).dtype)
         for name, value in exact_weights(model).items()

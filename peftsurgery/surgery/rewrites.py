@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .batches import batches
 from .boundary import is_at_boundary, sew_inputs
 from .operation import Cut
 from .rewriting import Rewriter
-from .rowwise import Choice, pass_rows, row_graph
+from .rowwise import Choice, check_lengths, pass_rows, row_graph
 from .storing import Stored, read_packed
 
 
@@ -31,7 +31,7 @@ class Rewrites:
     def capture(
         self,
         source: Capture,
-        cuts: Iterable[Cut],
+        cuts: Sequence[Cut],
         rows: Sequence[str] | None = None,
         stored: Mapping[str, Stored] | None = None,
     ) -> Capture:
@@ -41,6 +41,8 @@ class Rewrites:
         programs take one input more: the number of each row's adapter. ``stored`` are the weights,
         by name, that the model keeps packed.
         """
+        if rows is not None:
+            check_lengths(cuts)
         by_block: dict[tuple[str, Program], list[Cut]] = {}
         for cut in cuts:
             by_block.setdefault((cut.placed.block, cut.placed.program), []).append(cut)

@@ -154,6 +154,17 @@ class RowRewriter(Rewriter):
         return self.masks_of_rows[adapter]
 
 
+def check_lengths(cuts: Iterable[Cut]) -> None:
+    """Refuse cuts that make the inputs longer, which all rows of a batch would share. PSG313."""
+    for cut in cuts:
+        if cut.rule.kind.resizes:
+            raise SurgeryError(
+                "PSG313",
+                f"{cut.operation.name} changes the length of the text, and all rows have one",
+                "call the model for the rows of this adapter alone",
+            )
+
+
 def row_graph(program: Program, cuts: Sequence[Cut], choice: Choice) -> fx.Graph:
     """The program's graph with one input more, the rows, and the cuts sewn in for their rows.
 
@@ -166,13 +177,6 @@ def row_graph(program: Program, cuts: Sequence[Cut], choice: Choice) -> fx.Graph
             f"no axis of what {where} is given is known to be the batch",
             "call the model for the rows of each adapter alone",
         )
-    for cut in cuts:
-        if cut.rule.kind.resizes:
-            raise SurgeryError(
-                "PSG313",
-                f"{cut.operation.name} changes the length of the text, and all rows have one",
-                "call the model for the rows of this adapter alone",
-            )
     rewriter = RowRewriter(program, choice)
     for cut in sorted(cuts, key=lambda cut: not cut.rule.train):
         rewriter.sew(cut)

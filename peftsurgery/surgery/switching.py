@@ -91,6 +91,11 @@ class Switchable(GraphModel):
         return self._mode.names
 
     @property
+    def is_by_row(self) -> bool:
+        """Whether each row of a batch uses an adapter of its own, as within :meth:`rows`."""
+        return self._mode.by_row
+
+    @property
     def left_out(self) -> dict[str, list[int | str]]:
         """The layers in which an active adapter does nothing, by its name."""
         return {name: list(layers) for name, layers in self._mode.left_out}

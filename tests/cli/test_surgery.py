@@ -135,6 +135,19 @@ def test_an_onnx_file_may_lie_in_the_folded_directory(run: Any, bert: Path, tmp_
     assert file.is_file()
 
 
+def test_one_of_several_adapters_is_folded_by_name(run: Any, bert: Path, tmp_path: Path) -> None:
+    surgery, folded = tmp_path / "surgery", tmp_path / "folded"
+    run("apply", bert, "lora_qv", "lora_embedding", "-o", surgery)
+    randomise(surgery)
+    outcome = run("fold", surgery, "-o", folded, "--adapter", "lora_embedding", "--json")
+    assert outcome.json["adapters"] == ["lora_embedding"]
+    assert {change["name"] for change in outcome.json["changed"]} == {
+        "embeddings.word_embeddings.weight"
+    }
+    outcome = run("fold", surgery, "-o", tmp_path / "other", "--adapter", "lora_kv", "--json")
+    assert outcome.json["error"]["code"] == "PSG310"
+
+
 def test_fold_refuses_what_holds_no_adapter(run: Any, bert: Path, tmp_path: Path) -> None:
     outcome = run("fold", bert, "-o", tmp_path / "folded", "--json")
     assert outcome.json["error"]["code"] == "PSG607"

@@ -28,8 +28,10 @@ RULES: dict[str, Any] = {
     "table": "lora_embedding",
     "inputs": INPUTS,
     "biases": BIASES,
+    "bottleneck": "houlsby",
+    "prefix": "prefix_tuning",
 }
-WITH = {"llama": ["lora", "dora", "table", "inputs"], "gpt2": list(RULES), "bert": list(RULES)}
+WITH = {"llama": ["lora", "dora", "table", "inputs"], "gpt2": [*RULES][:5], "bert": list(RULES)}
 WITH["t5"] = WITH["qwen3"] = WITH["llama"]
 
 
@@ -82,6 +84,8 @@ def test_a_rows_context_serves_batches_whose_rows_are_repeated() -> None:
         with model.only("dora"):
             inner = logits(model, 6)
         assert torch.equal(logits(model, 6), repeated)
+        with pytest.raises(ps.SurgeryError, match="PSG401"):
+            ps.fold(model)
         with pytest.raises(ps.SurgeryError, match=r"PSG314: .* named for 2 rows, .* has 5"):
             logits(model, 5)
     assert torch.equal(repeated, expected(model, ["lora"] * 3 + [None] * 3, 6))
@@ -152,6 +156,23 @@ def test_what_leaves_a_block_before_it_meets_the_batch_is_refused() -> None:
         logits(model, 3, adapters=["distances", None, None])
     assert torch.equal(logits(model, 3), before)
     assert model.active == ("distances",)
+
+
+def test_a_prompt_makes_the_text_of_all_rows_longer_and_is_refused() -> None:
+    model = ps.apply(several("llama"), "prompt_tuning", name="prompt")
+    with pytest.raises(ps.SurgeryError, match="PSG313: prompt changes the length"):
+        logits(model, 2, adapters=["prompt", "lora"])
+    model.deactivate()
+    assert torch.equal(logits(model, 2, adapters=["lora", None])[1], logits(model, 2)[1])
+
+
+def test_a_row_may_use_a_fusion_and_another_what_is_fused() -> None:
+    graph: Any = captured("bert")
+    for name in ("one", "two"):
+        graph = ps.apply(graph, "pfeiffer", name=name)
+    model = randomise(ps.apply(graph, "adapter_fusion", name="fused", adapters=["one", "two"]))
+    names = ["one", "fused", None, "two"]
+    assert torch.equal(logits(model, 4, adapters=names), expected(model, names, 4))
 
 
 class Turned(nn.Module):
