@@ -63,13 +63,11 @@ def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
                 raise _unsaid(operation, f"{prefix}{key}", "a number of its own")
         for key, source in part.inherited.items():
             theirs = getattr(places.config, source, 0.0)
-            own = key not in part.taken
-            if not own and flat[f"{prefix}{key}"] not in (None, theirs):
+            value = flat.pop(f"{prefix}{key}")
+            if key not in part.taken:
+                flat[f"{prefix}{key}"] = None if value == theirs else value
+            elif value not in (None, theirs):
                 raise _unsaid(operation, f"{prefix}{key}", f"the model's {theirs}")
-            if not own:
-                del flat[f"{prefix}{key}"]
-            elif flat[f"{prefix}{key}"] == theirs:
-                flat[f"{prefix}{key}"] = None
     return flat
 
 
@@ -92,7 +90,8 @@ def _unsaid(operation: Operation, key: str, needed: str) -> SurgeryError:
     """The refusal of a setting's value that a key of the library's cannot have."""
     setting = operation.file.carried(FORMAT).get(key, key)
     value = operation.settings.get(setting)
-    return _refuse(f"'{setting}' is {value!r}, and the library needs {needed} as its {key}")
+    message = f"'{setting}' is {value!r}, and the library needs {needed} as its {key}"
+    return SurgeryError("PSG512", message, f"apply the rule with another {setting}")
 
 
 def _refuse(message: str) -> SurgeryError:

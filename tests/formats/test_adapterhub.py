@@ -13,6 +13,7 @@ from torch import Tensor
 
 import peftsurgery as ps
 from tests.formats.golden import ARCHITECTURES, GOLDEN, captured, expected, inputs
+from tests.surgery.reference import randomise
 
 TENSORS = "adapter.safetensors"
 METHODS = (
@@ -85,3 +86,30 @@ def test_a_head_comes_along_and_stays_apart_from_the_base() -> None:
     operated = ps.from_adapterhub(captured("bert"), GOLDEN / "bert" / "lora_head")
     assert operated.trained == {"classifier.weight", "classifier.bias"}
     assert torch.equal(logits(operated.base, "bert"), logits(captured("bert"), "bert"))
+
+
+# What the library has of ours, with the settings that it needs.
+OWN: dict[str, dict[str, Any]] = {
+    "lora_qv": {"rank": 2},
+    "ia3": {"outputs": ["attn.k", "attn.v", "ffn.up"], "inputs": []},
+    "houlsby": {},
+    "pfeiffer": {"leave_out": [1]},
+    "parallel_adapter": {"scaling": 2.0},
+    "adapter_drop": {},
+    "prefix_tuning": {"length": 3},
+    "prefix_tuning_mlp": {"length": 3, "width": 32, "bottleneck": 4},
+    "mam_adapter": {"length": 3, "bottleneck": 4},
+    "unipelt": {"rank": 2, "length": 3, "bottleneck": 4},
+    "prompt_after_embedding": {"length": 3},
+}
+
+
+@pytest.mark.parametrize("name", ["bert"])
+@pytest.mark.parametrize("rule", OWN)
+def test_what_was_applied_here_comes_back(name: str, rule: str, tmp_path: Path) -> None:
+    operated = randomise(ps.apply(captured(name), rule, "mine", **OWN[rule]), scale=0.2).eval()
+    ps.to_adapterhub(operated, tmp_path / "out")
+    again = ps.from_adapterhub(captured(name), tmp_path / "out").eval()
+    assert again.adapters == ("mine",)
+    assert torch.equal(logits(again, name), logits(operated, name))
+    assert not torch.equal(logits(again, name), logits(captured(name), name))

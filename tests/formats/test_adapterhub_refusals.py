@@ -231,6 +231,11 @@ WRITING: dict[str, tuple[Callable[[ps.GraphModel], Any], str, str]] = {
     "two methods": (lambda g: ps.apply(g, ["lora_qv", "houlsby"], "a"), "PSG512", "one method"),
     "a method it has not": (lambda g: ps.apply(g, "dora"), "PSG512", "dora"),
     "a place it has not": (lambda g: ps.apply(g, "lora_attention"), "PSG512", "output.dense"),
+    "widths that follow the model's": (
+        lambda g: ps.apply(g, "prefix_tuning_mlp", length=3),
+        "PSG512",
+        "'bottleneck' is 0",
+    ),
     "another matrix in another layer": (
         lambda g: ps.apply(
             g, at(layer(0, "attention.self.query"), layer(1, "attention.self.value"))
