@@ -14,6 +14,7 @@ from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery.surgery import OperatedModel
+from tests.capture.test_generation import original, remembering, tokens
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.bottlenecks import MODELS, Norm, leaves, readout, rewritten, under
@@ -37,6 +38,10 @@ def houlsby(p: dict[str, Tensor], h: Tensor, x: Tensor, norm: Norm) -> Tensor:
     return h + inner * torch.sigmoid(inner) @ p["U"].T + p["bu"]
 
 
+def pfeiffer(p: dict[str, Tensor], h: Tensor, x: Tensor, norm: Norm) -> Tensor:
+    return h + (norm(h + x) @ p["D"].T + p["bd"]).clamp(min=0) @ p["U"].T + p["bu"]
+
+
 def parallel(p: dict[str, Tensor], h: Tensor, x: Tensor, norm: Norm) -> Tensor:
     return h + 4 * ((x @ p["D"].T + p["bd"]).clamp(min=0) @ p["U"].T + p["bu"])
 
@@ -46,6 +51,7 @@ METHODS = {
     "houlsby_cross": Method(
         "houlsby", ("self", "cross", "ffn"), houlsby, {"attention": ["self", "cross"]}
     ),
+    "pfeiffer": Method("pfeiffer", ("ffn",), pfeiffer, {}),
     "parallel_adapter": Method("parallel_adapter", ("ffn",), parallel, {}),
 }
 CASES = [
@@ -221,3 +227,33 @@ def test_layers_are_dropped_from_a_trained_adapter_when_it_is_activated(
     assert torch.equal(logits(again, name), dropped)
     ours.activate("houlsby")
     assert torch.equal(logits(ours, name), whole)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_training_step_may_drop_other_layers_than_the_one_before(name: str) -> None:
+    model = ps.apply(captured(name), "pfeiffer").train()
+    inputs = ZOO[name].inputs(3, 6)
+    for dropped in (1, 0):
+        model.activate("pfeiffer", leave_out=range(dropped))
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        trained = {n.split(".")[2] for n, v in model.learnt().items() if v.grad is not None}
+        assert trained == {str(layer) for layer in range(dropped, 2)}
+    model.activate("pfeiffer", leave_out=range(2))
+    assert torch.equal(logits(model, name), logits(captured(name), name))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("method", ["houlsby", "pfeiffer"])
+def test_it_generates_what_the_original_with_the_adapter_generates(name: str, method: str) -> None:
+    ours = randomise(ps.apply(remembering(name), method), scale=0.5).eval()
+    values, body = dict(ours.learnt()), METHODS[method].body
+
+    def new(path: str, h: Tensor, x: Tensor, norm: Norm) -> Tensor:
+        return body(under(values, path), h, x, norm)
+
+    for ways in ({}, {"num_beams": 2}):
+        with rewritten(name, original(name), METHODS[method].after, new) as theirs:
+            expected = tokens(theirs, **ways)
+        assert torch.equal(tokens(ours, **ways), expected)
+        assert not torch.equal(tokens(original(name), **ways), expected)
