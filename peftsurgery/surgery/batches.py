@@ -93,7 +93,15 @@ def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
     A program that no batch reaches is left out, and all are if the batch has a fixed size other
     than one. PSG313 if no input has an axis.
     """
-    size = _expression(shape(batch_input(capture))[0])
+    sizes = [_expression(shape(node)[0]) for node in _tensor_inputs(capture)]
+    if not sizes:
+        raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
+    # a mask may call the batch by another name: the name that reaches most programs is taken
+    return max((_reached(capture, size) for size in dict.fromkeys(sizes)), key=len)
+
+
+def _reached(capture: Capture, size: Any) -> dict[tuple[str, Program], Batch]:
+    """The programs that a size of the model's input reaches, and what they call it."""
     if size == 1:
         return {(path, p): Batch(size) for path, all_ in capture.programs.items() for p in all_}
     if size.is_number:
@@ -107,11 +115,14 @@ def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
 
 
 def batch_input(capture: Capture) -> fx.Node:
-    """The input whose first axis is the batch: the first that is a tensor with axes. PSG313."""
-    for node in capture.top.graph.find_nodes(op="placeholder"):
-        if shape(node):
-            return node
+    """An input whose first axis is the batch: the first that is a tensor with axes. PSG313."""
+    for node in _tensor_inputs(capture):
+        return node
     raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
+
+
+def _tensor_inputs(capture: Capture) -> list[fx.Node]:
+    return [node for node in capture.top.graph.find_nodes(op="placeholder") if shape(node)]
 
 
 def _inner(

@@ -222,3 +222,15 @@ def test_adapters_of_other_sites_are_not_combined(name: str) -> None:
 def test_folding_a_fusion_is_refused(name: str) -> None:
     with pytest.raises(ps.SurgeryError, match="PSG401"):
         ps.fold(fused(name))
+
+
+@pytest.mark.parametrize("name", ["bert_mlm"])
+def test_rows_of_a_padded_batch_may_use_the_fusion_and_its_adapters(name: str) -> None:
+    ours, inputs = fused(name), ZOO[name].inputs(3, 6)
+    inputs["attention_mask"][1, 4:] = 0
+    expected = []
+    for row, adapter in enumerate(("f", "a", None)):
+        with ours.only(*([adapter] if adapter else [])), torch.no_grad():
+            expected.append(ours(**inputs)[0][row])
+    mixed = ours(**inputs, adapters=["f", "a", None])[0]
+    torch.testing.assert_close(mixed, torch.stack(expected), rtol=0, atol=1e-6)
