@@ -444,6 +444,11 @@ CODES: dict[str, CodeInfo] = {
         "mask for each pair of tokens say, cannot be made longer. The longer text may also be more "
         "than the model takes.",
     ),
+    "PSG353": CodeInfo(
+        "a method that changes the outputs cannot generate",
+        "Generation works with what the model says of every next token, and the method combines "
+        "that of several texts.",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

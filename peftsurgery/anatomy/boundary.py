@@ -129,11 +129,11 @@ class _Stub:
 def _fits(capture: Capture, changed: set[str], change: int) -> bool:
     """Whether a call may have so many tokens more in these inputs."""
     leaves = []
-    for node in capture.top.graph.find_nodes(op="placeholder"):
-        sizes = [concrete(size) for size in shape(node)]
-        if node.name in changed and len(sizes) > 1:
-            sizes[1] += change
-        leaves.append(_Stub(tuple(sizes)))
+    for name, leaf in zip(capture.names, capture.call.leaves, strict=True):
+        if name in changed and leaf.ndim > 1:
+            leaves.append(_Stub((leaf.shape[0], leaf.shape[1] + change, *leaf.shape[2:])))
+        else:
+            leaves.append(leaf)
     return capture.fits(leaves, capture.mode is True)
 
 

@@ -121,7 +121,7 @@ def call_behind(given: Capture, values: Mapping[str, fx.Node], sources: Sequence
         )
         for name, node in values.items()
     }
-    return Call(dict(sorted({**rest, **made}.items())), given.call.flags)
+    return replace(given.call, tensors=dict(sorted({**rest, **made}.items())))
 
 
 def _concrete(size: Any) -> int:

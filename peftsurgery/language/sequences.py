@@ -51,18 +51,17 @@ def arrange(x: Any, places: Sequence[int]) -> Any:
 def shift(positions: Any, length: int, places: Sequence[int] = ()) -> Any:
     """Position ids for ``length`` more tokens, on the left or in the places that they have.
 
-    Every new token has the position after the one before it, 0 if it is the first, and the tokens
-    behind it move on by one.
+    A new token has the position of the token it stands before, which moves on by one; new tokens
+    at the very start have 0, 1, ...
     """
     if positions is None:
         return None
     numbers = _numbers(extend(positions, length))
     new = _order(numbers, places or [0] * length) < length
     before = torch.cumsum(new, 0) - new.long()
-    old = numbers - before
-    following = torch.index_select(positions, 1, (old - 1).clamp(min=0)) + 1
-    own = torch.index_select(positions, 1, old.clamp(max=positions.shape[1] - 1))
-    return torch.where(new, following * (old > 0), own) + before
+    old, count = numbers - before, positions.shape[1]
+    moved = torch.index_select(positions, 1, old.clamp(max=count - 1)) + (old == count)
+    return moved.masked_fill(new & (old == 0), 0) + before
 
 
 def repeat(x: Any, times: int) -> Any:

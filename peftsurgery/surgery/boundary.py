@@ -103,6 +103,9 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
         new = rewrite(_only(cut, _entering(cut)), bound, context)
         ends = {name: _finished(cut, name, value).node for name, value in new.items()}
     mine = {node for node in graph.nodes if node not in before}
+    for name, node in entering.items():
+        node.meta.pop("entry", None)
+        ends.get(name, node).meta["entry"] = ARGUMENTS[name]
     for name, node in ends.items():
         entering[name].replace_all_uses_with(node, lambda user: user not in mine)
         rewriter.latest[rewriter.copies[nodes[name]]] = node
@@ -116,6 +119,27 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
         if node not in before:
             inherit(node, nodes["embeds"] if node in mine else nodes[next(iter(leaving))])
             node.meta["surgery"] = cut.operation.name
+
+
+def entries(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
+    """The arguments that go into the model behind its boundary, and what computes them.
+
+    The graph is the part of ``graph`` before the boundary, and takes what ``graph`` takes.
+    """
+    part = fx.Graph()
+    ends = [node for node in graph.nodes if "entry" in node.meta]
+    needed, stack = set(graph.find_nodes(op="placeholder")), list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in ends))
+    return [node.meta["entry"] for node in ends], part
 
 
 def _bindings(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:

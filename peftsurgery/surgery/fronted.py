@@ -11,14 +11,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..anatomy.boundary import ARGUMENTS, TOKENS, embedded
 from ..capture import Capture
 from ..capture.fronts import Front, as_it_is, call_behind, put_before
+from ..capture.program import generate_forward
 from ..capture.signature import Call, takes
 from ..errors import SurgeryError
-from .boundary import new_shapes
+from .boundary import entries, new_shapes
 from .operation import Cut, Operation
 from .switching import Switchable
 
@@ -112,7 +113,7 @@ def _resized(call: Call, shapes: Mapping[str, Sequence[int]]) -> Call:
         else value
         for name, value in call.tensors.items()
     }
-    return Call(tensors, call.flags)
+    return replace(call, tensors=tensors)
 
 
 class Fronted(Switchable):
@@ -150,9 +151,14 @@ class Fronted(Switchable):
 
     def _fronts_of(self, capture: Capture) -> list[Front]:
         """The fronts of a capture; none if no active adapter changes the inputs."""
-        if self._fronts is None or not self._fronts.adapters & {*self.active}:
+        if self._fronts is None or not self._changes_inputs():
             return []
         return self._fronts.all(capture, self.captured)
+
+    def _changes_inputs(self) -> bool:
+        """Whether an active adapter changes what the model is given."""
+        adapters = frozenset[str]() if self._fronts is None else self._fronts.adapters
+        return not self._mode.entered and not adapters.isdisjoint(self.active)
 
     def _entered(self, capture: Capture) -> Capture:
         """What rules are applied to: a capture, or its front if some change the inputs."""
@@ -165,6 +171,70 @@ class Fronted(Switchable):
         if not fronts:
             return ready
         return replace(ready, conditions=fronts[0].conditions(new_shapes(cuts)))
+
+    def enter(self, **given: Any) -> dict[str, Tensor]:
+        """What the active adapters make of inputs, by the arguments that take it instead.
+
+        ``given`` are arguments of the model by name: tokens or embeddings, a mask, positions.
+        """
+        self.bind()
+        call = self.call_of(**given, use_cache=False)
+        ready = self.find(call)
+        names, graph = entries(ready.top.graph)
+        values = generate_forward(graph, "inputs")(self, *call.leaves)
+        return dict(zip(names, values, strict=True))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original's ``generate`` gives, with adapters that change the inputs too.
+
+        Their part is done once, and the model goes on from what they made of the inputs. PSG353
+        if one of them changes the outputs as well.
+        """
+        if not self._changes_inputs():
+            return super().generate(*args, **kwargs)
+        if args:
+            kwargs["inputs"], *others = args
+            args = (None, *others)
+        given = self._given(kwargs)
+        entered = self.enter(**given)
+        before = self._mode
+        self._switch(replace(before, entered=True))
+        try:
+            return super().generate(*args, **{**kwargs, **given, **entered})
+        finally:
+            self._switch(before)
+
+    def _given(self, settings: dict[str, Any]) -> dict[str, Tensor]:
+        """The inputs among the settings of ``generate``, and the mask that it would make."""
+        for cut in self._cuts_in(self._entered(self.base_capture)):
+            if not cut.rule.rewrite.keys().isdisjoint(cut.rule.kind.outputs):
+                raise SurgeryError(
+                    "PSG353",
+                    f"{cut.operation.name} combines what the model says, which generation asks for "
+                    "token by token",
+                    "generate with one of its prompts, under prompt_tuning",
+                )
+        inputs = settings.pop("inputs", None)
+        if inputs is not None:
+            settings["input_ids"] = inputs
+        names = {*TOKENS, *ARGUMENTS.values()} - {"labels"}
+        given = {name: settings.pop(name) for name in names if settings.get(name) is not None}
+        if "attention_mask" not in given:
+            given["attention_mask"] = self._mask(given, settings)
+        return given
+
+    def _mask(self, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
+        """The mask of inputs without one: padding is told from text if it is no end of a text."""
+        tokens = given.get("input_ids")
+        if tokens is None:
+            return torch.ones_like(given["inputs_embeds"][..., 0], dtype=torch.long)
+        config = settings.get("generation_config") or self.generation_config
+        pad = settings.get("pad_token_id", config.pad_token_id)
+        ends = settings.get("eos_token_id", config.eos_token_id)
+        if pad is None or pad in (ends if isinstance(ends, list | tuple) else [ends]):
+            return torch.ones_like(tokens)
+        mask = (tokens != pad).long()
+        return mask if bool(mask.any()) else torch.ones_like(tokens)
 
 
 def _misfit(capture: Capture, call: Call) -> SurgeryError:

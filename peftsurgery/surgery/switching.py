@@ -35,15 +35,19 @@ class Mode:
     """The adapters that take part in a call, in the order they were applied.
 
     ``by_row`` says that each row of the batch uses one of them, or none; ``left_out`` are the
-    layers, as in a rule's `where`, in which one of them does nothing.
+    layers, as in a rule's `where`, in which one of them does nothing. ``entered`` says that the
+    inputs are what the adapters that change inputs have made of them already.
     """
 
     names: tuple[str, ...] = ()
     by_row: bool = False
     left_out: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    entered: bool = False
 
     def leaves_out(self, cut: Cut) -> bool:
-        """Whether a cut is in a layer in which its adapter does nothing."""
+        """Whether a cut is not made: its adapter does nothing in its layer, or is done with it."""
+        if self.entered and cut.rule.kind.resizes:
+            return True
         ranges = [layer_range(item) for item in dict(self.left_out).get(cut.operation.name, ())]
         layer = cut.placed.layer
         return layer is not None and any(low <= layer <= high for low, high in ranges)
