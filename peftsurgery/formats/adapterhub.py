@@ -40,20 +40,21 @@ FUSED_NAME = "fusion"
 
 
 def from_adapterhub(
-    model: GraphModel, directory: str | Path, name: str | None = None
+    model: GraphModel, directory: str | Path, name: str | None = None, head: bool = True
 ) -> OperatedModel:
     """``model`` with the adapter in ``directory``, under ``name`` or the name it was saved with.
 
     A fusion is called `fusion` unless ``name`` is given, and its adapters keep their names. A head
-    that was saved along comes as parameters of the model that were trained. Raises PSG501 to PSG507
-    for an adapter that is damaged, asks for what is not honoured, or was made for another base,
-    PSG513 for a model of a type that the library has no names for, PSG514 for a head without place.
+    that was saved along comes as parameters of the model that were trained, unless ``head`` is
+    False. Raises PSG501 to PSG507 for an adapter that is damaged, asks for what is not honoured, or
+    was made for another base, PSG513 for a model of a type that the library has no names for,
+    PSG514 for a head that has no place in the model.
     """
     if not isinstance(model, GraphModel):
         message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
         raise SurgeryError("PSG309", message, "capture it first: from_adapterhub(capture(model))")
     folder = Path(directory)
-    importer = Importer(model)
+    importer = Importer(model, head)
     if is_setup(folder):
         plan = _fusion(importer, folder, adapter_name(name or FUSED_NAME))
     else:
@@ -90,7 +91,7 @@ def _adapter(importer: Importer, folder: Path, name: str | None) -> Plan:
     config = HubConfig(read_config(folder), importer.model_config)
     name = adapter_name(name or config.name)
     plan = importer.plan(config, name, _plain(importer, read_tensors(folder)))
-    head = read_head(folder)
+    head = read_head(folder) if importer.with_head else {}
     check_head(importer.model, head)
     if head:
         plan.operations.append(train_head(head, name))

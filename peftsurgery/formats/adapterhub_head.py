@@ -23,8 +23,7 @@ def check_head(model: GraphModel, tensors: Tensors) -> None:
     for key, value in tensors.items():
         if key not in parameters:
             message = f"the head's tensor '{key}' has no place in the model"
-            hint = "it belongs to a head of the library's own; take the files of the head away"
-            raise SurgeryError("PSG514", message, hint)
+            raise SurgeryError("PSG514", message, "leave it out: from_adapterhub(..., head=False)")
         if value.shape != parameters[key].shape:
             shapes = f"{list(value.shape)}, where {list(parameters[key].shape)} is needed"
             raise SurgeryError("PSG514", f"the head's tensor '{key}' has shape {shapes}")

@@ -57,9 +57,9 @@ class _Option:
 class Importer:
     """Makes plans for adapters on one model."""
 
-    def __init__(self, model: GraphModel) -> None:
+    def __init__(self, model: GraphModel, with_head: bool = True) -> None:
         """PSG513 for a model of a type that the library has no names for."""
-        self.model = model
+        self.model, self.with_head = model, with_head
         self.places = Places(model)
         self.model_config = self.places.config
 

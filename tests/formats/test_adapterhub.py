@@ -88,6 +88,13 @@ def test_a_head_comes_along_and_stays_apart_from_the_base() -> None:
     assert torch.equal(logits(operated.base, "bert"), logits(captured("bert"), "bert"))
 
 
+@pytest.mark.parametrize("method", ["lora_all", "ia3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_folds_computes_the_same_folded(name: str, method: str) -> None:
+    folded = ps.fold(ps.from_adapterhub(captured(name), GOLDEN / name / method))
+    assert (logits(folded, name) - expected(name)[method]).abs().max() <= 1e-5
+
+
 # What the library has of ours, with the settings that it needs.
 OWN: dict[str, dict[str, Any]] = {
     "lora_qv": {"rank": 2},

@@ -225,6 +225,13 @@ def layer(number: int, module: str) -> str:
     return f"bert.encoder.layer.{number}.{module}"
 
 
+@pytest.mark.parametrize("name", [NAME])
+def test_a_head_can_be_left_out(name: str, adapter: Adapter) -> None:
+    head({"heads.default.1.weight": torch.ones(2, 2)})(adapter)
+    operated = ps.from_adapterhub(captured(name), adapter.folder, head=False)
+    assert not operated.trained
+
+
 WRITING: dict[str, tuple[Callable[[ps.GraphModel], Any], str, str]] = {
     "nothing": (lambda g: g, "PSG511", "no adapters"),
     "two adapters": (lambda g: ps.apply(g, ["lora_qv", "houlsby"]), "PSG511", "2 adapters"),
