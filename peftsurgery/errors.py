@@ -449,6 +449,11 @@ CODES: dict[str, CodeInfo] = {
         "Generation works with what the model says of every next token, and the method combines "
         "that of several texts.",
     ),
+    "PSG354": CodeInfo(
+        "a cache brings what rules would put before the text again",
+        "Virtual tokens go before a text once, and are in the cache from then on. generate() does "
+        "so; a call of one's own that goes on from such a cache would have them twice.",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

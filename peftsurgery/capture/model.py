@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
-from .generating import PAST, first_inputs, new_cache, remembers, shell
+from .generating import PAST, check_generates, first_inputs, new_cache, remembers, shell
 from .inputs import example_inputs
 from .likeness import Likeness, become_like
 from .parts import Block, mirror, own
@@ -186,6 +186,8 @@ def capture(
     """
     source = open_source(model) if isinstance(model, str) else Source(model)
     check_plain(source.module)
+    if cache:
+        check_generates(source.module)
     graph_model = GraphModel(Captures(source, cache))
     if inputs is None:
         inputs = _made_inputs(source.module)

@@ -131,6 +131,12 @@ class Fronted(Switchable):
         fronts = self._fronts_of(capture)
         if self._fronts is None or not fronts:
             return self.serve(capture)
+        if call.past is not None and call.past.seen:
+            raise SurgeryError(
+                "PSG354",
+                "the cache of this call has in it already what the rules put before a text",
+                "use generate(), or give the whole text without a cache",
+            )
         for front in fronts:
             ready = self.serve(front.capture)
             if ready.fits(call.leaves, self.training):
@@ -196,11 +202,13 @@ class Fronted(Switchable):
             kwargs["inputs"], *others = args
             args = (None, *others)
         given = self._given(kwargs)
-        entered = self.enter(**given)
+        with torch.no_grad():
+            entered = self.enter(**given)
+        lengths = self._counted(kwargs, given)
         before = self._mode
         self._switch(replace(before, entered=True))
         try:
-            return super().generate(*args, **{**kwargs, **given, **entered})
+            return super().generate(*args, **{**kwargs, **lengths, **given, **entered})
         finally:
             self._switch(before)
 
@@ -222,6 +230,21 @@ class Fronted(Switchable):
         if "attention_mask" not in given:
             given["attention_mask"] = self._mask(given, settings)
         return given
+
+    def _counted(self, settings: dict[str, Any], given: Mapping[str, Tensor]) -> dict[str, int]:
+        """Lengths that count the text in, as numbers of new tokens: what rules add is not counted.
+
+        They leave ``settings``.
+        """
+        if "input_ids" not in given:
+            return {}
+        config = settings.get("generation_config") or self.generation_config
+        counted, text = {}, given["input_ids"].shape[1]
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            length = settings.pop(name, None) or getattr(config, name, None)
+            if length and not (settings.get(new) or getattr(config, new, None)):
+                counted[new] = max(length - text, 0)
+        return counted
 
     def _mask(self, given: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Tensor:
         """The mask of inputs without one: padding is told from text if it is no end of a text."""

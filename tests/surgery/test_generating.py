@@ -1,0 +1,73 @@
+"""Operated models generate: what peft's models generate, or what they give without a cache."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+import peftsurgery as ps
+from tests.models.remembering import WAYS, original, remembering, tokens
+from tests.models.zoo import ids
+
+GREEDY_AND_BEAMS = [WAYS["greedy"], WAYS["beams"]]
+
+
+def by_peft(name: str, config: Any, folder: Path) -> tuple[Any, ps.OperatedModel]:
+    """peft's model with random adapters, and ours with the same ones from its files."""
+    torch.manual_seed(1)
+    theirs = peft.get_peft_model(copy.deepcopy(original(name)), config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) / 2)
+    theirs.save_pretrained(folder)
+    return theirs, ps.from_peft(remembering(name), folder)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_lora_generates_as_in_peft_and_folded(name: str, tmp_path: Path) -> None:
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    theirs, ours = by_peft(name, settings, tmp_path)
+    for way in WAYS.values():
+        made = tokens(ours, **way)
+        assert torch.equal(made, tokens(theirs, **way))
+        assert torch.equal(made, tokens(ps.fold(ours), **way))
+    assert not torch.equal(tokens(ours), tokens(original(name)))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_cache_makes_no_difference_to_prefixes(name: str) -> None:
+    """Queries that share keys are packed in decoding, which a rewritten core must bear."""
+    operated = ps.apply(remembering(name), "prefix_tuning", length=4, shift=True)
+    for parameter in operated.learnt().values():
+        torch.nn.init.normal_(parameter, std=0.5)
+    for way in GREEDY_AND_BEAMS:
+        assert torch.equal(tokens(operated, **way), tokens(operated, **way, use_cache=False))
+    assert not torch.equal(tokens(operated), tokens(original(name)))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_prompts_generate_as_in_peft(name: str, tmp_path: Path) -> None:
+    settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    theirs, ours = by_peft(name, settings, tmp_path)
+    for way in GREEDY_AND_BEAMS:
+        given = {"input_ids": ids(2, 6), **way}
+        made = ours.generate(**given, max_new_tokens=5)
+        assert torch.equal(made, theirs.generate(**given, max_new_tokens=5))
+        assert torch.equal(made, ours.generate(**given, max_length=11))
+    assert not torch.equal(made, original(name).generate(**given, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_prompts_are_not_put_before_a_text_twice(name: str) -> None:
+    prompted = ps.apply(remembering(name), "prompt_tuning", length=5)
+    outputs = prompted(ids(2, 4))
+    assert outputs.past_key_values.get_seq_length() == 9
+    with pytest.raises(ps.SurgeryError) as caught:
+        prompted(ids(2, 1), past_key_values=outputs.past_key_values)
+    assert caught.value.code == "PSG354"
