@@ -72,6 +72,7 @@ class OperatedModel(Fronted, Keeping):
         self._copies = Copies()
         self._store = Store()
         self._resting: set[str] = set()
+        self._worked = frozenset(operation.name for operation in self._operations)
         self._rewrites = Rewrites()
         self._fronts = Fronts.of(self._operations, model.source.module)
         super().__init__(model._captures, _frozen)
@@ -341,14 +342,14 @@ class OperatedModel(Fronted, Keeping):
 
     def values(self, *adapters: str) -> dict[str, torch.Tensor]:
         """What :meth:`learnt` holds, by names that do not depend on which adapters are active."""
-        owners = self._adapters_of_tensors()
         return {
             name: self._learnt_parameter(name)
-            for name, owner in owners.items()
+            for name, owner in self._owners.items()
             if not adapters or owner in adapters
         }
 
-    def _adapters_of_tensors(self) -> Mapping[str, str]:
+    @cached_property
+    def _owners(self) -> Mapping[str, str]:
         added = {n: cut.operation.name for cut in self._cuts for n in cut.parameters.values()}
         return {**added, **{home: adapter for home, (_, adapter) in self._copies.made.items()}}
 

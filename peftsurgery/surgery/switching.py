@@ -81,6 +81,7 @@ class Switchable(GraphModel):
     _mode: Mode
     _copies: Copies
     _resting: set[str]
+    _worked: frozenset[str]
     _rows: Rows | None = None
     _served_by_mode: dict[Mode, dict[int, Capture]]
 
@@ -127,7 +128,7 @@ class Switchable(GraphModel):
     def only(self, *names: str) -> Iterator[None]:
         """Within the context just these adapters take part; ``only()`` is the base. PSG310."""
         before = self._mode
-        self._switch(self._mode_of(self._known_names(names)))
+        self._switch(self._mode_of(self._known_names(names), dict(before.left_out)))
         try:
             yield
         finally:
@@ -150,7 +151,7 @@ class Switchable(GraphModel):
     def _choosing(self, rows: Rows) -> Iterator[None]:
         named = self._known_names(name for name in rows.names if name is not None)
         before, mode = self._rows, self._mode
-        self._switch(replace(self._mode_of(named), by_row=True))
+        self._switch(replace(self._mode_of(named, dict(mode.left_out)), by_row=True))
         self._rows = rows
         try:
             yield
@@ -201,8 +202,11 @@ class Switchable(GraphModel):
 
     def _rest(self) -> None:
         """Let what does not work require no gradients, and what works again what it required."""
-        working = self.working
-        for name, adapter in self._adapters_of_tensors().items():
+        working = frozenset(self.working)
+        changed, self._worked = working ^ self._worked, working
+        for name, adapter in self._owners.items() if changed else ():
+            if adapter not in changed:
+                continue
             parameter = self._learnt_parameter(name)
             if adapter in working and name in self._resting:
                 self._resting.discard(name)
@@ -236,8 +240,8 @@ class Switchable(GraphModel):
 
     def freeze_as(self, other: Switchable) -> None:
         """Let this model train, of what both have, what the other one trains."""
-        mine, working = self._adapters_of_tensors(), self.working
-        for name in other._adapters_of_tensors().keys() & mine.keys():
+        mine, working = self._owners, self.working
+        for name in other._owners.keys() & mine.keys():
             trains = other._learnt_parameter(name).requires_grad or name in other._resting
             works = mine[name] in working
             self._learnt_parameter(name).requires_grad_(trains and works)
@@ -253,7 +257,8 @@ class Switchable(GraphModel):
         """Where the base's own tensor is now, of a parameter that adapters may have copies of."""
         return self._copies.base_name(parameter)
 
-    def _adapters_of_tensors(self) -> Mapping[str, str]:
+    @property
+    def _owners(self) -> Mapping[str, str]:
         """The adapter of every parameter that was added or copied, by the parameter's own name."""
         raise NotImplementedError
 
