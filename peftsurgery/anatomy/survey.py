@@ -126,6 +126,16 @@ class _Surveyor:
             return {"causal": any(self.orders(at, core) for at, core in self.cores(frame, site))}
         if site.kind == "linear" and site.nodes["y"] in heads:
             return {"role": heads[site.nodes["y"]]}
+        if site.kind == "parameter" and heads:
+            return self.head_of(frame, site, heads)
+        return {}
+
+    def head_of(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
+        """The role of a parameter of a head: the head's."""
+        for linear in analyse(frame.program).flow.linears:
+            read = {str(linear.nodes[name].target) for name in "Wb" if name in linear.nodes}
+            if site.parameter in read and linear.nodes["y"] in heads:
+                return {"role": heads[linear.nodes["y"]]}
         return {}
 
     def cores(self, frame: Frame, site: Site) -> list[tuple[Frame, Site]]:

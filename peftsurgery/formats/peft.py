@@ -17,6 +17,7 @@ from .peft_config import AdapterConfig
 from .peft_export import export
 from .peft_files import read_config, read_tensors, write_adapter
 from .peft_import import Importer
+from .peft_prefix import export_prefix, is_prefix
 from .peft_prompts import export_prompt, is_prompt
 
 
@@ -59,5 +60,7 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
         if is_prompt(model, chosen):
             config, tensors = export_prompt(model, chosen)
         else:
-            config, tensors = export(flatten(model), chosen)
+            flat = flatten(model)
+            cuts = [cut for cut in flat.cuts if cut.operation.name == chosen]
+            config, tensors = (export_prefix if is_prefix(cuts) else export)(flat, chosen)
     write_adapter(Path(directory), config, tensors)

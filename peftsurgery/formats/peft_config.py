@@ -27,6 +27,7 @@ READ = frozenset(
     (
         *("peft_type", "target_modules", "exclude_modules", "modules_to_save", "bias"),
         *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+        "num_transformer_submodules",
     )
 )
 
@@ -41,7 +42,7 @@ WITHOUT_EFFECT = frozenset(
         *("prompt_tuning_init", "prompt_tuning_init_text"),
         *("tokenizer_name_or_path", "tokenizer_kwargs"),
         *("encoder_reparameterization_type", "encoder_hidden_size"),
-        *("encoder_num_layers", "encoder_dropout"),
+        *("encoder_num_layers", "encoder_dropout", "prefix_projection", "init_weights"),
     )
 )
 

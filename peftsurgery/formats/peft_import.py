@@ -21,6 +21,7 @@ from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select, 
 from ..surgery import Cut, Operation
 from .peft_config import FORMAT, AdapterConfig, all_suffixes, listings
 from .peft_names import Names, sort_keys
+from .peft_prefix import KIND, check_config, prefixed, prefixes, shape_in_file, split
 from .peft_ranks import spread
 from .peft_targets import check_listed, check_targets, ends, grouped
 
@@ -73,7 +74,7 @@ class Importer:
         name: str,
     ) -> None:
         self.config, self.name = config, name
-        self.model = model.source.module
+        self.graph, self.model = model, model.source.module
         self.sites = [s for s in survey(model.base_capture) if s.slice is None]
         self.names: Names = sort_keys(tensors, all_suffixes())
         self.tensors = spread(config, self.names, tensors)
@@ -82,6 +83,10 @@ class Importer:
     def plan(self) -> Plan:
         """The plan. Raises PSG504, PSG506, PSG507 and PSG508 for what does not fit."""
         plan = Plan()
+        if any(option.rule.kind.name == KIND for option in self.options):
+            self.add_prefix(plan)
+            self.add_trained(plan)
+            return plan
         placed = {module: self.place(module) for module in self.names.added}
         check_targets(self.config, self.model, self.names.added)
         self.config.check_patterns(self.names.added)
@@ -97,6 +102,23 @@ class Importer:
             self.add_operation(plan, options, sites)
         self.add_trained(plan)
         return plan
+
+    def add_prefix(self, plan: Plan) -> None:
+        """The operation for a prefix, which is one tensor. PSG506 to PSG508 if it does not fit."""
+        file = next(f for f in self.config.files if not any(rule.train for rule in f.rules))
+        operation = prefixed(self.graph, file, self.config.settings(file, ""), self.name)
+        cuts = prefixes(self.graph, operation)
+        keys = self.names.added.pop("", {})
+        if self.names.added or len(keys) != 1:
+            known = ", ".join(all_suffixes() & set(self.tensors)) or "no such tensor"
+            raise SurgeryError("PSG506", f"a prefix is one tensor, and the file has {known}")
+        if not cuts:
+            raise SurgeryError("PSG507", "the model has no self-attention for a prefix")
+        key = next(iter(keys.values()))
+        value = self.shaped(key, shape_in_file(cuts), "the model")
+        check_config(self.config, self.graph, cuts)
+        plan.operations.append(operation)
+        plan.known.update(split(self.graph, cuts, value))
 
     def place(self, module: str) -> Placed:
         """The site at a module; one that a rule can be for comes first. PSG506 if there is none."""

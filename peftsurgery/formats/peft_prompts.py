@@ -65,7 +65,7 @@ def export_prompt(
     }
     trained = {str(c.placed.parameter) for c in cuts if c.rule.train}
     said = say_trained(flat, trained, [], has_bias=False)
-    config |= {"task_type": _task(name, base), "token_dim": cut.sizes["width"], **_facts(base)}
+    config |= {"task_type": task_of(name, base), "token_dim": cut.sizes["width"], **_facts(base)}
     config |= {"modules_to_save": said.modules or None, "inference_mode": True}
     config["base_model_name_or_path"] = model.source.origin
     table = cut.rule.suffixes(FORMAT)
@@ -98,7 +98,8 @@ def _settings_read(cut: Cut) -> list[str]:
     return [name for name in seen if name in cut.operation.file.with_]
 
 
-def _task(name: str, base: nn.Module) -> str:
+def task_of(name: str, base: nn.Module) -> str:
+    """What peft calls the task of a model, by its class. PSG510 if it is none of peft's."""
     kind = type(base).__name__
     for task, classes in TASKS.items():
         if kind in classes.values():

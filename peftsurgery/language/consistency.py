@@ -38,6 +38,8 @@ def check_file(file: RuleFile) -> None:
         check_settings(where, file.with_)
     for expression in file.flat.settings.values() if file.flat is not None else ():
         _check(expression, numbers)
+    for name in file.checkpoint:
+        _check_keys(file.implied(name), file.with_, f"`checkpoint: {name}` implies")
     for rule in file.rules:
         check_settings(rule.over, file.with_, "over")
         check_rule(rule, numbers)

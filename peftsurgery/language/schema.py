@@ -47,9 +47,9 @@ ExpressionField = Annotated[
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
 Setting = Scalar | list[Scalar]
 
-MODULES, TABLE = "modules", "table"
+MODULES, TABLE, WITH = "modules", "table", "with"
 """What a rule's `checkpoint` calls the config key that lists the rule's modules, and the table of
-the format's own that says what the parameters are called."""
+the format's own that says what the parameters are called; what a file's calls implied settings."""
 
 
 class Pattern(Strict):
@@ -253,9 +253,9 @@ class RuleFile(Strict):
     """The cuts, made in this order."""
     flat: Flat | None = None
     """What the method is once it is trained, if a network makes its parameters until then."""
-    checkpoint: dict[Word, dict[Word, Setting]] = Field(default_factory=dict)
+    checkpoint: dict[Word, dict[Word, Setting | dict[Word, Setting]]] = Field(default_factory=dict)
     """For each file format: the config values that identify this method. A value that is the name
-    of a setting carries that setting."""
+    of a setting carries that setting; under `with` are settings that every such file means."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RuleFile:
@@ -265,7 +265,13 @@ class RuleFile(Strict):
     def identifying(self, format_name: str) -> dict[str, Any]:
         """The config keys whose values identify this method in a file format."""
         table = self.checkpoint.get(format_name, {})
-        return {key: value for key, value in table.items() if not self._is_setting(value)}
+        named = {key: value for key, value in table.items() if not self._is_setting(value)}
+        return {key: value for key, value in named.items() if key != WITH}
+
+    def implied(self, format_name: str) -> dict[str, Any]:
+        """The settings that an adapter has in a file format whatever its config says."""
+        found: Any = self.checkpoint.get(format_name, {}).get(WITH, {})
+        return dict(found)
 
     def carried(self, format_name: str) -> dict[str, str]:
         """The config keys that carry a setting in a file format, and the setting's name."""

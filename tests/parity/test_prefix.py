@@ -1,0 +1,170 @@
+"""Prefix tuning and P-Tuning v2 on five architectures, with peft in the same process as the oracle.
+
+The prefixes were written by peft's own ``save_pretrained``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.surgery import OperatedModel
+from tests.parity.models import SIZES, base, batch, captured, randomise
+
+LENGTH, LABELS = 3, 3
+MODELS = {
+    "llama": "CAUSAL_LM",
+    "gpt2": "CAUSAL_LM",
+    "bert-classifier": "SEQ_CLS",
+    "t5": "SEQ_2_SEQ_LM",
+    "qwen3": "CAUSAL_LM",
+}
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+
+
+@cache
+def classifier() -> nn.Module:
+    torch.manual_seed(0)
+    settings = {**SIZES, "num_labels": LABELS, "hidden_dropout_prob": 0.0}
+    config = transformers.BertConfig(**settings, attention_probs_dropout_prob=0.0)
+    model = transformers.BertForSequenceClassification(config).eval()
+    randomise(model, lambda name: True, 0.02)
+    return model
+
+
+def plain(name: str) -> nn.Module:
+    model = deepcopy(classifier()) if name == "bert-classifier" else base(name)
+    model.config.use_cache = True  # peft hands prefixes over as a cache
+    return model
+
+
+@cache
+def graph(name: str) -> ps.GraphModel:
+    if name != "bert-classifier":
+        return captured(name)
+    return ps.capture(classifier(), inputs=texts(name, 2, 5))
+
+
+def texts(name: str, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
+    """Token ids and what the model learns from them, without padding."""
+    made = batch(rows, length)
+    if name == "bert-classifier":
+        made["labels"] = made["labels"][:, 0] % LABELS
+    return made
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same prefix on the same model, in peft and here, and the directory it was read from."""
+
+    name: str
+    theirs: Any
+    ours: OperatedModel
+    folder: Path
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    name = request.param
+    config = PrefixTuningConfig(task_type=MODELS[name], num_virtual_tokens=LENGTH)
+    theirs = get_peft_model(plain(name), config).eval()
+    randomise(theirs, lambda parameter: "prompt_encoder" in parameter, 0.5)
+    folder = tmp_path_factory.mktemp("adapter")
+    theirs.save_pretrained(folder)
+    ours = ps.from_peft(graph(name), folder).eval()
+    return Pair(name, theirs, ours, folder)
+
+
+def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**inputs).logits
+    return result
+
+
+def in_our_parts(pair: Pair, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each of our parameters, and its part of a tensor that lies as peft's does."""
+    cuts = [cut for cut in pair.ours.cuts if cut.rule.params]
+    shape = (cuts[0].sizes["kv_heads"], cuts[0].sizes["head_dim"])
+    parts = whole.view(LENGTH, 2 * len(cuts), *shape)
+    for layer, cut in enumerate(cuts):
+        number = 2 * layer % len(cuts) if pair.name == "t5" else layer
+        for place, letter in enumerate("KV"):
+            full = cut.parameters[letter]
+            yield full, pair.ours.get_parameter(full), parts[:, 2 * number + place]
+
+
+def test_outputs_are_pefts(pair: Pair) -> None:
+    inputs = texts(pair.name)
+    torch.testing.assert_close(
+        logits(pair.ours, inputs), logits(pair.theirs, inputs), rtol=0, atol=1e-6
+    )
+    changed = logits(pair.ours, inputs) - logits(graph(pair.name), inputs)
+    assert changed.abs().max() > 1e-3, "the prefix must have an effect"
+
+
+def test_outputs_are_pefts_where_texts_are_padded(pair: Pair) -> None:
+    inputs = texts(pair.name)
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:] = 0
+    inputs["attention_mask"] = mask
+    seen = mask.bool() if MODELS[pair.name] == "CAUSAL_LM" else slice(None)
+    ours, theirs = (logits(model, inputs)[seen] for model in (pair.ours, pair.theirs))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_gradients_are_pefts(pair: Pair) -> None:
+    for model in (pair.theirs, pair.ours):
+        model.zero_grad()
+        model(**texts(pair.name)).loss.backward()
+    whole = pair.theirs.prompt_encoder["default"].embedding.weight.grad
+    for name, ours, theirs in in_our_parts(pair, whole):
+        torch.testing.assert_close(ours.grad, theirs, rtol=0, atol=1e-5, msg=name)
+
+
+def test_twenty_adamw_steps_give_pefts_losses(pair: Pair) -> None:
+    losses = [train(pair.name, deepcopy(model).train()) for model in (pair.theirs, pair.ours)]
+    assert losses[0][18] < losses[0][0], "two losses on the same batch"
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def train(name: str, model: Any) -> list[float]:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
+    losses = []
+    for step in range(20):
+        loss = model(**texts(name, 3, 6 + step % 3)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_what_is_written_is_what_was_read_and_peft_loads_it(pair: Pair, tmp_path: Path) -> None:
+    ps.to_peft(pair.ours, tmp_path)
+    before, after = (load_file(d / "adapter_model.safetensors") for d in (pair.folder, tmp_path))
+    assert after.keys() == before.keys()
+    assert all(after[name].shape == before[name].shape for name in before)
+    if pair.name != "t5":  # peft does not use all of an encoder-decoder's
+        assert all(torch.equal(after[name], before[name]) for name in before)
+    again = PeftModel.from_pretrained(plain(pair.name), tmp_path).eval()
+    inputs = texts(pair.name)
+    torch.testing.assert_close(logits(again, inputs), logits(pair.ours, inputs), rtol=0, atol=1e-6)
+
+
+def test_it_is_ejected_and_not_folded(pair: Pair) -> None:
+    assert ps.eject(pair.ours) is graph(pair.name)
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.fold(pair.ours)
+    assert caught.value.code == "PSG401"
