@@ -1,0 +1,53 @@
+"""Where the positions of a text become numbers, on architectures that do it each in its own way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftsurgery as ps
+from peftsurgery.anatomy import survey
+from tests.models.captured import captured
+from tests.models.zoo import ZOO
+
+# What is made of positions first, its kind, and whether the attention it is for is causal.
+SITES = {
+    "llama": [("to", "token", True)],
+    "gpt2": [("embedding", "token", True)],
+    "bert": [("embedding", "token", False)],
+    "roberta": [("embedding", "token", False)],
+    "opt": [("embedding", "token", True)],
+    "gptj": [("gather", "token", True)] * 2,
+    "codegen": [("index", "token", True)] * 2,
+    "bloom": [("mul", "key", True)],
+    "t5": [("sub", "key", False), ("sub", "key", True)],
+    "bart": [("embedding", "token", False), ("embedding", "token", True)],
+    "swin": [],
+    "vit": [],
+    "mamba": [],
+}
+SHIFTED = """
+name: shifted
+with: {by: 5}
+rules:
+  - match: positions
+    where: {kind: token}
+    rewrite: {p: p + by}
+"""
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_position_sites(name: str) -> None:
+    sites = [site for site in survey(captured(name).base_capture) if site.kind == "positions"]
+    found = [(site.facts["op"], site.facts["kind"], site.facts["causal"]) for site in sites]
+    assert sorted(found) == sorted(SITES[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_positions_that_are_moved_are_those_a_caller_would_give(name: str) -> None:
+    inputs = ZOO[name].inputs(3, 9)
+    shifted = ps.apply(captured(name), ps.parse_rules(SHIFTED)).eval()
+    positions = torch.arange(5, 14).expand(3, -1)
+    with torch.no_grad():
+        wanted = ZOO[name].build()(**inputs, position_ids=positions).logits
+        torch.testing.assert_close(shifted(**inputs).logits, wanted, rtol=0, atol=1e-6)

@@ -1,0 +1,213 @@
+"""Prefixes on cores of every kind, as an MLP and with a head, and what peft's files cannot say.
+
+Where peft runs a model it is the oracle, else the model's own eager code with more keys.
+"""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.surgery import OperatedModel
+from tests.models.captured import captured as zoo
+from tests.models.zoo import ZOO
+from tests.parity.models import randomise
+from tests.parity.test_prefix import LENGTH, graph, logits, plain, texts, train
+
+INNER = 16
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+
+
+def peft_model(model: nn.Module, task: str = "CAUSAL_LM", **settings: Any) -> Any:
+    model.config.use_cache = True
+    config = PrefixTuningConfig(task_type=task, num_virtual_tokens=LENGTH, **settings)
+    made = get_peft_model(model, config).eval()
+    randomise(made, lambda name: "prompt_encoder" in name, 0.5)
+    return made
+
+
+def carry_mlp(theirs: Any, ours: OperatedModel) -> list[tuple[Tensor, Tensor]]:
+    """Give our perceptron peft's values; pairs of ours and the part of peft's that it is."""
+    encoder = theirs.prompt_encoder["default"]
+    weight, bias = encoder.transform[2].weight, encoder.transform[2].bias
+    pairs = [
+        (ours.get_parameter("prefix_tuning_mlp.E"), encoder.embedding.weight),
+        (ours.get_parameter("prefix_tuning_mlp.W"), encoder.transform[0].weight),
+        (ours.get_parameter("prefix_tuning_mlp.b"), encoder.transform[0].bias),
+    ]
+    cuts = [cut for cut in ours.cuts if cut.rule.params]
+    for layer, cut in enumerate(cuts):
+        for place, letter in enumerate("KV"):
+            number = 2 * layer + place
+            for name, whole in (("W", weight), ("b", bias)):
+                mine = ours.get_parameter(cut.parameters[name + letter])
+                pairs.append((mine, whole.unflatten(0, (2 * len(cuts), -1))[number]))
+    with torch.no_grad():
+        for mine, value in pairs:
+            mine.copy_(value)
+    return pairs
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_perceptron_is_pefts(name: str, tmp_path: Path) -> None:
+    theirs = peft_model(plain(name), prefix_projection=True, encoder_hidden_size=INNER)
+    settings = {"length": LENGTH, "bottleneck": INNER, "shift": True}
+    ours = ps.apply(graph(name), "prefix_tuning_mlp", **settings).eval()
+    carry_mlp(theirs, ours)
+    same = {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(logits(ours, texts(name)), logits(theirs, texts(name)), **same)
+    for model in (theirs, ours):
+        model(**texts(name)).loss.backward()
+    encoder = theirs.prompt_encoder["default"]
+    for letter, tensor in (("E", encoder.embedding.weight), ("W", encoder.transform[0].weight)):
+        mine = ours.get_parameter(f"prefix_tuning_mlp.{letter}").grad
+        torch.testing.assert_close(mine, tensor.grad, rtol=0, atol=1e-5)
+    losses = [train(name, deepcopy(model).train()) for model in (theirs, ours)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    ps.to_peft(ours, tmp_path)
+    again = PeftModel.from_pretrained(plain(name), tmp_path).eval()
+    torch.testing.assert_close(logits(again, texts(name)), logits(ours, texts(name)), **same)
+
+
+def given(ours: OperatedModel, theirs: Any) -> OperatedModel:
+    """Our prefix with the values of peft's."""
+    whole = theirs.prompt_encoder["default"].embedding.weight.detach()
+    cuts = [cut for cut in ours.cuts if cut.rule.params]
+    shape = (cuts[0].sizes["kv_heads"], cuts[0].sizes["head_dim"])
+    parts = whole.view(LENGTH, 2 * len(cuts), *shape)
+    with torch.no_grad():
+        for number, (cut, letter) in enumerate((cut, x) for cut in cuts for x in "KV"):
+            ours.get_parameter(cut.parameters[letter]).copy_(parts[:, number])
+    return ours.eval()
+
+
+def wide() -> nn.Module:
+    """Gemma-2 with capped scores, and windows that the text and its prefix fit into.
+
+    In peft a prefix slides out of a window; here every query sees it.
+    """
+    model = ZOO["gemma2"].build()
+    settings = {**model.config.to_dict(), "sliding_window": 32}
+    made = type(model)(type(model.config)(**settings)).eval()
+    made.load_state_dict(model.state_dict())
+    return made
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "gpt_neox", "opt"])
+def test_cores_of_other_kinds_give_what_peft_gives(name: str) -> None:
+    """Capped scores, distances in the scores, angles of a part of each head, a table."""
+    inputs = ZOO[name].inputs(3, 9)
+    model = wide() if name == "gemma2" else ZOO[name].build()
+    base = ps.capture(model, inputs=ZOO[name].inputs(2, 7)) if name == "gemma2" else zoo(name)
+    theirs = peft_model(deepcopy(model))
+    ours = given(ps.apply(base, "prefix_tuning", length=LENGTH, shift=True), theirs)
+    result = logits(ours, inputs)
+    torch.testing.assert_close(result, logits(theirs, inputs), rtol=0, atol=1e-6)
+    assert (result - logits(base, inputs)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_cross_attention_sees_a_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle: the original, with more keys handed to torch's attention within the modules."""
+    ours = ps.apply(zoo(name), "prefix_tuning", length=LENGTH, attention=["cross"]).eval()
+    model, inputs = ZOO[name].build(), ZOO[name].inputs(3, 9)
+    now: list[dict[str, str]] = []
+    for cut in ours.cuts:
+        module, names = model.get_submodule(cut.placed.module), cut.parameters
+        module.register_forward_pre_hook(lambda *_, names=names: now.append(names))
+        module.register_forward_hook(lambda *_: now.clear())
+    plain_attention = torch.nn.functional.scaled_dot_product_attention
+
+    def longer(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, **rest: Any) -> Tensor:
+        if now:
+            K, V = (ours.get_parameter(now[0][x]).detach().transpose(0, 1) for x in "KV")
+            k, v = (torch.cat((p.expand(len(q), -1, -1, -1), x), 2) for p, x in ((K, k), (V, v)))
+            seen = 1 if attn_mask is not None and attn_mask.dtype == torch.bool else 0
+            pad = torch.nn.functional.pad
+            attn_mask = None if attn_mask is None else pad(attn_mask, (LENGTH, 0), value=seen)
+        return plain_attention(q, k, v, attn_mask=attn_mask, **rest)
+
+    result = logits(ours, inputs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", longer)
+    torch.testing.assert_close(result, logits(model, inputs), rtol=0, atol=1e-5)
+    monkeypatch.undo()
+    assert (result - logits(zoo(name), inputs)).abs().max() > 1e-3
+
+
+def test_the_head_is_trained_with_the_prefix_and_goes_to_peft(tmp_path: Path) -> None:
+    ours = ps.apply(graph("bert-classifier"), "p_tuning_v2", length=LENGTH)
+    trained = {name for name in ours.learnt() if not name.endswith((".K", ".V"))}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    before = graph("bert-classifier").get_parameter("classifier.weight").clone()
+    losses = train("bert-classifier", ours.train())
+    assert losses[-2] < losses[0]
+    assert not torch.equal(ours.get_parameter("classifier.weight"), before)
+    ours.eval()
+    ps.to_peft(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(plain("bert-classifier"), tmp_path).eval()
+    inputs = texts("bert-classifier")
+    torch.testing.assert_close(logits(theirs, inputs), logits(ours, inputs), rtol=0, atol=1e-6)
+    again = ps.from_peft(graph("bert-classifier"), tmp_path).eval()
+    torch.testing.assert_close(logits(again, inputs), logits(ours, inputs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama", {"shift": False}),
+        ("t5", {"shift": True}),
+        ("t5", {"shift": True, "causal": True}),
+        ("t5", {"shift": True, "attention": ["cross"]}),
+    ],
+)
+def test_a_prefix_that_peft_has_not_is_refused(
+    name: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    ours = ps.apply(graph(name), "prefix_tuning", length=LENGTH, **settings)
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.to_peft(ours, tmp_path / "adapter")
+    assert caught.value.code == "PSG510"
+
+
+@pytest.mark.parametrize(
+    ("code", "key", "value"),
+    [
+        ("PSG507", "num_virtual_tokens", LENGTH + 1),
+        ("PSG508", "num_layers", 7),
+        ("PSG508", "num_attention_heads", 8),
+        ("PSG508", "num_transformer_submodules", 2),
+        ("PSG503", "num_virtual_tokens", -1),
+        ("PSG504", "inject_everywhere", True),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    code: str, key: str, value: Any, tmp_path: Path
+) -> None:
+    refused(tmp_path, code, lambda config, tensors: config.update({key: value}))
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    whole = "prompt_embeddings"
+    refused(tmp_path, "PSG506", lambda c, t: t.update({f"base_model.{whole}": t.pop(whole)}))
+    refused(tmp_path, "PSG507", lambda c, t: t.update({whole: t[whole][:, :-1].contiguous()}))
+
+
+def refused(folder: Path, code: str, damage: Any) -> None:
+    ps.to_peft(ps.apply(graph("llama"), "prefix_tuning", length=LENGTH, shift=True), folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    damage(config, tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.from_peft(graph("llama"), folder)
+    assert caught.value.code == code
