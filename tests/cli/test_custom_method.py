@@ -1,18 +1,19 @@
 """A method of one's own, as README tells: a YAML file, and no Python that is part of it."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
 import peftsurgery as ps
-from peftsurgery.cli.root import root
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+Run = Callable[..., Any]
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -25,51 +26,30 @@ def method(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=99,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    path = tmp_path_factory.mktemp("models") / "bert"
-    BertModel(config).save_pretrained(path)
-    return path
-
-
-def run(*arguments: str | Path) -> str:
-    result = CliRunner().invoke(root, [str(argument) for argument in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def test_the_file_is_checked_and_explained(method: Path) -> None:
-    run("rules", "check", method)
-    shown = run("rules", "show", method)
+def test_the_file_is_checked_and_explained(run: Run, method: Path) -> None:
+    assert run("rules", "check", method).code == 0
+    shown = run("rules", "show", method).out
     assert "tanh(g)" in shown
-    assert "per_attention" in shown or "attention" in shown
+    assert "attn.q" in shown
 
 
 def test_it_is_applied_trained_saved_and_folded_without_python_of_its_own(
-    method: Path, model: Path, tmp_path: Path
+    run: Run, method: Path, bert: Path, tmp_path: Path
 ) -> None:
     surgery, folded = tmp_path / "surgery", tmp_path / "folded"
-    run("apply", model, method, "-o", surgery, "--set", "rank=3", "--set", "scale=0.5")
+    applied = run("apply", bert, method, "-o", surgery, "--set", "rank=3", "--set", "scale=0.5")
+    assert applied.code == 0
     operated = ps.load(surgery)
     train(operated)
     operated.save(surgery)
-    run("fold", surgery, "-o", folded, "--verify")
+    assert run("fold", surgery, "-o", folded, "--verify").code == 0
 
     tokens = torch.randint(99, (3, 9))
     with torch.no_grad():
         expected = operated.eval()(input_ids=tokens).last_hidden_state
         plain = BertModel.from_pretrained(folded).eval()(input_ids=tokens).last_hidden_state
     assert (plain - expected).abs().max() < 2e-6
-    assert_folded_as_the_paper_would(operated, model, folded)
+    assert_folded_as_the_paper_would(operated, bert, folded)
 
 
 def train(operated: ps.OperatedModel) -> None:
@@ -91,9 +71,9 @@ def train(operated: ps.OperatedModel) -> None:
     assert not any(torch.equal(start[name], p) for name, p in trainable.items())
 
 
-def assert_folded_as_the_paper_would(operated: ps.OperatedModel, model: Path, folded: Path) -> None:
+def assert_folded_as_the_paper_would(operated: ps.OperatedModel, bert: Path, folded: Path) -> None:
     """W + s tanh(g) (B A), in plain numpy and double precision, for each matched weight."""
-    before = BertModel.from_pretrained(model).state_dict()
+    before = BertModel.from_pretrained(bert).state_dict()
     after = BertModel.from_pretrained(folded).state_dict()
     learnt = {name: p.detach().double().numpy() for name, p in operated.learnt().items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -104,17 +84,14 @@ def assert_folded_as_the_paper_would(operated: ps.OperatedModel, model: Path, fo
         assert np.abs(after[name].double().numpy() - expected).max() < 1e-7
 
 
-def test_a_slip_in_the_file_is_named_with_its_place(method: Path, model: Path) -> None:
+def test_a_slip_in_the_file_is_named_with_its_place(run: Run, method: Path, bert: Path) -> None:
     method.write_text(method.read_text().replace("gate * linear", "gaet * linear"))
-    result = CliRunner().invoke(root, ["apply", str(model), str(method), "--dry-run"])
-    assert result.exit_code == 2 or result.exit_code == 3
-    assert "gaet" in result.output
-    assert "did you mean 'gate'" in result.output
-    assert re.search(r"gated\.yaml:\d+:\d+", result.output)
+    result = run("apply", bert, method, "--dry-run")
+    assert result.code == 3
+    assert "gaet" in result.err
+    assert "did you mean 'gate'" in result.err
+    assert re.search(r"gated\.yaml:\d+:\d+", result.err)
 
 
-def test_why_says_what_kept_a_place_out(method: Path, model: Path) -> None:
-    result = CliRunner().invoke(
-        root, ["why", str(model), str(method), "encoder.layer.0.attention.self.key"]
-    )
-    assert "attn.k" in result.output
+def test_why_says_what_kept_a_place_out(run: Run, method: Path, bert: Path) -> None:
+    assert "attn.k" in run("why", bert, method, "encoder.layer.0.attention.self.key").out
