@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..anatomy.site import join
 from ..errors import SurgeryError
@@ -74,6 +74,21 @@ class Copies:
             if adapter in active and parameter not in self.placed:
                 self.placed[parameter] = home
                 _exchange(model, parameter, home)
+
+    def rename(self, state: dict[str, Tensor], prefix: str) -> None:
+        """Give copies in a state dict the names they have now, whichever were in place before.
+
+        A value under a parameter's own name is that of the one copy that the state has not under
+        its home; if that is not one, it is left out, since it would change the base.
+        """
+        for parameter in dict.fromkeys(parameter for parameter, _ in self.made.values()):
+            homes = [home for home, (owner, _) in self.made.items() if owner == parameter]
+            found = {home: state.pop(prefix + home) for home in homes if prefix + home in state}
+            lacking = [home for home in homes if home not in found]
+            value = state.pop(prefix + parameter, None)
+            if value is not None and len(lacking) == 1:
+                found[lacking[0]] = value
+            state.update({prefix + self.name(home): each for home, each in found.items()})
 
 
 def _exchange(model: nn.Module, one: str, other: str) -> None:

@@ -27,6 +27,7 @@ def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 
 def _put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Base parameters that are not there are the model's own: there is nothing to complain of."""
+    cast("OperatedModel", module).rename(state, prefix)
     for name, parameter in _of_base(module).items():
         state.setdefault(prefix + name, parameter)
 

@@ -257,6 +257,10 @@ class Switchable(GraphModel):
         """Where the base's own tensor is now, of a parameter that adapters may have copies of."""
         return self._copies.base_name(parameter)
 
+    def rename(self, state: dict[str, torch.Tensor], prefix: str) -> None:
+        """Give what is in a state dict the names it has with the adapters that are active now."""
+        self._copies.rename(state, prefix)
+
     @property
     def _owners(self) -> Mapping[str, str]:
         """The adapter of every parameter that was added or copied, by the parameter's own name."""

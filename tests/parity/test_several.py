@@ -1,4 +1,4 @@
-"""Several LoRA adapters in one model, with peft in the same process as the oracle."""
+"""Several adapters in one model, with peft in the same process as the oracle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 
 import peftsurgery as ps
@@ -143,3 +143,18 @@ def test_a_weighted_combination_is_pefts(name: str, how: str, folder: Path) -> N
         assert ours.operations[-1].settings["rank"] == theirs.peft_config["new"].r
         torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=2e-6)
         assert (logits(ours) - logits(captured(name))).abs().max() > 0.01
+
+
+def test_weighted_ia3_is_pefts(tmp_path: Path) -> None:
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    theirs: Any = get_peft_model(base("llama"), config, adapter_name="a")
+    theirs.add_adapter("b", config)
+    randomise(theirs, lambda parameter: "ia3_" in parameter, scale=0.3)
+    theirs.eval().save_pretrained(tmp_path)
+    ours: Any = captured("llama")
+    for adapter in ("a", "b"):
+        ours = ps.from_peft(ours, tmp_path / adapter, name=adapter)
+    theirs.add_weighted_adapter(["a", "b"], [0.3, 0.8], "new")
+    theirs.set_adapter("new")
+    combined = ps.combine(ours, {"a": 0.3, "b": 0.8}, "new").eval()
+    torch.testing.assert_close(logits(combined), logits(theirs), rtol=0, atol=1e-6)

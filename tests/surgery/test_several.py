@@ -175,6 +175,25 @@ def test_fold_and_peft_take_what_is_active(four: OperatedModel, tmp_path: Path) 
         torch.testing.assert_close(logits(only), logits(four), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("then", [(), ("b", "d")])
+def test_a_state_dict_is_read_whatever_was_active(
+    four: OperatedModel, then: tuple[str, ...]
+) -> None:
+    four.activate("a", "c")
+    state = {name: value.clone() for name, value in four.state_dict().items()}
+    twin = copy.deepcopy(four)
+    twin.deactivate()
+    randomise(twin, seed=9)
+    if then:
+        twin.activate(*then)
+    base = {name: value.clone() for name, value in captured("bert").named_parameters()}
+    assert not torch.equal(logits(twin), logits(four))
+    twin.load_state_dict(state)
+    for name, value in four.values().items():
+        assert torch.equal(twin.values()[name], value)
+    assert all(torch.equal(captured("bert").get_parameter(name), base[name]) for name in base)
+
+
 def test_a_copy_is_switched_by_itself_and_modes_are_everybodys(four: OperatedModel) -> None:
     four.activate("a")
     expected = logits(four)
