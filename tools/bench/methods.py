@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from peftsurgery.language import shipped
 from tools.bench.fresh import ROOT, measured
 from tools.bench.recipes import CLOSE, ELSEWHERE, FULL, RECIPES
 
@@ -31,23 +32,30 @@ Row = dict[str, Any]
 
 def main(arguments: list[str]) -> int:
     """Measure what is asked for, then print the table and what it leaves open."""
+    known = measurable()
     parser = argparse.ArgumentParser(prog="tools/bench/run methods", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=RECIPES, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=known, metavar="NAME")
     parser.add_argument("--again", action="store_true", help="measure what was measured before too")
     options = parser.parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=150)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name in options.only or RECIPES:
+    for name in options.only or known:
         for side in SIDES if RECIPES[name].peft else SIDES[:1]:
             if options.only or options.again or not _file(name, side).is_file():
                 with console.status(f"{name} ({'peft' if side == 'theirs' else 'here'})"):
                     _keep(name, side)
-    rows = {name: {side: _read(name, side) for side in SIDES} for name in RECIPES}
+    rows = {name: {side: _read(name, side) for side in SIDES} for name in known}
     console.print(table(rows))
     for line in remarks(rows):
         console.print(line, markup=False)
     failed = any("error" in row for sides in rows.values() for row in sides.values() if row)
     return int(failed)
+
+
+def measurable() -> list[str]:
+    """The rows of the table: full fine-tuning, and each method whose rules are shipped."""
+    there = {FULL, *shipped()}
+    return [name for name, recipe in RECIPES.items() if there.issuperset(recipe.rules or (name,))]
 
 
 def _keep(name: str, side: str) -> None:
@@ -107,7 +115,11 @@ def _fold(row: Row | None) -> str:
 
 def remarks(rows: dict[str, dict[str, Row | None]]) -> list[str]:
     """What to read the numbers with: errors, codes, and methods far from full fine-tuning."""
-    lines = [f"{name}: {recipe.beside}" for name, recipe in RECIPES.items() if recipe.beside]
+    lines = [
+        f"{name}: {recipe.beside}"
+        for name, recipe in RECIPES.items()
+        if recipe.beside and name in rows
+    ]
     lines += [f"{name} has no row: {why}" for name, why in ELSEWHERE.items()]
     for name, sides in rows.items():
         for side, row in sides.items():
@@ -116,7 +128,7 @@ def remarks(rows: dict[str, dict[str, Row | None]]) -> list[str]:
     lines.append("fold error PSG401: what the method computes is no change of weights")
     full = rows[FULL]["ours"]
     for name in CLOSE:
-        row = rows[name]["ours"]
+        row = rows.get(name, {}).get("ours")
         if not full or not row or "error" in full or "error" in row:
             continue
         gap = row["accuracy"] - full["accuracy"]

@@ -2,8 +2,9 @@
 
 ``peft`` names peft's config of the same method and its settings, where peft has the method and can
 train it on an encoder. ``rules`` are the shipped rules, if they are not called like the row, and
-``before`` the names of Pfeiffer's adapters that are trained first. ``beside`` is printed with the
-row, and ``why`` if it is far from full fine-tuning.
+``before`` the names of Pfeiffer's adapters that are trained first; ``without`` are outputs that an
+encoder does not have and that a rule is not to rewrite. ``beside`` is printed with the row, and
+``why`` if it is far from full fine-tuning.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Recipe:
     peft: tuple[str, Mapping[str, Any]] | None = None
     rules: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     beside: str = ""
     why: str = ""
 
@@ -55,7 +57,16 @@ RECIPES: Mapping[str, Recipe] = {
     "adalora": Recipe(
         5e-3,
         {"rank": 12, "target": 8, "interval": 5, **BUDGET},
-        ("AdaLoraConfig", {"init_r": 12, "target_r": 8, "deltaT": 5, "lora_alpha": 8, **QV}),
+        (
+            "AdaLoraConfig",
+            {
+                "init_r": 12,
+                "target_r": 8,
+                "deltaT": 5,
+                "lora_alpha": 8,
+                "target_modules": "all-linear",
+            },
+        ),
     ),
     "qlora": Recipe(2e-3, peft=("LoraConfig", LINEARS), beside="the base in four bits"),
     "bitfit": Recipe(3e-3),
@@ -76,12 +87,16 @@ RECIPES: Mapping[str, Recipe] = {
     "mam_adapter": Recipe(5e-4),
     "unipelt": Recipe(1e-3),
     "prompt_tuning": Recipe(1e-2, peft=("PromptTuningConfig", {"num_virtual_tokens": 20})),
-    "prompt_ensemble": Recipe(1e-2),
+    "prompt_after_embedding": Recipe(1e-2),
+    "prompt_ensemble": Recipe(
+        1e-2, without=("logits",), beside="the mean over five prompts is of embeddings"
+    ),
     "p_tuning": Recipe(1e-3, peft=("PromptEncoderConfig", {"num_virtual_tokens": 20})),
 }
 
 ELSEWHERE = {
     "lora_conv": "MiniLM has no convolutions",
+    "adalora_conv": "MiniLM has no convolutions",
     "nf4": "it trains nothing by itself: see qlora",
 }
 """Shipped rules that the table has no row for."""

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 from tools.story.docstrings import Labelled, collect
 from tools.story.minilm import NAMES, encode, find_model, pool
 
-STEPS, BATCH, SCALE = 240, 16, 20.0
+STEPS, BATCH, SCALE = 120, 16, 20.0
 LEARN, HELD_OUT = 150, 100
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
+from peftsurgery.language import RuleFile
 from tools.bench.capture import peak_gb
 from tools.bench.recipes import FULL, RECIPES, Recipe
 from tools.bench.task import STEPS, Task, Trained
@@ -83,7 +84,19 @@ def _operate(name: str, recipe: Recipe, base: nn.Module, task: Task) -> Any:
             task.train(model, own, rate, learn=share, steps=STEPS // len(recipe.before))
         for parameter in own:
             parameter.requires_grad_(False)
-    return ps.apply(model, list(recipe.rules or (name,)), **recipe.settings)
+    rules = [_without(ps.load_rules(rule), recipe.without) for rule in recipe.rules or (name,)]
+    return ps.apply(model, rules, **recipe.settings)
+
+
+def _without(file: RuleFile, outputs: tuple[str, ...]) -> RuleFile:
+    """The rule file without the new values of these outputs."""
+    rules = tuple(
+        rule.model_copy(
+            update={"rewrite": {n: e for n, e in rule.rewrite.items() if n not in outputs}}
+        )
+        for rule in file.rules
+    )
+    return file.model_copy(update={"rules": rules})
 
 
 def _fold(task: Task, operated: Any) -> float | str:
