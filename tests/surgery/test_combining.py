@@ -40,6 +40,12 @@ def made(model: str, *parts: tuple[Any, dict[str, Any]]) -> OperatedModel:
     return graph
 
 
+@pytest.fixture(autouse=True, params=["llama"])
+def name(request: pytest.FixtureRequest) -> str:
+    """The model most tests here are of: they run where it is captured already."""
+    return str(request.param)
+
+
 @cache
 def loras() -> OperatedModel:
     return made("llama", ("lora_qv", {"rank": 2}), ("lora_attention", {"rank": 3, "alpha": 5}))
@@ -93,22 +99,23 @@ def test_whatever_is_a_sum_over_its_rank_is_joined(
     assert_sum(model, {"a": 0.8, "b": 0.5}, ps.combine(model, {"a": 0.8, "b": 0.5}, "new", "cat"))
 
 
-def test_bottlenecks_are_joined_to_one_that_adds_what_they_add() -> None:
+@pytest.mark.parametrize("name", ["bert"])
+def test_bottlenecks_are_joined_to_one_that_adds_what_they_add(name: str) -> None:
     rules = ps.parse_rules(BOTTLENECK)
-    model = made("bert", (rules, {}), (rules, {"width": 2, "strength": 3.0}))
+    model = made(name, (rules, {}), (rules, {"width": 2, "strength": 3.0}))
     combined = ps.combine(model, {"a": 1.0, "b": 1.0}, "new", "cat")
     values, strength = combined.values("new"), combined.operations[-1].settings["strength"]
-    for name, value in values.items():
-        a, b = (model.get_parameter(name.replace(".new.", f".{n}.")) for n in "ab")
-        if name.endswith(".c"):
+    for full, value in values.items():
+        a, b = (model.get_parameter(full.replace(".new.", f".{n}.")) for n in "ab")
+        if full.endswith(".c"):
             torch.testing.assert_close(strength * value, a + 3 * b)
         else:
             assert value.numel() == a.numel() + b.numel()
     h = torch.randn(5, 32)
-    path = next(name for name in values if name.endswith(".D")).rpartition(".new.")[0]
+    path = next(full for full in values if full.endswith(".D")).rpartition(".new.")[0]
 
-    def adds(graph: OperatedModel, name: str, strength: float) -> Tensor:
-        D, U, c = (graph.get_parameter(f"{path}.{name}.ffn.{part}") for part in "DUc")
+    def adds(graph: OperatedModel, adapter: str, strength: float) -> Tensor:
+        D, U, c = (graph.get_parameter(f"{path}.{adapter}.ffn.{part}") for part in "DUc")
         return strength * ((h @ D.T).relu() @ U.T + c)
 
     both = adds(model, "a", 1.0) + adds(model, "b", 3.0)
@@ -130,8 +137,9 @@ def test_one_adapter_scaled_is_its_change_scaled() -> None:
         assert_sum(model, {"a": factor}, ps.combine(model, {"a": factor}, "new"))
 
 
-def test_of_trained_parameters_of_the_base_the_changes_are_combined() -> None:
-    model = made("bert", (BIASES, {}), (BIASES, {}))
+@pytest.mark.parametrize("name", ["bert"])
+def test_of_trained_parameters_of_the_base_the_changes_are_combined(name: str) -> None:
+    model = made(name, (BIASES, {}), (BIASES, {}))
     shares = {"a": 0.5, "b": -2.0}
     combined = ps.combine(model, shares, "new")
     assert_sum(model, shares, combined)

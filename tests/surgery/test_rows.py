@@ -35,6 +35,12 @@ WITH = {"llama": ["lora", "dora", "table", "inputs"], "gpt2": [*RULES][:5], "ber
 WITH["t5"] = WITH["qwen3"] = WITH["llama"]
 
 
+@pytest.fixture(autouse=True, params=["llama"])
+def name(request: pytest.FixtureRequest) -> str:
+    """The model most tests here are of: they run where it is captured already."""
+    return str(request.param)
+
+
 @cache
 def several(name: str) -> OperatedModel:
     """A model with several adapters, none of them active."""
@@ -72,8 +78,9 @@ def test_each_row_is_what_its_adapter_alone_makes_of_it(name: str) -> None:
     assert all((gap > 1e-3) == (given is not None) for given, gap in zip(names, apart, strict=True))
 
 
-def test_rows_of_the_base_alone_are_the_base() -> None:
-    model = several("gpt2")
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_rows_of_the_base_alone_are_the_base(name: str) -> None:
+    model = several(name)
     assert torch.equal(logits(model, 3, adapters=[None] * 3), logits(model, 3))
 
 
@@ -113,43 +120,46 @@ def test_wrong_rows_are_refused_and_change_nothing() -> None:
     assert (model.active, torch.equal(logits(model, 4), logits(several("llama"), 4))) == ((), True)
 
 
+@pytest.mark.parametrize("name", ["gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_rows_are_trained_each_by_its_own_adapter(checkpointing: bool) -> None:
-    model, names = several("gpt2"), ["lora", "biases", None]
+def test_rows_are_trained_each_by_its_own_adapter(name: str, checkpointing: bool) -> None:
+    model, names = several(name), ["lora", "biases", None]
     model.activate("lora", "biases")
     model.train().gradient_checkpointing(checkpointing)
     model(**batch(3, 6), adapters=names).logits.square().sum().backward()
     mixed = {name: value.grad for name, value in model.values("lora", "biases").items()}
-    for row, name in enumerate(names[:2]):
+    for row, used in enumerate(names[:2]):
         model.zero_grad()
-        with model.only(str(name)):
+        with model.only(str(used)):
             result = model(**batch(3, 6)).logits
         result[row].square().sum().backward()  # where other copies are in place
-        for full, value in model.values(str(name)).items():
+        for full, value in model.values(str(used)).items():
             torch.testing.assert_close(mixed[full], value.grad, rtol=1e-5, atol=1e-6, msg=full)
     model.zero_grad()
     model.gradient_checkpointing(False)
     model.eval().deactivate()
 
 
-def test_tables_that_rows_share_are_told_apart_where_they_meet_the_batch() -> None:
+@pytest.mark.parametrize("name", ["gpt2"])
+def test_tables_that_rows_share_are_told_apart_where_they_meet_the_batch(name: str) -> None:
     rule = ps.Rule(
         match="embedding",
         where={"role": "embed.positions"},
         params={"T": {"shape": ["in", "out"]}},
         rewrite="y + embedding(x, T)",
     )
-    both = ps.apply(several("gpt2"), rule, name="positions")
+    both = ps.apply(several(name), rule, name="positions")
     randomise(both, scale=0.2).deactivate()
     names = ["positions", None, "lora"]
     assert torch.equal(logits(both, 3, adapters=names), expected(both, names, 3))
 
 
-def test_what_leaves_a_block_before_it_meets_the_batch_is_refused() -> None:
+@pytest.mark.parametrize("name", ["t5"])
+def test_what_leaves_a_block_before_it_meets_the_batch_is_refused(name: str) -> None:
     rule = ps.Rule(
         match="parameter", where={"path": r".*relative_attention_bias\.weight"}, train=True
     )
-    model = ps.apply(captured("t5"), rule, name="distances")
+    model = ps.apply(captured(name), rule, name="distances")
     randomise(model, scale=0.2)
     before = logits(model, 3)
     with pytest.raises(ps.SurgeryError, match=r"PSG313: distances at .*relative_attention_bias"):
@@ -166,10 +176,11 @@ def test_a_prompt_makes_the_text_of_all_rows_longer_and_is_refused() -> None:
     assert torch.equal(logits(model, 2, adapters=["lora", None])[1], logits(model, 2)[1])
 
 
-def test_a_row_may_use_a_fusion_and_another_what_is_fused() -> None:
-    graph: Any = captured("bert")
-    for name in ("one", "two"):
-        graph = ps.apply(graph, "pfeiffer", name=name)
+@pytest.mark.parametrize("name", ["bert"])
+def test_a_row_may_use_a_fusion_and_another_what_is_fused(name: str) -> None:
+    graph: Any = captured(name)
+    for adapter in ("one", "two"):
+        graph = ps.apply(graph, "pfeiffer", name=adapter)
     model = randomise(ps.apply(graph, "adapter_fusion", name="fused", adapters=["one", "two"]))
     names = ["one", "fused", None, "two"]
     assert torch.equal(logits(model, 4, adapters=names), expected(model, names, 4))

@@ -32,6 +32,12 @@ def biases(name: str, seed: int) -> OperatedModel:
     return randomise(ps.apply(captured("bert"), BIASES, name=name), seed, scale=0.3)
 
 
+@pytest.fixture(autouse=True, params=["bert"])
+def name(request: pytest.FixtureRequest) -> str:
+    """The model most tests here are of: they run where it is captured already."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
     """Four adapters, each saved, with the logits of a model that has it alone."""
