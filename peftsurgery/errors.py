@@ -260,11 +260,10 @@ CODES: dict[str, CodeInfo] = {
     "PSG210": CodeInfo(
         "the cache cannot be left to its owner",
         "A captured model calls the cache it is given, and knows no more of it than how long it "
-        "is: that works for every cache of keys and values that grows with each token (a "
-        "DynamicCache, with sliding windows or without; an offloaded or quantised one). A static "
-        "cache has a fixed length, and some models keep other states or read the cache's tensors "
-        "themselves. Generate with a dynamic cache (cache_implementation='dynamic') or with "
-        "use_cache=False, or fold the model and generate with the plain one.",
+        "is. That works for caches of keys and values; it does not for models that keep other "
+        "states, or that read the cache's tensors themselves. A cache of fixed length works in "
+        "generate, which makes the masks for it. Generate with use_cache=False, or fold the model "
+        "and generate with the plain one.",
     ),
     "PSG211": CodeInfo(
         "the model cannot be captured in train mode",

@@ -3,16 +3,16 @@
 A capture never looks into a cache. While a model is traced, the cache's layers have stand-ins that
 answer questions about lengths with symbols, and an operator of our own stands where new keys and
 values are handed over. In the captured graph the cache is an input like any other: its lengths are
-asked, and its ``update`` is called, when the graph runs. So every cache that grows works (windows
-that slide, quantised and offloaded layers), the caller's own object is the one that grows, and one
-capture serves the first tokens and all later ones.
+asked, and its ``update`` is called, when the graph runs. So every cache of keys and values works
+(windows that slide, quantised, offloaded and static layers), the caller's own object is the one
+that grows, and one capture serves all tokens after the first.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -67,13 +67,23 @@ class Past:
     def emptied(self) -> Past:
         """A cache of this kind with nothing in it."""
         cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.reset()
+        cache.layers = [_emptied(layer) for layer in self.cache.layers]
         return Past(self.name, cache)
 
 
 def _kind(layer: Any) -> Any:
     return type(layer), layer.get_max_length()
+
+
+def _emptied(layer: Any) -> Any:
+    """A layer of the same kind with nothing in it; resetting it must not touch what it shares."""
+    made = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(made, name, value.clone() if value.dim() == 0 else None)
+    made.is_initialized = False
+    made.reset()
+    return made
 
 
 @torch.library.custom_op("peftsurgery::remember", mutates_args=())
@@ -97,16 +107,21 @@ class Traced:
     has: their sizes are the lengths of that kind. A length of 0 or 1 is fixed, a case of its own.
     """
 
-    def __init__(self, past: Past, module: nn.Module) -> None:
+    def __init__(self, past: Past, module: nn.Module, text: str, new: int) -> None:
+        """``new`` tokens follow the past, given by the argument ``text``."""
         self.past = past
+        self.text, self.new = f"{text}.shape[1]", new
         self.returned: int | None = None
         self.layers = _all_layers(past.cache, module)
         self.lengths: dict[int, tuple[int, int, int]] = {}
         self.first: dict[Any, int] = {}  # the first layer of every kind
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, CacheLayerMixin) and _kind(layer) not in self.first:
-                self.first[_kind(layer)] = index
-                self.lengths[index] = _lengths(layer, past.stretched)
+            if isinstance(layer, CacheLayerMixin):
+                self.first.setdefault(_kind(layer), index)
+        for index in self.first.values():
+            _check(self.layers[index])
+            if not self.layers[index].is_compileable:
+                self.lengths[index] = _lengths(self.layers[index], past.stretched)
         self.sizes = {
             f"past_lengths_{index}": torch.zeros(()).expand([n for n in lengths if n > 1])
             for index, lengths in self.lengths.items()
@@ -123,17 +138,26 @@ class Traced:
         }
         cache = copy.copy(self.past.cache)
         cache.layer_class_to_replicate = None
-        cache.layers = [
-            _stand_in(layer, index, symbols[self.first[_kind(layer)]])
-            if _kind(layer) in self.first
-            else layer
-            for index, layer in enumerate(self.layers)
-        ]
+        cache.layers = [self._stand_in(index, symbols) for index in range(len(self.layers))]
         outputs = forward(**tensors, **{self.past.name: cache}, **flags)
         leaves, spec = pytree.tree_flatten(outputs, is_leaf=lambda value: value is cache)
         places = [place for place, leaf in enumerate(leaves) if leaf is cache]
         self.returned = places[0] if places else None
         return pytree.tree_unflatten([0 if leaf is cache else leaf for leaf in leaves], spec)
+
+    def _stand_in(self, index: int, symbols: Mapping[int, tuple[int, int, int]]) -> Any:
+        layer = self.layers[index]
+        first = self.first.get(_kind(layer))
+        if first is None:
+            return layer
+        if first in symbols:
+            return _stand_in(_Growing, layer, index, symbols[first])
+        return _stand_in(_Fixed, layer, index, self._fixed(first))
+
+    def _fixed(self, index: int) -> tuple[int, int, int]:
+        """The three lengths of a kind of layer that does not grow."""
+        layer = self.layers[index]
+        return (int(layer.get_seq_length()), *layer.get_mask_sizes(self.new))
 
     def _symbols(self, index: int, sizes: Tensor) -> tuple[int, int, int]:
         """The three lengths of a kind of layer, as a trace knows them."""
@@ -148,6 +172,11 @@ class Traced:
     def conditions(self, texts: tuple[str, ...]) -> tuple[str, ...]:
         """Conditions on the sizes as conditions on the cache, and those on what was fixed."""
         fixed: list[str] = []
+        for index in self.first.values() - self.lengths.keys():
+            seen, within, _ = self._fixed(index)
+            fixed.append(f"{self.past.name}.get_mask_sizes({self.text}, {index})[0] == {within}")
+            if not seen:
+                fixed.append(f"{self.past.name}.get_seq_length({index}) == 0")
         for index, lengths in self.lengths.items():
             asked = [f"{self.past.name}.{length.format(index)}" for length in LENGTHS]
             fixed += [f"{asked[which]} == {n}" for which, n in enumerate(lengths) if n < 2]
@@ -198,7 +227,7 @@ def as_if_run() -> Iterator[None]:
 
 
 class _StandIn:
-    """A layer of a cache in a trace: its lengths are symbols, and it has no content."""
+    """A layer of a cache in a trace: it has lengths and no content."""
 
     _layer_type = None  # transformers registers layers that name a type
     is_sliding: bool
@@ -214,15 +243,9 @@ class _StandIn:
         self.added += keys.shape[-2]
         return torch.ops.peftsurgery.remember(keys, values, self.index, length)
 
-    def get_seq_length(self) -> int:
-        """The tokens seen up to now."""
-        return self.lengths[0] + self.added
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens will be attended to with so many new ones, and how many were before."""
-        if self.added and self.is_sliding:
-            raise refused("it asks a sliding window for its length after filling it")
-        return self.lengths[1] + self.added + query_length, self.lengths[2]
+        raise NotImplementedError
 
     @property
     def keys(self) -> Tensor:
@@ -230,6 +253,32 @@ class _StandIn:
         raise refused("it reads keys and values out of its cache by itself")
 
     values = keys
+
+
+class _Growing(_StandIn):
+    """A layer that is longer by what it is given."""
+
+    def get_seq_length(self) -> int:
+        """The tokens seen up to now."""
+        return self.lengths[0] + self.added
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.added and self.is_sliding:
+            raise refused("it asks a sliding window for its length after filling it")
+        return self.lengths[1] + self.added + query_length, self.lengths[2]
+
+
+class _Fixed(_StandIn):
+    """A layer of a fixed length. Masks are made for it beforehand, unless it is empty."""
+
+    def get_seq_length(self) -> int:
+        """Nothing yet."""
+        if self.lengths[0] or self.added:
+            raise refused("it asks a cache of fixed length how long it is")
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.lengths[1], self.lengths[2]
 
 
 def is_cache(value: Any) -> bool:
@@ -244,8 +293,8 @@ def refused(why: str) -> SurgeryError:
     )
 
 
-def _stand_in(layer: Any, index: int, lengths: tuple[int, int, int]) -> Any:
-    kind = type(type(layer).__name__, (_StandIn, type(layer)), {})
+def _stand_in(by: type[_StandIn], layer: Any, index: int, lengths: tuple[int, int, int]) -> Any:
+    kind = type(type(layer).__name__, (by, type(layer)), {})
     made: Any = object.__new__(kind)
     made.__dict__.update(vars(layer))
     made.index, made.lengths, made.added = index, lengths, 0
@@ -261,12 +310,14 @@ def _all_layers(cache: Cache, module: nn.Module) -> list[Any]:
     return layers
 
 
-def _lengths(layer: Any, stretched: bool) -> tuple[int, int, int]:
-    """The lengths of a layer, as a trace is to take them."""
-    if layer.is_compileable:
-        raise refused(f"a {type(layer).__name__} has a fixed length")
+def _check(layer: Any) -> None:
+    """Refuse a layer that is more than keys and values. PSG210."""
     if any(name.startswith("update_") for name in dir(layer)):
         raise refused(f"a {type(layer).__name__} remembers more than keys and values")
+
+
+def _lengths(layer: Any, stretched: bool) -> tuple[int, int, int]:
+    """The lengths of a layer that grows, as a trace is to take them."""
     within, before = layer.get_mask_sizes(0)
     if layer.get_mask_sizes(1) != (within + 1, before):
         raise refused(f"a {type(layer).__name__} does not grow by what it is given")

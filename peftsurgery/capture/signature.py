@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from ..errors import SurgeryError
 from .remembering import STRETCH, Past, Traced, is_cache, refused
 
-MASK = "attention_mask"  # the name it has in every model of transformers
+MASK = "attention_mask"  # the name it has in every model of transformers, as have these
+TEXT = ("input_ids", "inputs_embeds")
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,16 @@ def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
 
     Models look, and compute in another way then; a capture cannot look.
     """
-    mask, new = named.get(MASK), named.get("input_ids", named.get("inputs_embeds"))
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or not isinstance(new, torch.Tensor):
+    mask, new = named.get(MASK), next((named[name] for name in TEXT if name in named), None)
+    if not _is_of_tokens(mask) or not isinstance(new, torch.Tensor):
         return False
     covers = mask.shape == (new.shape[0], new.shape[1] + past.seen)
     return covers and bool(mask.all())
+
+
+def _is_of_tokens(mask: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a mask says which tokens are seen, not which token sees which."""
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
 
 
 def takes(module: nn.Module, name: str) -> bool:
@@ -132,10 +138,10 @@ def widen(call: Call) -> Call:
         call = map_tensors(call, lambda tensor: torch.cat([tensor, tensor]))
     if call.past is None:
         return call
-    longer = dict(call.tensors)
-    if MASK in longer and longer[MASK].ndim == 2:
-        longer[MASK] = nn.functional.pad(longer[MASK], (STRETCH, 0), value=1)
-    return replace(call, tensors=longer, past=replace(call.past, stretched=True))
+    tensors_by_name = dict(call.tensors)
+    if _is_of_tokens(tensors_by_name.get(MASK)):
+        tensors_by_name[MASK] = nn.functional.pad(tensors_by_name[MASK], (STRETCH, 0), value=1)
+    return replace(call, tensors=tensors_by_name, past=replace(call.past, stretched=True))
 
 
 def traced(call: Call, module: nn.Module) -> Call:
@@ -145,15 +151,18 @@ def traced(call: Call, module: nn.Module) -> Call:
     """
     if call.past is None:
         return call
-    trace = Traced(call.past, module)
+    text = next((name for name in TEXT if name in call.tensors), None)
+    if text is None:
+        raise refused(f"there is neither {' nor '.join(TEXT)} beside it")
+    trace = Traced(call.past, module, text, call.tensors[text].shape[1])
     return replace(call, tensors={**call.tensors, **trace.sizes}, trace=trace)
 
 
 def example(call: Call) -> Call:
     """The call with tensors on meta and nothing in its past, to remember what a capture is for."""
     tensors = dict(call.tensors)
-    if call.past is not None and MASK in tensors:
-        tensors[MASK] = tensors[MASK][..., call.past.seen :]
+    if call.past is not None and _is_of_tokens(tensors.get(MASK)):
+        tensors[MASK] = tensors[MASK][:, call.past.seen :]
     past = call.past and call.past.emptied()
     emptied = replace(call, tensors=tensors, past=past)
     return map_tensors(emptied, lambda tensor: torch.empty_like(tensor, device="meta"))
