@@ -15,6 +15,8 @@ from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery.surgery import OperatedModel
+from tests.models.captured import captured as classifier_of
+from tests.models.zoo import ZOO
 from tests.parity.models import SMALL, base, batch, captured, randomise
 
 pytestmark = [
@@ -159,3 +161,22 @@ def test_weighted_ia3_is_pefts(name: str, tmp_path: Path) -> None:
     theirs.set_adapter("new")
     combined = ps.combine(ours, {"a": 0.3, "b": 0.8}, "new").eval()
     torch.testing.assert_close(logits(combined), logits(theirs), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["bert"])
+def test_heads_that_were_trained_are_the_rows_own_too(name: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"])
+    theirs: Any = get_peft_model(ZOO[name].build(), config, adapter_name="a")
+    theirs.add_adapter("b", config)
+    own = ("lora_", "modules_to_save")
+    randomise(theirs, lambda parameter: any(part in parameter for part in own), scale=0.3)
+    theirs.eval().save_pretrained(tmp_path)
+    ours: Any = classifier_of(name)
+    for adapter in ("a", "b"):
+        ours = ps.from_peft(ours, tmp_path / adapter, name=adapter)
+        ours.deactivate()
+    rows, inputs = ["a", None, "b", "a"], ZOO[name].inputs(4, 6)
+    with torch.no_grad():
+        expected = theirs(**inputs, adapter_names=[row or "__base__" for row in rows]).logits
+        result = ours.eval()(**inputs, adapters=rows).logits
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
