@@ -453,6 +453,11 @@ CODES: dict[str, CodeInfo] = {
         "Virtual tokens go before a text once, and are in the cache from then on. generate() does "
         "so; a call of one's own that goes on from such a cache would have them twice.",
     ),
+    "PSG331": CodeInfo(
+        "positions of keys without keys",
+        "Where attention is biased by the distance of each key, a rule that adds positions must "
+        "add as many keys at every core that the bias is for.",
+    ),
     "PSG401": CodeInfo(
         "the method cannot be folded",
         "Only what amounts to a change of weights can become part of them. The rule says so by "

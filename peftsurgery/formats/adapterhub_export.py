@@ -49,6 +49,9 @@ def export(model: OperatedModel, name: str) -> Written:
 
 def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
     """The config of an operation. PSG512 for settings that the library cannot have."""
+    for setting, value in operation.file.implied(FORMAT).items():
+        if operation.settings[setting] != value:
+            raise _refuse(f"'{setting}' is not {value!r}, which it always is in the library")
     carried = operation.file.carried(FORMAT)
     flat = expected(operation.file) | {
         key: operation.settings[setting] for key, setting in carried.items()

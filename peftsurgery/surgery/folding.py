@@ -122,12 +122,18 @@ def _is_nothing(value: Any) -> bool:
     return not torch.as_tensor(value).any()
 
 
+def _instead(cut: Cut) -> str:
+    """What to do with a method that is no change of weights."""
+    ship = "what it computes is not a change of weights; ship the saved surgery with the base"
+    return ship if cut.operation.file.flat is None else f"{ship}, flatten()ed first"
+
+
 def _check_foldable(cut: Cut) -> None:
     if cut.rule.rewrite and not cut.rule.fold:
         raise SurgeryError(
             "PSG401",
             f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
-            "what it computes is not a change of weights; ship the saved surgery with the base",
+            _instead(cut),
         )
 
 

@@ -26,7 +26,7 @@ from .copies import Copies
 from .fronted import Fronted, Fronts
 from .fusing import check_fused, check_fusions, sewn
 from .keeping import Keeping
-from .operation import Cut, Operation, check_free
+from .operation import Cut, Operation, check_free, check_lengthened
 from .penalties import penalty_of
 from .report import Report
 from .rewrites import Rewrites
@@ -174,6 +174,7 @@ class OperatedModel(Fronted, Keeping):
         for selection in selections:
             selection.check()
         check_free(cuts, (name for name, _ in self.named_parameters()))
+        check_lengthened(cuts, selections[0].sites if selections else ())
         for cut in _one_for_each_place(cuts):
             check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
         self._cuts, self._selections = tuple(cuts), tuple(selections)

@@ -7,7 +7,7 @@ of operations; everything else about it follows from these.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +127,24 @@ def check_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
                     "apply under another name: apply(..., name='second')",
                 )
             owners[name] = cut
+
+
+def check_lengthened(cuts: Sequence[Cut], sites: Iterable[Any]) -> None:
+    """Refuse more positions of keys for attention that does not get more keys. PSG331."""
+    known = [s for s in sites if s.kind == "attention" and s.facts["kind"] == "self"]
+    for cut in cuts:
+        if not cut.rule.kind.lengthens or cut.placed.facts["kind"] != "key":
+            continue
+        mine = {(c.placed.block, c.site) for c in cuts if c.operation is cut.operation}
+        for core in known:
+            alike = bool(core.facts["causal"]) == cut.placed.facts["causal"]
+            if alike and (core.block, core.site) not in mine:
+                raise SurgeryError(
+                    "PSG331",
+                    f"{cut.operation.name} gives more positions to the keys of '{core.module}', "
+                    "and no more keys",
+                    "leave the positions as they are: shift=false, or prefix all layers",
+                )
 
 
 def _same_weight(cut: Cut, other: Cut) -> bool:

@@ -143,6 +143,19 @@ def test_cross_attention_sees_a_prefix(name: str, monkeypatch: pytest.MonkeyPatc
     assert (result - logits(zoo(name), inputs)).abs().max() > 1e-3
 
 
+def test_a_prefix_generates_what_peft_generates(tmp_path: Path) -> None:
+    model = plain("gpt2")
+    theirs = peft_model(deepcopy(model))
+    theirs.save_pretrained(tmp_path)
+    ours = ps.from_peft(ps.capture(model, cache=True), tmp_path).eval()
+    ids = texts("gpt2")["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    tokens = [m.generate(input_ids=ids, attention_mask=mask, **settings) for m in (ours, theirs)]
+    assert torch.equal(*tokens)
+
+
 def test_the_head_is_trained_with_the_prefix_and_goes_to_peft(tmp_path: Path) -> None:
     ours = ps.apply(graph("bert-classifier"), "p_tuning_v2", length=LENGTH)
     trained = {name for name in ours.learnt() if not name.endswith((".K", ".V"))}
@@ -166,7 +179,7 @@ def test_the_head_is_trained_with_the_prefix_and_goes_to_peft(tmp_path: Path) ->
         ("llama", {"shift": False}),
         ("t5", {"shift": True}),
         ("t5", {"shift": True, "causal": True}),
-        ("t5", {"shift": True, "attention": ["cross"]}),
+        ("t5", {"shift": False, "attention": ["cross"]}),
     ],
 )
 def test_a_prefix_that_peft_has_not_is_refused(
@@ -176,6 +189,13 @@ def test_a_prefix_that_peft_has_not_is_refused(
     with pytest.raises(ps.SurgeryError) as caught:
         ps.to_peft(ours, tmp_path / "adapter")
     assert caught.value.code == "PSG510"
+
+
+def test_adapterhub_has_no_prefix_that_moves_positions(tmp_path: Path) -> None:
+    ours = ps.apply(graph("bert-classifier"), "prefix_tuning", length=LENGTH, shift=True)
+    with pytest.raises(ps.SurgeryError, match="'shift' is not False") as caught:
+        ps.to_adapterhub(ours, tmp_path / "adapter")
+    assert caught.value.code == "PSG512"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import peftsurgery as ps
 from tests.models.captured import captured
@@ -77,6 +79,46 @@ def test_no_norm_follows_the_sum_of_a_pre_norm_model() -> None:
     rules = ps.parse_rules(TWICE)
     result = ps.apply(captured("llama"), rules)(**inputs)[0]
     torch.testing.assert_close(result, captured("llama")(**inputs)[0], rtol=0, atol=1e-5)
+
+
+class Causal(nn.Module):
+    """Attention that torch is told to mask, two heads of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+
+    def heads(self, x: Tensor) -> list[Tensor]:
+        split = (len(x), -1, 2, 4)
+        return [part(x).view(split).transpose(1, 2) for part in (self.q, self.k, self.v)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        core = F.scaled_dot_product_attention(*self.heads(x), is_causal=True)
+        return self.o(core.transpose(1, 2).flatten(2))
+
+
+def test_a_prefix_is_seen_where_causality_has_no_mask() -> None:
+    torch.manual_seed(0)
+    model, x = Causal().eval(), torch.randn(3, 6, 8)
+    graph = ps.capture(model, inputs={"x": torch.randn(2, 5, 8)})
+    operated = ps.apply(graph, ps.parse_rules(PREFIX))
+    names = operated.cuts[0].parameters
+    q, *rest = model.heads(x)
+    prefixes = [
+        operated.get_parameter(names[p]).transpose(0, 1).expand(3, -1, -1, -1) for p in "KV"
+    ]
+    k, v = (torch.cat(pair, 2) for pair in zip(prefixes, rest, strict=True))
+    mask = torch.cat((torch.ones(6, 3), torch.ones(6, 6).tril()), 1).bool()
+    core = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    wanted = model.o(core.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(operated(x=x), wanted, rtol=0, atol=1e-6)
+
+
+def test_keys_positions_are_not_lengthened_alone() -> None:
+    """A bias of distances for keys that are not there."""
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.apply(captured("t5"), "prefix_tuning", attention=["cross"], shift=True)
+    assert caught.value.code == "PSG331"
 
 
 def test_a_core_that_takes_keys_apart_is_refused() -> None:
