@@ -87,14 +87,13 @@ def _check_form(cut: Cut, form: RuleFile) -> None:
 
 def _settings_read(cut: Cut) -> list[str]:
     """The settings that the rule's new values depend on, through `let` names too."""
-    let = {**cut.operation.file.let, **cut.rule.let}
-    pending = [name for e in cut.rule.rewrite.values() for name in e.names]
+    let = cut.operation.file.let
+    pending = [*cut.rule.reads()]
     seen: dict[str, None] = {}
     while pending:
         name = pending.pop()
-        if name not in seen:
-            seen[name] = None
-            pending += let[name].names if name in let else ()
+        seen[name] = None
+        pending += [n for n in let[name].names if n not in seen] if name in let else ()
     return [name for name in seen if name in cut.operation.file.with_]
 
 

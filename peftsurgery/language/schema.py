@@ -190,6 +190,17 @@ class Rule(Strict):
         """Whether the rule is one of its file's with these settings."""
         return self.when is None or bool(evaluate(self.when, settings))
 
+    def reads(self) -> frozenset[str]:
+        """The names that the new values depend on, through `let` names too."""
+        pending = [name for expression in self.rewrite.values() for name in expression.names]
+        seen: set[str] = set()
+        while pending:
+            name = pending.pop()
+            if name not in seen:
+                seen.add(name)
+                pending += self.let[name].names if name in self.let else ()
+        return frozenset(seen)
+
     @property
     def kind(self) -> Kind:
         """The names that the match binds."""

@@ -17,7 +17,7 @@ from ..capture import Capture
 from ..capture.signature import Call
 from ..capture.stack import inherit
 from ..errors import SurgeryError
-from ..language import rewrite, shape_of
+from ..language import Rule, rewrite, shape_of
 from .operation import Cut
 from .rewriting import Rewriter, cast, compute_dtype, dtype_of
 
@@ -41,19 +41,22 @@ def new_shapes(cuts: Iterable[Cut]) -> dict[str, tuple[Any, ...]]:
 def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
     """The inputs that a cut changes, as fake tensors; ``known`` are those that others changed.
 
-    PSG306 if one of them does not fit the model: another width, another number of dimensions.
+    PSG305 if the inputs lack one that is not optional, PSG306 if one of them does not fit the
+    model: another width, another number of dimensions.
     """
+    _check_given(cut)
     kind, nodes = cut.rule.kind, cut.site.nodes
-    given = {name: known.get(name, _value(nodes, name)) for name in kind.values}
-    dtype = compute_dtype(cut)
-    with given["embeds"].fake_mode:
+    given = dict.fromkeys(kind.values)
+    given |= {name: known.get(name, _value(nodes, name)) for name in bound_names(cut.rule)}
+    dtype, some = compute_dtype(cut), next(value for value in given.values() if value is not None)
+    with some.fake_mode:
         bound: dict[str, Any] = {**dict.fromkeys(kind.weights, 0.0), **cut.numbers}
         for name, value in given.items():
             floats = value is not None and value.is_floating_point()
             bound[name] = value.to(dtype) if floats and name not in kind.outputs else value
         for name, param in cut.rule.params.items():
             bound[name] = torch.empty(
-                shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=given["embeds"].device
+                shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=some.device
             )
         found = rewrite(_only(cut, _entering(cut)), bound)
     for name, value in found.items():
@@ -78,21 +81,30 @@ def _check_entry(cut: Cut, name: str, value: Any, old: Any) -> None:
 
 def check_inputs(cut: Cut) -> None:
     """Refuse a cut whose new values do not fit: PSG305 if there is nothing to rewrite, PSG306."""
+    fake_inputs(cut, {})
+
+
+def _check_given(cut: Cut) -> None:
     for name in cut.rule.rewrite:
         if name not in cut.site.nodes and name not in cut.rule.kind.optional:
             raise SurgeryError(
                 "PSG305",
                 f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs",
-                "capture the model with inputs that give it",
+                "call the model with inputs that give it",
             )
-    fake_inputs(cut, {})
+
+
+def bound_names(rule: Rule) -> frozenset[str]:
+    """The inputs that a rule rewrites or reads."""
+    names = frozenset(rule.kind.values) - {*rule.kind.outputs}
+    return names & {*rule.rewrite, *rule.reads()}
 
 
 def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
     """Insert a cut's new inputs before all that reads them, and its new outputs at the end."""
     graph, nodes = rewriter.graph, cut.site.nodes
     old = {name: rewriter.node(node) for name, node in nodes.items() if node.op != "get_attr"}
-    entering = {name: node for name, node in old.items() if name not in cut.rule.kind.outputs}
+    entering = {name: old[name] for name in bound_names(cut.rule) if name in old}
     order = {node: number for number, node in enumerate(graph.nodes)}
     placeholders = graph.find_nodes(op="placeholder")
     last = max((*entering.values(), *placeholders), key=order.__getitem__)
@@ -106,8 +118,10 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
     for name, node in entering.items():
         node.meta.pop("entry", None)
         ends.get(name, node).meta["entry"] = ARGUMENTS[name]
+    # the embedding itself goes by the text as it is given
+    behind = {node for node, number in order.items() if number > order[last]}
     for name, node in ends.items():
-        entering[name].replace_all_uses_with(node, lambda user: user not in mine)
+        entering[name].replace_all_uses_with(node, behind.__contains__)
         rewriter.latest[rewriter.copies[nodes[name]]] = node
     leaving = {name: old[name] for name in cut.rule.kind.outputs if name in cut.rule.rewrite}
     end = graph.output_node()

@@ -19,7 +19,7 @@ from ..capture.fronts import Front, as_it_is, call_behind, put_before
 from ..capture.program import generate_forward
 from ..capture.signature import Call, takes
 from ..errors import SurgeryError
-from .boundary import entries, new_shapes
+from .boundary import bound_names, entries, new_shapes
 from .operation import Cut, Operation
 from .switching import Switchable
 
@@ -30,7 +30,7 @@ Find = Callable[[Call], Capture]
 class Fronts:
     """The fronts that operations on the inputs are made on, for each capture of a call.
 
-    ``names`` are the bindings that the rules of the ``adapters`` rewrite. ``find`` gives the
+    ``names`` are the inputs that the rules of the ``adapters`` rewrite or read. ``find`` gives the
     capture that serves a call of the model behind.
     """
 
@@ -49,7 +49,7 @@ class Fronts:
             for rule in operation.file.rules
             if rule.kind.resizes and rule.applies(operation.settings)
         ]
-        names = frozenset(name for _, rule in rules for name in rule.rewrite)
+        names = frozenset(name for _, rule in rules for name in bound_names(rule))
         adapters = frozenset(adapter for adapter, _ in rules)
         return cls(module, names, adapters) if rules else None
 

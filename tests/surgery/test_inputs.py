@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
+from tests.models.zoo import ZOO
 from tests.parity.models import DECODER, base, batch, captured
 
 PLACES = [0, 2, 2, -1, 100]
@@ -150,6 +151,57 @@ def test_a_window_that_the_prompt_fills_is_captured_with_the_longer_text() -> No
     embeds = torch.cat((prompt, model.get_input_embeddings()(given["input_ids"])), 1)
     expected = model(inputs_embeds=embeds).logits
     torch.testing.assert_close(ours(**given).logits, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma2", "opt", "bart"])
+def test_other_embeddings_sizes_and_decoders_are_left_alone(name: str) -> None:
+    """Embeddings that are scaled, ids that are viewed by the mask's size, a decoder's own text."""
+    model, inputs = ZOO[name].build(), ZOO[name].inputs
+    ours = ps.apply(ps.capture(model, inputs=inputs(2, 7)), "prompt_tuning", length=3).eval()
+    prompt = ours.get_parameter("prompt_tuning.P").mul_(0.05).expand(3, -1, -1)
+    given = inputs(3, 6)
+    longer = dict(given)
+    embeds = model.get_input_embeddings()(longer.pop("input_ids"))
+    longer["inputs_embeds"] = torch.cat((prompt, embeds), 1)
+    longer["attention_mask"] = F.pad(longer["attention_mask"], (3, 0), value=1)
+    expected = model(**longer).logits
+    torch.testing.assert_close(ours(**given).logits, expected, rtol=0, atol=1e-6)
+
+
+BOTH = """
+name: both
+with: {length: 2}
+rules:
+  - match: inputs
+    params: {P: {shape: [2 * length, width], init: normal(1)}}
+    rewrite:
+      embeds: "concat(tokens(P[:length]), embeds)"
+      mask: extend(mask, length)
+      decoder_embeds: "concat(tokens(P[length:]), decoder_embeds)"
+      decoder_labels: extend(decoder_labels, length, -100)
+"""
+
+
+@torch.no_grad()
+def test_a_rule_of_ones_own_puts_tokens_before_the_decoders_text_too() -> None:
+    given = batch(2, 5)
+    given["decoder_input_ids"] = batch(2, 4)["input_ids"]
+    given["labels"] = batch(2, 4)["labels"]
+    graph = ps.capture(base("t5"), inputs=given)
+    ours = ps.apply(graph, ps.parse_rules(BOTH)).eval()
+    first, second = ours.get_parameter("both.P").expand(2, -1, -1).split(2, 1)
+    table = base("t5").get_input_embeddings()
+    expected = base("t5")(
+        inputs_embeds=torch.cat((first, table(given["input_ids"])), 1),
+        decoder_inputs_embeds=torch.cat((second, table(given["decoder_input_ids"])), 1),
+        labels=F.pad(given["labels"], (2, 0), value=-100),
+    )
+    actual = ours(**given)
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-6)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-6)
+    del given["decoder_input_ids"]
+    assert refusal(lambda: ours(**given)).code == "PSG305", "nothing to put them before"
 
 
 class Takesless(nn.Module):
