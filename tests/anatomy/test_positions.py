@@ -15,16 +15,12 @@ SITES = {
     "llama": [("to", "token", True)],
     "gpt2": [("embedding", "token", True)],
     "bert": [("embedding", "token", False)],
-    "roberta": [("embedding", "token", False)],
     "opt": [("embedding", "token", True)],
     "gptj": [("gather", "token", True)] * 2,
-    "codegen": [("index", "token", True)] * 2,
     "bloom": [("mul", "key", True)],
     "t5": [("sub", "key", False), ("sub", "key", True)],
     "bart": [("embedding", "token", False), ("embedding", "token", True)],
-    "swin": [],
     "vit": [],
-    "mamba": [],
 }
 SHIFTED = """
 name: shifted

@@ -114,6 +114,7 @@ def test_outputs_are_pefts(pair: Pair) -> None:
     assert changed.abs().max() > 1e-3, "the prefix must have an effect"
 
 
+@pytest.mark.parametrize("pair", ["gpt2", "t5"], indirect=True)
 def test_outputs_are_pefts_where_texts_are_padded(pair: Pair) -> None:
     inputs = texts(pair.name)
     mask = torch.ones(3, 7, dtype=torch.long)

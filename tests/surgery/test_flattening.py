@@ -105,3 +105,32 @@ rules:
     rewrite: attention(q, concat(tokens(K), k), concat(tokens(K), v), extend(mask, 3))
 flat: {rule: prefix_tuning, params: {K: K, V: W}}
 """
+
+
+@pytest.mark.parametrize(
+    ("code", "old", "new"),
+    [
+        ("PSG122", "shared: 1", "shared: 1 / 2"),
+        ("PSG113", "shared: 1", "shared: depth"),
+        ("PSG106", "with: {long: 3}", "with: {short: 3}"),
+    ],
+)
+def test_groups_and_implied_settings_that_cannot_be_are_refused(
+    code: str, old: str, new: str
+) -> None:
+    assert ps.apply(captured("llama"), ps.parse_rules(GROUPED)).learnt().keys() == {"grouped.1.K"}
+    with pytest.raises(ps.SurgeryError) as caught:
+        ps.apply(captured("llama"), ps.parse_rules(GROUPED.replace(old, new)))
+    assert caught.value.code == code
+
+
+GROUPED = """
+name: grouped
+with: {long: 2}
+rules:
+  - match: attention
+    params: {K: {shape: [long, kv_heads, head_dim], shared: 1}}
+    rewrite: attention(q, concat(tokens(K), k), concat(tokens(K), v), extend(mask, long))
+checkpoint:
+  peft: {peft_type: GROUPED, with: {long: 3}}
+"""
