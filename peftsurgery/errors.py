@@ -163,6 +163,11 @@ CODES: dict[str, CodeInfo] = {
         "`activation(name, x)` takes the name of an activation: relu, silu (or swish), gelu, "
         "gelu_new, tanh and others that configurations use.",
     ),
+    "PSG126": CodeInfo(
+        "A text cannot be turned into tokens",
+        "A setting that holds tokens can be given as a text if the model was captured from a "
+        "directory with a tokenizer. Otherwise give the numbers of the tokens.",
+    ),
     "PSG130": CodeInfo(
         "A rule's fold does not agree with its rewrite",
         "On random tensors in double precision, the operation with the folded weights must equal "

@@ -29,11 +29,16 @@ def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None)
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``rank=16`` as a name and a value; a value in commas is a list: ``layers=0,1``."""
+    """``rank=16`` as a name and a value.
+
+    A value in commas is a list (``layers=0,1``), one in quotes a text: ``init_text="good, bad"``.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise SurgeryError("PSG121", f"'{text}' is not of the form name=value")
     value = value.strip()
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        return name.strip(), value[1:-1]
     if value.startswith("[") and value.endswith("]"):
         value = value[1:-1]
     elif "," not in value:

@@ -26,6 +26,7 @@ from .saving import (
     read_tensors,
 )
 from .switching import check_name
+from .texts import with_tokens
 
 Rules = RuleFile | Rule | str | Path
 
@@ -43,9 +44,10 @@ def apply(
     ``rules`` are rule files, shipped names, paths or single rules, applied in order. ``settings``
     override those of the rule files; ``name`` is what the adapter is called (the rule file's name
     unless given). ``train`` names modules or parameters of the model, by the ends of their paths,
-    that are trained whole besides, such as a new head; they belong to the last adapter. Raises
-    PSG301 or PSG302 if a rule matches nothing or not what it expects, PSG120 for a setting no rule
-    has, PSG304 if the name is taken.
+    that are trained whole besides, such as a new head; they belong to the last adapter. A setting
+    that holds tokens (``init_tokens``) may be given as a text (``init_text``). Raises PSG301 or
+    PSG302 if a rule matches nothing or not what it expects, PSG120 for a setting no rule has,
+    PSG126 for a text without a tokenizer, PSG304 if the name is taken.
     """
     if not isinstance(model, GraphModel):
         raise SurgeryError(
@@ -55,7 +57,9 @@ def apply(
         )
     many = rules if isinstance(rules, list | tuple) else [rules]
     files = [_rule_file(each) for each in many]
-    _check_settings(files, settings)
+    known = {name for file in files for name in file.with_}
+    settings = with_tokens(settings, known, model.source)
+    _check_settings(known, settings)
     operations = [
         Operation(
             file, resolve_settings(file, _for(file, settings)), adapter_name(name or file.name)
@@ -184,8 +188,7 @@ def _rule_file(rules: Any) -> RuleFile:
     return load_rules(rules)
 
 
-def _check_settings(files: Sequence[RuleFile], settings: dict[str, Any]) -> None:
-    known = {name for file in files for name in file.with_}
+def _check_settings(known: Collection[str], settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name not in known:
             hint = did_you_mean(name, known) if known else "the rules have no settings"

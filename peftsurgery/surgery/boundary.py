@@ -46,7 +46,7 @@ def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
     """
     _check_given(cut)
     kind, nodes = cut.rule.kind, cut.site.nodes
-    given = dict.fromkeys(kind.values)
+    given: dict[str, Any] = dict.fromkeys(kind.values)
     given |= {name: known.get(name, _value(nodes, name)) for name in bound_names(cut.rule)}
     dtype, some = compute_dtype(cut), next(value for value in given.values() if value is not None)
     with some.fake_mode:

@@ -12,8 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
@@ -106,6 +116,26 @@ def test_a_prompt_starts_as_the_embeddings_of_tokens_or_of_the_vocabulary() -> N
     drawn = ps.apply(captured("llama"), "prompt_tuning", length=5, sampled=True)
     for row in drawn.get_parameter("prompt_tuning.P"):
         assert (table == row).all(1).any()
+
+
+def test_a_prompt_starts_as_a_text_if_there_is_a_tokenizer(tmp_path: Path) -> None:
+    words = Tokenizer(WordLevel({"[UNK]": 0, "good": 5, "bad": 6}, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    tokenizer.save_pretrained(tmp_path)
+    base("llama").save_pretrained(tmp_path)
+    graph = ps.capture(str(tmp_path))
+    ours = ps.apply(graph, "prompt_tuning", length=3, init_text="bad good")
+    # peft repeats a text that is too short in the same way
+    config = {"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT", "task_type": "CAUSAL_LM"}
+    config |= {"prompt_tuning_init_text": "bad good", "tokenizer_name_or_path": str(tmp_path)}
+    theirs = get_peft_model(base("llama"), PromptTuningConfig(**config))
+    expected = theirs.prompt_encoder["default"].embedding.weight
+    assert torch.equal(ours.get_parameter("prompt_tuning.P"), expected)
+    assert ps.load_rules("prompt_tuning").with_["init_tokens"] == []
+    code = refusal(lambda: ps.apply(captured("llama"), "prompt_tuning", init_text="good")).code
+    assert code == "PSG126"
+    assert refusal(lambda: ps.apply(graph, "lora_qv", init_text="good")).code == "PSG120"
 
 
 @torch.no_grad()
