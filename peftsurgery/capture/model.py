@@ -23,7 +23,7 @@ from .inputs import example_inputs
 from .likeness import Likeness, become_like
 from .parts import Block, mirror, own
 from .remembering import Past
-from .signature import Call, bind_call
+from .signature import Call, bind_call, with_past
 from .sources import Source, check_plain, open_source
 from .tensors import named_tensors
 
@@ -70,14 +70,21 @@ class GraphModel(Likeness):
         return self.find(self.call_of(*args, **kwargs))
 
     def call_of(self, *args: Any, **kwargs: Any) -> Call:
-        """The arguments by name, with a new cache if one is wanted and none is given."""
+        """The arguments by name, with a new cache if one is wanted and none is given.
+
+        Blocks that are recomputed would remember twice: they remember nothing, as the original's.
+        """
         module = self._captures.source.module
         call = bind_call(module, args, kwargs)
         wanted = call.flags.get("use_cache", self._captures.cache and not self.training)
-        if wanted and call.past is None and remembers(module):
-            return replace(
-                call, flags={**call.flags, "use_cache": True}, past=Past(PAST, new_cache(module))
-            )
+        if not (wanted or call.past) or not remembers(module):
+            return call
+        if self.training and self.is_gradient_checkpointing:
+            flags = {name: flag for name, flag in call.flags.items() if name != "use_cache"}
+            return replace(call, flags=flags, past=None)
+        if call.past is None:
+            call = with_past(call, Past(PAST, new_cache(module)))
+            return replace(call, flags={**call.flags, "use_cache": True})
         return call
 
     def find(self, call: Call) -> Capture:

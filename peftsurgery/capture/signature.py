@@ -84,19 +84,24 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     pasts = [Past(name, named.pop(name)) for name in list(named) if is_cache(named[name])]
     if len(pasts) > 1:
         raise refused(f"there are {len(pasts)} of them")
-    past = pasts[0] if pasts else None
-    if past is not None and _masks_nothing(named, past):
-        del named[MASK]
     tensors = {name: value for name, value in named.items() if _has_tensor(value)}
     flags = {name: value for name, value in named.items() if name not in tensors}
-    return Call(dict(sorted(tensors.items())), flags, past)
+    call = Call(dict(sorted(tensors.items())), flags)
+    return with_past(call, pasts[0]) if pasts else call
+
+
+def with_past(call: Call, past: Past) -> Call:
+    """The call with a cache, and without a mask that masks nothing.
+
+    Models look whether it does, and compute in another way then; a capture cannot look.
+    """
+    idle = {MASK} if _masks_nothing(call.tensors, past) else set[str]()
+    kept = {name: value for name, value in call.tensors.items() if name not in idle}
+    return replace(call, tensors=kept, past=past)
 
 
 def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
-    """Whether the mask covers past and present and keeps all of it.
-
-    Models look, and compute in another way then; a capture cannot look.
-    """
+    """Whether the mask covers past and present and keeps all of it."""
     mask, new = named.get(MASK), next((named[name] for name in TEXT if name in named), None)
     if not _is_of_tokens(mask) or not isinstance(new, torch.Tensor):
         return False

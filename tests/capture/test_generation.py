@@ -64,6 +64,10 @@ def test_training_keeps_nothing_for_a_next_call(name: str) -> None:
     outputs = model(ids(2, 5), labels=ids(2, 5))
     outputs.loss.backward()
     assert list(outputs) == ["loss", "logits"]
+    model.gradient_checkpointing()  # what is recomputed would be remembered twice
+    outputs = model(ids(2, 5), labels=ids(2, 5), use_cache=True)
+    outputs.loss.backward()
+    assert list(outputs) == ["loss", "logits"]
 
 
 @pytest.mark.parametrize("name", ["llama"])
