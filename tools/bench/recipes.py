@@ -91,7 +91,9 @@ RECIPES: Mapping[str, Recipe] = {
     "prompt_ensemble": Recipe(
         1e-2, without=("logits",), beside="the mean over five prompts is of embeddings"
     ),
-    "p_tuning": Recipe(1e-3, peft=("PromptEncoderConfig", {"num_virtual_tokens": 20})),
+    "p_tuning": Recipe(
+        1e-3, peft=("PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 128})
+    ),
 }
 
 ELSEWHERE = {
