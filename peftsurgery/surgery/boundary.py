@@ -52,8 +52,9 @@ def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
     with some.fake_mode:
         bound: dict[str, Any] = {**dict.fromkeys(kind.weights, 0.0), **cut.numbers}
         for name, value in given.items():
-            floats = value is not None and value.is_floating_point()
-            bound[name] = value.to(dtype) if floats and name not in kind.outputs else value
+            if value is not None and value.is_floating_point() and name not in kind.outputs:
+                value = value.to(dtype)
+            bound[name] = value
         for name, param in cut.rule.params.items():
             bound[name] = torch.empty(
                 shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=some.device

@@ -15,6 +15,7 @@ them alone, and they move between devices as one.
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -94,7 +95,9 @@ def unpack(packed: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 @cache
 def bitsandbytes() -> Any:
-    """Bitsandbytes' functions. PSG326 if it is not installed or does not run here."""
+    """The functions of bitsandbytes. PSG326 if it is not installed or does not run here."""
+    # when it is imported it advertises a faster product for processors, which is not used here
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes.functional")
     except (ImportError, OSError, RuntimeError) as error:
