@@ -55,6 +55,8 @@ def _lines(file: RuleFile) -> Iterator[str]:
 def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]:
     pattern = f" {rule.match.pattern}" if isinstance(rule.match, Pattern) else ""
     yield f"{number}. {rule.kind.name}{pattern}: {describe_where(rule.where)}"
+    if rule.when is not None:
+        yield f"   only if {rule.when}"
     yield f"   expects {describe_expect(rule.expect)}"
     if rule.over:
         yield f"   over the adapters {' and '.join(rule.over)}, whose values are `outputs`"
