@@ -123,7 +123,8 @@ class _Surveyor:
             if callee is not None:
                 return sublayer(analyse(callee.program).ends)
         if site.kind == "positions":
-            return {"causal": any(self.orders(at, core) for at, core in self.cores(frame, site))}
+            found = self.core_of(frame, site)
+            return {"causal": found is not None and self.orders(*found)}
         if site.kind == "linear" and site.nodes["y"] in heads:
             return {"role": heads[site.nodes["y"]]}
         if site.kind == "parameter" and heads:
@@ -138,12 +139,11 @@ class _Surveyor:
                 return {"role": heads[linear.nodes["y"]]}
         return {}
 
-    def cores(self, frame: Frame, site: Site) -> list[tuple[Frame, Site]]:
-        """The attention sites that positions are for, and where: the first that they come to."""
+    def core_of(self, frame: Frame, site: Site) -> tuple[Frame, Site] | None:
+        """The attention that positions are for, and where it is: the first that they come to."""
         if site.core is not None:
-            return [(frame, site.core)]
+            return frame, site.core
         seen, stack = {site.nodes["y"]}, [site.nodes["y"]]
-        found: list[tuple[Frame, Site]] = []
         while stack:
             node = stack.pop()
             callee = self.calls.callee(frame, node) if node.op == "call_module" else None
@@ -151,10 +151,11 @@ class _Surveyor:
                 users = [user for user in node.users if user not in seen]
                 seen.update(users)
                 stack += users
-            else:
-                sites = analyse(callee.program).sites
-                found += [(callee, s) for s in sites if s.kind == "attention"][:1]
-        return found
+                continue
+            core = next((s for s in analyse(callee.program).sites if s.kind == "attention"), None)
+            if core is not None:
+                return callee, core
+        return None
 
     def orders(self, frame: Frame, core: Site) -> bool:
         """Whether a core hides later tokens from earlier ones."""

@@ -114,6 +114,34 @@ def test_a_prefix_is_seen_where_causality_has_no_mask() -> None:
     torch.testing.assert_close(operated(x=x), wanted, rtol=0, atol=1e-6)
 
 
+class ByHand(Causal):
+    """The same, spelled out: keys turned when they are split, later ones filled away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = (len(x), -1, 2, 4)
+        q, v = (part(x).view(split).transpose(1, 2) for part in (self.q, self.v))
+        k = self.k(x).view(split).permute(0, 2, 3, 1)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        scores = torch.matmul(q, k) * 0.5
+        weights = torch.softmax(scores.masked_fill(later, float("-inf")), -1)
+        return self.o(torch.matmul(weights, v).transpose(1, 2).flatten(2))
+
+
+def test_keys_that_are_turned_and_masks_that_hide() -> None:
+    torch.manual_seed(0)
+    model, x = ByHand().eval(), torch.randn(3, 6, 8)
+    spelled = ps.capture(model, inputs={"x": torch.randn(2, 5, 8)})
+    single = Causal().eval()
+    single.load_state_dict(model.state_dict())
+    fused = ps.capture(single, inputs={"x": torch.randn(2, 5, 8)})
+    pair = [ps.apply(graph, ps.parse_rules(PREFIX)) for graph in (spelled, fused)]
+    with torch.no_grad():
+        for mine, theirs in zip(*(model.learnt().values() for model in pair), strict=True):
+            mine.copy_(theirs)
+    torch.testing.assert_close(pair[0](x=x), pair[1](x=x), rtol=0, atol=1e-6)
+    assert not torch.equal(pair[0](x=x), spelled(x=x))
+
+
 def test_keys_positions_are_not_lengthened_alone() -> None:
     """A bias of distances for keys that are not there."""
     with pytest.raises(ps.SurgeryError) as caught:
