@@ -78,7 +78,9 @@ class Importer:
         self.sites = [s for s in survey(model.base_capture) if s.slice is None]
         self.names: Names = sort_keys(tensors, all_suffixes())
         self.tensors = spread(config, self.names, tensors)
-        self.options = [_Option(file, rule) for file in config.files for rule in file.rules]
+        rules = [(file, rule) for file in config.files for rule in file.rules]
+        # an adapter does not say how its base is kept: that is for who captured the base to choose
+        self.options = [_Option(file, rule) for file, rule in rules if not rule.store]
 
     def plan(self) -> Plan:
         """The plan. Raises PSG504, PSG506, PSG507 and PSG508 for what does not fit."""

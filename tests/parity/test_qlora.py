@@ -262,3 +262,21 @@ def test_a_base_that_was_cast_before_is_packed_as_it_is() -> None:
     torch.testing.assert_close(logits(ours), logits(graph), rtol=0, atol=1.0)
     assert logits(ours).dtype == torch.bfloat16
     assert all(stored.recipe.dtype == torch.bfloat16 for stored in ours.stored.values())
+
+
+def test_gradients_are_the_same_when_blocks_are_computed_again_and_close_under_autocast() -> None:
+    ours = adapted("llama").train()
+    ours(**batch()).loss.backward()
+    plain = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    ours.zero_grad()
+    ours.gradient_checkpointing()
+    ours(**batch()).loss.backward()
+    assert plain
+    assert all(torch.equal(ours.get_parameter(name).grad, grad) for name, grad in plain.items())
+    ours.zero_grad()
+    ours.gradient_checkpointing(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = ours(**batch()).loss
+    loss.backward()
+    for name, grad in plain.items():
+        torch.testing.assert_close(ours.get_parameter(name).grad, grad, rtol=0, atol=0.01)
