@@ -198,10 +198,8 @@ def capture(
     graph_model = GraphModel(Captures(source, cache))
     if inputs is None:
         inputs = _made_inputs(source.module)
-    if isinstance(inputs, Mapping):
-        graph_model.capture_for(**inputs)
-    else:
-        graph_model.capture_for(*inputs)
+    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+    graph_model.find(bind_call(source.module, args, kwargs))
     if cache:
         graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
     return graph_model

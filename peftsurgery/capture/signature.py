@@ -106,7 +106,7 @@ def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
     if not _is_of_tokens(mask) or not isinstance(new, torch.Tensor):
         return False
     covers = mask.shape == (new.shape[0], new.shape[1] + past.seen)
-    return covers and bool(mask.all())
+    return covers and not mask.is_meta and bool(mask.all())
 
 
 def _is_of_tokens(mask: Any) -> TypeGuard[torch.Tensor]:

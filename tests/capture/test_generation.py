@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import peftsurgery as ps
-from tests.models.remembering import LEFT_PADDED, WAYS, original, remembering, tokens
+from tests.models.remembering import LEFT_PADDED, WAYS, original, prompts, remembering, tokens
 from tests.models.zoo import ZOO, ids
 
 
@@ -82,11 +82,16 @@ def test_a_directory_brings_its_settings(name: str, tmp_path: Path) -> None:
     saved = copy.deepcopy(original(name))
     saved.generation_config.max_new_tokens = 5
     saved.save_pretrained(tmp_path)
-    model = ps.capture(str(tmp_path))  # what generate calls is captured when it is called
+    model = ps.capture(str(tmp_path), cache=True)
     with torch.inference_mode():
-        made = model.generate(ids(1, 4))
-    assert made.shape == (1, 9)
-    assert torch.equal(made, saved.generate(ids(1, 4)))
+        made = model.generate(**prompts())
+    assert made.shape == (3, 12)
+    assert torch.equal(made, saved.generate(**prompts()))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_rules_are_applied_to_a_capture_without_a_cache(name: str) -> None:
+    assert "past_key_values" not in remembering(name).base_capture.names
 
 
 @pytest.mark.parametrize("name", ["gemma2"])
