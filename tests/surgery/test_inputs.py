@@ -5,6 +5,7 @@ The oracle is the original model, given embeddings that are put together by hand
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,22 +24,41 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
 from tests.models.zoo import ZOO
-from tests.parity.models import DECODER, base, batch, captured
+from tests.parity.models import DECODER, T5, batch, captured
 
 PLACES = [0, 2, 2, -1, 100]
+
+
+@cache
+def built() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**DECODER, "num_hidden_layers": 1})).eval()
+
+
+def plain() -> LlamaForCausalLM:
+    """A copy of the model, to be wrapped and changed by peft."""
+    return deepcopy(built())
+
+
+@cache
+def graph() -> ps.GraphModel:
+    """The captured model; not to be changed."""
+    return ps.capture(built(), inputs=batch(2, 5))
 
 
 def by_hand(
     prompt: Tensor, places: list[int], given: dict[str, Tensor], filler: int
 ) -> tuple[Tensor, Tensor]:
     """Embeddings and another input of the text, the prompt's tokens put in one by one."""
-    embeds = base("llama").get_input_embeddings()(given["input_ids"])
+    embeds = plain().get_input_embeddings()(given["input_ids"])
     other = next(value for name, value in given.items() if name != "input_ids")
     rows, length = other.shape
     at = [place + length if place < 0 else min(place, length) for place in places]
@@ -55,7 +75,7 @@ def by_hand(
 
 @cache
 def placed() -> OperatedModel:
-    return ps.apply(captured("llama"), "prompt_tuning", places=PLACES).eval()
+    return ps.apply(graph(), "prompt_tuning", places=PLACES).eval()
 
 
 @torch.no_grad()
@@ -64,7 +84,7 @@ def test_virtual_tokens_are_at_their_places_and_labels_move_with_the_text() -> N
     prompt = placed().get_parameter("prompt_tuning.P")
     assert prompt.shape == (5, 32), "one for each place"
     embeds, labels = by_hand(prompt, PLACES, given, -100)
-    expected = base("llama")(inputs_embeds=embeds, labels=labels)
+    expected = plain()(inputs_embeds=embeds, labels=labels)
     actual = placed()(**given)
     torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-6)
     torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-6)
@@ -79,26 +99,24 @@ def test_a_mask_moves_with_the_text_and_positions_count_on() -> None:
     embeds, longer = by_hand(prompt, PLACES, {"input_ids": ids, "mask": mask}, 1)
     actual = placed()(input_ids=ids, attention_mask=mask, position_ids=positions).logits
     # the row that is not padded has the positions that the model itself would count
-    alone = base("llama")(inputs_embeds=embeds[1:]).logits
+    alone = plain()(inputs_embeds=embeds[1:]).logits
     torch.testing.assert_close(actual[1:], alone, rtol=0, atol=1e-6)
     # in the other row too, a token that is put in has the position of the one behind it
     counted = torch.tensor([[0, 1, 1, 1, 2, 3, 4, 5, 6, 7, 8]])
     assert longer[:1].tolist() == [[1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
-    expected = base("llama")(
-        inputs_embeds=embeds[:1], attention_mask=longer[:1], position_ids=counted
-    )
+    expected = plain()(inputs_embeds=embeds[:1], attention_mask=longer[:1], position_ids=counted)
     torch.testing.assert_close(actual[:1], expected.logits, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("vote", [False, True], ids=["mean", "vote"])
 def test_an_ensemble_is_its_prompts_run_one_by_one(vote: bool) -> None:
-    ours = ps.apply(captured("llama"), "prompt_ensemble", prompts=3, length=4, vote=vote).eval()
+    ours = ps.apply(graph(), "prompt_ensemble", prompts=3, length=4, vote=vote).eval()
     given = batch(2, 7)
     results = []
     for prompt in ours.get_parameter("prompt_ensemble.P"):
         embeds, labels = by_hand(prompt, [0] * 4, given, -100)
-        results.append(base("llama")(inputs_embeds=embeds, labels=labels))
+        results.append(plain()(inputs_embeds=embeds, labels=labels))
     logits = torch.stack([result.logits for result in results])
     choices = F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     expected = (choices if vote else logits).mean(0)
@@ -110,10 +128,10 @@ def test_an_ensemble_is_its_prompts_run_one_by_one(vote: bool) -> None:
 
 @torch.no_grad()
 def test_a_prompt_starts_as_the_embeddings_of_tokens_or_of_the_vocabulary() -> None:
-    table = base("llama").get_input_embeddings().weight
-    tokens = ps.apply(captured("llama"), "prompt_tuning", length=5, init_tokens=[7, 3])
+    table = plain().get_input_embeddings().weight
+    tokens = ps.apply(graph(), "prompt_tuning", length=5, init_tokens=[7, 3])
     assert torch.equal(tokens.get_parameter("prompt_tuning.P"), table[[7, 3, 7, 3, 7]])
-    drawn = ps.apply(captured("llama"), "prompt_tuning", length=5, sampled=True)
+    drawn = ps.apply(graph(), "prompt_tuning", length=5, sampled=True)
     for row in drawn.get_parameter("prompt_tuning.P"):
         assert (table == row).all(1).any()
 
@@ -123,50 +141,48 @@ def test_a_prompt_starts_as_a_text_if_there_is_a_tokenizer(tmp_path: Path) -> No
     words.pre_tokenizer = Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
     tokenizer.save_pretrained(tmp_path)
-    base("llama").save_pretrained(tmp_path)
-    graph = ps.capture(str(tmp_path))
-    ours = ps.apply(graph, "prompt_tuning", length=3, init_text="bad good")
+    plain().save_pretrained(tmp_path)
+    stored = ps.capture(str(tmp_path))
+    ours = ps.apply(stored, "prompt_tuning", length=3, init_text="bad good")
     # peft repeats a text that is too short in the same way
     config = {"num_virtual_tokens": 3, "prompt_tuning_init": "TEXT", "task_type": "CAUSAL_LM"}
     config |= {"prompt_tuning_init_text": "bad good", "tokenizer_name_or_path": str(tmp_path)}
-    theirs = get_peft_model(base("llama"), PromptTuningConfig(**config))
+    theirs = get_peft_model(plain(), PromptTuningConfig(**config))
     expected = theirs.prompt_encoder["default"].embedding.weight
     assert torch.equal(ours.get_parameter("prompt_tuning.P"), expected)
     assert ps.load_rules("prompt_tuning").with_["init_tokens"] == []
-    code = refusal(lambda: ps.apply(captured("llama"), "prompt_tuning", init_text="good")).code
+    code = refusal(lambda: ps.apply(graph(), "prompt_tuning", init_text="good")).code
     assert code == "PSG126"
-    assert refusal(lambda: ps.apply(graph, "lora_qv", init_text="good")).code == "PSG120"
+    assert refusal(lambda: ps.apply(stored, "lora_qv", init_text="good")).code == "PSG120"
 
 
 @torch.no_grad()
 def test_what_is_saved_comes_back_and_ejected_is_the_original(tmp_path: Path) -> None:
-    graph = captured("llama")
-    ours = ps.apply(graph, "p_tuning", lstm=True, hidden=6, places=[0, 3]).eval()
+    ours = ps.apply(graph(), "p_tuning", lstm=True, hidden=6, places=[0, 3]).eval()
     given = batch(3, 7)
     expected = ours(**given).logits
     ours.save(tmp_path)
-    assert torch.equal(ps.load(tmp_path, base=graph)(**given).logits, expected)
+    assert torch.equal(ps.load(tmp_path, base=graph())(**given).logits, expected)
     flat = ps.flatten(ours)
     assert list(flat.learnt()) == ["p_tuning.P"]
     torch.testing.assert_close(flat(**given).logits, expected, rtol=0, atol=1e-6)
-    assert torch.equal(ps.eject(ours)(**given).logits, base("llama")(**given).logits)
+    assert torch.equal(ps.eject(ours)(**given).logits, plain()(**given).logits)
     ours.deactivate("p_tuning")
-    assert torch.equal(ours(**given).logits, base("llama")(**given).logits)
+    assert torch.equal(ours(**given).logits, plain()(**given).logits)
 
 
 @torch.no_grad()
 def test_what_else_is_done_to_the_embeddings_is_done_to_the_text_alone() -> None:
-    graph = captured("llama")
-    embedding = ps.apply(graph, "lora_embedding", rank=2)
+    embedding = ps.apply(graph(), "lora_embedding", rank=2)
     embedding.get_parameter("model.embed_tokens.lora_embedding.A").normal_()
-    both = ps.apply(ps.apply(graph, "prompt_tuning", length=4), "lora_embedding", rank=2).eval()
+    both = ps.apply(ps.apply(graph(), "prompt_tuning", length=4), "lora_embedding", rank=2).eval()
     for name, value in embedding.learnt().items():
         both.get_parameter(name).copy_(value)
     ids = batch(2, 5)["input_ids"]
     folded = ps.fold(embedding)
     embeds = folded.get_input_embeddings()(ids)
     prompt = both.get_parameter("prompt_tuning.P").expand(2, -1, -1)
-    expected = base("llama")(inputs_embeds=torch.cat((prompt, embeds), 1)).logits
+    expected = plain()(inputs_embeds=torch.cat((prompt, embeds), 1)).logits
     torch.testing.assert_close(both(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
 
 
@@ -218,11 +234,12 @@ def test_a_rule_of_ones_own_puts_tokens_before_the_decoders_text_too() -> None:
     given = batch(2, 5)
     given["decoder_input_ids"] = batch(2, 4)["input_ids"]
     given["labels"] = batch(2, 4)["labels"]
-    graph = ps.capture(base("t5"), inputs=given)
-    ours = ps.apply(graph, ps.parse_rules(BOTH)).eval()
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**{**T5, "num_layers": 1})).eval()
+    ours = ps.apply(ps.capture(model, inputs=given), ps.parse_rules(BOTH)).eval()
     first, second = ours.get_parameter("both.P").expand(2, -1, -1).split(2, 1)
-    table = base("t5").get_input_embeddings()
-    expected = base("t5")(
+    table = model.get_input_embeddings()
+    expected = model(
         inputs_embeds=torch.cat((first, table(given["input_ids"])), 1),
         decoder_inputs_embeds=torch.cat((second, table(given["decoder_input_ids"])), 1),
         labels=F.pad(given["labels"], (2, 0), value=-100),
@@ -255,12 +272,12 @@ def refusal(action: Any) -> SurgeryError:
 
 def test_what_cannot_be_lengthened_is_refused_by_name() -> None:
     ids = torch.ones(2, 4, dtype=torch.long)
-    graph = ps.capture(Takesless(), inputs={"input_ids": ids})
-    error = refusal(lambda: ps.apply(graph, "prompt_tuning"))
+    tokens = ps.capture(Takesless(), inputs={"input_ids": ids})
+    error = refusal(lambda: ps.apply(tokens, "prompt_tuning"))
     assert (error.code, "inputs_embeds" in error.message) == ("PSG351", True)
     pictures = ps.capture(nn.Sequential(nn.Linear(3, 3)), inputs=(torch.ones(2, 3),))
     assert refusal(lambda: ps.apply(pictures, "prompt_tuning")).code == "PSG301"
-    prompted = ps.apply(captured("llama"), "prompt_tuning", length=4)
+    prompted = ps.apply(graph(), "prompt_tuning", length=4)
     given = batch(3, 7)
     square = torch.ones(3, 1, 7, 7, dtype=torch.bool)
     assert refusal(lambda: prompted(**given, attention_mask=square)).code == "PSG352"
@@ -272,7 +289,7 @@ def test_what_cannot_be_lengthened_is_refused_by_name() -> None:
 def test_peft_has_no_form_for_places_and_ensembles(tmp_path: Path) -> None:
     error = refusal(lambda: ps.to_peft(placed(), tmp_path / "places"))
     assert (error.code, "places" in error.message) == ("PSG510", True)
-    ensemble = ps.apply(captured("llama"), "prompt_ensemble", length=2)
+    ensemble = ps.apply(graph(), "prompt_ensemble", length=2)
     assert refusal(lambda: ps.to_peft(ensemble, tmp_path / "ensemble")).code == "PSG510"
     masked = ps.apply(captured("bert"), "prompt_tuning", length=2)
     error = refusal(lambda: ps.to_peft(masked, tmp_path / "task"))
