@@ -18,15 +18,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def measured(
-    module: str, function: str, *arguments: str, threads: int = 1, seconds: float | None = None
+    module: str,
+    function: str,
+    *arguments: str,
+    threads: int = 1,
+    seconds: float | None = None,
+    **settings: str,
 ) -> dict[str, Any]:
     """What ``function(*arguments)`` returns, run on so many threads in a fresh process.
 
-    subprocess.SubprocessError if it fails or takes longer than ``seconds``.
+    ``settings`` are variables of its environment. subprocess.SubprocessError if it fails or takes
+    longer than ``seconds``.
     """
     command = [sys.executable, "-m", "tools.bench.fresh", module, function, *arguments]
     quiet = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    environment = {**os.environ, **quiet, "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, **quiet, "OMP_WAIT_POLICY": "passive", **settings}
     done = subprocess.run(
         command,
         check=True,

@@ -1,9 +1,9 @@
 """Every shipped method trained on MiniLM, beside full fine-tuning and peft's own: one table.
 
 ``tools/bench/run methods`` measures what has not been measured yet and prints all there is;
-``--only NAME...`` measures these rows anew; ``--again`` everything. Each run has a process of its
-own, so its peak of memory is its own, and its result is kept in build/bench/methods at once: what
-was interrupted goes on from there. Exit code 1 if a run failed.
+``--only NAME...`` measures these rows anew, ``--again`` everything; ``--steps N`` trains longer.
+Each run has a process of its own, so its peak of memory is its own, and its result is kept in
+build/bench/methods at once: what was interrupted goes on from there. Exit code 1 if a run failed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.table import Table
 from peftsurgery.language import shipped
 from tools.bench.fresh import ROOT, measured
 from tools.bench.recipes import CLOSE, ELSEWHERE, FULL, RECIPES
+from tools.bench.task import STEPS
 
 FOLDER = ROOT / "build" / "bench" / "methods"
 SECONDS = 600.0  # far more than a run takes on an idle machine
@@ -35,16 +36,19 @@ def main(arguments: list[str]) -> int:
     known = measurable()
     parser = argparse.ArgumentParser(prog="tools/bench/run methods", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=known, metavar="NAME")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="of training (default: %(default)s)"
+    )
     parser.add_argument("--again", action="store_true", help="measure what was measured before too")
     options = parser.parse_args(arguments)
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    runs = Runs(options.steps)
     for name in options.only or known:
         for side in SIDES if RECIPES[name].peft else SIDES[:1]:
-            if options.only or options.again or not _file(name, side).is_file():
+            if options.only or options.again or not runs.file(name, side).is_file():
                 with console.status(f"{name} ({'peft' if side == 'theirs' else 'here'})"):
-                    _keep(name, side)
-    rows = {name: {side: _read(name, side) for side in SIDES} for name in known}
+                    runs.keep(name, side)
+    rows = {name: {side: runs.read(name, side) for side in SIDES} for name in known}
     console.print(table(rows))
     for line in remarks(rows):
         console.print(line, markup=False)
@@ -58,28 +62,39 @@ def measurable() -> list[str]:
     return [name for name, recipe in RECIPES.items() if there.issuperset(recipe.rules or (name,))]
 
 
-def _keep(name: str, side: str) -> None:
-    """Measure one run and write its result, or what went wrong."""
-    threads = os.cpu_count() or 1
-    try:
-        row = measured("training", side, name, str(FOLDER), threads=threads, seconds=SECONDS)
-    except subprocess.TimeoutExpired:
-        row = {"error": f"not done in {SECONDS:.0f} s"}
-    except subprocess.CalledProcessError as error:
-        row = {"error": f"failed with exit code {error.returncode}"}
-    part = _file(name, side).with_suffix(".part")
-    part.write_text(json.dumps(row))
-    part.replace(_file(name, side))
+class Runs:
+    """The runs of so many steps: each is measured in a process of its own and kept in a file."""
 
+    def __init__(self, steps: int) -> None:
+        self.steps, self.folder = steps, FOLDER / str(steps)
+        self.folder.mkdir(parents=True, exist_ok=True)
 
-def _file(name: str, side: str) -> Path:
-    return FOLDER / f"{name.replace(' ', '_')}.{side}.json"
+    def keep(self, name: str, side: str) -> None:
+        """Measure one run and write its result, or what went wrong."""
+        limit, steps = SECONDS * max(self.steps / STEPS, 1), str(self.steps)
+        threads = os.cpu_count() or 1
+        arguments = (side, name, str(FOLDER))
+        try:
+            row = measured(
+                "training", *arguments, threads=threads, seconds=limit, BENCH_STEPS=steps
+            )
+        except subprocess.TimeoutExpired:
+            row = {"error": f"not done in {limit:.0f} s"}
+        except subprocess.CalledProcessError as error:
+            row = {"error": f"failed with exit code {error.returncode}"}
+        part = self.file(name, side).with_suffix(".part")
+        part.write_text(json.dumps(row))
+        part.replace(self.file(name, side))
 
+    def file(self, name: str, side: str) -> Path:
+        """Where the result of a run is kept."""
+        return self.folder / f"{name.replace(' ', '_')}.{side}.json"
 
-def _read(name: str, side: str) -> Row | None:
-    file = _file(name, side)
-    row: Row | None = json.loads(file.read_text()) if file.is_file() else None
-    return row
+    def read(self, name: str, side: str) -> Row | None:
+        """The result of a run; None if it was not made yet."""
+        file = self.file(name, side)
+        row: Row | None = json.loads(file.read_text()) if file.is_file() else None
+        return row
 
 
 def table(rows: dict[str, dict[str, Row | None]]) -> Table:
@@ -132,10 +147,16 @@ def remarks(rows: dict[str, dict[str, Row | None]]) -> list[str]:
         if not full or not row or "error" in full or "error" in row:
             continue
         gap = row["accuracy"] - full["accuracy"]
-        verdict = "within two points" if gap >= -POINTS else f"MORE THAN TWO POINTS. {_why(name)}"
+        verdict = "within two points"
+        if gap < -POINTS:
+            verdict = f"MORE THAN TWO POINTS: {_why(row, full)}"
         lines.append(f"{name}: {100 * gap:+.1f} points from full fine-tuning, {verdict}")
     return lines
 
 
-def _why(name: str) -> str:
-    return RECIPES[name].why or "No reason is known"
+def _why(row: Row, full: Row) -> str:
+    """Whether a method lags behind in what it learnt or in what it makes of it."""
+    losses = f"its training loss is {row['loss']:.2f}, full fine-tuning's {full['loss']:.2f}"
+    if row["loss"] > full["loss"] + 0.02:
+        return f"in these steps it has not learnt the texts as well; {losses}"
+    return f"it has learnt the texts as well and carries less over; {losses}"

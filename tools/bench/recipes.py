@@ -3,8 +3,7 @@
 ``peft`` names peft's config of the same method and its settings, where peft has the method and can
 train it on an encoder. ``rules`` are the shipped rules, if they are not called like the row, and
 ``before`` the names of Pfeiffer's adapters that are trained first; ``without`` are outputs that an
-encoder does not have and that a rule is not to rewrite. ``beside`` is printed with the row, and
-``why`` if it is far from full fine-tuning.
+encoder does not have and that a rule is not to rewrite. ``beside`` is printed with the row.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from tools.bench.task import STEPS
 
 FULL = "full fine-tuning"
-CLOSE = ("lora_qv", "adalora", "pfeiffer", "prefix_tuning")
+CLOSE = ("lora_qv", "lora_all_linear", "adalora", "pfeiffer", "prefix_tuning", "prefix_tuning_mlp")
 """The methods that have to come within two points of full fine-tuning, or say why they do not."""
 
 QV = {"target_modules": ["query", "value"]}
@@ -36,26 +35,25 @@ class Recipe:
     before: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     beside: str = ""
-    why: str = ""
 
 
 RECIPES: Mapping[str, Recipe] = {
     FULL: Recipe(2e-4, beside="every parameter of the plain model"),
     "lora_qv": Recipe(3e-3, peft=("LoraConfig", LORA)),
-    "lora_attention": Recipe(2e-3),
-    "lora_all_linear": Recipe(2e-3, peft=("LoraConfig", LINEARS)),
+    "lora_attention": Recipe(5e-3),
+    "lora_all_linear": Recipe(5e-3, peft=("LoraConfig", LINEARS)),
     "lora_embedding": Recipe(3e-3),
-    "lora_plus": Recipe(1e-3, rules=("lora_qv",), beside="lora_qv; B learns 16 times as fast"),
+    "lora_plus": Recipe(2e-3, rules=("lora_qv",), beside="lora_qv; B learns 16 times as fast"),
     "rslora": Recipe(2e-3, peft=("LoraConfig", {**LORA, "use_rslora": True})),
     "dora": Recipe(3e-3, peft=("LoraConfig", {**LORA, "use_dora": True})),
     "pissa": Recipe(
-        1e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "pissa"})
+        2e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "pissa"})
     ),
     "olora": Recipe(
-        1e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "olora"})
+        2e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "olora"})
     ),
     "adalora": Recipe(
-        5e-3,
+        1e-2,
         {"rank": 12, "target": 8, "interval": 5, **BUDGET},
         (
             "AdaLoraConfig",
@@ -68,22 +66,22 @@ RECIPES: Mapping[str, Recipe] = {
             },
         ),
     ),
-    "qlora": Recipe(2e-3, peft=("LoraConfig", LINEARS), beside="the base in four bits"),
+    "qlora": Recipe(5e-3, peft=("LoraConfig", LINEARS), beside="the base in four bits"),
     "bitfit": Recipe(3e-3),
     "ia3": Recipe(2e-2, peft=("IA3Config", {})),
-    "houlsby": Recipe(1e-3),
-    "pfeiffer": Recipe(1e-3),
-    "parallel_adapter": Recipe(5e-4),
-    "adapter_drop": Recipe(1e-3),
+    "houlsby": Recipe(5e-3),
+    "pfeiffer": Recipe(5e-3),
+    "parallel_adapter": Recipe(1e-3),
+    "adapter_drop": Recipe(5e-3),
     "adapter_fusion": Recipe(
         5e-4,
         {"adapters": ["first", "second"]},
         before=("first", "second"),
         beside="over two of Pfeiffer's, each trained before on half of the texts",
     ),
-    "prefix_tuning": Recipe(1e-2, peft=("PrefixTuningConfig", {"num_virtual_tokens": 20})),
-    "prefix_tuning_mlp": Recipe(1e-3),
-    "p_tuning_v2": Recipe(1e-2),
+    "prefix_tuning": Recipe(3e-2, peft=("PrefixTuningConfig", {"num_virtual_tokens": 20})),
+    "prefix_tuning_mlp": Recipe(2e-3),
+    "p_tuning_v2": Recipe(3e-2),
     "mam_adapter": Recipe(5e-4),
     "unipelt": Recipe(1e-3),
     "prompt_tuning": Recipe(1e-2, peft=("PromptTuningConfig", {"num_virtual_tokens": 20})),

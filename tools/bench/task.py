@@ -7,6 +7,7 @@ is most like the docstring, so that only the encoder can make the difference.
 from __future__ import annotations
 
 import json
+import os
 import random
 import statistics
 import time
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer
 from tools.story.docstrings import Labelled, collect
 from tools.story.minilm import NAMES, encode, find_model, pool
 
-STEPS, BATCH, SCALE = 120, 16, 20.0
+STEPS, BATCH, SCALE = int(os.environ.get("BENCH_STEPS", "120")), 16, 20.0
 LEARN, HELD_OUT = 150, 100
 
 
