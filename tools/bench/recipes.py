@@ -53,7 +53,7 @@ RECIPES: Mapping[str, Recipe] = {
         2e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "olora"})
     ),
     "adalora": Recipe(
-        1e-2,
+        2e-2,
         {"rank": 12, "target": 8, "interval": 5, **BUDGET},
         (
             "AdaLoraConfig",
@@ -87,7 +87,10 @@ RECIPES: Mapping[str, Recipe] = {
     "prompt_tuning": Recipe(1e-2, peft=("PromptTuningConfig", {"num_virtual_tokens": 20})),
     "prompt_after_embedding": Recipe(1e-2),
     "prompt_ensemble": Recipe(
-        1e-2, without=("logits",), beside="the mean over five prompts is of embeddings"
+        1e-2,
+        {"prompts": 3, "length": 10},
+        without=("logits",),
+        beside="the mean over three prompts is of embeddings",
     ),
     "p_tuning": Recipe(
         1e-3, peft=("PromptEncoderConfig", {"num_virtual_tokens": 20, "encoder_hidden_size": 128})

@@ -89,8 +89,8 @@ class Task:
             start = time.perf_counter()
             embeddings = self.embed(model, [text for text, _ in batch] + NAMES)
             logits = SCALE * embeddings[:BATCH] @ embeddings[BATCH:].T
-            loss = F.cross_entropy(logits, torch.tensor([label for _, label in batch])) + penalty()
-            loss.backward()
+            loss = F.cross_entropy(logits, torch.tensor([label for _, label in batch]))
+            (loss + penalty()).backward()
             optimizer.step()
             after(step)
             optimizer.zero_grad()
