@@ -172,12 +172,17 @@ class Rewriter:
         return bound
 
     def parameters(self, cut: Cut) -> dict[str, Any]:
-        """The parameters of a cut, in the dtype that it computes in."""
+        """The parameters of a cut, in the dtype that it computes in.
+
+        Beside values in another dtype they may have been cast with the whole model since.
+        """
         bound = {}
+        dtypes = {dtype_of(node) for node in cut.site.nodes.values() if _is_float(node)}
         for name, param in cut.rule.params.items():
             node = self.graph.create_node("get_attr", join(cut.place, name))
             own: torch.dtype = getattr(torch, param.dtype)
-            bound[name] = cast(fx.Proxy(node, self.tracer), own, compute_dtype(cut))
+            value = fx.Proxy(node, self.tracer)
+            bound[name] = value if dtypes <= {own} else value.to(compute_dtype(cut))
         return bound
 
     def output(self, cuts: Sequence[Cut], replay: Replay, dtype: torch.dtype) -> Any:

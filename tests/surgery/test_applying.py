@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -231,6 +232,24 @@ def test_a_model_that_was_cast_is_operated_on_as_it_is() -> None:
     A, B = (operated.get_parameter(name) for name in operated.report.matches[0]["added"])
     expected = (graph.get_parameter(weight).float() + 2.0 * (B @ A)).to(torch.bfloat16)
     assert torch.equal(folded.get_parameter(weight), expected)
+
+
+def test_a_model_is_cast_with_its_adapters_and_computes_them_in_fp32() -> None:
+    original = ZOO["llama"].build().to(torch.bfloat16)
+    operated = randomise(ps.apply(captured("llama"), "lora_qv")).to(torch.bfloat16)
+
+    def add(A: torch.Tensor, B: torch.Tensor) -> Any:
+        def hook(part: torch.nn.Module, args: tuple[torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+            wide = y.float() + 2.0 * (args[0].float() @ A.float().T @ B.float().T)
+            return wide.to(torch.bfloat16)
+
+        return hook
+
+    for match in operated.report.matches:
+        A, B = (operated.get_parameter(name).detach() for name in match["added"])
+        assert A.dtype == torch.bfloat16
+        original.get_submodule(match["module"]).register_forward_hook(add(A, B))
+    assert torch.equal(outputs(operated, "llama"), outputs(original, "llama"))
 
 
 def test_a_part_in_another_mode_stays_in_it() -> None:
