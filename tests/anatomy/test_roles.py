@@ -73,7 +73,10 @@ def test_layers_are_counted_in_the_list_the_module_is_in() -> None:
     assert found["decoder.block.1.layer.2.DenseReluDense.wo"] == 1
     assert found["lm_head"] is None
     classifier = [site for site in surveyed("resnet") if site.role == "head"]
-    assert [site.layer for site in classifier] == [None]
+    assert {(site.kind, site.layer) for site in classifier} == {
+        ("linear", None),
+        ("parameter", None),  # its weight and its bias have its role
+    }
 
 
 def test_equal_blocks_share_their_sites() -> None:
