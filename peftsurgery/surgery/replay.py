@@ -20,6 +20,7 @@ from ..anatomy.site import ATEN, Site
 from ..anatomy.values import argument, op, value
 from ..errors import SurgeryError
 from ..language import Operator, site_function
+from ..language.functions import tokens
 from .layout import as_held, as_seen, is_regular
 from .region import INPUTS, Region, core_region, find_region
 
@@ -48,7 +49,8 @@ class Replay:
     @property
     def functions(self) -> dict[str, Operator]:
         """The site's functions that differ from their plain definitions."""
-        table = {"attention": (self.attention, self.extend), "residual": (self.norm,)}
+        core = (self.attention, self.tokens, self.extend)
+        table = {"attention": core, "residual": (self.norm,)}
         return {f.__name__: site_function(f) for f in table.get(self.site.kind, ())}
 
     def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
@@ -64,13 +66,17 @@ class Replay:
     @cached_property
     def region(self) -> Region:
         """The core's nodes, fit for more keys. PSG320 if it cannot be run with more."""
+        self.check_regular()
+        return core_region(self.site)
+
+    def check_regular(self) -> None:
+        """Refuse a core whose keys and values have not the layout that rules see. PSG320."""
         if not is_regular(self.site):
             raise SurgeryError(
                 "PSG320",
                 f"the attention core in '{self.site.module}' does not hold its heads one by one",
                 "leave such cores out with `where:`",
             )
-        return core_region(self.site)
 
     @cached_property
     def inputs(self) -> dict[str, fx.Node]:
@@ -98,6 +104,11 @@ class Replay:
         q, k = (self.outside(self.site.nodes[name]) for name in ("q_operand", "k_operand"))
         shape = [ATEN.sym_size.int(q, -2), ATEN.sym_size.int(k, -2)]
         return ATEN.tril.default(ATEN.new_ones.default(q, shape, dtype=torch.bool))
+
+    def tokens(self, P: Any) -> Any:
+        """Keys or values that are no token's. PSG320 if the core cannot be run with more."""
+        self.check_regular()
+        return tokens(P)
 
     def extend(self, mask: Any, length: int) -> Any:
         """The mask for ``length`` more keys on the left, which every query sees."""

@@ -149,7 +149,8 @@ def test_keys_positions_are_not_lengthened_alone() -> None:
     assert caught.value.code == "PSG331"
 
 
-def test_a_core_that_takes_keys_apart_is_refused() -> None:
+@pytest.mark.parametrize("name", ["deberta", "falcon_40b"])
+def test_a_core_that_takes_keys_apart_or_holds_them_repeated_is_refused(name: str) -> None:
     with pytest.raises(ps.SurgeryError) as caught:
-        ps.apply(captured("deberta"), ps.parse_rules(PREFIX))
+        ps.apply(captured(name), ps.parse_rules(PREFIX))
     assert caught.value.code == "PSG320"
