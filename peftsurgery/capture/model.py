@@ -43,8 +43,9 @@ class GraphModel(Likeness):
         self._served: dict[int, Capture] = {}
         mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
         self._bound = not captures.source.on_meta
-        self._watched: list[tuple[str, dict[str, Any], str, torch.dtype]] = [
-            (name, part._parameters if info.parameter else part._buffers, leaf, info.dtype)
+        # by part and not by its table of tensors, which torch.export puts another in the place of
+        self._watched: list[tuple[str, nn.Module, str, str, torch.dtype]] = [
+            (name, part, "_parameters" if info.parameter else "_buffers", leaf, info.dtype)
             for name, info in captures.tensors.items()
             for owner, _, leaf in [name.rpartition(".")]
             for part in [self.get_submodule(owner)]
@@ -155,8 +156,8 @@ class GraphModel(Likeness):
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
         return frozenset(
             (name, tensor.dtype)
-            for name, tensors, leaf, dtype in self._watched
-            if (tensor := tensors[leaf]).dtype != dtype and _is_cast(tensor)
+            for name, part, table, leaf, dtype in self._watched
+            if (tensor := part.__dict__[table][leaf]).dtype != dtype and _is_cast(tensor)
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -252,6 +252,15 @@ def test_a_model_is_cast_with_its_adapters_and_computes_them_in_fp32() -> None:
     assert torch.equal(outputs(operated, "llama"), outputs(original, "llama"))
 
 
+def test_a_model_that_torch_exported_is_the_model_it_was() -> None:
+    operated = randomise(ps.apply(captured("bert"), "lora_qv"))
+    expected = outputs(operated, "bert")
+    exported = torch.export.export(operated, (), kwargs=ZOO["bert"].inputs(3, 5))
+    torch.testing.assert_close(outputs(exported.module(), "bert"), expected, rtol=0, atol=1e-6)
+    assert torch.equal(outputs(copy.deepcopy(operated), "bert"), expected)
+    assert outputs(operated.to(torch.bfloat16), "bert").dtype == torch.bfloat16
+
+
 def test_a_part_in_another_mode_stays_in_it() -> None:
     graph = ps.capture(ZOO["bert"].build()).train()
     graph.get_submodule("bert.encoder.layer.0").eval()
