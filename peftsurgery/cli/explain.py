@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from peftsurgery.cli.kit import json_option, print_json
-from peftsurgery.errors import CODES, SurgeryError, closest
+from peftsurgery.codes import CODES
+from peftsurgery.errors import SurgeryError, closest
 
 
 @click.command()

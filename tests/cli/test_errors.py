@@ -12,7 +12,8 @@ import click
 import pytest
 
 from peftsurgery.cli.kit import clean, translate
-from peftsurgery.errors import CODES, SurgeryError
+from peftsurgery.codes import CODES
+from peftsurgery.errors import SurgeryError
 
 
 def raising(error: BaseException) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from peftsurgery.errors import CODES
+from peftsurgery.codes import CODES
 from peftsurgery.language import load_rules
 
 SHIPPED = Path(__file__).resolve().parents[2] / "rules"

@@ -1,0 +1,83 @@
+"""PSG2xx: what models and inputs are refused for."""
+
+from peftsurgery.codes.entry import CodeInfo
+
+CODES = {
+    "PSG201": CodeInfo(
+        "the model cannot be captured",
+        "torch.export could not turn the model into a graph for any input of this kind. "
+        "Usually its "
+        "forward takes decisions that depend on values (routing by index, loops over .tolist()). "
+        "Capture the part of it that does not, or pass inputs that avoid that path.",
+    ),
+    "PSG202": CodeInfo(
+        "example inputs are needed",
+        "Inputs are made only for transformers models whose main input is a known kind (token ids, "
+        "pixels, audio). Pass inputs=(x, ...) or inputs={'name': x} with a batch of at least two.",
+    ),
+    "PSG203": CodeInfo(
+        "the arguments do not fit the model's forward",
+        "A captured model takes what the original's forward takes, by position or by name.",
+    ),
+    "PSG204": CodeInfo(
+        "a part of a captured model was called",
+        "In a captured model the code is in the model and in its blocks (the elements of repeated "
+        "lists). Other modules keep their names and tensors but are not called.",
+    ),
+    "PSG205": CodeInfo(
+        "there is no such model",
+        "MODEL is a directory with a config.json, a hub id (owner/name), "
+        "package.module:factory, or "
+        "a saved surgery.",
+    ),
+    "PSG206": CodeInfo(
+        "the config names no known model",
+        "config.json has a model_type or architecture that the installed transformers does "
+        "not have.",
+    ),
+    "PSG207": CodeInfo(
+        "the model has no weights",
+        "Applying rules needs no weights, but running, training and folding do. The directory "
+        "holds "
+        "none that can be read, or a live model is on the meta device.",
+    ),
+    "PSG208": CodeInfo(
+        "the model needs code that comes with it",
+        "The config points at Python files in the model's directory. They are never run unasked.",
+    ),
+    "PSG209": CodeInfo(
+        "a module's name is taken",
+        "A captured model keeps the original's module names, and this one is also the name of "
+        "something every captured model or block has.",
+    ),
+    "PSG210": CodeInfo(
+        "the cache cannot be left to its owner",
+        "A captured model calls the cache it is given, and knows no more of it than how long it "
+        "is. That works for caches of keys and values; it does not for models that keep other "
+        "states, or that read the cache's tensors themselves. A cache of fixed length works in "
+        "generate, which makes the masks for it. Generate with use_cache=False, or fold the model "
+        "and generate with the plain one.",
+    ),
+    "PSG211": CodeInfo(
+        "the model cannot be captured in train mode",
+        "In training its code decides by random values what to run (LayerDrop, router jitter). Set "
+        "that to zero in its config, or call eval() on the captured model and train it as it is, "
+        "without dropout.",
+    ),
+    "PSG212": CodeInfo(
+        "the model does not generate",
+        "generate() is for causal language models of transformers. The encoder and the decoder of "
+        "an encoder-decoder model are captured as one graph, and generating calls the decoder "
+        "alone: fold such a model and generate with the plain one.",
+    ),
+    "PSG214": CodeInfo(
+        "Gradient checkpointing is asked for something it does not do",
+        "Blocks are recomputed without re-entering, on the device they are on. Leave "
+        "`use_reentrant` and `offload` out, or false.",
+    ),
+    "PSG215": CodeInfo(
+        "the model is quantised already",
+        "Graphs are captured of models with ordinary weights. Capture the model that was quantised "
+        "and apply `nf4` or `qlora`: the base is then kept in four bits by the operated model.",
+    ),
+}

@@ -1,0 +1,22 @@
+"""PSG9xx: what command lines are refused for."""
+
+from peftsurgery.codes.entry import USAGE, CodeInfo
+
+CODES = {
+    "PSG901": CodeInfo(
+        "The command line is not understood",
+        "`peftsurgery --help` lists the commands, `peftsurgery COMMAND --help` the arguments "
+        "of one.",
+        USAGE,
+    ),
+    "PSG902": CodeInfo(
+        "An optional package is not installed",
+        "The command needs a package that comes with an extra; the hint has the line to "
+        "install it.",
+    ),
+    "PSG903": CodeInfo(
+        "There is no such error code",
+        "`peftsurgery explain` without a code lists all of them.",
+        USAGE,
+    ),
+}

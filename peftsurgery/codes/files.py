@@ -1,0 +1,36 @@
+"""PSG6xx: what files and places are refused for."""
+
+from peftsurgery.codes.entry import CodeInfo
+
+CODES = {
+    "PSG601": CodeInfo(
+        "The output exists already",
+        "Nothing is overwritten unless `--force` is given, and then only a file or a model's "
+        "directory.",
+    ),
+    "PSG602": CodeInfo(
+        "The output is, holds or lies in an input",
+        "Inputs are never touched, so the output must be somewhere else.",
+    ),
+    "PSG603": CodeInfo(
+        "A file cannot be read or written",
+        "The system refused: the message names the file and gives the reason.",
+    ),
+    "PSG604": CodeInfo(
+        "the place is taken",
+        "A surgery is written into a new or empty directory, or over an older surgery.",
+    ),
+    "PSG605": CodeInfo(
+        "the surgery's manifest is damaged",
+        "surgery.json is missing, is no JSON object of a known format, or names files outside the"
+        " directory.",
+    ),
+    "PSG606": CodeInfo(
+        "the surgery's tensors are damaged",
+        "adapter.safetensors is missing or truncated, or holds values that are not finite.",
+    ),
+    "PSG607": CodeInfo(
+        "there is nothing to fold",
+        "A saved surgery has a surgery.json, a peft adapter an adapter_config.json.",
+    ),
+}

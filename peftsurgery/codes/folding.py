@@ -1,0 +1,69 @@
+"""PSG4xx: what folding and checking a result are refused for."""
+
+from peftsurgery.codes.entry import UNVERIFIED, USAGE, CodeInfo
+
+CODES = {
+    "PSG401": CodeInfo(
+        "the method cannot be folded",
+        "Only what amounts to a change of weights can become part of them. The rule says so by "
+        "its `fold:`.",
+    ),
+    "PSG402": CodeInfo(
+        "a weight would overflow",
+        "The folded weight is finite in fp32 and too large for the dtype the model is stored in. "
+        "Fold a model that was loaded in a wider dtype.",
+    ),
+    "PSG403": CodeInfo(
+        "a value is not finite",
+        "An adapter or a folded weight holds NaN or infinity: training diverged, or the file is "
+        "damaged.",
+    ),
+    "PSG404": CodeInfo(
+        "a tie cannot be broken",
+        "Two names of the model are one weight and only one of them was adapted. The architecture"
+        " ties them again at every load, so the fold would be lost or would leak to the other "
+        "side.",
+    ),
+    "PSG405": CodeInfo(
+        "there is no bias to fold into",
+        "The fold changes a bias that the model does not have.",
+    ),
+    "PSG406": CodeInfo(
+        "a weight has no four-bit layer to go into",
+        "With requantise, folded weights go into bitsandbytes' linear layers. A weight of another "
+        "kind of module can only be written in full precision.",
+    ),
+    "PSG410": CodeInfo(
+        "the folded model is not the operated one",
+        "What was written was read back by from_pretrained (a plain module: from its tensors) and "
+        "run at two shapes, and its outputs differ from the operated model's by more than rounding "
+        "explains. Nothing is left at the output.",
+        UNVERIFIED,
+    ),
+    "PSG411": CodeInfo(
+        "the ONNX model differs from the folded one",
+        "onnxruntime ran the file at two shapes that its export had not seen, and the outputs "
+        "differ by more than 1e-5 (of their size, if they are larger than 1), or the file "
+        "could not "
+        "be run. The file is removed.",
+        UNVERIFIED,
+    ),
+    "PSG412": CodeInfo(
+        "the model cannot be written as ONNX",
+        "torch.onnx has no translation for something the model does. The reason it gave is "
+        "printed; "
+        "the folded model itself is not affected.",
+        UNVERIFIED,
+    ),
+    "PSG413": CodeInfo(
+        "adapters cannot be inputs of an ONNX model yet",
+        "export_onnx(..., adapters='fold') writes a model with the adapters in its weights.",
+        USAGE,
+    ),
+    "PSG414": CodeInfo(
+        "no inputs can be made to check the model with",
+        "A check needs inputs at two shapes other than the captured one. They can be made for "
+        "models "
+        "whose arguments are tensors, given by name, with a batch that may vary.",
+    ),
+}
