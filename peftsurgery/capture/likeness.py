@@ -8,6 +8,7 @@ model answers as the original would.
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,9 @@ class Likeness(Part):
     """The attributes of the original that others ask a model for."""
 
     @property
+    @abstractmethod
     def source(self) -> Source:
         """Where the model and its weights come from."""
-        raise NotImplementedError
 
     @property
     def config(self) -> Any:

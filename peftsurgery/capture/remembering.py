@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -243,9 +244,9 @@ class _StandIn:
         self.added += keys.shape[-2]
         return torch.ops.peftsurgery.remember(keys, values, self.index, length)
 
+    @abstractmethod
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """How many tokens will be attended to with so many new ones, and how many were before."""
-        raise NotImplementedError
 
     @property
     def keys(self) -> Tensor:

@@ -54,13 +54,13 @@ def target_test(config: AdapterConfig) -> Callable[[str], bool]:
     named = _name_test(config, "target_modules")
     in_layer = (lambda path: True) if isinstance(wanted, str) else _layer_test(config)
 
-    def test(path: str) -> bool:
+    def means(path: str) -> bool:
         if excluded(path) or any(holds(path) for holds in saved):
             return False
         exact = not isinstance(wanted, str) and path in (wanted or ())
         return exact or (named(path) and in_layer(path))
 
-    return test
+    return means
 
 
 def _name_test(config: AdapterConfig, key: str) -> Callable[[str], bool]:
@@ -86,13 +86,13 @@ def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
         raise SurgeryError("PSG503", "the adapter's layers_to_transform are no numbers")
     lists = config.names("layers_pattern")
 
-    def test(path: str) -> bool:
+    def in_layers(path: str) -> bool:
         patterns = [re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.") for name in lists]
         found = (pattern.match(path) for pattern in patterns or [LAYER])
         first = next((match for match in found if match), None)
         return first is not None and int(first[1]) in wanted
 
-    return test
+    return in_layers
 
 
 def grouped(model: nn.Module, path: str) -> str | None:

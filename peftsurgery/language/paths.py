@@ -38,7 +38,7 @@ def full_match(pattern: str, where: str | None = None) -> Callable[[str], bool]:
     except (regex.error, RecursionError, OverflowError) as error:
         raise SurgeryError("PSG141", f"'{pattern}': {error}", where=where) from None
 
-    def test(text: str) -> bool:
+    def matches(text: str) -> bool:
         try:
             return compiled.fullmatch(text, timeout=SECONDS) is not None
         except TimeoutError:
@@ -46,4 +46,4 @@ def full_match(pattern: str, where: str | None = None) -> Callable[[str], bool]:
             hint = "remove nested repetitions such as (a+)+"
             raise SurgeryError("PSG140", message, hint, where) from None
 
-    return test
+    return matches

@@ -6,6 +6,7 @@ nodes before it. While an adapter that changes the inputs is active, every call 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -121,9 +122,9 @@ class Fronted(Switchable):
 
     _fronts: Fronts | None
 
+    @abstractmethod
     def _cuts_in(self, capture: Capture) -> list[Cut]:
         """The cuts that are made in a capture in the present mode."""
-        raise NotImplementedError
 
     def find(self, call: Call) -> Capture:
         """The capture that serves a call. PSG352 if its inputs do not fit once they are changed."""

@@ -9,6 +9,7 @@ another one is over: they take part in its call, and it alone is trained.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -262,9 +263,9 @@ class Switchable(GraphModel):
         self._copies.rename(state, prefix)
 
     @property
+    @abstractmethod
     def _owners(self) -> Mapping[str, str]:
         """The adapter of every parameter that was added or copied, by the parameter's own name."""
-        raise NotImplementedError
 
     def _mode_of(
         self, names: Iterable[str], left_out: Mapping[str, tuple[int | str, ...]] = NOTHING
