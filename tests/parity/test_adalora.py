@@ -21,7 +21,12 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
 from tests.parity.test_variants import Convolutions
-from tests.parity.training import both_train, logits
+from tests.parity.training import (
+    assert_folded_as_merged,
+    assert_written_as_read,
+    both_train,
+    logits,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning"),
@@ -84,19 +89,11 @@ def test_twenty_adamw_steps_give_pefts_losses(pair: Pair) -> None:
 
 
 def test_fold_is_pefts_merge(pair: Pair) -> None:
-    folded, merged = ps.fold(pair.ours), deepcopy(pair.theirs).merge_and_unload()
-    assert type(folded) is type(merged)
-    torch.testing.assert_close(logits(folded), logits(merged), rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(folded), logits(pair.ours), rtol=0, atol=2e-6)
+    assert_folded_as_merged(pair.ours, pair.theirs)
 
 
 def test_what_is_written_is_what_was_read_and_peft_loads_it(pair: Pair, tmp_path: Path) -> None:
-    ps.to_peft(pair.ours, tmp_path)
-    before, after = (load_file(d / "adapter_model.safetensors") for d in (pair.folder, tmp_path))
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    again = PeftModel.from_pretrained(base(pair.name), tmp_path).eval()
-    torch.testing.assert_close(logits(again), logits(pair.ours), rtol=0, atol=1e-6)
+    assert_written_as_read(pair.ours, pair.folder, tmp_path, base(pair.name))
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, PeftModel, get_peft_model
-from safetensors.torch import load_file
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
 from tests.parity.models import base, batch, captured, randomise
-from tests.parity.training import both_train, logits
+from tests.parity.training import assert_written_as_read, both_train, logits
 
 PAPER: dict[str, dict[str, Any]] = {
     "llama": {
@@ -100,12 +99,7 @@ def test_fold_is_pefts_merge(pair: Pair) -> None:
 
 
 def test_what_is_written_is_what_was_read_and_peft_loads_it(pair: Pair, tmp_path: Path) -> None:
-    ps.to_peft(pair.ours, tmp_path)
-    before, after = (load_file(d / "adapter_model.safetensors") for d in (pair.folder, tmp_path))
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    again = PeftModel.from_pretrained(base(pair.name), tmp_path).eval()
-    torch.testing.assert_close(logits(again), logits(pair.ours), rtol=0, atol=1e-6)
+    assert_written_as_read(pair.ours, pair.folder, tmp_path, base(pair.name))
 
 
 @pytest.mark.parametrize("name", NAMES)

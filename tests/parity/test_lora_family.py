@@ -6,20 +6,24 @@ The adapters are random and were written by peft's own ``save_pretrained``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery.surgery import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
+from tests.parity.training import (
+    assert_folded_as_merged,
+    assert_written_as_read,
+    both_train,
+    logits,
+)
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -61,12 +65,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(name, theirs, ours, folder)
 
 
-def logits(model: Any, rows: int = 3, length: int = 7) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**batch(rows, length)).logits
-    return result
-
-
 def both(theirs: Any, ours: OperatedModel) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Every adapter tensor of peft's model and ours, found by the names that each gives it."""
     for name, parameter in theirs.named_parameters():
@@ -96,35 +94,13 @@ def test_gradients_of_every_adapter_tensor_are_pefts(pair: Pair) -> None:
 
 
 def test_twenty_adamw_steps_give_pefts_losses(pair: Pair) -> None:
-    losses = [train(deepcopy(model).train()) for model in (pair.theirs, pair.ours)]
-    assert losses[0][18] < losses[0][0], "two losses on the same batch"
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-
-
-def train(model: Any) -> list[float]:
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-3)
-    losses = []
-    for step in range(20):
-        loss = model(**batch(3, 6 + step % 3)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    theirs, ours = both_train(pair.theirs, pair.ours)
+    assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_fold_is_pefts_merge(pair: Pair) -> None:
-    merged = deepcopy(pair.theirs).merge_and_unload()
-    folded = ps.fold(pair.ours)
-    assert type(folded) is type(merged)
-    torch.testing.assert_close(logits(folded), logits(merged), rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(folded), logits(pair.ours), rtol=0, atol=2e-6)
+    assert_folded_as_merged(pair.ours, pair.theirs)
 
 
 def test_what_is_written_is_what_was_read_and_peft_loads_it(pair: Pair, tmp_path: Path) -> None:
-    ps.to_peft(pair.ours, tmp_path)
-    before, after = (load_file(d / "adapter_model.safetensors") for d in (pair.folder, tmp_path))
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    again = PeftModel.from_pretrained(base(pair.name), tmp_path).eval()
-    torch.testing.assert_close(logits(again), logits(pair.ours), rtol=0, atol=1e-6)
+    assert_written_as_read(pair.ours, pair.folder, tmp_path, base(pair.name))

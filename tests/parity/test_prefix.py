@@ -6,63 +6,25 @@ The prefixes were written by peft's own ``save_pretrained``.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery.surgery import OperatedModel
-from tests.parity.models import SIZES, base, batch, captured, randomise
+from tests.parity.models import randomise
+from tests.parity.tasks import MODELS, graph, logits, plain, texts
+from tests.parity.training import both_train
 
-LENGTH, LABELS = 3, 3
-MODELS = {
-    "llama": "CAUSAL_LM",
-    "gpt2": "CAUSAL_LM",
-    "bert-classifier": "SEQ_CLS",
-    "t5": "SEQ_2_SEQ_LM",
-    "qwen3": "CAUSAL_LM",
-}
+LENGTH = 3
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
-
-
-@cache
-def classifier() -> nn.Module:
-    torch.manual_seed(0)
-    settings = {**SIZES, "num_labels": LABELS, "hidden_dropout_prob": 0.0}
-    config = transformers.BertConfig(**settings, attention_probs_dropout_prob=0.0)
-    model = transformers.BertForSequenceClassification(config).eval()
-    randomise(model, lambda name: True, 0.02)
-    return model
-
-
-def plain(name: str) -> nn.Module:
-    model = deepcopy(classifier()) if name == "bert-classifier" else base(name)
-    model.config.use_cache = True  # peft hands prefixes over as a cache
-    return model
-
-
-@cache
-def graph(name: str) -> ps.GraphModel:
-    if name != "bert-classifier":
-        return captured(name)
-    return ps.capture(classifier(), inputs=texts(name, 2, 5))
-
-
-def texts(name: str, rows: int = 3, length: int = 7) -> dict[str, Tensor]:
-    """Token ids and what the model learns from them, without padding."""
-    made = batch(rows, length)
-    if name == "bert-classifier":
-        made["labels"] = made["labels"][:, 0] % LABELS
-    return made
 
 
 @dataclass(frozen=True)
@@ -85,12 +47,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     theirs.save_pretrained(folder)
     ours = ps.from_peft(graph(name), folder).eval()
     return Pair(name, theirs, ours, folder)
-
-
-def logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs).logits
-    return result
 
 
 def in_our_parts(pair: Pair, whole: Tensor) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -135,21 +91,9 @@ def test_gradients_are_pefts(pair: Pair) -> None:
 
 
 def test_twenty_adamw_steps_give_pefts_losses(pair: Pair) -> None:
-    losses = [train(pair.name, deepcopy(model).train()) for model in (pair.theirs, pair.ours)]
-    assert losses[0][18] < losses[0][0], "two losses on the same batch"
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-
-
-def train(name: str, model: Any) -> list[float]:
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-2)
-    losses = []
-    for step in range(20):
-        loss = model(**texts(name, 3, 6 + step % 3)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
+    draw = partial(texts, pair.name)
+    theirs, ours = both_train(pair.theirs, pair.ours, draw=draw, rate=3e-2)
+    assert ours == pytest.approx(theirs, abs=1e-5)
 
 
 def test_what_is_written_is_what_was_read_and_peft_loads_it(pair: Pair, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from peftsurgery.surgery import OperatedModel
 from tests.models.captured import captured as zoo
 from tests.models.zoo import ZOO
 from tests.parity.models import randomise
-from tests.parity.test_prefix import LENGTH, graph, logits, plain, texts, train
+from tests.parity.tasks import graph, logits, plain, texts
+from tests.parity.test_prefix import LENGTH
+from tests.parity.training import both_train, train
 
 INNER = 16
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -71,7 +74,7 @@ def test_the_perceptron_is_pefts(name: str, tmp_path: Path) -> None:
     for letter, tensor in (("E", encoder.embedding.weight), ("W", encoder.transform[0].weight)):
         mine = ours.get_parameter(f"prefix_tuning_mlp.{letter}").grad
         torch.testing.assert_close(mine, tensor.grad, rtol=0, atol=1e-5)
-    losses = [train(name, deepcopy(model).train()) for model in (theirs, ours)]
+    losses = both_train(theirs, ours, draw=partial(texts, name), rate=3e-2)
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     ps.to_peft(ours, tmp_path)
     again = PeftModel.from_pretrained(plain(name), tmp_path).eval()
@@ -161,7 +164,7 @@ def test_the_head_is_trained_with_the_prefix_and_goes_to_peft(tmp_path: Path) ->
     trained = {name for name in ours.learnt() if not name.endswith((".K", ".V"))}
     assert trained == {"classifier.weight", "classifier.bias"}
     before = graph("bert-classifier").get_parameter("classifier.weight").clone()
-    losses = train("bert-classifier", ours.train())
+    losses = train(ours.train(), partial(texts, "bert-classifier"), 3e-2)
     assert losses[-2] < losses[0]
     assert not torch.equal(ours.get_parameter("classifier.weight"), before)
     ours.eval()
