@@ -159,6 +159,11 @@ def test_a_prefix_generates_what_peft_generates(tmp_path: Path) -> None:
     assert torch.equal(*tokens)
 
 
+def test_without_a_head_there_is_the_prefix_alone() -> None:
+    ours = ps.apply(graph("llama"), "p_tuning_v2", length=LENGTH)
+    assert {name.rpartition(".")[2] for name in ours.learnt()} == {"K", "V"}
+
+
 def test_the_head_is_trained_with_the_prefix_and_goes_to_peft(tmp_path: Path) -> None:
     ours = ps.apply(graph("bert-classifier"), "p_tuning_v2", length=LENGTH)
     trained = {name for name in ours.learnt() if not name.endswith((".K", ".V"))}

@@ -32,7 +32,7 @@ import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
 from tests.models.zoo import ZOO
-from tests.parity.models import DECODER, T5, batch, captured
+from tests.parity.models import DECODER, T5, base, batch, captured
 
 PLACES = [0, 2, 2, -1, 100]
 
@@ -106,6 +106,21 @@ def test_a_mask_moves_with_the_text_and_positions_count_on() -> None:
     assert longer[:1].tolist() == [[1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
     expected = plain()(inputs_embeds=embeds[:1], attention_mask=longer[:1], position_ids=counted)
     torch.testing.assert_close(actual[:1], expected.logits, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_behind_the_embeddings_may_be_longer_than_the_text() -> None:
+    original = base("bert")
+    operated = ps.apply(captured("bert"), "prompt_after_embedding", length=12).eval()
+    P = operated.learnt().popitem()[1].detach()
+    ids = torch.randint(1, 20, (3, 5))
+
+    def put_before(part: Any, args: Any, embeds: Tensor) -> Tensor:
+        return torch.cat((P.expand(len(embeds), -1, -1), embeds), 1)
+
+    original.get_submodule("bert.embeddings").register_forward_hook(put_before)
+    with torch.no_grad():
+        expected, made = original(input_ids=ids)[0], operated(input_ids=ids)[0]
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-6)
 
 
 @torch.no_grad()

@@ -66,7 +66,8 @@ RECIPES: Mapping[str, Recipe] = {
                 "exclude_modules": ["pooler.dense"],
             },
         ),
-        beside="peft's is not on the pooler, which the task does not use and peft cannot score",
+        beside="peft's leaves out the pooler, which gets no gradient here, and adds its penalty "
+        "only to a loss that the model itself returns",
     ),
     "qlora": Recipe(5e-3, peft=("LoraConfig", LINEARS), beside="the base in four bits"),
     "bitfit": Recipe(3e-3),
