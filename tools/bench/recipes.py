@@ -83,7 +83,7 @@ RECIPES: Mapping[str, Recipe] = {
         beside="over two of Pfeiffer's, each trained before on half of the texts",
     ),
     "prefix_tuning": Recipe(1e-1, peft=("PrefixTuningConfig", {"num_virtual_tokens": 20})),
-    "prefix_tuning_mlp": Recipe(2e-3),
+    "prefix_tuning_mlp": Recipe(2e-4),
     "p_tuning_v2": Recipe(1e-1),
     "mam_adapter": Recipe(5e-4),
     "unipelt": Recipe(1e-3),
