@@ -49,7 +49,7 @@ def advance(
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5", "qwen3"])
 def test_masks_are_pefts_at_every_allocation_of_sixty_steps(name: str) -> None:
     config = AdaLoraConfig(
         init_r=6,
