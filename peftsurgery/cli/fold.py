@@ -29,6 +29,9 @@ from peftsurgery.cli.progress import doing
     type=click.Path(path_type=Path),
     help="Also write ONNX, checked in onnxruntime at two unseen shapes.",
 )
+@click.option(
+    "--requantise", is_flag=True, help="Write what the surgery keeps in four bits in four bits."
+)
 @click.option("--verify", is_flag=True, help="Reload the result and compare its outputs.")
 @force_option
 @json_option
@@ -38,6 +41,7 @@ def fold(
     out: Path | None,
     adapters: tuple[str, ...],
     onnx: Path | None,
+    requantise: bool,
     verify: bool,
     force: bool,
     as_json: bool,
@@ -45,6 +49,8 @@ def fold(
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
     if out is None:
         raise click.UsageError("missing option --output OUT")
+    if onnx is not None and requantise:
+        raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
     inputs = [surgery, *([base] if base else [])]
     # An ONNX file asked for inside OUT is written where OUT is being made.
     inside = onnx is not None and onnx.absolute().is_relative_to(out.absolute())
@@ -55,7 +61,13 @@ def fold(
     with fresh(out, inputs, force) as part, doing(f"folding {surgery}"):
         file = part / onnx.absolute().relative_to(out.absolute()) if onnx and inside else onnx
         result = fold_to_directory(
-            surgery, part, base=base, onnx=file, verify=verify, adapters=adapters
+            surgery,
+            part,
+            base=base,
+            onnx=file,
+            verify=verify,
+            adapters=adapters,
+            requantise=requantise,
         )
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))

@@ -31,7 +31,13 @@ CODES = {
     "PSG406": CodeInfo(
         "a weight has no four-bit layer to go into",
         "With requantise, folded weights go into bitsandbytes' linear layers. A weight of another "
-        "kind of module can only be written in full precision.",
+        "kind of module can only be written in full precision, and so can one that transformers "
+        "keeps in full precision whenever it loads the architecture.",
+    ),
+    "PSG407": CodeInfo(
+        "nothing is to be quantised again",
+        "requantise packs the weights again that the operated model keeps in four bits, and this "
+        "one keeps none: no rule of it has `store:`.",
     ),
     "PSG410": CodeInfo(
         "the folded model is not the operated one",

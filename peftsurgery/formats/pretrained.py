@@ -11,7 +11,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..capture import GraphModel
 from ..errors import SurgeryError
-from ..surgery import OperatedModel, fold, load, open_model
+from ..surgery import OperatedModel, fold, fold_error, load, open_model
+from ..surgery.requantising import FoldError, pack_layers
 from ..surgery.saving import is_surgery
 from .onnx import OnnxFile, need_onnx, write_onnx
 from .peft import from_peft
@@ -78,6 +79,7 @@ class FoldResult:
     tensors: int
     copied: tuple[str, ...]
     untied: bool
+    error: FoldError
     verified: float | None = None
     onnx: OnnxFile | None = None
     notes: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ class FoldResult:
             "tensors": self.tensors,
             "copied": list(self.copied),
             "untied": self.untied,
+            "error": self.error.to_dict(),
             "verified": self.verified,
             "onnx": None if self.onnx is None else self.onnx.to_dict(),
             "notes": list(self.notes),
@@ -101,6 +104,8 @@ class FoldResult:
         if self.changed:
             most = max(self.changed, key=lambda change: change.relative)
             lines.append(f"  most, by {most.relative:.2%} of its norm: {most.name}")
+            size = f"{self.error.mean:.1e} on average, {self.error.largest:.1e} at most"
+            lines.append(f"  written with an error of {size}")
         if self.untied:
             lines.append("  the tie of input and output embeddings is broken, also in the config")
         if self.copied:
@@ -119,15 +124,19 @@ def fold_to_directory(
     onnx: str | Path | None = None,
     verify: bool = False,
     adapters: Collection[str] = (),
+    requantise: bool = False,
 ) -> FoldResult:
     """Fold a saved surgery or a peft adapter into its base, and write a plain model to ``out``.
 
     ``out`` must not exist; if anything fails, it does not afterwards. ``base`` is the base model if
     it is not where the adapter says; ``onnx`` is where to write the model as ONNX too; ``verify``
     reads the result back and compares its outputs with the operated model's at two shapes;
-    ``adapters`` are folded instead of those that were active when the surgery was saved. Raises
-    what :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if ``spec`` is neither kind of
-    directory, PSG410 if the result is not the operated model, PSG411 and PSG412 if its ONNX is not.
+    ``adapters`` are folded instead of those that were active when the surgery was saved;
+    ``requantise`` packs the weights again that the surgery keeps in four bits, for
+    ``from_pretrained`` to load as such, and compares what is read back with what was written.
+    Raises what :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if ``spec`` is neither
+    kind of directory, PSG410 if the result is not the operated model, PSG411 and PSG412 if its ONNX
+    is not.
     """
     folder = Path(out)
     if onnx is not None:
@@ -138,6 +147,10 @@ def fold_to_directory(
             operated.deactivate()
             operated.activate(*adapters)
         plain = fold(operated).eval()
+    changed, tensors = tuple(changes(operated.source.weights(), plain)), len(plain.state_dict())
+    error = fold_error(operated, requantise)
+    if requantise:
+        pack_layers(plain, operated.stored)
     try:
         folder.mkdir()
     except FileExistsError:
@@ -145,15 +158,18 @@ def fold_to_directory(
     with ExitStack() as unfinished:
         unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
         copied, notes = write_model(plain, folder, operated.source.origin)
-        apart = check_written(operated, plain, folder) if verify else None
+        wanted = plain if requantise else operated
+        cases = unseen_inputs(operated)
+        apart = check_written(wanted, plain, folder, cases) if verify else None
         written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
         unfinished.pop_all()
     return FoldResult(
         operated.active,
-        tuple(changes(operated.source.weights(), plain)),
-        len(plain.state_dict()),
+        changed,
+        tensors,
         copied,
         _is_tied(operated.source.module) and not _is_tied(plain),
+        error,
         apart,
         written,
         (*operated.source.notes, *notes),
@@ -174,10 +190,10 @@ def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedMo
 
 
 def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
-    """The weights that differ; those that a fold left alone share their memory with the base."""
+    """The weights that differ; most that a fold left alone share their memory with the base."""
     for name, new in after.named_parameters():
         old = before.get_parameter(name)
-        if new.data_ptr() == old.data_ptr():
+        if new.data_ptr() == old.data_ptr() or torch.equal(new, old):
             continue
         wide = torch.promote_types(old.dtype, torch.float32)
         gap = (new.detach().to(wide) - old.detach().to(wide)).abs()
@@ -264,8 +280,10 @@ def _holds_weights(folder: Path) -> Iterator[Path]:
     return (file for file in folder.rglob("*") if _is_weights(file))
 
 
-def check_written(operated: GraphModel, plain: nn.Module, folder: Path) -> float:
-    """Read a written model back and compare it with the operated one; the largest difference.
+def check_written(
+    wanted: nn.Module, plain: nn.Module, folder: Path, cases: Iterable[Mapping[str, Any]]
+) -> float:
+    """Read a written model back and compare it with the wanted one; the largest difference.
 
     Raises PSG410 if weights are missing, or outputs differ by more than 1e-5 in fp32. In half
     precision the operated model adds its adapters in fp32 where the folded one has rounded weights,
@@ -276,19 +294,26 @@ def check_written(operated: GraphModel, plain: nn.Module, folder: Path) -> float
     dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
     precision = torch.finfo(dtype).eps
     tolerance = 1e-5 if precision <= torch.finfo(torch.float32).eps else 8 * precision
-    was_training, largest = operated.training, 0.0
-    operated.eval()
+    was_training, largest = wanted.training, 0.0
+    wanted.eval()
     with torch.no_grad():
-        for inputs in unseen_inputs(operated):
-            wanted = tensors_of(operated(**inputs))
-            gap = difference(wanted, tensors_of(again(**inputs)))
+        for inputs in cases:
+            gap = difference(_outputs(wanted, inputs), _outputs(again, inputs))
             if not gap.within(tolerance):
                 raise SurgeryError(
                     "PSG410", f"reloaded, the outputs differ by {gap.largest:.1e} from the operated"
                 )
             largest = max(largest, gap.largest)
-    operated.train(was_training)
+    wanted.train(was_training)
     return largest
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """What a model returns; PSG410 where its layers do not run on this machine."""
+    try:
+        return tensors_of(model(**inputs))
+    except RuntimeError as error:
+        raise SurgeryError("PSG410", f"what was written does not run here: {error}") from error
 
 
 def _read_back(plain: nn.Module, folder: Path) -> nn.Module:

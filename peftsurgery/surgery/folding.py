@@ -33,13 +33,13 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     layers; :func:`fold_error` tells the error. Raises PSG401 for a rule that cannot be folded,
     PSG402 if a weight would overflow its dtype, PSG403 for values that are not finite, PSG404 for a
     tie that the architecture insists on, PSG405 for a bias that is not there, PSG406 for a weight
-    that no four-bit layer can have.
+    that no four-bit layer can have, PSG407 if none was kept in four bits.
     """
     model.bind()
     changed = new_weights(model) if isinstance(model, OperatedModel) else {}
     plain = _rebuild(model, changed).train(model.training)
-    if requantise and isinstance(model, OperatedModel):
-        pack_layers(plain, model.stored)
+    if requantise:
+        pack_layers(plain, model.stored if isinstance(model, OperatedModel) else {})
     return plain
 
 
@@ -52,8 +52,8 @@ def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
     if not isinstance(model, OperatedModel):
         return error_of({}, {}, {})
     model.bind()
-    stored = model.stored if requantise else {}
-    return error_of(exact_weights(model), new_weights(model), stored)
+    exact = _exact_for_all(model)
+    return error_of(exact, _rounded(model, exact), model.stored if requantise else {})
 
 
 def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
@@ -61,12 +61,18 @@ def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
 
     PSG401 where the rows of a batch have weights of their own.
     """
+    return _rounded(model, _exact_for_all(model))
+
+
+def _exact_for_all(model: OperatedModel) -> dict[str, torch.Tensor]:
+    """The exact weights; PSG401 where the rows of a batch have weights of their own."""
     if model.is_by_row:
         raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
-    return {
-        name: _round(name, value, model.dense(name).dtype)
-        for name, value in exact_weights(model).items()
-    }
+    return exact_weights(model)
+
+
+def _rounded(model: OperatedModel, exact: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: _round(name, value, model.dense(name).dtype) for name, value in exact.items()}
 
 
 @torch.no_grad()

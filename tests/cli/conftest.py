@@ -39,15 +39,19 @@ def run() -> Callable[..., Outcome]:
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a BERT of two layers and random weights."""
+    return small_bert(tmp_path_factory.mktemp("models") / "bert", width=32)
+
+
+def small_bert(path: Path, width: int) -> Path:
+    """Write a BERT of two layers and random weights."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=99,
-        hidden_size=32,
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=64,
     )
-    path = tmp_path_factory.mktemp("models") / "bert"
     BertModel(config).save_pretrained(path)
     return path

@@ -4,10 +4,13 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
+
+from tests.cli.conftest import small_bert
 
 RULE = """
 name: nowhere
@@ -146,6 +149,56 @@ def test_one_of_several_adapters_is_folded_by_name(run: Any, bert: Path, tmp_pat
     }
     outcome = run("fold", surgery, "-o", tmp_path / "other", "--adapter", "lora_kv", "--json")
     assert outcome.json["error"]["code"] == "PSG310"
+
+
+def quantised(weight: torch.Tensor) -> torch.Tensor:
+    """What a weight is once it went through four bits and two quantisations of its scales."""
+    packed, state = bnb.functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    dense: torch.Tensor = bnb.functional.dequantize_4bit(packed, state)
+    return dense
+
+
+def test_four_bits_are_folded_into_full_precision_or_four_bits_again(
+    run: Any, tmp_path: Path
+) -> None:
+    bert = small_bert(tmp_path / "bert", width=64)  # bitsandbytes takes no narrower ones on AVX-512
+    surgery, folded, packed = (tmp_path / name for name in ("surgery", "folded", "packed"))
+    run("apply", bert, "qlora", "-o", surgery, "--set", "rank=2", "--set", "alpha=2")
+    adapter = {name: value / 10 for name, value in randomise(surgery).items()}
+    save_file(adapter, surgery / "adapter.safetensors")
+    outcome = run("fold", surgery, "-o", folded, "--verify", "--json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.json["error"]["largest"] == 0, "the base is in fp32, and so is the sum"
+    again = run("fold", surgery, "-o", packed, "--requantise", "--verify", "--json")
+    assert again.code == 0, again.err
+    assert again.json["changed"] == outcome.json["changed"]
+    assert len(again.json["changed"]) == 13
+
+    base, dense, small = (BertModel.from_pretrained(path) for path in (bert, folded, packed))
+    gaps = []
+    for change in again.json["changed"]:
+        module = change["name"].removesuffix(".weight")
+        update = adapter[f"{module}.qlora.B"] @ adapter[f"{module}.qlora.A"]
+        expected = quantised(base.get_submodule(module).weight.data) + update
+        assert isinstance(small.get_submodule(module), bnb.nn.Linear4bit)
+        stored = small.get_submodule(module).weight
+        read = bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+        torch.testing.assert_close(dense.get_submodule(module).weight.data, expected)
+        torch.testing.assert_close(read, quantised(expected))
+        gaps.append((read - expected).abs().max().item())
+    assert again.json["error"]["largest"] == pytest.approx(max(gaps), rel=1e-3)
+
+
+def test_what_is_not_in_four_bits_is_not_quantised_again(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    run("apply", bert, "lora_qv", "-o", tmp_path / "surgery")
+    outcome = run("fold", tmp_path / "surgery", "-o", tmp_path / "folded", "--requantise")
+    assert outcome.code == 3
+    assert "PSG407" in outcome.err
+    assert not (tmp_path / "folded").exists()
 
 
 def test_fold_refuses_what_holds_no_adapter(run: Any, bert: Path, tmp_path: Path) -> None:

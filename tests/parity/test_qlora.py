@@ -161,6 +161,14 @@ def test_the_fold_adds_to_what_was_unpacked_and_says_its_error(tmp_path: Path) -
     torch.testing.assert_close(logits(again.train()), logits(merged.train()), rtol=0, atol=1e-5)
 
 
+def test_what_transformers_keeps_in_full_precision_is_not_requantised() -> None:
+    adapted_everywhere = ps.apply(captured("t5"), "nf4", but="lm_head")
+    error = refusal(lambda: ps.fold(adapted_everywhere, requantise=True))
+    assert error.code == "PSG406"
+    assert "T5ForConditionalGeneration" in error.message
+    ps.fold(ps.apply(captured("t5"), "nf4", **KEPT["t5"]), requantise=True)
+
+
 def dense(layer: Any) -> torch.Tensor:
     weight: torch.Tensor = bnb.functional.dequantize_4bit(
         layer.weight.data, layer.weight.quant_state
