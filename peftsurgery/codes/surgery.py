@@ -128,6 +128,11 @@ CODES = {
         "Four-bit weights are packed and unpacked by bitsandbytes, which is an optional "
         "dependency: pip install 'peftsurgery[quantise]'.",
     ),
+    "PSG327": CodeInfo(
+        "which tokens are one sequence's is not known",
+        "A rule that takes a mean over the tokens needs to know which of them belong together. "
+        "Here sequences and tokens share an axis, and no attention tells them apart.",
+    ),
     "PSG330": CodeInfo(
         "a method cannot be flattened",
         "The rules that its file names under `flat:` must match the very places that the method "

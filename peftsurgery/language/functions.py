@@ -2,8 +2,8 @@
 
 A site can run again what the model itself does there, with other values going in: an attention core
 its scores, biases, softmax and dropout, a residual addition the norm that follows it. Surgery
-replays the site's own nodes. The plain definitions here are what `peftsurgery rules check` computes
-with, where there is no model.
+replays the site's own nodes, and knows which axis holds the tokens. The plain definitions here are
+what `peftsurgery rules check` computes with, where there is no model.
 
 At an attention site every value has one layout, whatever the model's: q is (batch, heads, tokens,
 head_dim), k and v are (batch, kv_heads, tokens, head_dim).
@@ -66,6 +66,16 @@ def norm(h: Tensor) -> Tensor:
     return F.layer_norm(h, (h.shape[-1],))
 
 
+def token_mean(v: Tensor) -> Tensor:
+    """The mean of v over the tokens of each sequence, with one token left.
+
+    v has the axes of x. The result goes with v, wherever the model keeps sequences and tokens; at
+    an attention site it is (batch, 1, features).
+    """
+    # a row of a matrix is a sequence of one token; a proxy cannot say how many axes it has
+    return v.unflatten(0, (-1, 1)).mean(-2, True).flatten(0, 1)
+
+
 def site_function(function: Callable[..., Any]) -> Operator:
     """The entry of a site function, which a rule calls by its name."""
     doc = inspect.getdoc(function) or ""
@@ -77,6 +87,7 @@ def table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
     return {function.__name__: site_function(function) for function in functions}
 
 
-ATTENTION = table(attention, concat, tokens, extend)
+ATTENTION = table(attention, concat, tokens, extend, token_mean)
+LINEAR = table(token_mean)
 POSITIONS = table(precede)
-RESIDUAL = table(norm)
+RESIDUAL = table(norm, token_mean)

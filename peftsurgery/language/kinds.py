@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftsurgery.language.functions import ATTENTION, POSITIONS, RESIDUAL
+from peftsurgery.language.functions import ATTENTION, LINEAR, POSITIONS, RESIDUAL
 from peftsurgery.language.operators import Operator
 from peftsurgery.language.sequences import SEQUENCES
 
@@ -55,6 +55,7 @@ KINDS: Mapping[str, Kind] = {
             ("W", "b"),
             ("in", "out"),
             "y",
+            functions=LINEAR,
         ),
         Kind(
             "experts",

@@ -48,7 +48,7 @@ class Batch:
 
     def axis(self, node: fx.Node) -> Axis | None:
         """The axis of a node's value that is the batch, or None if it is not to be told."""
-        sizes = [_expression(size) for size in shape(node)]
+        sizes = [expression(size) for size in shape(node)]
         if self.size == 1:
             return Axis(0)  # of a batch of one everything belongs to the one row
         found = [dim for dim, size in enumerate(sizes) if size == self.size]
@@ -67,7 +67,7 @@ class Batch:
         """Whether the entries of an element are neighbours on a flattened first axis."""
         while node.op == "call_function":
             sources = [n for n in node.all_input_nodes if shape(n)]
-            held = [n for n in sources if _expression(shape(n)[0]) == size]
+            held = [n for n in sources if expression(shape(n)[0]) == size]
             if held and (op(node) in VIEWS | ROW_BY_ROW or _is_pointwise(node)):
                 node = held[0]
             elif sources and op(node) in VIEWS:
@@ -80,9 +80,9 @@ class Batch:
         """How the first axes of ``source`` become one of this size: the batch outermost, or not."""
         product: Any = sympy.Integer(1)
         for dim, each in enumerate(shape(source)):
-            product *= _expression(each)
+            product *= expression(each)
             if sympy.expand(product - size) == 0:
-                where = [d for d in range(dim + 1) if _expression(shape(source)[d]) == self.size]
+                where = [d for d in range(dim + 1) if expression(shape(source)[d]) == self.size]
                 return {0: True, dim: False}.get(where[0]) if len(where) == 1 else None
         return None
 
@@ -93,7 +93,7 @@ def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
     A program that no batch reaches is left out, and all are if the batch has a fixed size other
     than one. PSG313 if no input has an axis.
     """
-    sizes = [_expression(shape(node)[0]) for node in _tensor_inputs(capture)]
+    sizes = [expression(shape(node)[0]) for node in _tensor_inputs(capture)]
     if not sizes:
         raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
     # a mask may call the batch by another name: the name that reaches most programs is taken
@@ -150,12 +150,13 @@ def _inner(
 def _sizes(node: fx.Node) -> list[Any]:
     """The sizes of a tensor, or the one number that a node stands for."""
     value = node.meta.get("val")
-    return [_expression(s) for s in ([value] if isinstance(value, torch.SymInt) else shape(node))]
+    return [expression(s) for s in ([value] if isinstance(value, torch.SymInt) else shape(node))]
 
 
 def _is_pointwise(node: fx.Node) -> bool:
     return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
-def _expression(size: Any) -> Any:
+def expression(size: Any) -> Any:
+    """A size as arithmetic on symbols."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))

@@ -3,6 +3,7 @@
     attention(q, k, v, mask)    the core: repeated heads, scores, biases, caps, softmax, dropout
     extend(mask, length)        the mask in the model's own kind: added, True to see, True to hide
     norm(h)                     the norm after a residual addition
+    token_mean(v)               the mean over the tokens of each sequence
 
 The same code inserts nodes (values are proxies) and infers shapes (values are fake tensors).
 """
@@ -16,11 +17,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..anatomy.site import ATEN, Site
+from ..anatomy.site import ATEN, Placed, Site
 from ..anatomy.values import argument, op, value
 from ..errors import SurgeryError
 from ..language import Operator, site_function
 from ..language.functions import tokens
+from ..language.kinds import KINDS
+from .averaging import token_mean
 from .layout import as_held, as_seen, is_regular
 from .region import INPUTS, Region, core_region, find_region
 
@@ -32,26 +35,28 @@ class Replay:
     """The functions of one site, for one reading of a rule."""
 
     def __init__(
-        self, site: Site, outside: Outside, dtype: torch.dtype, given_mask: Any = None
+        self, placed: Placed, outside: Outside, dtype: torch.dtype, given_mask: Any = None
     ) -> None:
         """``outside`` gives the values of the program's nodes; rules compute in ``dtype``.
 
         ``given_mask`` is what earlier cuts gave to a core that has no mask.
         """
-        self.site, self.outside, self.dtype, self.given_mask = site, outside, dtype, given_mask
+        self.placed, self.site = placed, placed.site
+        self.outside, self.dtype, self.given_mask = outside, dtype, given_mask
         self.given: Mapping[fx.Node, Any] = {}
         self.result: Any = None
 
     def computing_in(self, dtype: torch.dtype) -> Replay:
         """The same site, read by a rule that computes in another dtype."""
-        return Replay(self.site, self.outside, dtype, self.given_mask)
+        return Replay(self.placed, self.outside, dtype, self.given_mask)
 
     @property
     def functions(self) -> dict[str, Operator]:
         """The site's functions that differ from their plain definitions."""
-        core = (self.attention, self.tokens, self.extend)
-        table = {"attention": core, "residual": (self.norm,)}
-        return {f.__name__: site_function(f) for f in table.get(self.site.kind, ())}
+        own = (self.attention, self.tokens, self.extend, self.norm, self.token_mean)
+        kind = KINDS.get(self.site.kind)  # a pattern's is the rule's own
+        known = kind.functions if kind else {}
+        return {f.__name__: site_function(f) for f in own if f.__name__ in known}
 
     def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """What the core gives for these queries, keys, values and mask."""
@@ -127,6 +132,10 @@ class Replay:
         given = {self.site.nodes["y"]: h if known == self.dtype else h.to(known)}
         result = region.run(given, self.outside)
         return result if value(end).dtype == self.dtype else result.to(self.dtype)
+
+    def token_mean(self, v: Any) -> Any:
+        """The mean of v over the tokens of each sequence."""
+        return token_mean(v, self.site, self.placed.program, self.outside)
 
 
 def is_causal(site: Site) -> bool:

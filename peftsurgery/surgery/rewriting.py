@@ -115,7 +115,7 @@ class Rewriter:
             return fx.Proxy(early(self.node(original)), self.tracer)
 
         mask = self.masks.get(self.result(cut)) if cut.rule.kind.functions else None
-        return Replay(cut.site, outside, compute_dtype(cut), mask)
+        return Replay(cut.placed, outside, compute_dtype(cut), mask)
 
     def retire(self, cut: Cut, replay: Replay, value: Any) -> None:
         """If the new value is the core run again, later cuts find there what it was given."""
@@ -341,7 +341,7 @@ def fake_rewrite(cut: Cut, result: Any = None) -> dict[str, Any]:
     dtype = compute_dtype(cut)
     with mode, enable_python_dispatcher():  # which operators of symbolic sizes go through
         bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-        replay = Replay(cut.site, _value, dtype)
+        replay = Replay(cut.placed, _value, dtype)
         bound |= {name: replay.mask() for name in cut.rule.kind.optional}
         for name in sorted(cut.site.nodes.keys() & cut.rule.kind.names):
             node = cut.site.nodes[name]
