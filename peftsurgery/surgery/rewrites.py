@@ -19,6 +19,39 @@ from .storing import Stored, read_packed
 
 
 @dataclass(frozen=True)
+class Edits:
+    """What is done to one program.
+
+    ``calls`` are the new labels of the inner programs that it calls, by the name of the call;
+    ``stored`` the packed weights that it reads; with ``choice`` the rows choose among the cuts.
+    """
+
+    cuts: Sequence[Cut]
+    calls: Mapping[str, str]
+    stored: Mapping[str, Stored]
+    choice: Choice | None
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether the program stays as it is."""
+        passes_rows = self.choice is not None and self.choice.is_top
+        return not (self.cuts or self.calls or self.stored or passes_rows)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for programs that become the same."""
+        done = tuple(cut.done for cut in self.cuts)
+        return (done, tuple(self.calls.items()), tuple(self.stored.items()), self.choice)
+
+    @property
+    def adapters(self) -> str:
+        """The adapters that take part."""
+        names = [cut.operation.name for cut in self.cuts]
+        names += [stored.adapter for stored in self.stored.values()]
+        return ("+" if self.choice is None else "|").join(dict.fromkeys(names))
+
+
+@dataclass(frozen=True)
 class Rewrites:
     """The rewritten programs of a model, in all its captures, and how often a label is used."""
 
@@ -51,54 +84,39 @@ class Rewrites:
         choice = {} if rows is None else _choices(source, rows)
         for path in sorted(source.programs, key=lambda path: (-path.count("."), path == "")):
             for program in source.programs[path]:
-                mine = by_block.get((path, program), [])
-                calls = _renamed_calls(path, program, renamed)
-                packed = _read_by(path, program, stored or {})
-                new = self.program(program, mine, calls, choice.get((path, program)), packed)
+                edits = Edits(
+                    by_block.get((path, program), []),
+                    _renamed_calls(path, program, renamed),
+                    _read_by(path, program, stored or {}),
+                    choice.get((path, program)),
+                )
+                new = self.program(program, edits)
                 renamed[path, program.label] = new.label
                 programs[path] = (*programs.get(path, ()), new)
         return replace(source, programs={path: programs[path] for path in source.programs})
 
-    def program(
-        self,
-        program: Program,
-        cuts: Sequence[Cut],
-        calls: Mapping[fx.Node, str],
-        choice: Choice | None,
-        stored: Mapping[str, Stored],
-    ) -> Program:
+    def program(self, program: Program, edits: Edits) -> Program:
         """A program with its cuts made; the same object if nothing in it changes."""
-        if not cuts and not calls and not stored and (choice is None or not choice.is_top):
+        if edits.is_nothing:
             return program
-        done = tuple(cut.done for cut in cuts)
-        called = tuple((node.name, label) for node, label in calls.items())
-        key = (program, done, called, choice, tuple(stored.items()))
+        key = (program, *edits.key)
         if key not in self.made:
-            self.made[key] = self.rewrite(program, cuts, calls, choice, stored)
+            self.made[key] = self.rewrite(program, edits)
         return self.made[key]
 
-    def rewrite(
-        self,
-        program: Program,
-        cuts: Sequence[Cut],
-        calls: Mapping[fx.Node, str],
-        choice: Choice | None,
-        stored: Mapping[str, Stored],
-    ) -> Program:
+    def rewrite(self, program: Program, edits: Edits) -> Program:
         """A new program, under a label that says what was done."""
+        cuts, choice = edits.cuts, edits.choice
         graph = (
             rewritten_graph(program, cuts) if choice is None else row_graph(program, cuts, choice)
         )
-        read_packed(graph, stored)
-        labels = {node.name: label for node, label in calls.items()}
+        read_packed(graph, edits.stored)
         for node in graph.find_nodes(op="call_module"):
-            if node.name in labels:
-                node.kwargs = {**node.kwargs, "program": labels[node.name]}
+            if node.name in edits.calls:
+                node.kwargs = {**node.kwargs, "program": edits.calls[node.name]}
                 if choice is not None:
                     pass_rows(node)
-        names = [*(cut.operation.name for cut in cuts), *(s.adapter for s in stored.values())]
-        adapters = ("+" if choice is None else "|").join(dict.fromkeys(names))
-        label = f"{program.label}+{adapters}" if adapters else program.label
+        label = "+".join(filter(None, (program.label, edits.adapters)))
         number = self.labels.get(label, 0)
         self.labels[label] = number + 1
         return program.rewritten(f"{label}.{number}" if number else label, graph)
@@ -116,14 +134,14 @@ def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Progra
 
 def _renamed_calls(
     path: str, program: Program, renamed: Mapping[tuple[str, str], str]
-) -> dict[fx.Node, str]:
-    """The calls of inner blocks whose programs have other labels now."""
+) -> dict[str, str]:
+    """The calls of inner blocks whose programs have other labels now, by the node's name."""
     calls = {}
     for node in program.graph.find_nodes(op="call_module"):
         label = str(node.kwargs["program"])
         new = renamed[join(path, str(node.target)), label]
         if new != label:
-            calls[node] = new
+            calls[node.name] = new
     return calls
 
 
