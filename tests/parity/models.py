@@ -121,3 +121,15 @@ def randomise(model: nn.Module, select: Callable[[str], bool], scale: float = 0.
             if select(name):
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(scale * noise)
+
+
+class Attention(nn.Module):
+    """torch's attention: its code reads out_proj's weight and never calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return result

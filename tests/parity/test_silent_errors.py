@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from tests.parity.models import base, batch, captured, randomise
+from tests.parity.models import Attention, base, batch, captured, randomise
 
 
 def adapted(module: nn.Module, folder: Path, **settings: Any) -> Any:
@@ -52,18 +52,6 @@ def test_lora_in_a_transformer_encoder_acts_in_eval_too(tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=r"PSG510: 'layers\.0\.linear1' is in a"):
         ps.to_peft(ours, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-class Attention(nn.Module):
-    """torch's attention, whose code reads out_proj's weight and never calls it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return result
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from tests.parity.models import base, batch, captured, randomise
+from tests.parity.models import Attention, base, batch, captured, randomise
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "patterns": (
@@ -110,18 +110,6 @@ def test_convolutions_and_linears_in_one_adapter(tmp_path: Path) -> None:
     ps.to_peft(ours, tmp_path / "ours")
     again = PeftModel.from_pretrained(deepcopy(module), tmp_path / "ours").eval()
     torch.testing.assert_close(again(more), ours(more), rtol=0, atol=1e-6)
-
-
-class Attention(nn.Module):
-    """torch's attention, which peft wraps as one module with two adapters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.attention(x, x, x, need_weights=False)[0]
-        return result
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -21,6 +21,21 @@ def randomise(model: OperatedModel, seed: int = 1, scale: float = 0.05) -> Opera
     return model
 
 
+def losses_of(
+    model: OperatedModel, inputs: Mapping[str, Any], rate: float = 1e-2, steps: int = 8
+) -> list[float]:
+    """The losses of some AdamW steps on one batch."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
+    losses = []
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 @contextmanager
 def adapted(
     module: nn.Module, pairs: Mapping[str, list[tuple[Tensor, Tensor, float]]]

@@ -18,7 +18,7 @@ from tests.capture.test_generation import original, remembering, tokens
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.bottlenecks import MODELS, Norm, leaves, readout, rewritten, under
-from tests.surgery.reference import randomise
+from tests.surgery.reference import losses_of, randomise
 
 Body = Callable[[dict[str, Tensor], Tensor, Tensor, Norm], Tensor]
 
@@ -142,14 +142,7 @@ def test_training_lowers_the_loss(name: str, rule: str) -> None:
     model = ps.apply(captured(name), rule, reduction_factor=4).train()
     inputs = ZOO[name].inputs(3, 6)
     inputs["labels"] = inputs["input_ids"].flip(1)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(8):
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, inputs)
     assert losses[-1] < losses[0] - 0.02
 
 

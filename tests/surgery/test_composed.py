@@ -15,7 +15,7 @@ from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.bottlenecks import Norm, leaves, readout, rewritten, under
 from tests.surgery.prefixes import NAMES, prefixed
-from tests.surgery.reference import randomise
+from tests.surgery.reference import losses_of, randomise
 
 SETTINGS = {"length": 3, "bottleneck": 12, "reduction_factor": 4}
 PROJECTIONS = {
@@ -115,15 +115,6 @@ def test_outputs_and_gradients_are_those_of_the_parts_by_hand(
 def test_training_lowers_the_loss_of_an_encoder_and_decoder(name: str, rule: str) -> None:
     model = ps.apply(captured(name), rule, **SETTINGS).train()
     inputs = ZOO[name].inputs(3, 6)
-    target = inputs["decoder_input_ids"].flip(1)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
-    losses = []
-    for _ in range(6):
-        logits = model(**inputs).logits
-        loss = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, {**inputs, "labels": inputs["decoder_input_ids"].flip(1)}, steps=6)
     assert losses[-1] < losses[0] - 0.02
     assert all(p.grad is not None for p in model.learnt().values())

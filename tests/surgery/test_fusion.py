@@ -14,7 +14,7 @@ from peftsurgery.surgery import OperatedModel
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.bottlenecks import Norm, leaves, readout, rewritten, under
-from tests.surgery.reference import randomise
+from tests.surgery.reference import losses_of, randomise
 
 MEAN = """
 name: average
@@ -156,14 +156,7 @@ def test_training_a_fusion_lowers_the_loss_and_leaves_the_adapters_alone(name: s
     before = {n: v.detach().clone() for n, v in model.learnt().items()}
     inputs = ZOO[name].inputs(3, 6)
     inputs["labels"] = inputs["input_ids"].flip(1)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
-    losses = []
-    for _ in range(8):
-        loss = model(**inputs).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of(model, inputs, rate=5e-3)
     assert losses[-1] < losses[0] - 0.02
     assert {n for n, v in model.learnt().items() if not torch.equal(v, before[n])} == {
         n for n in before if ".f." in n
