@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from ..capture import GraphModel
+from ..capture.quiet import quiet
+from ..capture.tensors import tensor_names
 from ..errors import SurgeryError
 from ..surgery import OperatedModel, fold, fold_error, load, open_model
 from ..surgery.requantising import FoldError, pack_layers
@@ -107,7 +108,7 @@ class FoldResult:
             size = f"{self.error.mean:.1e} on average, {self.error.largest:.1e} at most"
             lines.append(f"  written with an error of {size}")
         if self.untied:
-            lines.append("  the tie of input and output embeddings is broken, also in the config")
+            lines.append("  weights that were tied are written apart")
         if self.copied:
             lines.append(f"  taken over from the base: {', '.join(self.copied)}")
         if self.verified is not None:
@@ -130,13 +131,12 @@ def fold_to_directory(
 
     ``out`` must not exist; if anything fails, it does not afterwards. ``base`` is the base model if
     it is not where the adapter says; ``onnx`` is where to write the model as ONNX too; ``verify``
-    reads the result back and compares its outputs with the operated model's at two shapes;
-    ``adapters`` are folded instead of those that were active when the surgery was saved;
-    ``requantise`` packs the weights again that the surgery keeps in four bits, for
-    ``from_pretrained`` to load as such, and compares what is read back with what was written.
-    Raises what :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if ``spec`` is neither
-    kind of directory, PSG410 if the result is not the operated model, PSG411 and PSG412 if its ONNX
-    is not.
+    compares the outputs of what is read back with the operated model's at two shapes; ``adapters``
+    are folded instead of those that were active when the surgery was saved; ``requantise`` packs
+    again what is kept in four bits, as ``from_pretrained`` loads it, for ``verify`` to compare with
+    what was packed. Raises what :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if
+    ``spec`` is no such directory, PSG410 if the result is not the operated model or, verified or
+    not, lacks weights that transformers needs, PSG411 and PSG412 if its ONNX is not.
     """
     folder = Path(out)
     if onnx is not None:
@@ -147,20 +147,16 @@ def fold_to_directory(
             operated.deactivate()
             operated.activate(*adapters)
         plain = fold(operated).eval()
-    changed, tensors = tuple(changes(operated.source.weights(), plain)), len(plain.state_dict())
+    before, tensors = operated.source.weights(), len(plain.state_dict())
+    changed, untied = tuple(changes(before, plain)), tensor_names(plain) != tensor_names(before)
     error = fold_error(operated, requantise)
     if requantise:
         pack_layers(plain, operated.stored)
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise SurgeryError("PSG601", f"'{out}' exists already", "choose another name") from None
+    _make(folder)
     with ExitStack() as unfinished:
         unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
         copied, notes = write_model(plain, folder, operated.source.origin)
-        wanted = plain if requantise else operated
-        cases = unseen_inputs(operated)
-        apart = check_written(wanted, plain, folder, cases) if verify else None
+        apart = _check(operated, plain, folder, verify, requantise)
         written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
         unfinished.pop_all()
     return FoldResult(
@@ -168,12 +164,31 @@ def fold_to_directory(
         changed,
         tensors,
         copied,
-        _is_tied(operated.source.module) and not _is_tied(plain),
+        untied,
         error,
         apart,
         written,
         (*operated.source.notes, *notes),
     )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise SurgeryError("PSG601", f"'{folder}' exists already", "choose another name") from None
+
+
+def _check(
+    operated: OperatedModel, plain: nn.Module, folder: Path, verify: bool, requantise: bool
+) -> float | None:
+    """The difference that was verified, or None if only the names of the weights were checked."""
+    if verify:
+        wanted = plain if requantise else operated
+        return check_written(wanted, plain, folder, unseen_inputs(operated))
+    if isinstance(plain, PreTrainedModel) and not requantise:  # four bits may need another machine
+        _read_back(plain, folder)  # memory-mapped: the weights themselves are not read
+    return None
 
 
 def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedModel:
@@ -317,8 +332,9 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Ten
 
 
 def _read_back(plain: nn.Module, folder: Path) -> nn.Module:
+    """The model that was written, as its library loads it; PSG410 if it lacks weights."""
     try:
-        with quiet():
+        with quiet(warnings=False):
             if not isinstance(plain, PreTrainedModel):
                 again = copy.deepcopy(plain)
                 load_model(again, folder / WEIGHTS)
@@ -326,27 +342,10 @@ def _read_back(plain: nn.Module, folder: Path) -> nn.Module:
             model, info = type(plain).from_pretrained(
                 folder, dtype=plain.dtype, output_loading_info=True
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SurgeryError("PSG410", f"what was written cannot be read back: {reason}") from error
     lost = sorted(info["missing_keys"])
     if lost:
         raise SurgeryError("PSG410", f"{len(lost)} weights were not written, '{lost[0]}' first")
     return model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off stderr, where commands show their own progress."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _is_tied(module: nn.Module) -> bool:
-    config = getattr(module, "config", None)
-    return bool(getattr(config, "tie_word_embeddings", False))

@@ -23,6 +23,7 @@ from .operated import OperatedModel
 from .operation import Cut
 from .requantising import FoldError, error_of, pack_layers
 from .rewriting import disorient, orient
+from .untying import untie
 
 
 def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
@@ -190,27 +191,9 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
         twin = next(twins, None)
         made[name] = nn.Parameter(value, requires_grad=trainable) if twin is None else twin
         part._parameters[leaf] = made[name]
-    _untie(source, plain, changed)
+    if isinstance(plain, PreTrainedModel) and any(_is_broken(changed, names[n]) for n in changed):
+        untie(plain, [name for name, aliases in names.items() if len(aliases) > 1])
     return plain
-
-
-def _untie(source: nn.Module, plain: nn.Module, changed: Mapping[str, torch.Tensor]) -> None:
-    """Make a tie that one-sided changes broke stay broken when the module is saved and reloaded."""
-    names = tensor_names(source)
-    broken = [name for name in changed if _is_broken(changed, names[name])]
-    if not broken or not isinstance(plain, PreTrainedModel):
-        return
-    _set_untied(plain.config)
-    expected = {n: plain.get_parameter(n) for name in broken for n in names[name]}
-    plain.tie_weights()
-    for name, parameter in expected.items():
-        if plain.get_parameter(name) is not parameter:
-            raise SurgeryError(
-                "PSG404",
-                f"'{name}' is tied to a weight that was adapted differently, and "
-                f"{type(plain).__name__} ties them again whenever it is loaded",
-                "adapt both sides alike or neither",
-            )
 
 
 def _is_broken(changed: Mapping[str, torch.Tensor], aliases: Iterable[str]) -> bool:
@@ -218,8 +201,3 @@ def _is_broken(changed: Mapping[str, torch.Tensor], aliases: Iterable[str]) -> b
     return any(
         value is None or values[0] is None or not torch.equal(value, values[0]) for value in values
     )
-
-
-def _set_untied(config: Any) -> None:
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        part.tie_word_embeddings = False

@@ -104,6 +104,32 @@ def test_a_broken_tie_stays_broken_in_the_directory(tmp_path: Path) -> None:
     assert not torch.equal(again.model.embed_tokens.weight, tied.lm_head.weight)
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_every_weight_of_a_broken_tie_is_in_the_directory(verify: bool, tmp_path: Path) -> None:
+    model = model_directory("bart", tmp_path / "model")
+    surgery = saved_surgery(model, tmp_path / "surgery", "lora_embedding")
+    result = ps.fold_to_directory(surgery, tmp_path / "out", verify=verify)
+    assert result.untied
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == ZOO["bart"].build().state_dict().keys()
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_weight_that_was_not_written_is_noticed(
+    verify: bool, llama: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = transformers.LlamaForCausalLM
+    save, lost = kind.save_pretrained, "model.norm.weight"
+
+    def forget(self: Any, folder: Path) -> None:
+        save(self, folder, state_dict={k: v for k, v in self.state_dict().items() if k != lost})
+
+    monkeypatch.setattr(kind, "save_pretrained", forget)
+    with pytest.raises(ps.SurgeryError, match=f"PSG410.*'{lost}'"):
+        ps.fold_to_directory(llama[1], tmp_path / "out", verify=verify)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_peft_directory_folds_to_what_peft_merges(tmp_path: Path) -> None:
     model = model_directory("llama", tmp_path / "model")
     torch.manual_seed(1)
