@@ -18,9 +18,11 @@ from dataclasses import replace
 from torch import fx
 
 from ..capture import TensorInfo
+from .contents import made_of, plain
 from .flow import Flow
 from .site import Site
 from .values import (
+    always,
     argument,
     backward,
     concrete,
@@ -36,7 +38,8 @@ from .values import (
 KEEPS_IDS = words(
     """view reshape _unsafe_view flatten unsqueeze squeeze expand contiguous clone to _to_copy slice
     select clamp clamp_min where masked_fill add sub gather index lift_fresh_copy
-    broadcast_to"""
+    broadcast_to alias detach narrow cat roll pad constant_pad_nd copy masked_scatter index_put
+    scatter index_copy slice_scatter select_scatter"""
 )
 
 
@@ -82,16 +85,7 @@ def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
 
 def is_counted(node: fx.Node) -> bool:
     """Whether ids are made of an arange or a cumulative sum; what is picked by position is not."""
-    stack, seen = [node], set()
-    while stack:
-        found = stack.pop()
-        if op(found) in ("arange", "cumsum"):
-            return True
-        if found not in seen:
-            seen.add(found)
-            picks = op(found) in ("gather", "index", "index_select", "embedding")
-            stack += operands(found)[:1] if picks else operands(found)
-    return False
+    return any(op(found) in ("arange", "cumsum") for found in made_of(node, always))
 
 
 def is_held(node: fx.Node) -> bool:
@@ -107,8 +101,8 @@ def _tokens(site: Site) -> int:
 
 
 def given_ids(node: fx.Node) -> fx.Node | None:
-    """The input or buffer that ids are, before they are viewed, shifted or picked from."""
-    for found in backward([node], lambda n: op(n) not in KEEPS_IDS):
+    """The input that ids are, before they are viewed, shifted, filled in or picked from."""
+    for found in made_of(node, lambda n: plain(n) in KEEPS_IDS):
         if found.op == "placeholder" and is_tensor(found):
             return found
     return None

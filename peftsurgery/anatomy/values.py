@@ -141,6 +141,11 @@ def never(node: fx.Node) -> bool:
     return False
 
 
+def always(node: fx.Node) -> bool:
+    """The opposite: whatever a value is made of is walked to."""
+    return True
+
+
 def is_ancestor(node: fx.Node, of: fx.Node) -> bool:
     """Whether ``of`` is computed from ``node``."""
     return node is not of and any(found is node for found in backward([of], never))

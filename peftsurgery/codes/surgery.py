@@ -94,6 +94,12 @@ CODES = {
         "need a density, svd may have a rank and a clamp.",
         USAGE,
     ),
+    "PSG318": CodeInfo(
+        "a place that a rule was applied to means something else with new inputs",
+        "The model uses the weight or the module that was cut, and with these inputs the rule does "
+        "not choose it: its role was seen otherwise. What was trained there would be left out. "
+        "Capture the model with these inputs, then apply, or choose the sites by path.",
+    ),
     "PSG320": CodeInfo(
         "an attention core cannot be run again with more keys",
         "A rule that calls attention(...) runs the model's own core with the values it gives. This "

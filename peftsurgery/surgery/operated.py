@@ -28,6 +28,7 @@ from .fusing import check_fused, check_fusions, sewn
 from .keeping import Keeping
 from .operation import Cut, Operation, check_free, check_lengthened
 from .penalties import penalty_of
+from .reaching import Chosen, check_reached
 from .report import Report
 from .rewrites import Rewrites
 from .rewriting import check_shapes, orient
@@ -67,7 +68,7 @@ class OperatedModel(Fronted, Keeping):
         check_fusions(self._operations)
         self._known = dict(known or {})
         self._selections: tuple[Selection, ...] = ()
-        self._selected: dict[int, tuple[tuple[Cut, ...], tuple[Selection, ...]]] = {}
+        self._selected: dict[int, Chosen] = {}
         self._cuts: tuple[Cut, ...] = ()
         self._copies = Copies()
         self._store = Store()
@@ -80,7 +81,7 @@ class OperatedModel(Fronted, Keeping):
         self._adopt(model)
         self._mode = Mode()
         self._served_by_mode = {self._mode: self._served}
-        self.settle(*self._select(self._entered(self.base_capture)))
+        self.settle(self._select(self._entered(self.base_capture)))
         self._switch(self._mode_of(self.adapters if active is None else active))
         keep_learnt(self)
 
@@ -131,32 +132,29 @@ class OperatedModel(Fronted, Keeping):
     def transform(self, capture: Capture) -> Capture:
         """Replay the active operations on a capture.
 
-        PSG307 if it has sites the first one had not.
+        PSG307 if it has sites the first one had not, PSG318 if it has lost some.
         """
-        cuts, _ = self._select(capture)
-        missing = [n for cut in cuts for n in cut.parameters.values() if n not in self._names]
-        if missing:
-            raise SurgeryError(
-                "PSG307",
-                f"these inputs reach {len(missing)} places that the rules were not applied to, "
-                f"'{missing[0]}' first",
-                "capture the model with these inputs before applying the rules",
-            )
-        taking_part = self._taking_part(cuts)
+        chosen = self._select(capture)
+        check_reached(Chosen(self._cuts, self._selections), chosen, self._takes_part)
+        taking_part = self._taking_part(chosen.cuts)
         order = self.active if self._mode.by_row else None
         ready = self._rewrites.capture(capture, taking_part, order, self._store.weights)
         return self._resized(capture, ready, taking_part)
 
     def _cuts_in(self, capture: Capture) -> list[Cut]:
-        return self._taking_part(self._select(capture)[0])
+        return self._taking_part(self._select(capture).cuts)
 
     def _taking_part(self, cuts: Iterable[Cut]) -> list[Cut]:
         """The cuts that are made in a call: not those inside a fusion, or in a layer left out."""
         active = [cut for cut in cuts if cut.operation.name in self.active]
         alone = active if self._mode.by_row else sewn(active)  # a row has the one or the other
-        return [cut for cut in alone if not self._mode.leaves_out(cut)]
+        return [cut for cut in alone if self._takes_part(cut)]
 
-    def _select(self, capture: Capture) -> tuple[tuple[Cut, ...], tuple[Selection, ...]]:
+    def _takes_part(self, cut: Cut) -> bool:
+        """Whether a cut is one of an active adapter's, and not in a layer left out."""
+        return cut.operation.name in self.active and not self._mode.leaves_out(cut)
+
+    def _select(self, capture: Capture) -> Chosen:
         """Where all operations cut in a capture, active or not, and the selections."""
         if id(capture) not in self._selected:
             cuts: list[Cut] = []
@@ -165,11 +163,12 @@ class OperatedModel(Fronted, Keeping):
                 found, chosen = select_cuts(capture, operation, cuts)
                 cuts += found
                 selections += chosen
-            self._selected[id(capture)] = tuple(cuts), tuple(selections)
+            self._selected[id(capture)] = Chosen(tuple(cuts), tuple(selections))
         return self._selected[id(capture)]
 
-    def settle(self, cuts: Sequence[Cut], selections: Sequence[Selection]) -> None:
+    def settle(self, chosen: Chosen) -> None:
         """Check the selections, add the parameters and free what the rules train."""
+        cuts, selections = chosen.cuts, chosen.selections
         check_fused(self._operations, cuts)
         for selection in selections:
             selection.check()
@@ -362,10 +361,6 @@ class OperatedModel(Fronted, Keeping):
         something else is.
         """
         save_surgery(self, Path(path), self._known_names(names or self.adapters))
-
-    @cached_property
-    def _names(self) -> frozenset[str]:
-        return frozenset(name for cut in self._cuts for name in cut.parameters.values())
 
 
 @dataclass(frozen=True)
