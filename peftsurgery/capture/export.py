@@ -29,7 +29,7 @@ from transformers.exporters.utils import apply_patches
 from ..errors import SurgeryError
 from .randomness import is_random, is_random_in, train_flags
 from .remembering import as_if_run
-from .signature import Call, traced
+from .signature import Call, apart, traced
 from .sizes import size_conditions
 from .stack import stack_paths
 
@@ -61,7 +61,7 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
     train mode that cannot, and a capture for ``training`` is wanted; PSG210 for a cache that cannot
     be left to its owner.
     """
-    call = traced(call, module)
+    call = traced(apart(call), module)
     trained, refusal = _try(module, call, train=True)
     if trained is not None:
         exported = _read(trained, call)

@@ -149,6 +149,17 @@ def widen(call: Call) -> Call:
     return replace(call, tensors=tensors_by_name, past=replace(call.past, stretched=True))
 
 
+def apart(call: Call) -> Call:
+    """The call with tensors of its own: one given twice (tokens, and the same as labels) is two.
+
+    torch.export takes a tensor for one input wherever it is given, and the next call may well give
+    two.
+    """
+    return map_tensors(
+        call, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    )
+
+
 def traced(call: Call, module: nn.Module) -> Call:
     """The call as ``module`` is traced for it: without a cache, but with sizes that stand for one.
 

@@ -108,3 +108,13 @@ def test_the_original_is_as_it_was_after_a_capture() -> None:
     assert set(vars(module)) == known
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert module(**text(2, 3)).logits.shape == (2, 3, 99)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert_mlm"])
+def test_a_tensor_that_is_given_twice_may_be_two_in_the_next_call(name: str) -> None:
+    both = pair(name)
+    ids = ZOO[name].inputs(3, 6)["input_ids"]
+    assert_same(*both.run(input_ids=ids, labels=ids))
+    masked = ids.masked_fill(torch.arange(6) < 2, -100)
+    assert_same(*both.run(input_ids=ids, labels=masked))
+    assert len(both.graph.captures) == 2
