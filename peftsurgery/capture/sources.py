@@ -71,6 +71,11 @@ class Source:
             self._loaded = self._load()
         return self._loaded
 
+    @property
+    def is_readable(self) -> bool:
+        """Whether the module has weights, here or where it came from."""
+        return not self.on_meta or self.origin is not None
+
     def release(self) -> None:
         """Forget weights that were loaded; they are read again when they are wanted again."""
         self._loaded = None

@@ -281,7 +281,9 @@ class OperatedModel(Fronted, Keeping):
                 "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(mine.shape)}"
             )
         owner, _, leaf = home.rpartition(".")
-        copied = value.to(device=mine.device, dtype=mine.dtype, copy=True)
+        # a value that is known waits for the base's weights where it is, others are read with them
+        device = value.device if mine.is_meta else mine.device
+        copied = value.to(device=device, dtype=mine.dtype, copy=True)
         self.holder(owner).register_parameter(leaf, nn.Parameter(copied))
 
     def bind(self) -> None:
@@ -300,6 +302,12 @@ class OperatedModel(Fronted, Keeping):
         if self._store.weights:
             self._store.pack(self)
             self.source.release()
+
+    def fill(self) -> None:
+        """Read the base's weights if rules train some of them, and there are any to read."""
+        copies = (self._learnt_parameter(home) for home in self._copies.made)
+        if self.source.is_readable and any(copy.is_meta for copy in copies):
+            self.bind()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns; while training, a loss by name has the penalty added to it.
@@ -342,6 +350,7 @@ class OperatedModel(Fronted, Keeping):
 
     def values(self, *adapters: str) -> dict[str, torch.Tensor]:
         """What :meth:`learnt` holds, by names that do not depend on which adapters are active."""
+        self.fill()
         return {
             name: self._learnt_parameter(name)
             for name, owner in self._owners.items()
@@ -358,8 +367,10 @@ class OperatedModel(Fronted, Keeping):
 
         All adapters are saved, active or not, unless ``names`` chooses among them (PSG310). No
         base weights and no pickle. A surgery that is there is replaced, file by file; PSG604 if
-        something else is.
+        something else is, PSG207 if what is trained of the base was never anywhere.
         """
+        if any(value.is_meta for value in self.values().values()):
+            self.bind()
         save_surgery(self, Path(path), self._known_names(names or self.adapters))
 
 

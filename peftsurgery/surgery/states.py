@@ -16,8 +16,14 @@ if TYPE_CHECKING:
 
 def keep_learnt(model: OperatedModel) -> None:
     """Leave the base's parameters out of the model's state dicts, written and read."""
+    model.register_state_dict_pre_hook(_fill)
     model.register_state_dict_post_hook(_leave_out)
     model.register_load_state_dict_pre_hook(_put_back)
+
+
+def _fill(module: nn.Module, *_: Any) -> None:
+    """What is trained of a base that was not read yet has no numbers to write, or to write over."""
+    cast("OperatedModel", module).fill()
 
 
 def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -27,6 +33,7 @@ def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 
 def _put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Base parameters that are not there are the model's own: there is nothing to complain of."""
+    _fill(module)
     cast("OperatedModel", module).rename(state, prefix)
     for name, parameter in _of_base(module).items():
         state.setdefault(prefix + name, parameter)

@@ -72,6 +72,40 @@ def test_a_surgery_on_a_directory_finds_its_base_again(tmp_path: Path) -> None:
     assert not torch.equal(logits(again), logits(ZOO["bert"].build()))
 
 
+TRAINED_OF_THE_BASE: dict[str, dict[str, list[str]]] = {
+    "lora_qv": {"train": ["classifier"]},
+    "bitfit": {},
+    "p_tuning_v2": {},
+}
+
+
+@pytest.mark.parametrize("rule", TRAINED_OF_THE_BASE)
+def test_what_is_trained_of_a_base_in_a_directory_comes_back(rule: str, tmp_path: Path) -> None:
+    ZOO["bert"].build().save_pretrained(tmp_path / "base")
+
+    def fresh() -> OperatedModel:
+        graph = ps.capture(str(tmp_path / "base"))
+        return ps.apply(graph, rule, **TRAINED_OF_THE_BASE[rule]).eval()
+
+    untouched = fresh()
+    untouched.save(tmp_path / "untouched")  # before the base was read for anything else
+    trained = randomise(fresh(), scale=0.3)
+    expected = logits(trained)
+    assert (logits(untouched) - expected).abs().max() > 0.1
+    trained.save(tmp_path / "op")
+    assert torch.equal(logits(ps.load(tmp_path / "op").eval()), expected)
+    assert torch.equal(
+        logits(ps.apply(ps.load(tmp_path / "op"), "ia3", name="more").eval()), expected
+    )
+    assert torch.equal(logits(ps.load(tmp_path / "untouched").eval()), logits(untouched))
+    given = fresh()
+    given.load_state_dict(trained.state_dict())
+    assert torch.equal(logits(given), expected)
+    base, state = load_file(tmp_path / "base/model.safetensors"), fresh().state_dict()
+    assert all(torch.equal(state[name], base[name]) for name in base.keys() & state.keys())
+    assert base.keys() & state.keys()
+
+
 def drop_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     tensors.popitem()

@@ -106,6 +106,11 @@ def test_modules_to_save_are_pefts(tmp_path: Path) -> None:
     randomise(theirs, lambda name: "lora_" in name or "modules_to_save" in name)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = ps.from_peft(captured(), tmp_path / "theirs")
+    classifier().save_pretrained(tmp_path / "base")
+    on_directory = ps.from_peft(ps.capture(str(tmp_path / "base")), tmp_path / "theirs").eval()
+    with torch.no_grad():
+        expected = theirs(**batch()).logits
+        torch.testing.assert_close(on_directory(**batch()).logits, expected, rtol=0, atol=1e-6)
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == count
     assert train(ours.train(), 20) == pytest.approx(train(theirs.train(), 20), abs=1e-5)
