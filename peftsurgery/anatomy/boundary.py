@@ -4,6 +4,7 @@
               mask       which tokens are seen (batch, tokens)
               positions  their position ids; types, their segment ids
               labels     the label of every token, where there is one for each
+              answer     the label of every text, where there is one for each
               logits     what the model says
               W          the table of embeddings (vocabulary, width)
 
@@ -44,6 +45,7 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "decoder_mask": "decoder_attention_mask",
         "decoder_positions": "decoder_position_ids",
         "decoder_labels": "labels",
+        "answer": "labels",
     }
 )
 """The argument that each bound name is."""
@@ -63,6 +65,10 @@ def find_boundary(capture: Capture) -> Site | None:
         return None
     if table is not None:
         nodes["W"] = table
+    labels = _inputs(capture).get("labels")
+    is_bound = labels in nodes.values()
+    if labels is not None and not is_bound and _has_batch_of(labels, nodes["embeds"]):
+        nodes["answer"] = labels
     nodes |= {name: node for name, node in _outputs(capture).items() if name == "logits"}
     facts: dict[str, Any] = {
         "width": concrete(shape(nodes["embeds"])[-1]),
@@ -117,6 +123,11 @@ class _Tokens:
             _fits(capture, {*longer, labels.name}, change) and not _fits(capture, longer, change)
             for change in (1, -1)
         )
+
+
+def _has_batch_of(node: fx.Node, embeds: fx.Node) -> bool:
+    """Whether a value has as many rows as there are texts, in the example."""
+    return bool(shape(node)) and concrete(shape(node)[0]) == concrete(shape(embeds)[0])
 
 
 @dataclass(frozen=True)

@@ -142,10 +142,7 @@ def fold_to_directory(
     if onnx is not None:
         need_onnx()
     with quiet():
-        operated = open_adapter(Path(spec), base)
-        if adapters:
-            operated.deactivate()
-            operated.activate(*adapters)
+        operated = _with_active(open_adapter(Path(spec), base), adapters)
         plain = fold(operated).eval()
     before, tensors = operated.source.weights(), len(plain.state_dict())
     changed, untied = tuple(changes(before, plain)), tensor_names(plain) != tensor_names(before)
@@ -202,6 +199,21 @@ def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedMo
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
     return from_peft(open_model(named) if isinstance(named, str) else named, path)
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise SurgeryError("PSG601", f"'{folder}' exists already", "choose another name") from None
+
+
+def _with_active(operated: OperatedModel, adapters: Collection[str]) -> OperatedModel:
+    """The model with these adapters active and no others; as it is if none are named."""
+    if adapters:
+        operated.deactivate()
+        operated.activate(*adapters)
+    return operated
 
 
 def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:

@@ -43,6 +43,7 @@ class Kind:
 
 
 _SEQUENCE = ("embeds", "mask", "positions", "types", "labels")
+_DECODER = tuple(f"decoder_{name}" for name in _SEQUENCE)
 _CONVOLUTION = ("in", "out", "kernel", "stride", "padding", "dilation", "groups")
 
 KINDS: Mapping[str, Kind] = {
@@ -103,12 +104,13 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "inputs",
             "the model's boundary: the embeddings it is given, what else it is given for every "
-            "token, and its logits. What is rewritten may become longer, and more",
-            (*_SEQUENCE, *(f"decoder_{name}" for name in _SEQUENCE), "logits"),
+            "token, the answer for every text, and its logits. What is rewritten may become "
+            "longer, and more",
+            (*_SEQUENCE, *_DECODER, "answer", "logits"),
             ("W",),
             ("width", "vocabulary"),
             "embeds",
-            tuple(f"{at}{name}" for at in ("", "decoder_") for name in _SEQUENCE[1:]),
+            (*_SEQUENCE[1:], *_DECODER, "answer"),
             SEQUENCES,
             ("logits",),
             True,

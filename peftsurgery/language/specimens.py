@@ -168,6 +168,7 @@ def _inputs(generator: torch.Generator) -> Iterator[Specimen]:
         for prefix in ("", "decoder_"):
             bound[f"{prefix}embeds"] = _random(generator, 2, length, width)
             bound |= {f"{prefix}{name}": sequence for name in _PER_TOKEN if given}
+        bound["answer"] = sequence[:, 0] if given else None
         # as many texts as any small number of prompts is a divisor of
         bound |= {"logits": _random(generator, 840, 3), "W": _random(generator, rows, width)}
         bound |= {"width": width, "vocabulary": rows}

@@ -60,6 +60,7 @@ def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
                 shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=some.device
             )
         found = rewrite(_only(cut, _entering(cut)), bound)
+        _check_absent(cut, bound)
     for name, value in found.items():
         _check_entry(cut, name, value, given[name])
     return found
@@ -88,11 +89,26 @@ def check_inputs(cut: Cut) -> None:
 def _check_given(cut: Cut) -> None:
     for name in cut.rule.rewrite:
         if name not in cut.site.nodes and name not in cut.rule.kind.optional:
-            raise SurgeryError(
-                "PSG305",
-                f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs",
-                "call the model with inputs that give it",
-            )
+            raise _not_given(cut, name)
+
+
+def _check_absent(cut: Cut, bound: Mapping[str, Any]) -> None:
+    """Of what is not given, a rule may only say that it stays so."""
+    for name in cut.rule.rewrite.keys() - cut.site.nodes.keys():
+        try:
+            value = rewrite(_only(cut, [name]), bound)[name]
+        except (SurgeryError, AttributeError, TypeError) as error:  # nothing has no sizes
+            raise _not_given(cut, name) from error
+        if value is not None:
+            raise _not_given(cut, name)
+
+
+def _not_given(cut: Cut, name: str) -> SurgeryError:
+    return SurgeryError(
+        "PSG305",
+        f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs",
+        "call the model with inputs that give it",
+    )
 
 
 def bound_names(rule: Rule) -> frozenset[str]:

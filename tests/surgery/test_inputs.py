@@ -31,6 +31,7 @@ from transformers import (
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery import OperatedModel
+from tests.models.captured import captured as models
 from tests.models.zoo import ZOO
 from tests.parity.models import DECODER, T5, base, batch, captured
 
@@ -139,6 +140,31 @@ def test_an_ensemble_is_its_prompts_run_one_by_one(vote: bool) -> None:
     torch.testing.assert_close(actual.logits, expected, rtol=0, atol=1e-6)
     losses = torch.stack([result.loss for result in results])
     torch.testing.assert_close(actual.loss, losses.mean(), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_an_ensemble_repeats_the_answers_and_what_the_decoder_is_given(name: str) -> None:
+    original, given = ZOO[name].build(), ZOO[name].inputs(3, 6)
+    answers = torch.tensor([0, 1, 1])
+    given["labels"] = given["decoder_input_ids"].flip(1) if name == "bart" else answers
+    ours = ps.apply(models(name), "prompt_ensemble", prompts=2, length=4).eval()
+    words = original.get_input_embeddings()(given["input_ids"])
+    rest = {key: value for key, value in given.items() if key != "input_ids"}
+    if "attention_mask" in rest:
+        rest["attention_mask"] = F.pad(rest["attention_mask"], (4, 0), value=1)
+    results = [
+        original(inputs_embeds=torch.cat([prompt.expand(3, -1, -1), words], 1), **rest)
+        for prompt in ours.get_parameter("prompt_ensemble.P")
+    ]
+    actual = ours(**given)
+    logits = torch.stack([result.logits for result in results]).mean(0)
+    torch.testing.assert_close(actual.logits, logits, rtol=0, atol=1e-6)
+    loss = torch.stack([result.loss for result in results]).mean()
+    torch.testing.assert_close(actual.loss, loss, rtol=0, atol=1e-6)
+    same = given["input_ids"]
+    if name == "bart":
+        assert ours(input_ids=same, labels=same).loss.isfinite(), "one tensor for two inputs"
 
 
 @torch.no_grad()
