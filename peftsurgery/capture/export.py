@@ -102,8 +102,9 @@ def _read(program: ExportedProgram, call: Call) -> Exported:
 
 def first_line(error: BaseException | None) -> str:
     """What an exception of torch or transformers says first, for use inside a message of ours."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return (first or type(error).__name__)[:300]
 
 
 def _is_bound_to_a_mode(graph: fx.Graph, module: nn.Module, call: Call) -> bool:

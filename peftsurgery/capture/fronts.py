@@ -110,22 +110,20 @@ def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -
 def call_behind(given: Capture, values: Mapping[str, fx.Node], sources: Sequence[str]) -> Call:
     """An example of the call that ``put_before`` puts the values into.
 
-    ``sources`` are the inputs of ``given`` that it does without. All tensors are on meta.
+    ``sources`` are the inputs of ``given`` that it does without. All tensors are on meta, and have
+    the sizes that follow from this call: a program may be shared with another call's capture.
     """
+    graph, leaves = given.top.graph, given.call.leaves
     rest = {name: value for name, value in given.call.tensors.items() if name not in sources}
     made = {
         name: torch.empty(
-            [_concrete(size) for size in node.meta["val"].shape],
+            evaluate_sizes(given.names, shape_texts(graph, node.meta["val"].shape), leaves),
             dtype=node.meta["val"].dtype,
             device="meta",
         )
         for name, node in values.items()
     }
     return replace(given.call, tensors=dict(sorted({**rest, **made}.items())))
-
-
-def _concrete(size: Any) -> int:
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
 def _ancestors(nodes: Any) -> set[fx.Node]:

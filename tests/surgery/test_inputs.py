@@ -168,6 +168,21 @@ def test_an_ensemble_repeats_the_answers_and_what_the_decoder_is_given(name: str
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_a_prompt_before_texts_of_other_sizes_than_were_captured(name: str) -> None:
+    ours, original = ps.apply(models(name), "prompt_tuning", length=5), ZOO[name].build()
+    for rows, length in ((3, 7), (4, 6)):
+        ids = torch.arange(rows * length).view(rows, length)
+        given = {"attention_mask": torch.ones_like(ids), "use_cache": False}
+        prompt = ours.get_parameter("prompt_tuning.P").expand(rows, -1, -1)
+        embeds = torch.cat([prompt, original.get_input_embeddings()(ids)], 1)
+        longer = {**given, "attention_mask": torch.ones(embeds.shape[:2], dtype=torch.long)}
+        expected = original(inputs_embeds=embeds, **longer).logits
+        actual = ours.eval()(input_ids=ids, **given).logits
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
 def test_a_prompt_starts_as_the_embeddings_of_tokens_or_of_the_vocabulary() -> None:
     table = plain().get_input_embeddings().weight
     tokens = ps.apply(graph(), "prompt_tuning", length=5, init_tokens=[7, 3])
