@@ -14,6 +14,7 @@ from torch import nn
 from ..capture import GraphModel, capture
 from ..errors import SurgeryError, did_you_mean
 from ..language import Rule, RuleFile, Where, load_rules, resolve_settings
+from .buffers import put_buffers
 from .fusing import check_unused
 from .operated import OperatedModel
 from .operation import Operation
@@ -149,7 +150,8 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
         hint = f"take the old one out first: eject(model, '{min(taken)}')"
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
-    check_covered(str(path), operated.learnt(*names).keys(), tensors.keys())
+    learnt = put_buffers(operated, tensors)
+    check_covered(str(path), operated.learnt(*names).keys(), learnt.keys())
     for name, layers in read_left_out(folder, manifest).items():
         operated.activate(name, leave_out=layers)
     return operated

@@ -3,7 +3,8 @@
     surgery.json           format, base, for each operation its name, rule file and settings, and
                            which adapters are active
     rules/0_lora_qv.yaml   the rule files, as they were applied
-    adapter.safetensors    every parameter the rules added or trained, by its name in the model
+    adapter.safetensors    every parameter the rules added or trained, and every buffer that the
+                           training moved, by its name in the model
 
 No weights of the base and no pickle.
 """
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save
 
 from ..errors import SurgeryError
 from ..language import RuleFile, load_rules, resolve_settings
+from .buffers import moved_buffers
 from .operation import Operation
 
 if TYPE_CHECKING:
@@ -42,7 +44,7 @@ def save_surgery(model: OperatedModel, path: Path, names: Collection[str]) -> No
         file = f"{RULES}/{number}_{operation.file.name}.yaml"
         _write(path / file, dump_rules(operation.file).encode())
         entries.append({"name": operation.name, "rules": file, "settings": _own(operation)})
-    write_tensors(path / TENSORS, model.learnt(*names))
+    write_tensors(path / TENSORS, {**model.learnt(*names), **moved_buffers(model)})
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "base": model.source.origin,

@@ -106,6 +106,23 @@ def test_what_is_trained_of_a_base_in_a_directory_comes_back(rule: str, tmp_path
     assert base.keys() & state.keys()
 
 
+def test_running_statistics_that_training_moved_come_back(tmp_path: Path) -> None:
+    graph, images = captured("resnet"), ZOO["resnet"].inputs(3, 6)
+    trained = ps.apply(graph, "lora_conv").train()
+    for _ in range(2):
+        trained(**images)
+    trained.eval().save(tmp_path / "op")
+    again = ps.load(tmp_path / "op", base=graph).eval()
+    with torch.no_grad():
+        expected = trained(**images)[0]
+        assert torch.equal(again(**images)[0], expected)
+        assert not torch.equal(ps.apply(graph, "lora_conv").eval()(**images)[0], expected)
+        torch.testing.assert_close(ps.fold(again)(**images)[0], expected, rtol=0, atol=1e-5)
+    fresh = ps.apply(graph, "lora_conv")
+    fresh.save(tmp_path / "fresh")
+    assert set(load_file(tmp_path / "fresh/adapter.safetensors")) == set(fresh.learnt())
+
+
 def drop_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     tensors.popitem()
