@@ -70,6 +70,16 @@ class Likeness(Part):
         """Whether the original takes the number of items in a batch, if it says so."""
         return self.source.module.accepts_loss_kwargs
 
+    def can_generate(self) -> bool:
+        """Whether the original can; pipelines ask. AttributeError if it is not transformers'."""
+        original: Any = self.source.module
+        return bool(original.can_generate())
+
+    def _supports_logits_to_keep(self) -> bool:
+        """Whether the original gives the last logits alone; assisted generation asks."""
+        original: Any = self.source.module
+        return bool(original._supports_logits_to_keep())
+
     @property
     def device(self) -> torch.device:
         """Where the first parameter is."""

@@ -77,6 +77,15 @@ def test_a_cast_model_generates_what_the_cast_original_does(name: str) -> None:
     assert torch.equal(tokens(model), tokens(cast))
 
 
+@pytest.mark.parametrize("name", ["llama"])
+def test_it_assists_the_original_and_says_that_it_can_generate(name: str) -> None:
+    model, settings = remembering(name), {"max_new_tokens": 6, "do_sample": False}
+    assert model.can_generate()
+    expected = original(name).generate(ids(1, 6), **settings)
+    assisted = original(name).generate(ids(1, 6), assistant_model=model, use_cache=True, **settings)
+    assert torch.equal(assisted, expected)
+
+
 @pytest.mark.parametrize("name", ["gpt2"])
 def test_a_directory_brings_its_settings(name: str, tmp_path: Path) -> None:
     saved = copy.deepcopy(original(name))
