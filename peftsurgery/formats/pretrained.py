@@ -201,13 +201,6 @@ def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedMo
     return from_peft(open_model(named) if isinstance(named, str) else named, path)
 
 
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        raise SurgeryError("PSG601", f"'{folder}' exists already", "choose another name") from None
-
-
 def _with_active(operated: OperatedModel, adapters: Collection[str]) -> OperatedModel:
     """The model with these adapters active and no others; as it is if none are named."""
     if adapters:
