@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import SurgeryError, closest, did_you_mean
+from .ties import tied_apart, untie_as_stored
 
 FLOATING = {
     "F64": torch.float64,
@@ -101,7 +102,14 @@ class Source:
             raise SurgeryError(
                 "PSG207", f"no weights could be read from {self.origin}: {reason}"
             ) from error
-        kind = type(model).__name__
+        kind, apart = type(model).__name__, tied_apart(self.module, model)
+        if apart:
+            raise SurgeryError(
+                "PSG207",
+                f"'{apart[0]}' and '{apart[1]}' are one weight of a {kind}, and {self.origin} has "
+                "two that differ",
+                "load the model, and capture what was loaded",
+            )
         self.notes = (
             *_unshared(info["unexpected_keys"], f"in {self.origin} that a {kind} leaves out"),
             *_unshared(info["missing_keys"], f"of a {kind} that {self.origin} has no values for"),
@@ -134,6 +142,7 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
         config.dtype = _stored_dtype(Path(spec))
     model = build_on_meta(config)
     _read_generation_config(model, spec)
+    untie_as_stored(model, Path(spec))
     # absolute, since a saved surgery names its base and is used from other directories too
     return Source(model, os.path.abspath(spec) if here else spec)
 

@@ -133,10 +133,10 @@ def fold_to_directory(
     it is not where the adapter says; ``onnx`` is where to write the model as ONNX too; ``verify``
     compares the outputs of what is read back with the operated model's at two shapes; ``adapters``
     are folded instead of those that were active when the surgery was saved; ``requantise`` packs
-    again what is kept in four bits, as ``from_pretrained`` loads it, for ``verify`` to compare with
-    what was packed. Raises what :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if
-    ``spec`` is no such directory, PSG410 if the result is not the operated model or, verified or
-    not, lacks weights that transformers needs, PSG411 and PSG412 if its ONNX is not.
+    again what is kept in four bits, and ``verify`` then compares with what was packed. Raises what
+    :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if ``spec`` is no such directory,
+    PSG410 if the result is not the operated model or, verified or not, lacks weights to load, and
+    PSG411 and PSG412 if its ONNX is not.
     """
     folder = Path(out)
     if onnx is not None:
@@ -149,9 +149,8 @@ def fold_to_directory(
     error = fold_error(operated, requantise)
     if requantise:
         pack_layers(plain, operated.stored)
-    _make(folder)
     with ExitStack() as unfinished:
-        unfinished.callback(shutil.rmtree, folder, ignore_errors=True)
+        unfinished.callback(shutil.rmtree, _make(folder), ignore_errors=True)
         copied, notes = write_model(plain, folder, operated.source.origin)
         apart = _check(operated, plain, folder, verify, requantise)
         written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
@@ -169,11 +168,13 @@ def fold_to_directory(
     )
 
 
-def _make(folder: Path) -> None:
+def _make(folder: Path) -> Path:
+    """The directory, made; PSG601 if it is there already."""
     try:
         folder.mkdir()
     except FileExistsError:
         raise SurgeryError("PSG601", f"'{folder}' exists already", "choose another name") from None
+    return folder
 
 
 def _check(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, T5ForConditionalGeneration
 
 from peftsurgery.capture import capture, open_source
 from peftsurgery.errors import SurgeryError
@@ -54,6 +54,20 @@ def test_reading_weights_keeps_ties_and_the_parameters_an_optimizer_holds(tmp_pa
     untrained = weight.detach().clone()
     optimizer.step()
     assert not torch.equal(weight, untrained)
+
+
+def test_weights_that_files_hold_apart_are_apart_whatever_the_config_ties(tmp_path: Path) -> None:
+    def untie(model: Any) -> None:
+        model.lm_head.weight = nn.Parameter(torch.randn_like(model.lm_head.weight))
+
+    directory = saved("t5", tmp_path, untie)
+    original = T5ForConditionalGeneration.from_pretrained(directory).eval()
+    assert original.config.tie_word_embeddings
+    assert original.lm_head.weight is not original.shared.weight
+    graph, inputs = capture(str(directory)), ZOO["t5"].inputs(3, 6)
+    assert_same(original(**inputs), graph(**inputs))
+    tied = graph.get_parameter("encoder.embed_tokens.weight")
+    assert tied is graph.get_parameter("shared.weight")
 
 
 def test_a_bf16_checkpoint_stays_bf16(tmp_path: Path) -> None:
