@@ -38,7 +38,7 @@ def find_positions(flow: Flow, tables: Sequence[Site], cores: Sequence[Site]) ->
 def _tables(tables: Iterable[Site]) -> Iterator[tuple[fx.Node, fx.Node, str, str]]:
     """Tables of positions. One of distances is indexed by the difference of two positions."""
     for table in tables:
-        if table.role != "embed.positions":
+        if table.role != "embed.positions" or _is_used_up(table):
             continue
         ids, y = table.nodes["x"], table.nodes["y"]
         distance = next((n for n in backward([ids], never) if _is_distance(n)), None)
@@ -47,6 +47,12 @@ def _tables(tables: Iterable[Site]) -> Iterator[tuple[fx.Node, fx.Node, str, str
         else:
             keys = max(operands(distance), key=lambda n: sizes(n)[-1])
             yield keys, distance, "key", table.module
+
+
+def _is_used_up(table: Site) -> bool:
+    """Whether every row is some position's, always: there is none for further tokens."""
+    count = shape(table.nodes["x"])[-1] if shape(table.nodes["x"]) else 0
+    return not isinstance(count, torch.SymInt) and bool(count >= shape(table.nodes["W"])[0])
 
 
 def _is_distance(node: fx.Node) -> bool:
