@@ -71,7 +71,11 @@ def gradients(model: OperatedModel, loss: Tensor) -> dict[str, Tensor]:
 
 
 RULES: dict[str, dict[str, int]] = {
-    **dict.fromkeys(("lora_embedding", "lora_all_linear", "qlora", "adalora", "houlsby"), {}),
+    "lora_embedding": {},
+    "lora_all_linear": {},
+    "qlora": {},
+    "adalora": {},
+    "houlsby": {},
     "bitfit": {},
     "p_tuning_v2": {"length": 3},  # the encoder's table of positions has no row to spare
 }
