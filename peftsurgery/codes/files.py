@@ -22,12 +22,13 @@ CODES = {
     ),
     "PSG605": CodeInfo(
         "the surgery's manifest is damaged",
-        "surgery.json is missing, is no JSON object of a known format, or names files outside the"
-        " directory.",
+        "surgery.json is missing, is no regular file or no JSON object of a known format, holds a "
+        "key twice, lists what no surgery has, or names files outside the directory.",
     ),
     "PSG606": CodeInfo(
         "the surgery's tensors are damaged",
-        "adapter.safetensors is missing or truncated, or holds values that are not finite.",
+        "adapter.safetensors is missing, truncated or no regular file, or holds values that are "
+        "not finite or of a dtype that parameters do not have.",
     ),
     "PSG607": CodeInfo(
         "there is nothing to fold",

@@ -24,9 +24,10 @@ CODES = {
     ),
     "PSG505": CodeInfo(
         "an adapter's tensors cannot be read",
-        "The safetensors file is missing or damaged, or holds NaN or infinity. peft's pickle files "
-        "(.bin) are never loaded, since that can run code. AdapterHub's are, if they hold nothing "
-        "but tensors: its library cannot write a prefix in any other way.",
+        "The safetensors file is missing or damaged, or holds NaN, infinity or a dtype that "
+        "parameters do not have. peft's pickle files (.bin) are never loaded, since that can run "
+        "code. AdapterHub's are, if they hold nothing but tensors: its library cannot write a "
+        "prefix in any other way.",
     ),
     "PSG506": CodeInfo(
         "a tensor of an adapter has no place in the model",

@@ -46,12 +46,12 @@ CODES = {
     ),
     "PSG309": CodeInfo(
         "rules are applied to captured models",
-        "Capture the model first.",
+        "Capture the model first. To combine adapters, apply rules first.",
         USAGE,
     ),
     "PSG310": CodeInfo(
         "there is no such adapter",
-        "The name is none of the adapters that were applied.",
+        "The name is none of the adapters that were applied, or none is named.",
     ),
     "PSG311": CodeInfo(
         "the adapter does not fit the base",

@@ -8,7 +8,6 @@ and has a value is refused by name, so a switch that peft adds tomorrow is not i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from typing import Any, NoReturn
@@ -79,9 +78,9 @@ class AdapterConfig:
         """The shipped rule files that this config identifies."""
         kind = self.values.get("peft_type")
         known = {str(file.identifying(FORMAT)["peft_type"]) for file in rule_files()}
-        if kind not in known:
+        if not isinstance(kind, str) or kind not in known:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
-            raise SurgeryError("PSG502", f"the adapter's peft_type is {kind!r}", hint)
+            raise SurgeryError("PSG502", f"the adapter's peft_type is {_short(kind)}", hint)
         of_kind = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
         for key, wanted in {
             k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
@@ -212,7 +211,7 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
         fits = isinstance(value, bool)
     elif isinstance(default, int | float):
         fits = not isinstance(value, bool) and isinstance(value, int | float)
-        fits = fits and math.isfinite(value) and value >= 0
+        fits = fits and 0 <= value < 2**63
     else:
         fits = isinstance(value, type(default))
     if key in COUNTS:

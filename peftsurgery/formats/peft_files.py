@@ -25,13 +25,22 @@ from .adapter_files import (
 )
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BASE = "base_model_name_or_path"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config. PSG501 if it is missing, is no JSON object or holds NaN."""
+    """The adapter's config. PSG501 if it is missing, is no JSON object or holds NaN.
+
+    PSG503 if the base that it names is none: whoever folds an adapter opens that first.
+    """
     if not (folder / CONFIG).is_file():
         raise SurgeryError("PSG501", f"'{folder}' has no {CONFIG}", nearby(folder, CONFIG))
-    return read_object(folder / CONFIG)
+    config = read_object(folder / CONFIG)
+    base = config.get(BASE)
+    if base is not None and not isinstance(base, str):
+        message = f"the adapter's {BASE} is {base!r:.60}, which names no model"
+        raise SurgeryError("PSG503", message, "it is a text or null")
+    return config
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:

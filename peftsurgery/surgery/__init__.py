@@ -1,12 +1,12 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
-from .applying import adapter_name, apply, check_covered, eject, load, open_model, operate
+from .applying import apply, check_covered, eject, load, open_model, operate
 from .combining import combine
 from .flattening import flatten
 from .folding import fold, fold_error
 from .fusing import fused_names
 from .operated import OperatedModel
-from .operation import Cut, Operation
+from .operation import Cut, Operation, adapter_name
 from .report import Report
 from .selecting import select_cuts
 

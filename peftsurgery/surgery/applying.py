@@ -17,8 +17,9 @@ from ..language import Rule, RuleFile, Where, load_rules, resolve_settings
 from .buffers import put_buffers
 from .fusing import check_unused
 from .operated import OperatedModel
-from .operation import Operation
+from .operation import Operation, adapter_name
 from .saving import (
+    check_learnt,
     is_surgery,
     read_active,
     read_left_out,
@@ -151,6 +152,7 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
     learnt = put_buffers(operated, tensors)
+    check_learnt(folder, learnt)
     check_covered(str(path), operated.learnt(*names).keys(), learnt.keys())
     for name, layers in read_left_out(folder, manifest).items():
         operated.activate(name, leave_out=layers)
@@ -199,10 +201,3 @@ def _check_settings(known: Collection[str], settings: Mapping[str, Any]) -> None
 
 def _for(file: RuleFile, settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in file.with_}
-
-
-def adapter_name(name: str) -> str:
-    """``name`` if it can be an adapter's, and so a part of parameters' names. PSG304 if not."""
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
-        raise SurgeryError("PSG304", f"'{name}' cannot be the name of an adapter")
-    return name

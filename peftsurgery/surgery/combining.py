@@ -18,19 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import SurgeryError
 from ..language import Rule
-from .applying import adapter_name, operate
+from .applying import operate
 from .copies import home_of
 from .forms import Form, Share, form_named
-from .merging import Majority
+from .merging import Majority, is_number
 from .operated import OperatedModel
-from .operation import Cut, Operation
+from .operation import Cut, Operation, adapter_name
 from .switching import check_name
 
 
@@ -54,12 +53,12 @@ def combine(
     factors are limited to. The combination is active instead of what it is made of. DARE draws
     from torch's random numbers.
 
-    Raises PSG310 for an unknown adapter, PSG304 if the name is taken, PSG315 for adapters that
-    cannot be combined with each other, PSG316 for a method of which the form is not true, PSG317
-    for settings that make no sense.
+    Raises PSG309 for a model without adapters, PSG310 for an unknown one, PSG304 if the name is
+    taken, PSG315 for adapters that cannot be combined with each other, PSG316 for a method of which
+    the form is not true, PSG317 for settings that make no sense.
     """
     form = form_named(how, rank, density, majority, clamp)
-    _check(model, weights, name)
+    weights = _checked(model, weights, name)
     rows = _rows(model, weights)
     operations: list[Operation] = []
     known: dict[str, Tensor] = {}
@@ -82,15 +81,25 @@ class Row:
     shares: tuple[Share, ...]
 
 
-def _check(model: OperatedModel, weights: Mapping[str, float], name: str) -> None:
+def _checked(model: OperatedModel, weights: Mapping[str, float], name: str) -> dict[str, float]:
+    """The weights, if they and the name can be a combination's."""
+    if not isinstance(model, OperatedModel):
+        message = f"adapters of an operated model are combined, not of a {type(model).__name__}"
+        raise SurgeryError("PSG309", message, "apply rules to a captured model first")
+    if not isinstance(weights, Mapping):
+        hint = "name each adapter with its weight: {'a': 0.5, 'b': 0.5}"
+        raise SurgeryError("PSG317", f"the weights are {weights!r:.60}, not numbers by name", hint)
     if not weights:
         raise SurgeryError("PSG317", "no adapters are named to be combined")
     for other, weight in weights.items():
         check_name(other, model.adapters)
-        if not isfinite(weight):
-            raise SurgeryError("PSG317", f"the weight of '{other}' is {weight}")
+        if not is_number(weight):
+            raise SurgeryError(
+                "PSG317", f"the weight of '{other}' is {weight!r:.60}, not a finite number"
+            )
     if adapter_name(name) in model.adapters:
         raise SurgeryError("PSG304", f"the model has an adapter '{name}' already")
+    return {other: float(weight) for other, weight in weights.items()}
 
 
 def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:

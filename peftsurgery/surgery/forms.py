@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import SurgeryError
 from ..language import Rule, fold, resolve_settings, shape_of
 from .change import Change, axes_of, changes, near, sizes_said
-from .merging import Majority, Merge, merge_named
+from .merging import Majority, Merge, is_number, merge_named
 from .operation import Cut, Operation
 
 
@@ -258,13 +258,15 @@ def form_named(
     how: str, rank: int | None, density: float | None, majority: Majority, clamp: float | None
 ) -> Form:
     """The form of that name. PSG317 for settings that it has not."""
+    if not isinstance(how, str):
+        raise SurgeryError("PSG317", f"a combination is called by a text, not {how!r:.60}")
     factored = how == "svd" or how.endswith("_svd")
     if not factored and (rank is not None or clamp is not None):
         raise SurgeryError("PSG317", f"rank and clamp are for 'svd', not for '{how}'")
-    if rank is not None and rank < 1:
-        raise SurgeryError("PSG317", f"a rank is at least 1, not {rank}")
-    if clamp is not None and not 0 <= clamp <= 1:
-        raise SurgeryError("PSG317", f"a quantile is between 0 and 1, not {clamp}")
+    if rank is not None and not (isinstance(rank, int) and is_number(rank) and rank >= 1):
+        raise SurgeryError("PSG317", f"a rank is a whole number of at least 1, not {rank!r:.60}")
+    if clamp is not None and not (is_number(clamp) and 0 <= clamp <= 1):
+        raise SurgeryError("PSG317", f"a quantile is between 0 and 1, not {clamp!r:.60}")
     if how == "cat":
         if density is not None:
             raise SurgeryError("PSG317", "'cat' has no density")

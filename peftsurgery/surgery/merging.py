@@ -12,10 +12,12 @@ Equal to peft's ``merge_utils``, random numbers included.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -79,6 +81,12 @@ def merge_named(how: str, density: float | None, majority: Majority) -> Merge:
     if needed != (density is not None):
         verb = "needs" if needed else "has no"
         raise SurgeryError("PSG317", f"'{how}' {verb} density, the share of entries that are kept")
-    if density is not None and not 0 < density <= 1:
-        raise SurgeryError("PSG317", f"a density is above 0 and at most 1, not {density}")
+    if density is not None and not (is_number(density) and 0 < density <= 1):
+        raise SurgeryError("PSG317", f"a density is above 0 and at most 1, not {density!r:.60}")
     return Merge(known.keep, known.elect, 1.0 if density is None else density, majority)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite real number, and neither true nor false."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and abs(value) <= sys.float_info.max

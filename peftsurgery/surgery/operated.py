@@ -371,7 +371,7 @@ class OperatedModel(Fronted, Keeping):
         """
         if any(value.is_meta for value in self.values().values()):
             self.bind()
-        save_surgery(self, Path(path), self._known_names(names or self.adapters))
+        save_surgery(self, Path(path), names)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ of operations; everything else about it follows from these.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,3 +151,15 @@ def check_lengthened(cuts: Sequence[Cut], sites: Iterable[Any]) -> None:
 def _same_weight(cut: Cut, other: Cut) -> bool:
     """Whether two cuts are one weight used twice (a layer that is called several times)."""
     return cut.rule is other.rule and cut.placed.parameter == other.placed.parameter is not None
+
+
+def adapter_name(name: str) -> str:
+    """``name`` if it can be an adapter's, and so a part of parameters' names. PSG304 if not."""
+    if not is_adapter_name(name):
+        raise SurgeryError("PSG304", f"'{name}' cannot be the name of an adapter")
+    return name
+
+
+def is_adapter_name(name: Any) -> bool:
+    """Whether something can be an adapter's name."""
+    return isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) is not None

@@ -12,20 +12,21 @@ No weights of the base and no pickle.
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from ..errors import SurgeryError
 from ..language import RuleFile, load_rules, resolve_settings
+from . import files
 from .buffers import moved_buffers
-from .operation import Operation
+from .operation import Operation, is_adapter_name
+from .switching import check_name
 
 if TYPE_CHECKING:
     from .operated import OperatedModel
@@ -33,29 +34,52 @@ if TYPE_CHECKING:
 MANIFEST, TENSORS, RULES, FORMAT = "surgery.json", "adapter.safetensors", "rules", 1
 
 
-def save_surgery(model: OperatedModel, path: Path, names: Collection[str]) -> None:
-    """Write these adapters to ``path``; see :meth:`OperatedModel.save`."""
-    if path.exists() and not (path.is_dir() and (not any(path.iterdir()) or is_surgery(path))):
-        raise SurgeryError("PSG604", f"'{path}' exists and is not a saved surgery")
-    (path / RULES).mkdir(parents=True, exist_ok=True)
-    entries = []
+def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | None) -> None:
+    """Write these adapters, or all of them, to ``path``; see :meth:`OperatedModel.save`."""
+    names = _chosen(model, chosen)
     saved = [operation for operation in model.operations if operation.name in names]
-    for number, operation in enumerate(saved):
-        file = f"{RULES}/{number}_{operation.file.name}.yaml"
-        _write(path / file, dump_rules(operation.file).encode())
-        entries.append({"name": operation.name, "rules": file, "settings": _own(operation)})
-    write_tensors(path / TENSORS, {**model.learnt(*names), **moved_buffers(model)})
+    rules = [f"{RULES}/{n}_{operation.file.name}.yaml" for n, operation in enumerate(saved)]
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "base": model.source.origin,
         "model": type(model.source.module).__name__,
-        "operations": entries,
+        "operations": [
+            {"name": operation.name, "rules": file, "settings": _own(operation)}
+            for operation, file in zip(saved, rules, strict=True)
+        ],
         "active": [name for name in model.active if name in names],
     }
     left_out = {name: layers for name, layers in model.left_out.items() if name in names}
     if left_out:
         manifest["left_out"] = left_out
-    _write(path / MANIFEST, json.dumps(manifest, indent=2).encode())
+    contents = {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
+    contents[TENSORS] = _as_safetensors({**model.learnt(*names), **moved_buffers(model)})
+    contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")
+    _remove_stale(path, rules)
+
+
+def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
+    """The adapters to save. PSG310 for one that is not there, or if there is to be none."""
+    if names is None:
+        return list(model.adapters)
+    chosen = [names] if isinstance(names, str) else list(names)
+    for name in chosen:
+        check_name(name, model.adapters)
+    if not chosen:
+        raise SurgeryError("PSG310", "no adapter is named to be saved", "names=None saves them all")
+    return chosen
+
+
+def _remove_stale(path: Path, rules: Collection[str]) -> None:
+    """Remove the rule files of an older surgery, which the new manifest does not name. PSG603."""
+    try:
+        for file in (path / RULES).glob("*.yaml"):
+            ours = re.fullmatch(r"\d+_.*", file.name) is not None
+            if ours and f"{RULES}/{file.name}" not in rules:
+                file.unlink()
+    except OSError as error:
+        raise SurgeryError("PSG603", f"{path / RULES}: {error.strerror}") from error
 
 
 def is_surgery(path: Path) -> bool:
@@ -70,36 +94,45 @@ def dump_rules(file: RuleFile) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a saved surgery. PSG605 if it cannot be read."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SurgeryError("PSG605", f"{path / MANIFEST} cannot be read: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise SurgeryError("PSG605", f"{path / MANIFEST} is not of format {FORMAT}")
+    """The manifest of a saved surgery. PSG605 if it cannot be read or says what none does."""
+    file = path / MANIFEST
+    manifest = files.read_object(file, "PSG605")
+    said = manifest.get("format")
+    if isinstance(said, bool) or said != FORMAT:
+        raise SurgeryError("PSG605", f"{file} is not of format {FORMAT}")
+    base, entries = manifest.get("base"), manifest.get("operations")
+    if base is not None and not isinstance(base, str):
+        raise SurgeryError("PSG605", f"{file}: 'base' is {base!r:.60}, which names no model")
+    if not isinstance(entries, list) or not all(_is_entry(entry) for entry in entries):
+        raise SurgeryError("PSG605", f"{file} lists no operations")
     return manifest
 
 
+def _is_entry(entry: Any) -> bool:
+    """Whether part of a manifest describes an operation."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("settings"), dict):
+        return False
+    name, rules = entry.get("name"), entry.get("rules")
+    return is_adapter_name(name) and isinstance(rules, str)
+
+
 def read_operations(path: Path, manifest: Mapping[str, Any]) -> list[Operation]:
-    """The operations of a saved surgery, in order. PSG605 if the manifest does not list them."""
+    """The operations of a saved surgery, in order. PSG605 if a rule file is elsewhere."""
     operations = []
-    try:
-        for entry in manifest["operations"]:
-            name, settings = str(entry["name"]), dict(entry["settings"])
-            relative = Path(str(entry["rules"]))
-            if relative.is_absolute() or ".." in relative.parts:
-                raise SurgeryError("PSG605", f"'{relative}' points out of the surgery '{path}'")
-            file = load_rules(path / relative)
-            operations.append(Operation(file, resolve_settings(file, settings), name))
-    except (KeyError, TypeError, ValueError) as error:
-        raise SurgeryError("PSG605", f"{path / MANIFEST} lists no operations: {error!r}") from None
+    for entry in manifest["operations"]:
+        relative = Path(entry["rules"])
+        if relative.is_absolute() or ".." in relative.parts:
+            raise SurgeryError("PSG605", f"'{relative}' points out of the surgery '{path}'")
+        file = load_rules(path / relative)
+        settings = resolve_settings(file, entry["settings"])
+        operations.append(Operation(file, settings, entry["name"]))
     return operations
 
 
 def read_active(path: Path, manifest: Mapping[str, Any]) -> list[str] | None:
     """The adapters that were active; None, for all, where nothing is said. PSG605 if damaged."""
     active = manifest.get("active")
-    names = {str(entry["name"]) for entry in manifest["operations"]}
+    names = _names(manifest)
     if active is None or (isinstance(active, list) and all(name in names for name in active)):
         return active
     raise SurgeryError("PSG605", f"{path / MANIFEST}: 'active' does not list adapters")
@@ -108,23 +141,28 @@ def read_active(path: Path, manifest: Mapping[str, Any]) -> list[str] | None:
 def read_left_out(path: Path, manifest: Mapping[str, Any]) -> dict[str, list[int | str]]:
     """The layers in which an adapter does nothing, by its name. PSG605 if damaged."""
     left_out = manifest.get("left_out", {})
-    if isinstance(left_out, dict) and all(isinstance(v, list) for v in left_out.values()):
+    names = _names(manifest)
+    if isinstance(left_out, dict) and all(
+        name in names and isinstance(layers, list) and all(isinstance(n, int | str) for n in layers)
+        for name, layers in left_out.items()
+    ):
         return left_out
     raise SurgeryError("PSG605", f"{path / MANIFEST}: 'left_out' does not list layers")
 
 
+def _names(manifest: Mapping[str, Any]) -> list[str]:
+    """The adapters of a manifest; a list, since what is compared with it may be anything."""
+    return [entry["name"] for entry in manifest["operations"]]
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """What was learnt. PSG606 if the file is damaged or holds numbers that are not finite."""
-    file = path / TENSORS
-    try:
-        # copies, since arithmetic rounds otherwise where memory is aligned as in the file
-        tensors = {name: value.clone() for name, value in load_file(file).items()}
-    except (OSError, SafetensorError) as error:
-        raise SurgeryError("PSG606", f"{file} cannot be read: {error}") from None
-    for name, value in tensors.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise SurgeryError("PSG606", f"{file}: '{name}' holds NaN or infinity")
-    return tensors
+    """What was learnt, and buffers, of which some count. PSG606 if the file is damaged."""
+    return files.read_tensors(path / TENSORS, "PSG606", (*files.FLOATS, torch.int64))
+
+
+def check_learnt(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse what was learnt if it is no finite number. PSG606."""
+    files.check_tensors(path / TENSORS, tensors, "PSG606")
 
 
 def _own(operation: Operation) -> dict[str, Any]:
@@ -134,15 +172,8 @@ def _own(operation: Operation) -> dict[str, Any]:
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write tensors into a safetensors file, whole or not at all."""
-    plain = {name: value.detach().contiguous() for name, value in tensors.items()}
-    _write(path, save(plain))
+    files.write_whole(path, _as_safetensors(tensors))
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+def _as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    return save({name: value.detach().contiguous() for name, value in tensors.items()})

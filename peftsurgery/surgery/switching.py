@@ -291,5 +291,5 @@ def check_name(name: str, names: Iterable[str]) -> None:
     """Refuse the name of an adapter that a model does not have. PSG310."""
     known = list(names)
     if name not in known:
-        hint = did_you_mean(name, known) if known else "it has no adapters"
+        hint = did_you_mean(str(name), known) if known else "it has no adapters"
         raise SurgeryError("PSG310", f"there is no adapter '{name}'", hint)

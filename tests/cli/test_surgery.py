@@ -1,6 +1,7 @@
 """apply and fold, from a model's directory to a model's directory."""
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,17 @@ def test_a_rule_without_a_match_ends_with_1_and_leaves_nothing(
     assert "PSG301" in outcome.err
     assert "nearest miss" in outcome.err
     assert list(tmp_path.iterdir()) == [rule]
+
+
+def test_a_fifo_in_a_surgery_is_not_waited_for(run: Any, bert: Path, tmp_path: Path) -> None:
+    surgery = tmp_path / "surgery"
+    run("apply", bert, "lora_qv", "-o", surgery)
+    for file, code in (("adapter.safetensors", "PSG606"), ("surgery.json", "PSG607")):
+        (surgery / file).unlink()
+        os.mkfifo(surgery / file)
+        outcome = run("fold", surgery, "-o", tmp_path / "folded", "--json")
+        assert (outcome.code, outcome.json["error"]["code"]) == (3, code)
+        assert not (tmp_path / "folded").exists()
 
 
 @pytest.mark.parametrize("place", [".", "inside"])

@@ -6,6 +6,7 @@ Each case is a change to an adapter that peft wrote; the error must name what is
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -120,15 +121,32 @@ DAMAGED: dict[str, tuple[Change, str]] = {
         "PSG505: .*no adapter_model",
     ),
     "infinite": (tensors({A: torch.full((2, 8), torch.inf)}), f"PSG505: .*'{A}' holds NaN or inf"),
+    "eight bits": (
+        tensors({A: torch.ones(2, 8).to(torch.float8_e4m3fn)}),
+        f"PSG505: .*'{A}' holds torch.float8_e4m3fn",
+    ),
+    "complex": (
+        tensors({A: torch.ones(2, 8, dtype=torch.complex64)}),
+        f"PSG505: .*'{A}' holds torch.complex64",
+    ),
+    "a FIFO": (
+        lambda a: ((a.folder / TENSORS).unlink(), os.mkfifo(a.folder / TENSORS)),
+        "PSG505: .*no adapter_model",
+    ),
     "whole numbers": (tensors({A: torch.ones(2, 8, dtype=torch.int8)}), f"PSG505: .*'{A}' holds"),
 }
 UNFIT: dict[str, tuple[Change, str]] = {
     "unknown method": (config(peft_type="LORRA"), "PSG502: .*'LORRA'\n  did you mean 'LORA'"),
+    "a list of methods": (config(peft_type=["LORA"]), r"PSG502: .*\['LORA'\]"),
+    "an object for a method": (config(peft_type={"LORA": 1}), "PSG502: .*{'LORA': 1}"),
+    "base": (config(base_model_name_or_path=3), "PSG503: .*base_model_name_or_path is 3"),
+    "bases": (config(base_model_name_or_path=["a"]), "PSG503: .*base_model_name_or_path is"),
     "no method": (config(peft_type=None), "PSG502: .*None"),
     "rank 0": (config(r=0), "PSG503: .*r cannot be 0"),
     "rank as text": (config(r="2"), "PSG503: .*r cannot be '2'"),
     "rank missing": (config(r=None), "PSG503: .*r cannot be None"),
     "alpha as text": (config(lora_alpha="4"), "PSG503: .*lora_alpha cannot be '4'"),
+    "alpha beyond floats": (config(lora_alpha=10**400), "PSG503: .*lora_alpha cannot be 1000"),
     "dropout": (config(lora_dropout=1.5), "PSG503: .*lora_dropout cannot be 1.5"),
     "no switch": (config(use_rslora=None, r=3), "PSG507"),
     "a switch": (config(use_rslora="yes"), "PSG503: .*use_rslora cannot be 'yes'"),

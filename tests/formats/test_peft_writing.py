@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats import adapter_files
 from peftsurgery.language import RuleFile
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery import OperatedModel, files
 from tests.parity.models import randomise
 
 
@@ -174,10 +173,16 @@ def test_nothing_is_left_when_writing_fails(
         if len(written) == 2:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(adapter_files, "_write", full)
+    monkeypatch.setattr(files, "_write", full)
     with pytest.raises(SurgeryError, match=r"PSG603: .*No space left on device"):
         ps.to_peft(ours, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("place", ["/proc/zz", "/dev/full/x", "a\0b"])
+def test_a_place_that_cannot_be_written_is_refused(graph: ps.GraphModel, place: str) -> None:
+    with pytest.raises(SurgeryError, match=r"PSG603: .*cannot be written"):
+        ps.to_peft(both(graph, lora("paths: [out]")), place)
 
 
 def test_only_an_adapter_is_replaced(graph: ps.GraphModel, tmp_path: Path) -> None:

@@ -187,12 +187,59 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(
         ps.combine(made("llama", *pairs), {"a": 0.5, "b": 0.5}, "new", how, **settings)
 
 
-def test_names_that_are_unknown_taken_or_none_are_refused() -> None:
-    for shares, name, code in (
+@pytest.mark.parametrize(
+    ("shares", "name", "code"),
+    [
         ({"a": 1.0, "z": 1.0}, "new", "PSG310"),
+        ({3: 1.0}, "new", "PSG310"),
         ({"a": 1.0}, "b", "PSG304"),
+        ({"a": 1.0}, "b.c", "PSG304"),
+        ({"a": 1.0}, 3, "PSG304"),
         ({}, "new", "PSG317"),
+        (None, "new", "PSG317"),
+        (["a", "b"], "new", "PSG317"),
+        ("a", "new", "PSG317"),
         ({"a": float("nan")}, "new", "PSG317"),
-    ):
-        with pytest.raises(ps.SurgeryError, match=code):
-            ps.combine(loras(), shares, name)
+        ({"a": float("inf")}, "new", "PSG317"),
+        ({"a": 10**400}, "new", "PSG317"),
+        ({"a": "1"}, "new", "PSG317"),
+        ({"a": None}, "new", "PSG317"),
+        ({"a": 1j}, "new", "PSG317"),
+        ({"a": True}, "new", "PSG317"),
+    ],
+)
+def test_names_and_weights_that_cannot_be_used_are_refused(
+    shares: Any, name: Any, code: str
+) -> None:
+    with pytest.raises(ps.SurgeryError, match=code):
+        ps.combine(loras(), shares, name)
+
+
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        (None, {}),
+        (3, {}),
+        (["svd"], {}),
+        ("svd", {"rank": 2.5}),
+        ("svd", {"rank": "2"}),
+        ("svd", {"rank": True}),
+        ("svd", {"rank": 0}),
+        ("svd", {"clamp": "1"}),
+        ("svd", {"clamp": float("nan")}),
+        ("ties", {"density": "0.5"}),
+        ("ties", {"density": [0.5]}),
+        ("ties", {"density": 0.5, "majority": None}),
+        ("ties", {"density": 0.5, "majority": ["total"]}),
+    ],
+)
+def test_settings_of_another_type_are_refused(how: Any, settings: dict[str, Any]) -> None:
+    with pytest.raises(ps.SurgeryError, match="PSG317"):
+        ps.combine(loras(), {"a": 1.0}, "new", how, **settings)
+
+
+def test_only_adapters_of_an_operated_model_are_combined() -> None:
+    graph: Any = captured("llama")
+    for model, kind in ((graph, "GraphModel"), (nn.Linear(2, 2), "Linear"), (None, "NoneType")):
+        with pytest.raises(ps.SurgeryError, match=f"PSG309: .*not of a {kind}"):
+            ps.combine(model, {"a": 1.0}, "new")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery import OperatedModel, files
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.reference import randomise
@@ -151,18 +153,72 @@ def truncate(folder: Path) -> None:
     (folder / "adapter.safetensors").write_bytes(data[: len(data) // 2])
 
 
-def escape(folder: Path) -> None:
-    manifest = json.loads((folder / "surgery.json").read_text())
-    manifest["operations"][0]["rules"] = "../../etc/passwd"
-    (folder / "surgery.json").write_text(json.dumps(manifest))
+def cast(dtype: torch.dtype) -> Callable[[Path], None]:
+    """One of the tensors in another dtype, in the shape it had."""
+
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter.safetensors")
+        name = next(name for name in tensors if name.endswith(".A"))
+        save_file({**tensors, name: tensors[name].to(dtype)}, folder / "adapter.safetensors")
+
+    return damage
 
 
-def garble(folder: Path) -> None:
-    (folder / "surgery.json").write_text("{")
+def text(content: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "surgery.json").write_text(content) and None
 
 
-def empty(folder: Path) -> None:
-    (folder / "surgery.json").write_text('{"format": 1}')
+def manifest(**changes: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        file = folder / "surgery.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+    return damage
+
+
+def operation(**changes: Any) -> Callable[[Path], None]:
+    """The first operation with other values in the manifest."""
+
+    def damage(folder: Path) -> None:
+        entries = json.loads((folder / "surgery.json").read_text())["operations"]
+        manifest(operations=[entries[0] | changes, *entries[1:]])(folder)
+
+    return damage
+
+
+def instead(name: str, place: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something else where a file of the surgery was."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        place(folder / name)
+
+    return damage
+
+
+# Opening the first would wait for ever, and reading the last.
+NOT_REGULAR: dict[str, Callable[[Path], object]] = {
+    "fifo": os.mkfifo,
+    "directory": Path.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "nothing": lambda path: None,
+}
+FILES = {
+    "adapter.safetensors": "PSG606",
+    "surgery.json": "PSG605",
+    "rules/0_lora_qv.yaml": "PSG107",
+}
+
+
+@pytest.mark.parametrize("kind", NOT_REGULAR)
+@pytest.mark.parametrize("file", FILES)
+def test_only_regular_files_are_read(
+    operated: OperatedModel, tmp_path: Path, file: str, kind: str
+) -> None:
+    operated.save(tmp_path)
+    instead(file, NOT_REGULAR[kind])(tmp_path)
+    with pytest.raises(ps.SurgeryError, match=f"{FILES[file]}: .*{file}"):
+        ps.load(tmp_path, base=captured("bert"))
 
 
 @pytest.mark.parametrize(
@@ -173,9 +229,39 @@ def empty(folder: Path) -> None:
         (reshape_a_tensor, "PSG308"),
         (poison, "PSG606"),
         (truncate, "PSG606"),
-        (escape, "PSG605"),
-        (garble, "PSG605"),
-        (empty, "PSG605"),
+        (cast(torch.float8_e4m3fn), "PSG606"),
+        (cast(torch.complex64), "PSG606"),
+        (cast(torch.int32), "PSG606"),
+        (cast(torch.bool), "PSG606"),
+        (text("{"), "PSG605"),
+        (text("[]"), "PSG605"),
+        (text('{"format": 1}'), "PSG605"),
+        (text("[" * 100_000), "PSG605"),
+        (text('{"format": 1, "operations": [], "format": 1}'), "PSG605"),
+        (text('{"format": 1, "operations": [], "base": NaN}'), "PSG605"),
+        (text(" " * (16 * 2**20 + 1)), "PSG605"),
+        (manifest(format=True), "PSG605"),
+        (manifest(format=2), "PSG605"),
+        (manifest(base=3), "PSG605"),
+        (manifest(base=["bert"]), "PSG605"),
+        (manifest(active="lora_qv"), "PSG605"),
+        (manifest(active=[["lora_qv"]]), "PSG605"),
+        (manifest(active=["other"]), "PSG605"),
+        (manifest(left_out=[0]), "PSG605"),
+        (manifest(left_out={"lora_qv": 0}), "PSG605"),
+        (manifest(left_out={"lora_qv": [[0]]}), "PSG605"),
+        (manifest(left_out={"other": [0]}), "PSG605"),
+        (manifest(left_out={"lora_qv": ["x"]}), "PSG106"),
+        (manifest(operations={}), "PSG605"),
+        (manifest(operations=[["lora_qv"]]), "PSG605"),
+        (operation(name=3), "PSG605"),
+        (operation(name="a.b"), "PSG605"),
+        (operation(settings=[["rank", 3]]), "PSG605"),
+        (operation(settings={"rank": [3]}), "PSG121"),
+        (operation(rules=3), "PSG605"),
+        (operation(rules="../../etc/passwd"), "PSG605"),
+        (operation(rules="/etc/passwd"), "PSG605"),
+        (operation(rules="rules/\0"), "PSG107"),
     ],
 )
 def test_damage_is_named(
@@ -186,6 +272,54 @@ def test_damage_is_named(
     with pytest.raises(ps.SurgeryError) as caught:
         ps.load(tmp_path, base=captured("bert"))
     assert caught.value.code == code
+
+
+def test_fewer_adapters_over_an_old_surgery_leave_nothing_of_it(
+    operated: OperatedModel, tmp_path: Path
+) -> None:
+    operated.save(tmp_path)
+    (tmp_path / "rules/notes.yaml").write_text("mine: true")
+    operated.save(tmp_path, names="head")
+    found = sorted(file.name for file in (tmp_path / "rules").iterdir())
+    assert found == ["0_custom.yaml", "notes.yaml"]
+    again = ps.load(tmp_path, base=captured("bert"))
+    assert again.adapters == ("head",)
+    assert set(again.learnt()) == set(operated.learnt("head"))
+
+
+@pytest.mark.parametrize("names", [[], (), "", "law", ["lora_qv", "law"], [3], [["head"]]])
+def test_names_that_are_none_or_unknown_are_not_saved(
+    operated: OperatedModel, tmp_path: Path, names: Any
+) -> None:
+    with pytest.raises(ps.SurgeryError, match="PSG310"):
+        operated.save(tmp_path / "op", names=names)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/zz", "/dev/full/x", "/dev/null/deep/x", "a\0b", "x" * 999]
+)
+def test_a_place_that_cannot_be_written_is_refused(operated: OperatedModel, place: str) -> None:
+    with pytest.raises(ps.SurgeryError, match=r"PSG603: .*cannot be written"):
+        operated.save(place)
+
+
+def test_nothing_is_left_when_writing_fails(
+    operated: OperatedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    operated.save(tmp_path / "old")
+    before = {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")}
+
+    def full(part: Path, content: bytes) -> None:
+        part.write_bytes(content[:5])
+        if "surgery.json" in part.name:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "_write", full)
+    for name in ("old", "new/deep"):
+        with pytest.raises(ps.SurgeryError, match=r"PSG603: .*No space left"):
+            randomise(operated, seed=9).save(tmp_path / name)
+    assert {p: p.is_file() and p.read_bytes() for p in tmp_path.rglob("*")} == before
 
 
 def test_a_surgery_for_another_model_is_refused(operated: OperatedModel, tmp_path: Path) -> None:
