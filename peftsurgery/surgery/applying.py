@@ -151,9 +151,9 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
         hint = f"take the old one out first: eject(model, '{min(taken)}')"
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
-    learnt = put_buffers(operated, tensors)
-    check_learnt(folder, learnt)
-    check_covered(str(path), operated.learnt(*names).keys(), learnt.keys())
+    given, learnt = put_buffers(operated, tensors), operated.learnt(*names)
+    check_covered(str(path), learnt.keys(), given.keys())
+    check_learnt(folder, given, learnt)
     for name, layers in read_left_out(folder, manifest).items():
         operated.activate(name, leave_out=layers)
     return operated

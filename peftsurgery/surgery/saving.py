@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 MANIFEST, TENSORS, RULES, FORMAT = "surgery.json", "adapter.safetensors", "rules", 1
 
+# A base may have complex parameters, and rules may train them; some of its buffers count.
+TRAINABLE = (*files.FLOATS, torch.complex64, torch.complex128)
+KEPT = (*TRAINABLE, torch.int64)
+
 
 def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | None) -> None:
     """Write these adapters, or all of them, to ``path``; see :meth:`OperatedModel.save`."""
@@ -156,13 +160,19 @@ def _names(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """What was learnt, and buffers, of which some count. PSG606 if the file is damaged."""
-    return files.read_tensors(path / TENSORS, "PSG606", (*files.FLOATS, torch.int64))
+    """What was learnt, and buffers. PSG606 if the file is damaged or holds what is not finite."""
+    return files.read_tensors(path / TENSORS, "PSG606", KEPT)
 
 
-def check_learnt(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Refuse what was learnt if it is no finite number. PSG606."""
-    files.check_tensors(path / TENSORS, tensors, "PSG606")
+def check_learnt(
+    path: Path, tensors: Mapping[str, torch.Tensor], learnt: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse counts for a parameter, and complex numbers for a real one. PSG606."""
+    files.check_tensors(path / TENSORS, tensors, "PSG606", TRAINABLE)
+    for name, value in tensors.items():
+        if value.is_complex() and not learnt[name].is_complex():
+            message = f"{path / TENSORS}: '{name}' holds {value.dtype}, and the parameter is real"
+            raise SurgeryError("PSG606", message)
 
 
 def _own(operation: Operation) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import peftsurgery as ps
 from peftsurgery.surgery import OperatedModel, files
@@ -123,6 +124,26 @@ def test_running_statistics_that_training_moved_come_back(tmp_path: Path) -> Non
     fresh = ps.apply(graph, "lora_conv")
     fresh.save(tmp_path / "fresh")
     assert set(load_file(tmp_path / "fresh/adapter.safetensors")) == set(fresh.learnt())
+
+
+class Phases(nn.Module):
+    """A parameter of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = nn.Parameter(torch.randn(4, dtype=torch.complex64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.phase.abs()
+
+
+def test_complex_parameters_of_the_base_come_back(tmp_path: Path) -> None:
+    graph = ps.capture(Phases(), (torch.randn(2, 4),))
+    operated = ps.apply(graph, ps.Rule(match="parameter", where={"path": "phase"}, train=True))
+    with torch.no_grad():
+        operated.phase.mul_(2j)
+    operated.save(tmp_path)
+    assert torch.equal(ps.load(tmp_path, graph).phase, operated.phase)
 
 
 def drop_a_tensor(folder: Path) -> None:

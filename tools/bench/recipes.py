@@ -41,7 +41,7 @@ RECIPES: Mapping[str, Recipe] = {
     FULL: Recipe(2e-4, beside="every parameter of the plain model"),
     "lora_qv": Recipe(3e-3, peft=("LoraConfig", LORA)),
     "lora_attention": Recipe(5e-3),
-    "lora_all_linear": Recipe(3e-3, peft=("LoraConfig", LINEARS)),
+    "lora_all_linear": Recipe(2e-3, peft=("LoraConfig", LINEARS)),
     "lora_embedding": Recipe(3e-3),
     "lora_plus": Recipe(2e-3, rules=("lora_qv",), beside="lora_qv; B learns 16 times as fast"),
     "rslora": Recipe(2e-3, peft=("LoraConfig", {**LORA, "use_rslora": True})),
