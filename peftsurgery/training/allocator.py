@@ -17,14 +17,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import SurgeryError, did_you_mean
 from ..language import evaluate
 from ..language.schema import Ranks
 from ..surgery import Cut, OperatedModel
+from ..surgery.files import FLOATS, read_tensors
 from ..surgery.saving import write_tensors
 
 STATE = "ranks.safetensors"
@@ -127,15 +126,20 @@ class RankAllocator:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue where :meth:`state` was taken. PSG323 if it is another model's."""
-        wanted = {name for site in self.sites for name in site.axes}
+        axes = {name: axis for site in self.sites for name, axis in site.axes.items()}
         found: dict[str, dict[str, Tensor]] = {key: {} for key in (*_RUNNING, _KEPT)}
         for full, value in state.items():
             name, _, key = full.rpartition(".")
             if full == _STEP:
                 continue
-            if name not in wanted or key not in found:
+            if name not in axes or key not in found:
                 raise SurgeryError("PSG323", f"there is no parameter with ranks for '{full}'")
-            found[key][name] = value.to(self.model.get_parameter(name).device).clone()
+            parameter = self.model.get_parameter(name)
+            shape = parameter.shape[axes[name] :][:1] if key == _KEPT else parameter.shape
+            if value.shape != shape:
+                sizes = f"{list(value.shape)}, where {list(shape)} is needed"
+                raise SurgeryError("PSG323", f"'{full}' has shape {sizes}")
+            found[key][name] = value.to(parameter.device).clone()
         self.kept = found.pop(_KEPT)
         self._running, self.last = found, int(state[_STEP]) if _STEP in state else -1
 
@@ -147,11 +151,8 @@ class RankAllocator:
 
     def load(self, directory: str | Path) -> None:
         """Read what :meth:`save` wrote. PSG323 if it is not there or another model's."""
-        file = Path(directory) / STATE
-        try:
-            self.load_state(load_file(file))
-        except (OSError, SafetensorError) as error:
-            raise SurgeryError("PSG323", f"{file} cannot be read: {error}") from None
+        dtypes = (*FLOATS, torch.bool, torch.int64)
+        self.load_state(read_tensors(Path(directory) / STATE, "PSG323", dtypes))
 
     @torch.no_grad()
     def _observe(self) -> None:

@@ -189,11 +189,13 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     plain = ps.apply(captured("llama"), "lora_qv")
     model = applied("llama")
     allocator = ps.RankAllocator(model)
+    kept = allocator.sites[0].zero
     attempts = {
         "PSG321": lambda: ps.RankAllocator(plain),
         "PSG321 did you mean 'adalora'": lambda: ps.RankAllocator(model, "adalor"),
         "PSG323": lambda: allocator.load(tmp_path),
         "PSG323 no parameter": lambda: allocator.load_state({"lm_head.kept": torch.ones(2)}),
+        "PSG323 shape [2]": lambda: allocator.load_state({f"{kept}.kept": torch.ones(2) > 0}),
         "PSG323 not seen": lambda: ps.RankAllocator(model).step(50),
         "PSG323 was not seen": lambda: ps.RankAllocator(model).step(55),
     }
