@@ -141,7 +141,8 @@ def _check(cut: Cut, name: str, shape: Sequence[int], dtype: torch.dtype) -> Non
 
 
 def _refuse(name: str, why: str) -> SurgeryError:
-    return SurgeryError("PSG325", f"'{name}' cannot be stored in four bits: it {why}")
+    hint = "leave it out with `where:`, or with the setting that the rule has for that"
+    return SurgeryError("PSG325", f"'{name}' cannot be stored in four bits: it {why}", hint)
 
 
 def _put(model: OperatedModel, name: str, value: torch.Tensor) -> None:
