@@ -22,6 +22,9 @@ from .contents import made_of, plain
 from .flow import Flow
 from .site import Site
 from .values import (
+    ADDITION,
+    LAYOUT,
+    SCALING,
     always,
     argument,
     backward,
@@ -66,6 +69,12 @@ def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
     order = [n for n in flow.nodes if n.op == "placeholder"]
     given = [n for n in order if any(source is n for source in sources.values())]
     first = next((site for site in sites if given and sources[site] is given[0]), None)
+    sums = {site: _sums(site.nodes["y"]) for site in sites}
+
+    def is_of_another_text(site: Site) -> bool:
+        """Whether a table is the largest of those added up that have ids of their own."""
+        together = [other for other in sites if sums[other] & sums[site] and sources[other]]
+        return first not in together and site is max(together, key=lambda s: int(s.facts["in"]))
 
     def role(site: Site) -> str:
         source = sources[site]
@@ -76,11 +85,22 @@ def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
             if alike and not counts and not is_held(site.nodes["x"]):
                 return "embed.tokens"  # shifted labels
             return "embed.positions" if counts or entries >= _tokens(site) else "embed.types"
-        if source is given[0] or entries == first.facts["in"]:
+        if source is given[0] or entries == first.facts["in"] or is_of_another_text(site):
             return "embed.tokens"
         return "embed.positions" if entries >= _tokens(site) else "embed.types"
 
     return [replace(site, role=role(site)) for site in sites]
+
+
+def _sums(y: fx.Node) -> set[fx.Node]:
+    """An embedding, and all that it is scaled and added to before anything else is done to it."""
+    found, stack = {y}, [y]
+    while stack:
+        for user in stack.pop().users:
+            if op(user) in LAYOUT | SCALING | ADDITION and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
 
 
 def is_counted(node: fx.Node) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import peftsurgery as ps
 from peftsurgery.anatomy import Placed, Survey, survey
 from tests.anatomy.tables import EXPECTED, Core, Part
 from tests.models.captured import captured
+from tests.models.zoo import hf
 
 Found = tuple[str, str, tuple[int, ...] | None]
 WEIGHTS = ("linear", "experts", "embedding")
@@ -84,3 +87,32 @@ def test_equal_blocks_share_their_sites() -> None:
     assert len(queries) == 2
     assert queries[0].site is queries[1].site
     assert queries[0].type == "Linear"
+
+
+def test_a_decoder_with_a_vocabulary_of_its_own_has_a_table_of_tokens() -> None:
+    make = hf(
+        "MarianMTModel",
+        "MarianConfig",
+        vocab_size=99,
+        decoder_vocab_size=61,
+        share_encoder_decoder_embeddings=False,
+        tie_word_embeddings=False,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    ids = torch.arange(14).view(2, 7)
+    graph = ps.capture(make(), inputs={"input_ids": ids, "decoder_input_ids": ids[:, 1:]})
+    tables = [site for site in survey(graph.base_capture) if site.kind == "embedding"]
+    assert {site.module: site.role for site in tables} == {
+        f"model.{part}.{table}": f"embed.{table.removeprefix('embed_')}"
+        for part in ("encoder", "decoder")
+        for table in ("embed_tokens", "embed_positions")
+    }
