@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from ..errors import SurgeryError
 from ..surgery import files
@@ -43,12 +42,6 @@ def _check_any(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def as_json(config: Mapping[str, Any]) -> bytes:
     """A config as the libraries write it."""
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
-
-
-def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Tensors as the content of a safetensors file."""
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    return save(plain, metadata={"format": "pt"})
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes], marker: str) -> None:

@@ -26,14 +26,8 @@ from typing import Any
 import torch
 
 from ..errors import SurgeryError
-from .adapter_files import (
-    as_json,
-    as_safetensors,
-    check_tensors,
-    nearby,
-    read_object,
-    read_safetensors,
-)
+from ..surgery.files import as_safetensors
+from .adapter_files import as_json, check_tensors, nearby, read_object, read_safetensors
 
 SETUP = "adapter_setup.json"
 

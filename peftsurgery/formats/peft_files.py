@@ -15,14 +15,8 @@ from typing import Any
 import torch
 
 from ..errors import SurgeryError
-from .adapter_files import (
-    as_json,
-    as_safetensors,
-    nearby,
-    read_object,
-    read_safetensors,
-    write_files,
-)
+from ..surgery.files import as_safetensors
+from .adapter_files import as_json, nearby, read_object, read_safetensors, write_files
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from ..errors import SurgeryError
 
@@ -72,39 +73,42 @@ def check_tensors(
             raise SurgeryError(code, f"{file}: '{name}' holds NaN or infinity")
 
 
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    part = file.with_name(f".{file.name}.part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(file)
+def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return save(plain, metadata={"format": "pt"})
 
 
 def write_files(
     folder: Path, contents: Mapping[str, bytes], marker: str, code: str, what: str
 ) -> None:
-    """Write files by their names in ``folder``, in this order, or leave what is there alone.
+    """Write the files of a directory that is free, empty, or already one of its kind.
 
     Refused with ``code`` if the place is not ``what`` it has to be: it is neither free nor empty
     nor has it a file ``marker``. PSG603 if the system refuses.
+    """
+    with _said_of(folder):
+        if os.path.lexists(folder) and not _is_replaceable(folder, marker):
+            raise SurgeryError(code, f"'{folder}' exists and is not {what}", "choose another name")
+    write_whole(folder, contents)
+
+
+def write_whole(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by their names in ``folder``, in this order, or leave what is there alone.
+
+    PSG603 if the system refuses.
     """
     places = [folder / name for name in contents]
     parts = {file: file.with_name(f".{file.name}.part-{os.getpid()}") for file in places}
     missing: list[Path] = []
     try:
-        if os.path.lexists(folder) and not _is_replaceable(folder, marker):
-            raise SurgeryError(code, f"'{folder}' exists and is not {what}", "choose another name")
-        missing = _missing({file.parent for file in places})
-        for content, part in zip(contents.values(), parts.values(), strict=True):
-            part.parent.mkdir(parents=True, exist_ok=True)
-            _write(part, content)
-        for file, part in parts.items():
-            part.replace(file)
-    except (OSError, ValueError) as error:  # NUL in a path is a ValueError
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise SurgeryError("PSG603", f"'{folder}' cannot be written: {reason}") from error
+        with _said_of(folder):
+            missing = _missing({file.parent for file in places})
+            for content, part in zip(contents.values(), parts.values(), strict=True):
+                part.parent.mkdir(parents=True, exist_ok=True)
+                _write(part, content)
+            for file, part in parts.items():
+                part.replace(file)
     finally:
         _clear(parts.values(), missing)
 
@@ -114,6 +118,16 @@ def _write(part: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@contextmanager
+def _said_of(folder: Path) -> Iterator[None]:
+    """Say what the system refused of a folder by PSG603."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # NUL in a path is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SurgeryError("PSG603", f"'{folder}' cannot be written: {reason}") from error
 
 
 def _is_replaceable(folder: Path, marker: str) -> bool:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from safetensors.torch import save
 
 from ..errors import SurgeryError
 from ..language import RuleFile, load_rules, resolve_settings
@@ -57,7 +56,7 @@ def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | Non
     if left_out:
         manifest["left_out"] = left_out
     contents = {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
-    contents[TENSORS] = _as_safetensors({**model.learnt(*names), **moved_buffers(model)})
+    contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved_buffers(model)})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")
     _remove_stale(path, rules)
@@ -178,12 +177,3 @@ def check_learnt(
 def _own(operation: Operation) -> dict[str, Any]:
     """The settings that a rule file declares; what it computes from them is left out."""
     return {name: operation.settings[name] for name in operation.file.with_}
-
-
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors into a safetensors file, whole or not at all."""
-    files.write_whole(path, _as_safetensors(tensors))
-
-
-def _as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    return save({name: value.detach().contiguous() for name, value in tensors.items()})

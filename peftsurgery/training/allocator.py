@@ -23,8 +23,7 @@ from ..errors import SurgeryError, did_you_mean
 from ..language import evaluate
 from ..language.schema import Ranks
 from ..surgery import Cut, OperatedModel
-from ..surgery.files import FLOATS, read_tensors
-from ..surgery.saving import write_tensors
+from ..surgery.files import FLOATS, as_safetensors, read_tensors, write_whole
 
 STATE = "ranks.safetensors"
 _RUNNING, _KEPT, _STEP = ("sensitivity", "uncertainty"), "kept", "step"
@@ -146,8 +145,8 @@ class RankAllocator:
     state_dict, load_state_dict = state, load_state  # what accelerate's checkpoints ask for
 
     def save(self, directory: str | Path) -> None:
-        """Write the state into a directory, beside a saved surgery or a checkpoint."""
-        write_tensors(Path(directory) / STATE, self.state())
+        """Write the state into a directory, beside a saved surgery or a checkpoint. PSG603."""
+        write_whole(Path(directory), {STATE: as_safetensors(self.state())})
 
     def load(self, directory: str | Path) -> None:
         """Read what :meth:`save` wrote. PSG323 if it is not there or another model's."""

@@ -190,6 +190,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     model = applied("llama")
     allocator = ps.RankAllocator(model)
     kept = allocator.sites[0].zero
+    file = tmp_path / "a_file"
+    file.touch()
     attempts = {
         "PSG321": lambda: ps.RankAllocator(plain),
         "PSG321 did you mean 'adalora'": lambda: ps.RankAllocator(model, "adalor"),
@@ -198,6 +200,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         "PSG323 shape [2]": lambda: allocator.load_state({f"{kept}.kept": torch.ones(2) > 0}),
         "PSG323 not seen": lambda: ps.RankAllocator(model).step(50),
         "PSG323 was not seen": lambda: ps.RankAllocator(model).step(55),
+        "PSG603 cannot be written": lambda: allocator.save(file),
     }
     for text, attempt in attempts.items():
         with pytest.raises(ps.SurgeryError) as refusal:
