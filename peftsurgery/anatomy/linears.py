@@ -1,8 +1,8 @@
 """Linear sites: every place where a signal is multiplied by a weight matrix, however it is spelled.
 
-    linear(x, W, b)                 W is (out, in)          layout "oi"
-    addmm(b, x, W), mm(x, W)        W is (in, out)          layout "io"
-    matmul(x, W.T) + b              W is (out, in) again    layout "oi"
+    linear(x, W, b)                 W is (out, in)
+    addmm(b, x, W), mm(x, W)        W is (in, out)          it is ``turned``
+    matmul(x, W.T) + b              W is (out, in) again
     grouped_mm(x, W3), bmm(x, W3)   one matrix an expert    kind "experts"
 
 Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out)
@@ -53,31 +53,32 @@ def _site(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Si
         return _experts(node)
     if len(shape(matrix)) != 2:
         return None
-    layout = "io" if transposed != flipped else "oi"
+    turned = transposed != flipped
     vector, _ = parameter_of(bias)
     if bias is None:
-        vector, node = _added_bias(node, _sizes(matrix, layout)[0])
+        vector, node = _added_bias(node, _sizes(matrix, turned)[0])
     x, y = _outer(x, node)
     nodes = {"x": x, "W": matrix, "y": y}
     if vector is not None:
         nodes["b"] = vector
-    return make(nodes, layout)
+    return make(nodes, turned)
 
 
-def make(nodes: Mapping[str, fx.Node], layout: str, kind: str = "linear", **facts: Any) -> Site:
-    """The site whose weight is the node ``W``."""
+def make(nodes: Mapping[str, fx.Node], turned: bool, kind: str = "linear", **facts: Any) -> Site:
+    """The site whose weight is the node ``W``, ``turned`` if that is (in, out)."""
     matrix = nodes["W"]
     name = str(matrix.target)
-    rows, columns = _sizes(matrix, layout)
+    rows, columns = _sizes(matrix, turned)
     about = {"in": columns, "out": rows, "op": op(nodes["y"]), "dtype": matrix.meta["val"].dtype}
     module = name.rpartition(".")[0]
-    return Site(kind, module, None, name, dict(nodes), {**about, **facts}, layout=layout)
+    names = frozenset(("W",) if turned else ())
+    return Site(kind, module, None, name, dict(nodes), {**about, **facts}, turned=names)
 
 
-def _sizes(matrix: fx.Node, layout: str) -> tuple[int, int]:
+def _sizes(matrix: fx.Node, turned: bool) -> tuple[int, int]:
     """(out, in) of a weight: its last two sizes."""
     first, second = (int(size) for size in shape(matrix)[-2:])
-    return (first, second) if layout == "oi" else (second, first)
+    return (second, first) if turned else (first, second)
 
 
 def _added_bias(product: fx.Node, rows: int) -> tuple[fx.Node | None, fx.Node]:
@@ -112,6 +113,5 @@ def _experts(node: fx.Node) -> Site | None:
             if not others:
                 return None
             nodes = {"x": others[0], "W": matrix, "y": node}
-            layout = "oi" if flipped else "io"
-            return make(nodes, layout, kind="experts", experts=int(shape(matrix)[0]))
+            return make(nodes, not flipped, kind="experts", experts=int(shape(matrix)[0]))
     return None

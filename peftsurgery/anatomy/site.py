@@ -96,7 +96,8 @@ class Site:
     """A place in a program's graph with a meaning.
 
     ``nodes`` binds the names a rule may use to graph values; see the module that finds each kind.
-    ``facts`` holds sizes and properties. ``core`` is the attention site of a projection, and
+    ``facts`` holds sizes and properties, ``turned`` the names of weights
+    that are stored as (in, out). ``core`` is the attention site of a projection, and
     ``whole`` the fused projection that a slice is part of.
     """
 
@@ -107,7 +108,7 @@ class Site:
     nodes: Mapping[str, fx.Node]
     facts: Mapping[str, Any]
     slice: Slice | None = None
-    layout: str = "oi"
+    turned: frozenset[str] = frozenset()
     label: str | None = None
     core: Site | None = None
     whole: Site | None = None

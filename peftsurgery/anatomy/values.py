@@ -151,7 +151,7 @@ def is_ancestor(node: fx.Node, of: fx.Node) -> bool:
     return node is not of and any(found is node for found in backward([of], never))
 
 
-def parameter_of(node: Any, layout: bool = True) -> tuple[fx.Node | None, bool]:
+def parameter_of(node: Any) -> tuple[fx.Node | None, bool]:
     """The ``get_attr`` node a weight operand reads, and whether it was transposed on the way.
 
     Casts are looked through. The result is (None, False) for a value that is computed.
@@ -161,7 +161,7 @@ def parameter_of(node: Any, layout: bool = True) -> tuple[fx.Node | None, bool]:
         if node.op == "get_attr":
             return node, flipped
         name = op(node)
-        if name in ("t", "numpy_T", "mT") or (layout and name in ("transpose", "permute")):
+        if name in ("t", "numpy_T", "mT", "transpose", "permute"):
             if not is_swap(node):
                 return None, False
             flipped = not flipped

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import fx
 
+from peftsurgery.anatomy.values import parameter_of, shape
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import Expression, check_calls, spelling
 from peftsurgery.language.operators import OPERATORS, Operator
@@ -26,7 +27,6 @@ _CASTS = frozenset(("_to_copy", "to", "alias", "contiguous", "clone", "detach"))
 
 # a product with a weight, as other operations spell it: the places of (x, W, b) in their arguments
 _LINEARS: Mapping[str, tuple[int, ...]] = {"addmm": (1, 2, 0), "mm": (0, 1), "matmul": (0, 1)}
-_TURNS = frozenset(("t", "transpose", "permute", "numpy_T"))
 
 _SIGNS: Mapping[type[ast.AST], str] = {
     ast.Add: "add",
@@ -65,10 +65,14 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """One occurrence: the node that computes the pattern, and what each free name is there."""
+    """One occurrence: the node that computes the pattern, and what each free name is there.
+
+    ``turned`` are the names of weights of linears that the graph holds as (in, out).
+    """
 
     root: fx.Node
     bindings: Mapping[str, Any]
+    turned: frozenset[str] = frozenset()
 
 
 def compile_pattern(expression: Expression) -> Call:
@@ -93,8 +97,17 @@ def find_pattern(expression: Expression, graph: fx.Graph) -> list[Match]:
         if _name(node) not in _CASTS and "surgery" not in node.meta:
             found = next(_Search(expression).match(pattern, node, {}), None)
             if found is not None:
-                matches.append(Match(node, {**found, "y": node}))
+                turned = frozenset(n for n, value in found.items() if isinstance(value, _Turned))
+                plain = {n: found[n].node if n in turned else found[n] for n in found}
+                matches.append(Match(node, {**plain, "y": node}, turned))
     return matches
+
+
+@dataclass(frozen=True)
+class _Turned:
+    """A weight of a linear, held as (in, out)."""
+
+    node: fx.Node
 
 
 class _Search:
@@ -150,15 +163,11 @@ def _arguments(operator: Operator, node: fx.Node) -> tuple[Any, ...] | None:
     if name in operator.aten:
         return tuple(node.args)
     if "linear" in operator.aten and name in _LINEARS:
-        arguments = tuple(node.args[place] for place in _LINEARS[name])
-        return arguments if _is_weight(arguments[1]) else None
+        x, weight, *bias = (node.args[place] for place in _LINEARS[name])
+        matrix, flipped = parameter_of(weight)
+        if matrix is not None and len(shape(matrix)) == 2:
+            return (x, matrix if flipped else _Turned(matrix), *bias)
     return None
-
-
-def _is_weight(value: Any) -> bool:
-    while isinstance(value, fx.Node) and _name(value) in _TURNS | _CASTS:
-        value = value.args[0]
-    return isinstance(value, fx.Node) and value.op == "get_attr"
 
 
 def _bind(name: str, value: Any, bound: Bindings) -> Iterator[Bindings]:

@@ -196,13 +196,20 @@ def weights_in(
     expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
 ) -> frozenset[str]:
     """The weights that expressions of a rule read, through ``let`` names too."""
+    return frozenset(rule.kind.weights) & names_in(expressions, rule, env)
+
+
+def names_in(
+    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
+) -> frozenset[str]:
+    """The names that expressions of a rule read, through ``let`` names too."""
     pending, seen = [name for e in expressions for name in names_read(e, env)], set[str]()
     while pending:
         name = pending.pop()
         if name not in seen:
             seen.add(name)
             pending += names_read(rule.let[name], env) if name in rule.let else ()
-    return frozenset(rule.kind.weights) & seen
+    return frozenset(seen)
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:

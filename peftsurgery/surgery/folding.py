@@ -19,6 +19,7 @@ from ..capture import GraphModel
 from ..capture.tensors import named_tensors, tensor_names
 from ..errors import SurgeryError
 from ..language import fold as folded_weights
+from ..language import names_in
 from .operated import OperatedModel
 from .operation import Cut
 from .requantising import FoldError, error_of, pack_layers
@@ -142,6 +143,17 @@ def _check_foldable(cut: Cut) -> None:
             f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
             _instead(cut),
         )
+    for name in sorted(
+        names_in(cut.rule.fold.values(), cut.rule, cut.numbers) | cut.rule.fold.keys()
+    ):
+        node = cut.site.nodes.get(name)
+        if node is not None and node.op != "get_attr":
+            raise SurgeryError(
+                "PSG401",
+                f"'{cut.operation.name}' cannot be folded at '{cut.placed.module}': '{name}' is "
+                f"computed there ({node.name}), and no weight",
+                "let the pattern name the weight itself, or keep the adapter",
+            )
 
 
 def _wide(value: torch.Tensor) -> torch.Tensor:

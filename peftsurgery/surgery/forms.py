@@ -302,7 +302,7 @@ def _weight_change(share: Share) -> Tensor:
 
 def _turned(cut: Cut, weight: Tensor) -> Tensor:
     """From the weight that rules see to the one that is stored, and back."""
-    return weight.transpose(-1, -2).contiguous() if cut.site.layout == "io" else weight
+    return weight.transpose(-1, -2).contiguous() if "W" in cut.site.turned else weight
 
 
 def _nothing(share: Share) -> Tensor:
@@ -310,7 +310,7 @@ def _nothing(share: Share) -> Tensor:
     value = next(iter(share.params.values()))
     node = share.cut.site.nodes["W"]
     shape = list(node.meta["val"].shape)
-    if share.cut.site.layout == "io":
+    if "W" in share.cut.site.turned:
         shape = shape[::-1]
     if share.cut.site.slice is not None:
         shape[0] = share.cut.site.slice.rows

@@ -1,5 +1,6 @@
 """The layout in which rules see the values of a site.
 
+Weights of linears are (out, in), also where the model holds them turned.
 At an attention site q and o are (batch, heads, tokens, head_dim), k and v are (batch, kv_heads,
 tokens, head_dim), also where the model holds heads and batch in one dimension or keys transposed.
 """
@@ -16,6 +17,8 @@ HEADS = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
 
 def as_seen(site: Site, name: str, value: Any) -> Any:
     """A value of the site, as the model has it, in the layout that rules see."""
+    if name in site.turned:
+        return value.transpose(-1, -2)
     if not _is_laid_out(site, name):
         return value
     if len(sizes(site.nodes[name])) == 3:
@@ -25,6 +28,8 @@ def as_seen(site: Site, name: str, value: Any) -> Any:
 
 def as_held(site: Site, name: str, value: Any) -> Any:
     """A value in the layout that rules see, as the model has it: undoes :func:`as_seen`."""
+    if name in site.turned:
+        return value.transpose(-1, -2)
     if not _is_laid_out(site, name):
         return value
     value = ATEN.transpose.int(value, -1, -2) if _is_turned(site, name) else value

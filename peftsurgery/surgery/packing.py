@@ -31,20 +31,19 @@ PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 class Recipe(NamedTuple):
     """How a weight was packed: its storage, and the (out, in) shape and dtype that it had.
 
-    ``flipped`` says that the model keeps it as (in, out).
+    ``turned`` says that the model keeps it as (in, out).
     """
 
     storage: tuple[str, int, bool]
     shape: tuple[int, int]
     dtype: torch.dtype
-    flipped: bool = False
+    turned: bool = False
 
 
-def recipe_of(storage: Storage, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> Recipe:
-    """The recipe for a weight that the model keeps in this shape and layout (oi or io)."""
-    flipped = layout == "io"
-    rows, columns = shape[::-1] if flipped else shape
-    return Recipe((storage.format, storage.block, storage.double), (rows, columns), dtype, flipped)
+def recipe_of(storage: Storage, shape: tuple[int, ...], dtype: torch.dtype, turned: bool) -> Recipe:
+    """The recipe for a weight that the model keeps in this shape, which is (in, out) if turned."""
+    rows, columns = shape[::-1] if turned else shape
+    return Recipe((storage.format, storage.block, storage.double), (rows, columns), dtype, turned)
 
 
 def pack(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
@@ -53,7 +52,7 @@ def pack(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     kind, block, double = recipe.storage
     if not torch.isfinite(weight).all():
         raise SurgeryError("PSG325", "a weight that holds NaN or infinity cannot be quantised")
-    matrix = (weight.T if recipe.flipped else weight).detach().contiguous()
+    matrix = (weight.T if recipe.turned else weight).detach().contiguous()
     numbers, state = library.quantize_4bit(
         matrix, blocksize=block, compress_statistics=double, quant_type=kind
     )
@@ -66,7 +65,7 @@ def pack(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 def unpack(packed: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     """The weight as the model keeps it, in the dtype it had."""
     library = bitsandbytes()
-    (kind, block, double), shape, dtype, flipped = recipe
+    (kind, block, double), shape, dtype, turned = recipe
     blocks = -(-shape[0] * shape[1] // block)
     state: dict[str, Any] = {}
     start = 0
@@ -90,7 +89,7 @@ def unpack(packed: torch.Tensor, recipe: Recipe) -> torch.Tensor:
         absmax, torch.Size(shape), blocksize=block, quant_type=kind, dtype=dtype, **state
     )
     matrix: torch.Tensor = library.dequantize_4bit(packed[end:].view(-1, 1), whole)
-    return matrix.T if flipped else matrix
+    return matrix.T if turned else matrix
 
 
 @cache

@@ -93,7 +93,7 @@ def _pack_layer(module: nn.Module, name: str, stored: Stored) -> None:
     library = importlib.import_module("bitsandbytes.nn")
     recipe, compute, _ = stored
     kind, block, double = recipe.storage
-    weight = old.weight.detach().T if recipe.flipped else old.weight.detach()
+    weight = old.weight.detach().T if recipe.turned else old.weight.detach()
     rows, columns = recipe.shape
     with torch.device("meta"):
         layer = library.Linear4bit(

@@ -243,10 +243,12 @@ class Rewriter:
                 "PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}"
             )
         original = cut.site.nodes[name]
-        value = as_held(cut.site, name, cast(value, compute_dtype(cut), dtype_of(original)))
+        value = cast(value, compute_dtype(cut), dtype_of(original))
         if name in cut.rule.kind.weights:
             value = disorient(self.stored(cut, name), cut.site, name, value)
-        elif cut.site.slice is not None and name == cut.rule.kind.result:
+        else:
+            value = as_held(cut.site, name, value)
+        if cut.site.slice is not None and name == cut.rule.kind.result:
             whole = fx.Proxy(self.node(original), self.tracer)
             value = cut.site.slice.put(whole, -1, value)
         value.node.meta["val"] = original.meta.get("val")
@@ -274,18 +276,15 @@ def compute_dtype(cut: Cut) -> torch.dtype:
 
 def orient(value: Any, site: Site, name: str) -> Any:
     """A stored weight as rules see it: (out, in), and the slice alone."""
-    if name == "W" and site.layout == "io":
-        value = value.transpose(-1, -2)
+    value = as_seen(site, name, value)
     return value if site.slice is None else site.slice.take(value, 0)
 
 
 def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
     """``value`` put back where :func:`orient` took it from in the stored weight ``whole``."""
-    turned = name == "W" and site.layout == "io"
     if site.slice is not None:
-        whole = whole.transpose(-1, -2) if turned else whole
-        value = site.slice.put(whole, 0, value)
-    return value.transpose(-1, -2) if turned else value
+        value = site.slice.put(as_seen(site, name, whole), 0, value)
+    return as_held(site, name, value)
 
 
 def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
@@ -348,9 +347,10 @@ def fake_rewrite(cut: Cut, result: Any = None) -> dict[str, Any]:
             value = node.meta["val"]
             if name in cut.rule.kind.weights:
                 value = orient(value, cut.site, name)
-            elif name == cut.rule.kind.result:
-                value = _fake(cut, name) if result is None else result
-            value = as_seen(cut.site, name, value)
+            elif name != cut.rule.kind.result:
+                value = as_seen(cut.site, name, value)
+            else:
+                value = as_seen(cut.site, name, _fake(cut, name) if result is None else result)
             bound[name] = value.to(dtype) if _is_float(node) else value
         for name, param in cut.rule.params.items():
             shape = shape_of(param, cut.rule, cut.numbers)

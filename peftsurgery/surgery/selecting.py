@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import fx
@@ -12,7 +12,7 @@ from ..anatomy.site import Site
 from ..capture import Capture
 from ..capture.stack import stack_paths
 from ..language import Rule, Selection, select
-from ..language.pattern import find_pattern
+from ..language.pattern import Match, find_pattern
 from .fusing import common_spots
 from .operation import Cut, Operation
 
@@ -72,8 +72,7 @@ def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
         if program not in found:
             alike = [path for path, other in frames if other is program]
             found[program] = [
-                _pattern_site(match.root, match.bindings, alike)
-                for match in find_pattern(rule.pattern, program.graph)
+                _pattern_site(match, alike) for match in find_pattern(rule.pattern, program.graph)
             ]
         placed += [
             Placed(site, block, program, neighbour.layer, program.kind) for site in found[program]
@@ -81,16 +80,16 @@ def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
     return placed
 
 
-def _pattern_site(root: fx.Node, bindings: Mapping[str, Any], blocks: Sequence[str]) -> Site:
+def _pattern_site(match: Match, blocks: Sequence[str]) -> Site:
     """The site of one match. Its module is where the root was computed, relative to its block.
 
     The graph remembers the path in the block it was traced in, which is one of ``blocks``.
     """
-    paths = [path for _, path in stack_paths(root)]
+    paths = [path for _, path in stack_paths(match.root)]
     module = paths[-1] if paths else ""
     for block in blocks:
         if block and (module == block or module.startswith(f"{block}.")):
             module = module[len(block) + 1 :]
             break
-    nodes = {name: node for name, node in bindings.items() if isinstance(node, fx.Node)}
-    return Site("pattern", module, None, None, nodes, {})
+    nodes = {name: node for name, node in match.bindings.items() if isinstance(node, fx.Node)}
+    return Site("pattern", module, None, None, nodes, {}, turned=match.turned)

@@ -118,7 +118,7 @@ def stored_by(model: OperatedModel, cuts: Sequence[Cut], store: Store) -> dict[s
             full, storage = cut.weights[name], storage_of(expression, cut.operation.settings)
             shape, dtype = model.original(full).shape, store.dtype_of(model, full)
             _check(cut, full, shape, dtype)
-            recipe = recipe_of(storage, shape, dtype, cut.site.layout)
+            recipe = recipe_of(storage, shape, dtype, name in cut.site.turned)
             compute = None if storage.compute is None else getattr(torch, storage.compute)
             stored = Stored(recipe, compute, cut.operation.name)
             other = found.setdefault(full, stored)

@@ -65,7 +65,7 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 
 def check_linear(site: Placed, at: dict[str, Tensor]) -> None:
-    weight = at["W"].T if site.site.layout == "io" else at["W"]
+    weight = at["W"].T if "W" in site.site.turned else at["W"]
     bias, y = at.get("b", torch.zeros(len(weight))), at["y"]
     if site.slice is not None:
         weight, bias = site.slice.take(weight, 0), site.slice.take(bias, 0)

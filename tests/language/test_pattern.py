@@ -68,6 +68,7 @@ def test_other_spellings_and_variants():
     graph = graph_of(Other())
     (linear,) = find_pattern(parse("linear(x, W, b)"), graph)
     assert [str(linear.bindings[name].target) for name in "xWb"] == ["x", "W", "b"]
+    assert linear.turned == {"W"}
     assert len(find_pattern(parse("linear(x, W) * 2"), graph)) == 1
     assert not find_pattern(parse("linear(x, W) * 3"), graph)
     assert len(find_pattern(parse("gelu(h)"), graph)) == 1  # not the one by tanh

@@ -79,6 +79,40 @@ def test_a_pattern_can_add_parameters_and_fold_into_what_it_binds() -> None:
     torch.testing.assert_close(logits(folded, "llama"), logits(operated, "llama"))
 
 
+def test_a_pattern_sees_a_weight_that_is_held_turned_as_any_other() -> None:
+    rule = ps.Rule(
+        match={"pattern": "linear(x, W, b)"},
+        where={"path": r".*attn\.c_proj"},
+        params={"A": {"shape": [2, 32]}, "B": {"shape": [32, 2]}},
+        rewrite="linear(x, 2 * W, b) + linear(linear(x, A), B)",
+        fold={"W": "2 * W + B @ A"},
+    )
+    operated = randomise(ps.apply(captured("gpt2"), rule))
+    reference = ZOO["gpt2"].build()
+    with torch.no_grad():
+        for index, block in enumerate(reference.transformer.h):
+            path = f"transformer.h.{index}.attn.c_proj.custom"
+            A, B = (operated.get_parameter(f"{path}.{name}") for name in "AB")
+            weight = block.attn.c_proj.weight  # (in, out)
+            assert weight.shape == (32, 32)
+            weight.copy_(2 * weight + (B @ A).T)
+    expected = logits(reference, "gpt2")
+    torch.testing.assert_close(logits(operated, "gpt2"), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(ps.fold(operated), "gpt2"), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("fold", [{"up": "up * s"}, {"gate": "gate * sum(x)"}])
+def test_what_a_pattern_folds_must_be_a_weight(fold: dict[str, str]) -> None:
+    rule = ps.Rule(
+        match={"pattern": "mul(silu(linear(x, gate)), up)"},
+        params={"s": {"shape": [48], "init": "ones"}},
+        rewrite="y * s",
+        fold=fold,
+    )
+    with pytest.raises(ps.SurgeryError, match=r"PSG401.*no weight"):
+        ps.fold(ps.apply(captured("llama"), rule))
+
+
 def test_the_input_of_a_site_can_be_rewritten_for_it_alone() -> None:
     rules = ps.parse_rules(
         """
