@@ -48,6 +48,13 @@ class SurgeryError(Exception):
         }
 
 
+def first_line(error: BaseException | None) -> str:
+    """What an exception of torch or transformers says first, for use inside a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
+    return (first or type(error).__name__)[:300]
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, or None if none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -131,7 +131,7 @@ def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[C
         swapped = strip(pair[1], SCALING | {"to", "contiguous", "clone"})
         plain = is_swap(swapped) if op(swapped) in LAYOUT else False
         k = swapped.all_input_nodes[0] if plain else pair[1]
-        mask = _mask(flow, softmax, scores)
+        mask = _mask(softmax, scores)
         yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax)
 
 
@@ -151,7 +151,7 @@ def _inputs(flow: Flow, node: fx.Node) -> set[fx.Node]:
     return {site.nodes["x"] for site in flow.origin(node)}
 
 
-def _mask(flow: Flow, softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
+def _mask(softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
     """What is added to the scores, or fills them, last before the softmax."""
     node = softmax.all_input_nodes[0]
     while node is not scores:

@@ -27,7 +27,7 @@ AFFINE = {
 
 def find_norms(flow: Flow) -> list[Site]:
     """The norm sites of a program."""
-    found = (_single(node) or _spelled(flow, node) for node in flow.nodes)
+    found = (_single(node) or _spelled(node) for node in flow.nodes)
     return [site for site in found if site is not None]
 
 
@@ -49,7 +49,7 @@ def _given_eps(node: fx.Node) -> float | None:
     return given[-1] if given else None
 
 
-def _spelled(flow: Flow, node: fx.Node) -> Site | None:
+def _spelled(node: fx.Node) -> Site | None:
     """The RMS norm whose reciprocal root is ``node``."""
     if op(node) != "rsqrt":
         return None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import fx
 
@@ -24,13 +25,27 @@ JOINS = ("add", "add_")
 
 @dataclass(frozen=True, eq=False)
 class Join:
-    """A residual addition: the stream, the sublayers' outputs, the sum, and what lies between."""
+    """A residual addition: the stream, what is added to it, the sum, and what lies between.
+
+    ``leaves`` are the values that run side by side and are summed into h, or h alone.
+    """
 
     x: fx.Node
     h: fx.Node
     y: fx.Node
     leaves: tuple[fx.Node, ...]
     region: frozenset[fx.Node]
+
+    @property
+    def outputs(self) -> Mapping[fx.Node, Sequence[fx.Node]]:
+        """The sublayers' outputs, with the leaves that each is the sum of.
+
+        Leaves in another shape than the stream's (all tokens in a row, for experts) are parts of
+        one sublayer.
+        """
+        if any(sizes(leaf) != sizes(self.x) for leaf in self.leaves):
+            return {self.h: self.leaves}
+        return {leaf: (leaf,) for leaf in self.leaves}
 
 
 def find_joins(flow: Flow) -> list[Join]:
@@ -99,20 +114,21 @@ def residual_sites(
     normalised = {site.nodes["y"]: site for site in norms}
     sites = []
     for join in joins:
-        for leaf in join.leaves:
-            last = [roles[s.nodes["y"]] for s in flow.origin(leaf) if s.nodes["y"] in roles]
+        for h, leaves in join.outputs.items():
+            ends = dict.fromkeys(site for leaf in leaves for site in flow.origin(leaf))
+            last = [roles[site.nodes["y"]] for site in ends if site.nodes["y"] in roles]
             facts = {
                 **sublayer(last),
                 "norm": _norm(flow, join, normalised),
-                "parallel": len(join.leaves) > 1,
+                "parallel": len(join.outputs) > 1,
                 "width": sizes(join.y)[-1],
             }
-            nodes = {"h": leaf, "x": join.x, "y": join.y}
+            nodes = {"h": h, "x": join.x, "y": join.y}
             if facts["norm"] == "post":
                 nodes["normed"] = next(
                     y for y, norm in normalised.items() if norm.nodes["x"] is join.y
                 )
-            module = last[0].module if last else owner(leaf)
+            module = common([site.module for site in last]) if last else owner(h)
             sites.append(Site("residual", module, None, None, nodes, facts))
     return sites
 
@@ -123,7 +139,14 @@ def sublayer(last: Sequence[Site]) -> dict[str, str]:
     if roles == {"attn.o"}:
         kinds = {site.core.facts["kind"] for site in last if site.core is not None}
         return {"after": "attention", **({"kind": kinds.pop()} if len(kinds) == 1 else {})}
-    return {"after": "ffn" if roles == {"ffn.down"} else "other"}
+    return {"after": "ffn" if "ffn.down" in roles else "other"}
+
+
+def common(paths: Sequence[str]) -> str:
+    """The path of the innermost module that holds all of these, or is the only one."""
+    parts = [path.split(".") for path in paths]
+    alike = takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return ".".join(names[0] for names in alike)
 
 
 def owner(node: fx.Node) -> str:

@@ -185,5 +185,7 @@ def is_swap(node: fx.Node) -> bool:
     if name in ("transpose", "swapaxes"):
         dims = {int(argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2)}
         return dims == last
+    if name != "permute":
+        return False
     order = [int(d) % rank for d in argument(node, 1, "dims")]
     return order == [*range(rank - 2), rank - 1, rank - 2]

@@ -142,7 +142,7 @@ class Splitter:
                 for node in run:
                     copier.copy(node)
             else:
-                inner = self.region(child, run, copier)
+                inner = self.region(child, run)
                 copier.call(inner, self.build(inner))
         results = fx.map_arg(tuple(region.outputs), copier.value)
         graph.output(results[0] if region.single else results)
@@ -178,7 +178,7 @@ class Splitter:
                 return key, inner
         return None
 
-    def region(self, path: str, nodes: list[fx.Node], outside: _Copier) -> Region:
+    def region(self, path: str, nodes: list[fx.Node]) -> Region:
         """The region of a nested call: what it takes from outside, what outside takes from it."""
         inside = set(nodes)
         inputs: dict[fx.Node, None] = {}

@@ -26,7 +26,7 @@ from transformers.exporters.exporter_dynamo import (
 )
 from transformers.exporters.utils import apply_patches
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from .randomness import is_random, is_random_in, train_flags
 from .remembering import as_if_run
 from .signature import Call, apart, traced
@@ -98,13 +98,6 @@ def _read(program: ExportedProgram, call: Call) -> Exported:
         conditions = call.trace.conditions(conditions)
         call.trace.connect(module.graph)
     return Exported(module, program.call_spec.out_spec, conditions, None)
-
-
-def first_line(error: BaseException | None) -> str:
-    """What an exception of torch or transformers says first, for use inside a message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    first = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
-    return (first or type(error).__name__)[:300]
 
 
 def _is_bound_to_a_mode(graph: fx.Graph, module: nn.Module, call: Call) -> bool:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import SurgeryError, closest, did_you_mean
+from ..errors import SurgeryError, closest, did_you_mean, first_line
 from .ties import tied_apart, untie_as_stored
 
 FLOATING = {
@@ -98,7 +98,7 @@ class Source:
                 output_loading_info=True,
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise SurgeryError(
                 "PSG207", f"no weights could be read from {self.origin}: {reason}"
             ) from error
@@ -123,7 +123,7 @@ def _unshared(names: Iterable[str], where: str) -> list[str]:
     return [f"{len(found)} tensors {where}, '{found[0]}' first"] if found else []
 
 
-def open_source(spec: str, trust_remote_code: bool = False) -> Source:
+def open_source(spec: str) -> Source:
     """The source that MODEL names: a directory or hub id, or ``package.module:factory``.
 
     Raises PSG205 (no such model), PSG206 (a config of no known class) and PSG208 (remote code).
@@ -135,7 +135,7 @@ def open_source(spec: str, trust_remote_code: bool = False) -> Source:
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
         raise SurgeryError("PSG205", f"'{spec}' is not a model directory: it has no config.json")
-    config = _config(spec, trust_remote_code)
+    config = _config(spec)
     if getattr(config, "quantization_config", None):
         raise quantised(f"'{spec}'")
     if config.dtype is None:
@@ -171,7 +171,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
             model = kind._from_config(config, dtype=config.dtype or torch.float32)
     except CONFIG_ERRORS as error:
         raise SurgeryError(
-            "PSG206", f"this config makes no {kind.__name__}: {str(error).splitlines()[0]}"
+            "PSG206", f"this config makes no {kind.__name__}: {first_line(error)}"
         ) from error
     return model.eval()
 
@@ -190,12 +190,12 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
         ) from None
 
 
-def _config(spec: str, trust_remote_code: bool) -> PreTrainedConfig:
+def _config(spec: str) -> PreTrainedConfig:
     file = Path(spec) / "config.json"
     if file.is_file():
         raw = _read_json(file)
         known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
-        if "auto_map" in raw and not trust_remote_code:
+        if "auto_map" in raw:
             raise SurgeryError(
                 "PSG208",
                 f"'{spec}' needs Python code that comes with it ({', '.join(raw['auto_map'])})",
@@ -210,10 +210,10 @@ def _config(spec: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(spec)
     except OSError as error:
-        raise SurgeryError("PSG205", f"no model '{spec}': {str(error).splitlines()[0]}") from error
+        raise SurgeryError("PSG205", f"no model '{spec}': {first_line(error)}") from error
     except CONFIG_ERRORS as error:
         raise SurgeryError(
-            "PSG206", f"the config of '{spec}' is no valid one: {str(error).splitlines()[0]}"
+            "PSG206", f"the config of '{spec}' is no valid one: {first_line(error)}"
         ) from error
 
 

@@ -63,14 +63,21 @@ def _version(package: str) -> str | None:
 def _machine() -> dict[str, Any]:
     import torch
 
-    gib = os.sysconf("SC_PAGE_SIZE") / 2**30
     return {
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * gib, 1),
-        "free_gib": round(os.sysconf("SC_AVPHYS_PAGES") * gib, 1),
+        "memory_gib": _gib("SC_PHYS_PAGES"),
+        "free_gib": _gib("SC_AVPHYS_PAGES"),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _gib(pages: str) -> float | None:
+    """So many pages of memory in GiB, where the system tells."""
+    try:
+        return round(os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _trial() -> float:
@@ -94,7 +101,7 @@ def _print(report: dict[str, Any]) -> None:
     click.echo(report["platform"])
     click.echo(
         f"{machine['cores']} cores, {machine['threads']} threads for torch, "
-        f"{machine['free_gib']} of {machine['memory_gib']} GiB memory free, "
+        f"{machine['free_gib'] or '?'} of {machine['memory_gib'] or '?'} GiB memory free, "
         f"accelerator: {machine['accelerator'] or 'none'}"
     )
     for name, version in report["packages"].items():

@@ -91,7 +91,8 @@ def _check_replaceable(out: Path) -> None:
     """Only what a command of this kind can have written is replaced, never a home directory."""
     if out.is_symlink() or not (out.is_dir() or out.is_file()):
         raise SurgeryError("PSG601", f"'{out}' is neither a file nor a directory")
-    known = ("config.json", "surgery.json", "adapter_config.json")
+    known = ["config.json", "surgery.json", "adapter_config.json", "adapter_setup.json"]
+    known.append("model.safetensors")  # all that a plain module has
     if out.is_dir() and any(out.iterdir()) and not any((out / name).is_file() for name in known):
         message = f"'{out}' is not a model's directory, so it is not replaced"
         raise SurgeryError("PSG601", message, "choose another name")

@@ -52,6 +52,12 @@ def write_files(folder: Path, contents: Mapping[str, bytes], marker: str) -> Non
     files.write_files(folder, contents, marker, "PSG601", "an adapter's directory")
 
 
+def shown(value: Any) -> str:
+    """A value of a config inside a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def nearby(folder: Path, marker: str) -> str | None:
     """The adapters that lie one level deeper, which is where libraries put those with names."""
     if not folder.is_dir():

@@ -19,6 +19,7 @@ import torch
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
 from ..surgery import OperatedModel, adapter_name, check_covered, fused_names, operate
+from ..surgery.files import remove
 from .adapter_files import write_files
 from .adapterhub_config import HubConfig
 from .adapterhub_export import Written, export
@@ -76,14 +77,22 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     chosen = _choose(model, name)
     fused = [n for op in model.operations if op.name == chosen for n in fused_names(op)]
     if not fused:
-        write_files(Path(directory), _contents(model, _written(model, chosen)), ADAPTER.config)
+        _write(Path(directory), _contents(model, _written(model, chosen)), ADAPTER.config)
         return
     files = {SETUP: setup_content(fused)}
     for adapter in fused:
         files |= _contents(model, _written(model, adapter), adapter)
     fusion = _written(model, chosen)
     files |= contents(FUSION, as_fusion(fusion.config), fusion.tensors, ",".join(fused))
-    write_files(Path(directory), files, SETUP)
+    _write(Path(directory), files, SETUP)
+
+
+def _write(folder: Path, files: Mapping[str, bytes], marker: str) -> None:
+    """Write the files; what the library would read besides or instead goes. PSG601, PSG603."""
+    write_files(folder, files, marker)
+    others = (HEAD.config, HEAD.tensors, HEAD.pickled, ADAPTER.pickled, FUSION.pickled)
+    places = {Path(file).with_name(other) for file in files for other in others}
+    remove(folder / place for place in places if place.as_posix() not in files)
 
 
 def _adapter(importer: Importer, folder: Path, name: str | None) -> Plan:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..errors import SurgeryError, closest, did_you_mean
 from ..language import RuleFile
+from .adapter_files import shown
 from .adapterhub_library import (
     FORMAT,
     MAX_UNION,
@@ -77,7 +78,7 @@ class HubConfig:
     def _config(self) -> Mapping[str, Any]:
         config = self.values.get("config")
         if not isinstance(config, dict):
-            message = f"the adapter's config is {_short(config)}, not an object with all its values"
+            message = f"the adapter's config is {shown(config)}, not an object with all its values"
             raise SurgeryError("PSG503", message, "save it again with adapters 1.1 or newer")
         members = config.get("configs") if config.get("architecture") == UNION else [config]
         if not isinstance(members, list) or not all(isinstance(part, dict) for part in members):
@@ -92,7 +93,7 @@ class HubConfig:
             known = parts()
             architecture = part.get("architecture")
             if architecture is not None and str(architecture) not in known:
-                message = f"the adapter's architecture is {_short(architecture)}"
+                message = f"the adapter's architecture is {shown(architecture)}"
                 raise SurgeryError("PSG502", message, did_you_mean(str(architecture), known))
         return config
 
@@ -117,7 +118,7 @@ class HubConfig:
                     continue
                 name = key.removeprefix(prefix)
                 if "." not in name and name != "architecture" and name not in known:
-                    message = f"the adapter's config has {name} = {_short(value)}"
+                    message = f"the adapter's config has {name} = {shown(value)}"
                     hint = f"the library's keys: {', '.join(known)}"
                     hint = did_you_mean(name, known) if closest(name, known) else hint
                     raise SurgeryError("PSG504", f"{message}, which is not honoured", hint)
@@ -134,8 +135,8 @@ class HubConfig:
             raise SurgeryError("PSG502", f"no shipped rule is made of these configs: {names}")
         odd = min(near, key=len)
         flat = self.flats[0]
-        shown = ", ".join(f"{key} = {_short(flat.get(key))}" for key in odd)
-        raise SurgeryError("PSG504", f"no shipped rule is this method with {shown}")
+        listed = ", ".join(f"{key} = {shown(flat.get(key))}" for key in odd)
+        raise SurgeryError("PSG504", f"no shipped rule is this method with {listed}")
 
 
 def expected(file: RuleFile) -> Flat:
@@ -178,7 +179,7 @@ def _settings(flat: Flat, file: RuleFile) -> dict[str, Any]:
         if setting in counts:
             fits = type(value) is int and value > 0
         if not fits:
-            raise SurgeryError("PSG503", f"the adapter's {key} cannot be {_short(value)}")
+            raise SurgeryError("PSG503", f"the adapter's {key} cannot be {shown(value)}")
         settings[setting] = value
     return settings
 
@@ -203,9 +204,4 @@ def _check_place(key: str, value: Any, default: Any) -> None:
     else:
         fits = isinstance(value, list) and all(type(item) is int for item in value)
     if not fits:
-        raise SurgeryError("PSG503", f"the adapter's {key} cannot be {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise SurgeryError("PSG503", f"the adapter's {key} cannot be {shown(value)}")

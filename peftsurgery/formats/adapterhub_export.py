@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import SurgeryError
-from ..surgery import Cut, OperatedModel, Operation, fused_names
+from ..surgery import Cut, OperatedModel, Operation, check_left_out, fused_names
 from .adapterhub_config import expected
 from .adapterhub_head import about, trained_head
 from .adapterhub_library import FORMAT, Flat, architectures, named, parts, unflattened
@@ -33,6 +33,7 @@ def export(model: OperatedModel, name: str) -> Written:
 
     Every parameter that was trained must be the adapter's or the head's.
     """
+    check_left_out(model, name, "PSG512")
     cuts = [cut for cut in model.cuts if cut.operation.name == name]
     added = [cut for cut in cuts if cut.rule.params or cut.rule.rewrite]
     places = Places(model)

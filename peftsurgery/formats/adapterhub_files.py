@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from ..surgery.files import as_safetensors
 from .adapter_files import as_json, check_tensors, nearby, read_object, read_safetensors
 
@@ -97,7 +97,7 @@ def read_archive(file: Path) -> dict[str, torch.Tensor]:
             raise SurgeryError("PSG505", f"{file} is compressed, which torch.save's files are not")
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise SurgeryError("PSG505", f"{file} cannot be read: {_line(error)}") from None
+        raise SurgeryError("PSG505", f"{file} cannot be read: {first_line(error)}") from None
     except pickle.UnpicklingError:
         message = f"{file} holds more than tensors, and is not loaded: that can run code"
         raise SurgeryError("PSG505", message, "save it with use_safetensors=True") from None
@@ -119,7 +119,3 @@ def contents(
         f"{inside}{kind.tensors}": as_safetensors(tensors),
         f"{inside}{kind.config}": as_json(config),
     }
-
-
-def _line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -29,8 +29,8 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from ..capture import GraphModel
-from ..capture.export import EXPORT_ERRORS, first_line, without_fast_path
-from ..errors import SurgeryError
+from ..capture.export import EXPORT_ERRORS, without_fast_path
+from ..errors import SurgeryError, first_line
 from ..surgery import fold
 from .trials import Difference, difference, free_axes, seen_inputs, tensors_of, unseen_inputs
 

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
-from ..surgery import OperatedModel, adapter_name, check_covered, flatten, operate
+from ..surgery import (
+    OperatedModel,
+    adapter_name,
+    check_covered,
+    check_left_out,
+    flatten,
+    operate,
+)
 from .peft_config import AdapterConfig
 from .peft_export import export
 from .peft_files import read_config, read_tensors, write_adapter
@@ -56,6 +63,7 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
     chosen = names[0] if name is None else name
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
+    check_left_out(model, chosen, "PSG510")
     with model.only(chosen):
         if is_prompt(model, chosen):
             config, tensors = export_prompt(model, chosen)

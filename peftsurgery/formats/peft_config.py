@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from ..errors import SurgeryError, did_you_mean
 from ..language import RuleFile, load_rules, shipped
 from ..language.paths import full_match
+from .adapter_files import shown
 
 FORMAT = "peft"
 
@@ -80,7 +81,7 @@ class AdapterConfig:
         known = {str(file.identifying(FORMAT)["peft_type"]) for file in rule_files()}
         if not isinstance(kind, str) or kind not in known:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
-            raise SurgeryError("PSG502", f"the adapter's peft_type is {_short(kind)}", hint)
+            raise SurgeryError("PSG502", f"the adapter's peft_type is {shown(kind)}", hint)
         of_kind = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
         for key, wanted in {
             k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
@@ -90,8 +91,8 @@ class AdapterConfig:
         files = [flat_form(file) for file in of_kind if not self._strangers(file)]
         if not files:
             odd = min((self._strangers(file) for file in of_kind), key=len)
-            shown = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
-            raise SurgeryError("PSG504", f"no shipped rule is {kind} with {shown}")
+            listed = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
+            raise SurgeryError("PSG504", f"no shipped rule is {kind} with {listed}")
         return tuple(files)
 
     def _strangers(self, file: RuleFile) -> list[str]:
@@ -113,7 +114,7 @@ class AdapterConfig:
                 message = f"the adapter's {key} is {value!r}, which is not honoured"
                 raise SurgeryError("PSG504", message, f"honoured: {allowed}")
             if key not in known and value not in (None, False, "", [], {}):
-                message = f"the adapter's config has {key} = {_short(value)}, which is not honoured"
+                message = f"the adapter's config has {key} = {shown(value)}, which is not honoured"
                 raise SurgeryError("PSG504", message, _near(key, known))
         for key in ("rank_pattern", "alpha_pattern"):
             if not isinstance(self.pattern(key), dict):
@@ -223,12 +224,7 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
 
 
 def _refuse_value(source: str, value: Any) -> NoReturn:
-    raise SurgeryError("PSG503", f"the adapter's {source} cannot be {_short(value)}")
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    raise SurgeryError("PSG503", f"the adapter's {source} cannot be {shown(value)}")
 
 
 def _near(key: str, known: Iterable[str]) -> str | None:

@@ -21,6 +21,7 @@ from ..errors import SurgeryError
 from ..language import Rule
 from ..surgery import Cut, OperatedModel
 from .peft_config import ABSENT, FORMAT, PATTERNS, listings
+from .peft_files import BASE
 from .peft_fused import fuse
 from .peft_names import added_key
 from .peft_ranks import PATTERN, check_total, gather
@@ -68,7 +69,7 @@ def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, t
     config["modules_to_save"] = said.modules or None
     if any(isinstance(base.get_submodule(path), Conv1D) for path in paths):
         config["fan_in_fan_out"] = True
-    config["base_model_name_or_path"] = model.source.origin
+    config[BASE] = model.source.origin
     config["inference_mode"] = True
     return config, tensors | said.tensors
 

@@ -21,6 +21,7 @@ from ..errors import SurgeryError
 from ..language import RuleFile, resolve_settings
 from ..surgery import Cut, OperatedModel, Operation, select_cuts
 from .peft_config import FORMAT, AdapterConfig
+from .peft_files import BASE
 from .peft_names import without_wrapper
 from .peft_prompts import task_of
 from .peft_trained import say_trained
@@ -115,7 +116,7 @@ def export_prefix(
     config |= {"token_dim": heads * cuts[0].sizes["head_dim"], "num_attention_heads": heads}
     config |= {"num_layers": len(cuts), "prefix_projection": False}
     config |= {"modules_to_save": said.modules or None, "inference_mode": True}
-    config["base_model_name_or_path"] = model.source.origin
+    config[BASE] = model.source.origin
     suffix = next(iter(cuts[0].rule.suffixes(FORMAT).values()))
     own = {without_wrapper(key): value for key, value in said.tensors.items()}
     return config, {suffix: _joined(model, name, cuts), **own}

@@ -18,6 +18,7 @@ from ..errors import SurgeryError
 from ..language import RuleFile
 from ..surgery import Cut, OperatedModel, flatten
 from .peft_config import FORMAT, flat_form
+from .peft_files import BASE
 from .peft_names import without_wrapper
 from .peft_trained import say_trained
 
@@ -67,7 +68,7 @@ def export_prompt(
     said = say_trained(flat, trained, [], has_bias=False)
     config |= {"task_type": task_of(name, base), "token_dim": cut.sizes["width"], **_facts(base)}
     config |= {"modules_to_save": said.modules or None, "inference_mode": True}
-    config["base_model_name_or_path"] = model.source.origin
+    config[BASE] = model.source.origin
     table = cut.rule.suffixes(FORMAT)
     tensors = {table[n]: flat.get_parameter(full) for n, full in cut.parameters.items()}
     heads = {without_wrapper(key): value for key, value in said.tensors.items()}

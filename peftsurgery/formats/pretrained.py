@@ -27,16 +27,16 @@ from transformers import PreTrainedModel
 from ..capture import GraphModel
 from ..capture.quiet import quiet
 from ..capture.tensors import tensor_names
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from ..surgery import OperatedModel, fold, fold_error, load, open_model
 from ..surgery.requantising import FoldError, pack_layers
 from ..surgery.saving import is_surgery
 from .onnx import OnnxFile, need_onnx, write_onnx
 from .peft import from_peft
-from .peft_files import read_config
+from .peft_files import BASE, CONFIG, read_config
 from .trials import difference, tensors_of, unseen_inputs
 
-PEFT_CONFIG, WEIGHTS = "adapter_config.json", "model.safetensors"
+WEIGHTS = "model.safetensors"
 
 # What the files of a model's weights are called, in any format; they are of the model before.
 _WEIGHT_FILES = (
@@ -193,10 +193,10 @@ def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedMo
     """The operated model of a saved surgery or of a peft adapter's directory. PSG607 for others."""
     if is_surgery(path):
         return load(path, open_model(base) if isinstance(base, str) else base)
-    if not (path / PEFT_CONFIG).is_file():
+    if not (path / CONFIG).is_file():
         what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
         raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
-    named = base or read_config(path).get("base_model_name_or_path")
+    named = base or read_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
     return from_peft(open_model(named) if isinstance(named, str) else named, path)
@@ -349,7 +349,7 @@ def _read_back(plain: nn.Module, folder: Path) -> nn.Module:
                 folder, dtype=plain.dtype, output_loading_info=True
             )
     except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise SurgeryError("PSG410", f"what was written cannot be read back: {reason}") from error
     lost = sorted(info["missing_keys"])
     if lost:

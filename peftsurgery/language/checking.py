@@ -117,13 +117,13 @@ def _check_shapes(
 ) -> None:
     for name, value in values.items():
         old, new = getattr(env[name], "shape", None), getattr(value, "shape", None)
-        free = rule.kind.lengthens or (rule.kind.resizes and _alike(name, old, new))
+        free = rule.kind.lengthens or (rule.kind.resizes and _alike(old, new))
         if old != new and not free:
             message = f"{title}: {name} has shape {_sizes(old)}, the rewrite {_sizes(new)}"
             raise SurgeryError("PSG131", message, where=rule.rewrite[name].where())
 
 
-def _alike(name: str, old: Any, new: Any) -> bool:
+def _alike(old: Any, new: Any) -> bool:
     """Whether a value of one shape can take the place of another but for batch and tokens."""
     fits = old is not None and new is not None and len(old) == len(new)
     return bool(fits and old[2:] == new[2:])

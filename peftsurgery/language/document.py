@@ -26,7 +26,7 @@ from yaml.events import (
     SequenceStartEvent,
 )
 
-from peftsurgery.errors import SurgeryError
+from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.language.place import Place, Text
 
 MAX_BYTES, MAX_LEVELS = 256 * 1024, 50
@@ -63,7 +63,7 @@ def read_document(text: str | bytes, source: str) -> Document:
         place = builder.place(mark) if mark else Place(source)
         raise SurgeryError("PSG101", str(error.problem), error.context, str(place)) from None
     except yaml.YAMLError as error:
-        raise SurgeryError("PSG101", str(error).splitlines()[0], where=source) from None
+        raise SurgeryError("PSG101", first_line(error), where=source) from None
     if not isinstance(data, dict):
         message = "the file is empty" if data is None else "a rule file is a mapping of keys"
         raise SurgeryError("PSG102", message, "see `peftsurgery rules show lora_qv`", source)

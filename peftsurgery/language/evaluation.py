@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.errors import SurgeryError, did_you_mean, first_line
 from peftsurgery.language.expression import MAX_EXPONENT, Expression, check_names, spelling
 from peftsurgery.language.operators import OPERATORS, Operator
 
@@ -196,7 +196,7 @@ class _Reading:
             result = function(*values)
         except (ArithmeticError, TypeError, ValueError, IndexError, RuntimeError) as error:
             given = ", ".join(shown for value in values if (shown := describe_value(value)))
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            reason = first_line(error)
             raise self.refuse("PSG116", node, f"{reason} (given {given})") from error
         if isinstance(result, int) and abs(result) >= MAX_INTEGER:
             raise self.refuse("PSG112", node, "a number of 2^63 or more")

@@ -69,7 +69,7 @@ def operator(
 
     def register(function: Function) -> Function:
         known = _table.get(name)
-        if known is not None and not _same(known.function, function):
+        if known is not None and not is_same(known.function, function):
             raise SurgeryError("PSG143", f"there is already an operator '{name}': {known.usage}")
         if not name.isidentifier() or not name.isascii() or name.startswith("__"):
             raise SurgeryError("PSG143", f"'{name}' cannot be the name of an operator")
@@ -82,6 +82,6 @@ def operator(
     return register
 
 
-def _same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
     """Whether a definition was merely run again, as notebooks and reloads do."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.located import Located
+from peftsurgery.language.operators import is_same
 
 Predicate = Callable[[Located], bool]
 Function = TypeVar("Function", bound=Predicate)
@@ -31,12 +32,14 @@ _registered: dict[str, Predicate] = {}
 def role(name: str) -> Callable[[Function], Function]:
     """Register the decorated predicate as the role ``name``: it is asked about every placed site.
 
-    Raises PSG143 if the name is one that the anatomy gives.
+    Raises PSG143 if the name is one that the anatomy gives, or another predicate's.
     """
 
     def register(predicate: Function) -> Function:
         if name in VOCABULARY or not name or "*" in name:
             raise SurgeryError("PSG143", f"'{name}' cannot be the name of a role of one's own")
+        if name in _registered and not is_same(_registered[name], predicate):
+            raise SurgeryError("PSG143", f"there is already a role '{name}'")
         _registered[name] = predicate
         return predicate
 

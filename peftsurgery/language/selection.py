@@ -113,8 +113,12 @@ class Selection:
         return None
 
     def _uneven(self, wanted: int, attribute: str) -> str | None:
-        """The groups (cores or blocks) in reach that hold another number of sites."""
-        held = Counter(getattr(site, attribute) for site in self.kept)
+        """The groups (cores or blocks) in reach that hold another number of sites.
+
+        A weight that is used twice in one (for tokens, and for their distances) counts once.
+        """
+        kept = {(getattr(s, attribute), s.parameter or id(s), s.site.label) for s in self.kept}
+        held = Counter(group for group, *_ in kept)
         groups = self._reach(attribute)
         if not groups:
             return f"the model has no {attribute}" if wanted else None

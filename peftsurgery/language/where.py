@@ -42,7 +42,7 @@ def _is_range(text: str) -> bool:
 def layer_range(item: int | str) -> tuple[float, float]:
     """The first and last layer of ``3``, ``"4.."``, ``"..3"`` or ``"2..5"``, both included."""
     match = _RANGE.fullmatch(str(item))
-    if match is None:
+    if match is None or not _is_range(str(item)):
         raise SurgeryError("PSG106", f"'{item}' is not a layer or a range of layers")
     first, dots, last = match.groups()
     low = float(first) if first else 0.0

@@ -9,6 +9,7 @@ from .operated import OperatedModel
 from .operation import Cut, Operation, adapter_name
 from .report import Report
 from .selecting import select_cuts
+from .switching import check_left_out
 
 __all__ = [
     "Cut",
@@ -18,6 +19,7 @@ __all__ = [
     "adapter_name",
     "apply",
     "check_covered",
+    "check_left_out",
     "combine",
     "eject",
     "flatten",

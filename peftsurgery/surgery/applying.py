@@ -140,11 +140,7 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
     manifest = read_manifest(folder)
     tensors = read_tensors(folder)
     operations = read_operations(folder, manifest)
-    if base is None:
-        base = manifest.get("base")
-    if base is None:
-        raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
-    graph = base if isinstance(base, GraphModel) else capture(base)
+    graph = _base(folder, manifest, base)
     names = {operation.name for operation in operations}
     taken = names & set(graph.adapters) if isinstance(graph, OperatedModel) else set()
     if taken:
@@ -157,6 +153,16 @@ def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> 
     for name, layers in read_left_out(folder, manifest).items():
         operated.activate(name, leave_out=layers)
     return operated
+
+
+def _base(path: Path, manifest: Mapping[str, Any], given: Any) -> GraphModel:
+    """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
+    if isinstance(given, str):
+        return open_model(given)
+    named = manifest.get("base") if given is None else given
+    if named is None:
+        raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
+    return named if isinstance(named, GraphModel) else capture(named)
 
 
 def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> None:

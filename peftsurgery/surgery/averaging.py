@@ -2,7 +2,8 @@
 
 Most models keep values as (batch, tokens, features). torch's own attention puts the tokens first,
 and some layers work on (batch * tokens, features). Which axis is the batch is told by the queries
-of the program's attention cores, whose layout is known.
+of the program's attention cores, whose layout is known. All tokens of a batch that is always one
+are of one sequence.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ def token_mean(v: Any, site: Site, program: Program, outside: Outside) -> Any:
     their own, it is (batch, 1, features). PSG327 if it is not to be told what one sequence is.
     """
     batch, count = _batch(program), len(shape(site.nodes["x"]))
+    if batch.size == 1:
+        mean = ATEN.mean.dim(v, list(range(count - 1)), True)
+        return ATEN.view.default(mean, [1, 1, -1]) if site.kind == "attention" else mean
     axis = _axis(site.nodes["x"], batch)
     if axis is None:
         raise _unknown(site)
@@ -60,8 +64,7 @@ def _axis(x: fx.Node, batch: Batch) -> Axis | None:
     is_in_sight = batch.size in sizes or len(sizes) < 3
     if not is_in_sight:
         return Axis(0)
-    # a batch that is always one cannot be told from other axes of that size
-    return None if batch.size in (None, 1) else batch.axis(x)
+    return None if batch.size is None else batch.axis(x)
 
 
 def _size(site: Site, program: Program, batch: Batch, outside: Outside) -> Any:

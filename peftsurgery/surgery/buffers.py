@@ -31,7 +31,10 @@ def moved_buffers(model: OperatedModel) -> dict[str, Tensor]:
 
 
 def put_buffers(model: OperatedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take over the buffers among saved tensors; the others are returned. PSG308 for a shape."""
+    """Take over the buffers among saved tensors; the others are returned.
+
+    PSG308 for a shape, PSG606 for numbers that the buffer cannot hold.
+    """
     buffers = {name for name, _ in _persistent(model)}
     given = {name: value for name, value in tensors.items() if name in buffers}
     if given:
@@ -41,6 +44,10 @@ def put_buffers(model: OperatedModel, tensors: Mapping[str, Tensor]) -> dict[str
         if mine.shape != value.shape:
             raise SurgeryError(
                 "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(mine.shape)}"
+            )
+        if not torch.can_cast(value.dtype, mine.dtype):
+            raise SurgeryError(
+                "PSG606", f"'{name}' holds {value.dtype}, and the buffer {mine.dtype}"
             )
         mine.copy_(value)
     return {name: value for name, value in tensors.items() if name not in given}

@@ -30,7 +30,7 @@ from .forms import Form, Share, form_named
 from .merging import Majority, is_number
 from .operated import OperatedModel
 from .operation import Cut, Operation, adapter_name
-from .switching import check_name
+from .switching import check_left_out, check_name
 
 
 def combine(
@@ -104,6 +104,8 @@ def _checked(model: OperatedModel, weights: Mapping[str, float], name: str) -> d
 
 def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
     """The places of the adapter that covers all, in its order. PSG315 if none does."""
+    for other in weights:
+        check_left_out(model, other, "PSG316")
     places = {other: _places(model, other) for other in weights}
     every = {key for cuts in places.values() for key in cuts}
     widest = next((other for other, cuts in places.items() if cuts.keys() == every), None)

@@ -113,6 +113,13 @@ def write_whole(folder: Path, contents: Mapping[str, bytes]) -> None:
         _clear(parts.values(), missing)
 
 
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, if they are there. PSG603 if the system refuses."""
+    for file in files:
+        with _said_of(file):
+            file.unlink(missing_ok=True)
+
+
 def _write(part: Path, content: bytes) -> None:
     with part.open("xb") as stream:
         stream.write(content)
@@ -121,13 +128,13 @@ def _write(part: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _said_of(folder: Path) -> Iterator[None]:
-    """Say what the system refused of a folder by PSG603."""
+def _said_of(path: Path) -> Iterator[None]:
+    """Say what the system refused of a path by PSG603."""
     try:
         yield
     except (OSError, ValueError) as error:  # NUL in a path is a ValueError
         reason = error.strerror if isinstance(error, OSError) else error
-        raise SurgeryError("PSG603", f"'{folder}' cannot be written: {reason}") from error
+        raise SurgeryError("PSG603", f"'{path}' cannot be written: {reason}") from error
 
 
 def _is_replaceable(folder: Path, marker: str) -> bool:

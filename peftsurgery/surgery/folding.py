@@ -23,7 +23,7 @@ from ..language import names_in
 from .operated import OperatedModel
 from .operation import Cut
 from .requantising import FoldError, error_of, pack_layers
-from .rewriting import disorient, orient
+from .rewriting import disorient, orient, wide
 from .untying import untie
 
 
@@ -39,7 +39,10 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     """
     model.bind()
     changed = new_weights(model) if isinstance(model, OperatedModel) else {}
-    plain = _rebuild(model, changed).train(model.training)
+    plain = _rebuild(model, changed)
+    modes = {path: part.training for path, part in model.named_modules()}
+    for path, part in plain.named_modules():
+        part.training = modes.get(path, model.training)
     if requantise:
         pack_layers(plain, model.stored if isinstance(model, OperatedModel) else {})
     return plain
@@ -105,7 +108,7 @@ def _fold_cut(
     working: dict[str, torch.Tensor],
 ) -> None:
     stored = {
-        name: _wide(working[full] if full in working else model.dense(full))
+        name: wide(working[full] if full in working else model.dense(full))
         for name, full in names.items()
     }
     dtype = next(iter(stored.values())).dtype
@@ -143,9 +146,8 @@ def _check_foldable(cut: Cut) -> None:
             f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
             _instead(cut),
         )
-    for name in sorted(
-        names_in(cut.rule.fold.values(), cut.rule, cut.numbers) | cut.rule.fold.keys()
-    ):
+    read = names_in(cut.rule.fold.values(), cut.rule, cut.numbers)
+    for name in sorted(read | cut.rule.fold.keys()):
         node = cut.site.nodes.get(name)
         if node is not None and node.op != "get_attr":
             raise SurgeryError(
@@ -154,11 +156,6 @@ def _check_foldable(cut: Cut) -> None:
                 f"computed there ({node.name}), and no weight",
                 "let the pattern name the weight itself, or keep the adapter",
             )
-
-
-def _wide(value: torch.Tensor) -> torch.Tensor:
-    """In the dtype that weights are added in: at least fp32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _finite(name: str, value: torch.Tensor) -> torch.Tensor:

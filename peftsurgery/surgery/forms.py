@@ -19,6 +19,7 @@ from ..language import Rule, fold, resolve_settings, shape_of
 from .change import Change, axes_of, changes, near, sizes_said
 from .merging import Majority, Merge, is_number, merge_named
 from .operation import Cut, Operation
+from .rewriting import wide
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def _with_size(operation: Operation, size: str, value: int) -> dict[str, Any]:
 
 def _weight_change(share: Share) -> Tensor:
     """What a share's fold adds to the weight, in fp32 or wider."""
-    params = {n: v.to(torch.promote_types(v.dtype, torch.float32)) for n, v in share.params.items()}
+    params = {n: wide(v) for n, v in share.params.items()}
     change: Tensor = fold(share.cut.rule, {**share.cut.numbers, **params, "W": _nothing(share)})[
         "W"
     ]

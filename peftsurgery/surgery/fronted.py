@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from ..anatomy.boundary import ARGUMENTS, TOKENS, embedded
 from ..capture import Capture
 from ..capture.fronts import Front, as_it_is, call_behind, put_before
+from ..capture.generating import check_generates
 from ..capture.program import generate_forward
 from ..capture.signature import Call, takes
 from ..errors import SurgeryError
@@ -197,6 +198,7 @@ class Fronted(Switchable):
         Their part is done once, and the model goes on from what they made of the inputs. PSG353
         if one of them changes the outputs as well.
         """
+        check_generates(self.source.module)
         if not self._changes_inputs():
             return super().generate(*args, **kwargs)
         if args:

@@ -36,7 +36,7 @@ from .saving import save_surgery
 from .selecting import select_cuts
 from .states import keep_learnt
 from .storing import Store
-from .switching import Mode
+from .switching import Mode, left_out_of
 
 
 class Adapter(Part):
@@ -82,7 +82,8 @@ class OperatedModel(Fronted, Keeping):
         self._mode = Mode()
         self._served_by_mode = {self._mode: self._served}
         self.settle(self._select(self._entered(self.base_capture)))
-        self._switch(self._mode_of(self.adapters if active is None else active))
+        chosen = self.adapters if active is None else active
+        self._switch(self._mode_of(chosen, left_out_of(model)))
         keep_learnt(self)
 
     @property

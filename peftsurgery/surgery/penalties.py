@@ -13,7 +13,7 @@ import torch
 
 from ..language import penalty, weights_in
 from .operation import Cut
-from .rewriting import orient
+from .rewriting import orient, wide
 
 if TYPE_CHECKING:
     from .operated import OperatedModel
@@ -46,11 +46,7 @@ def _bindings(model: OperatedModel, cut: Cut) -> dict[str, Any]:
         if name in read:
             packed = full in model.stored
             value = model.dense(full) if packed else model.get_parameter(full)
-            bound[name] = orient(_wide(value), cut.site, name)
+            bound[name] = orient(wide(value), cut.site, name)
     for name, full in cut.parameters.items():
-        bound[name] = _wide(model.get_parameter(full))
+        bound[name] = wide(model.get_parameter(full))
     return bound
-
-
-def _wide(value: torch.Tensor) -> torch.Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))

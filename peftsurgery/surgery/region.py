@@ -1,10 +1,10 @@
 """Regions: the nodes of a graph from some values to another, ready to be run again.
 
 A region is run again with other values at its start. Where those have more tokens than there were,
-two things in the middle would not fit: sizes that were written down (of views), and what is added
-to the scores by the model itself (a bias of positions), which knows the old keys only. The first
-are left for torch to infer. The second are padded with zeros on the left, when they run and by as
-much as is missing then.
+two things in the middle would not fit: sizes that were written down (of views), and what the model
+itself does to the scores (adds a bias of positions, hides some of them), which knows the old keys
+only. The first are left for torch to infer. The second are padded on the left with what leaves the
+new scores as they are, when they run and by as much as is missing then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..anatomy.values import (
     value,
     words,
 )
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 from .layout import tokens_dim
 
 VIEWS = words("view reshape _unsafe_view")
@@ -43,6 +43,7 @@ ENTRYWISE = words(
 GROWABLE = (LAYOUT | SCALING | ADDITION | ACTIVATIONS | DROPOUT | ENTRYWISE) - words(
     "slice select narrow split split_with_sizes chunk tensor_split unbind flip roll"
 )
+HIDERS = words("masked_fill masked_fill_")
 INPUTS = ("q", "k", "v", "mask")
 MORE = 3  # how many more keys there are when a region is tried; any number would do
 
@@ -54,15 +55,15 @@ class Region:
     """What is computed from ``starts`` on the way to ``end``, in the graph's order.
 
     ``calls`` are the arguments of nodes whose own would not fit more tokens; ``pads`` say which
-    value from outside is short of tokens at a node: beside which operand, and along which
-    dimension from the last.
+    value from outside is short of tokens at a node: beside which operand, along which dimension
+    from the last, and with what it is filled.
     """
 
     starts: frozenset[fx.Node]
     end: fx.Node
     nodes: tuple[fx.Node, ...]
     calls: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
-    pads: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, int]] = field(default_factory=dict)
+    pads: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, int, int]] = field(default_factory=dict)
 
     def run(self, given: Values, outside: Callable[[fx.Node], Any]) -> Any:
         """The value of ``end`` where the starts have the ``given`` values.
@@ -82,8 +83,8 @@ class Region:
                 return values[source]
             found = outside(source)
             if (node, source) in self.pads:
-                beside, dim = self.pads[node, source]
-                found = padded(found, values[beside], dim)
+                beside, dim, filling = self.pads[node, source]
+                found = padded(found, values[beside], dim, filling)
             return found
 
         target: Any = node.target
@@ -136,7 +137,7 @@ def _try(region: Region, node: fx.Node, tried: dict[fx.Node, Any]) -> None:
     try:
         tried[node] = region.step(node, tried, sample)
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise _refuse(node, str(error).splitlines()[0]) from error
+        raise _refuse(node, first_line(error)) from error
 
 
 def calls_for_more(p: fx.Node, y: fx.Node, cores: Iterable[Site]) -> dict[fx.Node, Any]:
@@ -173,10 +174,10 @@ def _masked(core: fx.Node) -> tuple[Any, Any]:
     return (*core.args[:3], mask, dropout), rest
 
 
-def padded(short: Any, beside: Any, dim: int) -> Any:
-    """``short`` with zeros on the left of ``dim``, to be as long there as ``beside``."""
+def padded(short: Any, beside: Any, dim: int, filling: int) -> Any:
+    """``short`` with a number on the left of ``dim``, to be as long there as ``beside``."""
     more = ATEN.sym_size.int(beside, dim) - ATEN.sym_size.int(short, dim)
-    return ATEN.constant_pad_nd.default(short, [0, 0] * (-dim - 1) + [more, 0], 0)
+    return ATEN.constant_pad_nd.default(short, [0, 0] * (-dim - 1) + [more, 0], filling)
 
 
 def sample(node: fx.Node) -> Any:
@@ -213,7 +214,19 @@ def _fit(region: Region, node: fx.Node, grown: Mapping[fx.Node, Any], tried: Val
         for beside, dims in grown.items():
             for dim, (before, _) in dims.items():
                 if len(short) >= -dim and short[dim] == before != 1:
-                    region.pads[node, source] = (beside, dim)
+                    region.pads[node, source] = (beside, dim, _neutral(node, source, beside))
+
+
+def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
+    """What ``source`` has to hold for a node to leave what is in ``beside`` as it is. PSG320."""
+    name = op(node)
+    if name in words("mul mul_ div div_ true_divide"):
+        return 1
+    if name in words("where"):
+        return int(node.args[0] is source and node.args[1] is beside)
+    if name in ADDITION | HIDERS | words("sub sub_ rsub baddbmm addmm"):
+        return 0
+    raise _refuse(node, f"'{source.name}' is about the keys that there were")
 
 
 def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:

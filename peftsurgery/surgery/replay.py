@@ -25,10 +25,9 @@ from ..language.functions import tokens
 from ..language.kinds import KINDS
 from .averaging import token_mean
 from .layout import as_held, as_seen, is_regular
-from .region import INPUTS, Region, core_region, find_region
+from .region import HIDERS, INPUTS, Region, core_region, find_region
 
 Outside = Callable[[fx.Node], Any]
-HIDERS = ("masked_fill", "masked_fill_")
 
 
 class Replay:

@@ -296,6 +296,11 @@ def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> 
     return value.to(target)
 
 
+def wide(value: torch.Tensor) -> torch.Tensor:
+    """A weight in the dtype that weights are added in: at least fp32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
 def dtype_of(node: fx.Node) -> torch.dtype | None:
     """The dtype of the tensor that a node stands for."""
     value = node.meta.get("val")

@@ -32,9 +32,10 @@ if TYPE_CHECKING:
 
 MANIFEST, TENSORS, RULES, FORMAT = "surgery.json", "adapter.safetensors", "rules", 1
 
-# A base may have complex parameters, and rules may train them; some of its buffers count.
+# A base may have complex parameters, and rules may train them; its buffers may count and mark.
 TRAINABLE = (*files.FLOATS, torch.complex64, torch.complex128)
-KEPT = (*TRAINABLE, torch.int64)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+KEPT = (*TRAINABLE, *WHOLE)
 
 
 def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | None) -> None:
@@ -76,13 +77,8 @@ def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
 
 def _remove_stale(path: Path, rules: Collection[str]) -> None:
     """Remove the rule files of an older surgery, which the new manifest does not name. PSG603."""
-    try:
-        for file in (path / RULES).glob("*.yaml"):
-            ours = re.fullmatch(r"\d+_.*", file.name) is not None
-            if ours and f"{RULES}/{file.name}" not in rules:
-                file.unlink()
-    except OSError as error:
-        raise SurgeryError("PSG603", f"{path / RULES}: {error.strerror}") from error
+    ours = (f for f in (path / RULES).glob("*.yaml") if re.fullmatch(r"\d+_.*", f.name))
+    files.remove(file for file in ours if f"{RULES}/{file.name}" not in rules)
 
 
 def is_surgery(path: Path) -> bool:

@@ -32,11 +32,14 @@ def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any
 
 
 def _put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Base parameters that are not there are the model's own: there is nothing to complain of."""
+    """Base parameters stay the model's own, whether they are there or not.
+
+    Their memory is shared with the model that was captured: nothing may be copied into it.
+    """
     _fill(module)
     cast("OperatedModel", module).rename(state, prefix)
     for name, parameter in _of_base(module).items():
-        state.setdefault(prefix + name, parameter)
+        state[prefix + name] = parameter
 
 
 def _of_base(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -287,6 +287,20 @@ class Switchable(GraphModel):
         return f"adapters: {', '.join(shown)}" if self.adapters else ""
 
 
+def left_out_of(model: GraphModel) -> Mapping[str, tuple[int | str, ...]]:
+    """The layers in which an active adapter of a model does nothing, by its name."""
+    return dict(model._mode.left_out) if isinstance(model, Switchable) else NOTHING
+
+
+def check_left_out(model: Switchable, name: str, code: str) -> None:
+    """Refuse, by ``code``, an adapter that does nothing in some layers, where that is lost."""
+    layers = model.left_out.get(name)
+    if layers:
+        listed = ", ".join(map(str, layers))
+        message = f"'{name}' does nothing in layers {listed}, and would act in them"
+        raise SurgeryError(code, message, f"activate('{name}') lets it act in all of them here too")
+
+
 def check_name(name: str, names: Iterable[str]) -> None:
     """Refuse the name of an adapter that a model does not have. PSG310."""
     known = list(names)

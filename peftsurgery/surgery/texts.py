@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from ..capture import Source
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 
 TOKENS, TEXT = "_tokens", "_text"
 
@@ -36,7 +36,7 @@ def _ids(setting: str, text: str, source: Source) -> list[int]:
             raise OSError("the model was not captured from a directory")
         tokenizer = AutoTokenizer.from_pretrained(source.origin)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise SurgeryError(
             "PSG126", f"there is no tokenizer: {reason}", f"give {setting}=[...] instead"
         ) from error

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from ..capture.quiet import quiet
 from ..capture.tensors import named_tensors
-from ..errors import SurgeryError
+from ..errors import SurgeryError, first_line
 
 FLAG = "tie_word_embeddings"
 
@@ -94,7 +94,7 @@ def _check_reload(plain: PreTrainedModel, tied: Collection[str]) -> None:
                 None, config=_reread(plain.config), state_dict=dict(state), dtype=plain.dtype
             )
     except (RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise SurgeryError(
             "PSG404", f"whether a {type(plain).__name__} stays untied cannot be tried: {reason}"
         ) from error

@@ -124,9 +124,12 @@ class RankAllocator:
         return {_STEP: torch.tensor(self.last), **state}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continue where :meth:`state` was taken. PSG323 if it is another model's."""
+        """Continue where :meth:`state` was taken. PSG323 if it is another model's, or damaged."""
         axes = {name: axis for site in self.sites for name, axis in site.axes.items()}
         found: dict[str, dict[str, Tensor]] = {key: {} for key in (*_RUNNING, _KEPT)}
+        step = state.get(_STEP, torch.tensor(-1))
+        if step.dtype != torch.int64 or step.ndim:
+            raise SurgeryError("PSG323", f"'{_STEP}' is no whole number")
         for full, value in state.items():
             name, _, key = full.rpartition(".")
             if full == _STEP:
@@ -138,9 +141,15 @@ class RankAllocator:
             if value.shape != shape:
                 sizes = f"{list(value.shape)}, where {list(shape)} is needed"
                 raise SurgeryError("PSG323", f"'{full}' has shape {sizes}")
+            if (value.dtype == torch.bool) != (key == _KEPT):
+                raise SurgeryError("PSG323", f"'{full}' holds {value.dtype}")
             found[key][name] = value.to(parameter.device).clone()
+        for keys, names in ((_RUNNING, axes), ((_KEPT,), [site.zero for site in self.sites])):
+            lacking = [f"{n}.{key}" for key in keys for n in names if n not in found[key]]
+            if lacking and any(found[key] for key in keys):
+                raise SurgeryError("PSG323", f"'{lacking[0]}' is missing")
         self.kept = found.pop(_KEPT)
-        self._running, self.last = found, int(state[_STEP]) if _STEP in state else -1
+        self._running, self.last = found, int(step)
 
     state_dict, load_state_dict = state, load_state  # what accelerate's checkpoints ask for
 

@@ -202,6 +202,40 @@ ENTRIES = (
         text,
     ),
     Entry(
+        "qwen2_moe",
+        hf(
+            "Qwen2MoeForCausalLM",
+            "Qwen2MoeConfig",
+            **GROUPED,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+            num_experts=4,
+            num_experts_per_tok=2,
+        ),
+        text,
+    ),
+    Entry(
+        "gpt_neo",
+        hf(
+            "GPTNeoForCausalLM",
+            "GPTNeoConfig",
+            **WIDTH,
+            num_layers=2,
+            num_heads=4,
+            intermediate_size=48,
+            attention_types=[[["global", "local"], 1]],
+            window_size=32,
+            max_position_embeddings=64,
+            use_cache=False,
+        ),
+        text,
+    ),
+    Entry(
+        "openai_gpt",
+        hf("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", **GPT2),
+        text,
+    ),
+    Entry(
         "t5",
         hf(
             "T5ForConditionalGeneration",

@@ -105,9 +105,9 @@ def wide() -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("name", ["gemma2", "bloom", "gpt_neox", "opt"])
+@pytest.mark.parametrize("name", ["gemma2", "bloom", "gpt_neox", "opt", "gpt_neo"])
 def test_cores_of_other_kinds_give_what_peft_gives(name: str) -> None:
-    """Capped scores, distances in the scores, angles of a part of each head, a table."""
+    """Capped scores, distances in them, angles of a part of each head, tables, hidden scores."""
     inputs = ZOO[name].inputs(3, 9)
     model = wide() if name == "gemma2" else ZOO[name].build()
     base = ps.capture(model, inputs=ZOO[name].inputs(2, 7)) if name == "gemma2" else zoo(name)
@@ -116,6 +116,35 @@ def test_cores_of_other_kinds_give_what_peft_gives(name: str) -> None:
     result = logits(ours, inputs)
     torch.testing.assert_close(result, logits(theirs, inputs), rtol=0, atol=1e-6)
     assert (result - logits(base, inputs)).abs().max() > 1e-3
+
+
+def test_scores_that_are_hidden_by_a_product_see_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenAI's first GPT hides scores by w * b - 10000 * (1 - b); peft needs a cache it has not.
+
+    The oracle is the original with its attention written out, the prefix in front.
+    """
+    name = "openai_gpt"
+    ours = ps.apply(zoo(name), "prefix_tuning", length=LENGTH).eval()
+    randomise(ours, lambda parameter: "prefix_tuning" in parameter, 0.5)
+    model, inputs = ZOO[name].build(), ZOO[name].inputs(3, 9)
+    for cut in ours.cuts:
+        K, V = (ours.get_parameter(cut.parameters[x]).detach().transpose(0, 1) for x in "KV")
+
+        def attend(
+            q: Tensor, k: Tensor, v: Tensor, *_: Any, K: Tensor = K, V: Tensor = V
+        ) -> list[Tensor]:
+            keys, values = (
+                torch.cat((new.expand(len(q), -1, -1, -1), old), 2)
+                for new, old in ((K, k.transpose(-1, -2)), (V, v))
+            )
+            scores = q @ keys.transpose(-1, -2) / q.shape[-1] ** 0.5
+            later = torch.ones(scores.shape[-2:]).triu(LENGTH + 1).bool()
+            return [scores.masked_fill(later, -torch.inf).softmax(-1) @ values]
+
+        monkeypatch.setattr(model.get_submodule(cut.placed.module), "_attn", attend)
+    result = logits(ours, inputs)
+    torch.testing.assert_close(result, logits(model, inputs), rtol=0, atol=1e-5)
+    assert (result - logits(zoo(name), inputs)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["t5"])

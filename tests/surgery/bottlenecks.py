@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from peftsurgery.surgery import OperatedModel
 
-MODELS = ("bert_mlm", "gpt2", "llama", "gpt_neox", "t5", "bart")
+MODELS = ("bert_mlm", "gpt2", "llama", "gpt_neox", "qwen2_moe", "t5", "bart")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A sublayer of a block: what it is, the linear that ends it, and the module that is given x.
+    """A sublayer of a block: what it is, the module that gives h, and the module that is given x.
 
     ``argument`` says which of that module's arguments x is; ``norm`` normalises the sum, if
     anything does.
@@ -47,6 +47,7 @@ NEOX = (
     Place("self", "attention.dense", "input_layernorm"),
     Place("ffn", "mlp.dense_4h_to_h", "post_attention_layernorm"),
 )
+EXPERTS = (LLAMA[0], Place("ffn", "mlp", "post_attention_layernorm"))  # and a shared expert
 T5_SELF = Place("self", "layer.0.SelfAttention.o", "layer.0.layer_norm")
 T5_CROSS = Place("cross", "layer.1.EncDecAttention.o", "layer.1.layer_norm")
 BART_SELF = Place(
@@ -66,6 +67,7 @@ LISTS: dict[str, dict[str, tuple[Place, ...]]] = {
     "bert_mlm": {"bert.encoder.layer": BERT},
     "gpt2": {"transformer.h": GPT2},
     "llama": {"model.layers": LLAMA},
+    "qwen2_moe": {"model.layers": EXPERTS},
     "gpt_neox": {"gpt_neox.layers": NEOX},
     "t5": {
         "encoder.block": (T5_SELF, _t5_ffn(1)),

@@ -1,4 +1,4 @@
-"""The bottleneck family against forward hooks on the original, on six architectures."""
+"""The bottleneck family against forward hooks on the original, on seven architectures."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_a_pattern_sees_a_weight_that_is_held_turned_as_any_other() -> None:
     torch.testing.assert_close(logits(ps.fold(operated), "gpt2"), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("fold", [{"up": "up * s"}, {"gate": "gate * sum(x)"}])
+@pytest.mark.parametrize("fold", [{"up": "up * s"}, {"gate": "gate * sum(x, -1)"}])
 def test_what_a_pattern_folds_must_be_a_weight(fold: dict[str, str]) -> None:
     rule = ps.Rule(
         match={"pattern": "mul(silu(linear(x, gate)), up)"},

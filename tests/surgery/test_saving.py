@@ -345,5 +345,5 @@ def test_nothing_is_left_when_writing_fails(
 
 def test_a_surgery_for_another_model_is_refused(operated: OperatedModel, tmp_path: Path) -> None:
     operated.save(tmp_path)
-    with pytest.raises(ps.SurgeryError):
+    with pytest.raises(ps.SurgeryError, match="PSG301"):
         ps.load(tmp_path, base=captured("llama"))
