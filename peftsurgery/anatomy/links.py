@@ -13,10 +13,10 @@ SOURCES = ("linear", "embedding", "experts", "conv", "attention")
 
 
 def find_links(flow: Flow, sites: Iterable[Site]) -> dict[Site, tuple[Site, ...]]:
-    """What each site feeds: linears, attention cores, convolutions and residual additions.
+    """What each site feeds: linears, attention cores, convolutions, norms, residual additions.
 
-    A value is followed through every operator without a weight of its own (norms count as none) and
-    through attention cores, up to the next linear or convolution, or to the sum with the stream.
+    A value is followed through every operator without a weight of its own, through norms and
+    attention cores, up to the next linear, convolution or block, or to the sum with the stream.
     """
     known = [site for site in sites if site.kind != "parameter"]
     at: dict[fx.Node, list[Site]] = {}
@@ -25,6 +25,8 @@ def find_links(flow: Flow, sites: Iterable[Site]) -> dict[Site, tuple[Site, ...]
         if site.kind in ("linear", "experts", "conv", "embedding"):
             _note(at, site.nodes["y"], site)
             ends.add(site.nodes["y"])
+        elif site.kind == "norm":
+            _note(at, site.nodes["y"], site)
         elif site.kind == "attention":
             _note(at, site.nodes.get("scores", site.nodes["o"]), site)
             _note(at, site.nodes["o"], site)
@@ -62,6 +64,6 @@ def _reached(start: fx.Node, at: dict[fx.Node, list[Site]], ends: set[fx.Node]) 
                 continue
             seen.add(user)
             found.update(dict.fromkeys(at.get(user, ())))
-            if user not in ends:
+            if user not in ends and user.op != "call_module":
                 stack.append(user)
     return list(found)

@@ -184,7 +184,7 @@ class Placed:
 
     @property
     def feeds(self) -> tuple[Placed, ...]:
-        """The linears, cores and residual additions of its block that take in what it puts out."""
+        """The linears, cores, norms and residual sums of its block that take in its output."""
         return () if self.relations is None else self.relations.feeds(self)
 
     @property

@@ -31,7 +31,8 @@ def check_generates(module: nn.Module) -> PreTrainedModel:
         raise SurgeryError(
             "PSG212",
             f"a captured {name} does not generate: its encoder and its decoder are one graph",
-            "fold it, and generate with the plain model",
+            "fold it, and generate with the plain model; a method that does not fold is decoded by "
+            "calling the model with decoder_input_ids",
         )
     return module
 

@@ -93,6 +93,38 @@ def cp(rule: str, out: Path, force: bool, as_json: bool) -> None:
 
 @rules.command()
 @json_option
+def words(as_json: bool) -> None:
+    """List what a rule may say: the kinds of sites with the names they bind, and the operators."""
+    from peftsurgery.language.kinds import KINDS
+    from peftsurgery.language.operators import OPERATORS
+
+    sites = {
+        kind.name: {
+            "about": kind.doc,
+            "values": kind.values,
+            "weights": kind.weights,
+            "sizes": kind.sizes,
+            "functions": [function.usage for function in kind.functions.values()],
+        }
+        for kind in KINDS.values()
+    }
+    operators = {one.usage: _line(one.doc) for one in OPERATORS.values()}
+    if as_json:
+        print_json({"sites": sites, "operators": operators})
+        return
+    for name, site in sites.items():
+        about = site.pop("about")
+        click.echo(f"{name}: {about}")
+        for what, names in site.items():
+            if names:
+                click.echo(f"  {what:9}  {', '.join(names)}")
+    width = max(map(len, operators))
+    for usage, about in operators.items():
+        click.echo(f"{usage:{width}}  {about}")
+
+
+@rules.command()
+@json_option
 def schema(as_json: bool) -> None:
     """Print the JSON schema of rule files, for editors."""
     from peftsurgery.language import json_schema

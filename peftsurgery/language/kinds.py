@@ -76,7 +76,8 @@ KINDS: Mapping[str, Kind] = {
         ),
         Kind(
             "conv",
-            "a two-dimensional convolution, W is (out, in // groups, *kernel)",
+            "a convolution: W is (out, in // groups, *kernel), or (in, out // groups, *kernel) "
+            "if it is transposed",
             ("x", "y"),
             ("W", "b"),
             _CONVOLUTION,

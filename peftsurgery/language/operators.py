@@ -63,7 +63,7 @@ def operator(
 ) -> Callable[[Function], Function]:
     """Register the decorated function as the operator ``name``; it stays usable as it is.
 
-    Its docstring is what ``peftsurgery rules`` prints. Raises PSG143 if the name is taken by
+    Its docstring is what ``peftsurgery rules words`` prints. Raises PSG143 if the name is taken by
     another function: a rule means the same thing wherever it is read.
     """
 

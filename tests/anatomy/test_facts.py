@@ -70,6 +70,11 @@ def test_the_eps_of_a_norm_is_that_of_the_config(name: str, setting: str) -> Non
     assert {site.facts["eps"] for site in sites(name, "norm")} == {expected}
 
 
+def test_the_table_of_tokens_feeds_the_norm_behind_it_alone() -> None:
+    (tokens,) = (site for site in sites("bert", "embedding") if site.role == "embed.tokens")
+    assert [site.module for site in tokens.feeds] == ["bert.embeddings.LayerNorm"]
+
+
 def test_up_feeds_down_and_queries_feed_their_core() -> None:
     linears = {site.module: site for site in sites("llama", "linear")}
     up = linears["model.layers.1.mlp.up_proj"]

@@ -52,6 +52,17 @@ def test_force_replaces_a_model_directory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_setup.json", "surgery.json"])
+def test_force_replaces_whatever_a_command_wrote(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).touch()
+    with fresh(out, force=True) as part:
+        write(part)
+    assert (out / "config.json").read_text() == "new"
+    assert not (out / name).exists()
+
+
 def test_force_keeps_the_old_output_when_the_new_one_fails(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, "old")

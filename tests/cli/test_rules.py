@@ -36,6 +36,16 @@ def test_show_describes_a_rule_and_yaml_prints_the_file(run: Any) -> None:
     assert yaml.safe_load(run("rules", "show", "lora_qv", "--json").json["text"])
 
 
+def test_words_lists_what_a_rule_may_say(run: Any) -> None:
+    listed = run("rules", "words", "--json").json
+    assert listed["sites"]["linear"]["weights"] == ["W", "b"]
+    assert "extend(mask, length)" in " ".join(listed["sites"]["attention"]["functions"])
+    assert listed["operators"]["linear(x, W, b=None)"]
+    assert all(listed["operators"].values()), "every operator says what it is"
+    printed = run("rules", "words").out
+    assert all(usage in printed for usage in listed["operators"])
+
+
 def test_cp_copies_a_rule_and_does_not_overwrite(run: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     assert run("rules", "cp", "lora_qv", mine).code == 0

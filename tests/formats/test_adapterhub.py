@@ -88,6 +88,15 @@ def test_a_head_comes_along_and_stays_apart_from_the_base() -> None:
     assert torch.equal(logits(operated.base, "bert"), logits(captured("bert"), "bert"))
 
 
+def test_an_older_head_is_not_taken_for_the_adapter_s(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    ps.to_adapterhub(ps.from_adapterhub(captured("bert"), GOLDEN / "bert" / "lora_head"), folder)
+    assert ps.from_adapterhub(captured("bert"), folder).trained
+    headless = ps.from_adapterhub(captured("bert"), GOLDEN / "bert" / "lora")
+    ps.to_adapterhub(headless, folder)
+    assert not ps.from_adapterhub(captured("bert"), folder).trained
+
+
 @pytest.mark.parametrize("method", ["lora_all", "ia3"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_what_folds_computes_the_same_folded(name: str, method: str) -> None:

@@ -202,4 +202,8 @@ def test_python_registers_roles():
     with pytest.raises(SurgeryError) as caught:
         role("attn.q")(wide)
     assert caught.value.code == "PSG143"
+    assert role("wide_for_test")(wide) is wide, "a cell of a notebook that is run again"
+    with pytest.raises(SurgeryError) as caught:
+        role("wide_for_test")(lambda site: False)
+    assert caught.value.code == "PSG143"
     assert "attn.q" in VOCABULARY

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
+from tests.models.captured import captured as zoo
+from tests.models.zoo import ZOO
 from tests.parity.models import Attention, base, batch, captured, randomise
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -268,3 +270,26 @@ def test_names_that_end_alike_are_told_apart(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "proj"
     theirs = PeftModel.from_pretrained(deepcopy(module), tmp_path).eval()
     torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta_unshared"])
+def test_projections_that_distances_go_through_too(name: str, tmp_path: Path) -> None:
+    """DeBERTa's distances go through the projections of tokens: one weight, used twice."""
+    model = ZOO[name].build()
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["query_proj", "value_proj"])
+    theirs = get_peft_model(deepcopy(model), config).eval()
+    randomise(theirs, lambda parameter: "lora_" in parameter, 0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = ps.apply(zoo(name), "lora_qv", rank=4, alpha=8).eval()
+    values = load_file(tmp_path / "adapter_model.safetensors")
+    with torch.no_grad():
+        for key, value in ours.learnt().items():
+            module, _, letter = key.rpartition(".lora_qv.")
+            value.copy_(values.pop(f"base_model.model.{module}.lora_{letter}.weight"))
+    assert not values, "the rule is at the modules that peft is told by name, and at no others"
+    inputs = ZOO[name].inputs(3, 9)
+    with torch.no_grad():
+        result, plain = ours(**inputs).logits, zoo(name)(**inputs).logits
+        torch.testing.assert_close(result, theirs(**inputs).logits, rtol=0, atol=1e-6)
+        torch.testing.assert_close(ps.fold(ours)(**inputs).logits, result, rtol=0, atol=1e-6)
+    assert (result - plain).abs().max() > 1e-4

@@ -75,6 +75,15 @@ def test_composed_methods_do_the_same_whichever_axis_comes_first(rule: str) -> N
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=2e-6)
 
 
+def test_all_tokens_of_a_batch_of_one_are_one_sequence_s() -> None:
+    ours = randomise(ps.apply(captured("llama"), "unipelt")).eval()
+    tokens = ZOO["llama"].inputs(1, 6)["input_ids"]
+    with torch.no_grad():
+        alone = ours(input_ids=tokens).logits
+        twice = ours(input_ids=tokens.repeat(2, 1)).logits
+    torch.testing.assert_close(alone[0], twice[0], rtol=0, atol=1e-6)
+
+
 def test_rows_that_are_not_known_to_be_one_sequences_are_refused() -> None:
     module = nn.Sequential(nn.Flatten(0, 1), nn.Linear(8, 4))
     graph = ps.capture(module, (torch.randn(2, 5, 8),))

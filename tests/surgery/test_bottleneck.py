@@ -222,6 +222,33 @@ def test_layers_are_dropped_from_a_trained_adapter_when_it_is_activated(
     assert torch.equal(logits(ours, name), whole)
 
 
+def test_dropped_layers_stay_dropped_beside_another_adapter_and_are_not_written_whole(
+    tmp_path: Path,
+) -> None:
+    ours = randomise(ps.apply(captured("bert"), "pfeiffer", name="a"), scale=0.2).eval()
+    ours.activate("a", leave_out=[0])
+    dropped = logits(ours, "bert")
+    more = ps.apply(ours, "lora_qv", name="b").eval()  # which starts as nothing
+    assert torch.equal(logits(more, "bert"), dropped)
+    assert torch.equal(logits(ps.eject(more, "b"), "bert"), dropped)
+    with pytest.raises(ps.SurgeryError, match=r"PSG512.*layers 0"):
+        ps.to_adapterhub(ours, tmp_path / "hub")
+    low = ps.apply(captured("bert"), "lora_qv", name="c")
+    low.activate("c", leave_out=["..0"])
+    with pytest.raises(ps.SurgeryError, match=r"PSG510.*layers \.\.0"):
+        ps.to_peft(low, tmp_path / "peft")
+    with pytest.raises(ps.SurgeryError, match="PSG316"):
+        ps.combine(low, {"c": 1.0}, name="d")
+    low.activate("c")
+    ps.to_peft(low, tmp_path / "peft")
+
+
+@pytest.mark.parametrize("item", ["", "1234567", "..", "3..1x"])
+def test_what_is_no_layer_is_not_left_out(item: str) -> None:
+    with pytest.raises(ps.SurgeryError, match="PSG106"):
+        ps.apply(captured("llama"), "pfeiffer").activate(leave_out=[item])
+
+
 @pytest.mark.parametrize("name", ["llama"])
 def test_a_training_step_may_drop_other_layers_than_the_one_before(name: str) -> None:
     model = ps.apply(captured(name), "pfeiffer").train()

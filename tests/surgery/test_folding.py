@@ -127,3 +127,11 @@ def test_a_weight_that_overflows_its_dtype_is_refused() -> None:
 def test_a_model_without_operations_folds_to_itself() -> None:
     folded = ps.fold(captured("bert"))
     assert torch.equal(first(folded, "bert"), first(ZOO["bert"].build(), "bert"))
+
+
+def test_parts_that_are_kept_in_eval_stay_so() -> None:
+    operated = ps.apply(captured("bert"), "lora_qv").train()
+    operated.get_submodule("bert.encoder.layer.0").eval()
+    folded = ps.fold(operated)
+    modes = {path: part.training for path, part in folded.named_modules()}
+    assert modes == {path: not path.startswith("bert.encoder.layer.0") for path in modes}

@@ -11,10 +11,18 @@ import pytest
 import torch
 
 import peftsurgery as ps
+from tests.models.captured import captured
 from tests.models.remembering import WAYS, original, remembering, tokens
 from tests.models.zoo import ids
 
 GREEDY_AND_BEAMS = [WAYS["greedy"], WAYS["beams"]]
+
+
+@pytest.mark.parametrize("name", ["t5", "bert"])
+def test_what_does_not_generate_says_so_with_a_prompt_too(name: str) -> None:
+    prompted = ps.apply(captured(name), "prompt_tuning", length=2)
+    with pytest.raises(ps.SurgeryError, match="PSG212"):
+        prompted.generate(ids(2, 5))
 
 
 def by_peft(name: str, config: Any, folder: Path) -> tuple[Any, ps.OperatedModel]:

@@ -126,6 +126,42 @@ def test_running_statistics_that_training_moved_come_back(tmp_path: Path) -> Non
     assert set(load_file(tmp_path / "fresh/adapter.safetensors")) == set(fresh.learnt())
 
 
+class Marked(nn.Module):
+    """Training marks in a buffer what it has seen."""
+
+    seen: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(4, dtype=torch.bool))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y * self.seen
+
+
+def test_marks_that_training_made_come_back(tmp_path: Path) -> None:
+    graph = ps.capture(Marked(), (torch.randn(2, 4),))
+    operated = ps.apply(graph, "lora_all_linear", rank=2)
+    operated.seen[1] = True
+    operated.save(tmp_path)
+    assert ps.load(tmp_path, graph).seen.tolist() == [False, True, False, False]
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    save_file({**tensors, "seen": torch.randn(4)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ps.SurgeryError, match="PSG606"):
+        ps.load(tmp_path, graph)
+
+
+def test_a_surgery_goes_on_another_that_was_saved(operated: OperatedModel, tmp_path: Path) -> None:
+    captured("bert").source.module.save_pretrained(tmp_path / "base")
+    first = randomise(ps.apply(ps.capture(str(tmp_path / "base")), "ia3"))
+    first.save(tmp_path / "first")
+    randomise(ps.apply(captured("bert"), "lora_qv")).save(tmp_path / "second")
+    both = ps.load(tmp_path / "second", base=str(tmp_path / "first"))
+    assert both.adapters == ("ia3", "lora_qv")
+
+
 class Phases(nn.Module):
     """A parameter of complex numbers."""
 
