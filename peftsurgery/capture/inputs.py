@@ -32,12 +32,20 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         wanted.append("attention_mask")
     if model.config.is_encoder_decoder and main in ("input_ids", "input_features"):
         wanted.append("decoder_input_ids")
+    if _is_dual(model):
+        wanted += ["input_ids", "attention_mask", "pixel_values"]
     device = model.device
     return {
         name: _MAKERS[name](model).to(device)
-        for name in wanted
+        for name in dict.fromkeys(wanted)
         if name in accepted and name in _MAKERS
     }
+
+
+def _is_dual(model: PreTrainedModel) -> bool:
+    """Whether a text and an image go in side by side, and not as one sequence that is gone on."""
+    towers = ("text_config", "vision_config")
+    return not model.can_generate() and all(hasattr(model.config, name) for name in towers)
 
 
 def _ids(model: PreTrainedModel) -> torch.Tensor:

@@ -7,7 +7,8 @@ operated one, so inputs nobody thought of when the rules were applied (labels, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -197,10 +198,10 @@ def capture(
     if cache:
         check_generates(source.module)
     graph_model = GraphModel(Captures(source, cache))
-    if inputs is None:
-        inputs = _made_inputs(source.module)
-    args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
-    graph_model.find(bind_call(source.module, args, kwargs))
+    example = _made_inputs(source.module) if inputs is None else inputs
+    args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
+    with _saying_what_was_tried(kwargs if inputs is None else {}):
+        graph_model.find(bind_call(source.module, args, kwargs))
     if cache:
         graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
@@ -214,6 +215,18 @@ def _made_inputs(module: nn.Module) -> Mapping[str, Any]:
             "capture(module, inputs=(x,)) or capture(module, inputs={'x': x})",
         )
     return example_inputs(module)
+
+
+@contextmanager
+def _saying_what_was_tried(made: Mapping[str, Any]) -> Iterator[None]:
+    """Name the example inputs that were made, if the model cannot be exported with them."""
+    try:
+        yield
+    except SurgeryError as error:
+        if error.code != "PSG201" or error.hint is not None or not made:
+            raise
+        hint = f"it was called with {', '.join(made)}; give what it needs: inputs={{...}}"
+        raise SurgeryError(error.code, error.message, hint, error.where) from error
 
 
 def _is_cast(tensor: torch.Tensor) -> bool:
