@@ -2,7 +2,8 @@
 
 A JSON object has no key twice, no NaN and no infinity. Tensors are finite numbers of a dtype that
 can be computed with, in safetensors. Only regular files are read: opening a FIFO or a device may
-never return. Every function takes the code that its caller refuses with.
+never return. What reads takes the code that its caller refuses with; what the system does not let
+be written is PSG603.
 """
 
 from __future__ import annotations

@@ -222,9 +222,9 @@ def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
     name = op(node)
     if name in words("mul mul_ div div_ true_divide"):
         return 1
-    if name in words("where"):
+    if name == "where":
         return int(node.args[0] is source and node.args[1] is beside)
-    if name in ADDITION | HIDERS | words("sub sub_ rsub baddbmm addmm"):
+    if name in ADDITION | HIDERS | words("sub_ rsub baddbmm addmm"):
         return 0
     raise _refuse(node, f"'{source.name}' is about the keys that there were")
 
