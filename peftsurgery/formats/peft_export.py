@@ -25,7 +25,7 @@ from .peft_files import BASE
 from .peft_fused import fuse
 from .peft_names import added_key
 from .peft_ranks import PATTERN, check_total, gather
-from .peft_targets import grouped, say_listed, say_targets
+from .peft_targets import say_listed, say_targets, unlike
 from .peft_trained import Trained, say_trained
 
 WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
@@ -125,7 +125,7 @@ def _check_module(base: nn.Module, cut: Cut) -> None:
     if not isinstance(base.get_submodule(path), WRAPPABLE) or parameter != "weight":
         kind = type(base.get_submodule(path)).__name__
         raise _refuse(cut, f"is a {kind} with '{parameter}', which peft cannot wrap")
-    odd = grouped(base, path)
+    odd = unlike(base, path)
     if odd is not None:
         raise _refuse(cut, odd)
     parents = path.split(".")[:-1]

@@ -23,7 +23,7 @@ from .peft_config import FORMAT, AdapterConfig, all_suffixes, listings
 from .peft_names import Names, sort_keys
 from .peft_prefix import KIND, check_config, prefixed, prefixes, shape_in_file, split
 from .peft_ranks import spread
-from .peft_targets import check_listed, check_targets, ends, grouped
+from .peft_targets import check_listed, check_targets, ends, unlike
 
 # Heads that peft adds to modules_to_save by itself, whichever of them a model has.
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -140,7 +140,7 @@ class Importer:
     def fitting(self, site: Placed, module: str) -> list[_Option]:
         """The rules that have just these tensors at this site. PSG507 if there are none."""
         suffixes = self.names.added[module]
-        odd = grouped(self.model, module)
+        odd = unlike(self.model, module)
         if odd is not None:
             raise SurgeryError("PSG507", f"'{module}' {odd}", "the adapter is no change of weights")
         fitting = [option for option in self.options if option.fits(site, suffixes)]

@@ -95,15 +95,30 @@ def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
     return in_layers
 
 
-def grouped(model: nn.Module, path: str) -> str | None:
-    """Why peft's adapter of a convolution in groups has no counterpart; None for other modules.
+def unlike(model: nn.Module, path: str) -> str | None:
+    """Why peft's adapter of a convolution computes no change of its kernel; None for others.
 
-    Its A reads the channels of all groups, so B A is no kernel of that convolution: it could not be
-    folded, and peft does not merge it either.
+    Its A is a convolution of the same kernel, stride and padding, but never in groups, never
+    dilated, and always padded with zeros (0.21.2). Where the module's own is none of that, B A read
+    as a kernel, which is what peft merges, is another function than the one that was trained. A
+    dilation of a single tap and a way to pad by nothing make no difference.
     """
     module = model.get_submodule(path)
-    groups = module.groups if isinstance(module, nn.modules.conv._ConvNd) else 1
-    return None if groups == 1 else f"is a convolution in {groups} groups, where peft differs"
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return None
+    taps = [at for at, size in enumerate(module.kernel_size) if size > 1]
+    if isinstance(module.padding, str):
+        padded = module.padding == "same" and bool(taps)
+    else:
+        padded = any(module.padding)
+    what = None
+    if module.groups != 1:
+        what = f"in {module.groups} groups"
+    elif any(module.dilation[at] != 1 for at in taps):
+        what = f"with a dilation of {tuple(module.dilation)}"
+    elif module.padding_mode != "zeros" and padded:
+        what = f"padded in {module.padding_mode} mode"
+    return None if what is None else f"is a convolution {what}, where peft differs"
 
 
 def _check_each(names: Iterable[str], modules: list[str]) -> None:
