@@ -55,6 +55,15 @@ def first_line(error: BaseException | None) -> str:
     return (first or type(error).__name__)[:300]
 
 
+def check_argument(
+    name: str, value: Any, kinds: type | tuple[type, ...], wanted: str, hint: str | None = None
+) -> None:
+    """Refuse an argument that is of none of ``kinds``, which are what ``wanted`` says. PSG904."""
+    if not isinstance(value, kinds):
+        given = "None" if value is None else f"a {type(value).__name__}"
+        raise SurgeryError("PSG904", f"{name} takes {wanted}, not {given}", hint)
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like ``name``, or None if none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

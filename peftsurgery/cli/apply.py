@@ -49,12 +49,12 @@ def apply(
         raise click.UsageError("give either --output OUT or --dry-run")
     if name is not None and len(rules) > 1:
         raise click.UsageError("--name is for one RULE; several would have the same name")
-    from peftsurgery.language import load_rules, parse_override
+    from peftsurgery.language import check_settings, load_rules, parse_overrides
 
-    files = [
-        load_rules(rule) for rule in rules
-    ]  # before the model: a misspelt rule is known at once
-    settings = dict(parse_override(text) for text in overrides)
+    # before the model: what is misspelt is known at once
+    files = [load_rules(rule) for rule in rules]
+    settings = parse_overrides(overrides)
+    check_settings(files, settings)
     if out is None:
         operated = _operate(model, files, name, settings)
     else:
@@ -77,4 +77,4 @@ def _operate(
 
     model = open_model(spec)
     with doing(f"applying {', '.join(file.name for file in files)}"):
-        return surgery.apply(model, files, name, **settings)
+        return surgery.apply(model, files, name, settings=settings)

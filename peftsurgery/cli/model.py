@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.cli.progress import doing
 
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel
-    from peftsurgery.language import Selection
+    from peftsurgery.language import RuleFile, Selection
 
 
 def open_model(spec: str) -> GraphModel:
@@ -19,12 +20,11 @@ def open_model(spec: str) -> GraphModel:
         return surgery.open_model(spec)
 
 
-def selections(model: GraphModel, rule: str, overrides: tuple[str, ...]) -> list[Selection]:
+def selections(model: GraphModel, file: RuleFile, settings: Mapping[str, Any]) -> list[Selection]:
     """What each rule of a rule file selects in a model."""
-    from peftsurgery.language import load_rules, parse_override, resolve_settings
+    from peftsurgery.language import resolve_settings
     from peftsurgery.surgery import Operation, select_cuts
 
-    file = load_rules(rule)
-    settings = resolve_settings(file, dict(parse_override(text) for text in overrides))
-    _, chosen = select_cuts(model.base_capture, Operation(file, settings, file.name))
+    resolved = resolve_settings(file, settings)
+    _, chosen = select_cuts(model.base_capture, Operation(file, resolved, file.name))
     return chosen

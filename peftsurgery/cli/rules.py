@@ -60,11 +60,11 @@ def check(rules: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> 
     The rewrite must keep the shape of what it replaces, and the operation with the folded weights
     must equal the rewritten one to 1e-9 in double precision.
     """
-    from peftsurgery.language import load_rules, parse_override
+    from peftsurgery.language import load_rules, parse_overrides
     from peftsurgery.language.checking import check_rules
 
     files = [load_rules(rule) for rule in rules]
-    settings = dict(parse_override(text) for text in overrides)
+    settings = parse_overrides(overrides)
     reports = [check_rules(file, settings) for file in files]
     if as_json:
         print_json([report.to_dict() for report in reports])

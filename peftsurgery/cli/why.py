@@ -17,11 +17,13 @@ from peftsurgery.cli.kit import clean, json_option, print_json
 def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Say why RULE keeps or drops the module or parameter PATH of MODEL."""
     from peftsurgery.cli.model import open_model, selections
-    from peftsurgery.language import load_rules
+    from peftsurgery.language import check_settings, load_rules, parse_overrides
     from peftsurgery.language import why as explain
 
-    load_rules(rule)  # a misspelt name is known before the model is captured
-    chosen = selections(open_model(model), rule, overrides)
+    # before the model: what is misspelt is known at once
+    file, settings = load_rules(rule), parse_overrides(overrides)
+    check_settings([file], settings)
+    chosen = selections(open_model(model), file, settings)
     answers = [(selection, explain(selection, path)) for selection in chosen]
     if as_json:
         print_json(

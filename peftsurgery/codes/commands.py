@@ -14,6 +14,12 @@ CODES = {
         "The command needs a package that comes with an extra; the hint has the line to "
         "install it.",
     ),
+    "PSG904": CodeInfo(
+        "An argument is not what the function takes",
+        "The message names the argument and says what it was given and what it takes. The "
+        "function's docstring (`help(peftsurgery.apply)`) lists all of them.",
+        USAGE,
+    ),
     "PSG903": CodeInfo(
         "There is no such error code",
         "`peftsurgery explain` without a code lists all of them.",

@@ -25,10 +25,18 @@ from peftsurgery.language.readings import (
     weights_in,
     weights_read,
 )
+from peftsurgery.language.reserved import takes_settings
 from peftsurgery.language.roles import role
 from peftsurgery.language.schema import Expect, Param, Pattern, Rule, RuleFile, json_schema
 from peftsurgery.language.selection import Candidate, Selection, select, why
-from peftsurgery.language.settings import parse_override, resolve_settings
+from peftsurgery.language.settings import (
+    check_settings,
+    parse_override,
+    parse_overrides,
+    resolve_settings,
+    settings_of,
+    tokens_setting,
+)
 from peftsurgery.language.where import Where
 
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
     "check_calls",
     "check_names",
     "check_rules",
+    "check_settings",
     "describe_rules",
     "evaluate",
     "find_pattern",
@@ -69,17 +78,21 @@ __all__ = [
     "operator",
     "parse",
     "parse_override",
+    "parse_overrides",
     "parse_rules",
     "penalty",
     "resolve_settings",
     "rewrite",
     "role",
     "select",
+    "settings_of",
     "shape_of",
     "shipped",
     "site_function",
     "sizes_of",
     "standard",
+    "takes_settings",
+    "tokens_setting",
     "weights_in",
     "weights_read",
     "why",

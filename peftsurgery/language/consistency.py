@@ -15,6 +15,7 @@ from peftsurgery.language.expression import Expression, check_calls, check_names
 from peftsurgery.language.initial import FROM_WEIGHTS, INITIALISERS
 from peftsurgery.language.operators import OPERATORS
 from peftsurgery.language.pattern import compile_pattern
+from peftsurgery.language.reserved import check_reachable
 from peftsurgery.language.storage import STORES
 from peftsurgery.language.strict import place_of
 from peftsurgery.language.where import check_settings
@@ -29,6 +30,8 @@ OUTPUTS = "outputs"
 def check_file(file: RuleFile) -> None:
     """Refuse a file whose names do not fit: PSG106, PSG113, PSG114 or PSG120."""
     _check_words(file.with_, (), "setting")
+    for setting in file.with_:
+        check_reachable(setting)
     _check_words(file.let, file.with_, "let")
     numbers: set[str] = set(file.with_)
     for name, expression in file.let.items():

@@ -196,8 +196,10 @@ class _Reading:
             result = function(*values)
         except (ArithmeticError, TypeError, ValueError, IndexError, RuntimeError) as error:
             given = ", ".join(shown for value in values if (shown := describe_value(value)))
-            reason = first_line(error)
-            raise self.refuse("PSG116", node, f"{reason} (given {given})") from error
+            reason = f"{first_line(error)} (given {given})"
+            if isinstance(error, ZeroDivisionError) and isinstance(node, ast.BinOp):
+                reason = f"{_written(node.right)} is 0, by which nothing can be divided"
+            raise self.refuse("PSG116", node, reason) from error
         if isinstance(result, int) and abs(result) >= MAX_INTEGER:
             raise self.refuse("PSG112", node, "a number of 2^63 or more")
         if isinstance(result, complex) or (isinstance(result, float) and not math.isfinite(result)):
@@ -210,6 +212,15 @@ class _Reading:
         text = self.expression.text
         part = f"{message}, in '{text}'"
         return SurgeryError(code, part, hint, self.expression.where(getattr(node, "col_offset", 0)))
+
+
+def _written(node: ast.expr) -> str:
+    """A part of an expression in its own words."""
+    names = {name.id: spelling(name) for name in ast.walk(node) if isinstance(name, ast.Name)}
+    text = ast.unparse(node)
+    for stand_in, name in names.items():
+        text = text.replace(stand_in, name)
+    return text
 
 
 def describe_value(value: Any) -> str:

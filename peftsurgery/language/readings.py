@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.evaluation import PLAIN, Context, evaluate, names_read
+from peftsurgery.language.consistency import within
+from peftsurgery.language.evaluation import (
+    PLAIN,
+    Context,
+    describe_value,
+    evaluate,
+    names_read,
+)
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS, Operator
@@ -98,18 +105,39 @@ def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
 def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...]:
     """The sizes of a parameter; ``env`` binds sizes and settings. Raises PSG122."""
     names = Environment(env, rule.let)
-    sizes = []
-    for expression in param.shape:
-        size = evaluate(expression, names)
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            message = f"'{expression.text}' is {size}, not a positive whole number"
-            raise SurgeryError("PSG122", message, where=expression.where())
-        sizes.append(size)
+    sizes = [_size(expression, names) for expression in param.shape]
     if math.prod(sizes) > MAX_ELEMENTS:
         message = f"a parameter of shape {sizes} has more than 2^33 elements"
         where = param.shape[0].where() if param.shape else None
         raise SurgeryError("PSG122", message, where=where)
     return tuple(sizes)
+
+
+def _size(expression: Expression, env: Mapping[str, Any]) -> int:
+    """One size of a parameter: a whole number, at least 1. PSG122 if it is not."""
+    size = evaluate(expression, env)
+    if isinstance(size, int) and not isinstance(size, bool) and size >= 1:
+        return size
+    wanted = "at least 1" if isinstance(size, int | float) and size < 1 else "a whole number"
+    message = f"{expression.text} must be {wanted}, and it is {describe_value(size)}"
+    parts = [name for name in expression.names if name != expression.text]
+    made = ", ".join(f"{name} = {describe_value(env[name])}" for name in parts)
+    hint = f"it is the size of a parameter{', of ' if made else ''}{made}"
+    raise SurgeryError("PSG122", message, hint, expression.where())
+
+
+def check_sizes(
+    rule: Rule, settings: Mapping[str, Any], let: Mapping[str, Expression] = MappingProxyType({})
+) -> None:
+    """Refuse sizes of parameters that are wrong whatever the site: settings alone decide them.
+
+    ``let`` are the numbers of the rule's file. Raises PSG122, and what evaluation raises.
+    """
+    numbers = {**let, **rule.let}
+    names, known = Environment(settings, numbers), within(numbers, settings)
+    for expression in (size for param in rule.params.values() for size in param.shape):
+        if known.issuperset(expression.names):
+            _size(expression, names)
 
 
 def group_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> bool | int:

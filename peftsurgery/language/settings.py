@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import read_scalar
-from peftsurgery.language.evaluation import evaluate
+from peftsurgery.language.readings import Environment, check_sizes
 from peftsurgery.language.schema import RuleFile
+
+TOKENS, TEXT = "_tokens", "_text"
+"""How settings that hold token ids end, and what stands in its place where they are a text."""
+
+LARGEST = 2**63
 
 
 def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every setting and every number of the file's ``let``, by name.
 
-    Raises PSG120 for an unknown setting and PSG121 for a value of another type than the default.
+    Numbers, arrays and tensors of numpy and torch are taken as the numbers that they hold. Raises
+    PSG120 for an unknown setting, PSG121 for a value of another type than the default, PSG122 for a
+    parameter's size that is not at least 1, and what evaluation raises for ``let``.
     """
     settings: dict[str, Any] = dict(file.with_)
     for name, value in (overrides or {}).items():
@@ -23,9 +30,42 @@ def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None)
             hint = did_you_mean(name, settings) if settings else "it has no settings at all"
             raise SurgeryError("PSG120", message, hint)
         settings[name] = _fitting(name, value, file.with_[name])
-    for name, expression in file.let.items():
-        settings[name] = evaluate(expression, settings)
-    return settings
+    numbers = Environment(settings, file.let)
+    for rule in file.rules:
+        if rule.applies(numbers):
+            check_sizes(rule, settings, file.let)
+    return {name: numbers[name] for name in numbers}
+
+
+def check_settings(files: Iterable[RuleFile], settings: Mapping[str, Any]) -> None:
+    """Refuse settings that could not be applied with these files, before there is a model.
+
+    Every name must be known to one of the files, or be that of a setting of tokens with a text in
+    its place. Raises what :func:`resolve_settings` raises.
+    """
+    files = list(files)
+    known = {name for file in files for name in file.with_}
+    for name, value in settings.items():
+        tokens = tokens_setting(name, known)
+        if tokens is None and name not in known:
+            hint = did_you_mean(name, known) if known else "the rules have no settings"
+            raise SurgeryError("PSG120", f"no rule has a setting '{name}'", hint)
+        if tokens is not None and not isinstance(value, str):
+            message = f"the setting '{name}' is a text, and {value!r:.60} is {_type(value)}"
+            raise SurgeryError("PSG121", message, f"tokens themselves go into {tokens}")
+    for file in files:
+        resolve_settings(file, settings_of(file, settings))
+
+
+def settings_of(file: RuleFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings that a file has."""
+    return {name: value for name, value in settings.items() if name in file.with_}
+
+
+def tokens_setting(name: str, known: Collection[str]) -> str | None:
+    """The setting of tokens that ``name`` gives as a text, or None: it is a setting, or nothing."""
+    tokens = name.removesuffix(TEXT) + TOKENS
+    return tokens if name not in known and name.endswith(TEXT) and tokens in known else None
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -46,17 +86,49 @@ def parse_override(text: str) -> tuple[str, Any]:
     return name.strip(), [read_scalar(item.strip()) for item in value.split(",") if item.strip()]
 
 
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Several of them as a dict. PSG121 for a setting that is given twice."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, value = parse_override(text)
+        if name in settings:
+            message = f"the setting '{name}' is given twice: {settings[name]!r} and {value!r}"
+            raise SurgeryError("PSG121", message, f"a list is one value: {name}=1,2")
+        settings[name] = value
+    return settings
+
+
 def _fitting(name: str, value: Any, default: Any) -> Any:
-    if isinstance(value, tuple):
-        value = list(value)
+    """The value as the rules read it. PSG121 if it is of another type than the default."""
+    value = _plain(value)
     if isinstance(default, list) and not isinstance(value, list):
         value = [value]
-    if _type(value) != _type(default) and default is not None:
-        message = f"the setting '{name}' is {_type(default)}, and {value!r} is {_type(value)}"
+    wanted = "a value" if default is None else _type(default)
+    fits = _type(value) == wanted or (default is None and _type(value) != "an object")
+    if not fits:
+        message = f"the setting '{name}' is {wanted}, and {value!r:.60} is {_type(value)}"
         raise SurgeryError("PSG121", message, f"its default is {default!r}")
-    if isinstance(value, float) and not abs(value) < 2**63:
-        raise SurgeryError("PSG121", f"the setting '{name}' cannot be {value}")
+    for one in value if isinstance(value, list) else [value]:
+        if _type(one) in ("a list", "an object"):
+            message = f"the setting '{name}' cannot hold {one!r:.60}, which is {_type(one)}"
+            raise SurgeryError("PSG121", message, f"its default is {default!r}")
+        if isinstance(one, int | float) and not abs(one) < LARGEST:
+            raise SurgeryError("PSG121", f"the setting '{name}' cannot be {one!r:.60}")
     return value
+
+
+def _plain(value: Any) -> Any:
+    """A number, array or tensor of another library as Python's numbers, a sequence as a list."""
+    if isinstance(value, type):
+        return value
+    if callable(tolist := getattr(value, "tolist", None)):
+        try:
+            value = tolist()
+        except (RuntimeError, NotImplementedError):  # a tensor that holds no numbers
+            return value
+    if isinstance(value, list | tuple | range):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, str) else value
 
 
 def _type(value: Any) -> str:

@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from ..capture import GraphModel, capture
-from ..errors import SurgeryError, did_you_mean
-from ..language import Rule, RuleFile, Where, load_rules, resolve_settings
+from ..errors import SurgeryError, check_argument
+from ..language import (
+    Rule,
+    RuleFile,
+    Where,
+    check_settings,
+    load_rules,
+    resolve_settings,
+    settings_of,
+    takes_settings,
+)
 from .buffers import put_buffers
 from .fusing import check_unused
 from .operated import OperatedModel
@@ -33,23 +42,26 @@ from .texts import with_tokens
 Rules = RuleFile | Rule | str | Path
 
 
+@takes_settings
 def apply(
     model: GraphModel,
     rules: Rules | Sequence[Rules],
     name: str | None = None,
     *,
     train: str | Sequence[str] = (),
-    **settings: Any,
+    settings: Mapping[str, Any] | None = None,
+    **keywords: Any,
 ) -> OperatedModel:
     """A new model with the rules applied; ``model`` stays as it was, base weights are shared.
 
     ``rules`` are rule files, shipped names, paths or single rules, applied in order. ``settings``
-    override those of the rule files; ``name`` is what the adapter is called (the rule file's name
-    unless given). ``train`` names modules or parameters of the model, by the ends of their paths,
-    that are trained whole besides, such as a new head; they belong to the last adapter. A setting
-    that holds tokens (``init_tokens``) may be given as a text (``init_text``). Raises PSG301 or
-    PSG302 if a rule matches nothing or not what it expects, PSG120 for a setting no rule has,
-    PSG126 for a text without a tokenizer, PSG304 if the name is taken.
+    override those of the rule files, and so do further keywords (``rank=16``); ``name`` is what the
+    adapter is called (the rule file's name unless given). ``train`` names modules or parameters of
+    the model, by the ends of their paths, that are trained whole besides, such as a new head; they
+    belong to the last adapter. A setting that holds tokens (``init_tokens``) may be given as a text
+    (``init_text``). Raises PSG301 or PSG302 if a rule matches nothing or not what it expects,
+    PSG120 for a setting no rule has, PSG121 for a setting's value, PSG126 for a text without a
+    tokenizer, PSG304 if the name is taken, PSG904 for an argument of the wrong type.
     """
     if not isinstance(model, GraphModel):
         raise SurgeryError(
@@ -57,21 +69,23 @@ def apply(
             f"rules are applied to a captured model, not to a {type(model).__name__}",
             "capture it first: apply(capture(model), rules)",
         )
+    check_argument("apply(name=)", name, (str, type(None)), "the name of an adapter")
     many = rules if isinstance(rules, list | tuple) else [rules]
     files = [_rule_file(each) for each in many]
     known = {name for file in files for name in file.with_}
-    settings = with_tokens(settings, known, model.source)
-    _check_settings(known, settings)
+    values = _merged(settings, keywords)
+    check_settings(files, values)
+    values = with_tokens(values, known, model.source)
     operations = [
         Operation(
-            file, resolve_settings(file, _for(file, settings)), adapter_name(name or file.name)
+            file, resolve_settings(file, settings_of(file, values)), adapter_name(_own(name, file))
         )
         for file in files
     ]
-    parts = [train] if isinstance(train, str) else list(train)
+    parts = _names_of(train)
     if parts:
         file = _training(parts)
-        owner = operations[-1].name if operations else adapter_name(name or file.name)
+        owner = operations[-1].name if operations else adapter_name(_own(name, file))
         operations.append(Operation(file, {}, owner))
     return operate(model, operations)
 
@@ -195,15 +209,34 @@ def _rule_file(rules: Any) -> RuleFile:
         return rules
     if isinstance(rules, Rule):
         return RuleFile(name="custom", rules=(rules,))
+    check_argument(
+        "apply(rules)", rules, (str, Path), "rule files, shipped names, paths or single rules"
+    )
     return load_rules(rules)
 
 
-def _check_settings(known: Collection[str], settings: Mapping[str, Any]) -> None:
+def _own(name: str | None, file: RuleFile) -> str:
+    return file.name if name is None else name
+
+
+def _merged(settings: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings and keywords as one. PSG121 for one given in both ways."""
+    if settings is None:
+        return dict(keywords)
+    check_argument("apply(settings=)", settings, Mapping, "a dict of settings by name")
     for name in settings:
-        if name not in known:
-            hint = did_you_mean(name, known) if known else "the rules have no settings"
-            raise SurgeryError("PSG120", f"no rule has a setting '{name}'", hint)
+        check_argument("apply(settings=)", name, str, "texts as the names of settings")
+    twice = sorted(settings.keys() & keywords.keys())
+    if twice:
+        message = f"the setting '{twice[0]}' is given twice, in settings= and as a keyword"
+        raise SurgeryError("PSG121", message)
+    return {**settings, **keywords}
 
 
-def _for(file: RuleFile, settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name in file.with_}
+def _names_of(train: str | Sequence[str]) -> list[str]:
+    wanted = "names of modules or parameters"
+    parts = [train] if isinstance(train, str) else train
+    check_argument("apply(train=)", parts, (list, tuple, set, frozenset), wanted)
+    for part in parts:
+        check_argument("apply(train=)", part, str, wanted)
+    return list(parts)

@@ -14,8 +14,7 @@ from transformers import AutoTokenizer
 
 from ..capture import Source
 from ..errors import SurgeryError, first_line
-
-TOKENS, TEXT = "_tokens", "_text"
+from ..language import tokens_setting
 
 
 def with_tokens(
@@ -24,8 +23,8 @@ def with_tokens(
     """The settings with texts turned into the ids that the rules know. PSG126 if they cannot be."""
     made = dict(settings)
     for name in settings:
-        tokens = name.removesuffix(TEXT) + TOKENS
-        if name not in known and name.endswith(TEXT) and tokens in known:
+        tokens = tokens_setting(name, known)
+        if tokens is not None:
             made[tokens] = _ids(tokens, str(made.pop(name)), source)
     return made
 

@@ -160,3 +160,23 @@ def test_a_real_interruption_ends_with_130_and_no_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["--set", "rnk=3"], "PSG120"),
+        (["--set", "rank=0"], "PSG122"),
+        (["--set", "rank=x"], "PSG121"),
+        (["--set", "rank=3", "--set", "rank=4"], "PSG121"),
+        (["--set", "name=x"], "PSG120"),
+        (["--set", "model=x"], "PSG120"),
+        (["--set", "train=q_proj"], "PSG120"),
+    ],
+)
+def test_settings_are_refused_before_the_model_is_opened(run, tmp_path, words, code):
+    for command in (["apply", "no/model", "lora_qv", "-o", tmp_path / "out"], ["why"]):
+        line = command if len(command) > 1 else ["why", "no/model", "lora_qv", "a.b"]
+        outcome = run(*line, *words, "--json")
+        assert outcome.json["error"]["code"] == code  # not that there is no such model
+        assert outcome.code == 3

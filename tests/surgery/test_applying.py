@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -268,3 +270,23 @@ def test_a_part_in_another_mode_stays_in_it() -> None:
     assert operated.training
     assert not operated.get_submodule("bert.encoder.layer.0").training
     assert operated.get_submodule("bert.encoder.layer.1").training
+
+
+def test_settings_are_one_dict_and_keywords_are_sugar_for_it(tmp_path: Path) -> None:
+    graph = captured("llama")
+    one = ps.apply(graph, "lora_qv", settings={"rank": np.int64(3)}, alpha=torch.tensor(6))
+    two = ps.apply(graph, "lora_qv", rank=3, alpha=6)
+    assert one.report.to_dict() == two.report.to_dict()
+    assert one.operations[0].settings == two.operations[0].settings
+    one.save(tmp_path / "saved")
+    again = ps.load(tmp_path / "saved", graph)
+    assert again.operations[0].settings == two.operations[0].settings
+    with pytest.raises(ps.SurgeryError, match="given twice"):
+        ps.apply(graph, "lora_qv", settings={"rank": 3}, rank=3)
+
+
+@pytest.mark.parametrize("word", ["model", "rules", "name", "train", "settings", "x"])
+def test_any_word_may_be_a_key_of_settings_and_is_refused_as_unknown(word: str) -> None:
+    with pytest.raises(ps.SurgeryError) as refusal:
+        ps.apply(captured("llama"), "lora_qv", settings={word: "q_proj"})
+    assert refusal.value.code == "PSG120"
