@@ -14,6 +14,7 @@ from ..errors import SurgeryError
 from .blocks import Library, Splitter, block_paths
 from .cleanup import clean_up
 from .export import Exported, export
+from .generating import cache_argument
 from .parts import module_infos
 from .program import Program
 from .signature import Call, example, map_tensors, widen
@@ -75,12 +76,14 @@ Casts = frozenset[tuple[str, torch.dtype]]
 class Captures:
     """The captures of one source, by signature and by the dtypes of the model's tensors.
 
-    ``cache`` is whether calls return what the model remembers without being asked for it.
+    ``cache`` is whether calls return what the model remembers without being asked for it, ``past``
+    the name of the argument by which the model takes that, or None if it takes no cache.
     """
 
     def __init__(self, source: Source, cache: bool = False) -> None:
         self.source = source
         self.cache = cache
+        self.past = cache_argument(source.module)
         self.infos = module_infos(source.module)
         self.tensors = tensor_infos(source.module)
         self.names = tensor_names(source.module)

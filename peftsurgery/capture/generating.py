@@ -8,17 +8,16 @@ calling it is calling the captured model.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import SurgeryError
-from .signature import takes
-
-PAST = "past_key_values"  # the name of the cache in every model that takes a DynamicCache
+from .signature import arguments_of
 
 
 def check_generates(module: nn.Module) -> PreTrainedModel:
@@ -44,7 +43,33 @@ def remembers(module: nn.Module) -> bool:
         and module.can_generate()
         and not module.config.is_encoder_decoder
         and module._supports_default_dynamic_cache()
-        and takes(module, PAST)
+    )
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """The name of the forward's argument that takes a cache, or None if there is none.
+
+    It is one that the forward of ``module`` or of some part of it declares to be a ``Cache``: the
+    name differs between models and versions of transformers, and some declare only the part's.
+    """
+    declared = {name for kind in set(map(type, module.modules())) for name in _caches_of(kind)}
+    return next((name for name in arguments_of(module) if name in declared), None)
+
+
+@functools.lru_cache(maxsize=1024)
+def _caches_of(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The arguments of the forward of a class of modules that are declared as caches."""
+    try:
+        parameters = inspect.signature(kind.forward, eval_str=True).parameters
+    except (NameError, TypeError, ValueError):  # an annotation that names what is not imported
+        return ()
+    return tuple(name for name, p in parameters.items() if _is_cache_type(p.annotation))
+
+
+def _is_cache_type(annotation: Any) -> bool:
+    return any(
+        isinstance(kind, type) and issubclass(kind, Cache)
+        for kind in (annotation, *get_args(annotation))
     )
 
 

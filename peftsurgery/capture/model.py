@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
-from .generating import PAST, check_generates, first_inputs, new_cache, remembers, shell
+from .generating import check_generates, first_inputs, new_cache, remembers, shell
 from .inputs import example_inputs
 from .likeness import Likeness, become_like
 from .parts import Block, mirror, own
 from .remembering import Past
-from .signature import Call, bind_call, with_past
+from .signature import Call, bind_call, takes, with_past
 from .sources import Source, check_plain, open_source
 from .tensors import named_tensors
 
@@ -55,7 +55,7 @@ class GraphModel(Likeness):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the original returns for these arguments, in the original's type.
 
-        What a model remembers for the next call (``past_key_values``) is left out, as with
+        What a model remembers for the next call (its cache) is left out, as with
         ``use_cache=False``, unless the call asks for it or the model was captured with a cache.
         """
         self.bind()
@@ -76,16 +76,16 @@ class GraphModel(Likeness):
 
         Blocks that are recomputed would remember twice: they remember nothing, as the original's.
         """
-        module = self._captures.source.module
-        call = bind_call(module, args, kwargs)
+        module, own = self._captures.source.module, self._captures.past
+        call = _with_own_name(bind_call(module, args, kwargs), module, own)
         wanted = call.flags.get("use_cache", self._captures.cache and not self.training)
-        if not (wanted or call.past) or not remembers(module):
+        if own is None or not (wanted or call.past) or not remembers(module):
             return call
         if self.training and self.is_gradient_checkpointing:
             flags = {name: flag for name, flag in call.flags.items() if name != "use_cache"}
             return replace(call, flags=flags, past=None)
         if call.past is None:
-            call = with_past(call, Past(PAST, new_cache(module)))
+            call = with_past(call, Past(own, new_cache(module)))
             return replace(call, flags={**call.flags, "use_cache": True})
         return call
 
@@ -205,6 +205,16 @@ def capture(
     if cache:
         graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
+
+
+def _with_own_name(call: Call, module: nn.Module, own: str | None) -> Call:
+    """The call with its cache under the model's own name for it, if it came by an earlier one.
+
+    Forwards that renamed the argument take the earlier name still, though they do not declare it.
+    """
+    if call.past is None or own is None or takes(module, call.past.name):
+        return call
+    return replace(call, past=replace(call.past, name=own))
 
 
 def _made_inputs(module: nn.Module) -> Mapping[str, Any]:

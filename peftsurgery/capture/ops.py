@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .withheld import stand_ins
+
 
 def rate(probability: float, training: bool) -> float:
     """The dropout probability of an attention core: ``probability`` in training, else 0."""
@@ -42,10 +44,16 @@ def layer_of(cache: Any, layer: int) -> tuple[Any, int]:
     return cache, layer
 
 
-def remember(layer: tuple[Any, int], keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """All keys and values (batch, heads, tokens, head_dim) that a cache has with these new ones."""
+def remember(
+    layer: tuple[Any, int], keys: Tensor, values: Tensor, withheld: str = ""
+) -> tuple[Tensor, Tensor]:
+    """All keys and values (batch, heads, tokens, head_dim) that a cache has with these new ones.
+
+    ``withheld`` names the arguments that the original gives beside them. PSG210 if they are read.
+    """
     cache, index = layer
-    both: tuple[Tensor, Tensor] = cache.update(keys, values, index)
+    more, named = stand_ins(withheld)
+    both: tuple[Tensor, Tensor] = cache.update(keys, values, index, *more, **named)
     return both
 
 

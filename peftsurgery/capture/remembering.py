@@ -26,9 +26,9 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.exporters.utils import patch_attribute
 from transformers.integrations import sdpa_attention
 
-from ..errors import SurgeryError
 from . import ops
 from .stack import inherit
+from .withheld import names_of, refused
 
 # The lengths of a layer, as conditions ask for them: the tokens it saw, how many of them are still
 # attended to, and how many came before those.
@@ -88,13 +88,17 @@ def _emptied(layer: Any) -> Any:
 
 
 @torch.library.custom_op("peftsurgery::remember", mutates_args=())
-def _remember(keys: Tensor, values: Tensor, layer: int, length: int) -> tuple[Tensor, Tensor]:
+def _remember(
+    keys: Tensor, values: Tensor, layer: int, length: int, withheld: str
+) -> tuple[Tensor, Tensor]:
     """Where a traced model hands keys and values to its cache and gets back all it has."""
     raise NotImplementedError("this operator is replaced before a capture runs")
 
 
 @_remember.register_fake
-def _(keys: Tensor, values: Tensor, layer: int, length: int) -> tuple[Tensor, Tensor]:
+def _(
+    keys: Tensor, values: Tensor, layer: int, length: int, withheld: str
+) -> tuple[Tensor, Tensor]:
     def longer(new: Tensor) -> Tensor:
         return new.new_empty((*new.shape[:-2], length, new.shape[-1]))
 
@@ -237,12 +241,11 @@ class _StandIn:
     added: int
 
     def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> Any:
-        """All keys and values, these at their end."""
-        if more or named:
-            raise refused("it gives its cache more than keys and values")
+        """All keys and values, these at their end; what else the model says is withheld."""
+        withheld = names_of(more, named)
         length, _ = self.get_mask_sizes(keys.shape[-2])
         self.added += keys.shape[-2]
-        return torch.ops.peftsurgery.remember(keys, values, self.index, length)
+        return torch.ops.peftsurgery.remember(keys, values, self.index, length, withheld)
 
     @abstractmethod
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -285,13 +288,6 @@ class _Fixed(_StandIn):
 def is_cache(value: Any) -> bool:
     """Whether an argument is a cache that a capture can leave to its owner."""
     return isinstance(value, Cache) and not isinstance(value, EncoderDecoderCache)
-
-
-def refused(why: str) -> SurgeryError:
-    """The error for a model or a cache of another kind."""
-    return SurgeryError(
-        "PSG210", f"the cache cannot be left to its owner: {why}", "generate with use_cache=False"
-    )
 
 
 def _stand_in(by: type[_StandIn], layer: Any, index: int, lengths: tuple[int, int, int]) -> Any:
@@ -347,11 +343,11 @@ def _hand_over(graph: fx.Graph, node: fx.Node, cache: fx.Node) -> None:
 
     Which layer of the cache it is, is said outside of the blocks: they stay alike.
     """
-    keys, values, index, _ = node.args
+    keys, values, index, _, withheld = node.args
     with graph.inserting_before(cache.next):
         layer = graph.call_function(ops.layer_of, (cache, index))
     with graph.inserting_before(node):
-        both = graph.call_function(ops.remember, (layer, keys, values))
+        both = graph.call_function(ops.remember, (layer, keys, values, withheld))
     inherit(both, node)
     for pick in list(node.users):
         place = cast("int", pick.args[1])

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import SurgeryError
-from .remembering import STRETCH, Past, Traced, is_cache, refused
+from .remembering import STRETCH, Past, Traced, is_cache
+from .withheld import refused
 
 MASK = "attention_mask"  # the name it has in every model of transformers, as have these
 TEXT = ("input_ids", "inputs_embeds")
@@ -116,7 +117,12 @@ def _is_of_tokens(mask: Any) -> TypeGuard[torch.Tensor]:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the module's forward has an argument of that name."""
-    return name in _signature(module).parameters
+    return name in arguments_of(module)
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """The names of the arguments of the module's forward, in order."""
+    return tuple(_signature(module).parameters)
 
 
 def _signature(module: nn.Module) -> inspect.Signature:

@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import peftsurgery as ps
-from tests.models.remembering import LEFT_PADDED, WAYS, original, prompts, remembering, tokens
+from tests.models.remembering import LEFT_PADDED, PAST, WAYS, original, prompts, remembering, tokens
 from tests.models.zoo import ZOO, ids
 
 
@@ -31,10 +31,10 @@ def test_prefill_and_every_step_are_exact(name: str) -> None:
         call = {"input_ids": fed, "attention_mask": mask, "position_ids": positions}
         flags = {"use_cache": True, "logits_to_keep": 1, "return_dict": True}
         with torch.no_grad():
-            expected = original(name)(**call, **flags, past_key_values=theirs)
-            outputs = remembering(name)(**call, **flags, past_key_values=mine)
+            expected = original(name)(**call, **flags, **{PAST: theirs})
+            outputs = remembering(name)(**call, **flags, **{PAST: mine})
         assert torch.equal(outputs.logits, expected.logits)
-        assert outputs.past_key_values is mine
+        assert outputs[PAST] is mine
         assert list(outputs) == list(expected)
         for layer, other in zip(mine.layers, theirs.layers, strict=True):
             assert type(layer) is type(other)
@@ -50,12 +50,12 @@ def test_calls_without_a_cache_return_a_new_one(name: str) -> None:
         expected, outputs = original(name)(ids(2, 5)), remembering(name)(ids(2, 5))
         assert torch.equal(outputs.logits, expected.logits)
         again = remembering(name)(
-            ids(2, 1), attention_mask=torch.ones(2, 6), past_key_values=outputs.past_key_values
+            ids(2, 1), attention_mask=torch.ones(2, 6), **{PAST: outputs[PAST]}
         )
-        expected = original(name)(ids(2, 1), past_key_values=expected.past_key_values)
+        expected = original(name)(ids(2, 1), **{PAST: expected[PAST]})
     assert torch.equal(again.logits, expected.logits)
-    assert again.past_key_values is outputs.past_key_values
-    assert "past_key_values" not in remembering(name)(ids(2, 5), use_cache=False)
+    assert again[PAST] is outputs[PAST]
+    assert PAST not in remembering(name)(ids(2, 5), use_cache=False)
 
 
 @pytest.mark.parametrize("name", ["llama"])
@@ -100,7 +100,7 @@ def test_a_directory_brings_its_settings(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama"])
 def test_rules_are_applied_to_a_capture_without_a_cache(name: str) -> None:
-    assert "past_key_values" not in remembering(name).base_capture.names
+    assert PAST not in remembering(name).base_capture.names
 
 
 @pytest.mark.parametrize("name", ["gemma2"])

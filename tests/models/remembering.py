@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import peftsurgery as ps
 from tests.models.zoo import ZOO, ids
 
+# The name that models have for their cache, in the installed version of transformers.
+ARGUMENTS = inspect.signature(LlamaForCausalLM.forward).parameters
+PAST = next(name for name in ("cache", "past_key_values") if name in ARGUMENTS)
 LEFT_PADDED = [[0, 0, 0, 0, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1]]
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -12,7 +12,7 @@ import torch
 
 import peftsurgery as ps
 from tests.models.captured import captured
-from tests.models.remembering import WAYS, original, remembering, tokens
+from tests.models.remembering import PAST, WAYS, original, remembering, tokens
 from tests.models.zoo import ids
 
 GREEDY_AND_BEAMS = [WAYS["greedy"], WAYS["beams"]]
@@ -75,7 +75,7 @@ def test_prompts_generate_as_in_peft(name: str, tmp_path: Path) -> None:
 def test_prompts_are_not_put_before_a_text_twice(name: str) -> None:
     prompted = ps.apply(remembering(name), "prompt_tuning", length=5)
     outputs = prompted(ids(2, 4))
-    assert outputs.past_key_values.get_seq_length() == 9
+    assert outputs[PAST].get_seq_length() == 9
     with pytest.raises(ps.SurgeryError) as caught:
-        prompted(ids(2, 1), past_key_values=outputs.past_key_values)
+        prompted(ids(2, 1), **{PAST: outputs[PAST]})
     assert caught.value.code == "PSG354"

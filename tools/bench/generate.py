@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import peftsurgery as ps
+from peftsurgery.capture.generating import cache_argument
 from tools.story.smollm2 import cached_model
 
 TOKENS, WARM_UP = 64, 3
@@ -52,6 +53,7 @@ def _equal(original: Any, captured: Any, inputs: dict[str, Tensor], way: str) ->
 @torch.no_grad()
 def _steps(original: Any, captured: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
     models = {"ours": captured, "theirs": original}
+    past = cache_argument(original)
     caches = {name: DynamicCache(config=original.config) for name in models}
     times: dict[str, list[float]] = {name: [] for name in models}
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -61,7 +63,7 @@ def _steps(original: Any, captured: Any, inputs: dict[str, Tensor]) -> dict[str,
         call = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **flags}
         for name, model in models.items():
             start = time.perf_counter()
-            logits = model(**call, past_key_values=caches[name]).logits
+            logits = model(**call, **{str(past): caches[name]}).logits
             times[name].append(1e3 * (time.perf_counter() - start))
         ids, positions = logits[:, -1:].argmax(-1), positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
