@@ -128,7 +128,8 @@ class Captures:
         exported = export(module, call, training)
         tensors = tensor_infos(module)
         self._name_constants(exported.module)
-        clean_up(exported.module, self.names, _counters(module), exported.mode)
+        of_module = _counters(module), _dropouts(module)
+        clean_up(exported.module, self.names, *of_module, exported.mode)
         splitter = Splitter(self.blocks, self.infos, tensors, self.library)
         splitter.split(exported.module.graph)
         return Capture(
@@ -161,6 +162,15 @@ def _counters(module: nn.Module) -> frozenset[str]:
         f"{name}.num_batches_tracked" if name else "num_batches_tracked"
         for name, part in module.named_modules()
         if isinstance(part, nn.modules.batchnorm._NormBase)
+    )
+
+
+def _dropouts(module: nn.Module) -> frozenset[str]:
+    """The paths of the dropouts that are modules."""
+    return frozenset(
+        name
+        for name, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, nn.modules.dropout._DropoutNd)
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from . import ops
-from .randomness import TRAIN_FLAGS
+from .randomness import RATE, TRAIN_FLAGS, is_random
 from .regions import AUTOCAST, inline_regions
 from .stack import inherit, stack_paths
 
@@ -36,12 +36,14 @@ def clean_up(
     module: fx.GraphModule,
     aliases: Mapping[str, Sequence[str]],
     counters: frozenset[str],
+    dropouts: frozenset[str],
     mode: bool | None = None,
 ) -> None:
     """Run every pass over ``module.graph``.
 
     ``aliases`` maps each name of a tensor to all names of it; ``counters`` are the names of buffers
-    that count batches. A graph for eval mode keeps the train flags that are set even there.
+    that count batches, ``dropouts`` the paths of dropout modules, whose ``p`` may be set at any
+    time. A graph for eval mode keeps the train flags that are set even there.
     """
     inline_regions(module)
     graph = module.graph
@@ -49,7 +51,7 @@ def clean_up(
     drop_idle_casts(graph)
     make_functional(graph)
     if mode is not False:
-        follow_training(graph, counters)
+        follow_training(graph, counters, dropouts)
     follow_device(graph)
     name_by_user(graph, aliases)
     drop_unused(graph)
@@ -140,20 +142,23 @@ def _shares_memory(node: fx.Node) -> bool:
     return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
-def follow_training(graph: fx.Graph, counters: frozenset[str]) -> None:
-    """Make every train flag and attention dropout read ``training`` of the module it belongs to."""
+def follow_training(graph: fx.Graph, counters: frozenset[str], dropouts: frozenset[str]) -> None:
+    """Make every train flag and attention dropout read ``training`` of the module it belongs to.
+
+    A dropout module's rate is read of it too.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if node.target is aten.add_.Tensor and getattr(node.args[0], "target", None) in counters:
             with graph.inserting_before(node):
-                node.args = (node.args[0], _training_flag(graph, node))
+                node.args = (node.args[0], _read(graph, node, "training"))
             node.target = ops.count
             continue
         if _has_no_statistics(node):
             continue
         for index, argument in enumerate(node.target._schema.arguments):
-            _follow_argument(graph, node, index, argument.name)
+            _follow_argument(graph, node, index, argument.name, dropouts)
 
 
 def _has_no_statistics(node: fx.Node) -> bool:
@@ -162,13 +167,19 @@ def _has_no_statistics(node: fx.Node) -> bool:
     return node.target in norms and node.args[3] is None
 
 
-def _follow_argument(graph: fx.Graph, node: fx.Node, index: int, name: str) -> None:
+def _follow_argument(
+    graph: fx.Graph, node: fx.Node, index: int, name: str, dropouts: frozenset[str]
+) -> None:
     value = node.args[index] if index < len(node.args) else node.kwargs.get(name)
     with graph.inserting_before(node):
         if name in TRAIN_FLAGS and value is True:
-            follower = _training_flag(graph, node)
+            follower = _read(graph, node, "training")
+        elif name == RATE and is_random(node.target, node.args, node.kwargs):
+            if _owner(node) not in dropouts:
+                return
+            follower = _read(graph, node, RATE)
         elif name in TRAIN_FLAGS and isinstance(value, float) and value > 0:
-            follower = graph.call_function(ops.rate, (value, _training_flag(graph, node)))
+            follower = graph.call_function(ops.rate, (value, _read(graph, node, "training")))
             inherit(follower, node)
         else:
             return
@@ -178,12 +189,18 @@ def _follow_argument(graph: fx.Graph, node: fx.Node, index: int, name: str) -> N
         node.update_kwarg(name, follower)
 
 
-def _training_flag(graph: fx.Graph, node: fx.Node) -> fx.Node:
+def _read(graph: fx.Graph, node: fx.Node, attribute: str) -> fx.Node:
+    """The attribute of the module that a node belongs to."""
+    owner = _owner(node)
+    read = graph.create_node("get_attr", f"{owner}.{attribute}" if owner else attribute)
+    inherit(read, node)
+    return read
+
+
+def _owner(node: fx.Node) -> str:
+    """The path of the module whose forward made a node."""
     paths = stack_paths(node)
-    owner = paths[-1][1] if paths else ""
-    flag = graph.create_node("get_attr", f"{owner}.training" if owner else "training")
-    inherit(flag, node)
-    return flag
+    return paths[-1][1] if paths else ""
 
 
 def follow_device(graph: fx.Graph) -> None:

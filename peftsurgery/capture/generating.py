@@ -79,13 +79,17 @@ def new_cache(module: PreTrainedModel) -> DynamicCache:
 
 
 def shell(module: nn.Module, parts: nn.Module, call: Callable[..., Any]) -> PreTrainedModel:
-    """An object of ``module``'s class with other parts, which is called by ``call``. PSG212."""
+    """An object of ``module``'s class with other parts, which is called by ``call``. PSG212.
+
+    What the parts have of its settings (a generation config of their own) is theirs.
+    """
     original = check_generates(module)
     kind: Any = type(original)
     made: Any = object.__new__(_shell_class(kind))
     nn.Module.__init__(made)
     own = frozenset(vars(made))
-    made.__dict__.update({name: v for name, v in vars(original).items() if name not in own})
+    settings = {**vars(original), **{n: v for n, v in vars(parts).items() if n in vars(original)}}
+    made.__dict__.update({name: v for name, v in settings.items() if name not in own})
     made.__dict__.update(_modules=parts._modules, _parameters=parts._parameters, _call=call)
     return made
 

@@ -1,84 +1,72 @@
 """What trainers and other libraries see when they look at a captured model: the original.
 
 They read the signature of ``forward`` to tell which columns of a dataset are inputs and which are
-labels, the class's name for the task, and a few attributes for how the loss is made. A captured
-model answers as the original would.
+labels, and the class for the task. :mod:`peftsurgery.capture.classes` answers for the class; here
+is what a whole model answers in its own way.
 """
 
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import SurgeryError
+from .classes import FILES
 from .parts import Block, Part
-
-if TYPE_CHECKING:
-    from .sources import Source
-
-
-def become_like(model: nn.Module, original: type[nn.Module]) -> None:
-    """Give a model the class that is its own with the signature of the original's forward."""
-    classes: tuple[Any, Any] = type(model), original
-    model.__class__ = _class_like(*classes)
 
 
 @lru_cache(maxsize=256)
-def _class_like(kind: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
-    """``kind`` with the signature of ``original``'s forward, and both names in its own."""
+def forward_like(kind: Any, original: Any) -> Callable[..., Any]:
+    """The forward of ``kind`` with the signature that the original's forward has."""
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return kind.forward(self, *args, **kwargs)
 
     forward.__doc__ = kind.forward.__doc__
     vars(forward)["__signature__"] = inspect.signature(original.forward)
-    name = f"{kind.__name__}[{original.__name__}]"
-    return type(name, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return forward
 
 
 class Likeness(Part):
-    """The attributes of the original that others ask a model for."""
+    """What a whole model is asked for, and what it answers in its own way."""
 
-    @property
-    @abstractmethod
-    def source(self) -> Source:
-        """Where the model and its weights come from."""
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, torch.Tensor] | None = None,
+        **others: Any,
+    ) -> None:
+        """Write the state dict as ``model.safetensors``, for ``load_state_dict`` to read.
 
-    @property
-    def config(self) -> Any:
-        """The transformers config of the original; AttributeError if it has none."""
-        return self.source.module.config
+        This is what trainers call for their checkpoints; of an operated model it is what was
+        learnt. A model for ``from_pretrained`` is what ``fold`` makes. A tensor with several names
+        is written once. PSG216 for another option.
+        """
+        asked = [f"{name}=..." for name, value in others.items() if value]
+        if asked:
+            raise SurgeryError(
+                "PSG216", f"save_pretrained of a captured model has no {', '.join(asked)}", FILES
+            )
+        if not is_main_process:
+            return
+        state = self.state_dict() if state_dict is None else state_dict
+        first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
+        tensors = {name: t.contiguous() for name, t in state.items() if first[id(t)] == name}
+        directory = Path(save_directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
-    @property
-    def main_input_name(self) -> Any:
-        """The argument that a batch is counted by; AttributeError if the original has none."""
-        return self.source.module.main_input_name
-
-    @property
-    def loss_type(self) -> Any:
-        """How the original names its loss; AttributeError if it does not."""
-        return self.source.module.loss_type
-
-    @property
-    def accepts_loss_kwargs(self) -> Any:
-        """Whether the original takes the number of items in a batch, if it says so."""
-        return self.source.module.accepts_loss_kwargs
-
-    def can_generate(self) -> bool:
-        """Whether the original can; pipelines ask. AttributeError if it is not transformers'."""
-        original: Any = self.source.module
-        return bool(original.can_generate())
-
-    def _supports_logits_to_keep(self) -> bool:
-        """Whether the original gives the last logits alone; assisted generation asks."""
-        original: Any = self.source.module
-        return bool(original._supports_logits_to_keep())
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: what is one tensor in the original is one here, however it is loaded."""
 
     @property
     def device(self) -> torch.device:

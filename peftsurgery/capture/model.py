@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
+from .classes import become_like
 from .generating import check_generates, first_inputs, new_cache, remembers, shell
 from .inputs import example_inputs
-from .likeness import Likeness, become_like
+from .likeness import Likeness, forward_like
 from .parts import Block, mirror, own
 from .remembering import Past
 from .signature import Call, bind_call, takes, with_past
@@ -32,6 +33,9 @@ from .tensors import named_tensors
 class GraphModel(Likeness):
     """The captured model: a top graph and block graphs under the original's names."""
 
+    config: Any
+    generation_config: Any
+
     def __init__(
         self,
         captures: Captures,
@@ -39,7 +43,9 @@ class GraphModel(Likeness):
     ) -> None:
         """``parameter`` makes this model's parameters of the source's."""
         super().__init__(captures.infos[""])
-        become_like(self, type(captures.source.module))
+        original = captures.source.module
+        classes: tuple[Any, Any] = type(self), type(original)
+        become_like(self, original, {"forward": forward_like(*classes)})
         self._captures = captures
         self._served: dict[int, Capture] = {}
         mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
@@ -112,11 +118,6 @@ class GraphModel(Likeness):
         """Where the model and its weights come from."""
         return self._captures.source
 
-    @property
-    def generation_config(self) -> Any:
-        """How the original generates unless told otherwise; AttributeError if it does not."""
-        return self._captures.source.module.generation_config
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The tokens that the original's ``generate`` gives, by the original's own code.
 
@@ -174,7 +175,7 @@ class GraphModel(Likeness):
             here = value if not tensors or tensors[0].is_meta else value.to(tensors[0].device)
             self.register_buffer(name, here, persistent=False)
 
-    def _get_name(self) -> str:
+    def _shown_name(self) -> str:
         return f"GraphModel[{self._info.type}]"
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import SurgeryError
+from .classes import become_like
 from .program import ModuleInfo, Program
 
 # What a block computes in, and what it is computed again in, if it is checkpointed.
@@ -31,9 +32,15 @@ def no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[
 class Part(nn.Module):
     """A module of the original that has no code of its own here; it holds tensors and parts."""
 
+    # Classes made of this one and an original's are called in this way, and registered nowhere.
+    __call__: Callable[..., Any] = nn.Module.__call__
+
     def __init__(self, info: ModuleInfo) -> None:
         super().__init__()
         self._info = info
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        object.__init_subclass__()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the code of this part is in the block around it."""
@@ -43,8 +50,11 @@ class Part(nn.Module):
             "call the model, or the block around it",
         )
 
-    def _get_name(self) -> str:
-        return self._info.type
+    def __repr__(self) -> str:
+        return self._shown_name() + super().__repr__().removeprefix(self._get_name())
+
+    def _shown_name(self) -> str:
+        return self._get_name()
 
     def extra_repr(self) -> str:
         """The settings the original shows."""
@@ -75,7 +85,7 @@ class Block(Part):
         """The program of that label, or the first one."""
         return self.programs[label] if label else next(iter(self.programs.values()))
 
-    def _get_name(self) -> str:
+    def _shown_name(self) -> str:
         labels = ", ".join(self.programs)
         return f"Block[{labels or self._info.type}]"
 
@@ -133,9 +143,9 @@ def own(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _counterpart(child: nn.Module, info: ModuleInfo, is_block: bool) -> nn.Module:
-    if is_block:
-        return Block(info)
-    return nn.ModuleList() if isinstance(child, nn.ModuleList) else Part(info)
+    made = Block(info) if is_block else Part(info)
+    become_like(made, child)
+    return made
 
 
 def module_infos(module: nn.Module) -> dict[str, ModuleInfo]:

@@ -14,6 +14,7 @@ from .signature import Call, map_tensors
 
 # The names that ATen schemas give to a train flag, and to the dropout of an attention core.
 TRAIN_FLAGS = frozenset({"train", "training", "use_input_stats", "dropout_p"})
+RATE = "p"  # of a dropout, in ATen's schemas and in torch's modules
 
 
 def train_flags(target: Any) -> frozenset[str]:

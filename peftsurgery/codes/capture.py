@@ -80,4 +80,12 @@ CODES = {
         "Graphs are captured of models with ordinary weights. Capture the model that was quantised "
         "and apply `nf4` or `qlora`: the base is then kept in four bits by the operated model.",
     ),
+    "PSG216": CodeInfo(
+        "a captured model has no such method",
+        "A captured model is an instance of the original's class and answers what it is asked as "
+        "the original does. What would change the model (new sizes, another attention, an adapter "
+        "of another library) or write it as if it were the original is refused. Change the "
+        "original and capture it again; save() writes what was learnt, fold() makes a model of "
+        "the original's class.",
+    ),
 }
