@@ -21,6 +21,7 @@ from .signature import Call, example, map_tensors, widen
 from .sizes import Check, compile_check, is_limit
 from .sources import Source
 from .tensors import is_fake, tensor_infos, tensor_names, traceable
+from .threads import making, traced_alone
 
 
 @dataclass(frozen=True)
@@ -98,25 +99,38 @@ class Captures:
     @property
     def first(self) -> Capture:
         """The capture that was made first: the one that rules are applied to."""
-        return next(capture for made in self._made.values() for capture in made)
+        return next(iter(self._made.values()))[0]
 
     def find(self, call: Call, training: bool, casts: Casts = frozenset()) -> Capture:
         """The capture that serves a call, made now if there is none yet.
 
-        Raises PSG203 for a call without a tensor, and what :func:`export` raises.
+        A call that has one waits for nothing. Raises PSG203 for a call without a tensor, and what
+        :func:`export` raises.
         """
         if not call.tensors:
             raise SurgeryError("PSG203", f"{self.infos[''].type} was called without a tensor")
-        known = self._made.setdefault((call.signature, casts), [])
-        for capture in known:
-            if capture.fits(call.leaves, training):
-                return capture
+        key = (call.signature, casts)
+        found = self._known(key, call, training)
+        if found is not None:
+            return found
+        with making():
+            found = self._known(key, call, training)  # another thread may have made it meanwhile
+            if found is None:
+                found = self._make(call, training, casts)
+                self._made[key] = [*self._made.get(key, ()), found]
+        return found
+
+    def _known(self, key: tuple[str, Casts], call: Call, training: bool) -> Capture | None:
+        known = (c for c in self._made.get(key, ()) if c.fits(call.leaves, training))
+        return next(known, None)
+
+    def _make(self, call: Call, training: bool, casts: Casts) -> Capture:
+        """A capture for a call: for any batch and any past, if there is such a one."""
         module = self._module(casts)
         call = map_tensors(call, lambda tensor: _tangible(tensor, module))
         capture = self._capture(module, widen(call), training)
         if not capture.fits(call.leaves, training):
             capture = self._capture(module, call, training)
-        known.append(capture)
         return capture
 
     def _module(self, casts: Casts) -> nn.Module:
@@ -125,7 +139,8 @@ class Captures:
         return traceable(self.source.module, wanted)
 
     def _capture(self, module: nn.Module, call: Call, training: bool) -> Capture:
-        exported = export(module, call, training)
+        with traced_alone():
+            exported = export(module, call, training)
         tensors = tensor_infos(module)
         self._name_constants(exported.module)
         of_module = _counters(module), _dropouts(module)

@@ -29,7 +29,7 @@ from transformers.exporters.utils import apply_patches
 from ..errors import SurgeryError, first_line
 from .randomness import is_random, is_random_in, train_flags
 from .remembering import as_if_run
-from .signature import Call, apart, traced
+from .signature import Call, apart, stand_for, traced
 from .sizes import size_conditions
 from .stack import stack_paths
 
@@ -226,6 +226,7 @@ def _explicit_forward(module: nn.Module, call: Call, flags: dict[str, Any]) -> I
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in call.tensors]
     _declare(forward, inspect.Signature(parameters))
+    stand_for(forward, original)
     had_own = "forward" in vars(module)
     module.forward = forward
     try:

@@ -7,9 +7,10 @@ operated one, so inputs nobody thought of when the rules were applied (labels, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,11 @@ from .inputs import example_inputs
 from .likeness import Likeness, forward_like
 from .parts import Block, mirror, own
 from .remembering import Past
+from .serving import Serving
 from .signature import Call, bind_call, takes, with_past
 from .sources import Source, check_plain, open_source
 from .tensors import named_tensors
+from .threads import GATE, making
 
 
 class GraphModel(Likeness):
@@ -47,8 +50,9 @@ class GraphModel(Likeness):
         classes: tuple[Any, Any] = type(self), type(original)
         become_like(self, original, {"forward": forward_like(*classes)})
         self._captures = captures
-        self._served: dict[int, Capture] = {}
-        mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
+        self._serving = Serving()
+        with making():
+            mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
         self._bound = not captures.source.on_meta
         # by part and not by its table of tensors, which torch.export puts another in the place of
         self._watched: list[tuple[str, nn.Module, str, str, torch.dtype]] = [
@@ -71,7 +75,15 @@ class GraphModel(Likeness):
 
     def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
         """The outputs of a capture for a call's values, in the graph's order."""
-        return capture.top.forward(self, *leaves)
+        if not any(isinstance(leaf, torch.Tensor) and leaf.is_cpu for leaf in leaves):
+            return capture.top.forward(self, *leaves)
+        if torch.compiler.is_dynamo_compiling():
+            return capture.top.forward(self, *leaves)
+        GATE.enter()
+        try:
+            return capture.top.forward(self, *leaves)
+        finally:
+            GATE.leave()
 
     def capture_for(self, *args: Any, **kwargs: Any) -> Capture:
         """The capture that serves a call of these arguments, as this model runs it."""
@@ -106,7 +118,7 @@ class GraphModel(Likeness):
     @property
     def captures(self) -> tuple[Capture, ...]:
         """The captures served so far, the one the model was made with first."""
-        return tuple(self._served.values())
+        return self._serving.captures(self._choice)
 
     @property
     def base_capture(self) -> Capture:
@@ -124,8 +136,13 @@ class GraphModel(Likeness):
         What has not been captured yet is captured now. PSG212 unless the original is a causal
         language model; PSG210 for a cache that a capture cannot leave to its owner.
         """
+        return self.writer(self).generate(*args, **kwargs)
+
+    def writer(self, call: Callable[..., Any]) -> PreTrainedModel:
+        """What generates as the original does, and calls ``call`` where that calls itself."""
         self.bind()
-        return shell(self._captures.source.module, self, self).generate(*args, **kwargs)
+        with making():
+            return shell(self._captures.source.module, self, call)
 
     def transform(self, capture: Capture) -> Capture:
         """A fresh capture as this model runs it; an operated model replays its operations here."""
@@ -133,26 +150,39 @@ class GraphModel(Likeness):
 
     def serve(self, capture: Capture) -> Capture:
         """Make a capture runnable: transform it once, and give the blocks their programs."""
-        if id(capture) not in self._served:
-            ready = self.transform(capture)
-            for path, programs in ready.programs.items():
-                if path:
-                    block = self.get_submodule(path)
-                    assert isinstance(block, Block)
-                    block.programs.update({program.label: program for program in programs})
-            self._take_constants()
-            self._served[id(capture)] = ready
-        return self._served[id(capture)]
+        make = partial(self._equipped, capture)
+        return self._serving.ready(self._choice, capture, make)
+
+    @property
+    def _choice(self) -> Hashable:
+        """What calls choose of this model now; a captured model has nothing to choose from."""
+        return None
+
+    def _equipped(self, capture: Capture) -> Capture:
+        """A transformed capture whose programs the blocks have, and whose constants are here."""
+        ready = self.transform(capture)
+        for path, programs in ready.programs.items():
+            if path:
+                block = self.get_submodule(path)
+                assert isinstance(block, Block)
+                block.programs = {**block.programs, **{each.label: each for each in programs}}
+        self._take_constants()
+        return ready
 
     def bind(self) -> None:
         """Read the weights now if the model was captured without them; PSG207 if there are none."""
         if self._bound:
             return
+        with making():
+            if not self._bound:
+                self._read_weights()
+                self._bound = True
+
+    def _read_weights(self) -> None:
         loaded = dict(named_tensors(self._captures.source.weights()))
         for name, tensor in named_tensors(self):
             if tensor.is_meta and name in loaded:
                 _fill(self, name, tensor, loaded[name].detach())
-        self._bound = True
 
     def _casts(self) -> Casts:
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
@@ -194,6 +224,13 @@ def capture(
     for. Raises PSG201 if the model cannot be exported, PSG202 if it needs inputs, PSG212 if it
     does not generate, PSG210 if its cache is no ordinary one.
     """
+    with making():
+        return _captured(model, inputs, cache)
+
+
+def _captured(
+    model: nn.Module | str, inputs: Mapping[str, Any] | tuple[Any, ...] | None, cache: bool
+) -> GraphModel:
     source = open_source(model) if isinstance(model, str) else Source(model)
     check_plain(source.module)
     if cache:

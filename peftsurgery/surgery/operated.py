@@ -80,7 +80,6 @@ class OperatedModel(Fronted, Keeping):
         self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
         self._adopt(model)
         self._mode = Mode()
-        self._served_by_mode = {self._mode: self._served}
         self.settle(self._select(self._entered(self.base_capture)))
         chosen = self.adapters if active is None else active
         self._switch(self._mode_of(chosen, left_out_of(model)))
@@ -287,12 +286,10 @@ class OperatedModel(Fronted, Keeping):
         copied = value.to(device=device, dtype=mine.dtype, copy=True)
         self.holder(owner).register_parameter(leaf, nn.Parameter(copied))
 
-    def bind(self) -> None:
-        """Read the base's weights if that is still to do; those that the rules train are copied."""
-        if self._bound:
-            return
+    def _read_weights(self) -> None:
+        """Read the base's weights; those that the rules train are copied."""
         self._copies.place(self, ())
-        super().bind()
+        super()._read_weights()
         for home, (name, _) in self._copies.made.items():
             copied = self.get_parameter(home)
             if copied.is_meta:

@@ -84,7 +84,10 @@ class Switchable(GraphModel):
     _resting: set[str]
     _worked: frozenset[str]
     _rows: Rows | None = None
-    _served_by_mode: dict[Mode, dict[int, Capture]]
+
+    @property
+    def _choice(self) -> Mode:
+        return self._mode
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -184,12 +187,12 @@ class Switchable(GraphModel):
         in_place = () if mode.by_row else mode.names  # row by row, copies are read where they live
         self._copies.check(in_place)
         before = self._mode
-        self._mode, self._served = mode, self._served_by_mode.setdefault(mode, {})
+        self._mode = mode
         if not mode.by_row:
             try:
                 self.serve(self.base_capture)
             except SurgeryError:
-                self._mode, self._served = before, self._served_by_mode[before]
+                self._mode = before
                 raise
             self._rest()
         self._copies.place(self, in_place)

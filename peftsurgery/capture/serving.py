@@ -1,0 +1,37 @@
+"""The captures that one model runs: for each choice that a call may make, made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from .captures import Capture
+from .threads import making
+
+
+class Serving:
+    """Captures as a model runs them, by what a call chooses (None where there is no choice)."""
+
+    def __init__(self) -> None:
+        # with the captures that they were made of, so that no other one has their identity
+        self._made: dict[tuple[Hashable, int], tuple[Capture, Capture]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Serving:
+        copied = Serving()
+        copied._made = dict(self._made)  # captures are immutable, and shared by copies of a model
+        return copied
+
+    def ready(self, choice: Hashable, capture: Capture, make: Callable[[], Capture]) -> Capture:
+        """The capture under a choice, made now if it is not there yet. Only making it waits."""
+        key = (choice, id(capture))
+        found = self._made.get(key)
+        if found is None:
+            with making():
+                found = self._made.get(key)  # another thread may have made it meanwhile
+                if found is None:
+                    found = self._made[key] = (capture, make())
+        return found[1]
+
+    def captures(self, choice: Hashable) -> tuple[Capture, ...]:
+        """What is ready under a choice, in the order in which it was made."""
+        return tuple(ready for key, (_, ready) in list(self._made.items()) if key[0] == choice)

@@ -1,0 +1,145 @@
+"""What making a capture means for other threads: one at a time, and what they compute is the same.
+
+torch.export changes what all threads share. It puts another forward, another mode and other tensors
+into the module that it traces; so whoever makes a capture, or reads that module, waits for its turn
+(:func:`making`). It sees whatever module is called; so the modules of other threads are left out
+(:func:`traced_alone`). And it switches off the fast kernels for processors, which round otherwise;
+so what is computed on a processor waits for the trace to end, and the trace for what is being
+computed (:data:`GATE`). All else goes on: a call that is captured already needs no turn.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import fx, nn
+from torch.fx.experimental import proxy_tensor
+
+# What a call waits for may itself wait for a capture (in a hook, or in another process): a trace
+# gives it so many seconds, and begins then, at the price of another rounding.
+PATIENCE = 20.0
+
+_LOCK = threading.Lock()
+# Goes with whatever runs for the holder, in a thread of its own too: a capture may need another.
+_IS_HELD: ContextVar[bool] = ContextVar("a capture is being made", default=False)
+
+
+@contextmanager
+def making() -> Iterator[None]:
+    """Within the context no other thread makes a capture, and the traced modules are as they are.
+
+    This is the only lock that is held while a capture is made; it is entered again at will.
+    """
+    if _IS_HELD.get():
+        yield
+        return
+    with GATE.outside(), _LOCK:
+        token = _IS_HELD.set(True)
+        try:
+            yield
+        finally:
+            _IS_HELD.reset(token)
+
+
+class Gate:
+    """Calls pass it, any number at a time; a trace closes it for all threads but its own."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._here = threading.local()
+        self._passing = 0
+        self._tracer: int | None = None
+
+    def enter(self) -> None:
+        """Begin to compute, once no trace is under way. To be followed by :meth:`leave`."""
+        depth = getattr(self._here, "depth", 0)
+        if not depth:
+            with self._changed:
+                while self._tracer not in (None, threading.get_ident()):
+                    self._changed.wait()
+                self._passing += 1
+        self._here.depth = depth + 1
+
+    def leave(self) -> None:
+        """Have computed."""
+        self._here.depth -= 1
+        if not self._here.depth:
+            with self._changed:
+                self._passing -= 1
+                if self._tracer is not None:
+                    self._changed.notify_all()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Within the context this thread counts as computing nothing, though it was called amid."""
+        depth = getattr(self._here, "depth", 0)
+        if depth:
+            self._here.depth = 1
+            self.leave()
+        try:
+            yield
+        finally:
+            if depth:
+                self.enter()
+                self._here.depth = depth
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Within the context no other thread computes. To be entered by one thread at a time."""
+        with self._changed:
+            self._tracer = threading.get_ident()
+            self._changed.wait_for(lambda: not self._passing, PATIENCE)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._tracer = None
+                self._changed.notify_all()
+
+
+GATE = Gate()
+
+
+class _OneThread(proxy_tensor._ModuleStackTracer):
+    """torch.export's tracer, which sees every module that is called; here only its own thread's."""
+
+    def __init__(self, scope_root: fx.GraphModule) -> None:
+        super().__init__(scope_root)
+        self.thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> Any:
+        """What the module returns, noted as a part of the trace if it is one."""
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: object, parameter_proxy_cache: dict[str, Any]) -> object:
+        """An attribute of a module, or what stands for it in the trace."""
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+@contextmanager
+def traced_alone() -> Iterator[None]:
+    """Within the context torch.export traces what its own thread calls, and no other one computes.
+
+    To be entered by one thread at a time, as :func:`making` lets them.
+    """
+    tracer: Any = proxy_tensor._ModuleStackTracer
+    with GATE.closed():
+        setattr(proxy_tensor, tracer.__name__, _OneThread)
+        try:
+            yield
+        finally:
+            setattr(proxy_tensor, tracer.__name__, tracer)
