@@ -8,6 +8,7 @@ operators tell (paths or layers dropped at random, router jitter): they are expo
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError, first_line
+from ..quiet import quiet
 from .randomness import is_random, is_random_in, train_flags
 from .remembering import as_if_run
 from .signature import Call, apart, stand_for, traced
@@ -54,6 +56,7 @@ class Exported:
     mode: bool | None
 
 
+@quiet()
 def export(module: nn.Module, call: Call, training: bool) -> Exported:
     """Export ``module`` for ``call``, for both modes if one graph can serve them, else for one.
 
@@ -127,7 +130,7 @@ def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
 
 def _export(module: nn.Module, call: Call, train: bool) -> ExportedProgram:
     images_vary = not isinstance(module, PreTrainedModel)
-    with _prepared(module, call, train):
+    with _prepared(module, call, train), _unprinted():
         return torch.export.export(
             module,
             args=(),
@@ -136,6 +139,17 @@ def _export(module: nn.Module, call: Call, train: bool) -> ExportedProgram:
             dynamic_shapes=_dynamic(dict(call.tensors), images_vary),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+@contextlib.contextmanager
+def _unprinted() -> Iterator[None]:
+    """Keep torch.export from printing the graph it has so far, before it raises why it ends."""
+    names: dict[str, Any] = vars(importlib.import_module("torch.export._trace"))
+    names["print"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        names.pop("print", None)
 
 
 def _dynamic(value: Any, images_vary: bool) -> Any:

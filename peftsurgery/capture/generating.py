@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ..errors import SurgeryError
+from ..quiet import quiet
 from .signature import arguments_of
 
 
@@ -111,6 +112,7 @@ class _Prepared(BaseException):
         self.inputs = inputs
 
 
+@quiet()
 def first_inputs(module: nn.Module) -> dict[str, Any]:
     """What the first call of a generation gives for two prompts, one of them padded. PSG212."""
 

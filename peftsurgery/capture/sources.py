@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import SurgeryError, closest, did_you_mean, first_line
+from ..quiet import quiet
 from .ties import tied_apart, untie_as_stored
 
 FLOATING = {
@@ -81,6 +82,7 @@ class Source:
         """Forget weights that were loaded; they are read again when they are wanted again."""
         self._loaded = None
 
+    @quiet()
     def _load(self) -> nn.Module:
         if self.origin is None or not isinstance(self.module, PreTrainedModel):
             raise SurgeryError(
@@ -135,6 +137,14 @@ def open_source(spec: str) -> Source:
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
         raise SurgeryError("PSG205", f"'{spec}' is not a model directory: it has no config.json")
+    with quiet():
+        model = _outline(spec)
+    # absolute, since a saved surgery names its base and is used from other directories too
+    return Source(model, os.path.abspath(spec) if here else spec)
+
+
+def _outline(spec: str) -> PreTrainedModel:
+    """The model of a directory or hub id, on meta."""
     config = _config(spec)
     if getattr(config, "quantization_config", None):
         raise quantised(f"'{spec}'")
@@ -143,8 +153,7 @@ def open_source(spec: str) -> Source:
     model = build_on_meta(config)
     _read_generation_config(model, spec)
     untie_as_stored(model, Path(spec))
-    # absolute, since a saved surgery names its base and is used from other directories too
-    return Source(model, os.path.abspath(spec) if here else spec)
+    return model
 
 
 def check_plain(module: nn.Module) -> None:

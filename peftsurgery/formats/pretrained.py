@@ -25,9 +25,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..capture import GraphModel
-from ..capture.quiet import quiet
 from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, first_line
+from ..quiet import quiet
 from ..surgery import OperatedModel, fold, fold_error, load, open_model
 from ..surgery.requantising import FoldError, pack_layers
 from ..surgery.saving import is_surgery
@@ -340,7 +340,7 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Ten
 def _read_back(plain: nn.Module, folder: Path) -> nn.Module:
     """The model that was written, as its library loads it; PSG410 if it lacks weights."""
     try:
-        with quiet(warnings=False):
+        with quiet():
             if not isinstance(plain, PreTrainedModel):
                 again = copy.deepcopy(plain)
                 load_model(again, folder / WEIGHTS)

@@ -19,6 +19,7 @@ import torch
 from peftsurgery.errors import SurgeryError, did_you_mean, first_line
 from peftsurgery.language.expression import MAX_EXPONENT, Expression, check_names, spelling
 from peftsurgery.language.operators import OPERATORS, Operator
+from peftsurgery.quiet import unlogged
 
 MAX_INTEGER = 2**63
 
@@ -84,7 +85,8 @@ def evaluate(
     a number grows beyond 2^63.
     """
     check_names(expression, env)
-    return _Reading(expression, env, operators, context).value(expression.tree)
+    with unlogged():  # torch logs a traceback of what does not fit on fake tensors
+        return _Reading(expression, env, operators, context).value(expression.tree)
 
 
 def names_read(

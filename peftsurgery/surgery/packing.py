@@ -15,7 +15,6 @@ them alone, and they move between devices as one.
 from __future__ import annotations
 
 import importlib
-import logging
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 
 from ..errors import SurgeryError
 from ..language.storage import Storage
+from ..quiet import unlogged
 
 GROUP = 256  # so many scales share a scale of their own, in bitsandbytes
 PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -95,10 +95,9 @@ def unpack(packed: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 @cache
 def bitsandbytes() -> Any:
     """The functions of bitsandbytes. PSG326 if it is not installed or does not run here."""
-    # when it is imported it advertises a faster product for processors, which is not used here
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        return importlib.import_module("bitsandbytes.functional")
+        with unlogged():  # it advertises a faster product for processors, which is not used here
+            return importlib.import_module("bitsandbytes.functional")
     except (ImportError, OSError, RuntimeError) as error:
         raise SurgeryError(
             "PSG326",

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..capture.quiet import quiet
 from ..capture.tensors import named_tensors
 from ..errors import SurgeryError, first_line
+from ..quiet import quiet
 
 FLAG = "tie_word_embeddings"
 
@@ -89,7 +89,7 @@ def _check_reload(plain: PreTrainedModel, tied: Collection[str]) -> None:
     """Load what would be written, which shares the memory, and compare what was tied."""
     state = plain.state_dict()
     try:
-        with quiet(warnings=False):
+        with quiet():
             again = type(plain).from_pretrained(
                 None, config=_reread(plain.config), state_dict=dict(state), dtype=plain.dtype
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import peftsurgery as ps
 from tests.parity.models import SIZES, base, batch, captured, randomise
 
 LABELS = 3
+PAST = "past_key_values"
 MODELS = {
     "llama": "CAUSAL_LM",
     "gpt2": "CAUSAL_LM",
@@ -39,7 +41,29 @@ def plain(name: str) -> nn.Module:
     """A copy of the model, to be wrapped and changed by peft, which may hand it a cache."""
     model = deepcopy(classifier()) if name == "bert-classifier" else base(name)
     model.config.use_cache = True
+    if name == "bert-classifier":
+        _declare_past(model.get_submodule("bert"))
     return model
+
+
+def _declare_past(backbone: nn.Module) -> None:
+    """Let a forward declare the name by which peft 0.21 hands over a prefix.
+
+    transformers 5.24 renamed that argument. It takes the earlier name still but declares it no
+    longer, and peft looks for it there before it runs a classifier.
+    """
+    forward = backbone.forward
+    signature = inspect.signature(forward)
+    if PAST in signature.parameters:
+        return
+    *others, last = signature.parameters.values()
+    past = inspect.Parameter(PAST, inspect.Parameter.KEYWORD_ONLY, default=None)
+
+    def declaring(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    vars(declaring)["__signature__"] = signature.replace(parameters=[*others, past, last])
+    backbone.forward = declaring
 
 
 @cache

@@ -1,0 +1,108 @@
+"""Other libraries kept off stderr while they work for this package.
+
+What they raise is enough: a library's log of the same error, the warnings of its own code and its
+progress bars tell a user nothing more, and commands show their own progress. Only what LIBRARIES
+say, in this thread and while a block runs, is dropped; what a user's code logs, warns of or prints
+is left as it is, and so are the handlers of loggers that a user set up.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+
+LIBRARIES = ("torch", "transformers", "huggingface_hub", "accelerate", "bitsandbytes", "peft")
+_MODULES = rf"({'|'.join(LIBRARIES)}|peftsurgery)(\.|$)"
+
+
+class _Mute(logging.Filter):
+    """Drops what libraries log in the thread that made this filter, from warnings up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        if record.thread != self._thread or record.levelno < logging.WARNING:
+            return True
+        return record.name.partition(".")[0] not in LIBRARIES
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Drop what libraries log on handlers of their own, or on stderr for lack of a handler."""
+    handlers = _handlers()
+    mute = _Mute()
+    for handler in handlers:
+        handler.addFilter(mute)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(mute)
+
+
+def _handlers() -> list[logging.Handler]:
+    """The handlers of the libraries' loggers, of which torch's parts have their own, and stderr's.
+
+    All loggers are looked through only when there are more of them than before.
+    """
+    known = logging.root.manager.loggerDict
+    names = {*LIBRARIES, *_with_handlers(len(known))}
+    found = [handler for name in names for handler in logging.getLogger(name).handlers]
+    return [*found, *([] if logging.lastResort is None else [logging.lastResort])]
+
+
+@lru_cache(maxsize=1)
+def _with_handlers(count: int) -> tuple[str, ...]:
+    """The loggers of libraries that have handlers, among ``count`` loggers."""
+    known = list(logging.root.manager.loggerDict.items())
+    ours = [(name, log) for name, log in known if name.partition(".")[0] in LIBRARIES]
+    return tuple(name for name, log in ours if isinstance(log, logging.Logger) and log.handlers)
+
+
+class _Bars:
+    """Whether transformers shows progress bars: not while some thread is at work for us."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._depth, self._shown = 0, True
+
+    @contextmanager
+    def hidden(self) -> Iterator[None]:
+        """No bars until the last of the blocks that run at one time has ended."""
+        from transformers.utils import logging as theirs
+
+        with self._lock:
+            if not self._depth:
+                self._shown = theirs.is_progress_bar_enabled()
+                theirs.disable_progress_bar()
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._depth -= 1
+                if not self._depth and self._shown:
+                    theirs.enable_progress_bar()
+
+
+_BARS = _Bars()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop the logs, the warnings and the progress bars of libraries; usable as a decorator too."""
+    with ExitStack() as stack:
+        if "transformers" in sys.modules:
+            stack.enter_context(_BARS.hidden())
+        stack.enter_context(unlogged())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", module=_MODULES)
+        yield
