@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from ..capture import Program
+from .attention import find_cores
 from .feedforward import feedforward_parts, open_parts
 from .flow import Flow
 from .links import find_links
@@ -18,7 +19,8 @@ from .positions import find_positions
 from .roles import Part, attention_parts, with_role
 from .site import Site
 from .stream import Join, find_joins, residual_sites
-from .tables import find_convs, find_embeddings, find_parameters
+from .tables import find_embeddings
+from .weights import find_convs, find_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,8 @@ class Anatomy:
 
     ``joined`` are the sites if what the program returns joins a stream in its callers: a block that
     is no more than a perceptron is a feed-forward there, and cannot know it. ``ends`` are the
-    linears that make the outputs, as ``joined`` has them.
+    linears that make the outputs, as ``joined`` has them. ``unread`` are the results of attention
+    cores that cannot be sites.
     """
 
     flow: Flow
@@ -35,6 +38,7 @@ class Anatomy:
     sites: tuple[Site, ...]
     joined: tuple[Site, ...]
     ends: tuple[Site, ...]
+    unread: tuple[fx.Node, ...] = ()
 
     @cached_property
     def links(self) -> Mapping[Site, tuple[Site, ...]]:
@@ -56,7 +60,8 @@ def analyse(program: Program) -> Anatomy:
 
 def _analyse(program: Program) -> Anatomy:
     flow = Flow(program.graph)
-    cores, parts = attention_parts(flow)
+    read, unread = find_cores(flow)
+    cores, parts = attention_parts(flow, read)
     taken = [part.linear for part in parts]
     joins = find_joins(flow)
     parts += feedforward_parts(flow, joins, taken)
@@ -73,7 +78,7 @@ def _analyse(program: Program) -> Anatomy:
     joined = (*all_linears, *rest) if more else sites
     roles = by_output(all_linears)
     ends = tuple(roles[linear.nodes["y"]] for node in flow.outputs for linear in flow.origin(node))
-    return Anatomy(flow, joins, sites, joined, ends)
+    return Anatomy(flow, joins, sites, joined, ends, tuple(unread))
 
 
 def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import fx
 
@@ -29,6 +30,7 @@ from .values import (
     argument,
     backward,
     is_swap,
+    is_tensor,
     never,
     op,
     operands,
@@ -58,16 +60,44 @@ class Core:
     softmax: fx.Node | None = None
     is_causal: bool = False
 
+    @property
+    def shared(self) -> tuple[fx.Node, fx.Node]:
+        """Keys and values before they are repeated for the heads that share them.
 
-def find_cores(flow: Flow) -> list[Core]:
-    """The attention cores of a program, in its order."""
-    return [core for node in flow.nodes for core in _core(flow, node)]
+        As the core reads them, if they are repetitions of one tensor or only one is repeated.
+        """
+        if self.keeps_repeats:
+            return self.k, self.v
+        return before_repeat(self.k), before_repeat(self.v)
+
+    @property
+    def keeps_repeats(self) -> bool:
+        """Whether keys and values before they are repeated are no two tensors of one kind."""
+        k, v = before_repeat(self.k), before_repeat(self.v)
+        return k is v or (k is self.k) != (v is self.v)
+
+
+def find_cores(flow: Flow) -> tuple[list[Core], list[fx.Node]]:
+    """The attention cores of a program, in its order; and what they return that cannot be read.
+
+    A core is read if its queries, keys and values are three batches of vectors, each a value of its
+    own: a rule that changes one of them would change another with it.
+    """
+    read: list[Core] = []
+    unread: list[fx.Node] = []
+    for core in (core for node in flow.nodes for core in _core(flow, node)):
+        parts = (core.q, *core.shared)
+        if len(set(parts)) == 3 and all(len(shape(part)) >= 3 for part in parts):
+            read.append(core)
+        else:
+            unread.append(core.o)
+    return read, unread
 
 
 def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
     name = op(node)
     if "scaled_dot_product" in name:
-        q, k, v = operands(node)[:3]
+        q, k, v = (argument(node, i, part) for i, part in enumerate(("query", "key", "value")))
         mask = argument(node, 3, "attn_mask")
         causal = argument(node, 5, "is_causal", False) is True
         mask = mask if isinstance(mask, fx.Node) else None
@@ -88,7 +118,9 @@ def unpacked(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     if op(q) not in RESHAPES or op(next(iter(core.users), core)) not in RESHAPES:
         return q, core
     source, result = q.all_input_nodes[0], next(iter(core.users))
-    batch, heads, tokens, width = (*sizes(source), 0, 0, 0, 0)[:4]
+    if len(shape(source)) != 4 or len(shape(q)) != 4:
+        return q, core
+    batch, heads, tokens, width = sizes(source)
     packed = sizes(q)
     is_packed = tokens == 1 and packed[0] == batch and packed[1] * packed[2] == heads != packed[1]
     back = is_packed and sizes(result) == (batch, heads, tokens, width) and len(core.users) == 1
@@ -109,10 +141,13 @@ def factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two factors of a product of values, or None for another node."""
     if op(node) not in PRODUCTS or node in flow.products:
         return None
-    pair = operands(node)[-2:]
-    if len(pair) != 2 or any(parameter_of(factor)[0] is not None for factor in pair):
+    given = node.args[1:3] if op(node) == "baddbmm" else node.args[:2]
+    pair = given[1] if op(node) == "einsum" else given
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(is_tensor, pair)):
         return None
-    return pair[0], pair[1]
+    if any(parameter_of(factor)[0] is not None for factor in pair):
+        return None
+    return cast("tuple[fx.Node, fx.Node]", tuple(pair))
 
 
 def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[Core]:
@@ -124,15 +159,23 @@ def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[C
     )
     if len(products) > 1:  # position terms are products too: keys come from where values come from
         inputs = _inputs(flow, v)
-        products = [n for n in products if inputs & _inputs(flow, operands(n)[-1])]
+        products = [n for n in products if inputs & _inputs(flow, _factors(flow, n)[1])]
     for scores in products[:1]:
-        pair = factors(flow, scores)
-        assert pair is not None
+        pair = _factors(flow, scores)
         swapped = strip(pair[1], SCALING | {"to", "contiguous", "clone"})
         plain = is_swap(swapped) if op(swapped) in LAYOUT else False
         k = swapped.all_input_nodes[0] if plain else pair[1]
+        if plain and k in (pair[0], v):  # one tensor read in two layouts: cut where they part
+            k, plain = pair[1], False
         mask = _mask(softmax, scores)
         yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax)
+
+
+def _factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """The factors of what is known to be a product of values."""
+    pair = factors(flow, node)
+    assert pair is not None
+    return pair
 
 
 def visibility(mask: fx.Node) -> fx.Node:
@@ -165,14 +208,14 @@ def _mask(softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
         if not on_way:
             return None
         node = on_way[0]
-    return operands(scores)[0] if op(scores) == "baddbmm" else None
+    return cast("fx.Node", scores.args[0]) if op(scores) == "baddbmm" else None
 
 
 def before_repeat(node: fx.Node) -> fx.Node:
     """Keys or values before each head is repeated for the queries that share it."""
     if op(node) == "repeat_interleave":
         return node.all_input_nodes[0]
-    inner = strip(node, ("view", "reshape", "_unsafe_view", "flatten", "contiguous", "clone"))
+    inner = strip(node, (*RESHAPES, "flatten", "contiguous", "clone", "alias"))
     if op(inner) not in ("expand", "broadcast_to"):
         return node
     source = strip(inner, REPEATS)

@@ -15,9 +15,8 @@ whether labels belong to tokens, is told by the graph and the capture's conditio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, cast
 
 from torch import fx
@@ -25,30 +24,10 @@ from torch import fx
 from ..capture import Capture
 from ..capture.stack import stack_paths
 from .analysis import analyse
+from .arguments import ARGUMENTS, TOKENS
 from .site import Site
 from .tables import given_ids
-from .values import concrete, is_ancestor, is_tensor, shape
-
-TOKENS: Mapping[str, str] = MappingProxyType(
-    {"input_ids": "inputs_embeds", "decoder_input_ids": "decoder_inputs_embeds"}
-)
-"""For each argument that holds token ids, the one that holds their embeddings instead."""
-
-ARGUMENTS: Mapping[str, str] = MappingProxyType(
-    {
-        "embeds": "inputs_embeds",
-        "mask": "attention_mask",
-        "positions": "position_ids",
-        "types": "token_type_ids",
-        "labels": "labels",
-        "decoder_embeds": "decoder_inputs_embeds",
-        "decoder_mask": "decoder_attention_mask",
-        "decoder_positions": "decoder_position_ids",
-        "decoder_labels": "labels",
-        "answer": "labels",
-    }
-)
-"""The argument that each bound name is."""
+from .values import is_ancestor, is_tensor, shape, sizes, width
 
 
 def find_boundary(capture: Capture) -> Site | None:
@@ -70,10 +49,9 @@ def find_boundary(capture: Capture) -> Site | None:
     if labels is not None and not is_bound and _has_batch_of(labels, nodes["embeds"]):
         nodes["answer"] = labels
     nodes |= {name: node for name, node in _outputs(capture).items() if name == "logits"}
-    facts: dict[str, Any] = {
-        "width": concrete(shape(nodes["embeds"])[-1]),
-        "dtype": nodes["embeds"].meta["val"].dtype,
-    }
+    facts: dict[str, Any] = {"dtype": nodes["embeds"].meta["val"].dtype}
+    if width(nodes["embeds"]) is not None:
+        facts["width"] = width(nodes["embeds"])
     if table is not None:
         facts["vocabulary"] = int(shape(table)[0])
     return Site("inputs", "", None, None, nodes, facts)
@@ -126,8 +104,8 @@ class _Tokens:
 
 
 def _has_batch_of(node: fx.Node, embeds: fx.Node) -> bool:
-    """Whether a value has as many rows as there are texts, in the example."""
-    return bool(shape(node)) and concrete(shape(node)[0]) == concrete(shape(embeds)[0])
+    """Whether a value has as many rows as there are texts."""
+    return sizes(node)[:1] == sizes(embeds)[:1]
 
 
 @dataclass(frozen=True)

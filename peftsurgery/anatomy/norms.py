@@ -3,8 +3,8 @@
     y = layer_norm(x, W, b)          rms_norm, group_norm and batch_norm alike
     y = W * (x * rsqrt(mean(x^2) + eps))       with casts in between, and (1 + W) for W in some
 
-Bindings: ``x``, ``y``, and ``W`` and ``b`` where there are any. Facts: ``width`` and ``eps``
-(None if the operator does not say).
+Bindings: ``x``, ``y``, and ``W`` and ``b`` where there are any. Facts: ``eps`` (None if
+the operator does not say), and ``width`` where it is fixed: that of an image may vary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import fx
 
 from .flow import Flow
 from .site import Site
-from .values import argument, backward, op, operands, parameter_of, sizes, strip, value
+from .values import argument, backward, op, operands, parameter_of, strip, value, width
 
 CASTS = ("to", "_to_copy", "type_as")
 AFFINE = {
@@ -100,6 +100,8 @@ def _site(nodes: dict[str, fx.Node], name: str, eps: float | None) -> Site:
     weight = nodes.get("W")
     target = None if weight is None else str(weight.target)
     module = "" if target is None else target.rpartition(".")[0]
-    width = sizes(nodes["x"])[-1]
-    facts = {"op": name, "width": width, "eps": eps, "dtype": value(nodes["x"]).dtype}
+    facts = {"op": name, "eps": eps, "dtype": value(nodes["x"]).dtype}
+    size = width(nodes["x"])
+    if size is not None:
+        facts["width"] = size
     return Site("norm", module, None, target, nodes, facts)

@@ -45,7 +45,8 @@ def _tables(tables: Iterable[Site]) -> Iterator[tuple[fx.Node, fx.Node, str, str
         if distance is None:
             yield ids, y, "token", table.module
         else:
-            keys = max(operands(distance), key=lambda n: sizes(n)[-1])
+            last = sizes(distance)[-1]  # queries have a size of one there
+            keys = next(n for n in operands(distance)[::-1] if sizes(n)[-1] == last)
             yield keys, distance, "key", table.module
 
 

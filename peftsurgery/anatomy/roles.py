@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,7 @@ from torch import fx
 
 from .attention import (
     Core,
-    before_repeat,
     depends_on_order,
-    find_cores,
     projection_out,
     remembers,
     visibility,
@@ -20,7 +18,7 @@ from .attention import (
 from .flow import Flow
 from .rows import as_slice
 from .site import Site, Slice
-from .values import backward, sizes
+from .values import backward, fixed, shape, width
 
 PARTS = ("q", "k", "v")
 
@@ -36,11 +34,11 @@ class Part:
     slice: Slice | None = None
 
 
-def attention_parts(flow: Flow) -> tuple[list[Site], list[Part]]:
-    """The attention sites of a program, and which linears are whose q, k, v and o."""
+def attention_parts(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list[Part]]:
+    """The attention sites of cores, and which linears are whose q, k, v and o."""
     sites: list[Site] = []
     parts: list[Part] = []
-    for core in find_cores(flow):
+    for core in cores:
         feeders = _feeders(flow, core)
         out = projection_out(flow, core)
         site = _site(flow, core, feeders, out)
@@ -91,7 +89,8 @@ def _rows(flow: Flow, linear: Site, target: fx.Node) -> set[int]:
 
 
 def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
-    nodes = {"q": core.q, "k": before_repeat(core.k), "v": before_repeat(core.v), "o": core.o}
+    k, v = core.shared
+    nodes = {"q": core.q, "k": k, "v": v, "o": core.o}
     nodes |= {"q_operand": core.q, "k_operand": core.k, "v_operand": core.v}
     mask = None if core.mask is None else visibility(core.mask)
     extra = {"mask": mask, "scores": core.scores, "softmax": core.softmax}
@@ -107,7 +106,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed
     if "x" in nodes:
-        facts["width"] = sizes(nodes["x"])[-1]
+        facts["width"] = width(nodes["x"])
     around = [s for sites in feeders.values() for s in sites] + ([out] if out else [])
     module = common(around)
     return Site("attention", module, None, None, nodes, facts)
@@ -119,15 +118,17 @@ def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
     return set(backward(start, lambda node: node is core.scores or node in flow.products))
 
 
-def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
-    """heads, kv_heads and head_dim."""
-    width = sizes(core.q)[-1]
-    counts = {}
-    for part in ("q", "k"):
+def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int | None]:
+    """heads, kv_heads and head_dim; None for what varies with the inputs."""
+    size = width(core.q)
+    counts: dict[str, int | None] = {}
+    for part, held in (("q", core.q), ("k", core.shared[0])):
         rows = sum(len(_rows(flow, linear, getattr(core, part))) for linear in feeders[part])
-        found = sizes(before_repeat(getattr(core, part)))
-        counts[part] = rows // width if rows else found[1] if len(found) == 4 else 1
-    return {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": width}
+        if rows and size and not (part == "k" and core.keeps_repeats):
+            counts[part] = rows // size
+        else:
+            counts[part] = fixed(shape(held)[1]) if len(shape(held)) == 4 else 1
+    return {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": size}
 
 
 def _kind(feeders: Mapping[str, Sequence[Site]]) -> str:

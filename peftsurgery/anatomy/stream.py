@@ -5,7 +5,7 @@
 Bindings: ``h``, ``x``, ``y``, and ``normed`` where the sum is normalised. Where two sublayers run
 side by side, y = x + (h1 + h2), each has its own site with the same x and y. Facts: ``after``
 (attention, ffn or other), ``kind`` after attention (self or cross), ``norm`` (pre: the sublayer
-normalises its input; post: the sum is normalised), ``parallel``.
+normalises its input; post: the sum is normalised), ``parallel``, and ``width`` where it is fixed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from torch import fx
 
 from .flow import Flow
 from .site import Site
-from .values import DROPOUT, LAYOUT, SCALING, backward, is_tensor, op, shape, sizes
+from .values import DROPOUT, LAYOUT, SCALING, backward, is_tensor, op, shape, sizes, width
 
 JOINS = ("add", "add_")
 
@@ -117,12 +118,13 @@ def residual_sites(
         for h, leaves in join.outputs.items():
             ends = dict.fromkeys(site for leaf in leaves for site in flow.origin(leaf))
             last = [roles[site.nodes["y"]] for site in ends if site.nodes["y"] in roles]
-            facts = {
+            facts: dict[str, Any] = {
                 **sublayer(last),
                 "norm": _norm(flow, join, normalised),
                 "parallel": len(join.outputs) > 1,
-                "width": sizes(join.y)[-1],
             }
+            if width(join.y) is not None:
+                facts["width"] = width(join.y)
             nodes = {"h": h, "x": join.x, "y": join.y}
             if facts["norm"] == "post":
                 nodes["normed"] = next(

@@ -20,7 +20,7 @@ from .boundary import find_boundary
 from .calls import Calls, Frame
 from .heads import find_heads
 from .site import Placed, Relations, Site, join
-from .stream import call_of, sublayer
+from .stream import call_of, owner, sublayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +46,15 @@ def survey(capture: Capture) -> Survey:
         kind = capture.top.kind
         found.append(Placed(boundary, "", capture.top, type=kind, relations=surveyor.neighbours))
     return Survey(tuple(found))
+
+
+def unread_cores(capture: Capture) -> list[str]:
+    """The modules whose attention cores are no sites, for all blocks of a capture."""
+    return [
+        join(frame.path, owner(node))
+        for frame in Calls(capture.programs).frames
+        for node in analyse(frame.program).unread
+    ]
 
 
 class _Neighbours(Relations):

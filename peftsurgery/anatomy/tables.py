@@ -1,23 +1,29 @@
-"""Embedding, convolution and parameter sites: the weights that are no matrix product.
+"""Embedding sites, y = W[x] with ids x and W (entries, width), and what each table is of.
 
-    embedding    y = W[x]                      x the ids, W (entries, width)
-    conv         y = conv(x, W, b)             W (out, in / groups, *kernel)
-    parameter    every parameter a program reads, with what it is for
+That is told by what the ids are made of, and never by how long the captured text was:
 
-What an embedding embeds is told by where its ids come from. Ids that were counted (an arange, a
-cumulative sum) are positions. Of the ids that a model is given, the first are its tokens, and so
-are others looked up in a table of the same size; a table with fewer entries than the captured text
-has tokens holds types, a longer one positions.
+    counted      an arange, a cumulative sum              positions
+    held         a buffer of the model                    positions if the table has a row for each
+                                                          of its entries, and they are not picked by
+                                                          positions themselves; else types
+    constant     zeros, say                               types
+    given        an input of the model                    tokens, or what is added to them
+    computed     from an input by arithmetic              tokens, if it is as long as their table
+
+Of the given ids whose embeddings are added up, tokens are those of the table that is also the head,
+or that has most entries. The others are types if the model gets its positions elsewhere; where
+it does not, the longest table of the others is of positions. Where transformers has a name for the
+argument, the name is taken at its word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import fx
 
-from ..capture import TensorInfo
+from .arguments import ARGUMENTS, TOKENS
 from .contents import made_of, plain
 from .flow import Flow
 from .site import Site
@@ -26,9 +32,7 @@ from .values import (
     LAYOUT,
     SCALING,
     always,
-    argument,
     backward,
-    concrete,
     is_tensor,
     never,
     op,
@@ -44,55 +48,155 @@ KEEPS_IDS = words(
     broadcast_to alias detach narrow cat roll pad constant_pad_nd copy masked_scatter index_put
     scatter index_copy slice_scatter select_scatter"""
 )
+COUNTS = words("arange iota cumsum")
+WAVES = words("cos sin")
+NAMED = {
+    **dict.fromkeys(TOKENS, "embed.tokens"),
+    ARGUMENTS["positions"]: "embed.positions",
+    ARGUMENTS["decoder_positions"]: "embed.positions",
+    ARGUMENTS["types"]: "embed.types",
+}
 
 
 def find_embeddings(flow: Flow) -> list[Site]:
     """The embedding sites of a program, with their roles as far as it shows them."""
-    sites = []
+    tables = []
     for node in flow.nodes:
         if op(node) == "embedding":
             weight, _ = parameter_of(node.args[0])
             ids = node.args[1]
             if weight is not None and isinstance(ids, fx.Node):
-                entries, width = (int(size) for size in shape(weight))
-                name = str(weight.target)
-                facts = {"in": entries, "out": width, "op": "embedding"}
-                facts["dtype"] = weight.meta["val"].dtype
-                nodes = {"x": ids, "W": weight, "y": node}
-                module = name.rpartition(".")[0]
-                sites.append(Site("embedding", module, None, name, nodes, facts))
-    return _with_roles(flow, sites)
+                tables.append(_Table(_site(node, weight, ids), given_ids(ids)))
+    roles = _own_roles(tables)
+    roles |= _given_roles(
+        flow, [t for t in tables if t.given is not None and t not in roles], roles
+    )
+    return [replace(table.site, role=_role(table, roles)) for table in tables]
 
 
-def _with_roles(flow: Flow, sites: Sequence[Site]) -> list[Site]:
-    sources = {site: given_ids(site.nodes["x"]) for site in sites}
-    order = [n for n in flow.nodes if n.op == "placeholder"]
-    given = [n for n in order if any(source is n for source in sources.values())]
-    first = next((site for site in sites if given and sources[site] is given[0]), None)
-    sums = {site: _sums(site.nodes["y"]) for site in sites}
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """An embedding, and the input that its ids are, if they are one."""
 
-    def is_of_another_text(site: Site) -> bool:
-        """Whether a table is the largest of those added up that have ids of their own."""
-        together = [other for other in sites if sums[other] & sums[site] and sources[other]]
-        return first not in together and site is max(together, key=lambda s: int(s.facts["in"]))
+    site: Site
+    given: fx.Node | None
 
-    def role(site: Site) -> str:
-        source = sources[site]
-        entries = site.facts["in"]
-        if source is None or source.op != "placeholder" or first is None:
-            counts = is_counted(site.nodes["x"])
-            alike = first is not None and entries == first.facts["in"]
-            if alike and not counts and not is_held(site.nodes["x"]):
-                return "embed.tokens"  # shifted labels
-            return "embed.positions" if counts or entries >= _tokens(site) else "embed.types"
-        if source is given[0] or entries == first.facts["in"] or is_of_another_text(site):
-            return "embed.tokens"
-        return "embed.positions" if entries >= _tokens(site) else "embed.types"
+    @property
+    def ids(self) -> fx.Node:
+        return self.site.nodes["x"]
 
-    return [replace(site, role=role(site)) for site in sites]
+    @property
+    def entries(self) -> int:
+        return int(self.site.facts["in"])
 
 
-def _sums(y: fx.Node) -> set[fx.Node]:
+def _site(node: fx.Node, weight: fx.Node, ids: fx.Node) -> Site:
+    entries, width = (int(size) for size in shape(weight))
+    name = str(weight.target)
+    facts = {"in": entries, "out": width, "op": "embedding", "dtype": weight.meta["val"].dtype}
+    nodes = {"x": ids, "W": weight, "y": node}
+    return Site("embedding", name.rpartition(".")[0], None, name, nodes, facts)
+
+
+Roles = dict[_Table, str | None]
+
+
+def _own_roles(tables: Sequence[_Table]) -> Roles:
+    """The roles of tables whose ids the model makes itself, or that a known argument holds."""
+    roles: Roles = {}
+    for table in tables:
+        inputs = [table.given] if table.given is not None else _inputs(table.ids)
+        named = {NAMED[node.name] for node in inputs if node.name in NAMED}
+        if table.given is not None:
+            if named:
+                roles[table] = named.pop()
+        elif is_counted(table.ids) or "embed.positions" in named:
+            roles[table] = "embed.positions"
+        elif not inputs:
+            is_place = is_held(table.ids) and _has_row_for_each(table)
+            roles[table] = "embed.positions" if is_place else "embed.types"
+    placed = [table for table, role in roles.items() if role == "embed.positions"]
+    for table in placed:
+        others = {n for other in placed if other is not table for n in made_of(other.ids, always)}
+        if others & {n for index in _picked_by(table.ids) for n in made_of(index, always)}:
+            roles[table] = "embed.types"
+    return roles
+
+
+def _inputs(ids: fx.Node) -> list[fx.Node]:
+    """The inputs whose contents ids are computed from; not those whose size they have."""
+    return [found for found in made_of(ids, always) if found.op == "placeholder"]
+
+
+def _has_row_for_each(table: _Table) -> bool:
+    """Whether a table has a row for each entry of the buffer that its ids are cut from."""
+    held = [found for found in made_of(table.ids, always) if found.op == "get_attr"]
+    return all(table.entries >= max(map(int, shape(found)), default=1) for found in held)
+
+
+def _picked_by(ids: fx.Node) -> Iterable[fx.Node]:
+    """The values that say which entries of another value ids are."""
+    for found in made_of(ids, always):
+        if plain(found) in ("gather", "index_select", "index"):
+            yield from operands(found)[1:]
+
+
+def _given_roles(flow: Flow, tables: Sequence[_Table], known: Roles) -> Roles:
+    """The roles of tables whose ids the model is given, by the sums that they are part of."""
+    roles: Roles = {}
+    is_placed = "embed.positions" in known.values() or any(op(n) in WAVES for n in flow.nodes)
+    heads = {str(linear.parameter) for linear in flow.linears}
+    sizes = {int(linear.facts["out"]) for linear in flow.linears}
+
+    def likeness(table: _Table) -> tuple[bool, bool, int]:
+        """How much a table is like one of tokens."""
+        return table.site.parameter in heads, table.entries in sizes, table.entries
+
+    for group in _sums([*tables, *known]):
+        mine = [table for table in group if table in tables]
+        if not mine:
+            continue
+        tokens = [table for table in group if known.get(table) == "embed.tokens"]
+        tokens = tokens or [max(mine, key=likeness)]
+        for table in sorted(mine, key=lambda table: -table.entries):
+            if table in tokens or table.entries in {t.entries for t in tokens}:
+                roles[table] = "embed.tokens"
+            elif _rank(table) != _rank(tokens[0]):
+                roles[table] = None  # neither: a coordinate of something else, say
+            else:
+                roles[table] = "embed.types" if is_placed else "embed.positions"
+                is_placed = True
+    return roles
+
+
+def _rank(table: _Table) -> int:
+    return len(shape(table.given if table.given is not None else table.ids))
+
+
+def _role(table: _Table, roles: Roles) -> str | None:
+    """The role of a table: of those with computed ids, a table as long as one of tokens is one."""
+    tokens = [other for other, role in roles.items() if role == "embed.tokens"]
+    if table.site.parameter in {other.site.parameter for other in tokens}:
+        return "embed.tokens"
+    is_alike = table not in roles and table.entries in {other.entries for other in tokens}
+    return "embed.tokens" if is_alike else roles.get(table)
+
+
+def _sums(tables: Sequence[_Table]) -> list[list[_Table]]:
+    """The tables, those that are added up together."""
+    groups: list[tuple[set[fx.Node], list[_Table]]] = []
+    for table in tables:
+        ways = _added(table.site.nodes["y"])
+        members = [table]
+        for group in [group for group in groups if group[0] & ways]:
+            groups.remove(group)
+            ways |= group[0]
+            members = [*group[1], *members]
+        groups.append((ways, members))
+    return [members for _, members in groups]
+
+
+def _added(y: fx.Node) -> set[fx.Node]:
     """An embedding, and all that it is scaled and added to before anything else is done to it."""
     found, stack = {y}, [y]
     while stack:
@@ -105,7 +209,7 @@ def _sums(y: fx.Node) -> set[fx.Node]:
 
 def is_counted(node: fx.Node) -> bool:
     """Whether ids are made of an arange or a cumulative sum; what is picked by position is not."""
-    return any(op(found) in ("arange", "cumsum") for found in made_of(node, always))
+    return any(op(found) in COUNTS for found in made_of(node, always))
 
 
 def is_held(node: fx.Node) -> bool:
@@ -114,92 +218,9 @@ def is_held(node: fx.Node) -> bool:
     return bool(ends) and all(n.op == "get_attr" for n in ends)
 
 
-def _tokens(site: Site) -> int:
-    """How many tokens a text of the captured example has."""
-    sizes = shape(site.nodes["x"])
-    return concrete(sizes[-1]) if sizes else 1
-
-
 def given_ids(node: fx.Node) -> fx.Node | None:
     """The input that ids are, before they are viewed, shifted, filled in or picked from."""
     for found in made_of(node, lambda n: plain(n) in KEEPS_IDS):
         if found.op == "placeholder" and is_tensor(found):
             return found
     return None
-
-
-def find_convs(flow: Flow) -> list[Site]:
-    """The convolution sites of a program."""
-    return [site for node in flow.nodes if (site := _conv(node)) is not None]
-
-
-def _conv(node: fx.Node) -> Site | None:
-    name = op(node)
-    if not name.startswith("conv") or not is_tensor(node):
-        return None
-    x, weight = node.args[0], parameter_of(argument(node, 1, "weight"))[0]
-    if weight is None or not isinstance(x, fx.Node):
-        return None
-    nodes = {"x": x, "W": weight, "y": node}
-    bias, _ = parameter_of(argument(node, 2, "bias"))
-    if bias is not None:
-        nodes["b"] = bias
-    rank = len(shape(weight)) - 2
-    transposed = "transpose" in name or (name == "convolution" and argument(node, 6, "transposed"))
-    places = {"stride": 3, "padding": 4, "dilation": 5, "groups": 6}
-    if name == "convolution":
-        places["groups"] = 8
-    elif transposed:
-        places |= {"groups": 6, "dilation": 7}
-    neutral = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    facts = {n: argument(node, place, n, neutral[n]) for n, place in places.items()}
-    for key in ("stride", "padding", "dilation"):
-        facts[key] = _per_dim(facts[key], rank)
-    first, second = (int(size) for size in shape(weight)[:2])
-    groups = facts["groups"]
-    channels = (first, second * groups) if transposed else (second * groups, first)
-    facts |= {"in": channels[0], "out": channels[1], "op": name, "transposed": bool(transposed)}
-    facts |= {"kernel": tuple(int(s) for s in shape(weight)[2:]), "rank": rank}
-    facts["dtype"] = weight.meta["val"].dtype
-    target = str(weight.target)
-    return Site("conv", target.rpartition(".")[0], None, target, nodes, facts)
-
-
-def _per_dim(setting: object, rank: int) -> object:
-    """A setting of a convolution for every dim; a padding's name stays a name."""
-    if isinstance(setting, str):
-        return setting
-    values = tuple(setting) if isinstance(setting, (list, tuple)) else (setting,)
-    return values * rank if len(values) == 1 else values
-
-
-def find_parameters(
-    flow: Flow, tensors: Mapping[str, TensorInfo], sites: Sequence[Site]
-) -> list[Site]:
-    """A site for every parameter of a program; the fact ``kind`` says what it is for."""
-    uses: dict[str, tuple[str, str]] = {}
-    for site in sites:
-        kinds = {"W": "weight" if site.kind in ("linear", "conv", "experts") else site.kind}
-        kinds["b"] = "bias"
-        for name, kind in kinds.items():
-            node = site.nodes.get(name)
-            if node is not None:
-                uses.setdefault(str(node.target), (kind, site.kind))
-    found: dict[str, Site] = {}
-    for node in flow.nodes:
-        name = str(node.target)
-        info = tensors.get(name) if node.op == "get_attr" else None
-        if info is None or not info.parameter or name in found:
-            continue
-        kind, owner = uses.get(name) or (_kind(node), "other")
-        facts = {"kind": kind, "of": owner, "shape": info.shape, "dtype": info.dtype}
-        module = name.rpartition(".")[0]
-        found[name] = Site("parameter", module, None, name, {"W": node}, facts)
-    return list(found.values())
-
-
-def _kind(node: fx.Node) -> str:
-    """Say bias for a vector that is added to something, else other."""
-    users = list(node.users)
-    added = users and all(op(user) in ("add", "add_", "sub", "view", "to") for user in users)
-    return "bias" if added and len(shape(node)) == 1 else "other"

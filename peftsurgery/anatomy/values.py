@@ -59,8 +59,38 @@ def shape(node: fx.Node) -> tuple[Any, ...]:
     return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
 
 
-def sizes(node: fx.Node) -> tuple[int, ...]:
-    """The sizes of a tensor as numbers; comparing symbols would add guards to the capture."""
+def sizes(node: fx.Node) -> tuple[Any, ...]:
+    """The sizes of a tensor to compare: numbers, and arithmetic on symbols where a size varies.
+
+    Two sizes are equal if they are so for every input, whatever the example's were. Comparing the
+    symbols themselves would add guards to the capture.
+    """
+    return tuple(expression(size) for size in shape(node))
+
+
+def expression(size: Any) -> Any:
+    """A size as a number, or as arithmetic on symbols if it varies."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    found, ranges = size.node.expr, size.node.shape_env.var_to_range
+    known = {symbol: ranges[symbol] for symbol in found.free_symbols if symbol in ranges}
+    found = found.xreplace({s: r.lower for s, r in known.items() if r.is_singleton()})
+    return int(found) if found.is_number else found
+
+
+def fixed(size: Any) -> int | None:
+    """A size if it is the same for every input, else None."""
+    found = expression(size)
+    return found if isinstance(found, int) else None
+
+
+def width(node: fx.Node) -> int | None:
+    """The last size of a tensor if it is the same for every input."""
+    return fixed(shape(node)[-1]) if shape(node) else None
+
+
+def samples(node: fx.Node) -> tuple[int, ...]:
+    """The sizes that a tensor had in the capture's example, to run operators on stand-ins of it."""
     return tuple(concrete(size) for size in shape(node))
 
 

@@ -1,9 +1,9 @@
 """Clean-up passes over a flat exported graph: leftovers of the tracer go, what it fixed follows.
 
 In order: regions without gradient or with autocast are inlined, assertions and casts that change
-nothing are dropped, in-place arithmetic becomes ordinary, train flags and devices become values of
-the graph, every user of a tied weight reads it by its own name, and arithmetic on sizes moves to
-the front.
+nothing are dropped, in-place arithmetic becomes ordinary, operands that are one tensor get names of
+their own, train flags and devices become values of the graph, every user of a tied weight reads it
+by its own name, and arithmetic on sizes moves to the front.
 Each pass changes the graph in place and leaves what it computes unchanged.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from . import ops
+from .operands import part_operands
 from .randomness import RATE, TRAIN_FLAGS, is_random
 from .regions import AUTOCAST, inline_regions
 from .stack import inherit, stack_paths
@@ -50,6 +51,7 @@ def clean_up(
     drop_assertions(graph)
     drop_idle_casts(graph)
     make_functional(graph)
+    part_operands(graph)
     if mode is not False:
         follow_training(graph, counters, dropouts)
     follow_device(graph)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..anatomy.boundary import ARGUMENTS
+from ..anatomy.arguments import ARGUMENTS
 from ..capture import Capture
 from ..capture.signature import Call
 from ..capture.stack import inherit

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..anatomy.boundary import ARGUMENTS, TOKENS, embedded
+from ..anatomy.arguments import ARGUMENTS, TOKENS
+from ..anatomy.boundary import embedded
 from ..capture import Capture
 from ..capture.fronts import Front, as_it_is, call_behind, put_before
 from ..capture.generating import check_generates

@@ -27,6 +27,7 @@ from ..anatomy.values import (
     argument,
     concrete,
     op,
+    samples,
     sizes,
     value,
     words,
@@ -115,7 +116,7 @@ def core_region(site: Site) -> Region:
     for name in INPUTS:
         if name not in site.nodes:
             continue
-        node, grown = site.nodes[name], list(sizes(site.nodes[name]))
+        node, grown = site.nodes[name], list(samples(site.nodes[name]))
         if name != "q":
             dim = -1 if name == "mask" else tokens_dim(site, name)
             grown[dim] += MORE
@@ -126,7 +127,7 @@ def core_region(site: Site) -> Region:
             raise _refuse(node, "it takes tokens apart")
         _fit(region, node, longer, tried)
         _try(region, node, tried)
-    if tuple(tried[region.end].shape) != sizes(region.end):
+    if tuple(tried[region.end].shape) != samples(region.end):
         raise _refuse(region.end, "its result grows with the keys")
     if "mask" not in site.nodes and site.facts["op"] == "sdpa":
         region.calls[region.end] = _masked(region.end)
@@ -147,7 +148,7 @@ def calls_for_more(p: fx.Node, y: fx.Node, cores: Iterable[Site]) -> dict[fx.Nod
     them. PSG320 if that meets something on the way that does not become longer with it.
     """
     ends = {node for core in cores for node in _core_nodes(core).nodes}
-    grown = [*sizes(p)[:-1], sizes(p)[-1] + MORE]
+    grown = [*samples(p)[:-1], samples(p)[-1] + MORE]
     tried: dict[fx.Node, Any] = {p: torch.empty(grown, dtype=value(p).dtype, device="meta")}
     region = Region(frozenset((p,)), y, ())
     for node in p.graph.nodes:
@@ -210,11 +211,16 @@ def _fit(region: Region, node: fx.Node, grown: Mapping[fx.Node, Any], tried: Val
         wanted = refit(node, tried[node.all_input_nodes[0]])
         region.calls[node] = ((node.args[0], wanted, *node.args[2:]), node.kwargs)
     for source in node.all_input_nodes:
-        short = () if source in tried else sizes(source)
+        short = () if source in tried else samples(source)
         for beside, dims in grown.items():
             for dim, (before, _) in dims.items():
-                if len(short) >= -dim and short[dim] == before != 1:
+                if len(short) >= -dim and short[dim] == before != 1 and _vary(source, beside, dim):
                     region.pads[node, source] = (beside, dim, _neutral(node, source, beside))
+
+
+def _vary(source: fx.Node, beside: fx.Node, dim: int) -> bool:
+    """Whether a size varies with the inputs in both of two values or in none: else they differ."""
+    return len({isinstance(sizes(node)[dim], int) for node in (source, beside)}) == 1
 
 
 def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
@@ -233,7 +239,7 @@ def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
     """The dimensions, from the last, in which a value has another size than it had: both sizes."""
     if not isinstance(tried[node], torch.Tensor):
         return {}
-    before, now = sizes(node), tuple(tried[node].shape)
+    before, now = samples(node), tuple(tried[node].shape)
     places = range(-1, -len(now) - 1, -1)
     return {dim: (before[dim], now[dim]) for dim in places if before[dim] != now[dim]}
 
@@ -244,7 +250,7 @@ def _keeps(node: fx.Node, grown: Mapping[fx.Node, Mapping[int, Any]]) -> bool:
         return False
     source = node.all_input_nodes[0]
     dim = int(argument(node, 1, "dim", 0))
-    dim = dim if dim < 0 else dim - len(sizes(source))
+    dim = dim if dim < 0 else dim - len(samples(source))
     start, end = argument(node, 2, "start"), argument(node, 3, "end")
     to_end = op(node) == "slice" and start in (None, 0) and isinstance(end, int) and end < 0
     return dim not in grown.get(source, {}) or to_end
@@ -262,8 +268,8 @@ def _expanded(node: fx.Node, tried: torch.Tensor) -> list[Any]:
 def _viewed(node: fx.Node, tried: torch.Tensor) -> list[Any]:
     """The sizes of a view, with that of the dimension that tokens go to left to torch."""
     source = node.all_input_nodes[0]
-    axis = [d for d, (a, b) in enumerate(zip(sizes(source), tried.shape, strict=True)) if a != b]
-    dim = _followed(sizes(source), axis[0], sizes(node)) if len(axis) == 1 else None
+    axis = [d for d, (a, b) in enumerate(zip(samples(source), tried.shape, strict=True)) if a != b]
+    dim = _followed(samples(source), axis[0], samples(node)) if len(axis) == 1 else None
     wanted: Any = list(argument(node, 1, "size"))
     if dim is None:
         raise _refuse(node, "it mixes tokens with something else")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..anatomy.survey import unread_cores
+from ..capture import Capture
 from ..language import Selection
 from ..language.selection import name_of
 from .operation import Cut
@@ -20,7 +22,7 @@ class Report:
         self.adapters = {name: name in model.active for name in model.adapters}
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.total = sum(p.numel() for p in model.parameters()) + model.hidden
-        self.notes = tuple(note for capture in model.captures[:1] for note in capture.notes)
+        self.notes = tuple(note for capture in model.captures[:1] for note in _notes(capture))
         self.added = {
             name: list(model.get_parameter(name).shape)
             for cut in self._cuts
@@ -53,6 +55,12 @@ class Report:
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+
+def _notes(capture: Capture) -> list[str]:
+    """What was specialised when the model was captured, and what no rule can reach."""
+    unread = (f"the attention core in '{module}' is no site" for module in unread_cores(capture))
+    return [*capture.notes, *unread]
 
 
 def _match(cut: Cut) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ from tests.parity.test_prefix import LENGTH
 from tests.parity.training import both_train, train
 
 INNER = 16
+BERT = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
 
@@ -268,3 +277,22 @@ def refused(folder: Path, code: str, damage: Any) -> None:
     with pytest.raises(ps.SurgeryError) as caught:
         ps.from_peft(graph("llama"), folder)
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("types", [2, 16])
+def test_a_prefix_is_pefts_whatever_the_sizes_of_example_and_type_table(
+    types: int, tmp_path: Path
+) -> None:
+    small = {**BERT, "type_vocab_size": types}
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**small)).eval()
+    with torch.no_grad():
+        model.bert.embeddings.token_type_embeddings.weight.normal_()
+    theirs = peft_model(deepcopy(model), "SEQ_CLS")
+    theirs.save_pretrained(tmp_path)
+    captured = ps.capture(model, {"input_ids": torch.ones(2, 2).long()})
+    ours = ps.from_peft(captured, tmp_path).eval()
+    text = {"input_ids": torch.randint(1, 50, (2, 7))}
+    with torch.no_grad():
+        wanted = theirs(**text, attention_mask=torch.ones(2, 7).long()).logits
+        torch.testing.assert_close(ours(**text).logits, wanted, rtol=0, atol=1e-6)

@@ -1,0 +1,41 @@
+"""A product's operands as values of their own: a tensor given twice is given under two names.
+
+An attention core whose keys are its values too has two places to cut at; a rule that changes one of
+them must not change the other.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .stack import inherit
+
+aten = torch.ops.aten
+_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default)
+
+
+def part_operands(graph: fx.Graph) -> None:
+    """Give each operand of a product or an attention core a name, where two of them are one."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _multiplies(node):
+            seen: set[fx.Node] = set()
+            for place, operand in enumerate(node.args):
+                if not isinstance(operand, fx.Node):
+                    continue
+                if operand in seen:
+                    operand = _renamed(graph, node, operand)
+                    node.update_arg(place, operand)
+                seen.add(operand)
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return node.target in _PRODUCTS or "scaled_dot_product" in str(node.target)
+
+
+def _renamed(graph: fx.Graph, user: fx.Node, operand: fx.Node) -> fx.Node:
+    with graph.inserting_before(user):
+        made = graph.call_function(aten.alias.default, (operand,))
+    made.meta["val"] = operand.meta.get("val")
+    inherit(made, user)
+    return made
