@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -72,6 +73,18 @@ class Source:
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
+
+    @property
+    def folder(self) -> Path | None:
+        """The directory with the model's files, which may be the hub's cache; None without one."""
+        if self.origin is None:
+            return None
+        if os.path.isdir(self.origin):
+            return Path(self.origin)
+        if self.origin.count("/") > 1 or ":" in self.origin:
+            return None
+        config = try_to_load_from_cache(self.origin, "config.json", constants.HF_HUB_CACHE)
+        return Path(config).parent if isinstance(config, str) else None
 
     @property
     def is_readable(self) -> bool:
@@ -282,7 +295,10 @@ def _call_factory(spec: str) -> nn.Module:
     if not callable(factory):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise SurgeryError("PSG205", f"'{spec}': no '{name}' to call", did_you_mean(name, known))
-    made = factory()
+    # seeded, so that a base of random weights is the same one whenever it is made again
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(0)
+        made = factory()
     if not isinstance(made, nn.Module):
         raise SurgeryError("PSG205", f"'{spec}' made a {type(made).__name__}, not an nn.Module")
     return made

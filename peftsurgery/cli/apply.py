@@ -49,7 +49,7 @@ def apply(
         raise click.UsageError("give either --output OUT or --dry-run")
     if name is not None and len(rules) > 1:
         raise click.UsageError("--name is for one RULE; several would have the same name")
-    from peftsurgery.language import check_settings, load_rules, parse_overrides
+    from peftsurgery.language import check_settings, load_rules, parse_overrides, shipped
 
     # before the model: what is misspelt is known at once
     files = [load_rules(rule) for rule in rules]
@@ -58,7 +58,8 @@ def apply(
     if out is None:
         operated = _operate(model, files, name, settings)
     else:
-        with fresh(out, [model, *rules], force) as part:
+        read = [model, *(shipped().get(rule, rule) for rule in rules)]
+        with fresh(out, read, force) as part:
             operated = _operate(model, files, name, settings)
             with doing(f"saving {out}"):
                 operated.save(part)

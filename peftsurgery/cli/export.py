@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftsurgery.cli.kit import clean, json_option, print_json
-from peftsurgery.cli.output import check_free, force_option, fresh, output_option
+from peftsurgery.cli.output import check_free, force_option, fresh, other_base_option, output_option
 from peftsurgery.cli.progress import doing
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ FORMATS = {
 @output_option
 @click.option("--name", metavar="ADAPTER", help="Which adapter, if there are several.")
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
+@other_base_option
 @force_option
 @json_option
 def export(
@@ -35,6 +36,7 @@ def export(
     out: Path | None,
     name: str | None,
     base: str | None,
+    allow_other_base: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -46,7 +48,7 @@ def export(
     with doing(f"opening {surgery}"):
         from peftsurgery.surgery import load
 
-        operated = load(surgery, base)
+        operated = load(surgery, base, allow_other_base)
         if name is not None and to == "onnx":
             operated.deactivate()
             operated.activate(name)

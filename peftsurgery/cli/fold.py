@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from peftsurgery.cli.kit import clean, json_option, print_json
-from peftsurgery.cli.output import check_free, force_option, fresh, output_option
+from peftsurgery.cli.output import check_free, force_option, fresh, other_base_option, output_option
 from peftsurgery.cli.progress import doing
 
 
@@ -33,6 +34,7 @@ from peftsurgery.cli.progress import doing
     "--requantise", is_flag=True, help="Write what the surgery keeps in four bits in four bits."
 )
 @click.option("--verify", is_flag=True, help="Reload the result and compare its outputs.")
+@other_base_option
 @force_option
 @json_option
 def fold(
@@ -43,6 +45,7 @@ def fold(
     onnx: Path | None,
     requantise: bool,
     verify: bool,
+    allow_other_base: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -52,14 +55,13 @@ def fold(
     if onnx is not None and requantise:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
     inputs = [surgery, *([base] if base else [])]
-    # An ONNX file asked for inside OUT is written where OUT is being made.
-    inside = onnx is not None and onnx.absolute().is_relative_to(out.absolute())
-    if onnx is not None and not inside:
+    inside = None if onnx is None else _inside(onnx, out)
+    if onnx is not None and inside is None:
         check_free(onnx, inputs, force)
     from peftsurgery.formats.pretrained import fold_to_directory
 
     with fresh(out, inputs, force) as part, doing(f"folding {surgery}"):
-        file = part / onnx.absolute().relative_to(out.absolute()) if onnx and inside else onnx
+        file = onnx if inside is None else part / inside
         result = fold_to_directory(
             surgery,
             part,
@@ -68,6 +70,7 @@ def fold(
             verify=verify,
             adapters=adapters,
             requantise=requantise,
+            allow_other_base=allow_other_base,
         )
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))
@@ -76,3 +79,12 @@ def fold(
     else:
         click.echo(clean(str(result)))
         click.echo(f"folded model in {out}")
+
+
+def _inside(file: Path, out: Path) -> Path | None:
+    """The name beneath OUT of an ONNX file that is asked for inside it; None for one elsewhere.
+
+    It is written where OUT is being made. `OUT/../elsewhere` is elsewhere.
+    """
+    real, whole = Path(os.path.realpath(file)), Path(os.path.realpath(out))
+    return real.relative_to(whole) if real.is_relative_to(whole) else None

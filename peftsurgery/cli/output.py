@@ -1,7 +1,8 @@
 """Output that is there whole or not at all.
 
 A command writes to a hidden sibling of what it was asked for, which takes the name when the command
-has succeeded and is removed when it has not. The inputs are never touched.
+has succeeded and is removed when it has not. What is read is never touched: see
+:mod:`peftsurgery.places`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import click
 
 from peftsurgery.errors import SurgeryError
+from peftsurgery.places import check_apart
 
 output_option = click.option(
     "-o",
@@ -24,6 +27,11 @@ output_option = click.option(
     type=click.Path(path_type=Path),
     help="The directory to write; it must not exist.",
 )
+other_base_option = click.option(
+    "--allow-other-base",
+    is_flag=True,
+    help="Take a base with other weights than the adapter was made for, and say so.",
+)
 force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 
 
@@ -31,12 +39,15 @@ force_option = click.option("--force", is_flag=True, help="Replace OUT if it exi
 def fresh(out: Path, inputs: Iterable[str | Path] = (), force: bool = False) -> Iterator[Path]:
     """A path beside ``out`` to write a file or directory to; it becomes ``out`` at the end.
 
-    Raises what :func:`check_free` raises.
+    What was asked for is checked at the start, and at the end again: the body may take hours, and
+    something else may have come to be there. Raises what :func:`check_free` raises.
     """
+    inputs = list(inputs)
     check_free(out, inputs, force)
-    part = out.absolute().with_name(f".{out.absolute().name}.part-{os.getpid()}")
+    part = _unused(out.absolute())
     try:
         yield part
+        check_free(out, inputs, force)
         _put(part, out)
     finally:
         _remove(part)
@@ -46,9 +57,10 @@ def check_free(out: Path, inputs: Iterable[str | Path] = (), force: bool = False
     """Refuse an output that must not be written.
 
     Raises PSG601 if ``out`` exists (with ``force``: if it is neither a file nor a model's
-    directory), PSG602 if it is, holds or lies in one of ``inputs``, PSG603 if it has no parent.
+    directory), PSG602 if it is, holds or lies in one of ``inputs`` or what those were made for,
+    whatever ``force`` says, PSG603 if it has no parent.
     """
-    _check_apart(out, inputs)
+    check_apart(out, inputs)
     if os.path.lexists(out):
         if not force:
             raise SurgeryError(
@@ -57,6 +69,12 @@ def check_free(out: Path, inputs: Iterable[str | Path] = (), force: bool = False
         _check_replaceable(out)
     if not out.absolute().parent.is_dir():
         raise SurgeryError("PSG603", f"'{out.parent}' is not a directory")
+
+
+def _unused(out: Path) -> Path:
+    """A hidden name beside ``out`` that nothing has."""
+    names = (f".{out.name}.part-{os.getpid()}{'-' * n}" for n in count())
+    return next(p for name in names if not os.path.lexists(p := out.with_name(name)))
 
 
 def _put(part: Path, out: Path) -> None:
@@ -72,19 +90,6 @@ def _put(part: Path, out: Path) -> None:
         old.rename(out)
         raise
     _remove(old)
-
-
-def _check_apart(out: Path, inputs: Iterable[str | Path]) -> None:
-    target = out.resolve()
-    for given in inputs:
-        source = Path(given)
-        if not source.exists():
-            continue  # a hub id or a shipped rule's name
-        real = source.resolve()
-        if target == real or target in real.parents or real in target.parents:
-            how = "is" if target == real else "holds" if target in real.parents else "lies in"
-            message = f"the output '{out}' {how} the input '{given}'"
-            raise SurgeryError("PSG602", message, "write somewhere else")
 
 
 def _check_replaceable(out: Path) -> None:

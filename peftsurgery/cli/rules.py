@@ -83,7 +83,7 @@ def cp(rule: str, out: Path, force: bool, as_json: bool) -> None:
 
     load_rules(rule)  # a misspelt name is refused with the nearest right one
     target = out / f"{_path(rule).stem}.yaml" if out.is_dir() else out
-    with fresh(target, force=force) as part:
+    with fresh(target, [_path(rule)], force) as part:
         part.write_bytes(_path(rule).read_bytes())
     if as_json:
         print_json({"rule": rule, "out": str(target)})

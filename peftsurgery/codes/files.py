@@ -30,6 +30,11 @@ CODES = {
         "adapter.safetensors is missing, truncated or no regular file, or holds values that are "
         "not finite or of a dtype that parameters do not have.",
     ),
+    "PSG609": CodeInfo(
+        "what was folded into a model cannot be read",
+        "peftsurgery.json, beside the weights of a folded model, is no JSON object or lists "
+        "nothing. It is what tells a base from one that an adapter is in already.",
+    ),
     "PSG607": CodeInfo(
         "there is nothing to fold",
         "A saved surgery has a surgery.json, a peft adapter an adapter_config.json.",

@@ -100,6 +100,13 @@ CODES = {
         "not choose it: its role was seen otherwise. What was trained there would be left out. "
         "Capture the model with these inputs, then apply, or choose the sites by path.",
     ),
+    "PSG319": CodeInfo(
+        "the base is another than the one the adapter was made for",
+        "A saved surgery has a fingerprint of its base's weights, and those of this base are "
+        "others; or something was folded into this base already, and the adapter does not name it "
+        "as its base. The result would be another model than the one that was trained. "
+        "--allow-other-base takes the base all the same, and what is written says so.",
+    ),
     "PSG320": CodeInfo(
         "an attention core cannot be run again with more keys",
         "A rule that calls attention(...) runs the model's own core with the values it gives. This "

@@ -12,13 +12,22 @@ way or the other, is refused by name; nothing is skipped.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
-from ..surgery import OperatedModel, adapter_name, check_covered, fused_names, operate
+from ..surgery import (
+    OperatedModel,
+    adapter_name,
+    check_adapter_base,
+    check_covered,
+    check_places,
+    fused_names,
+    operate,
+)
 from ..surgery.files import remove
 from .adapter_files import write_files
 from .adapterhub_config import HubConfig
@@ -41,7 +50,11 @@ FUSED_NAME = "fusion"
 
 
 def from_adapterhub(
-    model: GraphModel, directory: str | Path, name: str | None = None, head: bool = True
+    model: GraphModel,
+    directory: str | Path,
+    name: str | None = None,
+    head: bool = True,
+    allow_other_base: bool = False,
 ) -> OperatedModel:
     """``model`` with the adapter in ``directory``, under ``name`` or the name it was saved with.
 
@@ -49,7 +62,8 @@ def from_adapterhub(
     that was saved along comes as parameters of the model that were trained, unless ``head`` is
     False. Raises PSG501 to PSG507 for an adapter that is damaged, asks for what is not honoured, or
     was made for another base, PSG513 for a model of a type that the library has no names for,
-    PSG514 for a head that has no place in the model.
+    PSG514 for a head that has no place in the model, PSG319 for a base that something was folded
+    into, unless the adapter names it or ``allow_other_base`` is given.
     """
     if not isinstance(model, GraphModel):
         message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
@@ -61,7 +75,10 @@ def from_adapterhub(
     else:
         plan = _adapter(importer, folder, name)
     before = set(model.learnt()) if isinstance(model, OperatedModel) else set[str]()
-    operated = operate(model, plan.operations, plan.known)
+    inner = folder / read_setup(folder)[-1] if is_setup(folder) else folder
+    base = read_config(inner).get("model_name")
+    origin = check_adapter_base(folder, base, plan.known, model.source, allow_other_base)
+    operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
     check_covered(str(folder), operated.learnt().keys() - before, plan.known.keys() - before)
     return operated
 
@@ -77,21 +94,25 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     chosen = _choose(model, name)
     fused = [n for op in model.operations if op.name == chosen for n in fused_names(op)]
     if not fused:
-        _write(Path(directory), _contents(model, _written(model, chosen)), ADAPTER.config)
+        _write(model, Path(directory), _contents(model, _written(model, chosen)), ADAPTER.config)
         return
     files = {SETUP: setup_content(fused)}
     for adapter in fused:
         files |= _contents(model, _written(model, adapter), adapter)
     fusion = _written(model, chosen)
     files |= contents(FUSION, as_fusion(fusion.config), fusion.tensors, ",".join(fused))
-    _write(Path(directory), files, SETUP)
+    _write(model, Path(directory), files, SETUP)
 
 
-def _write(folder: Path, files: Mapping[str, bytes], marker: str) -> None:
-    """Write the files; what the library would read besides or instead goes. PSG601, PSG603."""
-    write_files(folder, files, marker)
+def _write(model: GraphModel, folder: Path, files: Mapping[str, bytes], marker: str) -> None:
+    """Write the files; what the library would read besides or instead goes.
+
+    PSG601, PSG602, PSG603.
+    """
     others = (HEAD.config, HEAD.tensors, HEAD.pickled, ADAPTER.pickled, FUSION.pickled)
     places = {Path(file).with_name(other) for file in files for other in others}
+    check_places(model, *(folder / file for file in files), *(folder / place for place in places))
+    write_files(folder, files, marker)
     remove(folder / place for place in places if place.as_posix() not in files)
 
 

@@ -31,7 +31,8 @@ from transformers import PreTrainedModel
 from ..capture import GraphModel
 from ..capture.export import EXPORT_ERRORS, without_fast_path
 from ..errors import SurgeryError, first_line
-from ..surgery import fold
+from ..surgery import check_places, fold
+from ..surgery.provenance import FILE, as_json, fold_record
 from .trials import Difference, difference, free_axes, seen_inputs, tensors_of, unseen_inputs
 
 TOLERANCE = 1e-5
@@ -75,8 +76,9 @@ def export_onnx(model: GraphModel, path: str | Path, adapters: str = "fold") -> 
     """Write a captured or operated model as ONNX, with its operations folded into the weights.
 
     Batch and sequence may vary. A file at ``path`` is replaced, once the new one has been checked.
-    Raises what :func:`fold` raises, PSG411 if onnxruntime disagrees, PSG412 if the model cannot be
-    written as ONNX, PSG413 for ``adapters="inputs"``.
+    Raises what :func:`fold` raises, PSG602 for a place that the model was read from, PSG411 if
+    onnxruntime disagrees, PSG412 if the model cannot be written as ONNX, PSG413 for
+    ``adapters="inputs"``.
     """
     if adapters != "fold":
         raise SurgeryError("PSG413", f"adapters='{adapters}' is not there", "use adapters='fold'")
@@ -86,6 +88,7 @@ def export_onnx(model: GraphModel, path: str | Path, adapters: str = "fold") -> 
 def write_onnx(model: GraphModel, plain: nn.Module, path: Path) -> OnnxFile:
     """Write ``plain``, the folded ``model``, to ``path``."""
     need_onnx()
+    check_places(model, path, _data_of(path))
     plain = _in_full_precision(plain).eval()
     if path.is_dir():
         raise SurgeryError("PSG603", f"'{path}' is a directory", "name a file: model.onnx")
@@ -93,6 +96,7 @@ def write_onnx(model: GraphModel, plain: nn.Module, path: Path) -> OnnxFile:
     folder.mkdir()
     try:
         graph = _export(model, plain)
+        graph.metadata_props[FILE] = as_json(fold_record(model)).decode()
         part = folder / path.name
         data = _save(graph, part)
         apart = check_onnx(model, plain, part)
@@ -248,9 +252,14 @@ def _save(graph: Any, file: Path) -> Path | None:
         for value in graph.graph.initializers.values()
         if value.const_value is not None
     )
-    data = file.with_name(f"{file.name}.data") if total > LARGEST_FILE else None
+    data = _data_of(file) if total > LARGEST_FILE else None
     onnx_ir.save(graph, file, external_data=None if data is None else data.name)
     return data
+
+
+def _data_of(file: Path) -> Path:
+    """Where the weights of a large model go."""
+    return file.with_name(f"{file.name}.data")
 
 
 def _in_full_precision(plain: nn.Module) -> nn.Module:

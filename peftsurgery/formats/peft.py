@@ -8,6 +8,7 @@ What cannot be honoured, one way or the other, is refused by name; nothing is sk
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from ..capture import GraphModel
@@ -15,34 +16,45 @@ from ..errors import SurgeryError, did_you_mean
 from ..surgery import (
     OperatedModel,
     adapter_name,
+    check_adapter_base,
     check_covered,
     check_left_out,
+    check_places,
     flatten,
     operate,
 )
 from .peft_config import AdapterConfig
 from .peft_export import export
-from .peft_files import read_config, read_tensors, write_adapter
+from .peft_files import BASE, CONFIG, TENSORS, read_config, read_tensors, write_adapter
 from .peft_import import Importer
 from .peft_prefix import export_prefix, is_prefix
 from .peft_prompts import export_prompt, is_prompt
 
 
-def from_peft(model: GraphModel, directory: str | Path, name: str = "default") -> OperatedModel:
+def from_peft(
+    model: GraphModel,
+    directory: str | Path,
+    name: str = "default",
+    allow_other_base: bool = False,
+) -> OperatedModel:
     """``model`` with the adapter that peft saved in ``directory``, under ``name``.
 
     Its tensors are parameters beneath their modules, ready to train on; the base stays as it was.
     Raises PSG501 to PSG508 for an adapter that is damaged, asks for what is not honoured, or was
-    made for another base.
+    made for another base; PSG319 for a base that something was folded into, unless the adapter
+    names it or ``allow_other_base`` is given.
     """
     if not isinstance(model, GraphModel):
         message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
         raise SurgeryError("PSG309", message, "capture it first: from_peft(capture(model), ...)")
     folder = Path(directory)
     config = AdapterConfig(read_config(folder))
-    plan = Importer(model, config, read_tensors(folder), adapter_name(name)).plan()
+    tensors = read_tensors(folder)
+    plan = Importer(model, config, tensors, adapter_name(name)).plan()
+    base = config.values.get(BASE)
+    origin = check_adapter_base(folder, base, tensors, model.source, allow_other_base)
     before = set(model.learnt()) if isinstance(model, OperatedModel) else set[str]()
-    operated = operate(model, plan.operations, plan.known)
+    operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
     check_covered(str(folder), operated.learnt().keys() - before, plan.known.keys() - before)
     return operated
 
@@ -64,6 +76,7 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
     check_left_out(model, chosen, "PSG510")
+    check_places(model, Path(directory) / CONFIG, Path(directory) / TENSORS)
     with model.only(chosen):
         if is_prompt(model, chosen):
             config, tensors = export_prompt(model, chosen)

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,11 @@ from ..capture import GraphModel
 from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, first_line
 from ..quiet import quiet
-from ..surgery import OperatedModel, fold, fold_error, load, open_model
+from ..surgery import OperatedModel, check_places, fold, fold_error, load, open_model
+from ..surgery.provenance import notes_of
 from ..surgery.requantising import FoldError, pack_layers
 from ..surgery.saving import is_surgery
+from .card import write_record
 from .onnx import OnnxFile, need_onnx, write_onnx
 from .peft import from_peft
 from .peft_files import BASE, CONFIG, read_config
@@ -126,6 +128,7 @@ def fold_to_directory(
     verify: bool = False,
     adapters: Collection[str] = (),
     requantise: bool = False,
+    allow_other_base: bool = False,
 ) -> FoldResult:
     """Fold a saved surgery or a peft adapter into its base, and write a plain model to ``out``.
 
@@ -133,16 +136,19 @@ def fold_to_directory(
     it is not where the adapter says; ``onnx`` is where to write the model as ONNX too; ``verify``
     compares the outputs of what is read back with the operated model's at two shapes; ``adapters``
     are folded instead of those that were active when the surgery was saved; ``requantise`` packs
-    again what is kept in four bits, and ``verify`` then compares with what was packed. Raises what
-    :func:`fold` raises, PSG310 for an unknown adapter, PSG607 if ``spec`` is no such directory,
-    PSG410 if the result is not the operated model or, verified or not, lacks weights to load, and
-    PSG411 and PSG412 if its ONNX is not.
+    again what is kept in four bits, and ``verify`` then compares with what was packed;
+    ``allow_other_base`` takes a base that the adapter was not made for. What was folded into what
+    is in ``peftsurgery.json``. Raises what :func:`fold` raises, PSG310 for an unknown adapter,
+    PSG319 for another base, PSG602 if ``out`` or ``onnx`` would lie in what is read, PSG607 if
+    ``spec`` is no such directory, PSG410 if the result is not the operated model or, verified or
+    not, lacks weights to load, and PSG411 and PSG412 if its ONNX is not.
     """
-    folder = Path(out)
-    if onnx is not None:
+    folder, file = Path(out), [] if onnx is None else [Path(onnx)]
+    if file:
         need_onnx()
     with quiet():
-        operated = _with_active(open_adapter(Path(spec), base), adapters)
+        operated = _with_active(open_adapter(Path(spec), base, allow_other_base), adapters)
+        check_places(operated, folder, *file)
         plain = fold(operated).eval()
     before, tensors = operated.source.weights(), len(plain.state_dict())
     changed, untied = tuple(changes(before, plain)), tensor_names(plain) != tensor_names(before)
@@ -151,21 +157,14 @@ def fold_to_directory(
         pack_layers(plain, operated.stored)
     with ExitStack() as unfinished:
         unfinished.callback(shutil.rmtree, _make(folder), ignore_errors=True)
+        write_record(folder, operated)
         copied, notes = write_model(plain, folder, operated.source.origin)
         apart = _check(operated, plain, folder, verify, requantise)
-        written = None if onnx is None else write_onnx(operated, plain, Path(onnx))
+        written = [write_onnx(operated, plain, place) for place in file]
         unfinished.pop_all()
-    return FoldResult(
-        operated.active,
-        changed,
-        tensors,
-        copied,
-        untied,
-        error,
-        apart,
-        written,
-        (*operated.source.notes, *notes),
-    )
+    told = (*operated.source.notes, *notes_of(operated), *notes)
+    result = FoldResult(operated.active, changed, tensors, copied, untied, error, apart)
+    return replace(result, onnx=next(iter(written), None), notes=told)
 
 
 def _make(folder: Path) -> Path:
@@ -189,17 +188,24 @@ def _check(
     return None
 
 
-def open_adapter(path: Path, base: GraphModel | str | None = None) -> OperatedModel:
-    """The operated model of a saved surgery or of a peft adapter's directory. PSG607 for others."""
+def open_adapter(
+    path: Path, base: GraphModel | str | None = None, allow_other_base: bool = False
+) -> OperatedModel:
+    """The operated model of a saved surgery or of a peft adapter's directory.
+
+    PSG607 for others, PSG319 for a base that it was not made for, unless that is allowed.
+    """
     if is_surgery(path):
-        return load(path, open_model(base) if isinstance(base, str) else base)
+        given = open_model(base, allow_other_base) if isinstance(base, str) else base
+        return load(path, given, allow_other_base)
     if not (path / CONFIG).is_file():
         what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
         raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
     named = base or read_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
-    return from_peft(open_model(named) if isinstance(named, str) else named, path)
+    graph = open_model(named, allow_other_base) if isinstance(named, str) else named
+    return from_peft(graph, path, allow_other_base=allow_other_base)
 
 
 def _with_active(operated: OperatedModel, adapters: Collection[str]) -> OperatedModel:

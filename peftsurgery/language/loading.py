@@ -33,7 +33,8 @@ def load_rules(name: str | Path) -> RuleFile:
         if path.is_file():
             with path.open("rb") as file:
                 content = file.read(MAX_BYTES + 1)
-            return parse_rules(content, str(name if str(name) in known else path))
+            rules = parse_rules(content, str(name if str(name) in known else path))
+            return rules.read_from(path.absolute())
         exists = path.exists()
     except OSError as error:
         raise SurgeryError("PSG107", f"cannot read '{name}': {error.strerror}") from None

@@ -7,6 +7,7 @@ attribute's docstring is its description there.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
+    PrivateAttr,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -268,10 +270,23 @@ class RuleFile(Strict):
     """For each file format: the config values that identify this method. A value that is the name
     of a setting carries that setting; under `with` are settings that every such file means."""
 
+    _place: Path | None = PrivateAttr(default=None)
+
     @model_validator(mode="after")
     def _consistent(self) -> RuleFile:
         check_file(self)
         return self
+
+    @property
+    def place(self) -> Path | None:
+        """The file that it was read from; None for what was made from text or in Python."""
+        return self._place
+
+    def read_from(self, place: Path) -> RuleFile:
+        """The same rules, as read from a file."""
+        copied = self.model_copy()
+        copied._place = place
+        return copied
 
     def identifying(self, format_name: str) -> dict[str, Any]:
         """The config keys whose values identify this method in a file format."""

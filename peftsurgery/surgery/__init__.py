@@ -1,12 +1,14 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
 from .applying import apply, check_covered, eject, load, open_model, operate
+from .bases import check_adapter_base
 from .combining import combine
 from .flattening import flatten
 from .folding import fold, fold_error
 from .fusing import fused_names
 from .operated import OperatedModel
 from .operation import Cut, Operation, adapter_name
+from .provenance import check_places
 from .report import Report
 from .selecting import select_cuts
 from .switching import check_left_out
@@ -18,8 +20,10 @@ __all__ = [
     "Report",
     "adapter_name",
     "apply",
+    "check_adapter_base",
     "check_covered",
     "check_left_out",
+    "check_places",
     "combine",
     "eject",
     "flatten",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,15 +24,18 @@ from ..language import (
     settings_of,
     takes_settings,
 )
+from .bases import check_base, compare_base
 from .buffers import put_buffers
 from .fusing import check_unused
 from .operated import OperatedModel
 from .operation import Operation, adapter_name
+from .origin import Origin
 from .saving import (
     check_learnt,
     is_surgery,
     read_active,
     read_left_out,
+    read_made,
     read_manifest,
     read_operations,
     read_tensors,
@@ -76,9 +80,13 @@ def apply(
     values = _merged(settings, keywords)
     check_settings(files, values)
     values = with_tokens(values, known, model.source)
+    origin = Origin(seed=torch.initial_seed())
     operations = [
         Operation(
-            file, resolve_settings(file, settings_of(file, values)), adapter_name(_own(name, file))
+            file,
+            resolve_settings(file, settings_of(file, values)),
+            adapter_name(_own(name, file)),
+            origin,
         )
         for file in files
     ]
@@ -143,36 +151,48 @@ def remade(
     return made
 
 
-def load(path: str | Path, base: GraphModel | nn.Module | str | None = None) -> OperatedModel:
+def load(
+    path: str | Path,
+    base: GraphModel | nn.Module | str | None = None,
+    allow_other_base: bool = False,
+) -> OperatedModel:
     """A saved surgery, on ``base`` or on the model it was made for.
 
     ``base`` is a captured model, a transformers model, or what the command line takes for MODEL.
-    An operated model gets the saved adapters besides its own. Raises PSG605 or PSG606 if the files
-    are damaged, PSG311 if they do not fit the base, PSG304 if it has an adapter of the same name.
+    An operated model gets the saved adapters besides its own. The base's weights are compared with
+    those that the surgery was saved on, by their fingerprints; ``allow_other_base`` takes others
+    too, and the report says so. Raises PSG605 or PSG606 if the files are damaged, PSG311 if they do
+    not fit the base, PSG319 if its weights are others, PSG304 if it has an adapter of the same
+    name.
     """
     folder = Path(path)
     manifest = read_manifest(folder)
     tensors = read_tensors(folder)
     operations = read_operations(folder, manifest)
-    graph = _base(folder, manifest, base)
+    graph = _base(folder, manifest, base, allow_other_base)
     names = {operation.name for operation in operations}
     taken = names & set(graph.adapters) if isinstance(graph, OperatedModel) else set()
     if taken:
         hint = f"take the old one out first: eject(model, '{min(taken)}')"
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
+    compared = compare_base(read_made(folder, manifest, tensors), graph.source)
+    operations = [replace(op, origin=op.origin.read(compared)) for op in operations]
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
     given, learnt = put_buffers(operated, tensors), operated.learnt(*names)
     check_covered(str(path), learnt.keys(), given.keys())
     check_learnt(folder, given, learnt)
+    check_base(compared, graph.source, allow_other_base)
     for name, layers in read_left_out(folder, manifest).items():
         operated.activate(name, leave_out=layers)
     return operated
 
 
-def _base(path: Path, manifest: Mapping[str, Any], given: Any) -> GraphModel:
+def _base(
+    path: Path, manifest: Mapping[str, Any], given: Any, allow_other_base: bool
+) -> GraphModel:
     """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
     if isinstance(given, str):
-        return open_model(given)
+        return open_model(given, allow_other_base)
     named = manifest.get("base") if given is None else given
     if named is None:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
@@ -192,9 +212,14 @@ def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> N
         )
 
 
-def open_model(spec: str) -> GraphModel:
-    """What MODEL names on the command line: a saved surgery, or a model to capture."""
-    return load(spec) if is_surgery(Path(spec)) else capture(spec)
+def open_model(spec: str, allow_other_base: bool = False) -> GraphModel:
+    """What MODEL names on the command line: a saved surgery, or a model to capture.
+
+    PSG319 for a surgery whose base has other weights by now, unless that is allowed.
+    """
+    if is_surgery(Path(spec)):
+        return load(spec, allow_other_base=allow_other_base)
+    return capture(spec)
 
 
 def _training(parts: Sequence[str]) -> RuleFile:

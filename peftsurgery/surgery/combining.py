@@ -65,7 +65,7 @@ def combine(
     for operation in dict.fromkeys(row.cut.operation for row in rows):
         mine = [row for row in rows if row.cut.operation is operation]
         settings = form.settings(operation, [row.shares for row in mine])
-        made = Operation(operation.file, settings, name)
+        made = replace(operation, settings=settings, name=name)
         operations.append(made)
         for row in mine:
             known |= _values(model, form, replace(row.cut, operation=made), row, known)

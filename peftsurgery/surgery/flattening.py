@@ -9,6 +9,7 @@ and what it gives for their parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -43,7 +44,7 @@ def _flat(model: OperatedModel, operation: Operation) -> Operation:
     file = _at_places_of(load_rules(flat.rule), _cuts(model, operation))
     settings = {name: operation.settings[name] for name in file.with_ if name in operation.settings}
     settings |= {name: evaluate(e, operation.settings) for name, e in flat.settings.items()}
-    return Operation(file, resolve_settings(file, settings), operation.name)
+    return replace(operation, file=file, settings=resolve_settings(file, settings))
 
 
 def _at_places_of(file: RuleFile, cuts: Sequence[Cut]) -> RuleFile:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..anatomy import Placed
@@ -17,15 +17,22 @@ from ..anatomy.site import Site, join
 from ..errors import SurgeryError
 from ..language import Rule, RuleFile, group_of
 from ..language.kinds import sizes_of
+from .origin import Origin
 
 
 @dataclass(frozen=True, eq=False)
 class Operation:
-    """A rule file, its settings (resolved), and the name its parameters get."""
+    """A rule file, its settings (resolved), the name its parameters get, and its origin."""
 
     file: RuleFile
     settings: Mapping[str, Any]
     name: str
+    origin: Origin = field(default_factory=Origin)
+
+    @property
+    def own_settings(self) -> dict[str, Any]:
+        """The settings that the rule file declares, without what it computes from them."""
+        return {name: self.settings[name] for name in self.file.with_}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Operation:
         return self  # immutable: copies of a model share their operations

@@ -9,6 +9,7 @@ from ..capture import Capture
 from ..language import Selection
 from ..language.selection import name_of
 from .operation import Cut
+from .provenance import notes_of
 
 if TYPE_CHECKING:
     from .operated import OperatedModel
@@ -22,7 +23,8 @@ class Report:
         self.adapters = {name: name in model.active for name in model.adapters}
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.total = sum(p.numel() for p in model.parameters()) + model.hidden
-        self.notes = tuple(note for capture in model.captures[:1] for note in _notes(capture))
+        of_capture = [note for capture in model.captures[:1] for note in _notes(capture)]
+        self.notes = (*of_capture, *notes_of(model))
         self.added = {
             name: list(model.get_parameter(name).shape)
             for cut in self._cuts

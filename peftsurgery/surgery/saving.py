@@ -1,7 +1,7 @@
 """Saved surgeries: a directory with the rules, a manifest and what was learnt.
 
-    surgery.json           format, base, for each operation its name, rule file and settings, and
-                           which adapters are active
+    surgery.json           format, base and its fingerprint, for each operation its name, rule file
+                           and settings, which adapters are active; versions, seed and date
     rules/0_lora_qv.yaml   the rule files, as they were applied
     adapter.safetensors    every parameter the rules added or trained, and every buffer that the
                            training moved, by its name in the model
@@ -20,11 +20,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
+from ..capture.fingerprint import Fingerprint, content_digest, weights_of
 from ..errors import SurgeryError
 from ..language import RuleFile, load_rules, resolve_settings
 from . import files
+from .bases import Made
 from .buffers import moved_buffers
 from .operation import Operation, is_adapter_name
+from .origin import Origin
+from .provenance import check_places, now, versions
 from .switching import check_name
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ KEPT = (*TRAINABLE, *WHOLE)
 
 def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | None) -> None:
     """Write these adapters, or all of them, to ``path``; see :meth:`OperatedModel.save`."""
+    check_places(model, path / MANIFEST, path / TENSORS, path / RULES)
     names = _chosen(model, chosen)
     saved = [operation for operation in model.operations if operation.name in names]
     rules = [f"{RULES}/{n}_{operation.file.name}.yaml" for n, operation in enumerate(saved)]
@@ -47,15 +52,17 @@ def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | Non
         "format": FORMAT,
         "base": model.source.origin,
         "model": type(model.source.module).__name__,
-        "operations": [
-            {"name": operation.name, "rules": file, "settings": _own(operation)}
-            for operation, file in zip(saved, rules, strict=True)
-        ],
+        "operations": [_entry(*each) for each in zip(saved, rules, strict=True)],
         "active": [name for name in model.active if name in names],
+        "versions": versions(),
+        "seed": torch.initial_seed(),
+        "date": now(),
     }
     left_out = {name: layers for name, layers in model.left_out.items() if name in names}
     if left_out:
         manifest["left_out"] = left_out
+    weights = weights_of(model.source)
+    manifest["fingerprint"] = None if weights is None else weights.fingerprint.to_dict()
     contents = {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
     contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved_buffers(model)})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
@@ -112,7 +119,9 @@ def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("settings"), dict):
         return False
     name, rules = entry.get("name"), entry.get("rules")
-    return is_adapter_name(name) and isinstance(rules, str)
+    seed, other = entry.get("seed"), entry.get("other_base")
+    said = isinstance(seed, int | None) and isinstance(other, str | None)
+    return said and is_adapter_name(name) and isinstance(rules, str)
 
 
 def read_operations(path: Path, manifest: Mapping[str, Any]) -> list[Operation]:
@@ -124,8 +133,21 @@ def read_operations(path: Path, manifest: Mapping[str, Any]) -> list[Operation]:
             raise SurgeryError("PSG605", f"'{relative}' points out of the surgery '{path}'")
         file = load_rules(path / relative)
         settings = resolve_settings(file, entry["settings"])
-        operations.append(Operation(file, settings, entry["name"]))
+        origin = Origin(path, seed=entry.get("seed"), other_base=entry.get("other_base"))
+        operations.append(Operation(file, settings, entry["name"], origin))
     return operations
+
+
+def read_made(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Made:
+    """What a saved surgery says of the base it was made for. PSG605 if that is damaged."""
+    recorded = manifest.get("fingerprint")
+    try:
+        fingerprint = None if recorded is None else Fingerprint.parse(recorded)
+    except ValueError as error:
+        raise SurgeryError("PSG605", f"{path / MANIFEST}: {error}") from None
+    content = content_digest(tensors)
+    base, replaced = manifest.get("base"), frozenset(tensors)
+    return Made(path, base, content, fingerprint, replaced, records=True)
 
 
 def read_active(path: Path, manifest: Mapping[str, Any]) -> list[str] | None:
@@ -170,6 +192,9 @@ def check_learnt(
             raise SurgeryError("PSG606", message)
 
 
-def _own(operation: Operation) -> dict[str, Any]:
-    """The settings that a rule file declares; what it computes from them is left out."""
-    return {name: operation.settings[name] for name in operation.file.with_}
+def _entry(operation: Operation, rules: str) -> dict[str, Any]:
+    """An operation as a manifest lists it; ``rules`` is the name of its rule file."""
+    entry = {"name": operation.name, "rules": rules, "settings": operation.own_settings}
+    origin = operation.origin
+    said = {"seed": origin.seed, "other_base": origin.other_base}
+    return entry | {key: value for key, value in said.items() if value is not None}

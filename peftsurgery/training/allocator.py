@@ -24,6 +24,7 @@ from ..language import evaluate
 from ..language.schema import Ranks
 from ..surgery import Cut, OperatedModel
 from ..surgery.files import FLOATS, as_safetensors, read_tensors, write_whole
+from ..surgery.provenance import check_places
 
 STATE = "ranks.safetensors"
 _RUNNING, _KEPT, _STEP = ("sensitivity", "uncertainty"), "kept", "step"
@@ -154,7 +155,11 @@ class RankAllocator:
     state_dict, load_state_dict = state, load_state  # what accelerate's checkpoints ask for
 
     def save(self, directory: str | Path) -> None:
-        """Write the state into a directory, beside a saved surgery or a checkpoint. PSG603."""
+        """Write the state into a directory, beside a saved surgery or a checkpoint.
+
+        PSG602 in a directory that the model was read from, PSG603 if the system refuses.
+        """
+        check_places(self.model, Path(directory) / STATE)
         write_whole(Path(directory), {STATE: as_safetensors(self.state())})
 
     def load(self, directory: str | Path) -> None:

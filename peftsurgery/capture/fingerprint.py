@@ -1,0 +1,214 @@
+"""Fingerprints of weights: by which a base is known again.
+
+A fingerprint has, for every tensor by the name that the model's files give it, the dtype, the shape
+and a hash of its bytes. Small tensors are hashed whole. Of one with more than 65,536 elements only
+32 blocks of 256 elements are, spread evenly from the first element to the last: a base of 70B costs
+some megabytes of reading, and a change that lies wholly between the blocks is not seen. Another
+checkpoint, a fine-tuned or a merged one, differs nearly everywhere.
+
+    "model.norm.weight": "BF16[4096] 0b9d8ac3a9f6e5d1b4f8a1c2d3e4f506"
+
+The blocks are counted in elements, so that values can be compared after a cast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from .sources import Source
+from .stored import tensors_in
+
+ALGORITHM = "blake2b-128"
+WHOLE, BLOCKS, BLOCK = 65_536, 32, 256
+SAMPLING = f"tensors of more than {WHOLE} elements: {BLOCKS} even blocks of {BLOCK} elements"
+
+# What safetensors calls the dtypes of torch.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+Spans = Sequence[tuple[int, int]]
+_LINE = re.compile(r"(\w+)\[([\d,]*)\] ([0-9a-f]{32})")
+
+
+@dataclass(frozen=True)
+class TensorPrint:
+    """What is recorded of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: str
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}] {self.content}"
+
+    @staticmethod
+    def parse(text: Any) -> TensorPrint:
+        """The print that a text says. ValueError for any other text."""
+        found = _LINE.fullmatch(text) if isinstance(text, str) else None
+        if found is None:
+            raise ValueError(f"{text!r:.60} is no tensor's fingerprint")
+        dtype, sizes, content = found.groups()
+        return TensorPrint(dtype, tuple(int(size) for size in sizes.split(",") if size), content)
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The prints of a base's tensors by name; ``live`` if they were a module's in memory."""
+
+    tensors: Mapping[str, TensorPrint]
+    live: bool = False
+
+    @cached_property
+    def digest(self) -> str:
+        """All of it as one hash, to show and to compare at a glance."""
+        lines = "\n".join(f"{name} {self.tensors[name]}" for name in sorted(self.tensors))
+        return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
+
+    def summary(self) -> dict[str, Any]:
+        """The fingerprint without its table."""
+        return {
+            "digest": self.digest,
+            "of": "module" if self.live else "files",
+            "algorithm": ALGORITHM,
+            "sampled": SAMPLING,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fingerprint as a manifest holds it."""
+        tensors = {name: str(each) for name, each in self.tensors.items()}
+        return {**self.summary(), "tensors": tensors}
+
+    @staticmethod
+    def parse(data: Any) -> Fingerprint | None:
+        """What :meth:`to_dict` gave; None if it was made by another algorithm. ValueError."""
+        if not isinstance(data, dict) or not isinstance(data.get("tensors"), dict):
+            raise ValueError("the fingerprint is no table of tensors")
+        if (data.get("algorithm"), data.get("sampled")) != (ALGORITHM, SAMPLING):
+            return None
+        tensors = {name: TensorPrint.parse(text) for name, text in data["tensors"].items()}
+        return Fingerprint(tensors, data.get("of") == "module")
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A tensor where it is, in a file or in memory: ``read`` gives the bytes of some elements."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    count: int
+    read: Callable[[Spans], bytes]
+
+    def print(self, dtype: str | None = None) -> TensorPrint:
+        """The tensor's print, as it would be if it were cast to ``dtype``."""
+        content = self.read(spans(self.count))
+        if dtype is not None and dtype != self.dtype:
+            values = torch.frombuffer(bytearray(content), dtype=_TORCH[self.dtype])
+            content = _bytes(values.to(_TORCH[dtype]))
+        digest = hashlib.blake2b(content, digest_size=16).hexdigest()
+        return TensorPrint(dtype or self.dtype, self.shape, digest)
+
+    def can_be_cast(self, dtype: str) -> bool:
+        """Whether the tensor has all that one of ``dtype`` has, so that a cast can be compared."""
+        mine, other = _TORCH.get(self.dtype), _TORCH.get(dtype)
+        if (
+            mine is None
+            or other is None
+            or not (mine.is_floating_point and other.is_floating_point)
+        ):
+            return False
+        return torch.promote_types(mine, other) == mine
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A base's tensors by name; ``live`` if they are a module's in memory, all that it has."""
+
+    tensors: Mapping[str, Sampled]
+    live: bool
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """The prints of all of them."""
+        return Fingerprint({name: each.print() for name, each in self.tensors.items()}, self.live)
+
+
+def weights_of(source: Source) -> Weights | None:
+    """The weights that a captured model runs on, if they are here.
+
+    Those of a model in a directory (or in the hub's cache) are read from its files; a live module's
+    are its parameters and persistent buffers, by the names that it would be saved under. PSG207 for
+    files that are damaged.
+    """
+    if source.on_meta:
+        stored = {} if source.folder is None else tensors_in(source.folder)
+        found = {n: Sampled(t.dtype, t.shape, t.count, t.read) for n, t in stored.items()}
+    else:
+        found = {name: _live(tensor) for name, tensor in _saved_as(source.module).items()}
+    return Weights(found, live=not source.on_meta) if found else None
+
+
+def content_digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of what tensors hold, whatever their names: by which an adapter is known again."""
+    lines = sorted(str(_live(tensor).print()) for tensor in tensors.values())
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+
+
+def spans(count: int) -> list[tuple[int, int]]:
+    """The elements that are hashed of so many: (first, end) of each block."""
+    if count <= WHOLE:
+        return [(0, count)]
+    starts = [(count - BLOCK) * k // (BLOCKS - 1) for k in range(BLOCKS)]
+    return [(start, start + BLOCK) for start in starts]
+
+
+def _saved_as(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and persistent buffers, once each, by their names in its files."""
+    tensors: dict[str, Tensor] = dict(module.named_parameters())
+    seen: set[int] = set()
+    for path, part in module.named_modules():
+        for leaf, buffer in part.named_buffers(recurse=False):
+            if leaf not in part._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                tensors[f"{path}.{leaf}" if path else leaf] = buffer
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    return revert_weight_conversion(module, plain) if isinstance(module, PreTrainedModel) else plain
+
+
+def _live(tensor: Tensor) -> Sampled:
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+
+    def read(chosen: Spans) -> bytes:
+        return b"".join(_bytes(flat[first:end]) for first, end in chosen)
+
+    return Sampled(_dtype_name(tensor.dtype), tuple(tensor.shape), flat.numel(), read)
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return DTYPES.get(dtype, str(dtype).removeprefix("torch."))

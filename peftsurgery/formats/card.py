@@ -1,0 +1,64 @@
+"""The card of a folded model: a short README.md with the front matter that the hub reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from ..surgery import OperatedModel
+from ..surgery.provenance import FILE, as_json, fold_record
+
+CARD = "README.md"
+_CACHED = re.compile(r"models--(.+?)--(.+)")
+
+
+def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:
+    """The card of a model, of which ``record`` says what was folded into it."""
+    base = record.get("base")
+    named = None if base is None else hub_id(str(base))
+    matter: dict[str, Any] = {} if named is None else {"base_model": named}
+    matter |= {"library_name": "transformers"} if is_transformers else {}
+    matter["tags"] = ["peftsurgery"]
+    title = f"{Path(named).name}, folded" if named else "A folded model"
+    lines = [_line(entry) for entry in record["folded"]] or ["- no adapter"]
+    head = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
+    what = f"The weights of `{named}`" if named else "The weights of a base"
+    return "\n".join(
+        [
+            f"---\n{head}---\n",
+            f"# {title}\n",
+            f"{what}, with these adapters folded into them:\n",
+            *lines,
+            f"\n`{FILE}` has the rules, their settings and the versions in full.\n",
+        ]
+    )
+
+
+def write_record(folder: Path, model: OperatedModel) -> None:
+    """Write what is folded into a model, and its card unless the base has one of its own."""
+    record, base = fold_record(model), model.source.folder
+    (folder / FILE).write_bytes(as_json(record))
+    if base is None or not (base / CARD).exists():
+        text = card_of(record, isinstance(model.source.module, PreTrainedModel))
+        (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key}={value}" for key, value in dict(entry["settings"]).items())
+    other = entry.get("other_base")
+    warning = "; **made for another base**" if other else ""
+    return f"- `{entry['adapter']}`: {entry['method']}({settings}){warning}"
+
+
+def hub_id(base: str) -> str:
+    """A base's name on the hub, if it lies in the hub's cache; else its name as it is."""
+    for part in Path(base).parts:
+        found = _CACHED.fullmatch(part)
+        if found:
+            return "/".join(found.groups())
+    return base

@@ -1,0 +1,130 @@
+"""Where things came from: what is said of operations, and of what was folded into a model.
+
+A folded model's directory has a file ``peftsurgery.json``, which says what was folded into which
+base, and with which versions. What was in the base already stays listed there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..capture import GraphModel
+from ..capture.fingerprint import weights_of
+from ..errors import SurgeryError
+from ..places import check_apart
+from .files import read_object
+
+if TYPE_CHECKING:
+    from .operation import Operation
+
+FILE, FORMAT = "peftsurgery.json", 1
+_PACKAGES = ("torch", "transformers", "peftsurgery")
+
+
+def now() -> str:
+    """The time in UTC, in seconds; SOURCE_DATE_EPOCH instead, where a build is to be repeatable."""
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    moment = datetime.fromtimestamp(int(given), UTC) if given.isdecimal() else datetime.now(UTC)
+    return moment.isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that what is computed depends on."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(package: str) -> str:
+    from .. import __version__
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return __version__  # this package, run from a checkout
+
+
+def check_places(model: GraphModel, *places: str | Path) -> None:
+    """Refuse to write where something is that a model was made of. PSG602.
+
+    That is its base, in a directory or in the hub's cache, and the surgeries, adapters and rule
+    files that were put on it.
+    """
+    read = list(read_by(model))
+    for place in places:
+        check_apart(place, read)
+
+
+def read_by(model: GraphModel) -> Iterator[str | Path | None]:
+    """The places of a model's base and of what was put on it."""
+    source = model.source
+    yield source.origin
+    yield source.folder
+    yield getattr(source.module, "name_or_path", None)  # where a live model was loaded from
+    for operation in operations_of(model):
+        yield operation.origin.place
+        yield operation.file.place
+
+
+def operations_of(model: GraphModel) -> tuple[Operation, ...]:
+    """What was done to a model; nothing, if it is as it was captured."""
+    found: tuple[Operation, ...] = getattr(model, "operations", ())
+    return found
+
+
+def notes_of(model: GraphModel) -> list[str]:
+    """What a reader should know of where the operations come from."""
+    found = (note for operation in operations_of(model) for note in operation.origin.notes)
+    return list(dict.fromkeys(found))
+
+
+def folded_into(folder: Path | None) -> list[dict[str, Any]]:
+    """What a model's directory says was folded into it; nothing for an ordinary one. PSG609."""
+    if folder is None or not (folder / FILE).is_file():
+        return []
+    entries = read_object(folder / FILE, "PSG609").get("folded")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SurgeryError("PSG609", f"{folder / FILE} does not list what was folded")
+    return entries
+
+
+def fold_record(model: GraphModel) -> dict[str, Any]:
+    """What ``peftsurgery.json`` says of a model into which the active adapters are folded."""
+    active = getattr(model, "active", ())
+    source = model.source
+    weights = weights_of(source)
+    mine = [operation for operation in operations_of(model) if operation.name in active]
+    return {
+        "format": FORMAT,
+        "base": source.origin,
+        "fingerprint": None if weights is None else weights.fingerprint.summary(),
+        "folded": [*folded_into(source.folder), *(_entry(operation) for operation in mine)],
+        "versions": versions(),
+        "date": now(),
+    }
+
+
+def _entry(operation: Operation) -> dict[str, Any]:
+    """One operation as the record lists it."""
+    from .saving import dump_rules
+
+    origin = operation.origin
+    return {
+        "adapter": operation.name,
+        "method": operation.file.name,
+        "settings": operation.own_settings,
+        "rules": dump_rules(operation.file),
+        "from": None if origin.place is None else str(origin.place),
+        "content": origin.content,
+        "seed": origin.seed,
+        "other_base": origin.other_base,
+    }
+
+
+def as_json(record: dict[str, Any]) -> bytes:
+    """A record as its file holds it."""
+    return (json.dumps(record, indent=2, default=str) + "\n").encode()
