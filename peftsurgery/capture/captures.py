@@ -20,6 +20,7 @@ from .program import Program
 from .signature import Call, example, map_tensors, widen
 from .sizes import Check, compile_check, is_limit
 from .sources import Source
+from .surroundings import Surroundings, outside, surroundings
 from .tensors import is_fake, tensor_infos, tensor_names, traceable
 from .threads import making, traced_alone
 
@@ -30,7 +31,7 @@ class Capture:
 
     ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
     ``mode`` is the value of ``training`` the capture is for (None: it follows). ``call`` is the
-    call it was made for, with tensors on meta.
+    call it was made for, with tensors on meta, and ``state`` what surrounded that.
     """
 
     programs: Mapping[str, Sequence[Program]]
@@ -39,6 +40,7 @@ class Capture:
     conditions: tuple[str, ...]
     mode: bool | None
     call: Call
+    state: Surroundings
     _check: Check = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -72,10 +74,12 @@ class Capture:
 
 # The tensors, by name, that have another dtype now than when the model was captured.
 Casts = frozenset[tuple[str, torch.dtype]]
+# What a capture is found by.
+Key = tuple[str, Casts, Surroundings]
 
 
 class Captures:
-    """The captures of one source, by signature and by the dtypes of the model's tensors.
+    """The captures of one source, by signature, the dtypes of its tensors and what surrounds a call.
 
     ``cache`` is whether calls return what the model remembers without being asked for it, ``past``
     the name of the argument by which the model takes that, or None if it takes no cache.
@@ -91,7 +95,7 @@ class Captures:
         self.blocks = block_paths(source.module)
         self.library = Library()
         self.constants: dict[str, torch.Tensor] = {}
-        self._made: dict[tuple[str, Casts], list[Capture]] = {}
+        self._made: dict[tuple[str, Casts, Surroundings], list[Capture]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
         return self
@@ -109,28 +113,29 @@ class Captures:
         """
         if not call.tensors:
             raise SurgeryError("PSG203", f"{self.infos[''].type} was called without a tensor")
-        key = (call.signature, casts)
+        key = (call.signature, casts, surroundings())
         found = self._known(key, call, training)
         if found is not None:
             return found
         with making():
             found = self._known(key, call, training)  # another thread may have made it meanwhile
             if found is None:
-                found = self._make(call, training, casts)
+                state = key[-1]
+                found = outside(lambda: self._make(call, training, casts, state), state)
                 self._made[key] = [*self._made.get(key, ()), found]
         return found
 
-    def _known(self, key: tuple[str, Casts], call: Call, training: bool) -> Capture | None:
+    def _known(self, key: Key, call: Call, training: bool) -> Capture | None:
         known = (c for c in self._made.get(key, ()) if c.fits(call.leaves, training))
         return next(known, None)
 
-    def _make(self, call: Call, training: bool, casts: Casts) -> Capture:
+    def _make(self, call: Call, training: bool, casts: Casts, state: Surroundings) -> Capture:
         """A capture for a call: for any batch and any past, if there is such a one."""
         module = self._module(casts)
         call = map_tensors(call, lambda tensor: _tangible(tensor, module))
-        capture = self._capture(module, widen(call), training)
+        capture = self._capture(module, widen(call), training, state)
         if not capture.fits(call.leaves, training):
-            capture = self._capture(module, call, training)
+            capture = self._capture(module, call, training, state)
         return capture
 
     def _module(self, casts: Casts) -> nn.Module:
@@ -138,7 +143,9 @@ class Captures:
         wanted = {name: info.dtype for name, info in self.tensors.items()} | dict(casts)
         return traceable(self.source.module, wanted)
 
-    def _capture(self, module: nn.Module, call: Call, training: bool) -> Capture:
+    def _capture(
+        self, module: nn.Module, call: Call, training: bool, state: Surroundings
+    ) -> Capture:
         with traced_alone():
             exported = export(module, call, training)
         tensors = tensor_infos(module)
@@ -154,6 +161,7 @@ class Captures:
             exported.conditions,
             exported.mode,
             example(call),
+            state,
         )
 
     def _name_constants(self, module: fx.GraphModule) -> None:

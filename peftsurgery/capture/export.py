@@ -29,7 +29,9 @@ from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError, first_line
 from ..quiet import quiet
-from .randomness import is_random, is_random_in, train_flags
+from .modes import noted_reads
+from .randomness import is_random
+from .recording import Record, Watch, recorded
 from .remembering import as_if_run
 from .signature import Call, apart, stand_for, traced
 from .sizes import size_conditions
@@ -67,11 +69,10 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
     call = traced(apart(call), module)
     trained, refusal = _try(module, call, train=True)
     if trained is not None:
-        exported = _read(trained, call)
-        if not _is_bound_to_a_mode(exported.module.graph, module, call):
-            return exported
+        if _serves_both(trained, module, call):
+            return _read(trained, call)
         if training:
-            return replace(exported, mode=True)
+            return replace(_read(trained, call), mode=True)
     evaluated, reason = _try(module, call, train=False)
     name = type(module).__name__
     if evaluated is None:
@@ -83,9 +84,16 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
     return replace(_read(evaluated, call), mode=False)
 
 
-def _try(
-    module: nn.Module, call: Call, train: bool
-) -> tuple[ExportedProgram | None, Exception | None]:
+@dataclass(frozen=True)
+class _Trace:
+    """What came of tracing a call in one mode; ``decides`` is whether code may go by the mode."""
+
+    program: ExportedProgram
+    record: Record
+    decides: bool
+
+
+def _try(module: nn.Module, call: Call, train: bool) -> tuple[_Trace | None, Exception | None]:
     """What torch.export makes of the call in one mode, or why it cannot."""
     try:
         return _export(module, call, train), None
@@ -93,7 +101,8 @@ def _try(
         return None, error
 
 
-def _read(program: ExportedProgram, call: Call) -> Exported:
+def _read(trace: _Trace, call: Call) -> Exported:
+    program = trace.program
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     conditions = size_conditions(module.graph, program.range_constraints)
@@ -103,22 +112,23 @@ def _read(program: ExportedProgram, call: Call) -> Exported:
     return Exported(module, program.call_spec.out_spec, conditions, None)
 
 
-def _is_bound_to_a_mode(graph: fx.Graph, module: nn.Module, call: Call) -> bool:
-    """Whether a train-mode graph cannot serve eval mode by switching its train flags off.
+def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
+    """Whether a train-mode graph serves eval mode too once its train flags are off.
 
-    It cannot if it draws random numbers by operators that have no such flag (paths dropped at
-    random), nor if some dropout is on in eval mode too. Only code that calls dropout as a function
-    can do that, so only for such code the module is run in eval mode, on fake tensors, to see.
+    Modules of torch do nothing else in eval mode. If other code asks for the mode or drops
+    something by itself, the module is run in eval mode, without values, and compared.
     """
-    random = [node for node in graph.nodes if is_random(node.target, node.args, node.kwargs)]
-    flagless = [node for node in random if not train_flags(node.target)]
-    if flagless or all(_is_in_dropout_module(node, module) for node in random):
-        return bool(flagless)
+    if not trained.decides and all(
+        _is_in_dropout_module(node, module)
+        for node in trained.program.graph.nodes
+        if is_random(node.target, node.args, node.kwargs)
+    ):
+        return True
     try:
         with _prepared(module, call, train=False):
-            return is_random_in(module, call)
+            return recorded(module, call).is_off_of(trained.record)
     except EXPORT_ERRORS:
-        return True
+        return False
 
 
 def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
@@ -128,10 +138,11 @@ def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
     )
 
 
-def _export(module: nn.Module, call: Call, train: bool) -> ExportedProgram:
+def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
     images_vary = not isinstance(module, PreTrainedModel)
-    with _prepared(module, call, train), _unprinted():
-        return torch.export.export(
+    watch = Watch(module)
+    with _prepared(module, call, train, watch), noted_reads() as reads, _unprinted():
+        program = torch.export.export(
             module,
             args=(),
             kwargs=dict(call.tensors),
@@ -139,6 +150,7 @@ def _export(module: nn.Module, call: Call, train: bool) -> ExportedProgram:
             dynamic_shapes=_dynamic(dict(call.tensors), images_vary),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+    return _Trace(program, watch.record, bool(reads))
 
 
 @contextlib.contextmanager
@@ -174,8 +186,10 @@ def _dynamic(value: Any, images_vary: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _prepared(module: nn.Module, call: Call, train: bool) -> Iterator[None]:
-    """Everything a faithful export needs, undone on leaving."""
+def _prepared(
+    module: nn.Module, call: Call, train: bool, watch: Watch | None = None
+) -> Iterator[None]:
+    """Everything a faithful export needs, undone on leaving; ``watch`` notes what forward does."""
     flags = dict(call.flags)
     with contextlib.ExitStack() as stack:
         if isinstance(module, PreTrainedModel):
@@ -189,7 +203,7 @@ def _prepared(module: nn.Module, call: Call, train: bool) -> Iterator[None]:
         stack.enter_context(_modes(module, train))
         stack.enter_context(_every_size_alike())
         stack.enter_context(without_fast_path())
-        stack.enter_context(_explicit_forward(module, call, flags))
+        stack.enter_context(_explicit_forward(module, call, flags, watch))
         stack.enter_context(torch.enable_grad())
         yield
 
@@ -228,14 +242,19 @@ def without_fast_path() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explicit_forward(module: nn.Module, call: Call, flags: dict[str, Any]) -> Iterator[None]:
+def _explicit_forward(
+    module: nn.Module, call: Call, flags: dict[str, Any], watch: Watch | None
+) -> Iterator[None]:
     """Give the module a forward that takes exactly the call's tensors; flags are fixed in it."""
     original: Callable[..., Any] = module.forward
 
-    def forward(**tensors: Any) -> Any:
+    def plain(**tensors: Any) -> Any:
         if call.trace is not None:
             return call.trace.run(original, tensors, **flags)
         return original(**tensors, **flags)
+
+    def forward(**tensors: Any) -> Any:
+        return plain(**tensors) if watch is None else watch.run(plain, **tensors)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in call.tensors]

@@ -29,6 +29,7 @@ from .remembering import Past
 from .serving import Serving
 from .signature import Call, bind_call, takes, with_past
 from .sources import Source, check_plain, open_source
+from .surroundings import outside, surroundings
 from .tensors import named_tensors
 from .threads import GATE, making
 
@@ -160,7 +161,7 @@ class GraphModel(Likeness):
 
     def _equipped(self, capture: Capture) -> Capture:
         """A transformed capture whose programs the blocks have, and whose constants are here."""
-        ready = self.transform(capture)
+        ready = outside(lambda: self.transform(capture), capture.state)
         for path, programs in ready.programs.items():
             if path:
                 block = self.get_submodule(path)
@@ -224,8 +225,9 @@ def capture(
     for. Raises PSG201 if the model cannot be exported, PSG202 if it needs inputs, PSG212 if it
     does not generate, PSG210 if its cache is no ordinary one.
     """
+    state = surroundings().without_autocast()
     with making():
-        return _captured(model, inputs, cache)
+        return outside(lambda: _captured(model, inputs, cache), state)
 
 
 def _captured(

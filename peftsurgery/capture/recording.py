@@ -1,0 +1,185 @@
+"""What a module's forward computes, step by step, as far as two runs can be told apart by it.
+
+While a forward runs, every call of a function of torch is noted: the function, its arguments
+(tensors by a number), whether gradients are recorded and casts are automatic. Two runs with equal
+records are one graph; two that differ only in flags of dropouts and norms are one graph that
+follows these flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch._export.utils import _compiling_state_context
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .randomness import TRAIN_FLAGS
+from .signature import Call, map_tensors
+
+# Functions that give no tensor and change what others compute.
+_SWITCHES = ("_set_grad_enabled", "__setitem__")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of a function of torch; ``flags`` are its arguments that tell training from eval."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    flags: tuple[tuple[str, Any], ...]
+    state: tuple[bool, bool]
+
+
+@dataclass
+class Record:
+    """The steps of a run, and what it returned."""
+
+    steps: list[Step] = field(default_factory=list)
+    output: Any = None
+
+    def is_off_of(self, trained: Record) -> bool:
+        """Whether this run, in eval mode, is ``trained``, in train mode, with its flags off."""
+        return self.output == trained.output and all(
+            one is not None and two is not None and _is_off_of(one, two)
+            for one, two in zip_longest(self.steps, trained.steps)
+        )
+
+
+def _is_off_of(evaluated: Step, trained: Step) -> bool:
+    if (evaluated.function, evaluated.arguments, evaluated.state) != (
+        trained.function,
+        trained.arguments,
+        trained.state,
+    ):
+        return False
+    return not any(value for _, value in evaluated.flags)
+
+
+def recorded(module: nn.Module, call: Call) -> Record:
+    """What ``module``, as it is now, does for a call. No value is computed, and none is changed."""
+    watch = Watch(module)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _compiling_state_context():
+        watch.run(module, **map_tensors(call, fake.from_tensor).tensors)
+    return watch.record
+
+
+class Watch(TorchFunctionMode):
+    """Notes every call of a function of torch that computes something.
+
+    What batch norms count is left out: they count in train mode only.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.record = Record()
+        self.numbers: dict[int, int] = {}
+        self.kept: list[Any] = []  # so that no other tensor has its identity
+
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``forward`` returns, with its steps in a new record."""
+        self.record, self.numbers, self.kept = Record(), {}, []
+        for value in pytree.tree_leaves((args, kwargs)):
+            self.number(value)
+        with self:
+            output = forward(*args, **kwargs)
+        self.record.output = self.plain(output)
+        return output
+
+    def number(self, value: Any) -> int:
+        """The number of a tensor: in the order in which the run met them."""
+        if id(value) not in self.numbers:
+            self.numbers[id(value)] = len(self.numbers)
+            self.kept.append(value)
+        return self.numbers[id(value)]
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """What the function returns."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        if not made and name not in _SWITCHES:
+            return result
+        if args and self.counts(args[0]):
+            return result
+        step = self.step(func, name, args, kwargs)
+        self.record.steps.append(step)
+        if step.flags and args and result is args[0] and not kwargs.get("inplace"):
+            result = result.view_as(result)  # a dropout that is off is a step of its own too
+            made = [result]
+        for tensor in made:
+            self.number(tensor)
+        return result
+
+    def counts(self, value: Any) -> bool:
+        """Whether a tensor is the counter of a batch norm."""
+        return any(
+            part.num_batches_tracked is value
+            for part in self.module.modules()
+            if isinstance(part, nn.modules.batchnorm._NormBase)
+        )
+
+    def step(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
+        """The step that a call is."""
+        places = _flag_places(name)
+        flags = {places[i]: value for i, value in enumerate(args) if i in places}
+        flags |= {key: value for key, value in kwargs.items() if key in TRAIN_FLAGS}
+        if _has_no_statistics(name, args, kwargs):
+            flags = {}
+        rest = tuple(None if i in places else value for i, value in enumerate(args))
+        others = {key: value for key, value in kwargs.items() if key not in TRAIN_FLAGS}
+        state = (torch.is_grad_enabled(), torch._C._is_any_autocast_enabled())
+        return Step(func, self.plain((rest, others)), tuple(sorted(flags.items())), state)
+
+    def plain(self, value: Any) -> tuple[Any, ...]:
+        """A value that is equal for equal arguments in another run."""
+        leaves, spec = pytree.tree_flatten(value)
+        return (str(spec), *(self.leaf(leaf) for leaf in leaves))
+
+    def leaf(self, leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return ("tensor", self.number(leaf))
+        if isinstance(leaf, slice):
+            return ("slice", *(self.leaf(end) for end in (leaf.start, leaf.stop, leaf.step)))
+        if isinstance(leaf, np.ndarray):
+            return (leaf.shape, leaf.tobytes())
+        if isinstance(leaf, torch.SymInt | torch.SymFloat | torch.SymBool):
+            leaf = leaf.node.hint
+        return (type(leaf), repr(leaf))
+
+
+def _has_no_statistics(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it is a norm that keeps no statistics: it takes the batch's in eval mode too."""
+    mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+    return name in ("batch_norm", "instance_norm") and mean is None
+
+
+@lru_cache(maxsize=1024)
+def _flag_places(name: str) -> dict[int, str]:
+    """The places of train flags among the arguments of the operators of that name."""
+    packet = getattr(torch.ops.aten, name, None) if name else None
+    if packet is None:
+        return {}
+    schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
+    return {
+        place: argument.name
+        for schema in schemas
+        for place, argument in enumerate(schema.arguments)
+        if argument.name in TRAIN_FLAGS
+    }

@@ -1,0 +1,118 @@
+"""What surrounds a call: what of it a capture is for, and how a capture is made outside the rest.
+
+Modes (FakeTensorMode, FlopCounterMode, default devices), transforms (torch.func), inference mode,
+hooks on saved tensors and tracers are a thread's own. So a capture is made in a thread of its own,
+where none of them is. What changes dtypes or the choice of kernels cannot be left out: autocast,
+the default dtype and determinism decide what the model's own code does, and a capture is for one
+state of them.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+Result = TypeVar("Result")
+
+# The devices that torch can autocast for.
+DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "ipu", "xla", "privateuseone")
+
+_HERE = threading.local()
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """The state that a capture is for: ``autocast`` gives the dtype by device where it is on."""
+
+    autocast: tuple[tuple[str, torch.dtype], ...]
+    dtype: torch.dtype
+    deterministic: bool
+
+    def without_autocast(self) -> Surroundings:
+        """The same state with every autocast off."""
+        return replace(self, autocast=())
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Autocast as this says; the rest is the process's and the same in all threads."""
+        wanted = dict(self.autocast)
+        with ExitStack() as stack:
+            for device in {*wanted, *dict(surroundings().autocast)}:
+                on = device in wanted
+                stack.enter_context(torch.autocast(device, wanted.get(device), enabled=on))
+            yield
+
+
+def surroundings() -> Surroundings:
+    """The state of the running thread."""
+    on: tuple[tuple[str, torch.dtype], ...] = ()
+    if torch._C._is_any_autocast_enabled():
+        on = tuple(
+            (device, torch.get_autocast_dtype(device))
+            for device in DEVICES
+            if torch.is_autocast_enabled(device)
+        )
+    return Surroundings(on, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+
+
+def outside(function: Callable[[], Result], state: Surroundings) -> Result:
+    """What ``function`` returns where nothing surrounds it but ``state``.
+
+    It runs in a thread of its own, with the caller's context variables. An interrupt of the caller
+    interrupts it too. Called from within, it runs at once.
+    """
+    if getattr(_HERE, "outside", False):
+        with state.entered():
+            return function()
+    task = _Task(function, state)
+    task.start()
+    try:
+        task.join()
+    except BaseException:
+        task.interrupt()
+        task.join()
+        raise
+    return task.result()
+
+
+class _Task(threading.Thread):
+    """A function on its way, and what came of it."""
+
+    def __init__(self, function: Callable[[], Result], state: Surroundings) -> None:
+        super().__init__(name="peftsurgery capture", daemon=True)
+        self.function, self.state = function, state
+        self.context = contextvars.copy_context()
+        self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        self.results: list[Result] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Call the function; never raises."""
+        _HERE.outside = True
+        try:
+            if self.device is not None:
+                torch.cuda.set_device(self.device)
+            with _disable_current_modes(), self.state.entered():
+                self.results.append(self.context.run(self.function))
+        except BaseException as error:
+            self.error = error
+
+    def result(self) -> Result:
+        """What the function returned, or the error that it raised."""
+        if self.error is not None:
+            raise self.error
+        return self.results[0]
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the thread, as Ctrl-C does in the main one."""
+        if self.ident is not None:
+            raised = ctypes.py_object(KeyboardInterrupt)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), raised)
