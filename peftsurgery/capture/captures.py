@@ -21,7 +21,7 @@ from .signature import Call, example, map_tensors, widen
 from .sizes import Check, compile_check, is_limit
 from .sources import Source
 from .surroundings import Surroundings, outside, surroundings
-from .tensors import is_fake, tensor_infos, tensor_names, traceable
+from .tensors import is_fake, is_plain, tensor_infos, tensor_names, traceable
 from .threads import making, traced_alone
 
 
@@ -79,7 +79,7 @@ Key = tuple[str, Casts, Surroundings]
 
 
 class Captures:
-    """The captures of one source, by signature, the dtypes of its tensors and what surrounds a call.
+    """The captures of one source: by signature, by its tensors' dtypes, by what surrounds a call.
 
     ``cache`` is whether calls return what the model remembers without being asked for it, ``past``
     the name of the argument by which the model takes that, or None if it takes no cache.
@@ -198,13 +198,18 @@ def _dropouts(module: nn.Module) -> frozenset[str]:
 
 
 def _tangible(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """An example to trace ``module`` with: not on meta, and not beside fake parameters."""
+    """An example to trace ``module`` with: a tensor of its own, with content if it can be had.
+
+    None is to be had on meta, beside fake parameters, and of the tensors of a transform or a trace.
+    """
     parameters = list(module.parameters())
-    if is_fake(parameters):
-        return torch.zeros_like(tensor, device="cpu")
-    if not tensor.is_meta:
+    device = parameters[0].device if parameters and tensor.is_meta else tensor.device
+    if is_fake(parameters) or device.type == "meta":
+        device = torch.device("cpu")
+    elif is_plain(tensor):
         return tensor
-    return torch.zeros_like(tensor, device=parameters[0].device if parameters else "cpu")
+    sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape]
+    return torch.zeros(sizes, dtype=tensor.dtype, device=device)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

@@ -29,8 +29,8 @@ from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError, first_line
 from ..quiet import quiet
-from .modes import noted_reads
-from .randomness import is_random
+from .modes import Reads, noted_reads
+from .randomness import drawn_elsewhere, is_random, kept_generators
 from .recording import Record, Watch, recorded
 from .remembering import as_if_run
 from .signature import Call, apart, stand_for, traced
@@ -86,11 +86,11 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
 
 @dataclass(frozen=True)
 class _Trace:
-    """What came of tracing a call in one mode; ``decides`` is whether code may go by the mode."""
+    """What came of tracing a call in one mode."""
 
     program: ExportedProgram
     record: Record
-    decides: bool
+    reads: Reads
 
 
 def _try(module: nn.Module, call: Call, train: bool) -> tuple[_Trace | None, Exception | None]:
@@ -115,18 +115,19 @@ def _read(trace: _Trace, call: Call) -> Exported:
 def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
     """Whether a train-mode graph serves eval mode too once its train flags are off.
 
-    Modules of torch do nothing else in eval mode. If other code asks for the mode or drops
+    Modules of torch do nothing else in eval mode. If other code chooses rates by the mode or drops
     something by itself, the module is run in eval mode, without values, and compared.
     """
-    if not trained.decides and all(
+    if trained.reads.decides:
+        return False
+    if not trained.reads.rates and all(
         _is_in_dropout_module(node, module)
         for node in trained.program.graph.nodes
         if is_random(node.target, node.args, node.kwargs)
     ):
         return True
     try:
-        with _prepared(module, call, train=False):
-            return recorded(module, call).is_off_of(trained.record)
+        return _record(module, call, train=False).is_off_of(trained.record)
     except EXPORT_ERRORS:
         return False
 
@@ -142,6 +143,7 @@ def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
     images_vary = not isinstance(module, PreTrainedModel)
     watch = Watch(module)
     with _prepared(module, call, train, watch), noted_reads() as reads, _unprinted():
+        before = drawn_elsewhere()
         program = torch.export.export(
             module,
             args=(),
@@ -150,18 +152,33 @@ def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
             dynamic_shapes=_dynamic(dict(call.tensors), images_vary),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    return _Trace(program, watch.record, bool(reads))
+        drew = drawn_elsewhere() != before
+    if drew and _record(module, call, train, 0) != _record(module, call, train, 1):
+        raise ValueError("what it computes depends on random numbers of Python or numpy")
+    return _Trace(program, watch.record, reads)
+
+
+def _record(module: nn.Module, call: Call, train: bool, shift: int = 0) -> Record:
+    """What the module does for a call in one mode."""
+    with _prepared(module, call, train), kept_generators(shift):
+        return recorded(module, call)
 
 
 @contextlib.contextmanager
 def _unprinted() -> Iterator[None]:
-    """Keep torch.export from printing the graph it has so far, before it raises why it ends."""
+    """Keep torch.export from printing the graph it has so far, before it raises why it ends.
+
+    What it knows of an export that is under way around this one is put back.
+    """
     names: dict[str, Any] = vars(importlib.import_module("torch.export._trace"))
+    known = ("_EXPORT_FLAGS", "_EXPORT_MODULE_HIERARCHY")
+    before = {name: names[name] for name in known if name in names}
     names["print"] = lambda *args, **kwargs: None
     try:
         yield
     finally:
         names.pop("print", None)
+        names.update(before)
 
 
 def _dynamic(value: Any, images_vary: bool) -> Any:
@@ -200,6 +217,7 @@ def _prepared(
                 stack.enter_context(patch_model_config(module, {"use_cache": False}))
             else:
                 stack.enter_context(as_if_run())
+        stack.enter_context(kept_generators())
         stack.enter_context(_modes(module, train))
         stack.enter_context(_every_size_alike())
         stack.enter_context(without_fast_path())

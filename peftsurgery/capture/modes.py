@@ -1,22 +1,25 @@
-"""Whether one graph serves train mode and eval mode: who asks a module for its ``training``, and how.
+"""Whether one graph serves train mode and eval mode: who asks a module for ``training``, and how.
 
 A dropout or a norm that asks passes the answer on as a flag of its operator, and a flag can follow
-the module. Code that decides by it may compute anything else, so such code is looked at closely.
+the module. Code that chooses a rate by it is looked at closely, and code that decides by it may do
+anything else: the source around every read says which it is.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import sys
 import textwrap
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -25,26 +28,34 @@ from torch import nn
 _TORCH = str(Path(torch.__file__).parent)
 
 
-@contextmanager
-def noted_reads() -> Iterator[set[str]]:
-    """Note where ``training`` is read in this thread by code that may decide by it.
+@dataclass
+class Reads:
+    """How ``training`` was read: ``rates`` are chosen by it, or code ``decides`` by it at large."""
 
-    Every place is a file and a line. A read between two equal values (a dropout probability of 0 in
-    either mode) decides nothing.
+    rates: bool = False
+    decides: bool = False
+
+
+@contextmanager
+def noted_reads() -> Iterator[Reads]:
+    """Note how this thread's code reads ``training`` of modules, torch's own code aside.
+
+    A dropout called as a function with it as its flag is no decision, nor is a choice between two
+    equal values (a rate of 0 in either mode).
     """
-    places: set[str] = set()
-    nn.Module.training = _Watched(places)  # type: ignore[assignment]
+    reads = Reads()
+    type.__setattr__(nn.Module, "training", _Watched(reads))
     try:
-        yield places
+        yield reads
     finally:
-        del nn.Module.training
+        type.__delattr__(nn.Module, "training")
 
 
 class _Watched:
-    """Stands for ``training`` of all modules: it is kept where it always is, and reads are noted."""
+    """Stands for ``training`` of all modules: it is kept where it was, and reads are noted."""
 
-    def __init__(self, places: set[str]) -> None:
-        self.places, self.thread = places, threading.get_ident()
+    def __init__(self, reads: Reads) -> None:
+        self.reads, self.thread = reads, threading.get_ident()
 
     def __get__(self, module: nn.Module | None, kind: type) -> Any:
         if module is None:
@@ -53,68 +64,115 @@ class _Watched:
             value = vars(module)["training"]
         except KeyError:
             raise AttributeError("training") from None
-        if threading.get_ident() == self.thread:
-            reader = sys._getframe(1)
-            if _decides(reader):
-                self.places.add(f"{reader.f_code.co_filename}:{reader.f_lineno}")
+        frame = sys._getframe(1)
+        if threading.get_ident() == self.thread and not _is_torchs(frame):
+            self._note(_read(frame.f_code, frame.f_lasti), frame)
         return value
 
     def __set__(self, module: nn.Module, value: bool) -> None:
         vars(module)["training"] = value
 
+    def _note(self, read: _Read | None, frame: FrameType) -> None:
+        if read is None:
+            self.reads.decides = True
+        elif not read.is_flag(frame) and not read.is_idle(frame):
+            self.reads.rates |= read.chooses
+            self.reads.decides |= not read.chooses
 
-def _decides(frame: FrameType) -> bool:
-    """Whether code that reads ``training`` may do other things in one mode than in the other."""
-    if frame.f_code.co_filename.startswith(_TORCH):
-        return False
-    choice = _choice(frame.f_code, frame.f_lasti)
-    if choice is None:
-        return True
+
+def _is_torchs(frame: FrameType) -> bool:
+    return frame.f_code.co_filename.startswith(_TORCH)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A read in the source, within the largest expression of names, constants and logic around it.
+
+    ``values`` compute that expression in train mode and in eval mode, ``chooses`` is whether it is
+    ``a if b else c``, and ``called`` the function that is given the read itself as an argument.
+    """
+
+    values: tuple[CodeType, CodeType]
+    chooses: bool
+    called: CodeType | None
+
+    def is_flag(self, frame: FrameType) -> bool:
+        """Whether it is given as it is to a function that takes such a flag."""
+        found = None if self.called is None else _value(self.called, frame)
+        return getattr(found, "__module__", "") == nn.functional.__name__
+
+    def is_idle(self, frame: FrameType) -> bool:
+        """Whether both modes give one number: nothing is made of the read."""
+        one, other = (_value(code, frame) for code in self.values)
+        return isinstance(one, bool | int | float) and type(one) is type(other) and one == other
+
+
+def _value(code: CodeType, frame: FrameType) -> Any:
+    """What an expression is in a frame; None if it cannot be told."""
     try:
-        first, second = (eval(arm, frame.f_globals, frame.f_locals) for arm in choice)
-    except (NameError, AttributeError):
-        return True
-    plain = isinstance(first, int | float) and isinstance(second, int | float)
-    return not (plain and first == second)
+        return eval(code, frame.f_globals, frame.f_locals)
+    except (NameError, AttributeError, TypeError, KeyError):
+        return None
 
 
 @lru_cache(maxsize=4096)
-def _choice(code: CodeType, instruction: int) -> tuple[CodeType, CodeType] | None:
-    """The two values of ``a if self.training else b`` if this reads it; names and constants only."""
+def _read(code: CodeType, instruction: int) -> _Read | None:
+    """The read that an instruction makes, as the source has it; None if it cannot be found."""
     try:
         lines, start = inspect.getsourcelines(code)
-    except OSError:
+        tree = ast.parse(textwrap.dedent("".join(lines)))
+    except (OSError, SyntaxError):
         return None
-    positions = list(code.co_positions())[instruction // 2]
-    text = textwrap.dedent("".join(lines))
     indent = len(lines[0]) - len(lines[0].lstrip())
-    line, column = positions[0], positions[2]
-    if line is None or column is None:
-        return None
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.IfExp):
-            continue
-        test = node.test.operand if isinstance(node.test, ast.UnaryOp) else node.test
-        here = (test.lineno + start - 1, test.col_offset + indent)
-        if (
-            here == (line, column)
-            and _is_dotted(test)
-            and _is_plain(node.body)
-            and _is_plain(node.orelse)
-        ):
-            return _compiled(node.body), _compiled(node.orelse)
+    line, _, column, _ = list(code.co_positions())[instruction // 2]
+    outer = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    for node in (each for each in outer if isinstance(each, ast.Attribute)):
+        is_read = node.attr == "training" and _is_plain(node)
+        if is_read and (node.lineno + start - 1, node.col_offset + indent) == (line, column):
+            return _described(node, outer)
     return None
 
 
+def _described(node: ast.expr, outer: dict[ast.AST, ast.AST]) -> _Read:
+    whole: ast.expr = node
+    while isinstance(outer[whole], ast.expr) and _is_plain(outer[whole]):
+        whole = cast("ast.expr", outer[whole])
+    values = tuple(_compiled(_With(node, value).visit(whole)) for value in (True, False))
+    call = outer[node] if isinstance(outer[node], ast.Call) else outer[outer[node]]
+    called = call.func if isinstance(call, ast.Call) and _is_argument(node, call) else None
+    named = called is not None and _is_plain(called)
+    return _Read(
+        cast("tuple[CodeType, CodeType]", values),
+        isinstance(whole, ast.IfExp),
+        _compiled(cast("ast.expr", called)) if named else None,
+    )
+
+
+def _is_argument(node: ast.expr, call: ast.Call) -> bool:
+    return node in call.args or any(node is keyword.value for keyword in call.keywords)
+
+
+class _With(ast.NodeTransformer):
+    """Puts a constant in the place of one node, in a copy."""
+
+    def __init__(self, node: ast.expr, value: bool) -> None:
+        self.node, self.value = node, value
+
+    def visit(self, node: ast.AST) -> Any:
+        """The node, or what is in its place."""
+        if node is self.node:
+            return ast.copy_location(ast.Constant(self.value), node)
+        return self.generic_visit(copy.copy(node))
+
+
 def _compiled(node: ast.expr) -> CodeType:
-    return compile(ast.Expression(node), "<choice>", "eval")
+    return compile(ast.Expression(node), "<read>", "eval")
 
 
-def _is_plain(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) or _is_dotted(node)
-
-
-def _is_dotted(node: ast.expr) -> bool:
-    while isinstance(node, ast.Attribute):
-        node = node.value
-    return isinstance(node, ast.Name)
+def _is_plain(node: ast.AST) -> bool:
+    """Whether an expression is made of names, attributes, constants and logic only."""
+    kinds = (ast.Name, ast.Attribute, ast.Constant, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp)
+    words = (ast.expr_context, ast.unaryop, ast.boolop, ast.cmpop)
+    return isinstance(node, kinds) and all(
+        _is_plain(child) or isinstance(child, words) for child in ast.iter_child_nodes(node)
+    )

@@ -1,16 +1,15 @@
-"""Whether code draws random numbers."""
+"""Whether code draws random numbers, and generators kept as they are while it is looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import pickle
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from .signature import Call, map_tensors
 
 # The names that ATen schemas give to a train flag, and to the dropout of an attention core.
 TRAIN_FLAGS = frozenset({"train", "training", "use_input_stats", "dropout_p"})
@@ -35,24 +34,25 @@ def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     return torch.Tag.nondeterministic_seeded in target.tags and (not flags or any(flags))
 
 
-def is_random_in(module: nn.Module, call: Call) -> bool:
-    """Whether ``module``, as it is now, draws random numbers for a call. No value is computed."""
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _Watch() as watch:
-        module(**map_tensors(call, fake.from_tensor).tensors)
-    return watch.seen
+@contextmanager
+def kept_generators(shift: int = 0) -> Iterator[None]:
+    """Within the context numbers are drawn; behind it, every generator is where it was before.
+
+    With another ``shift``, generators of Python and numpy give other numbers within.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            for _ in range(shift):
+                random.random()
+                np.random.random_sample()
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
-class _Watch(TorchDispatchMode):
-    """Notes whether an operator that draws random numbers was called."""
-
-    seen = False
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        self.seen |= is_random(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+def drawn_elsewhere() -> bytes:
+    """A value that changes when numbers are drawn from Python's generator or numpy's."""
+    return pickle.dumps((random.getstate(), np.random.get_state()))

@@ -153,6 +153,7 @@ class Watch(TorchFunctionMode):
         return (str(spec), *(self.leaf(leaf) for leaf in leaves))
 
     def leaf(self, leaf: Any) -> Any:
+        """One value, without nested ones, so that it is equal for equal values in another run."""
         if isinstance(leaf, torch.Tensor):
             return ("tensor", self.number(leaf))
         if isinstance(leaf, slice):
@@ -174,7 +175,7 @@ def _has_no_statistics(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 def _flag_places(name: str) -> dict[int, str]:
     """The places of train flags among the arguments of the operators of that name."""
     packet = getattr(torch.ops.aten, name, None) if name else None
-    if packet is None:
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
         return {}
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     return {

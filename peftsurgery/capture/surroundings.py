@@ -13,9 +13,10 @@ import contextvars
 import ctypes
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -73,46 +74,34 @@ def outside(function: Callable[[], Result], state: Surroundings) -> Result:
         with state.entered():
             return function()
     task = _Task(function, state)
-    task.start()
-    try:
-        task.join()
-    except BaseException:
-        task.interrupt()
-        task.join()
-        raise
-    return task.result()
+    with ThreadPoolExecutor(1, "capture") as pool:
+        future = pool.submit(contextvars.copy_context().run, task)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            if not future.done():
+                task.interrupt()
+            raise
 
 
-class _Task(threading.Thread):
-    """A function on its way, and what came of it."""
+class _Task(Generic[Result]):
+    """A function to be called in a thread where nothing is."""
 
     def __init__(self, function: Callable[[], Result], state: Surroundings) -> None:
-        super().__init__(name="peftsurgery capture", daemon=True)
         self.function, self.state = function, state
-        self.context = contextvars.copy_context()
         self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self.results: list[Result] = []
-        self.error: BaseException | None = None
+        self.thread = 0
 
-    def run(self) -> None:
-        """Call the function; never raises."""
+    def __call__(self) -> Result:
+        """What the function returns."""
+        self.thread = threading.get_ident()
         _HERE.outside = True
-        try:
-            if self.device is not None:
-                torch.cuda.set_device(self.device)
-            with _disable_current_modes(), self.state.entered():
-                self.results.append(self.context.run(self.function))
-        except BaseException as error:
-            self.error = error
-
-    def result(self) -> Result:
-        """What the function returned, or the error that it raised."""
-        if self.error is not None:
-            raise self.error
-        return self.results[0]
+        if self.device is not None:
+            torch.cuda.set_device(self.device)
+        with _disable_current_modes(), self.state.entered():
+            return self.function()
 
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt in the thread, as Ctrl-C does in the main one."""
-        if self.ident is not None:
-            raised = ctypes.py_object(KeyboardInterrupt)
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), raised)
+        raised = ctypes.py_object(KeyboardInterrupt)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), raised)

@@ -66,6 +66,12 @@ def is_fake(tensors: Iterable[torch.Tensor]) -> bool:
     return any(isinstance(tensor, FakeTensor) for tensor in tensors)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has content of its own: it is on no meta device and in no transform."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not wrapped and not tensor.is_meta
+
+
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     device = torch.device("cpu") if tensor.is_meta else tensor.device
     with mode:
