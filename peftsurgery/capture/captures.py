@@ -23,6 +23,7 @@ from .sources import Source
 from .surroundings import Surroundings, outside, surroundings
 from .tensors import is_fake, is_plain, tensor_infos, tensor_names, traceable
 from .threads import making, traced_alone
+from .writes import check_writes
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Captures:
         self._name_constants(exported.module)
         of_module = _counters(module), _dropouts(module)
         clean_up(exported.module, self.names, *of_module, exported.mode)
+        check_writes(exported.module.graph, tensors, self.infos[""].type)
         splitter = Splitter(self.blocks, self.infos, tensors, self.library)
         splitter.split(exported.module.graph)
         return Capture(

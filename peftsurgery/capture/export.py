@@ -29,9 +29,10 @@ from transformers.exporters.utils import apply_patches
 
 from ..errors import SurgeryError, first_line
 from ..quiet import quiet
+from .attributes import kept_attributes
 from .modes import Reads, noted_reads
 from .randomness import drawn_elsewhere, is_random, kept_generators
-from .recording import Record, Watch, recorded
+from .recording import Record, Watch, is_steady, recorded
 from .remembering import as_if_run
 from .signature import Call, apart, stand_for, traced
 from .sizes import size_conditions
@@ -142,7 +143,12 @@ def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
 def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
     images_vary = not isinstance(module, PreTrainedModel)
     watch = Watch(module)
-    with _prepared(module, call, train, watch), noted_reads() as reads, _unprinted():
+    with (
+        kept_attributes(module),
+        _prepared(module, call, train, watch),
+        noted_reads() as reads,
+        _unprinted(),
+    ):
         before = drawn_elsewhere()
         program = torch.export.export(
             module,
@@ -155,12 +161,27 @@ def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
         drew = drawn_elsewhere() != before
     if drew and _record(module, call, train, 0) != _record(module, call, train, 1):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
+    if watch.changed:
+        with kept_attributes(module), _prepared(module, call, train):
+            if not is_steady(module, call):
+                raise _remembering(module, watch.changed[0])
     return _Trace(program, watch.record, reads)
+
+
+def _remembering(module: nn.Module, attribute: str) -> SurgeryError:
+    """The refusal of a module whose calls depend on those before."""
+    return SurgeryError(
+        "PSG217",
+        f"what {type(module).__name__} computes depends on its calls before: its forward sets "
+        f"'{attribute}'",
+        "call the model once in this mode before capturing it, if it does so only once; register "
+        "what it remembers as a buffer",
+    )
 
 
 def _record(module: nn.Module, call: Call, train: bool, shift: int = 0) -> Record:
     """What the module does for a call in one mode."""
-    with _prepared(module, call, train), kept_generators(shift):
+    with kept_attributes(module), _prepared(module, call, train), kept_generators(shift):
         return recorded(module, call)
 
 
@@ -218,23 +239,12 @@ def _prepared(
             else:
                 stack.enter_context(as_if_run())
         stack.enter_context(kept_generators())
-        stack.enter_context(_modes(module, train))
+        module.train(train)
         stack.enter_context(_every_size_alike())
         stack.enter_context(without_fast_path())
         stack.enter_context(_explicit_forward(module, call, flags, watch))
         stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextlib.contextmanager
-def _modes(module: nn.Module, train: bool) -> Iterator[None]:
-    before = {part: part.training for part in module.modules()}
-    module.train(train)
-    try:
-        yield
-    finally:
-        for part, training in before.items():
-            part.training = training
 
 
 @contextlib.contextmanager

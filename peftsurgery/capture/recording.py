@@ -8,7 +8,8 @@ follows these flags.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
@@ -19,11 +20,14 @@ import torch
 from torch import nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from .attributes import attributes_of, changed_since
 from .randomness import TRAIN_FLAGS
 from .signature import Call, map_tensors
+from .tensors import named_tensors
 
 # Functions that give no tensor and change what others compute.
 _SWITCHES = ("_set_grad_enabled", "__setitem__")
@@ -67,37 +71,71 @@ def _is_off_of(evaluated: Step, trained: Step) -> bool:
 def recorded(module: nn.Module, call: Call) -> Record:
     """What ``module``, as it is now, does for a call. No value is computed, and none is changed."""
     watch = Watch(module)
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _compiling_state_context():
-        watch.run(module, **map_tensors(call, fake.from_tensor).tensors)
+    with _without_content(module, call) as inputs:
+        watch.run(module, **inputs)
     return watch.record
 
 
+@contextmanager
+def _without_content(module: nn.Module, call: Call) -> Iterator[Mapping[str, Any]]:
+    """The module with tensors that have no content, and the inputs of the call as such."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = {name: mode.from_tensor(tensor) for name, tensor in named_tensors(module)}
+    with mode, _compiling_state_context(), _reparametrize_module(module, tensors):
+        yield map_tensors(call, mode.from_tensor).tensors
+
+
+def is_steady(module: nn.Module, call: Call) -> bool:
+    """Whether a second call would do what the first does, the first having set attributes.
+
+    A call that goes on computing with a tensor of the one before does not; one that computes less,
+    since it finds what the one before made, does.
+    """
+    watch = Watch(module)
+    with _without_content(module, call) as inputs:
+        watch.run(module, **inputs)
+        first, made = watch.record, watch.made
+        again = Watch(module, earlier=made)
+        again.run(module, **inputs)
+    if again.met_earlier:
+        return len(again.record.steps) < len(first.steps)
+    return again.record == first
+
+
 class Watch(TorchFunctionMode):
-    """Notes every call of a function of torch that computes something.
+    """Notes every call of a function of torch that computes something, and attributes that are set.
 
     What batch norms count is left out: they count in train mode only.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, earlier: Sequence[torch.Tensor] = ()) -> None:
+        """``earlier`` are tensors of another run; the watch notes whether one of them is met."""
         super().__init__()
         self.module = module
+        self.earlier = {id(tensor) for tensor in earlier}
+        self.met_earlier = False
+        self.changed: list[str] = []
+        self.made: list[torch.Tensor] = []
         self.record = Record()
         self.numbers: dict[int, int] = {}
         self.kept: list[Any] = []  # so that no other tensor has its identity
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``forward`` returns, with its steps in a new record."""
-        self.record, self.numbers, self.kept = Record(), {}, []
+        self.record, self.numbers, self.kept, self.made = Record(), {}, [], []
         for value in pytree.tree_leaves((args, kwargs)):
             self.number(value)
+        before = attributes_of(self.module)
         with self:
             output = forward(*args, **kwargs)
+        self.changed = changed_since(before)
         self.record.output = self.plain(output)
         return output
 
     def number(self, value: Any) -> int:
         """The number of a tensor: in the order in which the run met them."""
         if id(value) not in self.numbers:
+            self.met_earlier |= id(value) in self.earlier
             self.numbers[id(value)] = len(self.numbers)
             self.kept.append(value)
         return self.numbers[id(value)]
@@ -125,6 +163,7 @@ class Watch(TorchFunctionMode):
             made = [result]
         for tensor in made:
             self.number(tensor)
+        self.made += made
         return result
 
     def counts(self, value: Any) -> bool:

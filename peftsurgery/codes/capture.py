@@ -88,4 +88,12 @@ CODES = {
         "original and capture it again; save() writes what was learnt, fold() makes a model of "
         "the original's class.",
     ),
+    "PSG217": CodeInfo(
+        "the model changes itself in its forward",
+        "A captured model shares the weights of its original and computes the same at every call. "
+        "A forward that writes to a weight, to a tensor kept as a plain attribute, or that counts "
+        "its calls in one, cannot be captured so. State in buffers can: a captured model has its "
+        "own. If the model changes itself at its first call only, call it once in the mode that "
+        "is wanted (under no_grad) and capture it then.",
+    ),
 }

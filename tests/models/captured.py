@@ -5,11 +5,20 @@ from __future__ import annotations
 from functools import cache
 
 from peftsurgery.capture import GraphModel, capture
+from tests.models.state import state_of
 from tests.models.zoo import ZOO
+
+# The models that are as they were before they were captured.
+UNCHANGED: set[str] = set()
 
 
 @cache
 def captured(name: str) -> GraphModel:
     """The captured model of that name; not to be changed."""
     entry = ZOO[name]
-    return capture(entry.build(), inputs=entry.inputs(2, 7))
+    module = entry.build()
+    before = state_of(module)
+    made = capture(module, inputs=entry.inputs(2, 7))
+    if state_of(module) == before:
+        UNCHANGED.add(name)
+    return made
