@@ -80,7 +80,9 @@ def recorded(module: nn.Module, call: Call) -> Record:
 def _without_content(module: nn.Module, call: Call) -> Iterator[Mapping[str, Any]]:
     """The module with tensors that have no content, and the inputs of the call as such."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tensors = {name: mode.from_tensor(tensor) for name, tensor in named_tensors(module)}
+    tensors: dict[str, torch.Tensor] = {
+        name: mode.from_tensor(tensor) for name, tensor in named_tensors(module)
+    }
     with mode, _compiling_state_context(), _reparametrize_module(module, tensors):
         yield map_tensors(call, mode.from_tensor).tensors
 
