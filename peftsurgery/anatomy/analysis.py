@@ -16,7 +16,9 @@ from .flow import Flow
 from .links import find_links
 from .norms import find_norms
 from .positions import find_positions
+from .recurrence import recurrent_parts
 from .roles import Part, attention_parts, with_role
+from .routing import router_parts
 from .site import Site
 from .stream import Join, find_joins, residual_sites
 from .tables import find_embeddings
@@ -59,12 +61,14 @@ def analyse(program: Program) -> Anatomy:
 
 
 def _analyse(program: Program) -> Anatomy:
-    flow = Flow(program.graph)
+    flow = Flow(program.graph, {n for n, info in program.tensors.items() if info.parameter})
     read, unread = find_cores(flow)
     cores, parts = attention_parts(flow, read)
     taken = [part.linear for part in parts]
     joins = find_joins(flow)
-    parts += feedforward_parts(flow, joins, taken)
+    parts += recurrent_parts(flow, joins, taken)
+    parts += router_parts(flow)
+    parts += feedforward_parts(flow, joins, [part.linear for part in parts])
     more = open_parts(flow, [part.linear for part in parts])
     linears = linear_sites(flow, parts)
     norms = find_norms(flow)

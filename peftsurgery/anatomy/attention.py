@@ -29,6 +29,7 @@ from .values import (
     SCALING,
     argument,
     backward,
+    fixed,
     is_swap,
     is_tensor,
     never,
@@ -38,6 +39,7 @@ from .values import (
     shape,
     sizes,
     strip,
+    width,
 )
 
 WAY_OUT = LAYOUT | DROPOUT | NORMS | SCALING
@@ -80,18 +82,23 @@ class Core:
 def find_cores(flow: Flow) -> tuple[list[Core], list[fx.Node]]:
     """The attention cores of a program, in its order; and what they return that cannot be read.
 
-    A core is read if its queries, keys and values are three batches of vectors, each a value of its
-    own: a rule that changes one of them would change another with it.
+    A core is read if its queries, keys and values are three batches of vectors, of a fixed size and
+    number of heads, each a value of its own: a rule that changes one would change another with it.
     """
     read: list[Core] = []
     unread: list[fx.Node] = []
     for core in (core for node in flow.nodes for core in _core(flow, node)):
         parts = (core.q, *core.shared)
-        if len(set(parts)) == 3 and all(len(shape(part)) >= 3 for part in parts):
+        is_known = width(core.q) is not None and all(map(_has_fixed_heads, parts))
+        if len(set(parts)) == 3 and is_known:
             read.append(core)
         else:
             unread.append(core.o)
     return read, unread
+
+
+def _has_fixed_heads(node: fx.Node) -> bool:
+    return len(shape(node)) >= 3 and (len(shape(node)) != 4 or fixed(shape(node)[1]) is not None)
 
 
 def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
@@ -120,10 +127,10 @@ def unpacked(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     source, result = q.all_input_nodes[0], next(iter(core.users))
     if len(shape(source)) != 4 or len(shape(q)) != 4:
         return q, core
-    batch, heads, tokens, width = sizes(source)
+    batch, heads, tokens, _ = sizes(source)
     packed = sizes(q)
     is_packed = tokens == 1 and packed[0] == batch and packed[1] * packed[2] == heads != packed[1]
-    back = is_packed and sizes(result) == (batch, heads, tokens, width) and len(core.users) == 1
+    back = is_packed and sizes(result) == sizes(source) and len(core.users) == 1
     return (source, result) if back else (q, core)
 
 

@@ -4,8 +4,9 @@
     gated    h = down(act(gate(x)) * up(x))      gate and up may be one fused weight
 
 ``down`` is the last linear of a residual branch; an activation lies between it and the linears
-before it. Of two, or of the two halves of one, the gate is the one that is activated. A classifier
-or pooler has an activation too, but its output joins no stream.
+before it, and nothing that mixes tokens: no convolution over them, no product of two values. Of
+two, or of the two halves of one, the gate is the one that is activated. A classifier or pooler has
+an activation too, but its output joins no stream.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from .flow import Flow
+from .recurrence import mixes_tokens
 from .roles import Part
 from .rows import as_slice
 from .site import Site
@@ -50,6 +52,8 @@ def open_parts(flow: Flow, taken: Iterable[Site]) -> list[Part]:
 
 def branch(flow: Flow, down: Site, region: frozenset[fx.Node]) -> list[Part]:
     """The parts of the branch that ends with ``down``; none if it is no feed-forward."""
+    if any(mixes_tokens(flow, node) for node in flow.upto_weights(down.nodes["x"])):
+        return []
     reached = _activated(flow, down.nodes["x"])
     products = {site: node for node, site in flow.products.items()}
     if not reached or any(products[site] not in region for site in reached):

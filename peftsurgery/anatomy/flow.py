@@ -7,12 +7,13 @@ value that mixes several signals (the residual stream) has none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
 
 import torch
 from torch import fx
 
+from .contents import written
 from .linears import find_linears
 from .rows import OpaqueError, arriving
 from .site import Site
@@ -39,14 +40,16 @@ OPAQUE = frozenset(("embedding", "softmax", "_softmax", "argmax", "topk", "sort"
 class Flow:
     """A program's graph with the answers that every finder of sites asks for."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, parameters: Collection[str]) -> None:
+        """``parameters`` are the names of the tensors that may be weights; others are constants."""
         self.graph = graph
         self.nodes: Sequence[fx.Node] = tuple(graph.nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
-        self.products: dict[fx.Node, Site] = find_linears(graph)
+        self.products: dict[fx.Node, Site] = find_linears(graph, parameters)
         self.linears = list(self.products.values())
         self._origins: dict[fx.Node, Origin] = {}
         self._mixed: set[fx.Node] = set()
+        self._sources: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             self._trace(node)
 
@@ -74,10 +77,38 @@ class Flow:
         found = backward([target], lambda n: n is source or n in self.products)
         return sorted(found, key=self.order.__getitem__)
 
-    def rows(self, site: Site, target: fx.Node) -> dict[bool, set[int]] | None:
-        """The rows of a linear's output that arrive at a value; None if they cannot be followed."""
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a value is computed from, and what was written into it."""
+        if node not in self._sources:
+            self._sources[node] = [*operands(node), *written(node)]
+        return self._sources[node]
+
+    def made_of(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+        """A value and all that it is made of, in place too, up to where ``stop`` holds."""
+        seen = {node: None}
+        stack = [node]
+        while stack:
+            found = stack.pop()
+            if not stop(found):
+                new = [source for source in self.sources(found) if source not in seen]
+                seen.update(dict.fromkeys(new))
+                stack += new
+        return list(seen)
+
+    def upto_weights(self, node: fx.Node) -> list[fx.Node]:
+        """What a value is made of up to the linears before it."""
+        found = self.made_of(node, lambda n: n in self.products)
+        return [n for n in found if n not in self.products]
+
+    def rows(
+        self, site: Site, target: fx.Node, beside: bool = False
+    ) -> dict[bool, set[int]] | None:
+        """The rows of a linear's output that arrive at a value; None if they cannot be followed.
+
+        With ``beside``, also where they are joined to other values on their way.
+        """
         try:
-            return arriving(site.nodes["y"], target, self.between(site.nodes["y"], target))
+            return arriving(site.nodes["y"], target, self.between(site.nodes["y"], target), beside)
         except OpaqueError:
             return None
 

@@ -3,76 +3,157 @@
     linear(x, W, b)                 W is (out, in)
     addmm(b, x, W), mm(x, W)        W is (in, out)          it is ``turned``
     matmul(x, W.T) + b              W is (out, in) again
+    matmul(W, x.T), mv(W, x)        x and y are ``turned``, but for vectors
+    inner(x, W), tensordot(x, W)    W is (out, in), or (in, out)
+    einsum("btd,od->bto", x, W)     any order of axes in which x and y are as above, or turned
+    bmm(x, W.expand(...))           W is (in, out): a matrix for all of a batch is one
     grouped_mm(x, W3), bmm(x, W3)   one matrix an expert    kind "experts"
 
 Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out)
 with the leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
 addmm works on rows flattened by a view and its result is viewed back, x and y are the outer values.
+What is ``turned`` has its last two axes exchanged: x (..., in, n), y (..., out, n).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
 from .site import Site
-from .values import argument, is_tensor, op, operands, parameter_of, shape, sizes
+from .values import argument, is_tensor, op, operands, parameter_of, shape, sizes, value
 
 VIEWS = frozenset(("view", "reshape", "_unsafe_view", "flatten"))
 
 
-def find_linears(graph: fx.Graph) -> dict[fx.Node, Site]:
-    """The linear and experts sites of a graph in its order, by the node that multiplies."""
+def find_linears(graph: fx.Graph, parameters: Collection[str]) -> dict[fx.Node, Site]:
+    """The linear and experts sites of a graph in its order, by the node that multiplies.
+
+    A product with a tensor that is none of the ``parameters`` is arithmetic.
+    """
     found = ((node, _linear(node)) for node in graph.nodes if node.op == "call_function")
-    return {node: site for node, site in found if site is not None}
+    return {n: site for n, site in found if site is not None and site.parameter in parameters}
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product ``y = x @ W.T``: whose operands are held with their last two axes exchanged."""
+
+    x: Any
+    weight: Any
+    bias: Any = None
+    turned: frozenset[str] = frozenset()
 
 
 def _linear(node: fx.Node) -> Site | None:
-    name = op(node)
+    product = _product(node)
+    if product is not None:
+        matrix, flipped = matrix_of(product.weight)
+        if matrix is not None and len(shape(matrix)) == 2 and _is_value(product.x):
+            return _site(node, product, matrix, flipped)
+    return _experts(node) if "mm" in op(node) or op(node) == "matmul" else None
+
+
+def _product(node: fx.Node) -> _Product | None:
+    """An operator's operands by what they are in a product with a weight, if it is one."""
+    name, args = op(node), node.args
     if name == "linear":
-        x, weight, bias = node.args[0], node.args[1], argument(node, 2, "bias")
-        return _site(node, x, weight, bias, transposed=False)
-    if name == "addmm" and not node.kwargs:
-        bias, x, weight = node.args[:3]
-        return _site(node, x, weight, bias, transposed=True)
-    if name in ("mm", "matmul"):
-        return _site(node, node.args[0], node.args[1], None, transposed=True)
-    if "mm" in name:
-        return _experts(node)
-    return None
+        return _Product(args[0], args[1], argument(node, 2, "bias"))
+    if name in ("addmm", "baddbmm") and not node.kwargs:
+        return _Product(args[1], args[2], args[0], frozenset("W"))
+    if name in ("mm", "bmm", "matmul", "mv"):
+        first = matrix_of(args[0])[0] is not None
+        if not first:
+            return _Product(args[0], args[1], turned=frozenset("W"))
+        is_vector = len(getattr(value(args[1]), "shape", ())) == 1
+        return _Product(args[1], args[0], turned=frozenset("" if is_vector else "xy"))
+    if name == "inner":
+        return _Product(args[0], args[1])
+    if name == "tensordot":
+        return _tensordot(*args)
+    return _einsum(*args) if name == "einsum" else None
 
 
-def _site(node: fx.Node, x: Any, weight: Any, bias: Any, transposed: bool) -> Site | None:
-    """The site of a product ``x @ weight`` (transposed) or ``x @ weight.T``, if weight is one."""
-    matrix, flipped = parameter_of(weight)
-    if matrix is None or not is_tensor(x) or parameter_of(x)[0] is not None:
+def _tensordot(x: Any, weight: Any, of_x: Any = None, of_weight: Any = None) -> _Product | None:
+    """A sum over the last axis of x and one of the weight."""
+    if not is_tensor(x) or not is_tensor(weight) or len(shape(weight)) != 2:
         return None
-    if len(shape(matrix)) == 3:
-        return _experts(node)
-    if len(shape(matrix)) != 2:
+    pair = [list(dims) if isinstance(dims, (list, tuple)) else [] for dims in (of_x, of_weight)]
+    if [dim % len(shape(x)) for dim in pair[0]] != [len(shape(x)) - 1] or len(pair[1]) != 1:
         return None
-    turned = transposed != flipped
-    vector, _ = parameter_of(bias)
-    if bias is None:
-        vector, node = _added_bias(node, _sizes(matrix, turned)[0])
-    x, y = _outer(x, node)
+    return _Product(x, weight, turned=frozenset("" if pair[1][0] % 2 else "W"))
+
+
+def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
+    """A sum over the axis that x and a matrix share, if the other axes stay in order."""
+    texts, _, result = str(equation).replace(" ", "").replace("...", "?").partition("->")
+    axes = texts.split(",")
+    if not result or len(axes) != 2 or len(factors) != 2:
+        return None
+    place = next((i for i in (0, 1) if matrix_of(factors[i])[0] is not None), None)
+    if place is None or len(axes[place]) != 2:
+        return None
+    weight, given = axes[place], axes[1 - place]
+    within, out = sorted(weight, key=lambda axis: axis in result)
+    if within in result or within not in given or out in given or out not in result:
+        return None
+    around = given.replace(within, "")
+    turned = {"W"} if weight == within + out else set()
+    for name, found, axis in (("x", given, within), ("y", result, out)):
+        if found == around[:-1] + axis + around[-1:] and around[-1:] not in ("", "?"):
+            turned.add(name)
+        elif found != around + axis:
+            return None
+    return _Product(factors[1 - place], factors[place], turned=frozenset(turned))
+
+
+def _is_value(x: Any) -> bool:
+    """Whether an operand is computed, and no weight itself."""
+    return is_tensor(x) and matrix_of(x)[0] is None
+
+
+def matrix_of(node: Any) -> tuple[fx.Node | None, bool]:
+    """The parameter that a weight operand is, and whether it was transposed on the way.
+
+    One matrix for all of a batch, with a leading axis that it is repeated along, is that matrix.
+    """
+    while op(node) in ("unsqueeze", "expand") if isinstance(node, fx.Node) else False:
+        source = node.all_input_nodes[0]
+        if sizes(source)[-2:] != sizes(node)[-2:] or len(shape(source)) < 2:
+            return None, False
+        if any(size != 1 for size in sizes(source)[:-2]):
+            return None, False
+        node = source
+    return parameter_of(node)
+
+
+def _site(node: fx.Node, product: _Product, matrix: fx.Node, flipped: bool) -> Site:
+    """The site of a product with a matrix, which is transposed on its way there if ``flipped``."""
+    turned = product.turned ^ frozenset("W" if flipped else "")
+    rows = _sizes(matrix, "W" in turned)[0]
+    vector, _ = parameter_of(product.bias)
+    if product.bias is None:
+        vector, node = _added_bias(node, rows, "y" in turned)
+    x, y = (product.x, node) if turned & {"x", "y"} else _outer(product.x, node)
     nodes = {"x": x, "W": matrix, "y": y}
     if vector is not None:
         nodes["b"] = vector
     return make(nodes, turned)
 
 
-def make(nodes: Mapping[str, fx.Node], turned: bool, kind: str = "linear", **facts: Any) -> Site:
-    """The site whose weight is the node ``W``, ``turned`` if that is (in, out)."""
+def make(
+    nodes: Mapping[str, fx.Node], turned: frozenset[str], kind: str = "linear", **facts: Any
+) -> Site:
+    """The site whose weight is the node ``W``, which is (in, out) if it is ``turned``."""
     matrix = nodes["W"]
     name = str(matrix.target)
-    rows, columns = _sizes(matrix, turned)
+    rows, columns = _sizes(matrix, "W" in turned)
     about = {"in": columns, "out": rows, "op": op(nodes["y"]), "dtype": matrix.meta["val"].dtype}
     module = name.rpartition(".")[0]
-    names = frozenset(("W",) if turned else ())
-    return Site(kind, module, None, name, dict(nodes), {**about, **facts}, turned=names)
+    return Site(kind, module, None, name, dict(nodes), {**about, **facts}, turned=turned)
 
 
 def _sizes(matrix: fx.Node, turned: bool) -> tuple[int, int]:
@@ -81,13 +162,18 @@ def _sizes(matrix: fx.Node, turned: bool) -> tuple[int, int]:
     return (second, first) if turned else (first, second)
 
 
-def _added_bias(product: fx.Node, rows: int) -> tuple[fx.Node | None, fx.Node]:
-    """A bias that is added to the product right after it, and the sum; else (None, product)."""
+def _added_bias(product: fx.Node, rows: int, is_turned: bool) -> tuple[fx.Node | None, fx.Node]:
+    """A bias that is added to the product right after it, and the sum; else (None, product).
+
+    Beside a product that is turned it is a column.
+    """
     users = list(product.users)
     if len(users) == 1 and op(users[0]) in ("add", "add_"):
         for operand in operands(users[0]):
-            vector, _ = parameter_of(operand)
-            if vector is not None and tuple(shape(vector)) == (rows,):
+            is_column = sizes(operand) == (rows, 1)
+            inner = operand.all_input_nodes[0] if is_turned and is_column else operand
+            vector, _ = parameter_of(inner if operand.op != "get_attr" else operand)
+            if is_column == is_turned and vector is not None and sizes(vector) == (rows,):
                 return vector, users[0]
     return None, product
 
@@ -113,5 +199,6 @@ def _experts(node: fx.Node) -> Site | None:
             if not others:
                 return None
             nodes = {"x": others[0], "W": matrix, "y": node}
-            return make(nodes, not flipped, kind="experts", experts=int(shape(matrix)[0]))
+            turned = frozenset("" if flipped else "W")
+            return make(nodes, turned, kind="experts", experts=int(shape(matrix)[0]))
     return None

@@ -18,7 +18,7 @@ from .attention import (
 from .flow import Flow
 from .rows import as_slice
 from .site import Site, Slice
-from .values import backward, fixed, shape, width
+from .values import backward, shape, width
 
 PARTS = ("q", "k", "v")
 
@@ -70,12 +70,17 @@ def _projections(
         made.append(Part(linear, "attn." + "".join(letters), site))
         if len(letters) > 1:
             rows = {p: _rows(flow, linear, getattr(core, p)) for p in letters}
-            made += _slices(linear, rows, site)
+            made += slices(linear, rows, site)
     return made
 
 
-def _slices(linear: Site, rows: Mapping[str, set[int]], site: Site) -> list[Part]:
-    """One part a slice, if the rows of each are regular and no two share a row."""
+def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> list[Part]:
+    """One part a slice, if the rows of each are regular and no two share a row.
+
+    ``site`` is the core that they are for. What is held turned is not cut.
+    """
+    if "y" in linear.turned:
+        return []
     cut = {p: as_slice(found, linear.facts["out"]) for p, found in rows.items()}
     total = set().union(*rows.values())
     if any(s is None for s in cut.values()) or len(total) != sum(map(len, rows.values())):
@@ -105,7 +110,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     inputs = list(flow.graph.find_nodes(op="placeholder"))
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed
-    if "x" in nodes:
+    if "x" in nodes and width(nodes["x"]) is not None:
         facts["width"] = width(nodes["x"])
     around = [s for sites in feeders.values() for s in sites] + ([out] if out else [])
     module = common(around)
@@ -118,16 +123,16 @@ def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
     return set(backward(start, lambda node: node is core.scores or node in flow.products))
 
 
-def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int | None]:
-    """heads, kv_heads and head_dim; None for what varies with the inputs."""
-    size = width(core.q)
-    counts: dict[str, int | None] = {}
+def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
+    """heads, kv_heads and head_dim."""
+    size = int(shape(core.q)[-1])
+    counts: dict[str, int] = {}
     for part, held in (("q", core.q), ("k", core.shared[0])):
         rows = sum(len(_rows(flow, linear, getattr(core, part))) for linear in feeders[part])
-        if rows and size and not (part == "k" and core.keeps_repeats):
+        if rows and not (part == "k" and core.keeps_repeats):
             counts[part] = rows // size
         else:
-            counts[part] = fixed(shape(held)[1]) if len(shape(held)) == 4 else 1
+            counts[part] = int(shape(held)[1]) if len(shape(held)) == 4 else 1
     return {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": size}
 
 

@@ -17,8 +17,20 @@ import torch
 from torch import Tensor, fx
 
 from .site import Slice
-from .values import ACTIVATIONS, LAYOUT, argument, concrete, op, shape, strip
+from .values import (
+    ACTIVATIONS,
+    LAYOUT,
+    argument,
+    concrete,
+    fixed,
+    is_tensor,
+    op,
+    samples,
+    shape,
+    strip,
+)
 
+NO_ROW = -1
 LIMIT = 8  # alternatives kept at a node: a sum of two reorderings of the rows has two
 
 
@@ -37,22 +49,28 @@ class Numbers:
 Carried = list[Numbers]
 
 
-def arriving(source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node]) -> dict[bool, set[int]]:
+def arriving(
+    source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], beside: bool = False
+) -> dict[bool, set[int]]:
     """The rows of ``source``'s last dim that ``target`` is made of: activated or not -> rows.
 
     ``nodes`` are the values between the two, in the graph's order, ``target`` among them.
-    Raises OpaqueError where an operator on the way mixes rows.
+    With ``beside`` they may be joined to other values. Raises OpaqueError where an operator on the
+    way mixes rows.
     """
     sizes = [concrete(size) for size in shape(source)]
     first = torch.arange(sizes[-1]).expand(sizes)
     carried: dict[fx.Node, Any] = {source: [Numbers(first)]}
     for node in nodes:
         if node is not source:
+            if beside and op(node) in ("cat", "concat"):
+                others = [n for n in node.all_input_nodes if not carried.get(n) and is_tensor(n)]
+                carried |= {n: [Numbers(torch.full(samples(n), NO_ROW))] for n in others}
             carried[node] = _push(node, carried)
     found: dict[bool, set[int]] = {False: set(), True: set()}
     for numbers in carried.get(target) or []:
         found[numbers.activated].update(numbers.rows.unique().tolist())
-    return found
+    return {active: rows - {NO_ROW} for active, rows in found.items()}
 
 
 def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
@@ -66,6 +84,8 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return [_longer(node, numbers) for numbers in carried[inputs[0]]]
     if name == "glu":
         return _glu(node, carried[inputs[0]])
+    if is_depthwise(node):
+        return [_along(node, numbers) for numbers in carried.get(node.all_input_nodes[0]) or []]
     if name in LAYOUT or name in ("broadcast_to", "index"):
         return _moved(node, inputs, carried)
     if name in ("mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "norm", "rsqrt"):
@@ -132,6 +152,20 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
 def _longer(node: fx.Node, numbers: Numbers) -> Numbers:
     sizes = [concrete(size) for size in shape(node)]
     return Numbers(numbers.rows[..., :1, :].expand(sizes), numbers.activated)
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a node is a convolution over tokens that leaves every channel by itself."""
+    if not op(node).startswith("conv") or len(node.all_input_nodes) < 2:
+        return False
+    signal, weight = (shape(n) for n in node.all_input_nodes[:2])
+    return len(weight) == 3 and fixed(weight[1]) == 1 and fixed(weight[0]) == fixed(signal[-2])
+
+
+def _along(node: fx.Node, numbers: Numbers) -> Numbers:
+    """Row numbers behind a convolution: a channel has the same for every token."""
+    sizes = [concrete(size) for size in shape(node)]
+    return Numbers(numbers.rows[..., :1].expand(sizes), numbers.activated)
 
 
 def _constant(node: fx.Node) -> Tensor:

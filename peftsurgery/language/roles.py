@@ -22,6 +22,7 @@ Function = TypeVar("Function", bound=Predicate)
 VOCABULARY = (
     *("attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.qk", "attn.kv"),
     *("ffn.gate", "ffn.up", "ffn.down", "ffn.gate_up", "lm_head", "head"),
+    *("moe.router", "ssm.in", "ssm.gate", "ssm.x", "ssm.dt", "ssm.out"),
     *("embed.tokens", "embed.positions", "embed.types"),
 )
 """The roles that a model may have; what a given model has besides is known from its sites."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
+from ..anatomy import Placed
 from ..anatomy.survey import unread_cores
 from ..capture import Capture
 from ..language import Selection
 from ..language.selection import name_of
+from .coverage import Coverage
 from .operation import Cut
 from .provenance import notes_of
 
@@ -31,6 +35,12 @@ class Report:
             for name in cut.parameters.values()
         }
 
+    @cached_property
+    def coverage(self) -> Coverage:
+        """How much of the model was matched, by role and by kind."""
+        sites = self._selections[-1].sites if self._selections else ()
+        return Coverage.of(cast("Sequence[Placed]", sites), [cut.placed for cut in self._cuts])
+
     @property
     def matches(self) -> list[dict[str, Any]]:
         """One entry for each site that was cut, in the model's order for each rule."""
@@ -40,6 +50,7 @@ class Report:
         """The report as ``--json`` prints it."""
         return {
             "matches": self.matches,
+            **self.coverage.to_dict(),
             "added": self.added,
             "active": [name for name, active in self.adapters.items() if active],
             "trainable": self.trainable,
@@ -54,6 +65,7 @@ class Report:
         if len(self.adapters) > 1 or not all(self.adapters.values()):
             shown = (n if active else f"{n} (inactive)" for n, active in self.adapters.items())
             lines.append(f"adapters: {', '.join(shown)}")
+        lines += self.coverage.lines() if self._selections else []
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)

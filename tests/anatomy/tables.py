@@ -58,7 +58,7 @@ def under(prefix: str, **roles: str | Part | tuple[str | Part, ...]) -> Roles:
     for role, found in roles.items():
         several = found if isinstance(found, tuple) else (found,)
         family, _, rest = role.partition("_")
-        key = f"{family}.{rest}" if family in ("attn", "ffn", "embed") else role
+        key = f"{family}.{rest}" if family in ("attn", "ffn", "embed", "moe", "ssm") else role
         key = "" if role == "none" else key
         made[key] = tuple(_under(prefix, entry) for entry in several)
     return made
@@ -114,7 +114,7 @@ def llama_layer(experts: bool = False) -> Roles:
         "model.layers.#.mlp",
         ffn_gate_up="experts.gate_up_proj",
         ffn_down="experts.down_proj",
-        none="gate",
+        moe_router="gate",
     )
     return merge(
         attention,
@@ -421,6 +421,19 @@ EXPECTED: dict[str, Expected] = {
             under("", embed_tokens="transformer.wte", lm_head="lm_head"),
         ),
         {"transformer.h.#.attn": Core(causal=True)},
+    ),
+    "mamba": Expected(
+        merge(
+            under(
+                "backbone.layers.#.mixer",
+                ssm_in="in_proj",
+                ssm_x="x_proj",
+                ssm_dt="dt_proj",
+                ssm_out="out_proj",
+            ),
+            under("", embed_tokens="backbone.embeddings", lm_head="lm_head"),
+        ),
+        {},
     ),
     "codegen": Expected(  # four groups of rows, each with 8 of q, then v, then k
         merge(

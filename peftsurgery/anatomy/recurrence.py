@@ -1,0 +1,197 @@
+"""Roles around a recurrence over tokens: state-space models, and linear attention.
+
+    state space        x, z = in(h);  dt, B, C = x(conv(x));  dt = dt(dt)
+                       s_t = exp(A dt_t) s_{t-1} + dt_t B_t x_t;  out(C_t s_t * silu(z_t))
+    gated delta net    q, k, v = conv(qkv(h));  q, k of length one
+                       S_t = exp(g_t) S_{t-1} (1 - b_t k_t k_t') + b_t v_t k_t';  o(S_t q_t)
+
+Both decay: an exponential of what a linear and a vector of the model's make is on the way from the
+stream to the last linear of the branch. In the second, two values are normed to length one and
+multiplied: queries and keys, and it is an attention in kind, with roles attn.q, attn.k, attn.v and
+attn.o. In the first, what reads the stream is ssm.in (ssm.gate if it is beside the recurrence
+alone), what makes the decay's step ssm.dt, what is between them ssm.x, and the last is ssm.out.
+(Gu and Dao, 2023, arXiv:2312.00752; Yang et al., 2024, arXiv:2412.06464.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from .attention import factors
+from .flow import Flow
+from .roles import Part, slices
+from .rows import is_depthwise
+from .site import Site
+from .stream import Join
+from .values import ACTIVATIONS, backward, op, operands, shape, words
+
+LENGTHS = words("sum linalg_vector_norm norm")
+
+
+def mixes_tokens(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node makes a token of several: a convolution over them, a product of two values."""
+    name = op(node)
+    if name.startswith("conv") and len(node.all_input_nodes) > 1:
+        weight = shape(node.all_input_nodes[1])
+        return len(weight) == 3 and int(weight[-1]) > 1
+    is_sum = name in ("cumsum", "cumprod", "logcumsumexp") and flow.is_signal(node)
+    return is_sum or (flow.is_signal(node) and factors(flow, node) is not None)
+
+
+def recurrent_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Part]:
+    """The parts of every branch of a program that has a recurrence in it."""
+    known = set(taken)
+    streams = frozenset(node for join in joins for node in (join.x, join.y))
+    leaves = [*(leaf for join in joins for leaf in join.leaves), *flow.outputs]
+    parts: list[Part] = []
+    for last in dict.fromkeys(site for leaf in leaves for site in flow.origin(leaf) - known):
+        branch = _Branch.find(flow, last, streams)
+        if branch is not None and not known & branch.linears.keys():
+            parts += branch.attention() if len(branch.normed) == 2 else branch.state_space()
+    return parts
+
+
+@dataclass(frozen=True, eq=False)
+class _Branch:
+    """A branch of the stream with a recurrence: its nodes, its linears and what decays.
+
+    ``linears`` are those before the last, each with whether it reads the stream itself.
+    """
+
+    flow: Flow
+    last: Site
+    nodes: frozenset[fx.Node]
+    linears: dict[Site, bool]
+    decays: tuple[fx.Node, ...]
+
+    @classmethod
+    def find(cls, flow: Flow, last: Site, streams: Collection[fx.Node]) -> _Branch | None:
+        found = flow.made_of(last.nodes["x"], streams.__contains__)
+        nodes = frozenset(found).difference(streams)
+        ordered = sorted(nodes & flow.products.keys(), key=flow.order.__getitem__)
+        sites = [flow.products[n] for n in ordered]
+        linears = {site: not _before(flow, site, nodes) for site in sites if site.kind == "linear"}
+        decays = tuple(n for n in nodes if op(n) == "exp" and _is_decay(flow, n))
+        if not linears or not decays:
+            return None
+        return cls(flow, last, nodes, linears, decays)
+
+    @property
+    def normed(self) -> list[fx.Node]:
+        """The values of length one."""
+        found = {n: None for n in self.nodes if op(n) in ("mul", "div") and _is_normed(n)}
+        return sorted(found, key=self.flow.order.__getitem__)
+
+    def attention(self) -> list[Part]:
+        """The parts of a linear attention; none if its keys or values cannot be told."""
+        key = self._key()
+        if key is None:
+            return []
+        query = next(n for n in self.normed if n is not key)
+        read = [site for site, is_first in self.linears.items() if is_first]
+        rows = {
+            site: {"q": self._rows(site, [query]), "k": self._rows(site, [key])} for site in read
+        }
+        convolved = [n for n in self.nodes if is_depthwise(n)]
+        for site, found in rows.items():
+            found["v"] = self._rows(site, convolved) - found["q"] - found["k"]
+        if not all(any(found[part] for found in rows.values()) for part in "qkv"):
+            return []
+        parts = [Part(self.last, "attn.o")]
+        for site, found in rows.items():
+            letters = [part for part in "qkv" if found[part]]
+            parts += [Part(site, "attn." + "".join(letters))] if letters else []
+            if len(letters) > 1:
+                parts += slices(site, {part: found[part] for part in letters}, None)
+        return parts
+
+    def state_space(self) -> list[Part]:
+        """The parts of a state-space model."""
+        steps = {site for decay in self.decays for site in _steps(self.flow, decay)}
+        parts = [Part(self.last, "ssm.out")]
+        for site, is_first in self.linears.items():
+            if is_first:
+                beside = self._is_beside(site)
+                parts.append(Part(site, "ssm.gate" if beside else "ssm.in"))
+            else:
+                parts.append(Part(site, "ssm.dt" if site in steps else "ssm.x"))
+        return parts
+
+    def _rows(self, site: Site, targets: Collection[fx.Node]) -> set[int]:
+        """The rows of a linear that arrive at some values."""
+        found: set[int] = set()
+        for target in targets:
+            if site.nodes["y"] in self.flow.between(site.nodes["y"], target):
+                rows = self.flow.rows(site, target, beside=True)
+                found |= set() if rows is None else rows[False] | rows[True]
+        return found
+
+    def _key(self) -> fx.Node | None:
+        """Of two values of length one, that which is multiplied with what is made of it alone."""
+        normed = set(self.normed)
+        of: dict[fx.Node, set[fx.Node]] = {node: {node} for node in normed}
+        ordered = sorted(self.nodes - normed, key=self.flow.order.__getitem__)
+        is_changed = True
+        while is_changed:  # what is written into a value comes after it
+            is_changed = False
+            for node in ordered:
+                found = {n for source in self.flow.sources(node) for n in of.get(source, ())}
+                if not found <= of.get(node, set()):
+                    of[node] = of.get(node, set()) | found
+                    is_changed = True
+        for node in ordered:
+            pair = factors(self.flow, node) or (operands(node) if op(node) == "mul" else ())
+            made = [of.get(factor, set()) for factor in pair]
+            if len(made) == 2 and made[0] == made[1] and len(made[0]) == 1:
+                return made[0].pop()
+        return None
+
+    def _is_beside(self, site: Site) -> bool:
+        """Whether a linear's output meets the recurrence's result alone, behind an activation."""
+        way, stack = set[fx.Node](), [site.nodes["y"]]
+        active = False
+        while stack:
+            node = stack.pop()
+            for user in node.users:
+                if user in way or user not in self.nodes or user is self.last.nodes["y"]:
+                    continue
+                way.add(user)
+                if mixes_tokens(self.flow, user) or user in self.decays:
+                    return False
+                active = active or op(user) in ACTIVATIONS
+                stack.append(user)
+        return active
+
+
+def _before(flow: Flow, site: Site, nodes: Collection[fx.Node]) -> list[Site]:
+    """The linears of a branch that another's input is computed from."""
+    found = flow.made_of(site.nodes["x"], lambda n: n not in nodes or n in flow.products)
+    return [flow.products[n] for n in found if n in flow.products and n in nodes]
+
+
+def _is_decay(flow: Flow, node: fx.Node) -> bool:
+    """Whether an exponential is of what a linear gives and of a parameter that is no matrix."""
+    way = flow.upto_weights(node)
+    own = any(n.op == "get_attr" and len(shape(n)) <= 2 for n in way)
+    return own and bool(_steps(flow, node))
+
+
+def _steps(flow: Flow, node: fx.Node) -> list[Site]:
+    """The linears whose outputs a value is made of."""
+    found = flow.made_of(node, lambda n: n in flow.products)
+    return [flow.products[n] for n in found if n in flow.products]
+
+
+def _is_normed(node: fx.Node) -> bool:
+    """Whether a node divides a value by its own length."""
+    pair = operands(node)
+    if len(pair) != 2:
+        return False
+    value, length = pair if op(pair[1]) != "mul" else pair[::-1]
+    if op(node) == "mul" and op(length) != "rsqrt":
+        return False
+    way = list(backward([length], lambda n: n is value))
+    return value in way and any(op(n) in LENGTHS for n in way)

@@ -1,0 +1,82 @@
+"""Routers: the linears whose output chooses which experts compute.
+
+    chosen = topk(softmax(linear(x, W)))       W has a row for each expert
+    y = the chosen experts' outputs, weighted
+
+A choice is a topk, a maximum or a sort of values that come from one linear and nothing else with a
+weight. It is one of experts if what it says, or its weights, meet a product with one matrix for
+each expert, or the outputs of other linears or blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import fx
+
+from .flow import Flow
+from .roles import Part
+from .site import Site
+from .values import backward, op, operands, words
+
+CHOICES = words("topk argmax sort argsort max")
+
+
+def router_parts(flow: Flow) -> list[Part]:
+    """The routers of a program."""
+    found = {router: None for node in flow.nodes for router in _routers(flow, node)}
+    return [Part(router, "moe.router") for router in found]
+
+
+def _routers(flow: Flow, choice: fx.Node) -> Iterator[Site]:
+    """The linear whose output a node chooses experts by, if it does."""
+    if op(choice) not in CHOICES or not flow.is_signal(choice.all_input_nodes[0]):
+        return
+    weighted = [
+        n for n in backward(operands(choice)[:1], lambda n: _ends(flow, n)) if _ends(flow, n)
+    ]
+    scores = {flow.products[n] for n in weighted if n in flow.products}
+    if len(scores) == 1 and len(scores) == len(weighted):
+        router = scores.pop()
+        if (
+            router.kind == "linear"
+            and router.facts["out"] > 1
+            and _meets_experts(flow, choice, router)
+        ):
+            yield router
+
+
+def _ends(flow: Flow, node: fx.Node) -> bool:
+    """Whether a walk ends at a node: at weights, blocks and what the program is given."""
+    return node in flow.products or node.op in ("call_module", "placeholder")
+
+
+def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
+    """Whether what is chosen goes on to experts, or is multiplied with what they gave."""
+    seen, stack = {choice}, [choice]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in seen:
+                continue
+            seen.add(user)
+            site = flow.products.get(user)
+            if site is not None or user.op == "call_module":
+                if user.op == "call_module" or (site is not None and site.kind == "experts"):
+                    return True
+                continue  # another linear: the choice has been lost in a signal
+            if op(user) in ("mul", "mul_") and _is_output(flow, user, seen, router):
+                return True
+            if op(user) not in ("embedding", "add", "add_"):
+                stack.append(user)
+    return False
+
+
+def _is_output(flow: Flow, product: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
+    """Whether a factor beside the chosen is the output of a linear or a block."""
+    others = [node for node in operands(product) if node not in chosen]
+    found = backward(others, lambda n: _ends(flow, n))
+    return any(
+        n.op == "call_module" or (n in flow.products and flow.products[n] is not router)
+        for n in found
+    )

@@ -1,0 +1,114 @@
+"""A router is a linear whose output chooses experts; other choices are none of experts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftsurgery as ps
+from peftsurgery.anatomy import survey
+from tests.models.captured import captured
+from tests.models.zoo import ZOO, text
+
+
+class Dense(nn.Module):
+    """Every expert computes; the weights of those that were not chosen are zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = nn.Linear(8, 3)
+        self.many = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) for _ in range(3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        best, places = torch.topk(self.choice(x), 2)
+        weights = torch.zeros_like(self.choice(x)).scatter(-1, places, best.softmax(-1))
+        made = (expert(x) * weights[..., i : i + 1] for i, expert in enumerate(self.many))
+        return x + sum(made)
+
+
+class Sorted(nn.Module):
+    """The best expert of a sort, by products with a stack of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = nn.Linear(8, 3)
+        self.stack = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = torch.sort(self.choice(x).sigmoid(), descending=True)
+        first = F.one_hot(order.indices[..., 0], 3).to(x.dtype)
+        tokens = (x[..., None] * first[..., None, :]).permute(3, 0, 1, 2).flatten(1, 2)
+        return x + torch.bmm(tokens, self.stack).sum(0).view_as(x)
+
+
+class Quantised(nn.Module):
+    """A choice of vectors of a codebook, and another of a class: no experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice, self.last = nn.Linear(8, 5), nn.Linear(8, 4)
+        self.book = nn.Parameter(torch.randn(5, 8))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = F.one_hot(self.choice(x).argmax(-1), 5).to(x.dtype)
+        y = self.last((chosen[..., None] * self.book).sum(-2))
+        return y, y.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "routers"), [(Dense, ["choice"]), (Sorted, ["choice"]), (Quantised, [])]
+)
+def test_routers_are_the_linears_whose_output_chooses_experts(
+    kind: type[nn.Module], routers: list[str]
+) -> None:
+    graph = ps.capture(kind(), {"x": torch.randn(2, 5, 8)})
+    found = {site.module for site in survey(graph.base_capture) if site.role == "moe.router"}
+    assert found == set(routers)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_lora_of_all_linears_leaves_routers_out_says_so_and_goes_to_peft(
+    name: str, tmp_path: Path
+) -> None:
+    operated = ps.apply(captured(name), "lora_all_linear", rank=2)
+    for parameter in operated.learnt().values():
+        nn.init.normal_(parameter, std=0.1)
+    report = operated.report.to_dict()
+    assert report["coverage"]["moe.router"] == {"matched": 0, "of": 2}
+    assert report["kinds"]["experts"] == {"matched": 0, "of": 4}
+    assert "moe.router 0 of 2" in str(operated.report)
+    assert "experts 0 of 4" in str(operated.report)
+    ps.to_peft(operated, tmp_path)
+    again = PeftModel.from_pretrained(ZOO[name].build(), tmp_path).eval()
+    inputs = text(2, 5)
+    with torch.no_grad():
+        ours, theirs = operated.eval()(**inputs).logits, again(**inputs).logits
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_a_router_is_read_and_changes_its_weight(tmp_path: Path) -> None:
+    model, tensors = ZOO["mixtral"].build(), {}
+    for layer in (0, 1):
+        gate = f"model.layers.{layer}.mlp.gate"
+        A, B = torch.randn(2, 32), torch.randn(4, 2)
+        tensors[f"base_model.model.{gate}.lora_A.weight"] = A
+        tensors[f"base_model.model.{gate}.lora_B.weight"] = B
+        with torch.no_grad():
+            model.get_parameter(f"{gate}.weight").add_(B @ A)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["gate"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    ours = ps.from_peft(captured("mixtral"), tmp_path).eval()
+    assert {match["role"] for match in ours.report.matches} == {"moe.router"}
+    with torch.no_grad():
+        wanted = model(**text(3, 6)).logits
+        torch.testing.assert_close(ours(**text(3, 6)).logits, wanted, rtol=0, atol=1e-5)
