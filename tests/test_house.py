@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,3 +105,75 @@ def test_a_file_holds_one_idea(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno <= 50, f"{node.name} is long"
+
+
+METADATA = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+# The packages that are imported under another name.
+DISTRIBUTIONS = {"yaml": "PyYAML"}
+EXTRAS = METADATA["optional-dependencies"]
+
+
+def names_of(requirements: list[str]) -> set[str]:
+    """The packages that a list of requirements names, spelt in one way."""
+    return {spelt(re.split(r"[ <>=!~;\[]", line, maxsplit=1)[0]) for line in requirements}
+
+
+def spelt(name: str) -> str:
+    return name.lower().replace("-", "_")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_is_imported_is_declared(path: Path) -> None:
+    """In the dependencies; in an extra if it is imported inside a function."""
+    always = names_of(METADATA["dependencies"])
+    extras = set().union(*(names_of(lines) for name, lines in EXTRAS.items() if name != "dev"))
+    for name, at_the_top in third_parties(path):
+        package = spelt(DISTRIBUTIONS.get(name, name))
+        assert package in always or (package in extras and not at_the_top), name
+
+
+def third_parties(path: Path) -> Iterator[tuple[str, bool]]:
+    """The packages that a module imports, and whether it does so when it is imported itself."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        node
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        for name in named_by(node):
+            top = name.partition(".")[0]
+            if top not in sys.stdlib_module_names and top != PACKAGE.name:
+                yield top, node not in inside
+
+
+def named_by(node: ast.AST) -> Iterator[str]:
+    """The modules that a node imports by a name that stands there."""
+    match node:
+        case ast.Import(names=names):
+            yield from (alias.name for alias in names)
+        case ast.ImportFrom(level=0, module=str(module)):
+            yield module
+        case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(m))]):
+            yield m
+        case _:
+            pass
+
+
+def test_what_the_walk_finds_is_what_is_imported() -> None:
+    """The checks above see imports of every kind."""
+    found = {name for path in MODULES for name, _ in third_parties(path)}
+    assert {"torch", "transformers", "yaml", "onnxruntime", "bitsandbytes", "sympy"} <= found
+    assert "networkx" in names_of(METADATA["dependencies"])
+
+
+def test_the_newest_version_that_passed_is_the_end_of_the_range() -> None:
+    """Users get a version that was tested; the one above it is not among them."""
+    (line,) = (need for need in METADATA["dependencies"] if need.startswith("transformers"))
+    pins = (ROOT / "tools" / "constraints-newest.txt").read_text(encoding="utf-8")
+    newest = next(pin for pin in pins.splitlines() if pin.startswith("transformers=="))
+    tested = SpecifierSet(line.removeprefix("transformers"))
+    version = Version(newest.removeprefix("transformers=="))
+    assert version in tested
+    assert Version(f"{version.major}.{version.minor + 1}.0") not in tested

@@ -23,9 +23,11 @@ INTERRUPTED = 130
 EXTRAS = {
     "peft": "peft",
     "onnx": "onnx",
+    "onnx_ir": "onnx",
     "onnxruntime": "onnx",
     "onnxscript": "onnx",
     "gguf": "models",
+    "bitsandbytes": "quantise",
 }
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
