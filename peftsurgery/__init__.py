@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftsurgery.formats.onnx import export_onnx
     from peftsurgery.formats.peft import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
-    from peftsurgery.language import Rule, load_rules, operator, parse_rules, role
+    from peftsurgery.language import Rule, check_rules, load_rules, operator, parse_rules, role
     from peftsurgery.surgery import (
         OperatedModel,
         Report,
@@ -44,6 +44,7 @@ __all__ = [
     "SurgeryError",
     "apply",
     "capture",
+    "check_rules",
     "combine",
     "eject",
     "export_onnx",
@@ -73,6 +74,7 @@ _HOME = {
     "SurgeryError": "errors",
     "apply": "surgery",
     "capture": "capture",
+    "check_rules": "language",
     "combine": "surgery",
     "eject": "surgery",
     "export_onnx": "formats.onnx",

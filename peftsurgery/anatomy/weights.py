@@ -81,6 +81,8 @@ def find_parameters(
             continue
         kind, owner = uses.get(name) or (_kind(node), "other")
         facts = {"kind": kind, "of": owner, "shape": info.shape, "dtype": info.dtype}
+        if info.shape:
+            facts |= {"rows": info.shape[0], "columns": info.shape[-1]}
         module = name.rpartition(".")[0]
         found[name] = Site("parameter", module, None, name, {"W": node}, facts)
     return list(found.values())

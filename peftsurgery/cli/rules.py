@@ -53,19 +53,30 @@ def show(rule: str, as_yaml: bool, as_json: bool) -> None:
 @rules.command()
 @click.argument("rules", metavar="RULE...", nargs=-1, required=True)
 @set_option
+@click.option(
+    "--size",
+    "sizes",
+    metavar="NAME=N",
+    multiple=True,
+    help="A size of the sites that the rules are tried on: in=64.",
+)
 @json_option
-def check(rules: tuple[str, ...], overrides: tuple[str, ...], as_json: bool) -> None:
+def check(
+    rules: tuple[str, ...], overrides: tuple[str, ...], sizes: tuple[str, ...], as_json: bool
+) -> None:
     """Prove on random tensors, without a model, that each RULE fits and folds.
 
     The rewrite must keep the shape of what it replaces, and the operation with the folded weights
-    must equal the rewritten one to 1e-9 in double precision.
+    must equal the rewritten one to 1e-9 in double precision. Sizes that a rule is not for are
+    passed over for larger ones, unless --size says what they are.
     """
     from peftsurgery.language import load_rules, parse_overrides
     from peftsurgery.language.checking import check_rules
 
     files = [load_rules(rule) for rule in rules]
     settings = parse_overrides(overrides)
-    reports = [check_rules(file, settings) for file in files]
+    wanted = parse_overrides(sizes)
+    reports = [check_rules(file, settings, sizes=wanted) for file in files]
     if as_json:
         print_json([report.to_dict() for report in reports])
     else:

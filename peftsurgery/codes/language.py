@@ -113,6 +113,12 @@ CODES = {
         "What a rule adds to the loss is one number for each site: reduce it, by `norm`, `sum` or "
         "`mean` over all dimensions.",
     ),
+    "PSG134": CodeInfo(
+        "No site has such a size",
+        "`rules check --size in=64` (in Python, check_rules(rules, sizes={'in': 64})) says how "
+        "large the sites are that rules are tried on: whole numbers for sizes that a kind of site "
+        "has, as `peftsurgery rules words` lists them.",
+    ),
     "PSG140": CodeInfo(
         "A regular expression took too long",
         "The `path` expression backtracks without end on a module's name. Remove nested "

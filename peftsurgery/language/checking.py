@@ -1,6 +1,7 @@
 """Checking rules without a model.
 
-For every rule, sites of several sizes are made of random numbers. The rule's parameters are drawn
+For every rule, sites of several kinds and sizes are made of random numbers; where the rule does not
+fit the sizes, larger ones are tried, which more numbers divide. The rule's parameters are drawn
 at random too, so that nothing is hidden by a zero. Then three things must hold: the rewrite has the
 shape of what it replaces, the same text reads as graph operations, and the operation with the
 folded weights equals the rewritten operation to 1e-9 in double precision.
@@ -9,75 +10,161 @@ folded weights equals the rewritten operation to 1e-9 in double precision.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftsurgery.errors import SurgeryError
+from peftsurgery.errors import SurgeryError, check_argument
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.language.evaluation import Context
+from peftsurgery.language.kinds import KINDS
+from peftsurgery.language.loading import load_rules
 from peftsurgery.language.readings import fold, initial_values, penalty, rewrite, shape_of
 from peftsurgery.language.schema import Rule, RuleFile
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.language.specimens import Specimen, specimens
+from peftsurgery.language.specimens import Specimen, check_sizes_wanted, variants
 
 TOLERANCE = 1e-9
 
 
+# What a rule is refused with at sizes that it is not for.
+UNFIT = ("PSG116", "PSG122", "PSG123", "PSG131")
+
+
 @dataclass(frozen=True)
 class Check:
-    """One rule on one specimen: what was proved, and the largest relative difference of a fold."""
+    """One rule on one specimen: what was proved, and the largest relative difference of a fold.
+
+    ``unfit`` are the sizes at which the rule does not fit, tried before, each with the reason.
+    """
 
     rule: int
     specimen: str
     shapes: bool
     folded: float | None
+    unfit: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Everything that was proved about a rule file, and the rules that only a model can check."""
+    """Everything that was proved about a rule file.
+
+    ``trained`` are the rules that compute nothing, and ``unchecked`` those that only a model can
+    check, by number.
+    """
 
     name: str
     checks: tuple[Check, ...]
     unchecked: tuple[int, ...]
+    trained: tuple[int, ...] = ()
+    words: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: {len(self.checks)} checks passed"]
+        passed = f"{len(self.checks)} check{'s' if len(self.checks) != 1 else ''} passed"
+        lines = [f"{self.name}: {passed if self.checks else 'nothing to compute'}"]
         for check in self.checks:
             shown = "" if check.folded is None else f", fold agrees to {check.folded:.0e}"
             lines.append(f"  rule {check.rule}, {check.specimen}: shapes fit{shown}")
+            lines += [f"    it does not fit {each}" for each in check.unfit]
+        lines += [f"  {text}" for text in self.words]
         lines += [f"  rule {number}: only a model can check it" for number in self.unchecked]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
-        checks = [vars(check) for check in self.checks]
-        return {"name": self.name, "checks": checks, "unchecked": list(self.unchecked)}
+        return {
+            "name": self.name,
+            "checks": [{**vars(check), "unfit": list(check.unfit)} for check in self.checks],
+            "trained": list(self.trained),
+            "unchecked": list(self.unchecked),
+        }
 
 
 def check_rules(
-    file: RuleFile, overrides: Mapping[str, Any] | None = None, seed: int = 0
+    rules: RuleFile | str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    sizes: Mapping[str, int] | None = None,
 ) -> CheckReport:
-    """Prove what can be proved of a rule file.
+    """Prove what can be proved of a rule file: ``rules`` is one, a shipped name or a path.
 
-    Raises PSG131 for a shape, PSG133 for a penalty that is no number, PSG132 for text that does not
-    trace, PSG130 for a fold that differs, and whatever evaluation raises (PSG115, PSG116, PSG122,
-    PSG123).
+    ``overrides`` are settings, ``sizes`` those of the sites that the rules are tried on, by the
+    names that rules give them ({"in": 64}); what is not said is tried out, since a rule may be for
+    sizes that a number divides. Raises PSG131 for a shape, PSG133 for a penalty that is no number,
+    PSG132 for text that does not trace, PSG130 for a fold that differs, PSG134 for a size that no
+    site has, and whatever evaluation raises (PSG115, PSG116, PSG122, PSG123).
     """
+    wanted = "a rule file, a shipped name or a path"
+    check_argument("check_rules(rules)", rules, (RuleFile, str, Path), wanted)
+    file = rules if isinstance(rules, RuleFile) else load_rules(rules)
+    for name, given in (("overrides", overrides), ("sizes", sizes)):
+        wanted = "a dict by name"
+        check_argument(f"check_rules({name}=)", given, (Mapping, type(None)), wanted)
+    check_argument("check_rules(seed=)", seed, int, "a whole number")
+    check_sizes_wanted(sizes or {})
     settings = resolve_settings(file, overrides)
     generator = torch.Generator().manual_seed(seed)
-    checks, unchecked = [], []
+    checks, unchecked, trained, words = [], [], [], []
     for number, rule in enumerate(file.rules, 1):
         if not rule.applies(settings):
-            continue
-        tried = list(specimens(rule.kind.name, generator)) if rule.rewrite else []
-        checks += [_check(number, rule, settings, specimen, generator) for specimen in tried]
-        unchecked += [] if tried else [number]
-    return CheckReport(file.name, tuple(checks), tuple(unchecked))
+            words.append(f"rule {number}: left out with these settings")
+        elif not rule.rewrite:
+            trained.append(number)
+            words.append(f"rule {number}: {_done(rule)}, nothing to compute")
+        elif rule.kind.name in KINDS:
+            checks += _check_variants(number, rule, settings, sizes or {}, generator)
+        else:
+            unchecked.append(number)
+    return CheckReport(file.name, tuple(checks), tuple(unchecked), tuple(trained), tuple(words))
+
+
+def _done(rule: Rule) -> str:
+    """What a rule without a rewrite does to its sites, in words."""
+    weights = " and ".join(rule.kind.weights) or "what they have"
+    kept = " and ".join(rule.store)
+    parts = [f"trains {weights} of its {rule.kind.name} sites"] if rule.train else []
+    parts += [f"keeps {kept} of its {rule.kind.name} sites in another form"] if kept else []
+    return ", ".join(parts)
+
+
+def _check_variants(
+    number: int,
+    rule: Rule,
+    settings: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    generator: torch.Generator,
+) -> list[Check]:
+    """Every variant of a rule's kind at the first sizes that the rule is for.
+
+    A rule must be for all variants; of parameters, which may have any number of dimensions, for
+    some. Raises what the first sizes raised where none fit.
+    """
+    checks: list[Check] = []
+    refused: list[SurgeryError] = []
+    for variant in variants(rule.kind.name, sizes):
+        unfit: list[str] = []
+        errors: list[SurgeryError] = []
+        for specimen in variant.specimens(generator):
+            try:
+                found = _check(number, rule, settings, specimen, generator)
+            except SurgeryError as error:
+                if error.code not in UNFIT:
+                    raise
+                errors.append(error)
+                unfit.append(f"{specimen.title}: {error.message}")
+                continue
+            checks.append(replace(found, unfit=tuple(unfit)))
+            break
+        else:
+            refused += errors[:1]
+    is_of_any_shape = rule.kind.result is None
+    if refused and not (is_of_any_shape and checks):
+        raise refused[0]
+    return checks
 
 
 def _check(
@@ -96,10 +183,11 @@ def _check(
     if rule.over:
         env[OUTPUTS] = _outputs(env[str(rule.kind.result)], generator)
     penalty(rule, env)
-    values = rewrite(rule, env)
+    context = Context(functions=specimen.functions)
+    values = rewrite(rule, env, context)
     _check_shapes(title, rule, env, values)
     _check_traces(title, rule, env)
-    _check_shapes(title, rule, env, _fake(rule, env))
+    _check_shapes(title, rule, env, _fake(rule, env, context))
     difference = None
     if rule.fold and specimen.operation is not None:
         difference = _difference(title, rule, specimen, env, values)
@@ -145,11 +233,11 @@ def _check_traces(title: str, rule: Rule, env: Mapping[str, Any]) -> None:
         raise SurgeryError("PSG132", f"{title}: {reason}") from error
 
 
-def _fake(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
+def _fake(rule: Rule, env: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Read the rewrite over fake tensors: shapes alone."""
     with FakeTensorMode() as mode:
         fakes = {n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in env.items()}
-        return rewrite(rule, fakes)
+        return rewrite(rule, fakes, context)
 
 
 def _difference(
@@ -169,9 +257,11 @@ def _difference(
             message = f"{title}: {name} has shape {_sizes(was)}, the fold {_sizes(weight.shape)}"
             raise SurgeryError("PSG131", message, where=rule.fold[name].where())
     result = rule.kind.result or "y"
-    expected = rewritten.get(result)
-    if expected is None:  # the rewrite changes what goes in
-        expected = specimen.operation({**specimen.bindings, **rewritten})
+    changed = {name: value for name, value in rewritten.items() if name != result}
+    # what goes in may be another, and so may be what the result is made of
+    expected = specimen.operation({**specimen.bindings, **changed})
+    if result in rewritten:
+        expected = rewrite(rule, {**env, **changed, result: expected})[result]
     actual = specimen.operation({**specimen.bindings, **folded})
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
     if not difference <= TOLERANCE:

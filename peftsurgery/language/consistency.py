@@ -59,6 +59,10 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     if rule.pattern is not None:
         compile_pattern(rule.pattern)
     _check_targets(rule)
+    for name in numbers:
+        if name in kind.names:
+            message = f"'{name}' is bound by every match of {kind.name}, and a setting of the file"
+            raise SurgeryError("PSG106", message, "call the setting otherwise", place_of(name))
     if rule.when is not None:
         _check(rule.when, numbers)
     _check_words(rule.params, {*numbers, *values}, "parameter")
@@ -76,8 +80,9 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         initial = within(rule.let, known)
         _check(param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS, *FROM_WEIGHTS})
         known.add(name)
-    for expression in rule.rewrite.values():
-        _check(expression, everything, calls)
+    for name, expression in rule.rewrite.items():
+        early = {*numbers, *values, *params} - {*kind.after(name)}
+        _check(expression, within(rule.let, early), calls)
     for expression in (*rule.fold.values(), *rule.penalty.values()):
         _check(expression, within(rule.let, known))
     for expression in rule.store.values():

@@ -28,9 +28,9 @@ KEYS = 2
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     """What the core gives for these queries, keys, values and mask.
 
-    The model's own scores, biases, caps, softmax and dropout; None leaves the mask as it is. Keys
-    may be more than there were: what the core adds to the scores by itself is 0 for those on the
-    left.
+    The model's own scores, biases, caps, softmax and dropout; None leaves the mask as it is, which
+    is one for the keys that there were. Keys may be more than those: what the core adds to the
+    scores by itself is 0 for the ones on the left.
     """
     repeats = q.shape[1] // k.shape[1]
     keys, values = (x.repeat_interleave(repeats, 1) for x in (k, v))
@@ -55,6 +55,11 @@ def extend(mask: Any, length: int) -> Any:
     return None if mask is None else F.pad(mask, (length, 0))
 
 
+def unmasked(k: Tensor) -> Tensor:
+    """A mask for the keys k that hides none of them, whatever the core's own mask hides."""
+    return k.new_zeros(1, 1, 1, k.shape[KEYS])
+
+
 def precede(p: Tensor, length: int) -> Tensor:
     """The positions p, after those of ``length`` tokens that come right before the first."""
     first = p[..., :1].repeat_interleave(length, -1)
@@ -76,6 +81,41 @@ def token_mean(v: Tensor) -> Tensor:
     return v.unflatten(0, (-1, 1)).mean(-2, True).flatten(0, 1)
 
 
+def core(heads: int, kv_heads: int, own_mask: Any) -> Mapping[str, Operator]:
+    """The functions of one attention core, which take no more than a model's would.
+
+    Keys and values have the core's own heads and the batch of its queries, and a mask is for the
+    keys that it is given with.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+        for value, name, wanted in ((q, "queries", heads), (k, "keys", kv_heads)):
+            _same(f"the {name} have", value.shape[1], "heads, and those of this core", wanted)
+        _same("the values have", v.shape[1], "heads, and the keys", k.shape[1])
+        _same("there are", v.shape[KEYS], "values for so many keys:", k.shape[KEYS])
+        kind = "the mask that the core has" if mask is None else "the mask"
+        mask = own_mask if mask is None else mask
+        if mask is not None and mask.shape[-1] != k.shape[KEYS]:
+            raise ValueError(
+                f"{kind} is for {mask.shape[-1]} keys, and there are {k.shape[KEYS]}: give "
+                "extend(mask, length) where keys come before the others, unmasked(k) for no mask"
+            )
+        return attention(q, k, v, mask)
+
+    return {attention.__name__: _named(attention, attend)}
+
+
+def _same(first: str, found: Any, second: str, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(f"{first} {found} {second} {wanted}")
+
+
+def _named(function: Callable[..., Any], body: Callable[..., Any]) -> Operator:
+    """A site function with another body."""
+    known = site_function(function)
+    return Operator(known.name, body, known.doc, known.signature)
+
+
 def site_function(function: Callable[..., Any]) -> Operator:
     """The entry of a site function, which a rule calls by its name."""
     doc = inspect.getdoc(function) or ""
@@ -87,7 +127,7 @@ def table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
     return {function.__name__: site_function(function) for function in functions}
 
 
-ATTENTION = table(attention, concat, tokens, extend, token_mean)
+ATTENTION = table(attention, concat, tokens, extend, unmasked, token_mean)
 LINEAR = table(token_mean)
 POSITIONS = table(precede)
 RESIDUAL = table(norm, token_mean)

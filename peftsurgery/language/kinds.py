@@ -19,14 +19,16 @@ from peftsurgery.language.sequences import SEQUENCES
 class Kind:
     """One kind of site, seen from the language: the names it binds, and what it lets rules call.
 
-    ``optional`` values are None where a site has none, and are then not rewritten. ``outputs`` are
+    ``steps`` are the values in the order in which they are computed: those of a later step are made
+    of those before, and are not there yet when these are rewritten. ``optional`` values are None
+    where a site has none, and are then not rewritten. ``outputs`` are
     the values that leave the model there. At a kind that ``resizes``, new values may have other
     sizes than those they replace; at one that ``lengthens``, they may be of more tokens.
     """
 
     name: str
     doc: str
-    values: tuple[str, ...] = ()
+    steps: tuple[tuple[str, ...], ...] = ()
     weights: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     result: str | None = None
@@ -35,6 +37,26 @@ class Kind:
     outputs: tuple[str, ...] = ()
     resizes: bool = False
     lengthens: bool = False
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        """The names of what flows through the graph there."""
+        return tuple(name for step in self.steps for name in step)
+
+    @property
+    def computes(self) -> str | None:
+        """The name of what the site computes of the others: the last value. None for none."""
+        return self.values[-1] if self.steps else None
+
+    def beside(self, name: str) -> tuple[str, ...]:
+        """The values that are computed in the same step as one of them."""
+        return next((step for step in self.steps if name in step), ())
+
+    def after(self, name: str) -> tuple[str, ...]:
+        """The values that are computed after one of them; none for a weight."""
+        numbers = [number for number, step in enumerate(self.steps) if name in step]
+        first = numbers[0] + 1 if numbers else len(self.steps)
+        return tuple(word for step in self.steps[first:] for word in step)
 
     @property
     def names(self) -> frozenset[str]:
@@ -52,7 +74,7 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "linear",
             "a product with a weight matrix: y = x Wᵀ + b, W is (out, in)",
-            ("x", "y"),
+            (("x",), ("y",)),
             ("W", "b"),
             ("in", "out"),
             "y",
@@ -61,7 +83,7 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "experts",
             "a product with one matrix for each expert: W is (experts, out, in)",
-            ("x", "y"),
+            (("x",), ("y",)),
             ("W",),
             ("in", "out", "experts"),
             "y",
@@ -69,7 +91,7 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "embedding",
             "rows of a table: y = W[x], x holds whole numbers, W is (in, out)",
-            ("x", "y"),
+            (("x",), ("y",)),
             ("W",),
             ("in", "out"),
             "y",
@@ -78,7 +100,7 @@ KINDS: Mapping[str, Kind] = {
             "conv",
             "a convolution: W is (out, in // groups, *kernel), or (in, out // groups, *kernel) "
             "if it is transposed",
-            ("x", "y"),
+            (("x",), ("y",)),
             ("W", "b"),
             _CONVOLUTION,
             "y",
@@ -86,7 +108,7 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "attention",
             "an attention core: o from queries q (projected from x), keys k, values v and a mask",
-            ("x", "q", "k", "v", "mask", "o"),
+            (("x",), ("q", "k", "v", "mask"), ("o",)),
             (),
             ("heads", "kv_heads", "head_dim", "hidden", "layer"),
             "o",
@@ -96,7 +118,7 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "residual",
             "a sublayer's output h where it is added to the stream x, giving y",
-            ("h", "x", "y"),
+            (("h", "x"), ("y",)),
             (),
             ("hidden",),
             "h",
@@ -107,7 +129,7 @@ KINDS: Mapping[str, Kind] = {
             "the model's boundary: the embeddings it is given, what else it is given for every "
             "token, the answer for every text, and its logits. What is rewritten may become "
             "longer, and more",
-            (*_SEQUENCE, *_DECODER, "answer", "logits"),
+            ((*_SEQUENCE, *_DECODER, "answer"), ("logits",)),
             ("W",),
             ("width", "vocabulary"),
             "embeds",
@@ -119,15 +141,22 @@ KINDS: Mapping[str, Kind] = {
         Kind(
             "positions",
             "where positions p become numbers y: rows of a table, angles, biases of scores",
-            ("p", "y"),
+            (("p",), ("y",)),
             (),
             (),
             "y",
             functions=POSITIONS,
             lengthens=True,
         ),
-        Kind("norm", "a normalisation of x to y", ("x", "y"), ("W", "b"), ("hidden",), "y"),
-        Kind("parameter", "a parameter of the model as it stands", (), ("W",), (), None),
+        Kind("norm", "a normalisation of x to y", (("x",), ("y",)), ("W", "b"), ("hidden",), "y"),
+        Kind(
+            "parameter",
+            "a parameter of the model: W is (rows, ..., columns), a vector both at once; what is "
+            "made of it is what its readers see",
+            (),
+            ("W",),
+            ("rows", "columns"),
+        ),
     )
 }
 
@@ -144,5 +173,5 @@ def sizes_of(kind: Kind, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def pattern_kind(names: tuple[str, ...]) -> Kind:
     """The kind of a pattern: its free names are bound, and ``y`` is the value it computes."""
-    values = (*(n for n in names if n != "y"), "y")
-    return Kind("pattern", "a sub-graph that computes the pattern", values, (), (), "y")
+    steps = (tuple(name for name in names if name != "y"), ("y",))
+    return Kind("pattern", "a sub-graph that computes the pattern", steps, (), (), "y")

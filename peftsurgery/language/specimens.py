@@ -1,59 +1,110 @@
 """Specimens: what a match binds, made of random numbers, so that rules can be tried on no model.
 
-Each kind of site has an operation, its plain torch definition, and a few sizes. All numbers are
-double precision.
+Each kind of site has an operation, its plain torch definition, and comes in several variants: with
+and without a bias, with grouped queries, with more keys than queries. Each variant has several
+sizes, since a rule may be for sizes that a number divides. All numbers are double precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.functions import core
 from peftsurgery.language.kinds import KINDS
+from peftsurgery.language.operators import Operator
 
 _PER_TOKEN = ("mask", "positions", "types", "labels")
 
 Operation = Callable[[Mapping[str, Any]], Tensor]
+Sizes = Mapping[str, int]
+Maker = Callable[[torch.Generator, Sizes], "Specimen"]
 
 
 @dataclass(frozen=True, eq=False)
 class Specimen:
     """Bindings of a match, and the operation that computes its result from them.
 
-    ``operation`` is None where the result is not a function of the bindings alone.
+    ``operation`` is None where the result is not a function of the bindings alone. ``functions``
+    are what a rule may call there, where they take less than their plain definitions.
     """
 
     title: str
     bindings: Mapping[str, Any]
     operation: Operation | None
+    functions: Mapping[str, Operator] = field(default_factory=dict)
 
 
-def specimens(kind: str, generator: torch.Generator) -> Iterator[Specimen]:
-    """Specimens of a kind in several sizes, with and without a bias. None for patterns."""
-    maker = _MAKERS.get(kind)
-    if maker is not None:
-        yield from maker(generator)
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One variant of a kind: what makes specimens of it, and the sizes to try, in order."""
+
+    maker: Maker
+    sizes: Sequence[Sizes]
+
+    def specimens(self, generator: torch.Generator) -> Iterator[Specimen]:
+        """A specimen of every size."""
+        return (self.maker(generator, sizes) for sizes in self.sizes)
 
 
-def _linears(generator: torch.Generator) -> Iterator[Specimen]:
-    for lead, width, rows, biased in (
-        ((2, 3), 18, 14, True),
-        ((4,), 13, 20, False),
-        ((1,), 16, 16, True),
-    ):
+def variants(kind: str, wanted: Sizes | None = None) -> tuple[Variant, ...]:
+    """The variants of a kind; none for patterns, which only a model has.
+
+    ``wanted`` sizes are those of every specimen of a kind that has them.
+    """
+    return tuple(
+        Variant(maker, _with(sizes, wanted or {})) for maker, sizes in _VARIANTS.get(kind, ())
+    )
+
+
+def check_sizes_wanted(wanted: Mapping[str, Any]) -> None:
+    """Refuse sizes that no kind of site has, or that are no whole number above 0. PSG134."""
+    known = {name for kind in _VARIANTS.values() for _, sizes in kind for name in sizes[0]}
+    for name, size in wanted.items():
+        if name not in known:
+            raise SurgeryError("PSG134", f"no site has a size '{name}'", did_you_mean(name, known))
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MOST:
+            message = f"the size '{name}' cannot be {size!r:.60}"
+            raise SurgeryError("PSG134", message, f"it is a whole number from 1 to {MOST}")
+
+
+MOST = 16384
+
+
+def _with(sizes: Sequence[Sizes], wanted: Sizes) -> list[Sizes]:
+    """The sizes with the wanted ones in place of theirs, each once."""
+    made = [{name: wanted.get(name, size) for name, size in each.items()} for each in sizes]
+    return [each for number, each in enumerate(made) if each not in made[:number]]
+
+
+def _pairs(first: str, second: str, *smallest: tuple[int, int]) -> list[Sizes]:
+    """Sizes of a matrix: such as nothing divides, then multiples of most that rules divide by."""
+    larger = ((48, 32), (64, 96), (240, 360), (128, 192), (512, 256), (840, 1680), (1024, 2048))
+    return [{first: one, second: other} for one, other in (*smallest, *larger)]
+
+
+def _widths(name: str, *smallest: int) -> list[Sizes]:
+    return [{name: size} for size in (*smallest, 16, 48, 64, 128, 240, 1024)]
+
+
+def _linear_of(lead: tuple[int, ...], biased: bool) -> Maker:
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
+        width, rows = sizes["in"], sizes["out"]
         given = {
             "x": _random(generator, *lead, width),
             "W": _random(generator, rows, width),
             "b": _random(generator, rows) if biased else 0.0,
-            "in": width,
-            "out": rows,
+            **sizes,
         }
-        yield _specimen(f"in {width}, out {rows}, {_bias(biased)}", given, _linear)
+        return _specimen(f"in {width}, out {rows}, {_bias(biased)}", given, _linear)
+
+    return make
 
 
 def _linear(env: Mapping[str, Any]) -> Tensor:
@@ -61,50 +112,52 @@ def _linear(env: Mapping[str, Any]) -> Tensor:
     return torch.add(torch.matmul(x, W.transpose(-2, -1)), b)
 
 
-def _experts(generator: torch.Generator) -> Iterator[Specimen]:
-    for count, width, rows in ((3, 8, 6), (2, 4, 10)):
-        given = {
-            "x": _random(generator, count, 5, width),
-            "W": _random(generator, count, rows, width),
-            "in": width,
-            "out": rows,
-            "experts": count,
-            "b": 0.0,
-        }
-        yield _specimen(f"in {width}, out {rows}, {count} experts", given, _linear)
+def _experts(generator: torch.Generator, sizes: Sizes) -> Specimen:
+    count, width, rows = sizes["experts"], sizes["in"], sizes["out"]
+    given = {
+        "x": _random(generator, count, 5, width),
+        "W": _random(generator, count, rows, width),
+        "b": 0.0,
+        **sizes,
+    }
+    return _specimen(f"in {width}, out {rows}, {count} experts", given, _linear)
 
 
-def _embeddings(generator: torch.Generator) -> Iterator[Specimen]:
-    for count, width in ((11, 6), (5, 16)):
-        given = {
-            "x": torch.randint(count, (2, 7), generator=generator),
-            "W": _random(generator, count, width),
-            "in": count,
-            "out": width,
-        }
-        yield _specimen(f"in {count}, out {width}", given, lambda env: env["W"][env["x"]])
+def _embedding(generator: torch.Generator, sizes: Sizes) -> Specimen:
+    count, width = sizes["in"], sizes["out"]
+    given = {
+        "x": torch.randint(count, (2, 7), generator=generator),
+        "W": _random(generator, count, width),
+        **sizes,
+    }
+    return _specimen(f"in {count}, out {width}", given, lambda env: env["W"][env["x"]])
 
 
-def _convs(generator: torch.Generator) -> Iterator[Specimen]:
-    for groups, stride, padding, dilation, kernel, biased in (
-        (1, (1, 1), (1, 1), (1, 1), (3, 3), True),
-        (1, (2, 1), (0, 2), (1, 2), (3, 2), False),
-        (2, (2, 2), (1, 1), (1, 1), (3, 3), True),
-    ):
-        width, rows = 4, 6
+def _conv_of(
+    groups: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    kernel: tuple[int, int],
+    biased: bool,
+) -> Maker:
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
+        width, rows = sizes["in"], sizes["out"]
         given = {
             "x": _random(generator, 2, width, 9, 8),
-            "W": _random(generator, rows, width // groups, *kernel),
+            "W": _random(generator, rows, max(width // groups, 1), *kernel),
             "b": _random(generator, rows) if biased else 0.0,
-            "in": width,
-            "out": rows,
+            **sizes,
             "kernel": kernel,
             "stride": stride,
             "padding": padding,
             "dilation": dilation,
             "groups": groups,
         }
-        yield _specimen(f"kernel {kernel}, {groups} groups, {_bias(biased)}", given, _conv)
+        title = f"in {width}, out {rows}, kernel {kernel}, {groups} groups, {_bias(biased)}"
+        return _specimen(title, given, _conv)
+
+    return make
 
 
 def _conv(env: Mapping[str, Any]) -> Tensor:
@@ -117,52 +170,67 @@ def _conv(env: Mapping[str, Any]) -> Tensor:
 TOKENS = 12
 
 
-def _norms(generator: torch.Generator) -> Iterator[Specimen]:
-    for width, biased in ((8, True), (6, False)):
+def _norm_of(biased: bool) -> Maker:
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
+        width = sizes["hidden"]
         given = {
             "x": _random(generator, 2, TOKENS, width),
             "W": _random(generator, width),
             "b": _random(generator, width) if biased else 0.0,
             "hidden": width,
         }
-        yield _specimen(f"hidden {width}, {_bias(biased)}", given, _norm)
+        return _specimen(f"hidden {width}, {_bias(biased)}", given, _norm)
+
+    return make
 
 
 def _norm(env: Mapping[str, Any]) -> Tensor:
     x: Tensor = env["x"]
-    level = (x - x.mean(-1, True)) / x.std(-1, keepdim=True)
+    level = (x - x.mean(-1, True)) / x.std(-1, keepdim=True).clamp(min=1e-12)
     return torch.add(level * env["W"], env["b"])
 
 
-def _attentions(generator: torch.Generator) -> Iterator[Specimen]:
-    for heads, kv_heads, width, masked in ((4, 4, 8, False), (4, 2, 6, True)):
+def _attention_of(masked: bool, more_keys: int) -> Maker:
+    """A core; ``more_keys`` than queries, as where a text goes on, or attends to another."""
+
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
+        heads, kv_heads, width = (sizes[name] for name in ("heads", "kv_heads", "head_dim"))
         queries = _random(generator, 2, heads, 5, width)
-        keys = _random(generator, 2, kv_heads, 5, width)
+        keys, values = (_random(generator, 2, kv_heads, 5 + more_keys, width) for _ in "kv")
+        mask = _random(generator, 2, 1, 5, 5 + more_keys) if masked else None
         given = {
             "x": _random(generator, 2, 5, heads * width),
             "q": queries,
             "k": keys,
-            "v": _random(generator, 2, kv_heads, 5, width),
-            "mask": _random(generator, 2, 1, 5, 5) if masked else None,
+            "v": values,
+            "mask": mask,
             "o": torch.zeros_like(queries),
-            "heads": heads,
-            "kv_heads": kv_heads,
+            **sizes,
             "layer": 0,
-            "head_dim": width,
             "hidden": heads * width,
         }
-        title = f"{heads} heads, {kv_heads} kv heads, {'a' if masked else 'no'} mask"
-        yield Specimen(title, given, None)
+        title = (
+            f"{heads} heads, {kv_heads} kv heads, {'a' if masked else 'no'} mask, "
+            f"5 queries, {5 + more_keys} keys"
+        )
+        return Specimen(title, given, None, core(heads, kv_heads, mask))
+
+    return make
 
 
-def _residuals(generator: torch.Generator) -> Iterator[Specimen]:
-    for width in (8, 6):
-        given = {name: _random(generator, 2, 3, width) for name in ("h", "x", "y")}
-        yield Specimen(f"hidden {width}", {**given, "hidden": width}, None)
+def _heads(heads: int, kv_heads: int, *dims: int) -> list[Sizes]:
+    return [{"heads": heads, "kv_heads": kv_heads, "head_dim": dim} for dim in (*dims, 16, 64, 128)]
 
 
-def _inputs(generator: torch.Generator) -> Iterator[Specimen]:
-    for width, rows, length, given in ((8, 11, 5, True), (6, 7, 9, False)):
+def _residual(generator: torch.Generator, sizes: Sizes) -> Specimen:
+    width = sizes["hidden"]
+    given = {name: _random(generator, 2, 3, width) for name in ("h", "x")}
+    return _specimen(f"hidden {width}", {**given, **sizes}, lambda env: env["x"] + env["h"])
+
+
+def _inputs_of(length: int, given: bool) -> Maker:
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
+        width, rows = sizes["width"], sizes["vocabulary"]
         sequence = torch.ones(2, length, dtype=torch.long)
         bound: dict[str, Any] = dict.fromkeys(KINDS["inputs"].values)
         for prefix in ("", "decoder_"):
@@ -171,16 +239,30 @@ def _inputs(generator: torch.Generator) -> Iterator[Specimen]:
         bound["answer"] = sequence[:, 0] if given else None
         # as many texts as any small number of prompts is a divisor of
         bound |= {"logits": _random(generator, 840, 3), "W": _random(generator, rows, width)}
-        bound |= {"width": width, "vocabulary": rows}
         title = f"width {width}, {'with' if given else 'without'} a mask and labels"
-        yield Specimen(title, bound, None)
+        return Specimen(title, {**bound, **sizes}, None)
+
+    return make
 
 
-def _positions(generator: torch.Generator) -> Iterator[Specimen]:
-    for lead in ((), (2,)):
+def _positions_of(lead: tuple[int, ...]) -> Maker:
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
         p = torch.arange(5).expand(*lead, 5)
         given = {"p": p, "y": _random(generator, *p.shape, 6)}
-        yield Specimen(f"{p.dim()} dimensions", given, None)
+        return Specimen(f"{p.dim()} dimensions", given, None)
+
+    return make
+
+
+def _parameter_of(middle: tuple[int, ...] | None) -> Maker:
+    """A parameter of dimensions in the ``middle`` of rows and columns; None for a vector."""
+
+    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
+        shape = [sizes["rows"], *(middle or ()), sizes["columns"]][0 if middle is not None else 1 :]
+        given = {"W": _random(generator, *shape), "rows": shape[0], "columns": shape[-1]}
+        return Specimen(f"a parameter of shape {shape}", given, lambda env: env["W"])
+
+    return make
 
 
 def _specimen(title: str, given: Mapping[str, Any], operation: Operation) -> Specimen:
@@ -195,14 +277,45 @@ def _bias(biased: bool) -> str:
     return "with a bias" if biased else "without a bias"
 
 
-_MAKERS: Mapping[str, Callable[[torch.Generator], Iterator[Specimen]]] = {
-    "linear": _linears,
-    "experts": _experts,
-    "embedding": _embeddings,
-    "conv": _convs,
-    "norm": _norms,
-    "attention": _attentions,
-    "residual": _residuals,
-    "inputs": _inputs,
-    "positions": _positions,
+_SQUARE: list[Sizes] = [{"in": size, "out": size} for size in (16, 48, 64, 240, 256, 840, 1024)]
+_EXPERTS: tuple[list[Sizes], ...] = tuple(
+    [{"experts": count, **sizes} for sizes in _pairs("in", "out", smallest)[:-2]]
+    for count, smallest in ((3, (8, 6)), (2, (4, 10)))
+)
+_CONVS: list[Sizes] = _pairs("in", "out", (4, 6))[:5]
+
+_VARIANTS: Mapping[str, tuple[tuple[Maker, Sequence[Sizes]], ...]] = {
+    "linear": (
+        (_linear_of((2, 3), True), _pairs("in", "out", (18, 14))),
+        (_linear_of((4,), False), _pairs("in", "out", (13, 20))),
+        (_linear_of((1,), True), _SQUARE),
+    ),
+    "experts": tuple((_experts, sizes) for sizes in _EXPERTS),
+    "embedding": (
+        (_embedding, _pairs("in", "out", (11, 6))),
+        (_embedding, _pairs("in", "out", (5, 16))),
+    ),
+    "conv": (
+        (_conv_of(1, (1, 1), (1, 1), (1, 1), (3, 3), True), _CONVS),
+        (_conv_of(1, (2, 1), (0, 2), (1, 2), (3, 2), False), _CONVS),
+        (_conv_of(2, (2, 2), (1, 1), (1, 1), (3, 3), True), _CONVS),
+    ),
+    "norm": ((_norm_of(True), _widths("hidden", 8)), (_norm_of(False), _widths("hidden", 6))),
+    "attention": (
+        (_attention_of(False, 0), _heads(4, 4, 8)),
+        (_attention_of(True, 0), _heads(4, 4, 8)),
+        (_attention_of(True, 2), _heads(4, 2, 6)),
+        (_attention_of(False, 2), _heads(6, 2, 8)),
+    ),
+    "residual": ((_residual, _widths("hidden", 8)), (_residual, _widths("hidden", 6))),
+    "inputs": (
+        (_inputs_of(5, True), _pairs("width", "vocabulary", (8, 11))[:3]),
+        (_inputs_of(9, False), _pairs("width", "vocabulary", (6, 7))[:3]),
+    ),
+    "positions": ((_positions_of(()), [{}]), (_positions_of((2,)), [{}])),
+    "parameter": (
+        (_parameter_of(()), _pairs("rows", "columns", (7, 5))),
+        (_parameter_of(None), _pairs("rows", "columns", (7, 5))),
+        (_parameter_of((3,)), _pairs("rows", "columns", (4, 6))[:4]),
+    ),
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import SurgeryError
 from ..language import Rule, fold, rewrite, shape_of
-from ..language.specimens import specimens
+from ..language.specimens import variants
 
 TOLERANCE = 1e-8
 MOST_PARAMETERS = 6
@@ -97,17 +97,20 @@ class Change:
 
 def changes(rule: Rule, numbers: Mapping[str, Any]) -> Iterator[Change]:
     """The rule on the specimens on which it can be tried; ``numbers`` are a real site's sizes."""
-    for specimen in specimens(rule.kind.name, torch.Generator().manual_seed(0)):
-        kept = specimen.bindings
-        # the groups of a convolution divide its sizes: a specimen that has others tells nothing
-        if kept.get("groups") != numbers.get("groups"):
-            continue
-        change = Change(rule, kept)
-        try:
-            change.of(numbers, change.random(numbers))
-        except SurgeryError:
-            continue
-        yield change
+    generator = torch.Generator().manual_seed(0)
+    for variant in variants(rule.kind.name):
+        for specimen in variant.specimens(generator):
+            kept = specimen.bindings
+            # the groups of a convolution divide its sizes: a specimen with others tells nothing
+            if kept.get("groups") != numbers.get("groups"):
+                continue
+            change = Change(rule, kept)
+            try:
+                change.of(numbers, change.random(numbers))
+            except SurgeryError:
+                continue
+            yield change
+            break
 
 
 def axes_of(rule: Rule, name: str, sized: Collection[str]) -> list[int]:

@@ -21,7 +21,7 @@ from ..errors import SurgeryError
 from ..language import fold as folded_weights
 from ..language import names_in
 from .operated import OperatedModel
-from .operation import Cut
+from .operation import Cut, in_order
 from .requantising import FoldError, error_of, pack_layers
 from .rewriting import disorient, orient, wide
 from .untying import untie
@@ -90,7 +90,7 @@ def exact_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
         name: model.dense(name) for name in (*model.trained, *model.stored)
     }
     done: set[Any] = set()
-    for cut in model.active_cuts:
+    for cut in in_order(model.active_cuts):
         _check_foldable(cut)
         weights = cut.weights
         key = (cut.operation, id(cut.rule), cut.site.slice, tuple(weights.items()))

@@ -18,35 +18,26 @@ from torch import nn
 
 from ..anatomy.site import join
 from ..capture import Capture, GraphModel, ModuleInfo
-from ..capture.parts import Part
 from ..errors import SurgeryError
 from ..language import Selection, initial_values, shape_of, weights_read
 from .boundary import check_inputs, is_at_boundary
 from .copies import Copies
+from .fakes import check_shapes
 from .fronted import Fronted, Fronts
 from .fusing import check_fused, check_fusions, sewn
+from .holders import Adapter, register
 from .keeping import Keeping
 from .operation import Cut, Operation, check_free, check_lengthened
 from .penalties import penalty_of
 from .reaching import Chosen, check_reached
 from .report import Report
 from .rewrites import Rewrites
-from .rewriting import check_shapes, orient
+from .rewriting import orient
 from .saving import save_surgery
 from .selecting import select_cuts
 from .states import keep_learnt
 from .storing import Store
 from .switching import Mode, left_out_of
-
-
-class Adapter(Part):
-    """What an operation added beneath a module: the parameters of its cut."""
-
-    def extra_repr(self) -> str:
-        """The parameters and their shapes."""
-        return ", ".join(
-            f"{name}={list(p.shape)}" for name, p in self._parameters.items() if p is not None
-        )
 
 
 class OperatedModel(Fronted, Keeping):
@@ -196,14 +187,14 @@ class OperatedModel(Fronted, Keeping):
                 made = nn.Parameter(value, requires_grad=param.train)
                 if param.shared:
                     made = self._share(cut.parameters[name], made)
-                holder.register_parameter(name, made)
+                register(holder, name, made)
 
     def _share(self, name: str, made: nn.Parameter) -> nn.Parameter:
         """The parameter that all sites of an operation have: the one made for the first of them."""
         owner, _, leaf = name.rpartition(".")
         holder = self.holder(owner)
         if leaf not in holder._parameters:
-            holder.register_parameter(leaf, made)
+            register(holder, leaf, made)
         return holder.get_parameter(leaf)
 
     def starts(self, cut: Cut) -> dict[str, torch.Tensor]:
@@ -284,7 +275,7 @@ class OperatedModel(Fronted, Keeping):
         # a value that is known waits for the base's weights where it is, others are read with them
         device = value.device if mine.is_meta else mine.device
         copied = value.to(device=device, dtype=mine.dtype, copy=True)
-        self.holder(owner).register_parameter(leaf, nn.Parameter(copied))
+        register(self.holder(owner), leaf, nn.Parameter(copied))
 
     def _read_weights(self) -> None:
         """Read the base's weights; those that the rules train are copied."""

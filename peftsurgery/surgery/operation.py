@@ -71,6 +71,8 @@ class Cut:
         leaf = (self.site.parameter or "").rpartition(".")[2]
         if self.site.slice is not None:
             return join(path, str(self.site.label))
+        if leaf and self.rule.train and self.rule.params:
+            return join(path, f"of_{leaf}")  # its own copy of the parameter has the name itself
         if leaf not in ("", "weight") and not self.rule.train:
             return join(path, leaf)
         if self.site.kind == "residual":
@@ -117,6 +119,25 @@ class Cut:
     def numbers(self) -> dict[str, Any]:
         """The sizes and settings that the rule's expressions may read."""
         return {**self.operation.settings, **self.sizes}
+
+
+def in_order(cuts: Iterable[Cut]) -> list[Cut]:
+    """The cuts as they are made: what goes into a site is changed before what comes out of it.
+
+    First parameters, which several sites may read, then weights, then values, then results; of
+    each, in the order of the operations. Programs and folds keep to it, so that they agree: what is
+    added to a result (y + B A x) is not changed by what becomes of the weight or of x.
+    """
+    return sorted(cuts, key=_step)
+
+
+def _step(cut: Cut) -> int:
+    kind, names = cut.rule.kind, cut.rule.rewrite.keys()
+    if names and kind.result is None:
+        return 0
+    if not names.isdisjoint(kind.weights):
+        return 1
+    return 2 if names - {kind.result, kind.computes} else 3
 
 
 def check_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:

@@ -18,10 +18,10 @@ import torch
 from torch import fx
 
 from ..anatomy.site import ATEN, Placed, Site
-from ..anatomy.values import argument, op, value
+from ..anatomy.values import argument, concrete, op, sizes, value
 from ..errors import SurgeryError
 from ..language import Operator, site_function
-from ..language.functions import tokens
+from ..language.functions import KEYS, tokens
 from ..language.kinds import KINDS
 from .averaging import token_mean
 from .layout import as_held, as_seen, is_regular
@@ -52,7 +52,7 @@ class Replay:
     @property
     def functions(self) -> dict[str, Operator]:
         """The site's functions that differ from their plain definitions."""
-        own = (self.attention, self.tokens, self.extend, self.norm, self.token_mean)
+        own = (self.attention, self.tokens, self.extend, self.unmasked, self.norm, self.token_mean)
         kind = KINDS.get(self.site.kind)  # a pattern's is the rule's own
         known = kind.functions if kind else {}
         return {f.__name__: site_function(f) for f in own if f.__name__ in known}
@@ -60,6 +60,7 @@ class Replay:
     def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """What the core gives for these queries, keys, values and mask."""
         mask = self.mask() if mask is None else mask
+        check_lengths(k, mask)
         given = {"q": q, "k": k, "v": v, "mask": mask}
         self.given = {node: self.held(name, given[name]) for name, node in self.inputs.items()}
         result = as_seen(self.site, "o", self.region.run(self.given, self.outside))
@@ -112,7 +113,8 @@ class Replay:
     def tokens(self, P: Any) -> Any:
         """Keys or values that are no token's. PSG320 if the core cannot be run with more."""
         self.check_regular()
-        return tokens(P)
+        q = as_seen(self.site, "q", self.outside(self.site.nodes["q"]))
+        return ATEN.expand.default(tokens(P), [ATEN.sym_size.int(q, 0), -1, -1, -1])
 
     def extend(self, mask: Any, length: int) -> Any:
         """The mask for ``length`` more keys on the left, which every query sees."""
@@ -120,6 +122,21 @@ class Replay:
             return None
         seen = 1 if is_causal(self.site) else sees(self.site)
         return ATEN.constant_pad_nd.default(mask, [length, 0], seen)
+
+    def unmasked(self, k: Any) -> Any:
+        """A mask for the keys k, in the model's own kind, that hides none of them."""
+        own, keys = self.mask(), ATEN.sym_size.int(k, KEYS)
+        if own is None:
+            return None
+        seen = 1 if is_causal(self.site) else sees(self.site)
+        first = ATEN.full_like.default(ATEN.slice.Tensor(own, -1, 0, 1), seen)
+        shape = [-1] * (self.mask_dims - 1)
+        return ATEN.expand.default(first, [*shape, keys])
+
+    @property
+    def mask_dims(self) -> int:
+        """How many dimensions the core's mask has; a causal core's own is (queries, keys)."""
+        return len(sizes(self.site.nodes["mask"])) if "mask" in self.site.nodes else 2
 
     def norm(self, h: Any) -> Any:
         """The norm that follows the addition, of h; h itself where none follows."""
@@ -135,6 +152,22 @@ class Replay:
     def token_mean(self, v: Any) -> Any:
         """The mean of v over the tokens of each sequence."""
         return token_mean(v, self.site, self.placed.program, self.outside)
+
+
+def check_lengths(k: Any, mask: Any) -> None:
+    """Refuse a mask for another number of keys, where both are fake tensors. ValueError.
+
+    Numbers that the graph writes in two ways are equal if they are so in the example.
+    """
+    if not isinstance(k, torch.Tensor) or not isinstance(mask, torch.Tensor):
+        return
+    keys, masked = k.shape[KEYS], mask.shape[-1]
+    alike = isinstance(keys, int) == isinstance(masked, int)
+    if not (alike and concrete(keys) == concrete(masked)):
+        raise ValueError(
+            f"the mask is for {masked} keys, and there are {keys}: give extend(mask, length) where "
+            "keys come before the others, unmasked(k) for no mask"
+        )
 
 
 def is_causal(site: Site) -> bool:

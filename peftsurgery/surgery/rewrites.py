@@ -12,7 +12,7 @@ from ..anatomy.site import join
 from ..capture import Capture, Program
 from .batches import batches
 from .boundary import is_at_boundary, sew_inputs
-from .operation import Cut
+from .operation import Cut, in_order
 from .rewriting import Rewriter
 from .rowwise import Choice, check_lengths, pass_rows, row_graph
 from .storing import Stored, read_packed
@@ -151,7 +151,7 @@ def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
     What else is done to the embeddings is done to those of the text alone.
     """
     rewriter = Rewriter(program)
-    for cut in sorted(cuts, key=is_at_boundary):
+    for cut in sorted(in_order(cuts), key=is_at_boundary):
         sew_inputs(rewriter, cut) if is_at_boundary(cut) else rewriter.sew(cut)
     rewriter.drop_unused()
     return rewriter.graph

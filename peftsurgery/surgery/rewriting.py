@@ -6,12 +6,11 @@ the value they replace, keep that node's origin, and carry ``meta["surgery"]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -20,7 +19,7 @@ from ..anatomy.site import join
 from ..capture import Program
 from ..capture.stack import inherit
 from ..errors import SurgeryError
-from ..language import Context, fold, rewrite, shape_of
+from ..language import Context, fold, names_in, rewrite
 from ..language.consistency import OUTPUTS
 from .layout import as_held, as_seen
 from .operation import Cut
@@ -38,32 +37,46 @@ class Rewriter:
         for node, copy in self.copies.items():
             copy.meta = dict(node.meta)
         self.graph.output(result)
+        self.merge_reads()
         self.tracer = GraphAppendingTracer(self.graph)
         self.latest: MutableMapping[fx.Node, fx.Node] = {}
         # The folded weight so far, by the weight's node and the site's result: a later cut at the
         # same place sees what earlier ones made of it.
-        self.weights: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
-        self.masks: dict[fx.Node, fx.Proxy] = {}
+        self.weights: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+        # The weight that a site reads now, likewise.
+        self.taken: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
+        self.masks: dict[fx.Node | None, fx.Proxy] = {}
         self.retired: set[fx.Node] = set()
 
+    def merge_reads(self) -> None:
+        """Let a tensor be read by one node, so that what replaces it is one node too."""
+        first: dict[Any, fx.Node] = {}
+        for original, copy in self.copies.items():
+            one = first.setdefault(copy.target, copy) if copy.op == "get_attr" else copy
+            if one is not copy:
+                copy.replace_all_uses_with(one)
+                self.graph.erase_node(copy)
+                self.copies[original] = one
+
     def sew(self, cut: Cut) -> None:
-        """Insert one cut: what it does to the site's inputs first, then to its result."""
-        result = cut.rule.kind.result
-        names = sorted(cut.rule.rewrite, key=lambda name: name == result)
+        """Insert one cut: what it does to a value before what it does to those made of it."""
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        names = sorted(cut.rule.rewrite, key=lambda name: order[self.copies[cut.site.nodes[name]]])
         for name in names:
             self.sew_value(cut, name, is_last=name == names[-1])
 
     def sew_value(self, cut: Cut, name: str, is_last: bool) -> None:
         """Insert the expression for one of the cut's new values, and let it be used."""
-        old = self.node(cut.site.nodes[name])
-        is_result = name == cut.rule.kind.result
-        users = [] if is_result else self.between(old, self.result(cut))
+        spot = self.copies[cut.site.nodes[name]], self.result(cut)
+        old = self.taken.get(spot) or self.node(cut.site.nodes[name])
+        readers = self.readers(cut, name, old)
         rule = cut.rule.model_copy(update={"rewrite": {name: cut.rule.rewrite[name]}})
-        before, place = set(self.graph.nodes), old.next if is_result else users[0]
+        before, place = set(self.graph.nodes), old.next if readers is None else readers[0]
         # fx inserts "after" in reverse order, so new nodes go before what comes next
         with self.graph.inserting_before(place):
             replay = self.replay(cut, place)
-            bindings = self.bindings(cut, replay)
+            read = names_in([rule.rewrite[name], *rule.fold.values()], rule, cut.numbers)
+            bindings = self.bindings(cut, replay, read)
             # first, since a later cut is inserted right after the new value
             folded = self.folded(cut, bindings) if is_last else {}
             value = rewrite(rule, bindings, self.context(cut, replay))[name]
@@ -72,13 +85,36 @@ class Rewriter:
         for node in inserted:
             inherit(node, old)
             node.meta["surgery"] = cut.operation.name
-        if is_result:
-            users = [user for user in old.users if user not in inserted]
-        self.use(cut, name, old, new, users)
+        is_everywhere = readers is None
+        if readers is None:
+            readers = [user for user in old.users if user not in inserted]
+        self.use(cut, name, old, new, readers, is_everywhere)
         self.weights.update(folded)
+        if name in cut.rule.kind.weights and not is_everywhere:
+            self.weights[spot] = self.taken[spot] = new
         self.retire(cut, replay, value)
-        if cut.rule.kind.lengthens and not is_result:
+        if cut.rule.kind.lengthens and name != cut.rule.kind.result:
             self.lengthen(cut, name)
+
+    def readers(self, cut: Cut, name: str, old: fx.Node) -> list[fx.Node] | None:
+        """The users through which a value goes into what its site computes; None for all of them.
+
+        All are meant of the site's result, of what it computes, and of a parameter by itself.
+        PSG305 if the site does not read the value.
+        """
+        kind, nodes = cut.rule.kind, cut.site.nodes
+        if kind.result is None or name in (kind.result, kind.computes):
+            return None
+        beside = [self.node(nodes[word]) for word in kind.beside(name) if word in nodes]
+        found = self.between(old, self.copies[nodes[str(kind.computes)]], beside)
+        if not found:
+            raise SurgeryError(
+                "PSG305",
+                f"{cut.operation.name} rewrites '{name}', which what {cut.placed.module} computes "
+                "is not made of",
+                "rewrite the result instead",
+            )
+        return found
 
     def lengthen(self, cut: Cut, name: str) -> None:
         """Let what is computed from a value on its way to the cores be longer, if it is now."""
@@ -91,12 +127,18 @@ class Rewriter:
             self.copies[node].args, self.copies[node].kwargs = map_arg(call, self.node)
 
     def use(
-        self, cut: Cut, name: str, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]
+        self,
+        cut: Cut,
+        name: str,
+        old: fx.Node,
+        new: fx.Node,
+        users: Sequence[fx.Node],
+        is_everywhere: bool,
     ) -> None:
-        """Let the users of a value, and later cuts if it is the site's result, see the new one."""
+        """Let the users of a value, and later cuts if those are all of them, see the new one."""
         for user in users:
             user.replace_input_with(old, new)
-        if name == cut.rule.kind.result:
+        if is_everywhere:
             self.latest[self.copies[cut.site.nodes[name]]] = new
 
     def replay(self, cut: Cut, place: fx.Node) -> Replay:
@@ -130,33 +172,47 @@ class Rewriter:
             else:
                 self.masks[self.result(cut)] = given
 
-    def result(self, cut: Cut) -> fx.Node:
-        """The node of the graph that computes the site's result."""
-        return self.copies[cut.site.nodes[str(cut.rule.kind.result)]]
+    def result(self, cut: Cut) -> fx.Node | None:
+        """The node of the graph that computes the site's result; None for a parameter's site."""
+        result = cut.rule.kind.result
+        return None if result is None else self.copies[cut.site.nodes[result]]
 
-    def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-        """The users of ``start`` through which it reaches ``end``, in the graph's order."""
+    def between(
+        self, start: fx.Node, end: fx.Node, beside: Collection[fx.Node] = ()
+    ) -> list[fx.Node]:
+        """The users of ``start`` through which it reaches ``end``, in the graph's order.
+
+        Not those through which it is in the values ``beside`` it.
+        """
         reaches, stack = {end}, [end]
         while stack:
             for source in stack.pop().all_input_nodes:
-                if source is not start and source not in reaches:
+                if source is not start and source not in reaches and source not in beside:
                     reaches.add(source)
                     stack.append(source)
         return [node for node in self.graph.nodes if node in start.users and node in reaches]
+
+    def proxy(self, original: fx.Node) -> fx.Proxy:
+        """What stands for a node of the program now, to be computed with."""
+        return fx.Proxy(self.node(original), self.tracer)
 
     def node(self, original: fx.Node) -> fx.Node:
         """What stands for a node of the program now."""
         copy = self.copies[original]
         return self.latest.get(copy, copy)
 
-    def bindings(self, cut: Cut, replay: Replay) -> dict[str, Any]:
-        """The rule's names: values, weights and parameters as proxies, sizes and settings plain."""
+    def bindings(self, cut: Cut, replay: Replay, read: Collection[str] = ()) -> dict[str, Any]:
+        """The rule's names: values, weights and parameters as proxies, sizes and settings plain.
+
+        Those that are ``read`` are there where the replay's nodes are inserted.
+        """
         site, kind = cut.site, cut.rule.kind
         dtype = compute_dtype(cut)
         bound: dict[str, Any] = dict(cut.numbers)
         for name in kind.values:
             if name in site.nodes:
-                value = fx.Proxy(self.node(site.nodes[name]), self.tracer)
+                node = site.nodes[name]
+                value = replay.outside(node) if name in read else self.proxy(node)
                 if site.slice is not None and name == kind.result:
                     value = site.slice.take(value, -1)
                 value = as_seen(site, name, value)
@@ -177,7 +233,7 @@ class Rewriter:
         Beside values in another dtype they may have been cast with the whole model since.
         """
         bound = {}
-        dtypes = {dtype_of(node) for node in cut.site.nodes.values() if _is_float(node)}
+        dtypes = {dtype_of(node) for node in cut.site.nodes.values() if is_float(node)}
         for name, param in cut.rule.params.items():
             node = self.graph.create_node("get_attr", join(cut.place, name))
             own: torch.dtype = getattr(torch, param.dtype)
@@ -216,7 +272,8 @@ class Rewriter:
     def stored(self, cut: Cut, name: str) -> fx.Proxy:
         """A weight as the model stores it, with earlier cuts folded in."""
         original = cut.site.nodes[name]
-        known = self.weights.get((self.copies[original], self.result(cut)))
+        copy = self.copies[original]
+        known = self.weights.get((copy, self.result(cut)), self.latest.get(copy))
         if known is None:
             known = self.graph.create_node("get_attr", str(original.target))
             known.meta["val"] = original.meta["val"]
@@ -224,7 +281,7 @@ class Rewriter:
 
     def folded(
         self, cut: Cut, bindings: Mapping[str, Any]
-    ) -> dict[tuple[fx.Node, fx.Node], fx.Node]:
+    ) -> dict[tuple[fx.Node, fx.Node | None], fx.Node]:
         """Each weight of the site with this cut folded in, for a later cut that reads it."""
         results = {}
         for name, value in fold(cut.rule, bindings).items():
@@ -267,7 +324,7 @@ def compute_dtype(cut: Cut) -> torch.dtype:
     A model in half precision trains its adapters in full precision.
     """
     dtypes = [getattr(torch, param.dtype) for param in cut.rule.params.values()]
-    dtypes += [dtype_of(node) for node in cut.site.nodes.values() if _is_float(node)]
+    dtypes += [dtype_of(node) for node in cut.site.nodes.values() if is_float(node)]
     dtype: torch.dtype = dtypes[0] if dtypes else torch.float32
     for other in dtypes:
         dtype = torch.promote_types(dtype, other)
@@ -307,89 +364,7 @@ def dtype_of(node: fx.Node) -> torch.dtype | None:
     return value.dtype if isinstance(value, torch.Tensor) else None
 
 
-def _is_float(node: fx.Node) -> bool:
+def is_float(node: fx.Node) -> bool:
+    """Whether a node stands for a tensor of floating-point numbers."""
     dtype = dtype_of(node)
     return dtype is not None and dtype.is_floating_point
-
-
-def check_shapes(cut: Cut) -> None:
-    """Evaluate a cut over fake tensors: PSG306 if the new value has another shape.
-
-    PSG305 if the site has nothing of the name that is rewritten (a mask, a bias).
-    """
-    for name in cut.rule.rewrite:
-        if name not in cut.site.nodes:
-            raise SurgeryError(
-                "PSG305",
-                f"{cut.operation.name} rewrites '{name}', and {cut.placed.module} has none",
-                "leave such sites out with `where:`",
-            )
-    for name, value in fake_rewrite(cut).items():
-        if cut.rule.kind.lengthens:
-            continue
-        expected = as_seen(cut.site, name, _fake(cut, name))
-        if tuple(value.shape) != tuple(expected.shape):
-            raise SurgeryError(
-                "PSG306",
-                f"{cut.operation.name} at {cut.placed.module}: the new {name} has shape "
-                f"{list(value.shape)}, where {list(expected.shape)} is needed",
-            )
-
-
-def fake_rewrite(cut: Cut, result: Any = None) -> dict[str, Any]:
-    """The values a cut computes, as fake tensors; ``result`` is what its site gave so far."""
-    fakes = [node.meta["val"] for node in cut.site.nodes.values()]
-    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
-    if mode is None:
-        return {}
-    dtype = compute_dtype(cut)
-    with mode, enable_python_dispatcher():  # which operators of symbolic sizes go through
-        bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-        replay = Replay(cut.placed, _value, dtype)
-        bound |= {name: replay.mask() for name in cut.rule.kind.optional}
-        for name in sorted(cut.site.nodes.keys() & cut.rule.kind.names):
-            node = cut.site.nodes[name]
-            value = node.meta["val"]
-            if name in cut.rule.kind.weights:
-                value = orient(value, cut.site, name)
-            elif name != cut.rule.kind.result:
-                value = as_seen(cut.site, name, value)
-            else:
-                value = as_seen(cut.site, name, _fake(cut, name) if result is None else result)
-            bound[name] = value.to(dtype) if _is_float(node) else value
-        for name, param in cut.rule.params.items():
-            shape = shape_of(param, cut.rule, cut.numbers)
-            bound[name] = torch.empty(shape, dtype=dtype, device=_device(fakes))
-        if cut.over:
-            bound[OUTPUTS] = torch.stack([fake_output(c).to(dtype) for c in cut.over], -2)
-        context = Context(functions=replay.functions)
-        return {
-            name: value
-            for name, value in rewrite(cut.rule, bound, context).items()
-            if isinstance(value, torch.Tensor)
-        }
-
-
-def fake_output(cuts: Sequence[Cut]) -> Any:
-    """What the cuts of one adapter make of their site's result, as a fake tensor."""
-    value = None
-    for cut in cuts:
-        value = fake_rewrite(cut, value)[str(cut.rule.kind.result)]
-    return value
-
-
-def _fake(cut: Cut, name: str) -> Any:
-    value = cut.site.nodes[name].meta["val"]
-    if cut.site.slice is not None and name == cut.rule.kind.result:
-        return cut.site.slice.take(value, -1)
-    return value
-
-
-def _value(node: fx.Node) -> Any:
-    """The fake value of a node; a flag of the mode, or a rate that depends on it, is off."""
-    value = node.meta.get("val")
-    return 0 if value is None else value
-
-
-def _device(fakes: Iterable[Any]) -> torch.device:
-    return next(f.device for f in fakes if isinstance(f, torch.Tensor))

@@ -24,7 +24,7 @@ from ..capture.stack import inherit
 from ..errors import SurgeryError
 from .batches import Axis, Batch
 from .copies import home_of
-from .operation import Cut
+from .operation import Cut, in_order
 from .rewriting import Rewriter
 
 ATEN = torch.ops.aten
@@ -54,8 +54,8 @@ class RowRewriter(Rewriter):
 
     def sew(self, cut: Cut) -> None:
         """Insert one cut, for the rows of its adapter."""
-        mine = self.left.setdefault(cut.operation.name, ({}, {}, {}, {}))
-        latest, self.weights, self.owned, self.masks = mine
+        mine = self.left.setdefault(cut.operation.name, ({}, {}, {}, {}, {}))
+        latest, self.weights, self.owned, self.masks, self.taken = mine
         self.latest = ChainMap(latest, self.chosen)
         if cut.rule.train and cut.site.parameter is not None:
             self.own(cut, cut.site.parameter)
@@ -68,6 +68,7 @@ class RowRewriter(Rewriter):
             with self.graph.inserting_before(node.next):
                 copied = self.graph.create_node("get_attr", home)
             copied.meta = {**node.meta, "surgery": cut.operation.name}
+            self.latest[node] = copied
             self.spread(cut, node, copied, list(node.users))
 
     def stored(self, cut: Cut, name: str) -> fx.Proxy:
@@ -77,18 +78,26 @@ class RowRewriter(Rewriter):
         return proxy
 
     def use(
-        self, cut: Cut, name: str, old: fx.Node, new: fx.Node, users: Sequence[fx.Node]
+        self,
+        cut: Cut,
+        name: str,
+        old: fx.Node,
+        new: fx.Node,
+        users: Sequence[fx.Node],
+        is_everywhere: bool,
     ) -> None:
         """Let the rows of the cut's adapter see the new value, and the others the old one."""
         original = cut.site.nodes[name]
         axis = self.batch.axis(original)
         if axis is None:
             self.spread(cut, old, new, users)
+            if is_everywhere:
+                self.latest[self.copies[original]] = new
             return
         chosen = self.choose(cut, axis, new, old, new.next)
         chosen.meta["val"] = original.meta.get("val")
-        super().use(cut, name, old, chosen, users)
-        if name == cut.rule.kind.result:
+        super().use(cut, name, old, chosen, users, is_everywhere)
+        if is_everywhere:
             self.chosen[self.copies[original]] = self.latest.pop(self.copies[original])
 
     def spread(self, cut: Cut, old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
@@ -178,7 +187,7 @@ def row_graph(program: Program, cuts: Sequence[Cut], choice: Choice) -> fx.Graph
             "call the model for the rows of each adapter alone",
         )
     rewriter = RowRewriter(program, choice)
-    for cut in sorted(cuts, key=lambda cut: not cut.rule.train):
+    for cut in in_order(sorted(cuts, key=lambda cut: not cut.rule.train)):
         rewriter.sew(cut)
     rewriter.drop_unused()
     return rewriter.graph

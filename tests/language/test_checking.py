@@ -12,7 +12,11 @@ RIGHT = {
     "match: norm, rewrite: y + c, fold: {b: b + c}, params: {c: {shape: [hidden]}}": 2,
     "match: residual, rewrite: 'h + linear(relu(linear(h, D)), U)', "
     "params: {D: {shape: [3, hidden]}, U: {shape: [hidden, 3]}}": 2,
-    "match: attention, rewrite: o * g, params: {g: {shape: [1]}}": 2,
+    "match: attention, rewrite: o * g, params: {g: {shape: [1]}}": 4,
+    "match: parameter, rewrite: W * g, fold: W * g, params: {g: {shape: [columns]}}": 3,
+    "match: parameter, rewrite: W + D, fold: W + D, params: {D: {shape: [rows, columns]}}": 1,
+    "match: residual, rewrite: {y: 2 * y, x: x - h}": 2,
+    "match: linear, rewrite: {x: 2 * x, y: 3 * y}, fold: {W: 6 * W, b: 3 * b}": 3,
     "match: experts, rewrite: 'y + matmul(x, transpose(D))', fold: W + D, "
     "params: {D: {shape: [experts, out, in]}}": 2,
 }
@@ -77,5 +81,100 @@ def test_the_message_names_rule_expression_and_sizes():
 
 
 def test_rules_that_only_a_model_can_check_are_listed():
-    text = "name: t\nrules:\n  - {match: parameter, train: true}\n"
+    text = "name: t\nrules:\n  - {match: {pattern: silu(x)}, rewrite: y}\n"
     assert check_rules(parse_rules(text)).unchecked == (1,)
+
+
+def test_a_rule_that_computes_nothing_says_what_it_does():
+    text = "name: t\nrules:\n  - {match: norm, train: true}\n  - {match: linear, store: nf4()}\n"
+    report = check_rules(parse_rules(text))
+    assert report.trained == (1, 2)
+    assert "rule 1: trains W and b of its norm sites, nothing to compute" in str(report)
+    assert "keeps W of its linear sites in another form" in str(report)
+    assert "0 checks" not in str(report)
+
+
+# Kronecker factors, rotations of blocks of 32 inputs, sums over groups of 16: sizes must divide.
+DIVIDING = {
+    "params: {A: {shape: [f, f]}, B: {shape: [out // f, in // f]}}, "
+    "let: {D: 'reshape(A[:, None, :, None] * B[None, :, None, :], [out, in])'}, "
+    "rewrite: 'y + linear(x, D)', fold: W + D": 8,
+    "params: {A: {shape: [in // 32, 32, 32]}}, "
+    "let: {T: 'reshape(transpose(W), [in // 32, 32, out])', "
+    "V: 'reshape(matmul(transpose(A), T), [in, out])'}, "
+    "rewrite: 'linear(x, transpose(V), b)', fold: transpose(V)": 32,
+    "params: {A: {shape: [out, in // 16]}}, "
+    "let: {D: 'reshape(A[:, :, None] * ones_like(reshape(W, [out, in // 16, 16])), [out, in])'}, "
+    "rewrite: 'y + linear(x, D)', fold: W + D": 16,
+}
+
+
+@pytest.mark.parametrize("body", DIVIDING)
+def test_specimens_adapt_to_rules_whose_sizes_must_divide(body):
+    file = parse_rules(f"name: t\nwith: {{f: 8}}\nrules: [{{match: linear, {body}}}]")
+    report = check_rules(file)
+    assert len(report.checks) == 3
+    assert all(check.folded < 1e-12 for check in report.checks)
+    first = report.checks[0]
+    assert first.unfit[0].startswith("in 18, out 14")
+    assert "it does not fit in 18, out 14" in str(report)
+    sizes = [int(word) for word in first.specimen.replace(",", "").split() if word.isdigit()]
+    assert sizes[0] != sizes[1]  # a square would hide a weight that is the wrong way round
+    fixed = check_rules(file, sizes={"in": 64, "out": 128})
+    assert {check.specimen[:15] for check in fixed.checks} == {"in 64, out 128,"}
+    with pytest.raises(SurgeryError):
+        check_rules(file, sizes={"in": 18, "out": 14})
+
+
+def test_a_wrong_fold_is_found_at_the_sizes_that_fit():
+    body = "params: {A: {shape: [out, in // 16]}}, let: {D: 'reshape(A[:, :, None] * "
+    body += "ones_like(reshape(W, [out, in // 16, 16])), [out, in])'}, rewrite: 'y + linear(x, D)'"
+    with pytest.raises(SurgeryError) as refusal:
+        check_rules(parse_rules(f"name: t\nrules: [{{match: linear, {body}, fold: W - D}}]"))
+    assert refusal.value.code == "PSG130"
+
+
+@pytest.mark.parametrize("sizes", [{"inn": 3}, {"in": 0}, {"in": 2.5}, {"in": True}, {"in": 10**9}])
+def test_sizes_that_no_site_has_are_refused(sizes):
+    with pytest.raises(SurgeryError) as refusal:
+        check_rules(load_rules("lora_qv"), sizes=sizes)
+    assert refusal.value.code == "PSG134"
+
+
+PROMPT = "params: {K: {shape: [3, %s, head_dim]}, V: {shape: [3, %s, head_dim]}}, rewrite: '%s'"
+
+
+@pytest.mark.parametrize(
+    ("heads", "text", "reason"),
+    [
+        ("heads", "attention(q, concat(tokens(K), k), concat(tokens(V), v), extend(mask, 3))", "5"),
+        ("heads", "o + attention(q, tokens(K), tokens(V), unmasked(tokens(K)))", "heads"),
+        ("kv_heads", "o + attention(q, tokens(K), tokens(V))", "mask that the core has"),
+        ("kv_heads", "attention(q, concat(tokens(K), k), concat(tokens(V), v))", "mask that"),
+        ("kv_heads", "o + attention(q, tokens(K), tokens(V), mask)", "mask that the core has"),
+        ("kv_heads", "attention(q, concat(tokens(K), k), v, extend(mask, 3))", "values"),
+        ("kv_heads", "o + attention(q, k, v, extend(mask, 3))", "mask is for"),
+    ],
+)
+def test_what_no_attention_core_could_take_is_refused(heads, text, reason):
+    file = parse_rules(f"name: t\nrules: [{{match: attention, {PROMPT % (heads, heads, text)}}}]")
+    with pytest.raises(SurgeryError) as refusal:
+        check_rules(file)
+    assert refusal.value.code == "PSG116"
+    assert reason in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "o + attention(q, tokens(K), tokens(V), unmasked(tokens(K)))",
+        "attention(q, concat(tokens(K), k), concat(tokens(V), v), extend(mask, 3))",
+    ],
+)
+def test_attention_is_checked_with_grouped_queries_more_keys_and_no_mask(text):
+    file = parse_rules(
+        f"name: t\nrules: [{{match: attention, {PROMPT % ('kv_heads', 'kv_heads', text)}}}]"
+    )
+    titles = [check.specimen for check in check_rules(file).checks]
+    assert len({title.split(" mask")[0] for title in titles}) == 4
+    assert any("2 kv heads, no mask, 5 queries, 7 keys" in title for title in titles)
