@@ -71,7 +71,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known word, or all of them when none is near."""
+    """A hint that names the nearest known words, or all of them when none is near.
+
+    Near are the words of which the name is a part, and the one that is most like it.
+    """
     known = sorted(known)
-    near = closest(name, known)
-    return f"did you mean '{near}'?" if near else f"known here: {', '.join(known)}"
+    holding = [word for word in known if name and name in word and len(name) > 2]
+    near = list(dict.fromkeys([*holding, *filter(None, [closest(name, known)])]))
+    if len(near) > 1:
+        return f"did you mean one of {', '.join(near)}?"
+    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"

@@ -18,7 +18,7 @@ from .generating import cache_argument
 from .parts import module_infos
 from .program import Program
 from .signature import Call, example, map_tensors, widen
-from .sizes import Check, compile_check, is_limit
+from .sizes import Check, compile_check, in_words, is_limit
 from .sources import Source
 from .surroundings import Surroundings, outside, surroundings
 from .tensors import is_fake, is_plain, tensor_infos, tensor_names, traceable
@@ -59,7 +59,7 @@ class Capture:
         That inputs have a size in common goes without saying, and other sizes and the other mode
         are captured when they come.
         """
-        limits = tuple(condition for condition in self.conditions if is_limit(condition))
+        limits = tuple(in_words(text) for text in self.conditions if is_limit(text))
         if self.mode is None:
             return limits
         return (*limits, f"for {'train' if self.mode else 'eval'} mode only")

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import SurgeryError
 from .classes import become_like
+from .copying import Copied
 from .program import ModuleInfo, Program
 
 # What a block computes in, and what it is computed again in, if it is checkpointed.
@@ -29,7 +30,7 @@ def no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[
     return nullcontext(), nullcontext()
 
 
-class Part(nn.Module):
+class Part(Copied):
     """A module of the original that has no code of its own here; it holds tensors and parts."""
 
     # Classes made of this one and an original's are called in this way, and registered nowhere.

@@ -124,3 +124,28 @@ def _expression(value: Any) -> Any:
     if isinstance(value, torch.SymInt | torch.SymBool):
         return value.node.expr
     return sympy.sympify(value)
+
+
+_RELATIONS = {
+    "!=": "other than",
+    "==": "exactly",
+    "<=": "at most",
+    ">=": "at least",
+    "<": "less than",
+    ">": "more than",
+}
+_SIMPLE = re.compile(rf"\s*(\w+)\.shape\[(\d+)\]\s*({'|'.join(_RELATIONS)})\s*(-?\d+)\s*")
+
+
+def in_words(condition: str) -> str:
+    """A condition of one size in words; one of several as it is.
+
+    ``x.shape[1] != 1``: exact where dimension 1 of x is other than 1; for others it is captured
+    again.
+    """
+    found = _SIMPLE.fullmatch(condition)
+    if found is None:
+        return f"exact where {condition}; for others it is captured again"
+    name, dim, relation, number = found.groups()
+    size = f"{_RELATIONS[relation]} {number}"
+    return f"exact where dimension {dim} of {name} is {size}; for others it is captured again"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -146,10 +147,11 @@ def open_source(spec: str) -> Source:
     here = os.path.exists(spec)
     if ":" in spec and not here:
         return Source(_call_factory(spec), spec)
-    if not here and (spec.count("/") != 1 or _is_nearly_here(spec)):
+    if not here and (not _is_hub_id(spec) or _is_nearly_here(spec)):
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
-        raise SurgeryError("PSG205", f"'{spec}' is not a model directory: it has no config.json")
+        message = f"'{spec}' is not a model directory: it has no config.json"
+        raise SurgeryError("PSG205", message, _around(spec))
     with quiet():
         model = _outline(spec)
     # absolute, since a saved surgery names its base and is used from other directories too
@@ -304,12 +306,30 @@ def _call_factory(spec: str) -> nn.Module:
     return made
 
 
-def _nearby(spec: str) -> str | None:
+def _is_hub_id(spec: str) -> bool:
+    """Whether a text can name a model of the hub: owner/name, or the name alone of an old one."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec) is not None
+
+
+def _nearby(spec: str) -> str:
+    """What is like a model's directory that is not there."""
     parent = Path(spec).parent
     if not os.path.isdir(parent):
-        return None
-    names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
-    return did_you_mean(Path(spec).name, names) if names else None
+        return f"there is no directory '{parent}'"
+    names = [entry.name for entry in parent.iterdir() if (entry / "config.json").is_file()]
+    if not names:
+        return f"'{parent}' holds no model's directory (one with a config.json)"
+    return did_you_mean(Path(spec).name, names)
+
+
+def _around(spec: str) -> str:
+    """What is given in place of something that is no model's directory."""
+    path = Path(spec)
+    if path.is_file():
+        inside = (path.parent / "config.json").is_file()
+        return f"give the directory itself: '{path.parent}'" if inside else "it is a file"
+    names = sorted(entry.name for entry in path.iterdir() if (entry / "config.json").is_file())
+    return f"it holds {', '.join(names[:5])}" if names else "its files are those of no model"
 
 
 def _is_nearly_here(spec: str) -> bool:

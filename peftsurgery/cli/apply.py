@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.kit import clean, json_option, name_option, print_json
 from peftsurgery.cli.output import force_option, fresh, output_option
 from peftsurgery.cli.progress import doing
 
@@ -26,7 +26,7 @@ set_option = click.option(
 @click.argument("rules", metavar="RULE...", nargs=-1, required=True)
 @output_option
 @set_option
-@click.option("--name", metavar="ADAPTER", help="The adapter's name; the rule's unless given.")
+@name_option("The adapter's name; the rule's unless given.")
 @click.option("--dry-run", is_flag=True, help="Print the report and write nothing.")
 @force_option
 @json_option
@@ -50,11 +50,14 @@ def apply(
     if name is not None and len(rules) > 1:
         raise click.UsageError("--name is for one RULE; several would have the same name")
     from peftsurgery.language import check_settings, load_rules, parse_overrides, shipped
+    from peftsurgery.surgery import adapter_name
 
     # before the model: what is misspelt is known at once
     files = [load_rules(rule) for rule in rules]
     settings = parse_overrides(overrides)
     check_settings(files, settings)
+    if name is not None:
+        adapter_name(name)
     if out is None:
         operated = _operate(model, files, name, settings)
     else:

@@ -20,7 +20,7 @@ def explain(code: str | None, as_json: bool) -> None:
         else:
             click.echo("\n".join(f"{name}  {CODES[name].title}" for name in sorted(CODES)))
         return
-    name = code.upper()
+    name = f"PSG{code}" if code.isdecimal() else code.upper()
     if name not in CODES:
         near = closest(name, CODES)
         hint = f"did you mean '{near}'?" if near else "`peftsurgery explain` lists all of them"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.kit import clean, json_option, name_option, print_json
 from peftsurgery.cli.output import check_free, force_option, fresh, other_base_option, output_option
 from peftsurgery.cli.progress import doing
 
@@ -25,7 +25,7 @@ FORMATS = {
 @click.argument("surgery")
 @click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="The format.")
 @output_option
-@click.option("--name", metavar="ADAPTER", help="Which adapter, if there are several.")
+@name_option("Which adapter, if there are several.")
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
 @other_base_option
 @force_option

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.kit import clean, json_option, name_option, print_json
 from peftsurgery.cli.output import check_free, force_option, fresh, other_base_option, output_option
 from peftsurgery.cli.progress import doing
 
@@ -17,12 +17,9 @@ from peftsurgery.cli.progress import doing
 @click.argument("surgery", metavar="SURGERY|PEFT_DIR")
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
 @output_option
-@click.option(
-    "--adapter",
-    "adapters",
-    metavar="NAME",
+@name_option(
+    "Fold this adapter; those that were active when the surgery was saved unless given.",
     multiple=True,
-    help="Fold this adapter; those that were active when the surgery was saved unless given.",
 )
 @click.option(
     "--onnx",
@@ -41,7 +38,7 @@ def fold(
     surgery: str,
     base: str | None,
     out: Path | None,
-    adapters: tuple[str, ...],
+    name: tuple[str, ...],
     onnx: Path | None,
     requantise: bool,
     verify: bool,
@@ -68,7 +65,7 @@ def fold(
             base=base,
             onnx=file,
             verify=verify,
-            adapters=adapters,
+            adapters=name,
             requantise=requantise,
             allow_other_base=allow_other_base,
         )

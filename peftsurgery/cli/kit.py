@@ -33,6 +33,11 @@ EXTRAS = {
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
+def name_option(help_text: str, **attributes: Any) -> Callable[[Any], Any]:
+    """The option for an adapter's name, which is called the same in every command."""
+    return click.option("--name", "--adapter", metavar="ADAPTER", help=help_text, **attributes)
+
+
 class Group(click.Group):
     """A group of commands that names the nearest right one."""
 

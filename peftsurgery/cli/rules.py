@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -28,7 +30,7 @@ def ls(as_json: bool) -> None:
         return
     width = max((len(file.name) for file in files), default=0)
     for file in files:
-        click.echo(f"{file.name:{width}}  {_line(file.about)}")
+        click.echo(_fitted(f"{file.name:{width}}  {_line(file.about)}"))
 
 
 @rules.command()
@@ -147,6 +149,14 @@ def _path(rule: str) -> Path:
     from peftsurgery.language import shipped
 
     return shipped().get(rule, Path(rule))
+
+
+def _fitted(line: str) -> str:
+    """A line cut to the terminal's width; a pipe gets it whole."""
+    columns = shutil.get_terminal_size().columns
+    if not sys.stdout.isatty() or len(line) <= columns:
+        return line
+    return f"{line[: columns - 1].rstrip()}…"
 
 
 def _line(text: str) -> str:

@@ -23,6 +23,5 @@ CODES = {
     "PSG903": CodeInfo(
         "There is no such error code",
         "`peftsurgery explain` without a code lists all of them.",
-        USAGE,
     ),
 }

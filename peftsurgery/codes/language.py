@@ -1,6 +1,6 @@
 """PSG1xx: what rule files and expressions are refused for."""
 
-from peftsurgery.codes.entry import CodeInfo
+from peftsurgery.codes.entry import USAGE, CodeInfo
 
 CODES = {
     "PSG101": CodeInfo(
@@ -118,6 +118,7 @@ CODES = {
         "`rules check --size in=64` (in Python, check_rules(rules, sizes={'in': 64})) says how "
         "large the sites are that rules are tried on: whole numbers for sizes that a kind of site "
         "has, as `peftsurgery rules words` lists them.",
+        USAGE,
     ),
     "PSG140": CodeInfo(
         "A regular expression took too long",

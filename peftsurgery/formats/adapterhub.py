@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from ..arguments import checked_but
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
 from ..surgery import (
@@ -49,6 +50,7 @@ from .adapterhub_setup import as_fusion, fusion_config, is_setup, read_setup, se
 FUSED_NAME = "fusion"
 
 
+@checked_but("model")
 def from_adapterhub(
     model: GraphModel,
     directory: str | Path,
@@ -83,6 +85,7 @@ def from_adapterhub(
     return operated
 
 
+@checked_but("model")
 def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None = None) -> None:
     """Write the adapter ``name`` (or the only one) as the library does, tensors as safetensors.
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from ..arguments import checked
 from ..capture import GraphModel
 from ..capture.export import EXPORT_ERRORS, without_fast_path
 from ..errors import SurgeryError, first_line
@@ -72,6 +73,7 @@ class OnnxFile:
         )
 
 
+@checked
 def export_onnx(model: GraphModel, path: str | Path, adapters: str = "fold") -> OnnxFile:
     """Write a captured or operated model as ONNX, with its operations folded into the weights.
 

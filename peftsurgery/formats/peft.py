@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from ..arguments import checked_but
 from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
 from ..surgery import (
@@ -31,6 +32,7 @@ from .peft_prefix import export_prefix, is_prefix
 from .peft_prompts import export_prompt, is_prompt
 
 
+@checked_but("model")
 def from_peft(
     model: GraphModel,
     directory: str | Path,
@@ -59,6 +61,7 @@ def from_peft(
     return operated
 
 
+@checked_but("model")
 def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None) -> None:
     """Write the adapter ``name`` (or the only one) as peft does, for ``PeftModel.from_pretrained``.
 

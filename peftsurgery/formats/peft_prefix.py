@@ -18,7 +18,7 @@ import torch
 
 from ..capture import GraphModel
 from ..errors import SurgeryError
-from ..language import RuleFile, resolve_settings
+from ..language import RuleFile, resolve_settings, shape_of
 from ..surgery import Cut, OperatedModel, Operation, select_cuts
 from .peft_config import FORMAT, AdapterConfig
 from .peft_files import BASE
@@ -71,7 +71,9 @@ def shape_in_file(cuts: Sequence[Cut]) -> tuple[int, int]:
     if len(kinds) != 1:
         raise SurgeryError("PSG507", "the model's layers have no heads alike, as a prefix needs")
     heads, width = next(iter(kinds))
-    return int(cuts[0].numbers["length"]), 2 * len(cuts) * heads * width
+    rule, suffixes = cuts[0].rule, cuts[0].rule.suffixes(FORMAT)
+    length, *_ = shape_of(rule.params[next(iter(suffixes))], rule, cuts[0].numbers)
+    return length, 2 * len(cuts) * heads * width
 
 
 def check_config(config: AdapterConfig, model: GraphModel, cuts: Sequence[Cut]) -> None:
@@ -133,8 +135,9 @@ def _check_places(model: OperatedModel, name: str, cuts: Sequence[Cut]) -> None:
                 f"are as with {setting} = {value!r}",
                 "save the surgery itself with save()",
             )
-    length = {"length": operation.settings["length"]}
-    theirs = prefixes(model, prefixed(model, operation.file, length, name))
+    carried = operation.file.carried(FORMAT).values()
+    own = {setting: operation.settings[setting] for setting in carried}
+    theirs = prefixes(model, prefixed(model, operation.file, own, name))
     ours = [cut.placed.module for cut in cuts]
     if [cut.placed.module for cut in theirs] != ours:
         raise SurgeryError(

@@ -24,6 +24,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..arguments import checked
 from ..capture import GraphModel
 from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, first_line
@@ -104,6 +105,8 @@ class FoldResult:
     def __str__(self) -> str:
         names = ", ".join(self.adapters) or "no adapter is active"
         lines = [f"{names}: changed {len(self.changed)} of {self.tensors} weights"]
+        if self.adapters and not self.changed:
+            lines.append("  what was folded changes nothing: it is untrained, as it was applied")
         if self.changed:
             most = max(self.changed, key=lambda change: change.relative)
             lines.append(f"  most, by {most.relative:.2%} of its norm: {most.name}")
@@ -120,6 +123,7 @@ class FoldResult:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@checked
 def fold_to_directory(
     spec: str | Path,
     out: str | Path,

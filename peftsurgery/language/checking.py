@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from peftsurgery.errors import SurgeryError, check_argument
+from peftsurgery.arguments import checked
+from peftsurgery.errors import SurgeryError
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.kinds import KINDS
@@ -84,6 +85,7 @@ class CheckReport:
         }
 
 
+@checked
 def check_rules(
     rules: RuleFile | str | Path,
     overrides: Mapping[str, Any] | None = None,
@@ -98,13 +100,7 @@ def check_rules(
     PSG132 for text that does not trace, PSG130 for a fold that differs, PSG134 for a size that no
     site has, and whatever evaluation raises (PSG115, PSG116, PSG122, PSG123).
     """
-    wanted = "a rule file, a shipped name or a path"
-    check_argument("check_rules(rules)", rules, (RuleFile, str, Path), wanted)
     file = rules if isinstance(rules, RuleFile) else load_rules(rules)
-    for name, given in (("overrides", overrides), ("sizes", sizes)):
-        wanted = "a dict by name"
-        check_argument(f"check_rules({name}=)", given, (Mapping, type(None)), wanted)
-    check_argument("check_rules(seed=)", seed, int, "a whole number")
     check_sizes_wanted(sizes or {})
     settings = resolve_settings(file, overrides)
     generator = torch.Generator().manual_seed(seed)
@@ -160,9 +156,10 @@ def _check_variants(
             checks.append(replace(found, unfit=tuple(unfit)))
             break
         else:
+            if rule.kind.result is not None:
+                raise errors[0]
             refused += errors[:1]
-    is_of_any_shape = rule.kind.result is None
-    if refused and not (is_of_any_shape and checks):
+    if refused and not checks:
         raise refused[0]
     return checks
 

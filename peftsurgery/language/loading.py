@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
 from peftsurgery.language.schema import RuleFile
@@ -13,6 +14,7 @@ from peftsurgery.language.schema import RuleFile
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
+@checked
 def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
     """The rule file that ``text`` is, checked against the schema and for unknown names.
 
@@ -25,6 +27,7 @@ def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
         raise _translate(error, document) from None
 
 
+@checked
 def load_rules(name: str | Path) -> RuleFile:
     """A shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 if there is none."""
     known = shipped()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeVar
 
+from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -54,6 +55,7 @@ class Operator:
         return f"{self.name}{inspect.Signature(plain)}"
 
 
+@checked
 def operator(
     name: str,
     *,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.located import Located
 from peftsurgery.language.operators import is_same
@@ -30,6 +31,7 @@ VOCABULARY = (
 _registered: dict[str, Predicate] = {}
 
 
+@checked
 def role(name: str) -> Callable[[Function], Function]:
     """Register the decorated predicate as the role ``name``: it is asked about every placed site.
 

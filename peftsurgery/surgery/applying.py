@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import checked
 from ..capture import GraphModel, capture
 from ..errors import SurgeryError, check_argument
 from ..language import (
@@ -115,6 +116,7 @@ def operate(
     return remade(model, [*before, *added], names if active is None else active, known or {})
 
 
+@checked
 def eject(model: GraphModel, name: str | None = None) -> GraphModel:
     """The captured model that the operations are on: the very graphs and weights it had.
 
@@ -151,6 +153,7 @@ def remade(
     return made
 
 
+@checked
 def load(
     path: str | Path,
     base: GraphModel | nn.Module | str | None = None,

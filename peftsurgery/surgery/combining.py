@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import checked_but
 from ..errors import SurgeryError
 from ..language import Rule
 from .applying import operate
@@ -33,6 +34,7 @@ from .operation import Cut, Operation, adapter_name
 from .switching import check_left_out, check_name
 
 
+@checked_but("model")
 def combine(
     model: OperatedModel,
     weights: Mapping[str, float],

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from ..arguments import checked
 from ..errors import SurgeryError
 from ..language import RuleFile, evaluate, flat_values, load_rules, resolve_settings
 from .applying import remade
@@ -20,6 +21,7 @@ from .operated import OperatedModel
 from .operation import Cut, Operation
 
 
+@checked
 def flatten(model: OperatedModel) -> OperatedModel:
     """The model with every such method replaced by what it computes; the outputs stay the same.
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..arguments import checked
 from ..capture import GraphModel
 from ..capture.tensors import named_tensors, tensor_names
 from ..errors import SurgeryError
@@ -27,6 +28,7 @@ from .rewriting import disorient, orient, wide
 from .untying import untie
 
 
+@checked
 def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     """A plain module of the class that was captured, with the active adapters in its weights.
 
@@ -49,6 +51,7 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
 
 
 @torch.no_grad()
+@checked
 def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
     """How far the weights that :func:`fold` writes are from the exact ones.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ..anatomy import Placed
 from ..anatomy.survey import unread_cores
 from ..capture import Capture
-from ..language import Selection
+from ..language import Candidate, Selection
 from ..language.selection import name_of
 from .coverage import Coverage
 from .operation import Cut
@@ -17,6 +18,8 @@ from .provenance import notes_of
 
 if TYPE_CHECKING:
     from .operated import OperatedModel
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Report:
@@ -115,5 +118,30 @@ def _lines(selection: Selection) -> list[str]:
         roles[name] = roles.get(name, 0) + 1
     counted = ", ".join(f"{count} {role}" for role, count in roles.items())
     lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]
-    lines += [f"  not {miss}" for miss in selection.near_misses(2)]
+    lines += [f"  not {text}" for text in _folded(selection)]
     return lines
+
+
+def _folded(selection: Selection, limit: int = 2) -> list[str]:
+    """The nearest misses, those of equal layers as one: ``layers.{0,1,2}.k_proj: ...``."""
+    groups: dict[tuple[str, ...], list[Candidate]] = {}
+    for miss in selection.near_misses(len(selection.dropped)):
+        key = (_NUMBER.sub("*", name_of(miss.site)), *miss.reasons)
+        groups.setdefault(key, []).append(miss)
+    texts = []
+    for (path, *reasons), misses in list(groups.items())[:limit]:
+        numbers = [_NUMBER.findall(name_of(miss.site)) for miss in misses]
+        for each in zip(*numbers, strict=True):
+            known = list(dict.fromkeys(each))
+            shown = known[0] if len(known) == 1 else f"{{{_span(known)}}}"
+            path = path.replace("*", shown, 1)
+        texts.append(f"{path}: {'; '.join(reasons)}")
+    return texts
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """Numbers as a range, if they are one; few of them otherwise."""
+    whole = [int(number) for number in numbers]
+    if whole == list(range(whole[0], whole[0] + len(whole))):
+        return f"{whole[0]}..{whole[-1]}"
+    return ",".join(numbers[:4]) + (",…" if len(numbers) > 4 else "")

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..arguments import checked
 from ..errors import SurgeryError, did_you_mean
 from ..language import evaluate
 from ..language.schema import Ranks
@@ -87,6 +88,7 @@ class RankAllocator:
     take them away; ``total`` is how many there are, where the rules leave that open (0).
     """
 
+    @checked
     def __init__(
         self, model: OperatedModel, name: str | None = None, total: int | None = None
     ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..arguments import checked
 from ..surgery import OperatedModel
 from .allocator import RankAllocator
 
@@ -22,6 +23,7 @@ class AllocateRanks(TrainerCallback):
     Trainer's own, unless ``resume`` names it.
     """
 
+    @checked
     def __init__(
         self, model: OperatedModel, name: str | None = None, resume: str | Path | None = None
     ) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from ..arguments import checked
 from ..errors import SurgeryError, did_you_mean
 from ..surgery import OperatedModel
 
 
+@checked
 def lora_plus(
     model: OperatedModel, lr: float, ratio: float = 16.0, faster: Collection[str] = ("B",)
 ) -> list[dict[str, Any]]:

@@ -180,3 +180,53 @@ def test_settings_are_refused_before_the_model_is_opened(run, tmp_path, words, c
         outcome = run(*line, *words, "--json")
         assert outcome.json["error"]["code"] == code  # not that there is no such model
         assert outcome.code == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "hint"),
+    [
+        ("./nothere", "holds no model's directory"),
+        ("nowhere/at/all", "there is no directory 'nowhere/at'"),
+        ("some/config.json", "give the directory itself: 'some'"),
+        ("models", "it holds some"),
+        ("models/sone", "did you mean 'some'?"),
+    ],
+)
+def test_a_wrong_path_of_a_model_comes_with_what_is_near(
+    run: Any, spec: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("some", "models/some"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "models" / "some" if spec == "./nothere" else tmp_path)
+    outcome = run("inspect", spec, "--json")
+    assert (outcome.code, outcome.json["error"]["code"]) == (3, "PSG205")
+    assert hint in outcome.json["error"]["hint"]
+
+
+def test_a_hub_id_without_an_owner_is_asked_for_as_one() -> None:
+    from peftsurgery.capture.sources import _is_hub_id
+
+    assert all(map(_is_hub_id, ["gpt2", "bert-base-uncased", "owner/name", "a.b/c_d-1"]))
+    assert not any(map(_is_hub_id, ["./gpt2", "../a", "/a", "a/b/c", "a//b", "", "a/./b", "~/a"]))
+
+
+def test_a_rule_and_a_code_that_are_not_there_end_alike(run: Any) -> None:
+    assert run("rules", "show", "nothing").code == run("explain", "PSG999").code == 3
+    assert run("explain", "301").out == run("explain", "PSG301").out == run("explain", "psg301").out
+
+
+def test_a_part_of_a_rules_name_suggests_all_that_hold_it(run: Any) -> None:
+    hint = run("rules", "show", "lora", "--json").json["error"]["hint"]
+    assert {"lora_qv", "lora_all_linear", "qlora"} <= set(hint.replace(",", "").split())
+
+
+@pytest.mark.parametrize("option", ["--name", "--adapter"])
+def test_an_adapters_name_is_one_option_and_is_checked_before_the_model(
+    run: Any, option: str, tmp_path: Path
+) -> None:
+    line = ("apply", "no/model", "lora_qv", "-o", tmp_path / "out")
+    for name in ("", "a.b", "a b"):
+        assert run(*line, option, name, "--json").json["error"]["code"] == "PSG304"
+    for command in ("apply", "fold", "export"):
+        assert "--name, --adapter ADAPTER" in run(command, "--help").out

@@ -88,3 +88,28 @@ def test_explain_prints_an_entry_of_the_catalogue(run: Any) -> None:
 def test_explain_without_a_code_lists_all(run: Any) -> None:
     assert [line.split()[0] for line in run("explain").out.splitlines()] == sorted(CODES)
     assert len(run("explain", "--json").json) == len(CODES)
+
+
+def test_ls_fits_a_terminal_and_is_whole_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftsurgery.cli import rules
+
+    line = "a rule with a long text " * 10
+    assert rules._fitted(line) == line
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert len(rules._fitted(line)) <= 40
+    assert rules._fitted("short") == "short"
+
+
+def test_check_takes_the_sizes_of_sites(run: Any, tmp_path: Path) -> None:
+    rule = tmp_path / "r.yaml"
+    rule.write_text(
+        "name: r\nrules: [{match: linear, params: {s: {shape: [in // 32]}}, rewrite: "
+        "{x: x * reshape(s[:, None] * ones_like(reshape(W[0], [in // 32, 32])), [in])}}]\n"
+    )
+    assert "in 64, out 96" in run("rules", "check", rule).out
+    assert "in 128, out 3" in run("rules", "check", rule, "--size", "in=128", "--size", "out=3").out
+    assert (
+        run("rules", "check", rule, "--size", "in=18", "--json").json["error"]["code"] == "PSG122"
+    )
+    assert run("rules", "check", rule, "--size", "inn=18").code == 2

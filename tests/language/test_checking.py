@@ -147,11 +147,15 @@ PROMPT = "params: {K: {shape: [3, %s, head_dim]}, V: {shape: [3, %s, head_dim]}}
 @pytest.mark.parametrize(
     ("heads", "text", "reason"),
     [
-        ("heads", "attention(q, concat(tokens(K), k), concat(tokens(V), v), extend(mask, 3))", "5"),
+        (
+            "heads",
+            "attention(q, concat(tokens(K), k), concat(tokens(V), v), extend(mask, 3))",
+            "Sizes",
+        ),
         ("heads", "o + attention(q, tokens(K), tokens(V), unmasked(tokens(K)))", "heads"),
         ("kv_heads", "o + attention(q, tokens(K), tokens(V))", "mask that the core has"),
         ("kv_heads", "attention(q, concat(tokens(K), k), concat(tokens(V), v))", "mask that"),
-        ("kv_heads", "o + attention(q, tokens(K), tokens(V), mask)", "mask that the core has"),
+        ("kv_heads", "o + attention(q, tokens(K), tokens(V), mask)", "mask is for"),
         ("kv_heads", "attention(q, concat(tokens(K), k), v, extend(mask, 3))", "values"),
         ("kv_heads", "o + attention(q, k, v, extend(mask, 3))", "mask is for"),
     ],

@@ -5,6 +5,7 @@ The prefixes were written by peft's own ``save_pretrained``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -113,3 +114,26 @@ def test_it_is_ejected_and_not_folded(pair: Pair) -> None:
     with pytest.raises(ps.SurgeryError) as caught:
         ps.fold(pair.ours)
     assert caught.value.code == "PSG401"
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_prefix_rule_may_call_its_settings_as_it_likes(name: str, tmp_path: Path) -> None:
+    file = Path(__file__).parents[2] / "rules" / "prefix_tuning.yaml"
+    text = re.sub(r"\blength\b", "tokens_added", file.read_text())
+    mine = ps.parse_rules(text.replace("name: prefix_tuning", "name: mine"))
+    assert "tokens_added" in mine.with_
+    assert "length" not in mine.with_
+    settings = {"shift": True}
+    ours = ps.apply(graph(name), mine, name="a", settings=settings, tokens_added=3)
+    theirs = ps.apply(graph(name), "prefix_tuning", name="a", settings=settings, length=3)
+    values = theirs.learnt()
+    with torch.no_grad():
+        for key, value in ours.learnt().items():
+            value.copy_(values[key])
+    for model, folder in ((ours, "ours"), (theirs, "theirs")):
+        ps.to_peft(model, tmp_path / folder)
+    files = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "theirs")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    configs = [(tmp_path / n / "adapter_config.json").read_text() for n in ("ours", "theirs")]
+    assert configs[0] == configs[1]

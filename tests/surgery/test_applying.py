@@ -290,3 +290,11 @@ def test_any_word_may_be_a_key_of_settings_and_is_refused_as_unknown(word: str) 
     with pytest.raises(ps.SurgeryError) as refusal:
         ps.apply(captured("llama"), "lora_qv", settings={word: "q_proj"})
     assert refusal.value.code == "PSG120"
+
+
+def test_the_report_folds_near_misses_of_equal_layers() -> None:
+    text = str(ps.apply(captured("llama"), "lora_qv").report)
+    misses = [line for line in text.splitlines() if line.startswith("  not ")]
+    assert misses
+    assert all("layers.{0.." in line for line in misses if ".layers." in line)
+    assert len({line.split(":")[0] for line in misses}) == len(misses)

@@ -1,0 +1,177 @@
+"""Rule files at random: whatever a file says, it is read, checked, applied, folded and saved, or
+refused by code.
+
+Files are made from the schema's own keys and the table of kinds, so that new ones are covered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.anatomy.roles import VOCABULARY
+from peftsurgery.language import INITIALISERS, KINDS, OPERATORS, Expect, Param, Rule, Where
+from peftsurgery.language.kinds import Kind
+
+
+class Tiny(nn.Module):
+    """A linear, an embedding, a norm, a convolution, an attention and residual additions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(7, 8), nn.LayerNorm(8)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8, bias=False)
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = (
+            part.unflatten(-1, (2, 4)).transpose(1, 2)
+            for part in self.qkv(self.norm(x)).chunk(3, -1)
+        )
+        o = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(o.transpose(1, 2).flatten(2))
+        x = x + self.down(torch.relu(self.up(x)))
+        result: Tensor = self.conv((x * self.scale).transpose(1, 2))
+        return result
+
+
+IDS = torch.arange(10).reshape(2, 5) % 7
+
+
+@cache
+def graph() -> ps.GraphModel:
+    torch.manual_seed(0)
+    return ps.capture(Tiny().eval().requires_grad_(False), inputs=(IDS,))
+
+
+JUNK = st.sampled_from([None, True, 0, -1, 2.5, "", "x", [], ["y"], {}, {"a": 1}, "1e400"])
+SETTINGS = {"rank": 2, "p": 0.1, "on": True, "word": "relu", "items": [0, 1]}
+PARAMS = ("A", "B")
+
+
+def names_of(kind: Kind) -> list[str]:
+    return sorted(kind.names | SETTINGS.keys() | {*PARAMS, "t"})
+
+
+def expressions(names: list[str], calls: list[str]) -> st.SearchStrategy[str]:
+    """Expressions of the language's grammar, with a few that are not."""
+    leaves = st.sampled_from([*names, "0", "1", "2.5", "-1", "None", "(1, 2)", "W[0]", "unknown"])
+
+    def larger(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+        binary = st.sampled_from(["+", "-", "*", "/", "//", "%", "@", "**"])
+        call = st.sampled_from(calls)
+        return st.one_of(
+            st.builds(lambda a, o, b: f"({a} {o} {b})", inner, binary, inner),
+            st.builds(lambda f, a: f"{f}({a})", call, inner),
+            st.builds(lambda f, a, b: f"{f}({a}, {b})", call, inner, inner),
+            st.builds(lambda f, a, b, c: f"{f}({a}, {b}, {c})", call, inner, inner, inner),
+            st.builds(lambda a: f"{a}[:, None]", inner),
+            st.builds(lambda a, b, c: f"({a} if {b} > 1 else {c})", inner, inner, inner),
+        )
+
+    return st.recursive(leaves, larger, max_leaves=4)
+
+
+def clauses() -> st.SearchStrategy[dict[str, Any]]:
+    likely = {
+        "role": st.sampled_from(sorted(VOCABULARY)),
+        "path": st.sampled_from([".*", "up|down", "qkv.*", "(", "scale"]),
+        "kind": st.sampled_from(["self", "bias", "weight", "cross"]),
+        "layers": st.sampled_from(["0..", "1..2", "x", 0]),
+        "op": st.sampled_from(["linear", "sdpa"]),
+        "type": st.sampled_from(["Linear", "LayerNorm"]),
+    }
+    keys = st.sampled_from([field.alias or name for name, field in Where.model_fields.items()])
+    value = keys.flatmap(lambda key: st.tuples(st.just(key), likely.get(key, JUNK)))
+    return st.lists(value, max_size=1).map(dict)
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> dict[str, Any]:
+    """A rule: its likely keys with likely values, now and then any key with any value."""
+    kind = KINDS[draw(st.sampled_from(sorted(KINDS)))]
+    names, calls = names_of(kind), sorted({*OPERATORS, *kind.functions})
+    text = expressions(names, calls)
+    numbers = expressions([*kind.sizes, *SETTINGS], ["sqrt", "floor"])
+    sizes = st.sampled_from([*kind.sizes, "rank", "1", "3"]) | numbers
+    starts = st.sampled_from(sorted(INITIALISERS)) | expressions([*kind.weights, "rank"], calls)
+    likely = {"shape": st.lists(sizes, max_size=3), "init": starts}
+    params = {
+        name: {"shape": draw(likely["shape"]), "init": draw(starts)}
+        for name in draw(st.lists(st.sampled_from(PARAMS), unique=True))
+    }
+    for key in draw(st.lists(st.sampled_from(sorted(Param.model_fields)), max_size=1)):
+        for param in params.values():
+            param[key] = draw(likely.get(key, JUNK))
+    targets = sorted({*kind.values, *kind.weights}) or ["y"]
+    values = st.dictionaries(st.sampled_from(targets), text, min_size=1, max_size=2)
+    weights = st.dictionaries(st.sampled_from(sorted(kind.weights) or ["W"]), text, max_size=2)
+    rule: dict[str, Any] = {"match": kind.name, "params": params, "where": draw(clauses())}
+    if draw(st.booleans()):
+        rule["expect"] = draw(
+            st.dictionaries(st.sampled_from(sorted(Expect.model_fields)), JUNK, max_size=1) | JUNK
+        )
+    if draw(st.integers(0, 4)):
+        rule["rewrite"] = draw(values | text)
+    if draw(st.integers(0, 2)) == 0:
+        rule["fold"] = draw(weights | text)
+    if draw(st.integers(0, 3)) == 0:
+        rule["let"] = {"t": draw(text)}
+    if draw(st.integers(0, 3)) == 0:
+        rule["train"] = True
+    if draw(st.integers(0, 5)) == 0:
+        key = draw(st.sampled_from(sorted(f.alias or n for n, f in Rule.model_fields.items())))
+        rule[key] = draw(JUNK | text | st.dictionaries(st.sampled_from(["W", "A", "sum"]), text))
+    return rule
+
+
+FILES = st.lists(rules(), min_size=1, max_size=2).map(
+    lambda made: {"name": "t", "with": SETTINGS, "rules": made}
+)
+
+
+def go_through(document: dict[str, Any]) -> None:
+    """Read, check, apply, call, train, fold, save and load: any refusal is a SurgeryError."""
+    file = ps.parse_rules(yaml.safe_dump(document))
+    with contextlib.suppress(ps.SurgeryError):
+        str(ps.check_rules(file))
+    operated = ps.apply(graph(), file)
+    assert str(operated.report)
+    with contextlib.suppress(ps.SurgeryError):
+        operated(IDS)
+    with contextlib.suppress(ps.SurgeryError):
+        ps.fold(operated)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        operated.save(folder / "saved")
+        ps.load(folder / "saved", graph())
+    finally:
+        shutil.rmtree(folder)
+    assert ps.eject(operated) is graph()
+
+
+@settings(
+    max_examples=120,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+@given(FILES)
+def test_whatever_a_rule_file_says_ends_in_a_result_or_a_code(document: dict[str, Any]) -> None:
+    with contextlib.suppress(ps.SurgeryError):
+        go_through(document)
