@@ -89,7 +89,7 @@ def _fits(value: Any, choice: Any) -> bool:
         return bool(value == choice.value)
     if choice is float:
         choice = (int, float)
-    if not isinstance(choice, type | tuple):
+    if choice is Any or not isinstance(choice, type | tuple):
         return True
     if isinstance(value, bool) and choice in (int, (int, float)):
         return False

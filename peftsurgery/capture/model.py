@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
+from ..arguments import checked
 from ..errors import SurgeryError
 from .captures import Capture, Captures, Casts
 from .classes import become_like
@@ -210,8 +212,9 @@ class GraphModel(Likeness):
         return f"GraphModel[{self._info.type}]"
 
 
+@checked
 def capture(
-    model: nn.Module | str,
+    model: nn.Module | str | Path,
     inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
     cache: bool = False,
 ) -> GraphModel:
@@ -231,9 +234,9 @@ def capture(
 
 
 def _captured(
-    model: nn.Module | str, inputs: Mapping[str, Any] | tuple[Any, ...] | None, cache: bool
+    model: nn.Module | str | Path, inputs: Mapping[str, Any] | tuple[Any, ...] | None, cache: bool
 ) -> GraphModel:
-    source = open_source(model) if isinstance(model, str) else Source(model)
+    source = Source(model) if isinstance(model, nn.Module) else open_source(str(model))
     check_plain(source.module)
     if cache:
         check_generates(source.module)

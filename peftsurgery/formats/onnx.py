@@ -95,6 +95,8 @@ def write_onnx(model: GraphModel, plain: nn.Module, path: Path) -> OnnxFile:
     if path.is_dir():
         raise SurgeryError("PSG603", f"'{path}' is a directory", "name a file: model.onnx")
     folder = path.absolute().with_name(f".{path.name}.part-{os.getpid()}")
+    if not folder.parent.is_dir():
+        raise SurgeryError("PSG603", f"'{path.parent}' is not a directory", "make it first")
     folder.mkdir()
     try:
         graph = _export(model, plain)
