@@ -10,6 +10,7 @@ from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
 from peftsurgery.language.schema import RuleFile
+from peftsurgery.language.strict import complaint
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -56,14 +57,11 @@ def shipped() -> dict[str, Path]:
 
 def _translate(error: ValidationError, document: Document) -> SurgeryError:
     """The first complaint of pydantic as one of ours: the key, what it takes, and its place."""
-    first = error.errors(include_url=False)[0]
-    path = tuple(step for step in first["loc"] if isinstance(step, str | int))
+    path, message = complaint(error)
     known: tuple[str | int, ...] = ()
     for step in path:  # a union's branches appear in the path, but not in the document
         if (*known, step) in document.places:
             known = (*known, step)
     name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in known).lstrip(".")
-    message = first["msg"][:1].lower() + first["msg"][1:]
-    missing = f" '{path[-1]}'" if first["type"] == "missing" else ""
     where = str(document.place(known))
-    return SurgeryError("PSG106", f"{name or 'the file'}: {message}{missing}", None, where)
+    return SurgeryError("PSG106", f"{name or 'the file'}: {message}", None, where)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from peftsurgery.errors import SurgeryError, did_you_mean
@@ -34,6 +41,13 @@ class Strict(BaseModel):
     )
     noun: ClassVar[str] = "mapping"
 
+    def __init__(self, **data: Any) -> None:
+        """Made in Python, by keywords. PSG106 for a value that is not what its key takes."""
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise SurgeryError("PSG106", f"{self.noun}: {complaint(error)[1]}") from None
+
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
@@ -51,3 +65,12 @@ class Strict(BaseModel):
 def place_of(value: Any) -> str | None:
     """The place of a value that was read from a file."""
     return str(value.place) if isinstance(value, Text) else None
+
+
+def complaint(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
+    """The first complaint of pydantic: where it is, and what it is in our manner."""
+    first = error.errors(include_url=False)[0]
+    path = tuple(step for step in first["loc"] if isinstance(step, str | int))
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    missing = f" '{path[-1]}'" if first["type"] == "missing" else ""
+    return path, f"{message}{missing}"
