@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.anatomy.roles import VOCABULARY
+from peftsurgery.language.roles import VOCABULARY
 from peftsurgery.language import INITIALISERS, KINDS, OPERATORS, Expect, Param, Rule, Where
 from peftsurgery.language.kinds import Kind
 
