@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.language.roles import VOCABULARY
 from peftsurgery.language import INITIALISERS, KINDS, OPERATORS, Expect, Param, Rule, Where
 from peftsurgery.language.kinds import Kind
+from peftsurgery.language.roles import VOCABULARY
 
 
 class Tiny(nn.Module):
