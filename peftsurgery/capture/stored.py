@@ -67,9 +67,11 @@ def tensors_in(folder: Path) -> dict[str, Stored]:
     return {name: headers[shard][name] for name, shard in where.items()}
 
 
-def header_of(file: Path) -> dict[str, Stored]:
-    """The tensors of one file by name. PSG207 if it is damaged."""
+def header_of(file: Path, code: str = "PSG207") -> dict[str, Stored]:
+    """The tensors of one file by name; refused with ``code`` if it is damaged."""
     try:
+        if not file.is_file():  # opening a FIFO may never return
+            raise ValueError("it is no regular file")
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -80,10 +82,10 @@ def header_of(file: Path) -> dict[str, Stored]:
             raise ValueError("its header is no JSON object")
         found = {n: _entry(file, e, 8 + length) for n, e in entries.items() if n != "__metadata__"}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(file, error) from None
+        raise _damaged(file, error, code) from None
     for name, tensor in found.items():
         if tensor.start + tensor.size > size:
-            raise _damaged(file, f"'{name}' ends after the file does")
+            raise _damaged(file, f"'{name}' ends after the file does", code)
     return found
 
 
@@ -108,5 +110,5 @@ def _index(file: Path) -> dict[str, str]:
     return where
 
 
-def _damaged(file: Path, why: object) -> SurgeryError:
-    return SurgeryError("PSG207", f"no weights could be read from {file}: {why}")
+def _damaged(file: Path, why: object, code: str = "PSG207") -> SurgeryError:
+    return SurgeryError(code, f"no weights could be read from {file}: {why}")

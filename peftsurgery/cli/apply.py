@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftsurgery.cli.kit import clean, json_option, name_option, print_json
-from peftsurgery.cli.output import force_option, fresh, output_option
+from peftsurgery.cli.output import force_option, fresh, other_base_option, output_option
 from peftsurgery.cli.progress import doing
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ set_option = click.option(
 @output_option
 @set_option
 @name_option("The adapter's name; the rule's unless given.")
+@click.option("--seed", type=int, help="Torch's seed for the initial values; recorded.")
+@other_base_option
 @click.option("--dry-run", is_flag=True, help="Print the report and write nothing.")
 @force_option
 @json_option
@@ -36,6 +38,8 @@ def apply(
     out: Path | None,
     overrides: tuple[str, ...],
     name: str | None,
+    seed: int | None,
+    allow_other_base: bool,
     dry_run: bool,
     force: bool,
     as_json: bool,
@@ -58,12 +62,13 @@ def apply(
     check_settings(files, settings)
     if name is not None:
         adapter_name(name)
+    options = {"name": name, "settings": settings}
     if out is None:
-        operated = _operate(model, files, name, settings)
+        operated = _operate(model, allow_other_base, seed, files, options)
     else:
         read = [model, *(shipped().get(rule, rule) for rule in rules)]
         with fresh(out, read, force) as part:
-            operated = _operate(model, files, name, settings)
+            operated = _operate(model, allow_other_base, seed, files, options)
             with doing(f"saving {out}"):
                 operated.save(part)
     if as_json:
@@ -74,11 +79,19 @@ def apply(
 
 
 def _operate(
-    spec: str, files: Sequence[RuleFile], name: str | None, settings: Mapping[str, Any]
+    spec: str,
+    allow_other_base: bool,
+    seed: int | None,
+    files: Sequence[RuleFile],
+    options: Mapping[str, Any],
 ) -> OperatedModel:
+    import torch
+
     from peftsurgery import surgery
     from peftsurgery.cli.model import open_model
 
-    model = open_model(spec)
+    model = open_model(spec, allow_other_base)
+    if seed is not None:
+        torch.manual_seed(seed)
     with doing(f"applying {', '.join(file.name for file in files)}"):
-        return surgery.apply(model, files, name, settings=settings)
+        return surgery.apply(model, files, **options)

@@ -47,6 +47,7 @@ def export(
     check_free(out, inputs, force)
     with doing(f"opening {surgery}"):
         from peftsurgery.surgery import load
+        from peftsurgery.surgery.provenance import notes_of
 
         operated = load(surgery, base, allow_other_base)
         if name is not None and to == "onnx":
@@ -58,10 +59,11 @@ def export(
         else:
             with fresh(out, inputs, force) as part:
                 about = _write_adapter(operated, to, part, name)
+    notes = notes_of(operated)
     if as_json:
-        print_json({"format": to, "out": str(out), **about})
+        print_json({"format": to, "out": str(out), **about, "notes": notes})
     else:
-        click.echo(clean(f"{out}: {FORMATS[to]}"))
+        click.echo(clean("\n".join([f"{out}: {FORMATS[to]}", *(f"note: {n}" for n in notes)])))
 
 
 def _write_adapter(

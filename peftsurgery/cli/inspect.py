@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from itertools import groupby
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,10 +23,22 @@ PLAIN = ("kind", "op", "dtype")
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", metavar="MODEL|SURGERY")
 @json_option
 def inspect(model: str, as_json: bool) -> None:
-    """Show the blocks, sites and roles of MODEL as a tree; blocks of equal structure once."""
+    """Show the blocks, sites and roles of MODEL as a tree; blocks of equal structure once.
+
+    Of a saved surgery, show what it holds: adapters with their rules, settings and sizes, its base
+    and the fingerprint of that. The base is not opened, and need not be there.
+    """
+    from peftsurgery.surgery.saving import is_surgery
+
+    if is_surgery(Path(model)):
+        from peftsurgery.surgery.contents import contents_of
+
+        contents = contents_of(Path(model))
+        print_json(contents.to_dict()) if as_json else click.echo(clean(str(contents)))
+        return
     from peftsurgery.anatomy import survey
     from peftsurgery.cli.model import open_model
 

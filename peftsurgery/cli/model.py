@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peftsurgery.cli.progress import doing
 
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel
-    from peftsurgery.language import RuleFile, Selection
+    from peftsurgery.language import Selection
+    from peftsurgery.surgery import Operation
 
 
-def open_model(spec: str) -> GraphModel:
+def open_model(spec: str, allow_other_base: bool = False) -> GraphModel:
     """The captured model that ``spec`` names; a saved surgery is loaded with its operations."""
     with doing(f"capturing {spec}"):
         from peftsurgery import surgery
 
-        return surgery.open_model(spec)
+        return surgery.open_model(spec, allow_other_base)
 
 
-def selections(model: GraphModel, file: RuleFile, settings: Mapping[str, Any]) -> list[Selection]:
-    """What each rule of a rule file selects in a model."""
-    from peftsurgery.language import resolve_settings
-    from peftsurgery.surgery import Operation, select_cuts
+def base_of(spec: str) -> GraphModel:
+    """The captured model that ``spec`` names; that of a saved surgery is its base alone."""
+    with doing(f"capturing {spec}"):
+        from peftsurgery import surgery
 
-    resolved = resolve_settings(file, settings)
-    _, chosen = select_cuts(model.base_capture, Operation(file, resolved, file.name))
-    return chosen
+        return surgery.open_base(spec)
+
+
+def selections(
+    model: GraphModel,
+    operations: Sequence[Operation],
+    meant: Collection[Operation],
+    settings: Mapping[str, Any],
+) -> list[Selection]:
+    """What each rule of the operations that are ``meant`` selects in a model, with ``settings``.
+
+    The others are those before and after it, whose places a rule may refer to.
+    """
+    from peftsurgery.language import resolve_settings, settings_of
+    from peftsurgery.surgery import Cut, select_cuts
+
+    cuts: list[Cut] = []
+    found: list[Selection] = []
+    for operation in operations:
+        given = {**operation.own_settings, **settings_of(operation.file, settings)}
+        resolved = resolve_settings(operation.file, given) if operation in meant else {}
+        chosen = replace(operation, settings=resolved) if operation in meant else operation
+        made, selected = select_cuts(model.base_capture, chosen, cuts)
+        cuts += made
+        found += selected if operation in meant else []
+    return found

@@ -10,7 +10,9 @@ CODES = {
     ),
     "PSG602": CodeInfo(
         "The output is, holds or lies in an input",
-        "Inputs are never touched, so the output must be somewhere else.",
+        "What is read is never written, whatever `--force` says: the base (also if only the "
+        "surgery or the adapter names it, or if it is in the hub's cache), the surgery, the "
+        "adapter and the rule files, by whatever path or link. Write somewhere else.",
     ),
     "PSG603": CodeInfo(
         "A file cannot be read or written",

@@ -30,6 +30,7 @@ from ..surgery import (
     operate,
 )
 from ..surgery.files import remove
+from ..surgery.provenance import export_record
 from .adapter_files import write_files
 from .adapterhub_config import HubConfig
 from .adapterhub_export import Written, export
@@ -97,9 +98,10 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     chosen = _choose(model, name)
     fused = [n for op in model.operations if op.name == chosen for n in fused_names(op)]
     if not fused:
-        _write(model, Path(directory), _contents(model, _written(model, chosen)), ADAPTER.config)
+        files = _contents(model, _written(model, chosen)) | export_record(model, chosen)
+        _write(model, Path(directory), files, ADAPTER.config)
         return
-    files = {SETUP: setup_content(fused)}
+    files = {SETUP: setup_content(fused)} | export_record(model, chosen)
     for adapter in fused:
         files |= _contents(model, _written(model, adapter), adapter)
     fusion = _written(model, chosen)

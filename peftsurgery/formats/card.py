@@ -11,7 +11,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from ..surgery import OperatedModel
-from ..surgery.provenance import FILE, as_json, fold_record
+from ..surgery.provenance import FILE, as_json, fold_record, home_of
 
 CARD = "README.md"
 _CACHED = re.compile(r"models--(.+?)--(.+)")
@@ -41,7 +41,7 @@ def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:
 
 def write_record(folder: Path, model: OperatedModel) -> None:
     """Write what is folded into a model, and its card unless the base has one of its own."""
-    record, base = fold_record(model), model.source.folder
+    record, base = fold_record(model), home_of(model.source)
     (folder / FILE).write_bytes(as_json(record))
     if base is None or not (base / CARD).exists():
         text = card_of(record, isinstance(model.source.module, PreTrainedModel))

@@ -24,6 +24,7 @@ from ..surgery import (
     flatten,
     operate,
 )
+from ..surgery.provenance import export_record
 from .peft_config import AdapterConfig
 from .peft_export import export
 from .peft_files import BASE, CONFIG, TENSORS, read_config, read_tensors, write_adapter
@@ -87,4 +88,4 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
             flat = flatten(model)
             cuts = [cut for cut in flat.cuts if cut.operation.name == chosen]
             config, tensors = (export_prefix if is_prefix(cuts) else export)(flat, chosen)
-    write_adapter(Path(directory), config, tensors)
+    write_adapter(Path(directory), config, tensors, export_record(model, chosen))

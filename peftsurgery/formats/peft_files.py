@@ -51,11 +51,14 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_adapter(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    others: Mapping[str, bytes],
 ) -> None:
-    """Write both files, or leave what is there alone.
+    """Write both files and ``others`` by their names, or leave what is there alone.
 
     PSG601 if the place holds anything but an adapter, PSG603 if the system refuses.
     """
-    contents = {TENSORS: as_safetensors(tensors), CONFIG: as_json(config)}
+    contents = {TENSORS: as_safetensors(tensors), CONFIG: as_json(config), **others}
     write_files(folder, contents, CONFIG)

@@ -1,6 +1,6 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
-from .applying import apply, check_covered, eject, load, open_model, operate
+from .applying import apply, check_covered, eject, load, open_base, open_model, operate
 from .bases import check_adapter_base
 from .combining import combine
 from .flattening import flatten
@@ -31,6 +31,7 @@ __all__ = [
     "fold_error",
     "fused_names",
     "load",
+    "open_base",
     "open_model",
     "operate",
     "select_cuts",

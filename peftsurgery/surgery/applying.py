@@ -225,6 +225,12 @@ def open_model(spec: str, allow_other_base: bool = False) -> GraphModel:
     return capture(spec)
 
 
+def open_base(spec: str) -> GraphModel:
+    """What MODEL names, captured; of a saved surgery its base, without what is saved."""
+    path = Path(spec)
+    return _base(path, read_manifest(path), None, True) if is_surgery(path) else capture(spec)
+
+
 def _training(parts: Sequence[str]) -> RuleFile:
     """Rules that train parts of the model whole, each known by the end of its path."""
     paths = [rf"(.*\.)?{re.escape(part)}(\..*)?" for part in parts]

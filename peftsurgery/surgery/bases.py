@@ -7,6 +7,7 @@ that one of them stored), or if it is known to be no part of the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..capture.sources import Source
 from ..errors import SurgeryError
 from ..places import everything_read
 from .origin import Origin
-from .provenance import FILE, folded_into
+from .provenance import FILE, folded_into, home_of
 
 HINT = "--allow-other-base, allow_other_base=True in Python, takes it all the same"
 
@@ -50,8 +51,8 @@ def compare_base(made: Made, source: Source) -> Origin:
         why, notes = [], ("the base's weights are not here, so they were not compared",)
     else:
         why, notes = _compare(made.fingerprint, weights, made.replaced)
-        earlier = folded_into(source.folder) if why else []
-        why = [*_said_folded(source.folder, earlier), *why]
+        earlier = folded_into(home_of(source)) if why else []
+        why = [*_said_folded(earlier), *why]
     other = "; ".join(why) or None
     told = (f"'{made.path}' is on another base than it was made for: {other}",) if why else notes
     return Origin(made.path, made.content, None, other, told)
@@ -101,20 +102,21 @@ def _folded_before(made: Made, source: Source) -> list[str]:
 
     It may be, if the adapter names it and is not itself in it.
     """
-    earlier = folded_into(source.folder)
+    home = home_of(source)
+    earlier = folded_into(home)
     again = [entry for entry in earlier if entry.get("content") == made.content]
     named = everything_read([made.base])[:1]
-    its_own = source.folder is not None and any(
-        place.exists() and place.samefile(source.folder) for place in named
+    its_own = home is not None and any(
+        os.path.exists(place) and os.path.samefile(place, home) for place in named
     )
-    return _said_folded(source.folder, again if its_own else earlier)
+    return _said_folded(again if its_own else earlier)
 
 
-def _said_folded(folder: Path | None, entries: Collection[dict[str, object]]) -> list[str]:
+def _said_folded(entries: Collection[dict[str, object]]) -> list[str]:
     if not entries:
         return []
     names = ", ".join(f"'{entry.get('adapter')}'" for entry in entries)
-    return [f"its {FILE} says that {names} was folded into it" if folder else ""]
+    return [f"its {FILE} says that {names} was folded into it"]
 
 
 def _compare(

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save
 
 from ..errors import SurgeryError
 
-MAX_JSON = 16 * 2**20  # a rank pattern or a manifest has an entry for each module at most
+# A rank pattern has an entry for each module at most, a fingerprint 100 bytes for each tensor.
+MAX_JSON = 64 * 2**20
 
 # What parameters can be; the eight-bit floats are for storage, and nothing is computed in them.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..capture import GraphModel
 from ..capture.fingerprint import weights_of
+from ..capture.sources import Source
 from ..errors import SurgeryError
 from ..places import check_apart
 from .files import read_object
@@ -62,12 +63,23 @@ def check_places(model: GraphModel, *places: str | Path) -> None:
 def read_by(model: GraphModel) -> Iterator[str | Path | None]:
     """The places of a model's base and of what was put on it."""
     source = model.source
-    yield source.origin
-    yield source.folder
-    yield getattr(source.module, "name_or_path", None)  # where a live model was loaded from
+    yield from (source.origin, source.folder, loaded_from(source))
     for operation in operations_of(model):
         yield operation.origin.place
         yield operation.file.place
+
+
+def loaded_from(source: Source) -> str | None:
+    """Where a live model of transformers was loaded from, a path or a hub id, as far as it says."""
+    name = getattr(source.module, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def home_of(source: Source) -> Path | None:
+    """The directory that a base came from, read by us or before it was given to us."""
+    loaded = loaded_from(source)
+    given = Path(loaded) if loaded is not None and os.path.isdir(loaded) else None
+    return source.folder or given
 
 
 def operations_of(model: GraphModel) -> tuple[Operation, ...]:
@@ -102,10 +114,24 @@ def fold_record(model: GraphModel) -> dict[str, Any]:
         "format": FORMAT,
         "base": source.origin,
         "fingerprint": None if weights is None else weights.fingerprint.summary(),
-        "folded": [*folded_into(source.folder), *(_entry(operation) for operation in mine)],
+        "folded": [*folded_into(home_of(source)), *(_entry(operation) for operation in mine)],
         "versions": versions(),
         "date": now(),
     }
+
+
+def export_record(model: GraphModel, adapter: str) -> dict[str, bytes]:
+    """The file to write beside an exported adapter that is on another base than it was made for.
+
+    Nothing for others: the libraries that read them expect no such file.
+    """
+    mine = [operation for operation in operations_of(model) if operation.name == adapter]
+    if not any(operation.origin.other_base for operation in mine):
+        return {}
+    entries = [_entry(operation) for operation in mine]
+    base = model.source.origin
+    record = {"format": FORMAT, "base": base, "exported": entries, "versions": versions()}
+    return {FILE: as_json({**record, "date": now()})}
 
 
 def _entry(operation: Operation) -> dict[str, Any]:

@@ -138,14 +138,23 @@ def read_operations(path: Path, manifest: Mapping[str, Any]) -> list[Operation]:
     return operations
 
 
-def read_made(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Made:
-    """What a saved surgery says of the base it was made for. PSG605 if that is damaged."""
+def saved_operations(path: Path) -> list[Operation]:
+    """The operations of a saved surgery; none if a directory holds no surgery. PSG605."""
+    return read_operations(path, read_manifest(path)) if is_surgery(path) else []
+
+
+def read_fingerprint(path: Path, manifest: Mapping[str, Any]) -> Fingerprint | None:
+    """The fingerprint of a surgery's base, if it has one. PSG605 if that is damaged."""
     recorded = manifest.get("fingerprint")
     try:
-        fingerprint = None if recorded is None else Fingerprint.parse(recorded)
+        return None if recorded is None else Fingerprint.parse(recorded)
     except ValueError as error:
         raise SurgeryError("PSG605", f"{path / MANIFEST}: {error}") from None
-    content = content_digest(tensors)
+
+
+def read_made(path: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Any]) -> Made:
+    """What a saved surgery says of the base it was made for. PSG605 if that is damaged."""
+    fingerprint, content = read_fingerprint(path, manifest), content_digest(tensors)
     base, replaced = manifest.get("base"), frozenset(tensors)
     return Made(path, base, content, fingerprint, replaced, records=True)
 

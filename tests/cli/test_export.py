@@ -1,11 +1,13 @@
 """export: a saved surgery in the formats of other libraries."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def test_an_onnx_file_is_checked_and_written(run: Any, surgery: Path, tmp_path: 
     assert outcome.code == 0, outcome.out
     assert outcome.json["path"] == str(file)
     assert outcome.json["difference"] < 1e-5
-    assert file.is_file()
+    (said,) = (each for each in onnx.load(file).metadata_props if each.key == "peftsurgery.json")
+    assert [entry["adapter"] for entry in json.loads(said.value)["folded"]] == ["mine"]
 
 
 @pytest.mark.parametrize(
@@ -80,3 +83,21 @@ def test_what_is_no_surgery_and_what_is_there_already_are_refused(
     (tmp_path / "out").mkdir()
     outcome = run("export", surgery, "--to", "peft", "-o", tmp_path / "out", "--json")
     assert outcome.json["error"]["code"] == "PSG601"
+
+
+@pytest.mark.parametrize("to", ["peft", "adapterhub"])
+def test_an_export_from_another_base_is_refused_or_says_so(
+    run: Any, bert: Path, surgery: Path, tmp_path: Path, to: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bert, other)
+    tensors = load_file(other / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    arguments = ("export", surgery, "--base", other, "--to", to, "-o", tmp_path / "out", "--json")
+    assert run(*arguments).json["error"]["code"] == "PSG319"
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    outcome = run(*arguments, "--allow-other-base")
+    assert "other values" in outcome.json["notes"][0]
+    record = json.loads((tmp_path / "out" / "peftsurgery.json").read_text())
+    assert "embeddings.LayerNorm.bias" in record["exported"][0]["other_base"]
