@@ -17,7 +17,7 @@ import click
 
 from peftsurgery.errors import SurgeryError, closest
 
-INTERRUPTED = 130
+INTERRUPTED, READER_GONE = 130, 141  # 128 and the signal, as shells count
 
 # The packages that come with an extra, as `import` names them.
 EXTRAS = {
@@ -52,8 +52,26 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class ReaderGoneError(Exception):
+    """What a BrokenPipeError becomes on its way through click, which would exit with 1 for it."""
+
+
 class Root(Group):
     """The group at the top: it translates what its commands raise."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """The context of a run; ``--help`` and ``--version`` print while it is made."""
+        try:
+            return super().make_context(*args, **extra)
+        except BrokenPipeError:
+            raise ReaderGoneError from None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGoneError from None
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run, print errors and exit; however it was called, its name is ``peftsurgery``.
@@ -72,7 +90,19 @@ class Root(Group):
 
 
 def translate(run: Callable[[], Any], as_json: bool) -> int:
-    """The exit code of a command, once what it raised has been printed."""
+    """The exit code of a command, once what it raised has been printed.
+
+    It is that of a program ended by SIGPIPE if the reader goes away, of an error's text too.
+    """
+    try:
+        return _translate(run, as_json)
+    except (BrokenPipeError, ReaderGoneError):
+        # Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+
+
+def _translate(run: Callable[[], Any], as_json: bool) -> int:
     try:
         code = run()
     except click.exceptions.NoArgsIsHelpError as error:
@@ -80,10 +110,6 @@ def translate(run: Callable[[], Any], as_json: bool) -> int:
         return 2
     except (click.Abort, KeyboardInterrupt):
         return _fail({"error": {"code": None, "message": "interrupted"}}, "interrupted", as_json)
-    except BrokenPipeError:
-        # The reader has gone. Python would complain once more when it flushes stdout at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (SurgeryError, click.UsageError, OSError, ModuleNotFoundError) as error:
         refusal = _refusal(error)
         _fail(refusal.to_dict(), f"error: {refusal}", as_json)

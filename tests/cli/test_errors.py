@@ -137,14 +137,24 @@ def test_bad_input_is_coded(run: Any, arguments: list[str], code: str, exit_code
     assert outcome.code == exit_code
 
 
-def test_a_reader_that_goes_away_is_not_complained_about() -> None:
-    command = [sys.executable, "-m", "peftsurgery", "explain", "--json"]
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explain", "--json"],
+        ["rules", "show", "lora_qv"],
+        ["explain", "PSG30", "--json"],
+        ["--help"],
+    ],
+)
+def test_a_reader_that_goes_away_is_not_complained_about(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "peftsurgery", *arguments]
     reading, writing = os.pipe()
     with subprocess.Popen(command, stdout=writing, stderr=subprocess.PIPE, text=True) as process:
         os.close(writing)
         os.close(reading)
         assert process.stderr is not None
         assert process.stderr.read() == ""
+    assert process.returncode == 141  # as of a program that SIGPIPE ended
 
 
 def test_a_real_interruption_ends_with_130_and_no_traceback() -> None:
