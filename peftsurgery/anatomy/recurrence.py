@@ -6,10 +6,11 @@
                        S_t = exp(g_t) S_{t-1} (1 - b_t k_t k_t') + b_t v_t k_t';  o(S_t q_t)
 
 Both decay: an exponential of what a linear and a vector of the model's make is on the way from the
-stream to the last linear of the branch. In the second, two values are normed to length one and
-multiplied: queries and keys, and it is an attention in kind, with roles attn.q, attn.k, attn.v and
-attn.o. In the first, what reads the stream is ssm.in (ssm.gate if it is beside the recurrence
-alone), what makes the decay's step ssm.dt, what is between them ssm.x, and the last is ssm.out.
+stream to the last linear of the branch, and tokens are mixed or taken one by one. In the second,
+two values are normed to length one and multiplied: queries and keys, and it is an attention in
+kind, with roles attn.q, attn.k, attn.v and attn.o. In the first, what reads the stream is ssm.in
+(ssm.gate if it is beside the recurrence alone), what makes the decay's step ssm.dt, what is between
+them ssm.x, and the last is ssm.out.
 (Gu and Dao, 2023, arXiv:2312.00752; Yang et al., 2024, arXiv:2412.06464.)
 """
 
@@ -75,7 +76,7 @@ class _Branch:
         sites = [flow.products[n] for n in ordered]
         linears = {site: not _before(flow, site, nodes) for site in sites if site.kind == "linear"}
         decays = tuple(n for n in nodes if op(n) == "exp" and _is_decay(flow, n))
-        if not linears or not decays:
+        if not linears or not decays or not any(_passes_on(flow, n) for n in nodes):
             return None
         return cls(flow, last, nodes, linears, decays)
 
@@ -164,6 +165,12 @@ class _Branch:
                 active = active or op(user) in ACTIVATIONS
                 stack.append(user)
         return active
+
+
+def _passes_on(flow: Flow, node: fx.Node) -> bool:
+    """Whether tokens learn of others: they are mixed, or taken one after the other."""
+    taken = {user.args[1:] for user in node.users if op(user) == "select"}
+    return mixes_tokens(flow, node) or len(taken) > 1
 
 
 def _before(flow: Flow, site: Site, nodes: Collection[fx.Node]) -> list[Site]:

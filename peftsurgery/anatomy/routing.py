@@ -20,6 +20,7 @@ from .site import Site
 from .values import backward, op, operands, words
 
 CHOICES = words("topk argmax sort argsort max")
+WEIGHINGS = words("mul mul_ where")
 
 
 def router_parts(flow: Flow) -> list[Part]:
@@ -65,18 +66,18 @@ def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
                 if user.op == "call_module" or (site is not None and site.kind == "experts"):
                     return True
                 continue  # another linear: the choice has been lost in a signal
-            if op(user) in ("mul", "mul_") and _is_output(flow, user, seen, router):
+            if op(user) in WEIGHINGS and _are_outputs(flow, user, seen, router):
                 return True
             if op(user) not in ("embedding", "add", "add_"):
                 stack.append(user)
     return False
 
 
-def _is_output(flow: Flow, product: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
-    """Whether a factor beside the chosen is the output of a linear or a block."""
-    others = [node for node in operands(product) if node not in chosen]
-    found = backward(others, lambda n: _ends(flow, n))
-    return any(
-        n.op == "call_module" or (n in flow.products and flow.products[n] is not router)
-        for n in found
+def _are_outputs(flow: Flow, weighing: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
+    """Whether what is weighed, or picked from, by the chosen are outputs of linears or blocks."""
+    others = [node for node in operands(weighing) if node not in chosen]
+    ends = [list(backward([node], lambda n: _ends(flow, n))) for node in others]
+    return len(others) == len(operands(weighing)) - 1 and all(
+        any(n.op == "call_module" or flow.products.get(n, router) is not router for n in found)
+        for found in ends
     )

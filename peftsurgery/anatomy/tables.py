@@ -11,9 +11,9 @@ That is told by what the ids are made of, and never by how long the captured tex
     computed     from an input by arithmetic              tokens, if it is as long as their table
 
 Of the given ids whose embeddings are added up, tokens are those of the table that is also the head,
-or that has most entries. The others are types if the model gets its positions elsewhere; where
-it does not, the longest table of the others is of positions. Where transformers has a name for the
-argument, the name is taken at its word.
+or that has most entries. The others are types if the model gets its positions elsewhere; where it
+does not, they may be either, and have no role. Where transformers has a name for the argument, the
+name is taken at its word.
 """
 
 from __future__ import annotations
@@ -148,9 +148,9 @@ def _given_roles(flow: Flow, tables: Sequence[_Table], known: Roles) -> Roles:
     heads = {str(linear.parameter) for linear in flow.linears}
     sizes = {int(linear.facts["out"]) for linear in flow.linears}
 
-    def likeness(table: _Table) -> tuple[bool, bool, int]:
-        """How much a table is like one of tokens."""
-        return table.site.parameter in heads, table.entries in sizes, table.entries
+    def likeness(table: _Table) -> tuple[bool, bool, int, int]:
+        """How much a table is like one of tokens; coordinates have an axis more."""
+        return table.site.parameter in heads, table.entries in sizes, -_rank(table), table.entries
 
     for group in _sums([*tables, *known]):
         mine = [table for table in group if table in tables]
@@ -158,14 +158,12 @@ def _given_roles(flow: Flow, tables: Sequence[_Table], known: Roles) -> Roles:
             continue
         tokens = [table for table in group if known.get(table) == "embed.tokens"]
         tokens = tokens or [max(mine, key=likeness)]
-        for table in sorted(mine, key=lambda table: -table.entries):
+        for table in mine:
             if table in tokens or table.entries in {t.entries for t in tokens}:
                 roles[table] = "embed.tokens"
-            elif _rank(table) != _rank(tokens[0]):
-                roles[table] = None  # neither: a coordinate of something else, say
             else:
-                roles[table] = "embed.types" if is_placed else "embed.positions"
-                is_placed = True
+                is_beside = is_placed and _rank(table) == _rank(tokens[0])
+                roles[table] = "embed.types" if is_beside else None
     return roles
 
 

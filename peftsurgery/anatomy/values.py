@@ -102,15 +102,15 @@ def is_tensor(node: Any) -> bool:
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node, in order; sizes and scalars are left out.
 
-    An operator that takes only the shape or the dtype of a tensor has none; keys behind those that
-    were remembered come from the new keys.
+    An operator that takes only the shape or the dtype of a tensor has none, nor is the device of a
+    tensor one; keys behind those that were remembered come from the new keys.
     """
     name = op(node)
     if name == "with_past":
         return node.all_input_nodes[:1]
     if name.endswith("_like") or name.startswith("new_"):
         return []
-    return [n for n in node.all_input_nodes if not is_size(n)]
+    return [n for n in node.all_input_nodes if not is_size(n) and op(n) != "device_of"]
 
 
 def is_size(node: fx.Node) -> bool:

@@ -94,3 +94,45 @@ def test_tables_are_told_apart_by_what_indexes_them(
     roles = {site.module: site.role for site in sites if site.kind == "embedding"}
     wanted = {"words": "embed.tokens", "kinds": "embed.types", "places": "embed.positions"}
     assert roles == wanted
+
+
+class Boxes(nn.Module):
+    """Tokens, coordinates of theirs on a page, and kinds that are zeros of their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.left, self.kinds = (nn.Embedding(n, 8) for n in (50, 100, 600))
+
+    def forward(self, box: Tensor, tokens: Tensor) -> Tensor:
+        kinds = torch.zeros(tokens.shape, dtype=torch.long, device=tokens.device)
+        y: Tensor = self.words(tokens) + self.left(box[:, :, 0]) + self.kinds(kinds)
+        return y
+
+
+class Two(nn.Module):
+    """Two tables of ids that are given: it can be told which is of tokens, and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.others, self.head = (
+            nn.Embedding(50, 8),
+            nn.Embedding(60, 8),
+            nn.Linear(8, 50),
+        )
+
+    def forward(self, a: Tensor, tokens: Tensor) -> Tensor:
+        y: Tensor = self.head(self.others(a) + self.words(tokens))
+        return y
+
+
+@pytest.mark.parametrize("length", [2, 70])
+def test_tables_have_their_true_roles_or_none(length: int) -> None:
+    tokens = torch.ones(2, length).long()
+    boxes = ps.capture(Boxes(), {"box": tokens[..., None].expand(-1, -1, 4), "tokens": tokens})
+    two = ps.capture(Two(), {"a": tokens, "tokens": tokens.clone()})
+    found = [
+        {s.module: s.role for s in survey(graph.base_capture) if s.kind == "embedding"}
+        for graph in (boxes, two)
+    ]
+    assert found[0] == {"words": "embed.tokens", "left": None, "kinds": "embed.types"}
+    assert found[1] == {"words": "embed.tokens", "others": None}

@@ -166,6 +166,34 @@ class Scanned(nn.Module):
         return y
 
 
+class Spread(nn.Module):
+    """A feed-forward of image patches with a depthwise convolution over the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.conv = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = self.first(x).mT.unflatten(2, (1, 3))
+        y: Tensor = x + self.last(F.gelu(self.conv(image).flatten(2).mT))
+        return y
+
+
+class Swish(nn.Module):
+    """An activation with a trained slope, spelled with an exponential; tokens are apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.slope = nn.Parameter(torch.ones(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.first(x)
+        y: Tensor = x + self.last(inner / (1 + torch.exp(-self.slope * inner)))
+        return y
+
+
 @pytest.mark.parametrize(
     ("kind", "wanted"),
     [
@@ -182,6 +210,8 @@ class Scanned(nn.Module):
         ),
         (Convolved, {"first": None, "last": None}),
         (Scanned, {"first": "ssm.in", "gate": "ssm.gate", "last": "ssm.out"}),
+        (Spread, {"first": "ffn.up", "last": "ffn.down"}),
+        (Swish, {"first": None, "last": None}),
     ],
 )
 def test_what_mixes_tokens_between_two_linears_is_no_feed_forward(

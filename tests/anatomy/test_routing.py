@@ -50,6 +50,35 @@ class Sorted(nn.Module):
         return x + torch.bmm(tokens, self.stack).sum(0).view_as(x)
 
 
+class Picked(nn.Module):
+    """One of two linears for each token, picked by the larger of two scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice, self.one, self.other = nn.Linear(8, 2), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.choice(x).argmax(-1, keepdim=True)
+        return x + torch.where(best == 0, self.one(x), self.other(x))
+
+
+class Sparse(nn.Module):
+    """Tokens chosen by a linear's score of each, and keys by the best of a query's scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score, self.last = nn.Linear(8, 1), nn.Linear(8, 8)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.score(x).squeeze(-1).topk(3, -1).indices
+        x = torch.gather(x, 1, best[..., None].expand(-1, -1, 8))
+        scores = self.q(x) @ self.k(x).mT
+        least = scores.topk(2, -1).values[..., -1:]
+        y: Tensor = self.last(scores.masked_fill(scores < least, -1e9).softmax(-1) @ self.v(x))
+        return y
+
+
 class Quantised(nn.Module):
     """A choice of vectors of a codebook, and another of a class: no experts."""
 
@@ -65,7 +94,14 @@ class Quantised(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("kind", "routers"), [(Dense, ["choice"]), (Sorted, ["choice"]), (Quantised, [])]
+    ("kind", "routers"),
+    [
+        (Dense, ["choice"]),
+        (Sorted, ["choice"]),
+        (Picked, ["choice"]),
+        (Sparse, []),
+        (Quantised, []),
+    ],
 )
 def test_routers_are_the_linears_whose_output_chooses_experts(
     kind: type[nn.Module], routers: list[str]
