@@ -30,6 +30,7 @@ from transformers.exporters.utils import apply_patches
 from ..errors import SurgeryError, first_line
 from ..quiet import quiet
 from .attributes import kept_attributes
+from .masks import Masks
 from .modes import Reads, noted_reads
 from .randomness import drawn_elsewhere, is_random, kept_generators
 from .recording import Record, Watch, is_steady, recorded
@@ -92,6 +93,7 @@ class _Trace:
     program: ExportedProgram
     record: Record
     reads: Reads
+    masks: Masks
 
 
 def _try(module: nn.Module, call: Call, train: bool) -> tuple[_Trace | None, Exception | None]:
@@ -110,6 +112,7 @@ def _read(trace: _Trace, call: Call) -> Exported:
     if call.trace is not None:
         conditions = call.trace.conditions(conditions)
         call.trace.connect(module.graph)
+    conditions = tuple(dict.fromkeys((*conditions, *trace.masks.conditions)))
     return Exported(module, program.call_spec.out_spec, conditions, None)
 
 
@@ -128,7 +131,8 @@ def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
     ):
         return True
     try:
-        return _record(module, call, train=False).is_off_of(trained.record)
+        by_value = trained.masks.by_value
+        return _record(module, call, False, by_value=by_value).is_off_of(trained.record)
     except EXPORT_ERRORS:
         return False
 
@@ -140,12 +144,12 @@ def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
     )
 
 
-def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
+def _export(module: nn.Module, call: Call, train: bool, by_value: bool = False) -> _Trace:
     images_vary = not isinstance(module, PreTrainedModel)
-    watch = Watch(module)
+    watch, masks = Watch(module), Masks(call, by_value)
     with (
         kept_attributes(module),
-        _prepared(module, call, train, watch),
+        _prepared(module, call, train, watch, masks),
         noted_reads() as reads,
         _unprinted(),
     ):
@@ -159,13 +163,15 @@ def _export(module: nn.Module, call: Call, train: bool) -> _Trace:
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         drew = drawn_elsewhere() != before
+    if masks.matters:
+        return _export(module, call, train, by_value=True)
     if drew and _record(module, call, train, 0) != _record(module, call, train, 1):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:
         with kept_attributes(module), _prepared(module, call, train):
             if not is_steady(module, call):
                 raise _remembering(module, watch.changed[0])
-    return _Trace(program, watch.record, reads)
+    return _Trace(program, watch.record, reads, masks)
 
 
 def _remembering(module: nn.Module, attribute: str) -> SurgeryError:
@@ -179,9 +185,13 @@ def _remembering(module: nn.Module, attribute: str) -> SurgeryError:
     )
 
 
-def _record(module: nn.Module, call: Call, train: bool, shift: int = 0) -> Record:
+def _record(
+    module: nn.Module, call: Call, train: bool, shift: int = 0, by_value: bool = False
+) -> Record:
     """What the module does for a call in one mode."""
-    with kept_attributes(module), _prepared(module, call, train), kept_generators(shift):
+    masks = Masks(call, by_value)
+    prepared = _prepared(module, call, train, None, masks)
+    with kept_attributes(module), prepared, kept_generators(shift):
         return recorded(module, call)
 
 
@@ -225,7 +235,11 @@ def _dynamic(value: Any, images_vary: bool) -> Any:
 
 @contextlib.contextmanager
 def _prepared(
-    module: nn.Module, call: Call, train: bool, watch: Watch | None = None
+    module: nn.Module,
+    call: Call,
+    train: bool,
+    watch: Watch | None = None,
+    masks: Masks | None = None,
 ) -> Iterator[None]:
     """Everything a faithful export needs, undone on leaving; ``watch`` notes what forward does."""
     flags = dict(call.flags)
@@ -234,6 +248,7 @@ def _prepared(
             register_cache_pytrees_for_model(module)
             stack.enter_context(apply_patches("dynamo"))
             stack.enter_context(reset_model_state(module))
+            stack.enter_context((masks or Masks(call)).traced())
             if call.trace is None:
                 stack.enter_context(patch_model_config(module, {"use_cache": False}))
             else:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..errors import SurgeryError
+from .regions import AUTOCAST
+
 
 @dataclass(frozen=True)
 class ModuleInfo:
@@ -67,6 +70,37 @@ def generate_forward(graph: fx.Graph, label: str) -> Callable[..., Any]:
     """The function that runs ``graph``; ``self`` provides its tensors and nested blocks."""
     python = graph.python_code("self")
     scope = dict(python.globals)
-    exec(compile(python.src, f"<peftsurgery {label}>", "exec"), scope)
+    source = _with_regions(python.src, scope)
+    exec(compile(source, f"<peftsurgery {label}>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
+
+
+def _with_regions(source: str, scope: dict[str, Any]) -> str:
+    """The source with a ``with`` for every region of autocast, so that an exception leaves it too.
+
+    PSG201 if a region begins in one block and ends in another.
+    """
+    names = {function: name for name, function in scope.items() if function in AUTOCAST}
+    if not names:
+        return source
+    begin, end = (f" = {names.get(function)}(" for function in AUTOCAST)
+    scope["_autocast"] = torch.autocast
+    lines, depth = list[str](), 0
+    for line in source.splitlines():
+        inner = "    " * depth
+        if begin in line:
+            lines.append(f"{inner}    with _autocast({line.split(begin)[1].split(')')[0]}):")
+            lines.append(f"{inner}        pass")
+            depth += 1
+        elif end in line:
+            depth -= 1
+        else:
+            lines.append(inner + line)
+        if depth < 0:
+            break
+    if depth:
+        raise SurgeryError(
+            "PSG201", "a region of autocast that begins in one block ends in another"
+        )
+    return "\n".join(lines)

@@ -18,11 +18,23 @@ from .stack import inherit
 
 GRADIENT = torch.ops.higher_order.wrap_with_set_grad_enabled
 CAST = torch.ops.higher_order.wrap_with_autocast
+# Where torch has what it puts into a graph for torch.vmap.
+TRANSFORMS = "torch._functorch.predispatch"
 AUTOCAST: tuple[Callable[..., Any], ...] = (_enter_autocast, _exit_autocast)
 
 
 def inline_regions(module: fx.GraphModule) -> None:
-    """Inline every region, inner ones first. PSG201 for an operator whose graphs are choices."""
+    """Inline every region, inner ones first.
+
+    PSG201 for an operator whose graphs are choices, and for a transform (torch.vmap).
+    """
+    for node in module.graph.nodes:
+        if getattr(node.target, "__module__", None) == TRANSFORMS:
+            raise SurgeryError(
+                "PSG201",
+                "a graph with torch.vmap in it cannot be operated on",
+                "write the batch as an axis of the tensors",
+            )
     for node in list(module.graph.find_nodes(op="get_attr")):
         inner = getattr(module, str(node.target), None) if "." not in str(node.target) else None
         if not isinstance(inner, fx.GraphModule):

@@ -3,7 +3,7 @@
 While it traces, torch.export decides ``if x.shape[1] > 64`` for the example it sees, and notes what
 it decided: bounds of sizes, equal sizes, and any other relation. These notes become conditions,
 written as Python over the inputs by name (``x.shape[1] <= 64``): readable in a report, and compiled
-once.
+once. What was decided by the values of a mask is one more (``keeps_all(attention_mask)``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import fx
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
+
+from .tensors import is_plain
 
 _AXIS = re.compile(r"\b(\w+)\.shape\[(\d+)\]")
 
@@ -78,7 +80,12 @@ def _bracketed(text: str) -> str:
 def compile_check(names: Sequence[str], conditions: Sequence[str]) -> Check:
     """A function of the inputs that evaluates every condition."""
     body = "".join(f"({condition}), " for condition in conditions)
-    return cast("Check", eval(f"lambda {', '.join(names)}: ({body})"))
+    return cast("Check", eval(f"lambda {', '.join(names)}: ({body})", {"keeps_all": keeps_all}))
+
+
+def keeps_all(mask: torch.Tensor) -> bool:
+    """Whether a mask of tokens masks none. One without content is taken for such a mask."""
+    return not is_plain(mask) or bool(mask.all())
 
 
 def evaluate_sizes(
