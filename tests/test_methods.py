@@ -1,0 +1,35 @@
+"""What README says of the shipped rules: they are for every kind of model that has their sites."""
+
+from __future__ import annotations
+
+import pytest
+
+import peftsurgery as ps
+from peftsurgery.language import load_rules, shipped
+from tests.models.captured import captured
+
+# What a rule needs that not every model has: its name ends in it, or README's sentence names it.
+LACKING = {
+    "bert": {"adalora_conv", "lora_conv"},
+    "llama": {"adalora_conv", "lora_conv", "bitfit", "prompt_after_embedding"},
+    "t5": {"adalora_conv", "lora_conv", "bitfit", "prompt_after_embedding"},
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_the_shipped_rules_work_on_encoders_decoders_and_both_or_name_what_is_missing(
+    name: str,
+) -> None:
+    lacking = set()
+    for method in shipped():
+        model, over = captured(name), {}
+        for setting in load_rules(method).with_.keys() & {"adapters"}:
+            model = ps.apply(ps.apply(model, "pfeiffer", name="a"), "pfeiffer", name="b")
+            over = {setting: ["a", "b"]}
+        try:
+            ps.apply(model, method, settings=over)
+        except ps.SurgeryError as error:
+            if error.code != "PSG301":
+                raise
+            lacking.add(method)
+    assert lacking == LACKING[name]
