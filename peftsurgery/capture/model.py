@@ -7,7 +7,7 @@ operated one, so inputs nobody thought of when the rules were applied (labels, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -121,7 +121,7 @@ class GraphModel(Likeness):
     @property
     def captures(self) -> tuple[Capture, ...]:
         """The captures served so far, the one the model was made with first."""
-        return self._serving.captures(self._choice)
+        return self._serving.captures(None)
 
     @property
     def base_capture(self) -> Capture:
@@ -147,23 +147,20 @@ class GraphModel(Likeness):
         with making():
             return shell(self._captures.source.module, self, call)
 
-    def transform(self, capture: Capture) -> Capture:
-        """A fresh capture as this model runs it; an operated model replays its operations here."""
+    def transform(self, capture: Capture, *choice: Any) -> Capture:
+        """A fresh capture as this model runs it; an operated model replays its operations here.
+
+        ``choice`` is what it replays of them; a captured model has nothing to choose from.
+        """
         return capture
 
     def serve(self, capture: Capture) -> Capture:
         """Make a capture runnable: transform it once, and give the blocks their programs."""
-        make = partial(self._equipped, capture)
-        return self._serving.ready(self._choice, capture, make)
+        return self._serving.ready(None, capture, partial(self._equipped, capture))
 
-    @property
-    def _choice(self) -> Hashable:
-        """What calls choose of this model now; a captured model has nothing to choose from."""
-        return None
-
-    def _equipped(self, capture: Capture) -> Capture:
+    def _equipped(self, capture: Capture, *choice: Any) -> Capture:
         """A transformed capture whose programs the blocks have, and whose constants are here."""
-        ready = outside(lambda: self.transform(capture), capture.state)
+        ready = outside(lambda: self.transform(capture, *choice), capture.state)
         for path, programs in ready.programs.items():
             if path:
                 block = self.get_submodule(path)

@@ -9,7 +9,6 @@ compilation work on them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,14 +19,6 @@ from ..errors import SurgeryError
 from .classes import become_like
 from .copying import Copied
 from .program import ModuleInfo, Program
-
-# What a block computes in, and what it is computed again in, if it is checkpointed.
-Contexts = Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]
-
-
-def no_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Compute again under whatever there is then."""
-    return nullcontext(), nullcontext()
 
 
 class Part(Copied):
@@ -69,7 +60,6 @@ class Block(Part):
         super().__init__(info)
         self.programs: dict[str, Program] = {}
         self.checkpointing = False
-        self.contexts: Contexts = no_contexts
 
     def forward(self, *args: Any, program: str | None = None) -> Any:
         """Run the program of that label, or the only one there is.
@@ -78,8 +68,7 @@ class Block(Part):
         """
         run = self.program(program).forward
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            contexts = self.contexts
-            return checkpoint(run, self, *args, use_reentrant=False, context_fn=contexts)
+            return checkpoint(run, self, *args, use_reentrant=False)
         return run(self, *args)
 
     def program(self, label: str | None = None) -> Program:

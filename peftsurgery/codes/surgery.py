@@ -79,14 +79,15 @@ CODES = {
         "adapters cannot be combined with each other",
         "A combination is a new adapter of the same method. That needs adapters that do the same, "
         "at the same places or at some of them, with settings that differ by a factor or, for "
-        "'cat' and 'svd', in rank.",
+        "'linear', 'cat' and 'svd', in rank.",
     ),
     "PSG316": CodeInfo(
         "a method cannot be combined in this way",
-        "'cat' is for methods whose change is a sum over a size that is a setting (a rank), 'svd' "
-        "for those that add a product of two parameters to a weight. It is tried, not assumed: a "
-        "rule for which it does not come out is refused. 'linear' and its kin merge parameters "
-        "one by one.",
+        "'linear' is the exact sum of the changes, for methods whose change is a sum over a size "
+        "that is a setting (a rank), or linear in its parameters; 'cat' is the first of these, and "
+        "'svd' is for methods that add a product of two parameters to a weight. It is tried, not "
+        "assumed: a rule for which it does not come out is refused. 'peft_linear' and its kin "
+        "merge parameters one by one, which is no sum of changes.",
     ),
     "PSG317": CodeInfo(
         "a combination's settings make no sense",

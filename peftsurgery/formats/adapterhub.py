@@ -24,8 +24,8 @@ from ..surgery import (
     OperatedModel,
     adapter_name,
     check_adapter_base,
-    check_covered,
     check_places,
+    check_taken,
     fused_names,
     operate,
 )
@@ -77,12 +77,11 @@ def from_adapterhub(
         plan = _fusion(importer, folder, adapter_name(name or FUSED_NAME))
     else:
         plan = _adapter(importer, folder, name)
-    before = set(model.learnt()) if isinstance(model, OperatedModel) else set[str]()
     inner = folder / read_setup(folder)[-1] if is_setup(folder) else folder
     base = read_config(inner).get("model_name")
     origin = check_adapter_base(folder, base, plan.known, model.source, allow_other_base)
     operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
-    check_covered(str(folder), operated.learnt().keys() - before, plan.known.keys() - before)
+    check_taken(str(folder), operated, model, plan.operations, plan.known)
     return operated
 
 

@@ -18,9 +18,9 @@ from ..surgery import (
     OperatedModel,
     adapter_name,
     check_adapter_base,
-    check_covered,
     check_left_out,
     check_places,
+    check_taken,
     flatten,
     operate,
 )
@@ -56,9 +56,8 @@ def from_peft(
     plan = Importer(model, config, tensors, adapter_name(name)).plan()
     base = config.values.get(BASE)
     origin = check_adapter_base(folder, base, tensors, model.source, allow_other_base)
-    before = set(model.learnt()) if isinstance(model, OperatedModel) else set[str]()
     operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
-    check_covered(str(folder), operated.learnt().keys() - before, plan.known.keys() - before)
+    check_taken(str(folder), operated, model, plan.operations, plan.known)
     return operated
 
 

@@ -1,6 +1,6 @@
 """Surgery: rules applied to a captured model, taken out again, or folded into its weights."""
 
-from .applying import apply, check_covered, eject, load, open_base, open_model, operate
+from .applying import apply, check_taken, eject, load, open_base, open_model, operate
 from .bases import check_adapter_base
 from .combining import combine
 from .flattening import flatten
@@ -21,9 +21,9 @@ __all__ = [
     "adapter_name",
     "apply",
     "check_adapter_base",
-    "check_covered",
     "check_left_out",
     "check_places",
+    "check_taken",
     "combine",
     "eject",
     "flatten",

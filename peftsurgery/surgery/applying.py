@@ -150,6 +150,7 @@ def remade(
     values = {**{n: v for n, v in model.values().items() if n not in gone}, **known}
     made = OperatedModel(model, operations, values, {*model.active, *active} & kept)
     made.freeze_as(model)
+    made.lost.update({name: share for name, share in model.lost.items() if name in kept})
     return made
 
 
@@ -181,6 +182,7 @@ def load(
     compared = compare_base(read_made(folder, manifest, tensors), graph.source)
     operations = [replace(op, origin=op.origin.read(compared)) for op in operations]
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
+    operated.rename(tensors, adapters=tuple(names))
     given, learnt = put_buffers(operated, tensors), operated.learnt(*names)
     check_covered(str(path), learnt.keys(), given.keys())
     check_learnt(folder, given, learnt)
@@ -200,6 +202,21 @@ def _base(
     if named is None:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
     return named if isinstance(named, GraphModel) else capture(named)
+
+
+def check_taken(
+    source: str,
+    operated: OperatedModel,
+    model: GraphModel,
+    operations: Iterable[Operation],
+    known: Mapping[str, torch.Tensor],
+) -> None:
+    """Refuse values for new operations on a model that are missing or left over. PSG311."""
+    before = model.values() if isinstance(model, OperatedModel) else {}
+    old = {operated.name_of(name) for name in before}
+    given = dict(known)
+    operated.rename(given, adapters=tuple(operation.name for operation in operations))
+    check_covered(source, operated.learnt().keys() - old, given.keys() - old)
 
 
 def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SurgeryError
-from ..language import Rule, fold, rewrite, shape_of
+from ..language import Rule, fold, initial_values, rewrite, shape_of, weights_read
 from ..language.specimens import variants
 
 TOLERANCE = 1e-8
@@ -74,6 +74,21 @@ class Change:
                 if plain.any() and near(self.of(settings, larger), 3 * plain):
                     found.append(frozenset(some))
         return found
+
+    def is_affine(self, settings: Settings) -> bool:
+        """Whether the change is linear in all parameters together, but for a constant.
+
+        And nothing where they start, as said without the weight.
+        """
+        if any(weights_read(param, self.rule, settings) for param in self.rule.params.values()):
+            return False
+        one, two, three = (self.random(settings, seed) for seed in range(3))
+        mixed = {name: 2 * one[name] - 3 * two[name] + 2 * three[name] for name in one}
+        parts = [self.of(settings, params) for params in (one, two, three)]
+        whole = 2 * parts[0] - 3 * parts[1] + 2 * parts[2]
+        start = initial_values(self.rule, {**settings, **self.bindings}, {})
+        doubles = {name: value.double() for name, value in start.items()}
+        return near(self.of(settings, mixed), whole) and not self.of(settings, doubles).any()
 
     def ratio(self, one: Settings, other: Settings, sized: Collection[str]) -> float | None:
         """How many times the change under one choice of settings is that under another.

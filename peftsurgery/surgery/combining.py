@@ -1,14 +1,16 @@
 """combine: a new adapter that is a weighted combination of others.
 
-Three forms, for any rule they are true of:
+Four forms, for any rule they are true of:
 
-    merges   every parameter is merged with its namesakes (:mod:`.merging`). Where the change is a
-             product of k of them, each gets the k-th root of its adapter's weight, so that LoRA's
-             B A is weighted once and not twice
-    cat      parameters are joined along the axes that one setting, the rank, is the size of: the
-             change is the weighted sum of the adapters' changes
+    linear   the change is the weighted sum of the adapters' changes, exactly: parameters are joined
+             along the axes that one setting, the rank, is the size of, or summed
+    cat      the same, and joined always
     svd      the changes of the weight are summed (or merged: ``ties_svd``) and taken apart into two
-             parameters by singular value decomposition; so adapters of any rank can be combined
+             parameters by singular value decomposition, of the rank that this needs or a given one
+    merges   every parameter is merged with its namesakes (:mod:`.merging`), as peft does: where the
+             change is a product of k of them, each gets the k-th root of its adapter's weight, so
+             that LoRA's B A is weighted once and not twice; but factors of different adapters are
+             multiplied too, so that this is no sum of changes, ``peft_linear`` neither
 
 What a rule's change is a product of, and whether it is a sum over the rank, is tried on a specimen
 (:mod:`.change`). Where a form is not true of a rule, it is refused.
@@ -18,20 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from ..arguments import checked_but
-from ..errors import SurgeryError
+from ..errors import SurgeryError, did_you_mean
 from ..language import Rule
 from .applying import operate
 from .copies import home_of
-from .forms import Form, Share, form_named
-from .merging import Majority, is_number
+from .decomposition import Factored
+from .forms import Form, Joined, Merged, Share, Summed
+from .merging import MERGES, Majority, is_number, merge_named
 from .operated import OperatedModel
 from .operation import Cut, Operation, adapter_name
 from .switching import check_left_out, check_name
+
+SUMS: Mapping[str, type[Joined]] = MappingProxyType({"linear": Summed, "cat": Joined})
 
 
 @checked_but("model")
@@ -48,12 +54,15 @@ def combine(
 ) -> OperatedModel:
     """A new model with an adapter ``name`` more, which combines those in ``weights``.
 
-    ``how`` is linear, magnitude_prune, ties, dare_linear, dare_ties, any of these with ``_svd``,
-    svd, or cat; as in peft's ``add_weighted_adapter``. ``density`` is the share of entries that
-    pruning keeps, ``majority`` how ties elects signs (by the total or by the number), ``rank``
-    what svd keeps (the largest of the adapters' unless given), ``clamp`` the quantile that svd's
-    factors are limited to. The combination is active instead of what it is made of. DARE draws
-    from torch's random numbers.
+    ``how`` is linear: the weighted sum of what the adapters change, exactly. Or it is one of peft's
+    ``add_weighted_adapter``: cat (linear, always by joined ranks), svd, magnitude_prune, ties,
+    dare_linear, dare_ties, any of these four with ``_svd``, or peft_linear, which is peft's linear:
+    it averages the factors one by one, and multiplies those of different adapters with each other.
+    ``density`` is the share of entries that pruning keeps, ``majority`` how ties elects signs (by
+    the total or by the number), ``rank`` what svd keeps (all that the change needs unless given),
+    ``clamp`` the quantile that svd's factors are limited to. What svd loses by either is a share of
+    the change, ``report.lost``. The combination is active instead of what it is made of. DARE
+    draws from torch's random numbers.
 
     Raises PSG309 for a model without adapters, PSG310 for an unknown one, PSG304 if the name is
     taken, PSG315 for adapters that cannot be combined with each other, PSG316 for a method of which
@@ -61,7 +70,7 @@ def combine(
     """
     form = form_named(how, rank, density, majority, clamp)
     weights = _checked(model, weights, name)
-    rows = _rows(model, weights)
+    rows = _rows(model, _counting(weights) if isinstance(form, Summed) else weights)
     operations: list[Operation] = []
     known: dict[str, Tensor] = {}
     for operation in dict.fromkeys(row.cut.operation for row in rows):
@@ -72,7 +81,35 @@ def combine(
         for row in mine:
             known |= _values(model, form, replace(row.cut, operation=made), row, known)
     with model.only(*(other for other in model.active if other not in weights)):
-        return operate(model, operations, known)
+        combined = operate(model, operations, known)
+    if form.lost():
+        combined.lost[name] = form.lost()
+    return combined
+
+
+def form_named(
+    how: str, rank: int | None, density: float | None, majority: Majority, clamp: float | None
+) -> Form:
+    """The form of that name. PSG317 for settings that it has not."""
+    if not isinstance(how, str):
+        raise SurgeryError("PSG317", f"a combination is called by a text, not {how!r:.60}")
+    factored = how == "svd" or how.endswith("_svd")
+    if not factored and (rank is not None or clamp is not None):
+        raise SurgeryError("PSG317", f"rank and clamp are for 'svd', not for '{how}'")
+    if rank is not None and not (isinstance(rank, int) and is_number(rank) and rank >= 1):
+        raise SurgeryError("PSG317", f"a rank is a whole number of at least 1, not {rank!r:.60}")
+    if clamp is not None and not (is_number(clamp) and 0 <= clamp <= 1):
+        raise SurgeryError("PSG317", f"a quantile is between 0 and 1, not {clamp!r:.60}")
+    if how in SUMS:
+        if density is not None:
+            raise SurgeryError("PSG317", f"'{how}' has no density")
+        return SUMS[how]()
+    inner = "peft_linear" if how == "svd" else how.removesuffix("_svd")
+    if inner not in MERGES:
+        known = (*SUMS, "svd", *MERGES)
+        raise SurgeryError("PSG317", f"no combination is called '{how}'", did_you_mean(how, known))
+    merge = merge_named(inner, density, majority)
+    return Factored(merge, rank, clamp) if factored else Merged(merge)
 
 
 @dataclass(frozen=True)
@@ -102,6 +139,11 @@ def _checked(model: OperatedModel, weights: Mapping[str, float], name: str) -> d
     if adapter_name(name) in model.adapters:
         raise SurgeryError("PSG304", f"the model has an adapter '{name}' already")
     return {other: float(weight) for other, weight in weights.items()}
+
+
+def _counting(weights: Mapping[str, float]) -> Mapping[str, float]:
+    """The weights that count in a sum: all but zeros, unless there are only zeros."""
+    return {name: weight for name, weight in weights.items() if weight} or weights
 
 
 def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:

@@ -1,16 +1,18 @@
 """Adapters' own copies of the base's parameters: what ``train: true`` trains.
 
-    base   encoder.0.query.bias          frozen, shared with the base
-    copy   encoder.0.query.bitfit.bias   the adapter's, trained
+    encoder.0.query.bias          one adapter's copy, trained, under the name that training knows
+    encoder.0.query.bitfit.bias   the base's own tensor, frozen and shared with the base
+    encoder.0.query.other.bias    another adapter's copy
 
-Programs read the base's name. While an adapter is active, its copy and the base's tensor change
-places, so that the trained one has the name it has in the original and training code finds it
-there; an adapter that is switched off gives the base its own tensor back.
+Which tensor a call reads depends on the adapters that it chooses, so its programs read each by the
+name that it has, and none changes its place. The copy of the adapter that was applied first has the
+parameter's own name, whether it is active or not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from ..errors import SurgeryError
 
 
 def home_of(parameter: str, adapter: str) -> str:
-    """Where an adapter's copy of a parameter lives while the adapter is not active."""
+    """The name of an adapter's copy of a parameter, unless it has the parameter's own."""
     owner, _, leaf = parameter.rpartition(".")
     return join(join(owner, adapter), leaf)
 
@@ -32,7 +34,7 @@ class Copies:
     made: dict[str, tuple[str, str]] = field(default_factory=dict)
     """By home: the parameter and the adapter."""
     placed: dict[str, str] = field(default_factory=dict)
-    """By parameter: the home of the copy that has its place now."""
+    """By parameter: the home of the copy that has its name; the base's own tensor has the home."""
 
     def add(self, parameter: str, adapter: str) -> str:
         """Note a copy; its home is returned."""
@@ -41,13 +43,37 @@ class Copies:
         return home
 
     def name(self, home: str) -> str:
-        """The name a copy has now: its parameter's, if it is in place."""
+        """The name a copy has: its parameter's, if it is in place."""
         parameter = self.made[home][0] if home in self.made else ""
         return parameter if self.placed.get(parameter) == home else home
 
     def base_name(self, parameter: str) -> str:
-        """The name that the base's own tensor has now."""
+        """The name that the base's own tensor has."""
         return self.placed.get(parameter, parameter)
+
+    def read(self, parameter: str, active: Collection[str]) -> str:
+        """The name of the tensor that a call reads for a parameter, if these are active."""
+        for adapter in active:
+            home = home_of(parameter, adapter)
+            if home in self.made:
+                return self.name(home)
+        return self.base_name(parameter)
+
+    def moved(self, active: Collection[str], by_row: bool) -> dict[str, str]:
+        """The names that programs read otherwise than they say.
+
+        They say the parameter's for what is chosen or, by row, for the base's, and homes for
+        copies.
+        """
+        parameters = dict.fromkeys(parameter for parameter, _ in self.made.values())
+        homes = self.made if by_row else ()
+        names = {name: self.read(name, active) for name in parameters}
+        names |= {home: self.name(home) for home in homes}
+        return {name: now for name, now in names.items() if now != name}
+
+    def trained(self, active: Collection[str]) -> frozenset[str]:
+        """The parameters of which an active adapter has a copy."""
+        return frozenset(p for p, adapter in self.made.values() if adapter in active)
 
     def check(self, active: Collection[str]) -> None:
         """Refuse two active adapters that replace one parameter. PSG312."""
@@ -60,29 +86,35 @@ class Copies:
                     f"deactivate one of them: deactivate('{taken[parameter]}')",
                 )
 
-    @property
-    def adapters(self) -> frozenset[str]:
-        """The adapters whose copies are in place."""
-        return frozenset(self.made[home][1] for home in self.placed.values())
-
-    def place(self, model: nn.Module, active: Collection[str]) -> None:
-        """Put the copies of active adapters in place, and the base's tensors back elsewhere."""
-        for parameter, home in list(self.placed.items()):
-            if self.made[home][1] not in active:
-                _exchange(model, parameter, self.placed.pop(parameter))
-        for home, (parameter, adapter) in self.made.items():
-            if adapter in active and parameter not in self.placed:
-                self.placed[parameter] = home
+    def place(self, model: nn.Module) -> None:
+        """Give every copied parameter's name to its first copy. To be done once, after the last."""
+        for home, (parameter, _) in self.made.items():
+            if self.placed.setdefault(parameter, home) == home:
                 _exchange(model, parameter, home)
 
-    def rename(self, state: dict[str, Tensor], prefix: str) -> None:
-        """Give copies in a state dict the names they have now, whichever were in place before.
+    @contextmanager
+    def put_back(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the base's tensors have their own names, and copies their homes'."""
+        placed, self.placed = self.placed, {}
+        for parameter, home in placed.items():
+            _exchange(model, parameter, home)
+        try:
+            yield
+        finally:
+            self.placed = placed
+            for parameter, home in placed.items():
+                _exchange(model, parameter, home)
 
-        A value under a parameter's own name is that of the one copy that the state has not under
-        its home; if that is not one, it is left out, since it would change the base.
+    def rename(self, state: dict[str, Tensor], prefix: str, adapters: Collection[str]) -> None:
+        """Give copies in a state dict the names they have here, whichever were in place there.
+
+        A value under a parameter's own name is that of the one copy of these adapters that the
+        state has not under its home; if that is not one, it is left out, since it would change the
+        base.
         """
-        for parameter in dict.fromkeys(parameter for parameter, _ in self.made.values()):
-            homes = [home for home, (owner, _) in self.made.items() if owner == parameter]
+        mine = {home: owner for home, (owner, adapter) in self.made.items() if adapter in adapters}
+        for parameter in dict.fromkeys(mine.values()):
+            homes = [home for home, owner in mine.items() if owner == parameter]
             found = {home: state.pop(prefix + home) for home in homes if prefix + home in state}
             lacking = [home for home in homes if home not in found]
             value = state.pop(prefix + parameter, None)

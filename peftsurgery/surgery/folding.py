@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ..arguments import checked
 from ..capture import GraphModel
 from ..capture.tensors import named_tensors, tensor_names
+from ..capture.threads import making
 from ..errors import SurgeryError
 from ..language import fold as folded_weights
 from ..language import names_in
@@ -41,7 +42,8 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     """
     model.bind()
     changed = new_weights(model) if isinstance(model, OperatedModel) else {}
-    plain = _rebuild(model, changed)
+    with making():
+        plain = _rebuild(model, changed)
     modes = {path: part.training for path, part in model.named_modules()}
     for path, part in plain.named_modules():
         part.training = modes.get(path, model.training)
@@ -183,7 +185,8 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
     source = model.source.weights()
     memo: dict[int, Any] = {}
     for name, tensor in sorted(named_tensors(source), key=lambda item: item[0] in changed):
-        owner, _, leaf = name.rpartition(".")
+        here = model.base_name(name) if isinstance(model, OperatedModel) else name
+        owner, _, leaf = here.rpartition(".")
         mine: torch.Tensor = getattr(model.get_submodule(owner), leaf).detach()
         if name in changed:
             mine = tensor.new_empty(0)  # replaced below; it may be packed, which is no weight

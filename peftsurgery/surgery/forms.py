@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import permutations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SurgeryError
-from ..language import Rule, fold, resolve_settings, shape_of
+from ..language import Rule, initial_values, resolve_settings, shape_of
 from .change import Change, axes_of, changes, near, sizes_said
-from .merging import Majority, Merge, is_number, merge_named
+from .merging import Merge
 from .operation import Cut, Operation
-from .rewriting import wide
 
 
 @dataclass(frozen=True)
@@ -47,7 +43,11 @@ class Form(ABC):
 
     def trained(self, cut: Cut, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """What parameters of the base that were trained are changed by."""
-        raise _untrue(cut, "it trains parameters of the base, which have no rank")
+        raise untrue(cut, "it trains parameters of the base, which have no rank")
+
+    def lost(self) -> float:
+        """The share of the change that the combination does not have, from 0 to 1."""
+        return 0.0
 
     def structure(self, cut: Cut, shares: Sequence[Share]) -> Structure:
         """What is known of the rule under these settings, tried once."""
@@ -139,7 +139,7 @@ class Merged(Form):
             share = abs(weight * ratio) ** (1 / len(factors))
             return -share if weight * ratio < 0 and mine == 0 else share
         if ratio != 1 and not factors:
-            raise _untrue(structure.cut, "its adapters have other settings, which are no factor")
+            raise untrue(structure.cut, "its adapters have other settings, which are no factor")
         return weight if mine is None else weight * ratio
 
     def trained(self, cut: Cut, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -152,15 +152,15 @@ class Joined(Form):
 
     def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
         """The size is the sum of the adapters', where there are most; elsewhere some is unused."""
-        size = _one_size(operation, places)
+        size = one_size(operation, places)
         sums = [sum(share.cut.numbers[size] for share in shares) for shares in places]
-        return _with_size(operation, size, max(sums))
+        return with_size(operation, size, max(sums))
 
     def values(self, cut: Cut, shares: Sequence[Share]) -> dict[str, Tensor]:
         """The joined parameters. PSG316 if their change is not the sum of the adapters'."""
         structure = self.structure(cut, shares)
         if structure.change is None or not structure.factors:
-            raise _untrue(cut, "its change is not proportional to any of its parameters")
+            raise untrue(cut, "its change is not proportional to any of its parameters")
         pairs = zip(shares, structure.ratios, strict=True)
         weights = [share.weight * ratio for share, ratio in pairs]
         self.show(structure, structure.change, weights)
@@ -193,7 +193,7 @@ class Joined(Form):
             elif not axes and all(torch.equal(tensor, tensors[0]) for tensor in tensors):
                 made[name] = tensors[0]
             else:
-                raise _untrue(structure.cut, f"'{name}' cannot be joined")
+                raise untrue(structure.cut, f"'{name}' cannot be joined")
         return made
 
     def show(self, structure: Structure, change: Change, weights: Sequence[float]) -> None:
@@ -208,143 +208,82 @@ class Joined(Form):
         wanted = [w / r for w, r in zip(weights, structure.ratios, strict=True)]
         total = torch.stack([w * part for w, part in zip(wanted, parts, strict=True)]).sum(0)
         if not near(change.of(structure.cut.numbers, joined), total):
-            raise _untrue(structure.cut, f"its change is no sum over its {structure.sized[0]}")
+            over = f"over its {structure.sized[0]}" if structure.sized else "over its parameters"
+            raise untrue(structure.cut, f"its change is no sum {over}")
         structure.shown.add(tuple(weights))
 
 
-class Factored(Form):
-    """Changes of the weight, merged and taken apart into two parameters."""
+class Summed(Joined):
+    """The weighted sum of the changes, exactly, or a refusal.
 
-    def __init__(self, merge: Merge, rank: int | None, clamp: float | None) -> None:
-        super().__init__()
-        self.merge, self.rank, self.clamp = merge, rank, clamp
+    Changes that are proportional to parameters are joined; those that are affine in all of them,
+    and nothing where the parameters start, have the start and the weighted sum of the distances
+    from it; one adapter with weight 1 is copied.
+    """
 
     def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
-        """The size is the given rank, or the largest of the adapters'."""
-        size = _one_size(operation, places)
-        every = [share.cut.numbers[size] for shares in places for share in shares]
-        return _with_size(operation, size, self.rank or max(every))
+        """The joined size, for changes that are joined and have one."""
+        if all(_is_copy(shares) for shares in places) or not _is_sized(operation, places):
+            return dict(operation.settings)
+        return super().settings(operation, places)
 
     def values(self, cut: Cut, shares: Sequence[Share]) -> dict[str, Tensor]:
-        """The parameters whose change is nearest to the merged one."""
+        """The parameters whose change is the sum. PSG316 if there are none of this rule."""
+        if _is_copy(shares):
+            return dict(shares[0].params)
         structure = self.structure(cut, shares)
-        left, right, scale = _factors_of_weight(structure)
-        parts = [_turned(cut, _weight_change(share)) for share in shares]
-        # as the weight is stored, so that what is drawn at random is drawn in that order
-        total = _turned(cut, self.merge(parts, [share.weight for share in shares]))
-        shapes = {n: shape_of(p, cut.rule, cut.numbers) for n, p in cut.rule.params.items()}
-        one, other = (axes_of(cut.rule, name, structure.sized)[0] for name in (left, right))
-        rank = shapes[left][one]
-        U, V = self.halves(total.reshape(math.prod(shapes[left]) // rank, -1), rank)
-        made = {name: total.new_zeros(shape) for name, shape in shapes.items()}
-        made[left].movedim(one, -1).copy_((U / scale).view(made[left].movedim(one, -1).shape))
-        made[right].movedim(other, 0).copy_(V.view(made[right].movedim(other, 0).shape))
-        return made
+        change = structure.change
+        if structure.factors or change is None or not change.is_affine(cut.numbers):
+            return super().values(cut, shares)
+        if any(ratio != 1 for ratio in structure.ratios):
+            raise untrue(cut, "its adapters have other settings, which are no factor")
+        start = initial_values(cut.rule, cut.numbers, {})
+        return {
+            name: value.to(shares[0].params[name])
+            + sum(
+                share.weight * (share.params[name] - value.to(share.params[name]))
+                for share in shares
+            )
+            for name, value in start.items()
+        }
 
-    def halves(self, total: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """Two matrices of this rank whose product is nearest to ``total``, of which one is scaled.
-
-        A rank above the matrix's own leaves the rest at zero.
-        """
-        U, S, V = torch.linalg.svd(total, full_matrices=False)
-        U, V = U[:, :rank] * S[:rank], V[:rank]
-        if self.clamp is not None:
-            limit = torch.quantile(torch.cat([U.flatten(), V.flatten()]), self.clamp)
-            U, V = U.clamp(-limit, limit), V.clamp(-limit, limit)
-        missing = rank - len(V)
-        return F.pad(U, (0, missing)), F.pad(V, (0, 0, 0, missing))
+    def trained(self, cut: Cut, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        """The weighted sum of the changes."""
+        pairs = zip(changes, weights, strict=True)
+        return torch.stack([weight * change for change, weight in pairs]).sum(0)
 
 
-def form_named(
-    how: str, rank: int | None, density: float | None, majority: Majority, clamp: float | None
-) -> Form:
-    """The form of that name. PSG317 for settings that it has not."""
-    if not isinstance(how, str):
-        raise SurgeryError("PSG317", f"a combination is called by a text, not {how!r:.60}")
-    factored = how == "svd" or how.endswith("_svd")
-    if not factored and (rank is not None or clamp is not None):
-        raise SurgeryError("PSG317", f"rank and clamp are for 'svd', not for '{how}'")
-    if rank is not None and not (isinstance(rank, int) and is_number(rank) and rank >= 1):
-        raise SurgeryError("PSG317", f"a rank is a whole number of at least 1, not {rank!r:.60}")
-    if clamp is not None and not (is_number(clamp) and 0 <= clamp <= 1):
-        raise SurgeryError("PSG317", f"a quantile is between 0 and 1, not {clamp!r:.60}")
-    if how == "cat":
-        if density is not None:
-            raise SurgeryError("PSG317", "'cat' has no density")
-        return Joined()
-    inner = "linear" if how == "svd" else how.removesuffix("_svd")
-    merge = merge_named(inner, density, majority)
-    return Factored(merge, rank, clamp) if factored else Merged(merge)
-
-
-def _one_size(operation: Operation, places: Sequence[Sequence[Share]]) -> str:
+def one_size(operation: Operation, places: Sequence[Sequence[Share]]) -> str:
     """The one setting that is a size of an operation's parameters. PSG316 if it is not one."""
     shares = [share for each in places for share in each]
     sizes = {size for s in shares for size in sizes_said(s.cut.rule, operation.file.with_)}
     if len(sizes) != 1:
         named = f"{len(sizes)} settings are sizes" if sizes else "no setting is the size"
-        raise _untrue(shares[0].cut, f"{named} of its parameters")
+        raise untrue(shares[0].cut, f"{named} of its parameters")
     return sizes.pop()
 
 
-def _with_size(operation: Operation, size: str, value: int) -> dict[str, Any]:
+def with_size(operation: Operation, size: str, value: int) -> dict[str, Any]:
+    """An operation's settings with another size."""
     own = {name: operation.settings[name] for name in operation.file.with_}
     return resolve_settings(operation.file, {**own, size: value})
 
 
-def _weight_change(share: Share) -> Tensor:
-    """What a share's fold adds to the weight, in fp32 or wider."""
-    params = {n: wide(v) for n, v in share.params.items()}
-    change: Tensor = fold(share.cut.rule, {**share.cut.numbers, **params, "W": _nothing(share)})[
-        "W"
-    ]
-    return change
+def _is_copy(shares: Sequence[Share]) -> bool:
+    """Whether a combination is one adapter as it is."""
+    return len(shares) == 1 and shares[0].weight == 1
 
 
-def _turned(cut: Cut, weight: Tensor) -> Tensor:
-    """From the weight that rules see to the one that is stored, and back."""
-    return weight.transpose(-1, -2).contiguous() if "W" in cut.site.turned else weight
+def _is_sized(operation: Operation, places: Sequence[Sequence[Share]]) -> bool:
+    """Whether parameters have sizes that are settings."""
+    shares = [share for each in places for share in each]
+    return any(sizes_said(share.cut.rule, operation.file.with_) for share in shares)
 
 
-def _nothing(share: Share) -> Tensor:
-    """A weight of zeros, as a rule sees it."""
-    value = next(iter(share.params.values()))
-    node = share.cut.site.nodes["W"]
-    shape = list(node.meta["val"].shape)
-    if "W" in share.cut.site.turned:
-        shape = shape[::-1]
-    if share.cut.site.slice is not None:
-        shape[0] = share.cut.site.slice.rows
-    return torch.zeros(shape, device=value.device)
-
-
-def _factors_of_weight(structure: Structure) -> tuple[str, str, float]:
-    """Two parameters whose product is the change of the weight, and the scale. PSG316."""
-    change, cut = structure.change, structure.cut
-    if change is None or set(cut.rule.fold) != {"W"}:
-        raise _untrue(cut, "it does not fold into a weight alone")
-    numbers, W = cut.numbers, change.bindings["W"]
-    params = change.random(numbers)
-    if not near(change.weight(numbers, params, W), change.weight(numbers, params, 2 * W)):
-        raise _untrue(cut, "what it adds to a weight depends on the weight")
-    axes = {name: axes_of(cut.rule, name, structure.sized) for name in params}
-    ranked = [name for name in params if len(axes[name]) == 1]
-    for left, right in permutations(ranked, 2):
-        alone = {n: v if n in (left, right) else torch.zeros_like(v) for n, v in params.items()}
-        added = change.weight(numbers, alone, W)
-        one, other = (alone[n].movedim(axes[n][0], 0).flatten(1) for n in (left, right))
-        if len(one) != len(other) or one.shape[1] * other.shape[1] != added.numel():
-            continue
-        product = (one.T @ other).view(added.shape)
-        scale = float((added * product).sum() / (product * product).sum())
-        if scale and near(added, scale * product):
-            return left, right, scale
-    raise _untrue(cut, "what it adds to a weight is no product of two of its parameters")
-
-
-def _untrue(cut: Cut, why: str) -> SurgeryError:
+def untrue(cut: Cut, why: str) -> SurgeryError:
+    """The refusal of a form that is not true of a rule. PSG316."""
     return SurgeryError(
         "PSG316",
         f"'{cut.operation.file.name}' cannot be combined in this way: {why}",
-        "how='linear' merges parameters one by one; activate several to add their changes",
+        "activate several to add their changes, or let how='peft_linear' average their parameters",
     )

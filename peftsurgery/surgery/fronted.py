@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,15 @@ from ..capture.fronts import Front, as_it_is, call_behind, put_before
 from ..capture.generating import check_generates
 from ..capture.program import generate_forward
 from ..capture.signature import Call, takes
+from ..capture.threads import making
 from ..errors import SurgeryError
 from .boundary import bound_names, entries, new_shapes
+from .choices import Choice, Mode, Rows
 from .operation import Cut, Operation
 from .switching import Switchable
 
 Find = Callable[[Call], Capture]
+PROMPTS = ("inputs", *TOKENS, *TOKENS.values())
 
 
 @dataclass(eq=False)
@@ -64,17 +68,20 @@ class Fronts:
 
         A front's own capture has that front. PSG351 if the model has none.
         """
-        if id(capture) in self.by_capture and id(capture) not in self.made:
-            return [self.by_capture[id(capture)]]
         if id(capture) not in self.made:
-            self.add(capture, find, {})
+            with making():
+                if id(capture) in self.by_capture:
+                    return [self.by_capture[id(capture)]]
+                if id(capture) not in self.made:  # another thread may have made it meanwhile
+                    self.add(capture, find, {})
         return self.made[id(capture)]
 
     def add(self, capture: Capture, find: Find, shapes: Mapping[str, Sequence[int]]) -> Front:
         """A further front, over a capture that serves inputs of these shapes."""
-        front = self.make(capture, find, shapes)
-        self.made.setdefault(id(capture), []).append(front)
-        self.by_capture[id(front.capture)] = front
+        with making():
+            front = self.make(capture, find, shapes)
+            self.by_capture[id(front.capture)] = front
+            self.made[id(capture)] = [*self.made.get(id(capture), ()), front]
         return front
 
     def make(self, capture: Capture, find: Find, shapes: Mapping[str, Sequence[int]]) -> Front:
@@ -125,15 +132,16 @@ class Fronted(Switchable):
     _fronts: Fronts | None
 
     @abstractmethod
-    def _cuts_in(self, capture: Capture) -> list[Cut]:
-        """The cuts that are made in a capture in the present mode."""
+    def _cuts_in(self, capture: Capture, mode: Mode) -> list[Cut]:
+        """The cuts that are made in a capture in a mode."""
 
-    def find(self, call: Call) -> Capture:
+    def find(self, call: Call, mode: Mode | None = None) -> Capture:
         """The capture that serves a call. PSG352 if its inputs do not fit once they are changed."""
+        mode = self.mode if mode is None else mode
         capture = self.captured(call)
-        fronts = self._fronts_of(capture)
+        fronts = self._fronts_of(capture, mode)
         if self._fronts is None or not fronts:
-            return self.serve(capture)
+            return self.serve(capture, mode)
         if call.past is not None and call.past.seen:
             raise SurgeryError(
                 "PSG354",
@@ -141,54 +149,58 @@ class Fronted(Switchable):
                 "use generate(), or give the whole text without a cache",
             )
         for front in fronts:
-            ready = self.serve(front.capture)
+            ready = self.serve(front.capture, mode)
             if ready.fits(call.leaves, self.training):
                 return ready
-        sizes = fronts[0].sizes(new_shapes(self._cuts_in(fronts[0].capture)), call.leaves)
+        sizes = fronts[0].sizes(new_shapes(self._cuts_in(fronts[0].capture, mode)), call.leaves)
         try:
-            longer = self.serve(self._fronts.add(capture, self.captured, sizes).capture)
+            longer = self.serve(self._fronts.add(capture, self.captured, sizes).capture, mode)
         except SurgeryError as error:
             raise _misfit(ready, call) from error
         if not longer.fits(call.leaves, self.training):
             raise _misfit(longer, call)
         return longer
 
-    def serve(self, capture: Capture) -> Capture:
+    def serve(self, capture: Capture, mode: Mode | None = None) -> Capture:
         """Make a capture runnable; rules about the inputs are applied to its front."""
-        fronts = self._fronts_of(capture)
-        return super().serve(fronts[0].capture if fronts else capture)
+        mode = self.mode if mode is None else mode
+        fronts = self._fronts_of(capture, mode)
+        own = fronts[0].capture if fronts else capture
+        return self._serving.ready(mode, own, partial(self._equipped, own, mode))
 
-    def _fronts_of(self, capture: Capture) -> list[Front]:
+    def _fronts_of(self, capture: Capture, mode: Mode) -> list[Front]:
         """The fronts of a capture; none if no active adapter changes the inputs."""
-        if self._fronts is None or not self._changes_inputs():
+        if self._fronts is None or not self._changes_inputs(mode):
             return []
         return self._fronts.all(capture, self.captured)
 
-    def _changes_inputs(self) -> bool:
+    def _changes_inputs(self, mode: Mode) -> bool:
         """Whether an active adapter changes what the model is given."""
         adapters = frozenset[str]() if self._fronts is None else self._fronts.adapters
-        return not self._mode.entered and not adapters.isdisjoint(self.active)
+        return not mode.entered and not adapters.isdisjoint(mode.names)
 
     def _entered(self, capture: Capture) -> Capture:
         """What rules are applied to: a capture, or its front if some change the inputs."""
         fronts = [] if self._fronts is None else self._fronts.all(capture, self.captured)
         return fronts[0].capture if fronts else capture
 
-    def _resized(self, capture: Capture, ready: Capture, cuts: Sequence[Cut]) -> Capture:
+    def _resized(
+        self, capture: Capture, ready: Capture, cuts: Sequence[Cut], mode: Mode
+    ) -> Capture:
         """``ready``, with conditions for the sizes that inputs have before the cuts."""
-        fronts = self._fronts_of(capture)
+        fronts = self._fronts_of(capture, mode)
         if not fronts:
             return ready
         return replace(ready, conditions=fronts[0].conditions(new_shapes(cuts)))
 
-    def enter(self, **given: Any) -> dict[str, Tensor]:
+    def enter(self, mode: Mode | None = None, **given: Any) -> dict[str, Tensor]:
         """What the active adapters make of inputs, by the arguments that take it instead.
 
         ``given`` are arguments of the model by name: tokens or embeddings, a mask, positions.
         """
         self.bind()
         call = self.call_of(**given, use_cache=False)
-        ready = self.find(call)
+        ready = self.find(call, mode)
         names, graph = entries(ready.top.graph)
         values = generate_forward(graph, "inputs")(self, *call.leaves)
         return dict(zip(names, values, strict=True))
@@ -196,29 +208,33 @@ class Fronted(Switchable):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the original's ``generate`` gives, with adapters that change the inputs too.
 
-        Their part is done once, and the model goes on from what they made of the inputs. PSG353
-        if one of them changes the outputs as well.
+        Their part is done once, and the model goes on from what they made of the inputs.
+        ``adapters=[...]`` names one adapter for each prompt, as in a call, which its beams and
+        samples have too. PSG353 if an adapter changes the outputs as well.
         """
         check_generates(self.source.module)
-        if not self._changes_inputs():
-            return super().generate(*args, **kwargs)
+        choice = self.chosen(kwargs, repeated=True)
+        if choice.rows is not None and choice is not self._choices.now:
+            _check_prompts(choice.rows, [*args[:1], *map(kwargs.get, PROMPTS)])
+        if not self._changes_inputs(choice.mode):
+            return self._written(choice, *args, **kwargs)
         if args:
             kwargs["inputs"], *others = args
             args = (None, *others)
-        given = self._given(kwargs)
+        given = self._given(kwargs, choice.mode)
         with torch.no_grad():
-            entered = self.enter(**given)
+            entered = self.enter(choice.mode, **given)
         lengths = self._counted(kwargs, given)
-        before = self._mode
-        self._switch(replace(before, entered=True))
-        try:
-            return super().generate(*args, **{**kwargs, **lengths, **given, **entered})
-        finally:
-            self._switch(before)
+        choice = replace(choice, mode=replace(choice.mode, entered=True))
+        return self._written(choice, *args, **{**kwargs, **lengths, **given, **entered})
 
-    def _given(self, settings: dict[str, Any]) -> dict[str, Tensor]:
+    def _written(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
+        """What the original's ``generate`` gives if every call of the model makes this choice."""
+        return self.writer(partial(self, adapters=choice)).generate(*args, **kwargs)
+
+    def _given(self, settings: dict[str, Any], mode: Mode) -> dict[str, Tensor]:
         """The inputs among the settings of ``generate``, and the mask that it would make."""
-        for cut in self._cuts_in(self._entered(self.base_capture)):
+        for cut in self._cuts_in(self._entered(self.base_capture), mode):
             if not cut.rule.rewrite.keys().isdisjoint(cut.rule.kind.outputs):
                 raise SurgeryError(
                     "PSG353",
@@ -262,6 +278,13 @@ class Fronted(Switchable):
             return torch.ones_like(tokens)
         mask = (tokens != pad).long()
         return mask if bool(mask.any()) else torch.ones_like(tokens)
+
+
+def _check_prompts(rows: Rows, given: Iterable[Any]) -> None:
+    """Refuse adapters that are named for more or fewer prompts than there are. PSG314."""
+    prompts = next((value for value in given if value is not None), None)
+    if prompts is not None:
+        replace(rows, repeated=False).times(len(prompts))
 
 
 def _misfit(capture: Capture, call: Call) -> SurgeryError:

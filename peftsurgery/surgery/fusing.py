@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 
 from ..anatomy.site import Site
 from ..errors import SurgeryError, did_you_mean
+from .choices import Mode
 from .operation import Cut, Operation
 
 Spot = tuple[str, Site]
@@ -104,6 +105,13 @@ def common_spots(names: Sequence[str], earlier: Iterable[Cut]) -> dict[Spot, Fus
         for spot, at in found.items()
         if at.keys() == set(names)
     }
+
+
+def taking_part(cuts: Iterable[Cut], mode: Mode) -> list[Cut]:
+    """The cuts that are made in a mode: not those inside a fusion, or in a layer left out."""
+    active = [cut for cut in cuts if cut.operation.name in mode.names]
+    alone = active if mode.by_row else sewn(active)  # a row has the one or the other
+    return [cut for cut in alone if mode.takes_part(cut)]
 
 
 def sewn(cuts: Sequence[Cut]) -> list[Cut]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..capture import GraphModel
 from ..capture.captures import Casts
@@ -30,7 +32,11 @@ class Keeping(GraphModel):
 
     def dense(self, name: str) -> torch.Tensor:
         """A parameter's value; that of a packed weight is unpacked, in the dtype it is read in."""
-        return self._store.dense(name, self.get_parameter(name).detach())
+        return self._store.dense(name, self.read(name).detach())
+
+    @abstractmethod
+    def read(self, parameter: str, active: Collection[str] | None = None) -> nn.Parameter:
+        """The parameter that a call reads by this name."""
 
     def original(self, name: str) -> TensorInfo:
         """The shape and the dtype that a parameter has in the base."""

@@ -1,6 +1,6 @@
 """Weighted sums of tensors, some of whose entries are left out: task arithmetic and its kin.
 
-    linear            sum of w t                            (Ilharco et al., 2023, arXiv:2212.04089)
+    peft_linear       sum of w t                            (Ilharco et al., 2023, arXiv:2212.04089)
     magnitude_prune   the largest entries of each alone
     ties              the largest entries, and of those the ones that have the sign of most
                       (Yadav et al., 2023, arXiv:2306.01708)
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..errors import SurgeryError, did_you_mean
+from ..errors import SurgeryError
 
 Majority = Literal["total", "frequency"]
 
@@ -61,7 +61,7 @@ class Merge:
 
 MERGES: Mapping[str, Merge] = MappingProxyType(
     {
-        "linear": Merge(),
+        "peft_linear": Merge(),
         "magnitude_prune": Merge("largest"),
         "ties": Merge("largest", elect=True),
         "dare_linear": Merge("random"),
@@ -71,9 +71,7 @@ MERGES: Mapping[str, Merge] = MappingProxyType(
 
 
 def merge_named(how: str, density: float | None, majority: Majority) -> Merge:
-    """The merge of that name. PSG317 if there is none, or if its density is not given rightly."""
-    if how not in MERGES:
-        raise SurgeryError("PSG317", f"no combination is called '{how}'", did_you_mean(how, MERGES))
+    """The merge of that name, which there is. PSG317 if its density is not given rightly."""
     if majority not in ("total", "frequency"):
         raise SurgeryError("PSG317", f"a majority is 'total' or 'frequency', not '{majority}'")
     known = MERGES[how]

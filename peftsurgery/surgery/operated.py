@@ -18,13 +18,15 @@ from torch import nn
 
 from ..anatomy.site import join
 from ..capture import Capture, GraphModel, ModuleInfo
+from ..capture.threads import making
 from ..errors import SurgeryError
 from ..language import Selection, initial_values, shape_of, weights_read
 from .boundary import check_inputs, is_at_boundary
+from .choices import Choices, Mode, mode_of
 from .copies import Copies
 from .fakes import check_shapes
 from .fronted import Fronted, Fronts
-from .fusing import check_fused, check_fusions, sewn
+from .fusing import check_fused, check_fusions, taking_part
 from .holders import Adapter, register
 from .keeping import Keeping
 from .operation import Cut, Operation, check_free, check_lengthened
@@ -37,7 +39,7 @@ from .saving import save_surgery
 from .selecting import select_cuts
 from .states import keep_learnt
 from .storing import Store
-from .switching import Mode, left_out_of
+from .switching import left_out_of
 
 
 class OperatedModel(Fronted, Keeping):
@@ -70,10 +72,15 @@ class OperatedModel(Fronted, Keeping):
         super().__init__(model._captures, _frozen)
         self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
         self._adopt(model)
-        self._mode = Mode()
-        self.settle(self._select(self._entered(self.base_capture)))
-        chosen = self.adapters if active is None else active
-        self._switch(self._mode_of(chosen, left_out_of(model)))
+        self._choices = Choices()
+        self.lost: dict[str, float] = {}  # by adapter, of what it was combined of
+        with making():
+            self.settle(self._select(self._entered(self.base_capture)))
+        mode = mode_of(
+            self.adapters, self.adapters if active is None else active, left_out_of(model)
+        )
+        self._copies.place(self)
+        self._switch(mode)
         keep_learnt(self)
 
     @property
@@ -120,34 +127,33 @@ class OperatedModel(Fronted, Keeping):
             self._store.adopt(model._store)
         self._bound = model._bound
 
-    def transform(self, capture: Capture) -> Capture:
-        """Replay the active operations on a capture.
+    def transform(self, capture: Capture, *choice: Mode) -> Capture:
+        """Replay on a capture the operations that take part in the mode given, or in this thread's.
 
         PSG307 if it has sites the first one had not, PSG318 if it has lost some.
         """
+        mode = next(iter(choice), self.mode)
         chosen = self._select(capture)
-        check_reached(Chosen(self._cuts, self._selections), chosen, self._takes_part)
-        taking_part = self._taking_part(chosen.cuts)
-        order = self.active if self._mode.by_row else None
-        ready = self._rewrites.capture(capture, taking_part, order, self._store.weights)
-        return self._resized(capture, ready, taking_part)
+        check_reached(Chosen(self._cuts, self._selections), chosen, mode.takes_part)
+        cuts = taking_part(chosen.cuts, mode)
+        order = mode.names if mode.by_row else None
+        moved = self._copies.moved(mode.replacing, mode.by_row)
+        ready = self._rewrites.capture(capture, cuts, order, self._store.weights, moved)
+        return self._resized(capture, ready, cuts, mode)
 
-    def _cuts_in(self, capture: Capture) -> list[Cut]:
-        return self._taking_part(self._select(capture).cuts)
+    def _cuts_in(self, capture: Capture, mode: Mode) -> list[Cut]:
+        return taking_part(self._select(capture).cuts, mode)
 
-    def _taking_part(self, cuts: Iterable[Cut]) -> list[Cut]:
-        """The cuts that are made in a call: not those inside a fusion, or in a layer left out."""
-        active = [cut for cut in cuts if cut.operation.name in self.active]
-        alone = active if self._mode.by_row else sewn(active)  # a row has the one or the other
-        return [cut for cut in alone if self._takes_part(cut)]
-
-    def _takes_part(self, cut: Cut) -> bool:
-        """Whether a cut is one of an active adapter's, and not in a layer left out."""
-        return cut.operation.name in self.active and not self._mode.leaves_out(cut)
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The captures served so far in the mode of this thread, the first one first."""
+        return self._serving.captures(self.mode)
 
     def _select(self, capture: Capture) -> Chosen:
         """Where all operations cut in a capture, active or not, and the selections."""
-        if id(capture) not in self._selected:
+        if id(capture) in self._selected:
+            return self._selected[id(capture)]
+        with making():
             cuts: list[Cut] = []
             selections: list[Selection] = []
             for operation in self._operations:
@@ -279,15 +285,14 @@ class OperatedModel(Fronted, Keeping):
 
     def _read_weights(self) -> None:
         """Read the base's weights; those that the rules train are copied."""
-        self._copies.place(self, ())
-        super()._read_weights()
-        for home, (name, _) in self._copies.made.items():
-            copied = self.get_parameter(home)
-            if copied.is_meta:
-                value = self.get_parameter(name).detach().clone()
-                trained = nn.Parameter(value, requires_grad=copied.requires_grad)
-                torch.utils.swap_tensors(copied, trained)
-        self._copies.place(self, self.active)
+        with self._copies.put_back(self):
+            super()._read_weights()
+            for home, (name, _) in self._copies.made.items():
+                copied = self.get_parameter(home)
+                if copied.is_meta:
+                    value = self.get_parameter(name).detach().clone()
+                    trained = nn.Parameter(value, requires_grad=copied.requires_grad)
+                    torch.utils.swap_tensors(copied, trained)
         if self._store.weights:
             self._store.pack(self)
             self.source.release()
@@ -298,21 +303,22 @@ class OperatedModel(Fronted, Keeping):
         if self.source.is_readable and any(copy.is_meta for copy in copies):
             self.bind()
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def finished(self, outputs: Any, mode: Mode) -> Any:
         """What the original returns; while training, a loss by name has the penalty added to it.
 
         A loss in a tuple is the original's: add :meth:`penalty` to it.
         """
-        outputs = super().forward(*args, **kwargs)
         if self.training and isinstance(outputs, dict):
             loss = outputs.get("loss")
-            if isinstance(loss, torch.Tensor) and any(cut.rule.penalty for cut in self.active_cuts):
-                outputs["loss"] = loss + self.penalty().to(loss.device)
+            cuts = taking_part(self._cuts, mode)
+            if isinstance(loss, torch.Tensor) and any(cut.rule.penalty for cut in cuts):
+                added = penalty_of(self, cuts, mode.replacing)
+                outputs["loss"] = loss + added.to(loss.device)
         return outputs
 
     def penalty(self) -> torch.Tensor:
         """What the rules add to the loss for their parameters as they are; 0 if nothing."""
-        return penalty_of(self)
+        return penalty_of(self, self.active_cuts, self.mode.replacing)
 
     def unread(self, name: str) -> list[str]:
         """The other names of a tied parameter that no graph reads: they go wherever it goes."""
@@ -323,22 +329,22 @@ class OperatedModel(Fronted, Keeping):
     @property
     def active_cuts(self) -> tuple[Cut, ...]:
         """The cuts of the adapters that take part in a call."""
-        return tuple(self._taking_part(self._cuts))
+        return tuple(taking_part(self._cuts, self.mode))
 
     @property
     def trained(self) -> frozenset[str]:
         """The base's parameters that the active adapters train, each its own copy."""
-        return frozenset(self._copies.placed)
+        return self._copies.trained(self.mode.replacing)
 
     def learnt(self, *adapters: str) -> dict[str, torch.Tensor]:
-        """What the adapters (all of them, unless named) added or trained, by its name now.
+        """What the adapters (all of them, unless named) added or trained, by its name here.
 
         That is all that a saved surgery holds.
         """
-        return {self._copies.name(name): value for name, value in self.values(*adapters).items()}
+        return {self.name_of(name): value for name, value in self.values(*adapters).items()}
 
     def values(self, *adapters: str) -> dict[str, torch.Tensor]:
-        """What :meth:`learnt` holds, by names that do not depend on which adapters are active."""
+        """What :meth:`learnt` holds, by names that are the same in other models too."""
         self.fill()
         return {
             name: self._learnt_parameter(name)

@@ -7,6 +7,7 @@ is called twice counts once.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,17 +20,20 @@ if TYPE_CHECKING:
     from .operated import OperatedModel
 
 
-def penalty_of(model: OperatedModel) -> torch.Tensor:
-    """The sum of the active adapters' penalties: a tensor without dimensions, 0.0 if none."""
+def penalty_of(model: OperatedModel, cuts: Iterable[Cut], active: Collection[str]) -> torch.Tensor:
+    """The sum of the cuts' penalties: a tensor without dimensions, 0.0 if none.
+
+    ``active`` are the adapters whose copies of the base's parameters are read in their place.
+    """
     sites: dict[Any, Cut] = {}
-    for cut in model.active_cuts:
+    for cut in cuts:
         if cut.rule.penalty:
             weights = (*cut.weights.values(), cut.site.slice)
             sites[cut.operation, id(cut.rule), (*cut.parameters.values(), *weights)] = cut
     total = torch.zeros((), device=next((p.device for p in model.parameters()), None))
     groups: dict[tuple[str, str], list[torch.Tensor]] = {}
     for cut in sites.values():
-        for kind, value in penalty(cut.rule, _bindings(model, cut)).items():
+        for kind, value in penalty(cut.rule, _bindings(model, cut, active)).items():
             number = torch.as_tensor(value).to(total.device)
             groups.setdefault((cut.operation.name, kind), []).append(number)
     for (_, kind), values in groups.items():
@@ -38,14 +42,14 @@ def penalty_of(model: OperatedModel) -> torch.Tensor:
     return total
 
 
-def _bindings(model: OperatedModel, cut: Cut) -> dict[str, Any]:
+def _bindings(model: OperatedModel, cut: Cut, active: Collection[str]) -> dict[str, Any]:
     """The names a penalty may read: in fp32 or wider, whatever the model is in."""
     bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
     read = weights_in(cut.rule.penalty.values(), cut.rule, cut.numbers)
     for name, full in cut.weights.items():
         if name in read:
             packed = full in model.stored
-            value = model.dense(full) if packed else model.get_parameter(full)
+            value = model.dense(full) if packed else model.read(full, active)
             bound[name] = orient(wide(value), cut.site, name)
     for name, full in cut.parameters.items():
         bound[name] = wide(model.get_parameter(full))

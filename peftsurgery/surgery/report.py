@@ -28,10 +28,15 @@ class Report:
     def __init__(self, model: OperatedModel) -> None:
         self._cuts, self._selections = model.cuts, model._selections
         self.adapters = {name: name in model.active for name in model.adapters}
-        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        resting = set(model.adapters) - set(model.working)
+        rest = {id(value) for value in (model.learnt(*resting) if resting else {}).values()}
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in rest]
+        self.trainable = sum(p.numel() for p in trained)
         self.total = sum(p.numel() for p in model.parameters()) + model.hidden
         of_capture = [note for capture in model.captures[:1] for note in _notes(capture)]
         self.notes = (*of_capture, *notes_of(model))
+        self.lost = dict(model.lost)
+        """By adapter: the share of the changes it was combined of that it does not have."""
         self.added = {
             name: list(model.get_parameter(name).shape)
             for cut in self._cuts
@@ -60,6 +65,7 @@ class Report:
             "total": self.total,
             "near_misses": [miss for chosen in self._selections for miss in _misses(chosen)],
             "notes": list(self.notes),
+            "lost": self.lost,
         }
 
     def __str__(self) -> str:
@@ -71,6 +77,8 @@ class Report:
         lines += self.coverage.lines() if self._selections else []
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         lines += [f"note: {note}" for note in self.notes]
+        for name, lost in self.lost.items():
+            lines.append(f"note: '{name}' lacks {lost:.2%} of the change that it was combined of")
         return "\n".join(lines)
 
 

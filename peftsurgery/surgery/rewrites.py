@@ -23,31 +23,36 @@ class Edits:
     """What is done to one program.
 
     ``calls`` are the new labels of the inner programs that it calls, by the name of the call;
-    ``stored`` the packed weights that it reads; with ``choice`` the rows choose among the cuts.
+    ``stored`` the packed weights that it reads, ``moved`` the names under which it finds other
+    parameters than those that it says; with ``choice`` the rows choose among the cuts.
     """
 
     cuts: Sequence[Cut]
     calls: Mapping[str, str]
     stored: Mapping[str, Stored]
+    moved: Mapping[str, str]
     choice: Choice | None
 
     @property
     def is_nothing(self) -> bool:
         """Whether the program stays as it is."""
         passes_rows = self.choice is not None and self.choice.is_top
-        return not (self.cuts or self.calls or self.stored or passes_rows)
+        return not (self.cuts or self.calls or self.stored or self.moved or passes_rows)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for programs that become the same."""
         done = tuple(cut.done for cut in self.cuts)
-        return (done, tuple(self.calls.items()), tuple(self.stored.items()), self.choice)
+        maps = (self.calls, self.stored, self.moved)
+        return (done, *(tuple(each.items()) for each in maps), self.choice)
 
     @property
     def adapters(self) -> str:
         """The adapters that take part."""
         names = [cut.operation.name for cut in self.cuts]
         names += [stored.adapter for stored in self.stored.values()]
+        if self.moved and not names:
+            return "base"  # what another adapter trains is read as the base has it
         return ("+" if self.choice is None else "|").join(dict.fromkeys(names))
 
 
@@ -67,12 +72,14 @@ class Rewrites:
         cuts: Sequence[Cut],
         rows: Sequence[str] | None = None,
         stored: Mapping[str, Stored] | None = None,
+        moved: Mapping[str, str] | None = None,
     ) -> Capture:
         """``source`` with the cuts made. Inner blocks come first, since their callers name them.
 
         With ``rows``, the names of adapters, the rows of a batch choose among them, and the
         programs take one input more: the number of each row's adapter. ``stored`` are the weights,
-        by name, that the model keeps packed.
+        by name, that the model keeps packed, ``moved`` the names that parameters have instead of
+        their own.
         """
         if rows is not None:
             check_lengths(cuts)
@@ -88,6 +95,7 @@ class Rewrites:
                     by_block.get((path, program), []),
                     _renamed_calls(path, program, renamed),
                     _read_by(path, program, stored or {}),
+                    _moved_in(path, program, moved or {}),
                     choice.get((path, program)),
                 )
                 new = self.program(program, edits)
@@ -111,6 +119,8 @@ class Rewrites:
             rewritten_graph(program, cuts) if choice is None else row_graph(program, cuts, choice)
         )
         read_packed(graph, edits.stored)
+        for node in graph.find_nodes(op="get_attr"):
+            node.target = edits.moved.get(str(node.target), node.target)
         for node in graph.find_nodes(op="call_module"):
             if node.name in edits.calls:
                 node.kwargs = {**node.kwargs, "program": edits.calls[node.name]}
@@ -162,3 +172,12 @@ def _read_by(path: str, program: Program, stored: Mapping[str, Stored]) -> dict[
     nodes = program.graph.find_nodes(op="get_attr") if stored else ()
     names = dict.fromkeys(str(node.target) for node in nodes)
     return {name: stored[join(path, name)] for name in names if join(path, name) in stored}
+
+
+def _moved_in(path: str, program: Program, moved: Mapping[str, str]) -> dict[str, str]:
+    """What of a block's parameters its program finds under other names, all beneath the block."""
+    nodes = program.graph.find_nodes(op="get_attr") if moved else ()
+    read = {join(path, str(node.target)) for node in nodes}
+    above = f"{path}." if path else ""
+    here = {name: now for name, now in moved.items() if name in read or now in read}
+    return {name.removeprefix(above): now.removeprefix(above) for name, now in here.items()}

@@ -94,18 +94,18 @@ def test_the_active_adapter_is_pefts(name: str, folder: Path) -> None:
 
 
 HOW: dict[str, tuple[dict[str, float], dict[str, Any]]] = {
-    "linear": (SAME, {}),
+    "peft_linear": (SAME, {}),
     "cat": ({"a": 0.7, "wide": -0.9, "c": 0.2}, {}),
-    "svd": ({"a": 0.7, "wide": 0.5, "c": -0.3}, {}),
+    "svd": ({"a": 0.7, "wide": 0.5, "c": -0.3}, {"rank": 6}),
     "svd to rank 3": (SAME, {"rank": 3}),
-    "svd clamped": (SAME, {"clamp": 0.9}),
+    "svd clamped": (SAME, {"rank": 4, "clamp": 0.9}),
     "magnitude_prune": (SAME, {"density": 0.4}),
     "ties": (SAME, {"density": 0.6}),
     "ties by number": (SAME, {"density": 0.6, "majority": "frequency"}),
     "dare_linear": (SAME, {"density": 0.7}),
     "dare_ties": (SAME, {"density": 0.7}),
-    "ties_svd": ({"a": 0.7, "wide": 0.5}, {"density": 0.5}),
-    "dare_linear_svd": ({"a": 0.7, "wide": 0.5}, {"density": 0.5}),
+    "ties_svd": ({"a": 0.7, "wide": 0.5}, {"density": 0.5, "rank": 6}),
+    "dare_linear_svd": ({"a": 0.7, "wide": 0.5}, {"density": 0.5, "rank": 6}),
 }
 THEIRS = {"rank": "svd_rank", "clamp": "svd_clamp", "majority": "majority_sign_method"}
 
@@ -133,7 +133,7 @@ def test_a_weighted_combination_is_pefts(name: str, how: str, folder: Path) -> N
         list(weights),
         list(weights.values()),
         "new",
-        combination_type=kind,
+        combination_type=kind.removeprefix("peft_"),
         **{THEIRS.get(key, key): value for key, value in settings.items()},
     )
     theirs.set_adapter("new")
@@ -159,7 +159,7 @@ def test_weighted_ia3_is_pefts(name: str, tmp_path: Path) -> None:
         ours = ps.from_peft(ours, tmp_path / adapter, name=adapter)
     theirs.add_weighted_adapter(["a", "b"], [0.3, 0.8], "new")
     theirs.set_adapter("new")
-    combined = ps.combine(ours, {"a": 0.3, "b": 0.8}, "new").eval()
+    combined = ps.combine(ours, {"a": 0.3, "b": 0.8}, "new", "peft_linear").eval()
     torch.testing.assert_close(logits(combined), logits(theirs), rtol=0, atol=1e-6)
 
 

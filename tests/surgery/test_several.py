@@ -92,13 +92,17 @@ def test_active_ones_add_up_in_the_order_they_were_applied(four: OperatedModel) 
 
 
 def test_switching_back_rewrites_nothing(four: OperatedModel) -> None:
+    before = four.captures[0]
     with four.only("a"):
         first = four.captures[0]
     with four.only("b"):
         assert four.captures[0] is not first
     with four.only("a"):
         assert four.captures[0] is first
-    assert four.captures[0].top is captured("bert").captures[0].top
+    assert four.captures[0] is before
+    without = ps.eject(ps.eject(four, "c"), "d")  # with no copies of the base's parameters
+    assert isinstance(without, OperatedModel)
+    assert without.captures[0].top is captured("bert").captures[0].top
 
 
 def test_two_copies_of_one_parameter_are_not_active_together(four: OperatedModel) -> None:
