@@ -161,8 +161,9 @@ def weights_of(source: Source) -> Weights | None:
 
     Those of a model in a directory (or in the hub's cache) are read from its files; a live module's
     are its parameters and persistent buffers, by the names that it would be saved under. PSG207 for
-    files that are damaged.
+    files that are damaged. A base that was built otherwise is known by what it was before.
     """
+    source = source.unbuilt
     if source.on_meta:
         stored = {} if source.folder is None else tensors_in(source.folder)
         found = {n: Sampled(t.dtype, t.shape, t.count, t.read) for n, t in stored.items()}

@@ -227,13 +227,28 @@ def capture(
     """
     state = surroundings().without_autocast()
     with making():
-        return outside(lambda: _captured(model, inputs, cache), state)
+        source = outside(lambda: _source(model), state)
+    return capture_source(source, inputs, cache)
+
+
+def capture_source(
+    source: Source,
+    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    cache: bool = False,
+) -> GraphModel:
+    """Capture the module of a source; see :func:`capture`."""
+    state = surroundings().without_autocast()
+    with making():
+        return outside(lambda: _captured(source, inputs, cache), state)
+
+
+def _source(model: nn.Module | str | Path) -> Source:
+    return Source(model) if isinstance(model, nn.Module) else open_source(str(model))
 
 
 def _captured(
-    model: nn.Module | str | Path, inputs: Mapping[str, Any] | tuple[Any, ...] | None, cache: bool
+    source: Source, inputs: Mapping[str, Any] | tuple[Any, ...] | None, cache: bool
 ) -> GraphModel:
-    source = Source(model) if isinstance(model, nn.Module) else open_source(str(model))
     check_plain(source.module)
     if cache:
         check_generates(source.module)
@@ -255,6 +270,16 @@ def _with_own_name(call: Call, module: nn.Module, own: str | None) -> Call:
     if call.past is None or own is None or takes(module, call.past.name):
         return call
     return replace(call, past=replace(call.past, name=own))
+
+
+def capture_again(model: GraphModel, source: Source) -> GraphModel:
+    """The graphs of another source, whose module is called as the first capture's was."""
+    with making():
+        graph_model = GraphModel(Captures(source, model._captures.cache))
+        graph_model.find(model.base_capture.call)
+        if model._captures.cache:
+            graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
+    return graph_model
 
 
 def _made_inputs(module: nn.Module) -> Mapping[str, Any]:

@@ -7,11 +7,13 @@ first runs.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..errors import SurgeryError, closest, did_you_mean, first_line
 from ..quiet import quiet
+from .builds import FILES, Build, class_named, resize
 from .ties import tied_apart, untie_as_stored
 
 FLOATING = {
@@ -50,13 +53,27 @@ CONFIG_ERRORS = (
 class Source:
     """The module a capture was made of; ``weights()`` is the same module with its tensors.
 
-    Once they are loaded, ``notes`` says which tensors the module and the files do not share.
+    ``build`` says what is otherwise than in the files there, whose config is ``stored``, or in the
+    live model that is the module of ``unbuilt``. Once the
+    weights are loaded, ``notes`` says which tensors the module and the files do not share, and
+    ``missing`` names those that the files have no values for.
     """
 
-    def __init__(self, module: nn.Module, origin: str | None = None) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        origin: str | None = None,
+        build: Build = FILES,
+        stored: PreTrainedConfig | None = None,
+        before: Source | None = None,
+    ) -> None:
         self.module = module
         self.origin = origin
+        self.build = build
+        self.stored = getattr(module, "config", None) if stored is None else stored
+        self.unbuilt = self if before is None else before
         self.notes: tuple[str, ...] = ()
+        self.missing: frozenset[str] = frozenset()
         self._loaded: nn.Module | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
@@ -74,6 +91,16 @@ class Source:
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
+
+    def resized(self, build: Build) -> Source:
+        """The source with the vocabulary of a build, which it has no weights for yet.
+
+        PSG219 if its class cannot change it.
+        """
+        module = copy.deepcopy(self.module)
+        assert isinstance(module, PreTrainedModel)
+        resize(module, build)
+        return Source(module, self.origin, build, self.stored)
 
     @property
     def folder(self) -> Path | None:
@@ -104,7 +131,8 @@ class Source:
                 f"this {type(self.module).__name__} is on the meta device and has no weights",
                 "capture a model that has them, or a directory that holds them",
             )
-        config = self.module.config
+        is_resized = self.build.vocabulary is not None
+        config = copy.deepcopy(self.stored) if is_resized else self.module.config
         try:
             model, info = type(self.module).from_pretrained(
                 self.origin,
@@ -112,12 +140,14 @@ class Source:
                 dtype=self.module.dtype,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=self.build.labels is not None,
             )
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = first_line(error)
             raise SurgeryError(
                 "PSG207", f"no weights could be read from {self.origin}: {reason}"
             ) from error
+        resize(model, self.build)
         kind, apart = type(model).__name__, tied_apart(self.module, model)
         if apart:
             raise SurgeryError(
@@ -126,9 +156,11 @@ class Source:
                 "two that differ",
                 "load the model, and capture what was loaded",
             )
+        lost = {name for name, *_ in info.get("mismatched_keys", ())}
+        self.missing = frozenset({*info["missing_keys"], *lost})
         self.notes = (
             *_unshared(info["unexpected_keys"], f"in {self.origin} that a {kind} leaves out"),
-            *_unshared(info["missing_keys"], f"of a {kind} that {self.origin} has no values for"),
+            *_unshared(self.missing, f"of a {kind} that {self.origin} has no values for"),
         )
         return model
 
@@ -139,13 +171,19 @@ def _unshared(names: Iterable[str], where: str) -> list[str]:
     return [f"{len(found)} tensors {where}, '{found[0]}' first"] if found else []
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, build: Build = FILES) -> Source:
     """The source that MODEL names: a directory or hub id, or ``package.module:factory``.
 
-    Raises PSG205 (no such model), PSG206 (a config of no known class) and PSG208 (remote code).
+    It is of the class and has the labels that ``build`` wants; its vocabulary is for
+    :meth:`Source.resized` to change. Raises PSG205 (no such model), PSG206 (a config of no known
+    class), PSG208 (remote code) and PSG218 (no class of that name for it).
     """
     here = os.path.exists(spec)
     if ":" in spec and not here:
+        if build.kind or build.labels:
+            what = build.kind or f"a model with {build.labels} labels"
+            message = f"'{spec}' is called for the model and cannot be made {what}"
+            raise SurgeryError("PSG218", message, "name a model's directory or hub id")
         return Source(_call_factory(spec), spec)
     if not here and (not _is_hub_id(spec) or _is_nearly_here(spec)):
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
@@ -153,18 +191,23 @@ def open_source(spec: str) -> Source:
         message = f"'{spec}' is not a model directory: it has no config.json"
         raise SurgeryError("PSG205", message, _around(spec))
     with quiet():
-        model = _outline(spec)
+        model = _outline(spec, build)
     # absolute, since a saved surgery names its base and is used from other directories too
-    return Source(model, os.path.abspath(spec) if here else spec)
+    changed = replace(FILES, kind=build.kind, labels=build.labels)
+    return Source(model, os.path.abspath(spec) if here else spec, changed)
 
 
-def _outline(spec: str) -> PreTrainedModel:
+def _outline(spec: str, build: Build) -> PreTrainedModel:
     """The model of a directory or hub id, on meta."""
     config = _config(spec)
     if getattr(config, "quantization_config", None):
         raise quantised(f"'{spec}'")
     if config.dtype is None:
         config.dtype = _stored_dtype(Path(spec))
+    if build.kind is not None:
+        config.architectures = [class_named(build.kind, config).__name__]
+    if build.labels is not None:
+        config.num_labels = build.labels
     model = build_on_meta(config)
     _read_generation_config(model, spec)
     untie_as_stored(model, Path(spec))

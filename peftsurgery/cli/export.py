@@ -59,7 +59,7 @@ def export(
         else:
             with fresh(out, inputs, force) as part:
                 about = _write_adapter(operated, to, part, name)
-    notes = notes_of(operated)
+    notes = list(dict.fromkeys([*notes_of(operated), *about.get("notes", ())]))
     if as_json:
         print_json({"format": to, "out": str(out), **about, "notes": notes})
     else:
@@ -72,9 +72,9 @@ def _write_adapter(
     from peftsurgery.formats.adapterhub import to_adapterhub
     from peftsurgery.formats.peft import to_peft
 
-    {"peft": to_peft, "adapterhub": to_adapterhub}[to](operated, part, name)
+    notes = {"peft": to_peft, "adapterhub": to_adapterhub}[to](operated, part, name)
     files = sorted(str(file.relative_to(part)) for file in part.rglob("*") if file.is_file())
-    return {"files": files}
+    return {"files": files, "notes": list(notes or ())}
 
 
 def _write_onnx(operated: OperatedModel, out: Path) -> dict[str, Any]:

@@ -16,6 +16,12 @@ from peftsurgery.cli.progress import doing
 @click.command()
 @click.argument("surgery", metavar="SURGERY|PEFT_DIR")
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
+@click.option(
+    "--class",
+    "kind",
+    metavar="NAME",
+    help="Read the base as this class of transformers, not as the adapter or the base says.",
+)
 @output_option
 @name_option(
     "Fold this adapter; those that were active when the surgery was saved unless given.",
@@ -37,6 +43,7 @@ from peftsurgery.cli.progress import doing
 def fold(
     surgery: str,
     base: str | None,
+    kind: str | None,
     out: Path | None,
     name: tuple[str, ...],
     onnx: Path | None,
@@ -68,6 +75,7 @@ def fold(
             adapters=name,
             requantise=requantise,
             allow_other_base=allow_other_base,
+            kind=kind,
         )
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))

@@ -96,4 +96,16 @@ CODES = {
         "own. If the model changes itself at its first call only, call it once in the mode that "
         "is wanted (under no_grad) and capture it then.",
     ),
+    "PSG218": CodeInfo(
+        "there is no such class for the base",
+        "`--class`, or what was trained on the base, names a class that transformers does not "
+        "have, or that is not made of the base's config. Name one of the base's own architecture, "
+        "such as LlamaForSequenceClassification.",
+    ),
+    "PSG219": CodeInfo(
+        "the vocabulary cannot be made another size",
+        "What was trained on the base needs a table of tokens with more rows, or fewer, and the "
+        "model's class has no resize_token_embeddings that does it, or the rows are of another "
+        "base. Load the model, resize it, and capture that.",
+    ),
 }

@@ -69,4 +69,10 @@ CODES = {
         "A head is taken over if the captured model has parameters of its names and shapes. Those "
         "of AdapterHub's own model classes (`heads.<name>...`) are not.",
     ),
+    "PSG515": CodeInfo(
+        "a base that is read as another class lacks values",
+        "An adapter for a classifier on a language model's directory brings the head along, which "
+        "the directory does not have. This one does not: what it was trained with is lost, or the "
+        "class is another one.",
+    ),
 }

@@ -8,6 +8,7 @@ What cannot be honoured, one way or the other, is refused by name; nothing is sk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ..capture import GraphModel
 from ..errors import SurgeryError, did_you_mean
 from ..surgery import (
     OperatedModel,
+    Operation,
     adapter_name,
     check_adapter_base,
     check_left_out,
@@ -25,12 +27,16 @@ from ..surgery import (
     operate,
 )
 from ..surgery.provenance import export_record
-from .peft_config import AdapterConfig
+from .peft_adapter import read_adapter
+from .peft_base import saved_tables, with_vocabulary
+from .peft_config import FORMAT
 from .peft_export import export
-from .peft_files import BASE, CONFIG, TENSORS, read_config, read_tensors, write_adapter
+from .peft_files import BASE, CONFIG, TENSORS, write_adapter
 from .peft_import import Importer
-from .peft_prefix import export_prefix, is_prefix
+from .peft_names import without_wrapper
+from .peft_prefix import KIND, LENGTH, export_prefix, is_prefix
 from .peft_prompts import export_prompt, is_prompt
+from .peft_windows import window_notes
 
 
 @checked_but("model")
@@ -42,30 +48,44 @@ def from_peft(
 ) -> OperatedModel:
     """``model`` with the adapter that peft saved in ``directory``, under ``name``.
 
-    Its tensors are parameters beneath their modules, ready to train on; the base stays as it was.
-    Raises PSG501 to PSG508 for an adapter that is damaged, asks for what is not honoured, or was
-    made for another base; PSG319 for a base that something was folded into, unless the adapter
-    names it or ``allow_other_base`` is given.
+    Its tensors are parameters beneath their modules, ready to train on; ``model`` stays as it was.
+    Where the adapter was made after ``resize_token_embeddings``, the base is captured again with
+    that vocabulary, and the report says so. Raises PSG501 to PSG508 for an adapter that is damaged,
+    asks for what is not honoured, or was made for another base; PSG319 for a base that something
+    was folded into, unless the adapter names it or ``allow_other_base`` is given; PSG219 for a base
+    whose vocabulary cannot be changed.
     """
     if not isinstance(model, GraphModel):
         message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
         raise SurgeryError("PSG309", message, "capture it first: from_peft(capture(model), ...)")
     folder = Path(directory)
-    config = AdapterConfig(read_config(folder))
-    tensors = read_tensors(folder)
-    plan = Importer(model, config, tensors, adapter_name(name)).plan()
-    base = config.values.get(BASE)
-    origin = check_adapter_base(folder, base, tensors, model.source, allow_other_base)
+    adapter, chosen = read_adapter(folder), adapter_name(name)
+    model = with_vocabulary(model, adapter)
+    plan = Importer(model, adapter, chosen).plan()
+    base = adapter.config.values.get(BASE)
+    origin = check_adapter_base(folder, base, adapter.tensors, model.source, allow_other_base)
+    notes = (*origin.notes, *_notes(model, plan.operations))
+    origin = replace(origin, notes=notes)
     operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
     check_taken(str(folder), operated, model, plan.operations, plan.known)
     return operated
 
 
+def _notes(model: GraphModel, operations: Sequence[Operation]) -> tuple[str, ...]:
+    """What is otherwise in peft, of what was read from its files."""
+    prefixes = (op for op in operations if any(r.kind.name == KIND for r in op.file.rules))
+    lengths = (op.settings[op.file.carried(FORMAT)[LENGTH]] for op in prefixes)
+    return tuple(note for length in lengths for note in window_notes(model, length))
+
+
 @checked_but("model")
-def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None) -> None:
+def to_peft(
+    model: OperatedModel, directory: str | Path, name: str | None = None
+) -> tuple[str, ...]:
     """Write the adapter ``name`` (or the only one) as peft does, for ``PeftModel.from_pretrained``.
 
-    Raises PSG510 for what peft has no form for, PSG511 if it is not clear which adapter is meant,
+    Returns notes for the reader: what is otherwise in peft. Raises PSG510 for what peft has no form
+    for, PSG511 if it is not clear which adapter is meant,
     PSG601 and PSG603 if the directory cannot be written.
     """
     operations = model.operations if isinstance(model, OperatedModel) else ()
@@ -81,10 +101,17 @@ def to_peft(model: OperatedModel, directory: str | Path, name: str | None = None
     check_left_out(model, chosen, "PSG510")
     check_places(model, Path(directory) / CONFIG, Path(directory) / TENSORS)
     with model.only(chosen):
+        cuts = [cut for cut in model.cuts if cut.operation.name == chosen]
         if is_prompt(model, chosen):
-            config, tensors = export_prompt(model, chosen)
+            wraps, (config, tensors) = False, export_prompt(model, chosen)
         else:
             flat = flatten(model)
             cuts = [cut for cut in flat.cuts if cut.operation.name == chosen]
-            config, tensors = (export_prefix if is_prefix(cuts) else export)(flat, chosen)
-    write_adapter(Path(directory), config, tensors, export_record(model, chosen))
+            wraps = not is_prefix(cuts)
+            config, tensors = (export if wraps else export_prefix)(flat, chosen)
+        adapted = {cut.placed.module for cut in cuts if wraps and cut.rule.params}
+        tables = saved_tables(model, adapted)
+    if not wraps:
+        tables = {without_wrapper(key): value for key, value in tables.items()}
+    write_adapter(Path(directory), config, tables | tensors, export_record(model, chosen))
+    return window_notes(model, config[LENGTH]) if is_prefix(cuts) else ()

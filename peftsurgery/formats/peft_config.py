@@ -27,7 +27,7 @@ READ = frozenset(
     (
         *("peft_type", "target_modules", "exclude_modules", "modules_to_save", "bias"),
         *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-        "num_transformer_submodules",
+        *("num_transformer_submodules", "ensure_weight_tying", "task_type", "auto_mapping"),
     )
 )
 
@@ -35,7 +35,7 @@ READ = frozenset(
 # with a key that is refused or while an adapter is being made.
 WITHOUT_EFFECT = frozenset(
     (
-        *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "r", "megatron_core", "qalora_group_size", "runtime_config"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"),
         *("token_dim", "num_attention_heads", "num_layers"),

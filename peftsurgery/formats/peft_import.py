@@ -15,15 +15,16 @@ import torch
 
 from ..anatomy import Placed, survey
 from ..capture import GraphModel
+from ..capture.builds import tables
 from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, did_you_mean
 from ..language import Expect, Rule, RuleFile, Where, resolve_settings, select, shape_of
 from ..surgery import Cut, Operation
-from .peft_config import FORMAT, AdapterConfig, all_suffixes, listings
-from .peft_names import Names, sort_keys
+from .peft_adapter import Adapter
+from .peft_config import FORMAT, all_suffixes, listings
 from .peft_prefix import KIND, check_config, prefixed, prefixes, shape_in_file, split
 from .peft_ranks import spread
-from .peft_targets import check_listed, check_targets, ends, unlike
+from .peft_targets import check_listed, check_targets, ends, unlike, within
 
 # Heads that peft adds to modules_to_save by itself, whichever of them a model has.
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -69,16 +70,15 @@ class Importer:
     def __init__(
         self,
         model: GraphModel,
-        config: AdapterConfig,
-        tensors: Mapping[str, torch.Tensor],
+        adapter: Adapter,
         name: str,
     ) -> None:
-        self.config, self.name = config, name
+        self.adapter, self.config, self.name = adapter, adapter.config, name
         self.graph, self.model = model, model.source.module
         self.sites = [s for s in survey(model.base_capture) if s.slice is None]
-        self.names: Names = sort_keys(tensors, all_suffixes())
-        self.tensors = spread(config, self.names, tensors)
-        rules = [(file, rule) for file in config.files for rule in file.rules]
+        self.names = adapter.names
+        self.tensors = spread(self.config, self.names, adapter.tensors)
+        rules = [(file, rule) for file in self.config.files for rule in file.rules]
         # an adapter does not say how its base is kept: that is for who captured the base to choose
         self.options = [_Option(file, rule) for file, rule in rules if not rule.store]
 
@@ -213,16 +213,19 @@ class Importer:
         saved = self.config.names("modules_to_save")
         self.check_saved(saved)
         groups: dict[str, list[str]] = {"modules_to_save": [], "bias": []}
+        known = tables(self.model)
         for name in self.names.own:
             owner, _, leaf = name.rpartition(".")
-            if _within(owner, saved):
+            if self.adapter.trains(name, self.model):
                 groups["modules_to_save"].append(name)
             elif leaf == "bias" and self.config.values.get("bias", "none") != "none":
                 groups["bias"].append(name)
-            elif owner in self.names.added:
-                self.check_base(name)
+            elif owner in self.names.added or owner in known:
+                self.check_base(name, self.names.own[name])
             else:
                 raise self.homeless(name)
+        for name, key in self.names.frozen.items():
+            self.check_base(name, key)
         for group, names in groups.items():
             if names:
                 self.train(plan, group, names)
@@ -234,7 +237,7 @@ class Importer:
         modules = [name for name, _ in self.model.named_modules(remove_duplicate=False)]
         for name in saved:
             exists = any(module.endswith(name) for module in modules)
-            covered = any(_within(owner, [name]) for owner in owners)
+            covered = any(within(owner, [name]) for owner in owners)
             if covered or (name in automatic and not exists):
                 continue
             message = f"modules_to_save names '{name}', and the adapter has no tensors for it"
@@ -259,16 +262,24 @@ class Importer:
         file = RuleFile(name=group, about=about, rules=(rule,))
         plan.operations.append(Operation(file, {}, self.name))
 
-    def check_base(self, name: str) -> None:
-        """The copy that peft saves of an adapted embedding must be this base's. PSG507."""
-        key = self.names.own[name]
-        mine = dict(self.model.named_parameters(remove_duplicate=False)).get(name)
+    def check_base(self, name: str, key: str) -> None:
+        """The copy that peft saves of a weight of the base must be this base's. PSG507.
+
+        Of two dtypes the coarser counts: the adapter may be of a base read in another.
+        """
+        source = self.graph.source
+        model = source.weights() if source.is_readable else source.module
+        mine = dict(model.named_parameters(remove_duplicate=False)).get(name)
         if mine is None:
             raise self.homeless(name)
         value = self.shaped(key, tuple(mine.shape), name)
-        if not mine.is_meta and not torch.equal(value.to(mine.dtype), mine.detach().cpu()):
+        if mine.is_meta:
+            return
+        coarse = max((value.dtype, mine.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+        if not torch.equal(value.to(coarse), mine.detach().cpu().to(coarse)):
             message = f"'{key}' is the weight of the adapter's base, and '{name}' differs from it"
-            raise SurgeryError("PSG507", message, "the adapter was made for another base")
+            hint = "the adapter was made for another base; if it was trained, name its module in "
+            raise SurgeryError("PSG507", message, f"{hint}modules_to_save")
 
     def homeless(self, name: str) -> SurgeryError:
         """The refusal of a tensor that is no parameter the captured model reads."""
@@ -278,13 +289,6 @@ class Importer:
             message = f"the tensor '{key}' is for a parameter that the adapter's config leaves out"
             return SurgeryError("PSG506", message, "see its bias and modules_to_save")
         return SurgeryError("PSG506", f"the tensor '{key}' has no place", _hint(name, known))
-
-
-def _within(path: str, names: Sequence[str]) -> bool:
-    """Whether a module is, or lies in, one that modules_to_save names by the end of its path."""
-    parts = path.split(".")
-    heads = (".".join(parts[: n + 1]) for n in range(len(parts)))
-    return any(head.endswith(name) for head in heads for name in names)
 
 
 def _best(

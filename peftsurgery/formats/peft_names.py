@@ -2,7 +2,9 @@
 
 The suffixes are those that the shipped rules list under ``checkpoint: peft``. What has none of them
 is a parameter of the model itself: a bias that was trained, or a part of a module that was saved
-whole. Where peft wrapped a module, the module's own tensors are under ``base_layer``.
+whole. Where peft wrapped a module, the module's own tensors are under ``base_layer``. Of a module
+that is trained whole a file may have three copies: the trained one by the module's name, again
+under ``modules_to_save``, and the base's under ``original_module``.
 
 What belongs to no module (virtual tokens) is its suffix alone. peft wraps no modules for it, and
 one part of the prefix is missing then: `base_model.<module>`.
@@ -16,15 +18,22 @@ from dataclasses import dataclass, field
 from ..errors import SurgeryError
 
 PREFIX, WRAPPED = "base_model.model.", "base_layer"
+TRAINED, ORIGINAL = "modules_to_save", "original_module"
 UNWRAPPED = "base_model."
 
 
 @dataclass(frozen=True)
 class Names:
-    """The keys of an adapter's tensors: by module and suffix, and by the model's parameter."""
+    """The keys of an adapter's tensors: by module and suffix, and by the model's parameter.
+
+    ``again`` are further keys of values that ``own`` has, ``frozen`` the base's own values beside
+    them.
+    """
 
     added: dict[str, dict[str, str]] = field(default_factory=dict)
     own: dict[str, str] = field(default_factory=dict)
+    again: dict[str, str] = field(default_factory=dict)
+    frozen: dict[str, str] = field(default_factory=dict)
 
 
 def sort_keys(keys: Collection[str], suffixes: Collection[str]) -> Names:
@@ -43,13 +52,21 @@ def sort_keys(keys: Collection[str], suffixes: Collection[str]) -> Names:
         path = key.removeprefix(prefix)
         suffix = next((s for s in longest_first if path.endswith(f".{s}")), None)
         if suffix is None:
-            names.own[unwrapped(path)] = key
+            group = next((g for word, g in _copies(names).items() if word in path.split(".")), None)
+            (names.own if group is None else group)[unwrapped(path)] = key
         else:
             module = path.removesuffix(f".{suffix}")
             if module != unwrapped(module):
                 raise _nested(key, unwrapped(module))
             names.added.setdefault(module, {})[suffix] = key
+    for name, key in names.again.items():
+        names.own.setdefault(name, key)
     return names
+
+
+def _copies(names: Names) -> dict[str, dict[str, str]]:
+    """Where the copies go that a module trained whole has of its tensors."""
+    return {TRAINED: names.again, ORIGINAL: names.frozen}
 
 
 def _nested(key: str, module: str) -> SurgeryError:
@@ -67,7 +84,8 @@ def _nested(key: str, module: str) -> SurgeryError:
 
 def unwrapped(path: str) -> str:
     """A path without the names of peft's wrappers."""
-    return ".".join(name for name in path.split(".") if name != WRAPPED)
+    wrappers = {WRAPPED, TRAINED, ORIGINAL}
+    return ".".join(name for name in path.split(".") if name not in wrappers)
 
 
 def added_key(module: str, suffix: str) -> str:

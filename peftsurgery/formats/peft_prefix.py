@@ -27,6 +27,7 @@ from .peft_prompts import task_of
 from .peft_trained import say_trained
 
 KIND, PAIRED = "attention", "num_transformer_submodules"
+LENGTH = "num_virtual_tokens"
 
 
 def is_prefix(cuts: Sequence[Cut]) -> bool:

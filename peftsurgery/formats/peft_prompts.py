@@ -12,25 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.auto import modeling_auto
 
 from ..errors import SurgeryError
 from ..language import RuleFile
 from ..surgery import Cut, OperatedModel, flatten
+from .peft_base import TASKS
 from .peft_config import FORMAT, flat_form
 from .peft_files import BASE
 from .peft_names import without_wrapper
 from .peft_trained import say_trained
-
-# The classes for each of peft's tasks, by transformers' own lists.
-TASKS: Mapping[str, Any] = {
-    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
-}
 
 # What peft's config says of the model, by the names that transformers has for it.
 FACTS: Mapping[str, str] = {

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, closest, did_you_mean
 from ..language.paths import full_match
 from .peft_config import AdapterConfig, leaves
@@ -36,6 +37,8 @@ def check_targets(config: AdapterConfig, model: nn.Module, covered: Collection[s
     else:
         meant = target_test(config)
         targets = {module for module in modules if meant(module)}
+        if config.values.get("ensure_weight_tying"):
+            targets |= {path for target in targets for path in tied(model, target)}
         if not isinstance(wanted, str):
             _check_each(config.names("target_modules"), modules)
     for module in sorted(targets - set(covered)):
@@ -44,6 +47,12 @@ def check_targets(config: AdapterConfig, model: nn.Module, covered: Collection[s
     for module in sorted(set(covered) - targets):
         message = f"the adapter has tensors for '{module}', which target_modules does not mean"
         raise SurgeryError("PSG508", message, "peft would ignore them; correct target_modules")
+
+
+def tied(model: nn.Module, path: str) -> set[str]:
+    """The modules whose weight is that of the module at a path, itself among them."""
+    names = tensor_names(model).get(f"{path}.weight", [])
+    return {name.rpartition(".")[0] for name in names}
 
 
 def target_test(config: AdapterConfig) -> Callable[[str], bool]:
@@ -69,6 +78,13 @@ def _name_test(config: AdapterConfig, key: str) -> Callable[[str], bool]:
         return full_match(value)
     names = config.names(key)
     return lambda path: any(ends(path, name) for name in names)
+
+
+def within(path: str, names: Iterable[str]) -> bool:
+    """Whether a module is, or lies in, one that modules_to_save names by the end of its path."""
+    parts = path.split(".")
+    heads = (".".join(parts[: n + 1]) for n in range(len(parts)))
+    return any(head.endswith(name) for head in heads for name in names)
 
 
 def ends(path: str, name: str) -> bool:

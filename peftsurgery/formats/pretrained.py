@@ -8,7 +8,6 @@ sentence-transformers pipeline. A plain module gives ``model.safetensors``, its 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -29,34 +27,24 @@ from ..capture import GraphModel
 from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, first_line
 from ..quiet import quiet
-from ..surgery import OperatedModel, check_places, fold, fold_error, load, open_model
+from ..surgery import OperatedModel, check_places, fold, fold_error
+from ..surgery.applying import load_on
+from ..surgery.builds import tokenizer_files
+from ..surgery.files import write_whole
 from ..surgery.provenance import notes_of
 from ..surgery.requantising import FoldError, pack_layers
 from ..surgery.saving import is_surgery
+from ..surgery.vocabulary import missing_values
 from .card import write_record
+from .companions import companions, copy_missing
 from .onnx import OnnxFile, need_onnx, write_onnx
 from .peft import from_peft
+from .peft_adapter import read_adapter
+from .peft_base import open_base
 from .peft_files import BASE, CONFIG, read_config
 from .trials import difference, tensors_of, unseen_inputs
 
 WEIGHTS = "model.safetensors"
-
-# What the files of a model's weights are called, in any format; they are of the model before.
-_WEIGHT_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.gguf",
-    "*.onnx",
-    "*.onnx.data",
-    "*.ot",
-    "*.pkl",
-    "*.index.json",
-)
 
 
 @dataclass(frozen=True)
@@ -133,6 +121,7 @@ def fold_to_directory(
     adapters: Collection[str] = (),
     requantise: bool = False,
     allow_other_base: bool = False,
+    kind: str | None = None,
 ) -> FoldResult:
     """Fold a saved surgery or a peft adapter into its base, and write a plain model to ``out``.
 
@@ -141,8 +130,9 @@ def fold_to_directory(
     compares the outputs of what is read back with the operated model's at two shapes; ``adapters``
     are folded instead of those that were active when the surgery was saved; ``requantise`` packs
     again what is kept in four bits, and ``verify`` then compares with what was packed;
-    ``allow_other_base`` takes a base that the adapter was not made for. What was folded into what
-    is in ``peftsurgery.json``. Raises what :func:`fold` raises, PSG310 for an unknown adapter,
+    ``allow_other_base`` takes a base that the adapter was not made for, ``kind`` names the class
+    that it is read as, if not the one that the adapter or its config says. What was folded into
+    what is in ``peftsurgery.json``. Raises what :func:`fold` raises, PSG310 for an unknown adapter,
     PSG319 for another base, PSG602 if ``out`` or ``onnx`` would lie in what is read, PSG607 if
     ``spec`` is no such directory, PSG410 if the result is not the operated model or, verified or
     not, lacks weights to load, and PSG411 and PSG412 if its ONNX is not.
@@ -151,7 +141,7 @@ def fold_to_directory(
     if file:
         need_onnx()
     with quiet():
-        operated = _with_active(open_adapter(Path(spec), base, allow_other_base), adapters)
+        operated = _with_active(open_adapter(Path(spec), base, allow_other_base, kind), adapters)
         check_places(operated, folder, *file)
         plain = fold(operated).eval()
     before, tensors = operated.source.weights(), len(plain.state_dict())
@@ -162,11 +152,12 @@ def fold_to_directory(
     with ExitStack() as unfinished:
         unfinished.callback(shutil.rmtree, _make(folder), ignore_errors=True)
         write_record(folder, operated)
-        copied, notes = write_model(plain, folder, operated.source.origin)
+        copied, notes = write_model(plain, folder, operated.source.origin, Path(spec))
         apart = _check(operated, plain, folder, verify, requantise)
         written = [write_onnx(operated, plain, place) for place in file]
         unfinished.pop_all()
-    told = (*operated.source.notes, *notes_of(operated), *notes)
+    built = (*operated.source.build.notes, *operated.source.notes)
+    told = (*built, *notes_of(operated), *notes)
     result = FoldResult(operated.active, changed, tensors, copied, untied, error, apart)
     return replace(result, onnx=next(iter(written), None), notes=told)
 
@@ -193,22 +184,38 @@ def _check(
 
 
 def open_adapter(
-    path: Path, base: GraphModel | str | None = None, allow_other_base: bool = False
+    path: Path,
+    base: GraphModel | str | None = None,
+    allow_other_base: bool = False,
+    kind: str | None = None,
 ) -> OperatedModel:
     """The operated model of a saved surgery or of a peft adapter's directory.
 
-    PSG607 for others, PSG319 for a base that it was not made for, unless that is allowed.
+    PSG607 for others, PSG319 for a base that it was not made for, unless that is allowed. PSG515 if
+    the base was read as another class, and parameters of that have no values anywhere.
     """
+    operated = _opened(path, base, allow_other_base, kind)
+    lost = list(missing_values(operated))
+    if lost:
+        kind = type(operated.source.module).__name__
+        message = f"'{lost[0]}' of a {kind} is neither in the base nor in '{path}'"
+        raise SurgeryError("PSG515", message, "name another class with --class, or another base")
+    return operated
+
+
+def _opened(
+    path: Path, base: GraphModel | str | None, allow_other_base: bool, kind: str | None
+) -> OperatedModel:
     if is_surgery(path):
-        given = open_model(base, allow_other_base) if isinstance(base, str) else base
-        return load(path, given, allow_other_base)
+        return load_on(path, base, allow_other_base, kind)
     if not (path / CONFIG).is_file():
         what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
         raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
     named = base or read_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
-    graph = open_model(named, allow_other_base) if isinstance(named, str) else named
+    adapter = read_adapter(path)
+    graph = open_base(named, adapter, kind, allow_other_base) if isinstance(named, str) else named
     return from_peft(graph, path, allow_other_base=allow_other_base)
 
 
@@ -235,11 +242,12 @@ def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
 
 
 def write_model(
-    plain: nn.Module, folder: Path, origin: str | None
+    plain: nn.Module, folder: Path, origin: str | None, adapter: Path | None = None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Write a plain model to an empty directory, with the other files of its base.
 
-    Returns the files that were taken over, and notes for the reader.
+    The tokenizer is that of ``adapter``, a directory, if it has one. Returns the files that were
+    taken over from the base, and notes for the reader.
     """
     try:
         with quiet():
@@ -251,64 +259,24 @@ def write_model(
         raise SurgeryError("PSG603", f"{folder}: {error}") from None
     for file in folder.glob("*.safetensors"):  # readable by others, as other files are
         file.chmod(0o666 & ~_umask())
-    if not isinstance(plain, PreTrainedModel) or origin is None:
+    if not isinstance(plain, PreTrainedModel):
         return (), ()
-    companions = _companions(origin)
-    if companions is None:
-        return (), (f"the tokenizer of '{origin}' was not found here and is not in the result",)
-    return tuple(_copy_missing(companions, folder)), ()
+    own = {} if adapter is None else tokenizer_files(adapter)
+    write_whole(folder, own)
+    notes = (f"the tokenizer is the one in '{adapter}'",) if own else ()
+    if origin is None:
+        return (), notes
+    found = companions(origin)
+    if found is None:
+        lost = f"the tokenizer of '{origin}' was not found here and is not in the result"
+        return (), notes or (lost,)
+    return tuple(copy_missing(found, folder, bool(own))), notes
 
 
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
-
-
-def _companions(origin: str) -> Path | None:
-    """The directory that holds a base's files, without its weights if it has to be fetched."""
-    if Path(origin).is_dir():
-        return Path(origin)
-    try:
-        return Path(snapshot_download(origin, ignore_patterns=list(_WEIGHT_FILES)))
-    except (OSError, ValueError):
-        return None
-
-
-def _copy_missing(source: Path, folder: Path) -> Iterator[str]:
-    """Copy what is not weights and not written yet; model cards stay, they describe the base.
-
-    Of the directories inside, those that a pipeline's modules.json lists come whole, with weights
-    of their own, and others if they hold no weights (of the model before, in another format).
-    """
-    parts = _pipeline_parts(source)
-    for entry in sorted(source.iterdir()):
-        name = entry.name
-        if name.startswith(".") or name == "README.md" or (folder / name).exists():
-            continue
-        if entry.is_dir() and (name in parts or not any(_holds_weights(entry))):
-            shutil.copytree(entry, folder / name, copy_function=shutil.copyfile)
-            yield f"{name}/"
-        elif entry.is_file() and not _is_weights(entry):
-            shutil.copyfile(entry, folder / name)
-            yield name
-
-
-def _pipeline_parts(source: Path) -> set[str]:
-    """The directories that sentence-transformers' modules.json names."""
-    try:
-        listed = json.loads((source / "modules.json").read_text(encoding="utf-8"))
-        return {Path(str(part["path"])).parts[0] for part in listed if part.get("path")}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return set()
-
-
-def _is_weights(file: Path) -> bool:
-    return any(file.match(pattern) for pattern in _WEIGHT_FILES)
-
-
-def _holds_weights(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if _is_weights(file))
 
 
 def check_written(

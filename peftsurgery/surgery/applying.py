@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from ..arguments import checked
-from ..capture import GraphModel, capture
+from ..capture import GraphModel, capture, open_source
+from ..capture.builds import Build, tokens_of
+from ..capture.model import capture_source
 from ..errors import SurgeryError, check_argument
 from ..language import (
     Rule,
@@ -27,6 +29,7 @@ from ..language import (
 )
 from .bases import check_base, compare_base
 from .buffers import put_buffers
+from .builds import read_build
 from .fusing import check_unused
 from .operated import OperatedModel
 from .operation import Operation, adapter_name
@@ -43,6 +46,7 @@ from .saving import (
 )
 from .switching import check_name
 from .texts import with_tokens
+from .vocabulary import built
 
 Rules = RuleFile | Rule | str | Path
 
@@ -169,11 +173,23 @@ def load(
     not fit the base, PSG319 if its weights are others, PSG304 if it has an adapter of the same
     name.
     """
-    folder = Path(path)
+    return load_on(Path(path), base, allow_other_base)
+
+
+def load_on(
+    folder: Path,
+    base: GraphModel | nn.Module | str | None = None,
+    allow_other_base: bool = False,
+    kind: str | None = None,
+) -> OperatedModel:
+    """:func:`load`, with the base in the class ``kind`` of transformers instead of its own."""
     manifest = read_manifest(folder)
     tensors = read_tensors(folder)
     operations = read_operations(folder, manifest)
-    graph = _base(folder, manifest, base, allow_other_base)
+    build = read_build(folder, manifest)
+    if kind is not None:
+        build = replace(build, kind=kind)
+    graph = _base(folder, manifest, base, build, allow_other_base)
     names = {operation.name for operation in operations}
     taken = names & set(graph.adapters) if isinstance(graph, OperatedModel) else set()
     if taken:
@@ -184,7 +200,7 @@ def load(
     operated = operate(graph, operations, tensors, read_active(folder, manifest))
     operated.rename(tensors, adapters=tuple(names))
     given, learnt = put_buffers(operated, tensors), operated.learnt(*names)
-    check_covered(str(path), learnt.keys(), given.keys())
+    check_covered(str(folder), learnt.keys(), given.keys())
     check_learnt(folder, given, learnt)
     check_base(compared, graph.source, allow_other_base)
     for name, layers in read_left_out(folder, manifest).items():
@@ -193,15 +209,29 @@ def load(
 
 
 def _base(
-    path: Path, manifest: Mapping[str, Any], given: Any, allow_other_base: bool
+    path: Path, manifest: Mapping[str, Any], given: Any, build: Build, allow_other_base: bool
 ) -> GraphModel:
     """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
-    if isinstance(given, str):
-        return open_model(given, allow_other_base)
     named = manifest.get("base") if given is None else given
     if named is None:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
-    return named if isinstance(named, GraphModel) else capture(named)
+    if isinstance(named, str | Path):
+        return open_built(str(named), build, allow_other_base)
+    return built(named if isinstance(named, GraphModel) else capture(named), build)
+
+
+def open_built(spec: str, build: Build, allow_other_base: bool = False) -> GraphModel:
+    """What MODEL names, captured as a build of it. PSG218 and PSG219 if it cannot be that."""
+    if is_surgery(Path(spec)):
+        if build.kind is not None:
+            message = f"'{spec}' is a surgery, which says itself of which class its base is"
+            raise SurgeryError("PSG218", message, "name the directory of the base")
+        return built(load(spec, allow_other_base=allow_other_base), build)
+    source = open_source(spec, build)
+    other = build.vocabulary is not None and tokens_of(source.module) != build.vocabulary
+    if other and source.on_meta and tokens_of(source.module) is not None:
+        source = source.resized(build)
+    return built(capture_source(source), build)
 
 
 def check_taken(
@@ -245,7 +275,10 @@ def open_model(spec: str, allow_other_base: bool = False) -> GraphModel:
 def open_base(spec: str) -> GraphModel:
     """What MODEL names, captured; of a saved surgery its base, without what is saved."""
     path = Path(spec)
-    return _base(path, read_manifest(path), None, True) if is_surgery(path) else capture(spec)
+    if not is_surgery(path):
+        return capture(spec)
+    manifest = read_manifest(path)
+    return _base(path, manifest, None, read_build(path, manifest), True)
 
 
 def _training(parts: Sequence[str]) -> RuleFile:

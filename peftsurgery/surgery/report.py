@@ -34,7 +34,7 @@ class Report:
         self.trainable = sum(p.numel() for p in trained)
         self.total = sum(p.numel() for p in model.parameters()) + model.hidden
         of_capture = [note for capture in model.captures[:1] for note in _notes(capture)]
-        self.notes = (*of_capture, *notes_of(model))
+        self.notes = (*model.source.build.notes, *of_capture, *notes_of(model))
         self.lost = dict(model.lost)
         """By adapter: the share of the changes it was combined of that it does not have."""
         self.added = {

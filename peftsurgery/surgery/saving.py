@@ -1,7 +1,8 @@
 """Saved surgeries: a directory with the rules, a manifest and what was learnt.
 
     surgery.json           format, base and its fingerprint, for each operation its name, rule file
-                           and settings, which adapters are active; versions, seed and date
+                           and settings, which adapters are active; versions, seed and date; how the
+                           base is built (see builds.py)
     rules/0_lora_qv.yaml   the rule files, as they were applied
     adapter.safetensors    every parameter the rules added or trained, and every buffer that the
                            training moved, by its name in the model
@@ -26,6 +27,7 @@ from ..language import RuleFile, load_rules, resolve_settings
 from . import files
 from .bases import Made
 from .buffers import moved_buffers
+from .builds import ROWS, build_contents
 from .operation import Operation, is_adapter_name
 from .origin import Origin
 from .provenance import check_places, now, versions
@@ -58,16 +60,18 @@ def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | Non
         "seed": torch.initial_seed(),
         "date": now(),
     }
+    built, more = build_contents(model.source.build)
+    manifest |= built
     left_out = {name: layers for name, layers in model.left_out.items() if name in names}
     if left_out:
         manifest["left_out"] = left_out
     weights = weights_of(model.source)
     manifest["fingerprint"] = None if weights is None else weights.fingerprint.to_dict()
-    contents = {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
+    contents = more | {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
     contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved_buffers(model)})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")
-    _remove_stale(path, rules)
+    _remove_stale(path, [*rules, *contents])
 
 
 def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
@@ -82,10 +86,11 @@ def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
     return chosen
 
 
-def _remove_stale(path: Path, rules: Collection[str]) -> None:
-    """Remove the rule files of an older surgery, which the new manifest does not name. PSG603."""
-    ours = (f for f in (path / RULES).glob("*.yaml") if re.fullmatch(r"\d+_.*", f.name))
-    files.remove(file for file in ours if f"{RULES}/{file.name}" not in rules)
+def _remove_stale(path: Path, named: Collection[str]) -> None:
+    """Remove the files of an older surgery that the new manifest does not name. PSG603."""
+    ours = [f for f in (path / RULES).glob("*.yaml") if re.fullmatch(r"\d+_.*", f.name)]
+    stale = [f for f in (*ours, path / ROWS) if str(f.relative_to(path)) not in named]
+    files.remove(stale)
 
 
 def is_surgery(path: Path) -> bool:

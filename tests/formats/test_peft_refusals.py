@@ -223,12 +223,12 @@ NOT_HONOURED: dict[str, Any] = {
     "kasa_config": {"beta": 1.0},
     "velora_config": {"a": 1},
     "monteclora_config": {"a": 1},
-    "ensure_weight_tying": True,
     "bias": "some",
     "fan_in_fan_out": "both",
     "a_switch_of_tomorrow": 0.5,
 }
 HARMLESS: dict[str, Any] = {
+    "ensure_weight_tying": True,  # no table here is tied to another
     "init_lora_weights": "gaussian",
     "megatron_core": "megatron.core",
     "qalora_group_size": 32,

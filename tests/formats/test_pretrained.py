@@ -241,7 +241,7 @@ def test_nothing_is_left_of_a_fold_that_stops_midway(
         assert any(tmp_path.rglob("model.safetensors"))  # so there is something to be left
         raise error
 
-    monkeypatch.setattr(pretrained, "_copy_missing", stop)
+    monkeypatch.setattr(pretrained, "copy_missing", stop)
     before = files_of(llama[0]) | files_of(llama[1])
     assert command("fold", llama[1], "-o", tmp_path / "out")[0] == code
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,71 @@
+"""Windows: how many tokens back the attention of a model sees, where it does not see all of them.
+
+    keys > queries - 4             positions compared, one of them moved by a constant
+    queries // 4 == keys // 4      positions in chunks of a constant size
+    a table of who sees whom       whose last row has no first entry
+
+Found in the masks that the captured graphs compute or read: a model that makes such a mask only for
+texts longer than the captured one has it in no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, fx
+
+from ..capture import Capture
+from .values import LAYOUT, backward, never, op, operands, words
+
+ORDER, EQUAL = words("gt ge lt le"), words("eq")
+MOVES, CHUNKS = words("add sub"), words("div floor_divide")
+TRUTHS = (torch.bool, torch.uint8)
+
+
+def windows(capture: Capture, tensor: Callable[[str], Tensor | None]) -> set[int]:
+    """The sizes of the windows in a capture's masks, in tokens.
+
+    ``tensor`` gives the buffers of the model by name, or None for what has no values.
+    """
+    found: set[int] = set()
+    for block, programs in capture.programs.items():
+        for program in programs:
+            found |= {size for node in program.graph.nodes for size in _compared(node)}
+            for node in program.graph.find_nodes(op="get_attr"):
+                name = f"{block}.{node.target}" if block else str(node.target)
+                found |= set(_seen(tensor(name)))
+    return found
+
+
+def _compared(node: fx.Node) -> Iterator[int]:
+    """The window of a comparison of positions, if it is one that has any."""
+    both = operands(node)
+    if op(node) not in ORDER | EQUAL or len(both) != 2 or not all(map(_is_counted, both)):
+        return
+    steps = [_step(each, MOVES if op(node) in ORDER else CHUNKS) for each in both]
+    if op(node) in ORDER:
+        yield from (abs(step) for step in steps if step)
+    elif None not in steps and steps[0] == steps[1]:
+        yield from (step for step in steps[:1] if step)
+
+
+def _step(node: fx.Node, ops: frozenset[str]) -> int | None:
+    """The constant that positions were moved or divided by, behind changes of their layout."""
+    while op(node) in LAYOUT and operands(node):
+        node = operands(node)[0]
+    constants = [each for each in node.args[1:] if isinstance(each, int)]
+    return constants[0] if op(node) in ops and constants else None
+
+
+def _is_counted(node: fx.Node) -> bool:
+    return any(op(each) == "arange" for each in backward([node], never))
+
+
+def _seen(table: Tensor | None) -> Iterator[int]:
+    """The window of a table of which queries (rows) see which keys, if it is one that has any."""
+    if table is None or table.is_meta or table.dtype not in TRUTHS or table.dim() < 2:
+        return
+    rows = table.reshape(-1, *table.shape[-2:])[0]
+    if len(rows) == rows.shape[1] > 1 and rows[-1, -1] and not rows[-1, 0]:
+        yield int(rows[-1].count_nonzero())

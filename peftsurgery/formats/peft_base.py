@@ -1,0 +1,228 @@
+"""The base as a peft adapter needs it: its class, its labels, its vocabulary.
+
+    class        auto_mapping, or the class that transformers has for the task_type; the base's own
+                 where the adapter's modules are in that one and not in the other
+    labels       the rows of a head that the adapter brings along
+    vocabulary   the rows of what the adapter has of the tables of tokens, adapted or saved; else
+                 those that the tokenizer beside it needs
+
+The tensors decide. Rows that the adapter saved of a table that it does not train become the
+base's, as peft has it when it loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from ..capture import GraphModel, Source, open_source
+from ..capture.builds import FILES, Build, class_named, labels_for, tables, tokens_of
+from ..capture.tensors import tensor_names
+from ..errors import SurgeryError
+from ..surgery import OperatedModel
+from ..surgery.applying import open_built
+from ..surgery.builds import MOST, tokenizer_files
+from ..surgery.saving import is_surgery
+from ..surgery.vocabulary import built
+from .peft_adapter import Adapter
+from .peft_config import FORMAT, AdapterConfig
+from .peft_names import own_key
+
+# The classes for each of peft's tasks, by transformers' own lists.
+TASKS: Mapping[str, Any] = {
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
+}
+
+
+def open_base(
+    spec: str, adapter: Adapter, kind: str | None = None, allow_other_base: bool = False
+) -> GraphModel:
+    """The base at ``spec``, captured as the adapter needs it; ``kind`` names another class.
+
+    PSG218 for a class that does not exist for it; what :func:`open_source` raises.
+    """
+    if is_surgery(Path(spec)):
+        return open_built(spec, replace(FILES, kind=kind), allow_other_base)
+    source = _of_class(spec, adapter, kind)
+    labels = labels_for(source.module, adapter.shapes())
+    build = replace(source.build, labels=labels)
+    if labels is not None:
+        source = open_source(spec, build)
+    wanted = vocabulary_for(source.module, adapter)
+    return open_built(spec, replace(wanted, kind=build.kind, labels=labels))
+
+
+def _of_class(spec: str, adapter: Adapter, kind: str | None) -> Source:
+    """The base in the class that is asked for, or that the adapter says and fits."""
+    if kind is not None:
+        return open_source(spec, replace(FILES, kind=kind))
+    own = open_source(spec)
+    config = getattr(own.module, "config", None)
+    said = None if config is None else said_class(adapter.config.values, config)
+    if said in (None, type(own.module).__name__) or own.origin is None or not own.on_meta:
+        return own
+    other = open_source(spec, replace(FILES, kind=said))
+    return own if lost(own.module, adapter) < lost(other.module, adapter) else other
+
+
+def said_class(values: Mapping[str, Any], config: PreTrainedConfig) -> str | None:
+    """The class that an adapter's config says its base has; None if it says none that exists."""
+    mapping = values.get("auto_mapping")
+    if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
+        return _known(mapping["base_model_class"], config)
+    classes = TASKS.get(str(values.get("task_type")), {})
+    name = classes.get(config.model_type)
+    return _known(name[0] if isinstance(name, tuple | list) else name, config)
+
+
+def _known(name: str | None, config: PreTrainedConfig) -> str | None:
+    """A class's name, if transformers has it for a config: others are the adapter's own code."""
+    try:
+        return None if name is None else class_named(name, config).__name__
+    except SurgeryError:
+        return None
+
+
+def lost(model: nn.Module, adapter: Adapter) -> int:
+    """How many of the modules and parameters that an adapter is for a model does not have."""
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    owners = {name.rpartition(".")[0] for name in adapter.names.own}
+    return len({*adapter.names.added, *owners} - modules)
+
+
+def vocabulary_for(model: nn.Module, adapter: Adapter) -> Build:
+    """The vocabulary that an adapter needs, as a build; ``FILES`` if it is the model's.
+
+    PSG507 if the adapter's tensors are of several.
+    """
+    stored, places = tokens_of(model), tables(model)
+    if stored is None:
+        return FILES
+    sizes = dict(_sizes(model, places, adapter))
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"'{key}' for {size}" for key, size in sizes.items())
+        raise SurgeryError("PSG507", f"the adapter's tensors are for several vocabularies: {told}")
+    has_tokenizer = bool(tokenizer_files(adapter.folder))
+    wanted = next(iter(sizes.values()), None)
+    if wanted is None:
+        wanted = max(stored, tokens_needed(adapter.folder))
+    if wanted == stored:
+        return FILES
+    build = Build(vocabulary=wanted, stored=stored)
+    rows = dict(_rows(model, places, adapter, build)) if build.added else {}
+    known = {*rows, *(name for name in adapter.names.own if adapter.trains(name, model))}
+    return replace(
+        build,
+        rows=rows,
+        lacking=tuple(_lacking(model, places, known)) if build.added else (),
+        tokenizer=adapter.folder if has_tokenizer else None,
+    )
+
+
+def _sizes(
+    model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter
+) -> Iterator[tuple[str, int]]:
+    """How many tokens the adapter's tensors at tables are for, by their keys."""
+    for group in (adapter.names.own, adapter.names.again, adapter.names.frozen):
+        for name, key in group.items():
+            owner, _, leaf = name.rpartition(".")
+            is_table = owner in places and leaf in places[owner]._parameters
+            if is_table and adapter.tensors[key].dim():
+                yield key, len(adapter.tensors[key])
+    for path in places.keys() & adapter.names.added.keys():
+        size = "in" if isinstance(places[path], nn.Embedding) else "out"
+        for suffix, key in adapter.names.added[path].items():
+            for dim in _dims(adapter.config, suffix, size):
+                value = adapter.tensors[key]
+                if dim < value.dim():
+                    yield key, value.shape[dim]
+
+
+def _dims(config: AdapterConfig, suffix: str, size: str) -> set[int]:
+    """The dimensions that have a size in tensors of a suffix, by the rules of the method."""
+    return {
+        dim
+        for file in config.files
+        for rule in file.rules
+        for name, given in rule.suffixes(FORMAT).items()
+        if given == suffix and rule.kind.name == ("embedding" if size == "in" else "linear")
+        for dim, expression in enumerate(rule.params[name].shape)
+        if expression.text.strip() == size
+    }
+
+
+def _rows(
+    model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter, build: Build
+) -> Iterator[tuple[str, Tensor]]:
+    """The new rows of the base's tables: of the copies that the adapter has and does not train."""
+    for group in (adapter.names.own, adapter.names.frozen):
+        for name, key in group.items():
+            owner, _, leaf = name.rpartition(".")
+            is_table = owner in places and leaf in places[owner]._parameters
+            trained = group is adapter.names.own and adapter.trains(name, model)
+            if is_table and not trained:
+                yield name, adapter.tensors[key][build.stored :].contiguous()
+
+
+def _lacking(model: nn.Module, places: Mapping[str, nn.Module], known: set[str]) -> Iterator[str]:
+    """The parameters of tables whose new rows the adapter has nothing of, each by one name."""
+    seen: set[int] = set()
+    names = tensor_names(model)
+    for path, part in places.items():
+        for leaf, parameter in part._parameters.items():
+            name = f"{path}.{leaf}"
+            if parameter is None or id(parameter) in seen or len(parameter) != tokens_of(model):
+                continue
+            seen.add(id(parameter))
+            if known.isdisjoint(names[name]):
+                yield name
+
+
+def tokens_needed(folder: Path) -> int:
+    """How many tokens the tokenizer in a directory needs for those that were added to it; or 0."""
+    ids: list[Any] = []
+    for file, part in (("tokenizer.json", "added_tokens"), ("added_tokens.json", None)):
+        if not (folder / file).is_file():
+            continue
+        try:
+            read = json.loads((folder / file).read_text(encoding="utf-8"))
+            found = read if part is None else {str(n): t["id"] for n, t in enumerate(read[part])}
+            ids += found.values()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # another kind of tokenizer, or none
+    return max((i + 1 for i in ids if isinstance(i, int) and i < MOST), default=0)
+
+
+def saved_tables(model: OperatedModel, adapted: Collection[str]) -> dict[str, Tensor]:
+    """The tables of a base with another vocabulary than its files, as peft saves them with it.
+
+    ``adapted`` are the modules with adapters.
+    """
+    if model.source.build.vocabulary is None:
+        return {}
+    model.bind()
+    names = (
+        f"{path}.{leaf}"
+        for path, part in tables(model.source.module).items()
+        for leaf, parameter in part._parameters.items()
+        if parameter is not None
+    )
+    return {own_key(name, adapted): model.dense(name).clone() for name in names}
+
+
+def with_vocabulary(model: GraphModel, adapter: Adapter) -> GraphModel:
+    """A captured model with the vocabulary that an adapter needs; the model as it is, else."""
+    base = model.base if isinstance(model, OperatedModel) else model
+    return built(model, vocabulary_for(base.source.module, adapter))
