@@ -110,11 +110,3 @@ def test_a_state_dict_is_pickled_and_a_model_is_copied(tmp_path: Path) -> None:
         assert torch.equal(twin(x), model(x))
         assert torch.equal(same(x), model(x))
         assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
-
-
-@pytest.mark.parametrize(
-    "given", [{}, {"match": 5}, {"match": "linear", "expect": "x"}, {"match": "linear", "where": 3}]
-)
-def test_a_rule_made_in_python_is_refused_by_code(given: dict[str, Any]) -> None:
-    with pytest.raises(ps.SurgeryError, match="PSG106"):
-        ps.Rule(**given)

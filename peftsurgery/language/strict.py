@@ -41,13 +41,6 @@ class Strict(BaseModel):
     )
     noun: ClassVar[str] = "mapping"
 
-    def __init__(self, **data: Any) -> None:
-        """Made in Python, by keywords. PSG106 for a value that is not what its key takes."""
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise SurgeryError("PSG106", f"{self.noun}: {complaint(error)[1]}") from None
-
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
