@@ -33,7 +33,8 @@ class Report:
         trained = [p for p in model.parameters() if p.requires_grad and id(p) not in rest]
         self.trainable = sum(p.numel() for p in trained)
         self.total = sum(p.numel() for p in model.parameters()) + model.hidden
-        of_capture = [note for capture in model.captures[:1] for note in _notes(capture)]
+        # of the graph before any rewrite: what rules put in is not the model's to be read
+        of_capture = _notes(model.base_capture)
         self.notes = (*model.source.build.notes, *of_capture, *notes_of(model))
         self.lost = dict(model.lost)
         """By adapter: the share of the changes it was combined of that it does not have."""

@@ -109,3 +109,13 @@ def test_why_speaks_of_a_rule_as_it_was_applied(run: Any, bert: Path, tmp_path: 
     query = "encoder.layer.0.attention.self.query"
     assert run("why", surgery, "lora_qv", query, "--json").json[0]["kept"] is True
     assert run("why", surgery, "law", query, "--set", "rnk=3", "--json").json["error"]["code"]
+
+
+def test_a_rule_over_others_is_explained_among_them(run: Any, bert: Path, tmp_path: Path) -> None:
+    two = ps.apply(ps.apply(ps.capture(str(bert)), "pfeiffer", "a"), "pfeiffer", "b")
+    fused = ps.apply(two, "adapter_fusion", name="f", adapters=["a", "b"])
+    fused.save(tmp_path / "surgery")
+    path = next(match["module"] for match in fused.report.matches if match["adapter"] == "f")
+    outcome = run("why", tmp_path / "surgery", "adapter_fusion", path, "--json")
+    assert outcome.code == 0, outcome.out
+    assert [each["kept"] for each in outcome.json] == [True]
