@@ -71,6 +71,8 @@ class Masks:
 
         def patch(original: Callable[..., Any]) -> Callable[..., Any]:
             def decide(padding: Tensor | None, *sizes: Any, **named: Any) -> bool:
+                if any(isinstance(size, Tensor) for size in (*sizes, *named.values())):
+                    return False  # as the model decides in a trace: there is no value to look at
                 with (
                     patch_attribute(masking_utils, "is_torchdynamo_exporting", _never),
                     patch_attribute(masking_utils, "is_tracing", _never),
@@ -78,6 +80,8 @@ class Masks:
                     skippable = bool(original(None, *sizes, **named))
                 if not skippable:
                     return False
+                if self.call.trace is not None:
+                    return padding is None  # a mask beside a cache is given if it masks something
                 if not self.by_value:
                     self._skippable = causal
                     return False
