@@ -17,8 +17,9 @@ from typing import Any, cast
 
 from torch import fx, nn
 
+from .module_calls import hand_on
 from .program import ModuleInfo, Program, TensorInfo
-from .stack import stack_paths
+from .stack import inherit, stack_paths
 
 
 def block_paths(module: nn.Module) -> frozenset[str]:
@@ -66,14 +67,15 @@ class Library:
         kind: str,
         modules: Mapping[str, ModuleInfo],
         tensors: Mapping[str, TensorInfo],
+        home: str,
     ) -> Program:
-        """The program of this structure, made if it is new."""
+        """The program of this structure, made for the block at ``home`` if it is new."""
         structure = repr((kind, describe(graph), sorted(tensors.items()), sorted(modules)))
         known = self.by_structure.get(structure)
         if known is None:
             number = self.counts.get(kind, 0)
             self.counts[kind] = number + 1
-            known = Program(f"{kind}.{number}", graph, kind, modules, tensors)
+            known = Program(f"{kind}.{number}", graph, kind, modules, tensors, home)
             self.by_structure[structure] = known
         return known
 
@@ -136,7 +138,7 @@ class Splitter:
         for node in region.inputs:
             value_of[node] = graph.placeholder(node.name)
             value_of[node].meta.update(node.meta)
-        copier = _Copier(graph, value_of, region.path)
+        copier = Copier(graph, value_of, region.path)
         for child, run in self.runs(region):
             if child is None:
                 for node in run:
@@ -146,7 +148,7 @@ class Splitter:
                 copier.call(inner, self.build(inner))
         results = fx.map_arg(tuple(region.outputs), copier.value)
         graph.output(results[0] if region.single else results)
-        program = self.library.intern(graph, *self.describe_block(region.path, graph))
+        program = self.library.intern(graph, *self.describe_block(region.path, graph), region.path)
         known = self.programs.setdefault(region.path, [])
         if program not in known:
             known.append(program)
@@ -210,7 +212,7 @@ def _is_own(node: fx.Node, path: str) -> bool:
     return node.op == "get_attr" and str(node.target).startswith(f"{path}.")
 
 
-class _Copier:
+class Copier:
     """Copies nodes of the flat graph into a block's graph, with names relative to the block."""
 
     def __init__(self, graph: fx.Graph, value_of: dict[fx.Node, fx.Node], path: str) -> None:
@@ -226,6 +228,7 @@ class _Copier:
         return self.value_of[node]
 
     def copy(self, node: fx.Node) -> None:
+        """Copy a node, with the tensors that it reads."""
         for source in node.all_input_nodes:
             self.value(source)
         self.value_of[node] = self.graph.node_copy(node, self.value)
@@ -241,11 +244,14 @@ class _Copier:
         call.meta["val"] = values[0] if region.single else values
         call.meta["nn_module_stack"] = _outer_stack(region)
         if region.single:
+            hand_on(region.outputs[0], call)
             self.value_of[region.outputs[0]] = call
             return
         for number, node in enumerate(region.outputs):
             pick = self.graph.call_function(operator.getitem, (call, number))
             pick.meta["val"] = node.meta.get("val")
+            inherit(pick, call)
+            hand_on(node, pick)
             self.value_of[node] = pick
 
 

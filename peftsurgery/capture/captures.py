@@ -15,6 +15,7 @@ from .blocks import Library, Splitter, block_paths
 from .cleanup import clean_up
 from .export import Exported, export
 from .generating import cache_argument
+from .module_calls import ModuleCalls, noted_calls
 from .parts import module_infos
 from .program import Program
 from .signature import Call, example, map_tensors, widen
@@ -32,7 +33,8 @@ class Capture:
 
     ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
     ``mode`` is the value of ``training`` the capture is for (None: it follows). ``call`` is the
-    call it was made for, with tensors on meta, and ``state`` what surrounded that.
+    call it was made for, with tensors on meta, and ``state`` what surrounded that. ``calls`` are
+    those of its modules, by path.
     """
 
     programs: Mapping[str, Sequence[Program]]
@@ -42,10 +44,14 @@ class Capture:
     mode: bool | None
     call: Call
     state: Surroundings
+    calls: ModuleCalls = field(repr=False, compare=False)
     _check: Check = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_check", compile_check(self.names, self.conditions))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
+        return self  # immutable: copies of a model share their captures
 
     @property
     def top(self) -> Program:
@@ -147,7 +153,7 @@ class Captures:
     def _capture(
         self, module: nn.Module, call: Call, training: bool, state: Surroundings
     ) -> Capture:
-        with traced_alone():
+        with traced_alone(), noted_calls(module) as notes:
             exported = export(module, call, training)
         tensors = tensor_infos(module)
         self._name_constants(exported.module)
@@ -164,6 +170,7 @@ class Captures:
             exported.mode,
             example(call),
             state,
+            notes.done(),
         )
 
     def _name_constants(self, module: fx.GraphModule) -> None:

@@ -44,6 +44,9 @@ REFUSED: Mapping[str, str] = MappingProxyType(
                 "generate_batch",
                 "init_continuous_batching",
                 "continuous_batching_context_manager",
+                "insert",
+                "pop",
+                "clear",
             ),
             _AGAIN,
         ),
@@ -90,9 +93,12 @@ def become_like(
     own = _OF_ANY | vars(module).keys()
     kind = type(module)
     module.__class__ = _class_like(*classes, tuple((namespace or {}).items()))
-    for name, value in vars(original).items():
-        if name not in own and not hasattr(kind, name) and _is_plain(value):
-            module.__dict__[name] = value.copy() if isinstance(value, list | dict | set) else value
+    settings = {
+        name: value.copy() if isinstance(value, list | dict | set) else value
+        for name, value in vars(original).items()
+        if name not in own and not hasattr(kind, name) and _is_plain(value)
+    }
+    module.__dict__.update(settings, _settings=frozenset(settings))
 
 
 @lru_cache(maxsize=4096)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from . import ops
+from .module_calls import hand_on
 from .operands import part_operands
 from .randomness import RATE, TRAIN_FLAGS, is_random
 from .regions import AUTOCAST, inline_regions
@@ -74,6 +75,7 @@ def drop_idle_casts(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         if (node.target in _CASTS and _same_kind(node, source)) or _is_full_slice(node):
+            hand_on(node, source)
             node.replace_all_uses_with(source)
             graph.erase_node(node)
 

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 from .captures import Capture
+from .module_calls import GIVEN, hand_on
 from .program import Program
 from .signature import Call
 from .sizes import evaluate_sizes, shape_texts, with_shapes
@@ -89,6 +90,7 @@ def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -
     for node in behind.top.graph.nodes:
         if node.op == "placeholder":
             inner[node] = entries[node.name]
+            hand_on(node, entries[node.name], (GIVEN,))
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], inner.__getitem__))
         else:
@@ -102,6 +104,7 @@ def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -
         programs={**behind.programs, "": (program,)},
         output=behind.output,
         mode=given.mode if behind.mode is None else behind.mode,
+        calls={**given.calls, **behind.calls},
     )
     front = Front(capture, taken, behind.conditions, given.conditions)
     return replace(front, capture=replace(capture, conditions=front.conditions({})))

@@ -32,8 +32,10 @@ from .serving import Serving
 from .signature import Call, bind_call, takes, with_past
 from .sources import Source, check_plain, open_source
 from .surroundings import outside, surroundings
-from .tensors import named_tensors
+from .tensors import named_tensors, parameters_of, tensor_at
 from .threads import GATE, making
+from .waiting import Waiting
+from .watched import original_at
 
 
 class GraphModel(Likeness):
@@ -56,6 +58,7 @@ class GraphModel(Likeness):
         self._serving = Serving()
         with making():
             mirror(captures.source.module, self, captures.blocks, captures.infos, parameter)
+        self._waiting = Waiting(self)
         self._bound = not captures.source.on_meta
         # by part and not by its table of tensors, which torch.export puts another in the place of
         self._watched: list[tuple[str, nn.Module, str, str, torch.dtype]] = [
@@ -78,6 +81,7 @@ class GraphModel(Likeness):
 
     def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
         """The outputs of a capture for a call's values, in the graph's order."""
+        capture = self._waiting.serve(self, capture)
         if not any(isinstance(leaf, torch.Tensor) and leaf.is_cpu for leaf in leaves):
             return capture.top.forward(self, *leaves)
         if torch.compiler.is_dynamo_compiling():
@@ -163,7 +167,7 @@ class GraphModel(Likeness):
         ready = outside(lambda: self.transform(capture, *choice), capture.state)
         for path, programs in ready.programs.items():
             if path:
-                block = self.get_submodule(path)
+                block = original_at(self, path)
                 assert isinstance(block, Block)
                 block.programs = {**block.programs, **{each.label: each for each in programs}}
         self._take_constants()
@@ -184,12 +188,34 @@ class GraphModel(Likeness):
             if tensor.is_meta and name in loaded:
                 _fill(self, name, tensor, loaded[name].detach())
 
+    def get_parameter(self, target: str) -> Any:
+        """A parameter by its name; its value, if that is computed of others (parametrised, pruned).
+
+        The name is that in the capture, whatever module is in a part's place.
+        """
+        owner, _, leaf = target.rpartition(".")
+        part = original_at(self, owner)
+        own = part._parameters.get(leaf)
+        if own is None and parameters_of(part, leaf):
+            return getattr(part, leaf)
+        return super().get_parameter(target) if own is None else own
+
+    def check_in_place(self) -> None:
+        """Refuse what writes the model, if a module of it is another one now. PSG220."""
+        path = self._waiting.replaced(self)
+        if path is not None:
+            raise SurgeryError(
+                "PSG220",
+                f"another module is in the place of '{path}', which the capture does not have",
+                "put the part itself in its place again",
+            )
+
     def _casts(self) -> Casts:
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
         return frozenset(
             (name, tensor.dtype)
             for name, part, table, leaf, dtype in self._watched
-            if (tensor := part.__dict__[table][leaf]).dtype != dtype and _is_cast(tensor)
+            if (tensor := tensor_at(part, table, leaf)).dtype != dtype and _is_cast(tensor)
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

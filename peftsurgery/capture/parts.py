@@ -8,7 +8,7 @@ compilation work on them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,15 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import SurgeryError
+from .calling import run_part
 from .classes import become_like
 from .copying import Copied
 from .program import ModuleInfo, Program
+from .watched import HOOKS, Watched
 
 
-class Part(Copied):
-    """A module of the original that has no code of its own here; it holds tensors and parts."""
+class Part(Copied, Watched):
+    """A module of the original: it holds tensors and parts, and is called if something waits."""
 
     # Classes made of this one and an original's are called in this way, and registered nowhere.
     __call__: Callable[..., Any] = nn.Module.__call__
@@ -35,12 +37,15 @@ class Part(Copied):
         object.__init_subclass__()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the code of this part is in the block around it."""
-        raise SurgeryError(
-            "PSG204",
-            f"this {self._info.type} cannot be called by itself",
-            "call the model, or the block around it",
-        )
+        """What the original's module returns, in a call that the model makes. PSG204 in any other.
+
+        The model makes it if something waits for it; else the code is in the block around it.
+        """
+        return run_part(self, args, kwargs, self._run)
+
+    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
+        """The outputs of a program of this part."""
+        return program.forward(self, *inputs)
 
     def __repr__(self) -> str:
         return self._shown_name() + super().__repr__().removeprefix(self._get_name())
@@ -61,15 +66,25 @@ class Block(Part):
         self.programs: dict[str, Program] = {}
         self.checkpointing = False
 
-    def forward(self, *args: Any, program: str | None = None) -> Any:
-        """Run the program of that label, or the only one there is.
+    def forward(self, *args: Any, program: str | None = None, **kwargs: Any) -> Any:
+        """Run the program of that label; without one, be called as the original is.
 
         Args are the values its graph takes (hidden states, masks, sizes), in the graph's order.
         """
-        run = self.program(program).forward
+        if program is None:
+            return super().forward(*args, **kwargs)
+        return self._run(self.programs[program], args)
+
+    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
+        """The outputs of a program, which is run again in the backward pass if that is asked."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(run, self, *args, use_reentrant=False)
-        return run(self, *args)
+            return checkpoint(program.forward, self, *inputs, use_reentrant=False)
+        return super()._run(program, inputs)
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether hooks wait for this block, which is called anyway."""
+        return any(vars(self)[hooks] for hooks in HOOKS)
 
     def program(self, label: str | None = None) -> Program:
         """The program of that label, or the first one."""

@@ -40,6 +40,7 @@ class Program:
 
     ``graph`` reads tensors by ``get_attr`` nodes whose targets are relative to the block, and calls
     nested blocks by ``call_module`` nodes that name the child's program in the keyword ``program``.
+    ``home`` is the path of the block it was first made for, of which its nodes' origins speak.
     ``forward(self, *args)`` runs it for any module that has tensors of these names.
     """
 
@@ -48,6 +49,7 @@ class Program:
     kind: str
     modules: Mapping[str, ModuleInfo]
     tensors: Mapping[str, TensorInfo]
+    home: str = ""
     forward: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +60,7 @@ class Program:
 
     def rewritten(self, label: str, graph: fx.Graph) -> Program:
         """A program of the same block with another graph."""
-        return Program(label, graph, self.kind, self.modules, self.tensors)
+        return Program(label, graph, self.kind, self.modules, self.tensors, self.home)
 
     @property
     def code(self) -> str:

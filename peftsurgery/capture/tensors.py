@@ -37,6 +37,31 @@ def tensor_infos(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
+def tensor_at(part: nn.Module, table: str, leaf: str) -> torch.Tensor:
+    """A parameter or buffer, or what its value is computed of: it may have been parametrised.
+
+    ``table`` is where the module keeps it: "_parameters" or "_buffers".
+    """
+    stored: torch.Tensor | None = vars(part)[table].get(leaf)
+    return parameters_of(part, leaf)[0] if stored is None else stored
+
+
+def parameters_of(part: nn.Module, leaf: str) -> list[nn.Parameter]:
+    """The parameters that a module's tensor is, or is computed of.
+
+    Those are the parametrization's own, or (pruned, normed by a hook) those that are named after
+    it: ``weight_orig``, ``weight_g``.
+    """
+    own = part._parameters.get(leaf)
+    if own is not None:
+        return [own]
+    computed = part._modules.get("parametrizations")
+    if isinstance(computed, nn.ModuleDict) and leaf in computed:
+        return list(computed[leaf].parameters())
+    stored = part._parameters.items()
+    return [value for name, value in stored if value is not None and name.startswith(f"{leaf}_")]
+
+
 def traceable(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module:
     """A module of the same structure with tensors of these dtypes, to be traced and never run.
 

@@ -108,4 +108,18 @@ CODES = {
         "model's class has no resize_token_embeddings that does it, or the rows are of another "
         "base. Load the model, resize it, and capture that.",
     ),
+    "PSG220": CodeInfo(
+        "a part cannot be called or changed by itself",
+        "Hooks, and modules put in a part's place, make the part a call of its own. That takes a "
+        "stretch of the graph that is all the part's, tensors for its arguments and its result, "
+        "and the original's calls: modules cannot be added to lists or taken out of them, and the "
+        "settings that a capture has as constants cannot be changed. Change the original, and "
+        "capture it again.",
+    ),
+    "PSG221": CodeInfo(
+        "a hook changed what the model cannot take on",
+        "What a hook returns, and what a module put in a part's place returns, has the structure "
+        "of the original's result; so have arguments that a hook before it returns. A value that "
+        "the part only passes on cannot be another one.",
+    ),
 }

@@ -14,6 +14,7 @@ from torch import fx
 
 from ..anatomy.arguments import ARGUMENTS
 from ..capture import Capture
+from ..capture.module_calls import GIVEN, take_place
 from ..capture.signature import Call
 from ..capture.stack import inherit
 from ..errors import SurgeryError
@@ -139,6 +140,7 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
     behind = {node for node, number in order.items() if number > order[last]}
     for name, node in ends.items():
         entering[name].replace_all_uses_with(node, behind.__contains__)
+        take_place(entering[name], node, (GIVEN,))
         rewriter.latest[rewriter.copies[nodes[name]]] = node
     leaving = {name: old[name] for name in cut.rule.kind.outputs if name in cut.rule.rewrite}
     end = graph.output_node()

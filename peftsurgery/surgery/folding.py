@@ -41,6 +41,7 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     that no four-bit layer can have, PSG407 if none was kept in four bits.
     """
     model.bind()
+    model.check_in_place()
     changed = new_weights(model) if isinstance(model, OperatedModel) else {}
     with making():
         plain = _rebuild(model, changed)

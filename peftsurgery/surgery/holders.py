@@ -11,6 +11,10 @@ from ..errors import SurgeryError
 class Adapter(Part):
     """What an operation added beneath a module: the parameters of its cut."""
 
+    def _note(self, name: str | None = None) -> None:
+        what = "hooks on an adapter would never be called: its parameters are read, one by one"
+        raise SurgeryError("PSG220", what, "put them on the module that it is beneath")
+
     def extra_repr(self) -> str:
         """The parameters and their shapes."""
         return ", ".join(

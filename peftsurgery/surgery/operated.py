@@ -332,6 +332,11 @@ class OperatedModel(Fronted, Keeping):
         return tuple(taking_part(self._cuts, self.mode))
 
     @property
+    def base_names(self) -> frozenset[str]:
+        """Where the base's own tensors are now."""
+        return frozenset(map(self.base_name, self._captures.tensors))
+
+    @property
     def trained(self) -> frozenset[str]:
         """The base's parameters that the active adapters train, each its own copy."""
         return self._copies.trained(self.mode.replacing)
@@ -364,6 +369,7 @@ class OperatedModel(Fronted, Keeping):
         base weights and no pickle. A surgery that is there is replaced, file by file; PSG604 if
         something else is, PSG207 if what is trained of the base was never anywhere.
         """
+        self.check_in_place()
         if any(value.is_meta for value in self.values().values()):
             self.bind()
         save_surgery(self, Path(path), names)

@@ -17,6 +17,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from ..anatomy import Site, analyse
 from ..anatomy.site import join
 from ..capture import Program
+from ..capture.module_calls import take_place
 from ..capture.stack import inherit
 from ..errors import SurgeryError
 from ..language import Context, fold, names_in, rewrite
@@ -83,7 +84,8 @@ class Rewriter:
             new = self.finish(cut, name, value)
         inserted = {node for node in self.graph.nodes if node not in before}
         for node in inserted:
-            inherit(node, old)
+            # what is made of an input is made where it is read, as if its reader did it
+            inherit(node, old if readers is None else place)
             node.meta["surgery"] = cut.operation.name
         is_everywhere = readers is None
         if readers is None:
@@ -140,6 +142,7 @@ class Rewriter:
             user.replace_input_with(old, new)
         if is_everywhere:
             self.latest[self.copies[cut.site.nodes[name]]] = new
+            take_place(old, new)
 
     def replay(self, cut: Cut, place: fx.Node) -> Replay:
         """The site's functions over proxies, for nodes that are inserted before ``place``."""

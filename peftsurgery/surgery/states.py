@@ -43,6 +43,7 @@ def _put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any)
 
 
 def _of_base(module: nn.Module) -> dict[str, nn.Parameter]:
-    learnt = cast("OperatedModel", module).learnt()
+    """The base's own parameters, by the names they have now."""
+    names = cast("OperatedModel", module).base_names
     parameters = module.named_parameters(remove_duplicate=False)
-    return {name: parameter for name, parameter in parameters if name not in learnt}
+    return {name: parameter for name, parameter in parameters if name in names}

@@ -25,6 +25,8 @@ from torch.utils import _pytree as pytree
 
 from ..capture import Capture, GraphModel
 from ..capture.signature import Call, takes
+from ..capture.tensors import parameters_of
+from ..capture.watched import original_at
 from ..errors import SurgeryError, did_you_mean
 from ..language.where import layer_range
 from .batches import batch_input
@@ -218,13 +220,18 @@ class Switchable(GraphModel):
         for name, adapter in self._owners.items():
             if adapter not in changed:
                 continue
-            parameter = self._learnt_parameter(name)
             if adapter in working and name in self._resting:
                 self._resting.discard(name)
-                parameter.requires_grad_(True)
-            elif adapter not in working and parameter.requires_grad:
+                self._let_train(name, True)
+            elif adapter not in working and self._learnt_parameter(name).requires_grad:
                 self._resting.add(name)
-                parameter.requires_grad_(False)
+                self._let_train(name, False)
+
+    def _let_train(self, name: str, trains: bool) -> None:
+        """Let what an adapter has under a name be trained, or not."""
+        owner, _, leaf = self._copies.name(name).rpartition(".")
+        for parameter in parameters_of(original_at(self, owner), leaf):
+            parameter.requires_grad_(trains)
 
     def freeze_as(self, other: Switchable) -> None:
         """Let this model train, of what both have, what the other one trains."""
@@ -232,12 +239,12 @@ class Switchable(GraphModel):
         for name in other._owners.keys() & mine.keys():
             trains = other._learnt_parameter(name).requires_grad or name in other._resting
             works = mine[name] in working
-            self._learnt_parameter(name).requires_grad_(trains and works)
+            self._let_train(name, trains and works)
             self._resting.discard(name)
             if trains and not works:
                 self._resting.add(name)
 
-    def _learnt_parameter(self, name: str) -> nn.Parameter:
+    def _learnt_parameter(self, name: str) -> torch.Tensor:
         """What an adapter has under this name, which is elsewhere if it is a copy in place."""
         return self.get_parameter(self.name_of(name))
 

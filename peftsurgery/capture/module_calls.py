@@ -1,0 +1,158 @@
+"""How the original calls its modules: what each call is given and what it returns.
+
+While a model is traced, every call of a module is noted: the structure of its arguments and of its
+result, what in them is no tensor, and which nodes of the graph are the tensors. A node says of
+itself which argument of which calls it is (``meta["given"]``), and which result
+(``meta["returned"]``); clean-up and rewriting hand that on where a node takes another's place. So a
+part of the graph can be made a call of the module it came from at any time later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.utils import _pytree as pytree
+from transformers import Cache
+
+GIVEN, RETURNED = "given", "returned"
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One value of a call: a node of the graph, the model's cache, or a constant.
+
+    A constant that is ``opaque`` is an object that may differ in another call.
+    """
+
+    kind: str
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: the structure and the values of its args and kwargs, and its result."""
+
+    arguments: pytree.TreeSpec
+    given: tuple[Leaf, ...]
+    result: pytree.TreeSpec
+    returned: tuple[Leaf, ...]
+
+
+ModuleCalls = Mapping[str, Sequence[ModuleCall]]
+# One value of one call: the module's path, the call's number among its calls, the value's number.
+Mark = tuple[str, int, int]
+
+
+class _Notes:
+    """What was noted in the latest trace: a trace that begins replaces it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.paths = {id(part): name for name, part in module.named_modules() if name}
+        self.tracer: Any = None
+        self.calls: dict[str, list[ModuleCall | None]] = {}
+        self.running: list[tuple[str, int, tuple[Leaf, ...], pytree.TreeSpec] | None] = []
+
+    def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note what a call is given, if it is traced."""
+        path, mode = self.paths[id(part)], get_proxy_mode()
+        if mode is None:
+            self.running.append(None)
+            return
+        if self.tracer is not mode.tracer:
+            self.tracer, self.calls, self.running = mode.tracer, {}, []
+        number = len(self.calls.setdefault(path, []))
+        self.calls[path].append(None)
+        given, arguments = flatten((args, kwargs))
+        self.mark(GIVEN, path, number, given)
+        self.running.append((path, number, tuple(map(_leaf, given)), arguments))
+
+    def leave(self, part: nn.Module, args: Any, result: Any) -> None:
+        """Note what the call returns."""
+        note = self.running.pop() if self.running else None
+        if note is None:
+            return
+        path, number, given, arguments = note
+        returned, structure = flatten(result)
+        self.mark(RETURNED, path, number, returned)
+        leaves = tuple(map(_leaf, returned))
+        self.calls[path][number] = ModuleCall(arguments, given, structure, leaves)
+
+    def mark(self, key: str, path: str, number: int, leaves: Sequence[Any]) -> None:
+        """Let the nodes of the trace that stand for these values say so."""
+        for index, leaf in enumerate(leaves):
+            node = _node_of(leaf, self.tracer)
+            if node is not None:
+                node.meta[key] = {**node.meta.get(key, {}), (path, number, index): None}
+
+    def done(self) -> ModuleCalls:
+        """The calls that came to an end, by path."""
+        return {
+            path: tuple(call for call in calls if call is not None)
+            for path, calls in self.calls.items()
+            if None not in calls
+        }
+
+
+@contextmanager
+def noted_calls(module: nn.Module) -> Iterator[_Notes]:
+    """Note every call of the module's parts while it is traced."""
+    notes = _Notes(module)
+    handles = []
+    for name, part in module.named_modules():
+        if name:  # by torch's own functions: a captured model's parts have theirs
+            enter = nn.Module.register_forward_pre_hook(part, notes.enter, with_kwargs=True)
+            leave = nn.Module.register_forward_hook(part, notes.leave, prepend=True)
+            handles += [enter, leave]
+    try:
+        yield notes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of a call's values, and their structure; a cache is one of the leaves."""
+    return pytree.tree_flatten(value, is_leaf=lambda item: isinstance(item, Cache))
+
+
+def hand_on(old: fx.Node, new: fx.Node, keys: Sequence[str] = (GIVEN, RETURNED)) -> None:
+    """Let a node be what another one is in the calls of modules."""
+    for key in keys:
+        if key in old.meta:
+            new.meta[key] = {**new.meta.get(key, {}), **old.meta[key]}
+
+
+def take_place(old: fx.Node, new: fx.Node, keys: Sequence[str] = (GIVEN, RETURNED)) -> None:
+    """Let a node be in the calls of modules what another one is no longer."""
+    hand_on(old, new, keys)
+    for key in keys:
+        old.meta.pop(key, None)
+
+
+def _leaf(value: Any) -> Leaf:
+    if isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        return Leaf("node")
+    if isinstance(value, Cache):
+        return Leaf("cache")
+    return Leaf("constant" if isinstance(value, _PLAIN) else "opaque", value)
+
+
+def _node_of(value: Any, tracer: Any) -> fx.Node | None:
+    """The node that a traced value is; None for what is none."""
+    if isinstance(value, torch.Tensor):
+        slot = get_proxy_slot(value, tracer, None)
+        proxy = getattr(slot, "proxy", slot)
+    elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        thunk: Any = get_proxy_slot(value, tracer, None)
+        proxy = None if thunk is None else thunk.force()
+    else:
+        return None
+    node = getattr(proxy, "node", None)
+    return node if isinstance(node, fx.Node) else None

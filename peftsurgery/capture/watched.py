@@ -1,0 +1,138 @@
+"""What is done to a part from outside: noted if the part is to be called for it, or refused."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import SurgeryError
+from .randomness import RATE
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_CONSTANTS = (bool, int, float, str)
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+class Notes(Protocol):
+    """Where parts say that something waits for them."""
+
+    def note(self, path: str) -> None:
+        """Something waits, from now on, for the part at a path."""
+
+
+class Watched(nn.Module):
+    """A module that notes hooks, a forward of its own and modules put in its parts' places."""
+
+    _watching: Notes | None = None
+    _path: str = ""
+
+    def watch(self, notes: Notes, path: str) -> None:
+        """Note from now on, for the part at ``path``, what makes it called; "" is the model."""
+        vars(self)["_watching"], vars(self)["_path"] = notes, path
+        vars(self)["_originals"] = dict(self._modules)
+
+    @property
+    def itself(self) -> Watched:
+        """The module: graphs read it by name, as they read a tensor."""
+        return self
+
+    def original_part(self, name: str) -> Any:
+        """The part of that name, whatever is in its place now."""
+        return vars(self)["_originals"][name]
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether something waits for this module to be called."""
+        return "forward" in vars(self) or any(vars(self)[hooks] for hooks in HOOKS)
+
+    def _note(self, name: str | None = None) -> None:
+        """Something waits for this part, or for what is in the place of one of its own."""
+        path = self._path if name is None else _named(self._path, name)
+        if self._watching is not None and path:
+            self._watching.note(path)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As any module's; the part is called from now on."""
+        self._note()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As any module's; the part is called from now on."""
+        self._note()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As any module's; the part is called from now on."""
+        self._note()
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As any module's; the part is called from now on."""
+        self._note()
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        """As any module's; the part is called from now on."""
+        self._note()
+        return super().register_backward_hook(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._watching is not None:
+            if name == "forward":
+                self._note()
+            elif isinstance(value, nn.Module):
+                self._put(name, value)
+            elif name != RATE and _is_constant(self, name) and vars(self)[name] != value:
+                raise SurgeryError(
+                    "PSG220",
+                    f"'{_named(self._path, name)}' is a constant of the capture",
+                    "set it on the original, and capture that again",
+                )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if self._watching is not None and name in vars(self)["_originals"]:
+            raise _unchanging(self._path, name, "taken out")
+        super().__delattr__(name)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """As any module's; lists have the elements that the capture calls."""
+        if self._watching is not None:
+            self._put(name, module)
+        super().add_module(name, module)
+
+    def _put(self, name: str, module: nn.Module | None) -> None:
+        """Note a module in the place of a part. PSG220 for one more in a list."""
+        if name in vars(self)["_originals"]:
+            self._note(name)
+        elif isinstance(self, _LISTS) and not isinstance(module, Watched):
+            raise _unchanging(self._path, name, "added")
+
+
+def original_at(model: Any, path: str) -> Any:
+    """The module that a capture has at a path, whatever is in its place."""
+    part = model
+    for name in path.split(".") if path else ():
+        known = vars(part).get("_originals", {})
+        part = known[name] if name in known else part.get_submodule(name)
+    return part
+
+
+def _is_constant(part: nn.Module, name: str) -> bool:
+    """Whether a graph may have this attribute as a constant."""
+    public = name in vars(part)["_settings"] and not name.startswith("_")
+    return public and isinstance(vars(part)[name], _CONSTANTS)
+
+
+def _unchanging(path: str, name: str, what: str) -> SurgeryError:
+    return SurgeryError(
+        "PSG220",
+        f"'{_named(path, name)}' cannot be {what}: the capture calls the modules there were",
+        "put another module in its place, or change the original and capture it again",
+    )
+
+
+def _named(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
