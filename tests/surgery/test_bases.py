@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
 from peftsurgery.surgery.provenance import notes_of
@@ -232,7 +232,14 @@ def test_a_folded_directory_says_what_is_in_it_and_has_a_card(
 
 def factory() -> nn.Module:
     """A model of random weights, which are not seeded here."""
-    model: nn.Module = LlamaForCausalLM(ZOO["llama"].build().config)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
     return model.eval()
 
 
