@@ -165,7 +165,7 @@ def go_through(document: dict[str, Any]) -> None:
 
 
 @settings(
-    max_examples=120,
+    max_examples=40,
     derandomize=True,
     database=None,
     deadline=None,
