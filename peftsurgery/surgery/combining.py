@@ -25,7 +25,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import checked_but
 from ..errors import SurgeryError, did_you_mean
 from ..language import Rule
 from .applying import operate
@@ -40,7 +39,6 @@ from .switching import check_left_out, check_name
 SUMS: Mapping[str, type[Joined]] = MappingProxyType({"linear": Summed, "cat": Joined})
 
 
-@checked_but("model")
 def combine(
     model: OperatedModel,
     weights: Mapping[str, float],

@@ -105,7 +105,7 @@ def test_check_takes_the_sizes_of_sites(run: Any, tmp_path: Path) -> None:
     rule = tmp_path / "r.yaml"
     rule.write_text(
         "name: r\nrules: [{match: linear, params: {s: {shape: [in // 32]}}, rewrite: "
-        "{x: x * reshape(s[:, None] * ones_like(reshape(W[0], [in // 32, 32])), [in])}}]\n"
+        "{x: 'x * reshape(s[:, None] * ones_like(reshape(W[0], [in // 32, 32])), [in])'}}]\n"
     )
     assert "in 64, out 96" in run("rules", "check", rule).out
     assert "in 128, out 3" in run("rules", "check", rule, "--size", "in=128", "--size", "out=3").out
