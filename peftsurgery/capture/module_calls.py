@@ -60,9 +60,9 @@ class _Notes:
         self.running: list[tuple[str, int, tuple[Leaf, ...], pytree.TreeSpec] | None] = []
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note what a call is given, if it is traced."""
-        path, mode = self.paths[id(part)], get_proxy_mode()
-        if mode is None:
+        """Note what a call is given, if it is traced; a copy of the part is not the part."""
+        path, mode = self.paths.get(id(part)), get_proxy_mode()
+        if mode is None or path is None:
             self.running.append(None)
             return
         if self.tracer is not mode.tracer:
