@@ -71,6 +71,9 @@ class Context:
 
 PLAIN = Context()
 
+# What torch raises of values that do not go together; of symbolic sizes it asserts that they do.
+_UNFIT = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
+
 
 def evaluate(
     expression: Expression,
@@ -196,7 +199,7 @@ class _Reading:
     def apply(self, node: ast.expr, function: Callable[..., Any], *values: Any) -> Any:
         try:
             result = function(*values)
-        except (ArithmeticError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except _UNFIT as error:
             given = ", ".join(shown for value in values if (shown := describe_value(value)))
             reason = f"{first_line(error)} (given {given})"
             if isinstance(error, ZeroDivisionError) and isinstance(node, ast.BinOp):

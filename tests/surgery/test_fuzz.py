@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -175,3 +176,9 @@ def go_through(document: dict[str, Any]) -> None:
 def test_whatever_a_rule_file_says_ends_in_a_result_or_a_code(document: dict[str, Any]) -> None:
     with contextlib.suppress(ps.SurgeryError):
         go_through(document)
+
+
+def test_symbolic_sizes_that_cannot_be_equal_are_refused_by_code() -> None:
+    rules = [{"match": "conv", "rewrite": {"W": "sigmoid(x) @ y"}}]
+    with pytest.raises(ps.SurgeryError, match="PSG116"):
+        go_through({"name": "t", "with": SETTINGS, "rules": rules})
