@@ -165,7 +165,8 @@ class Watch(TorchFunctionMode):
             made = [result]
         for tensor in made:
             self.number(tensor)
-        self.made += made
+        given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
+        self.made += [tensor for tensor in made if id(tensor) not in given]
         return result
 
     def counts(self, value: Any) -> bool:

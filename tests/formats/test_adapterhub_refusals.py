@@ -283,9 +283,11 @@ def test_a_model_that_the_library_does_not_know_is_refused(adapter: Adapter) -> 
 
 
 @pytest.mark.parametrize("name", [NAME])
-def test_only_an_adapter_is_written_over(name: str, adapter: Adapter) -> None:
+def test_only_an_adapter_is_written_over(name: str, adapter: Adapter, tmp_path: Path) -> None:
     operated = ps.from_adapterhub(captured(name), adapter.folder)
-    ps.to_adapterhub(operated, adapter.folder)
-    (adapter.folder / CONFIG).unlink()
+    written = tmp_path / "written"
+    ps.to_adapterhub(operated, written)
+    ps.to_adapterhub(operated, written)
+    (written / CONFIG).unlink()
     with pytest.raises(SurgeryError, match="PSG601"):
-        ps.to_adapterhub(operated, adapter.folder)
+        ps.to_adapterhub(operated, written)
