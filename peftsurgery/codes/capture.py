@@ -105,8 +105,9 @@ CODES = {
     "PSG219": CodeInfo(
         "the vocabulary cannot be made another size",
         "What was trained on the base needs a table of tokens with more rows, or fewer, and the "
-        "model's class has no resize_token_embeddings that does it, or the rows are of another "
-        "base. Load the model, resize it, and capture that.",
+        "model's class has no resize_token_embeddings that does it, or its input and output have "
+        "vocabularies of their own, or the rows are of another base. Load the model, resize it, "
+        "and capture that.",
     ),
     "PSG220": CodeInfo(
         "a part cannot be called or changed by itself",

@@ -34,6 +34,10 @@ def export(model: OperatedModel, name: str) -> Written:
     Every parameter that was trained must be the adapter's or the head's.
     """
     check_left_out(model, name, "PSG512")
+    build = model.source.build
+    if build.vocabulary is not None:
+        size = f"{build.vocabulary} tokens, where the base's files have {build.stored}"
+        raise _refuse(f"the vocabulary has {size}, and the library saves none with an adapter")
     cuts = [cut for cut in model.cuts if cut.operation.name == name]
     added = [cut for cut in cuts if cut.rule.params or cut.rule.rewrite]
     places = Places(model)

@@ -26,6 +26,7 @@ from ..surgery import (
     flatten,
     operate,
 )
+from ..surgery.builds import own_tokenizer
 from ..surgery.provenance import export_record
 from .peft_adapter import read_adapter
 from .peft_base import saved_tables, with_vocabulary
@@ -84,8 +85,10 @@ def to_peft(
 ) -> tuple[str, ...]:
     """Write the adapter ``name`` (or the only one) as peft does, for ``PeftModel.from_pretrained``.
 
-    Returns notes for the reader: what is otherwise in peft. Raises PSG510 for what peft has no form
-    for, PSG511 if it is not clear which adapter is meant,
+    Where the base has another vocabulary than its files, its tables and the tokenizer that came
+    with it are written too. Returns notes for the reader: what is otherwise in peft.
+
+    Raises PSG510 for what peft has no form for, PSG511 if it is not clear which adapter is meant,
     PSG601 and PSG603 if the directory cannot be written.
     """
     operations = model.operations if isinstance(model, OperatedModel) else ()
@@ -99,7 +102,8 @@ def to_peft(
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
     check_left_out(model, chosen, "PSG510")
-    check_places(model, Path(directory) / CONFIG, Path(directory) / TENSORS)
+    folder, others = Path(directory), own_tokenizer(model.source.build)
+    check_places(model, *(folder / file for file in (CONFIG, TENSORS, *others)))
     with model.only(chosen):
         cuts = [cut for cut in model.cuts if cut.operation.name == chosen]
         if is_prompt(model, chosen):
@@ -113,5 +117,5 @@ def to_peft(
         tables = saved_tables(model, adapted)
     if not wraps:
         tables = {without_wrapper(key): value for key, value in tables.items()}
-    write_adapter(Path(directory), config, tables | tensors, export_record(model, chosen))
+    write_adapter(folder, config, tables | tensors, others | export_record(model, chosen))
     return window_notes(model, config[LENGTH]) if is_prefix(cuts) else ()

@@ -13,13 +13,13 @@ base's, as peft has it when it loads them.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..capture import GraphModel, Source, open_source
@@ -87,6 +87,18 @@ def said_class(values: Mapping[str, Any], config: PreTrainedConfig) -> str | Non
     return _known(name[0] if isinstance(name, tuple | list) else name, config)
 
 
+def class_said(model: nn.Module) -> dict[str, Any]:
+    """What a config says of its base's class, as peft does without a task_type.
+
+    A task_type would make peft train and expect the head of that task too. Nothing of a model that
+    is none of transformers'.
+    """
+    kind = type(model)
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
+
+
 def _known(name: str | None, config: PreTrainedConfig) -> str | None:
     """A class's name, if transformers has it for a config: others are the adapter's own code."""
     try:
@@ -105,24 +117,21 @@ def lost(model: nn.Module, adapter: Adapter) -> int:
 def vocabulary_for(model: nn.Module, adapter: Adapter) -> Build:
     """The vocabulary that an adapter needs, as a build; ``FILES`` if it is the model's.
 
-    PSG507 if the adapter's tensors are of several.
+    PSG507 if the adapter's tensors are of several; PSG219 if tables of the model that the adapter
+    does not train have other numbers of rows than the input's, and could not be told apart after.
     """
     stored, places = tokens_of(model), tables(model)
     if stored is None:
         return FILES
-    sizes = dict(_sizes(model, places, adapter))
-    if len(set(sizes.values())) > 1:
-        told = ", ".join(f"'{key}' for {size}" for key, size in sizes.items())
-        raise SurgeryError("PSG507", f"the adapter's tensors are for several vocabularies: {told}")
-    has_tokenizer = bool(tokenizer_files(adapter.folder))
-    wanted = next(iter(sizes.values()), None)
-    if wanted is None:
-        wanted = max(stored, tokens_needed(adapter.folder))
+    wanted = _wanted(stored, list(_sizes(model, places, adapter)), adapter.folder)
     if wanted == stored:
         return FILES
     build = Build(vocabulary=wanted, stored=stored)
+    trained = {name for name in adapter.names.own if adapter.trains(name, model)}
+    _check_even(model, places, trained, build)
+    has_tokenizer = bool(tokenizer_files(adapter.folder))
     rows = dict(_rows(model, places, adapter, build)) if build.added else {}
-    known = {*rows, *(name for name in adapter.names.own if adapter.trains(name, model))}
+    known = {*rows, *trained}
     return replace(
         build,
         rows=rows,
@@ -131,23 +140,66 @@ def vocabulary_for(model: nn.Module, adapter: Adapter) -> Build:
     )
 
 
-def _sizes(
-    model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter
-) -> Iterator[tuple[str, int]]:
-    """How many tokens the adapter's tensors at tables are for, by their keys."""
+@dataclass(frozen=True)
+class _Size:
+    """How many tokens a tensor at a table is for, and how many rows that table has, by its key."""
+
+    key: str
+    rows: int
+    own: int
+
+
+def _wanted(stored: int, sizes: Sequence[_Size], folder: Path) -> int:
+    """How many rows the tables are to have, where the input's has ``stored``. PSG507.
+
+    A table of another length than the input's that the adapter's tensor fits says nothing of the
+    input's; where the adapter has tensors at tables, its tokenizer is not asked.
+    """
+    told = [size for size in sizes if size.own == stored or size.rows != size.own]
+    if len({size.rows for size in told}) > 1:
+        listed = ", ".join(f"'{size.key}' for {size.rows}" for size in told)
+        message = f"the adapter's tensors are for several vocabularies: {listed}"
+        raise SurgeryError("PSG507", message)
+    if told:
+        return told[0].rows
+    return stored if sizes else max(stored, tokens_needed(folder))
+
+
+def _check_even(
+    model: nn.Module, places: Mapping[str, nn.Module], trained: set[str], build: Build
+) -> None:
+    """Refuse to resize a table of another length whose rows the adapter does not have. PSG219."""
+    names = tensor_names(model)
+    for path, part in places.items():
+        for leaf, parameter in part._parameters.items():
+            name = f"{path}.{leaf}"
+            if parameter is None or len(parameter) == build.stored:
+                continue
+            if trained.isdisjoint(names[name]):
+                message = (
+                    f"the vocabulary is to have {build.vocabulary} tokens, and '{name}' has "
+                    f"{len(parameter)} rows where the table of the input has {build.stored}"
+                )
+                hint = "load the model, resize each of its tables, and capture that"
+                raise SurgeryError("PSG219", message, hint)
+
+
+def _sizes(model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter) -> Iterator[_Size]:
+    """What the adapter's tensors at tables say of the sizes of those tables."""
     for group in (adapter.names.own, adapter.names.again, adapter.names.frozen):
         for name, key in group.items():
             owner, _, leaf = name.rpartition(".")
-            is_table = owner in places and leaf in places[owner]._parameters
-            if is_table and adapter.tensors[key].dim():
-                yield key, len(adapter.tensors[key])
+            table = places[owner]._parameters.get(leaf) if owner in places else None
+            if table is not None and adapter.tensors[key].dim():
+                yield _Size(key, len(adapter.tensors[key]), len(table))
     for path in places.keys() & adapter.names.added.keys():
         size = "in" if isinstance(places[path], nn.Embedding) else "out"
+        own = len(places[path].get_parameter("weight"))
         for suffix, key in adapter.names.added[path].items():
             for dim in _dims(adapter.config, suffix, size):
                 value = adapter.tensors[key]
                 if dim < value.dim():
-                    yield key, value.shape[dim]
+                    yield _Size(key, value.shape[dim], own)
 
 
 def _dims(config: AdapterConfig, suffix: str, size: str) -> set[int]:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import SurgeryError
 from ..language import Rule
 from ..surgery import Cut, OperatedModel
+from .peft_base import class_said
 from .peft_config import ABSENT, FORMAT, PATTERNS, listings
 from .peft_files import BASE
 from .peft_fused import fuse
@@ -69,8 +70,7 @@ def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, t
     config["modules_to_save"] = said.modules or None
     if any(isinstance(base.get_submodule(path), Conv1D) for path in paths):
         config["fan_in_fan_out"] = True
-    config[BASE] = model.source.origin
-    config["inference_mode"] = True
+    config |= {BASE: model.source.origin, **class_said(base), "inference_mode": True}
     return config, tensors | said.tensors
 
 

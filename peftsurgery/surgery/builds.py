@@ -36,6 +36,11 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     }
 
 
+def own_tokenizer(build: Build) -> dict[str, bytes]:
+    """The files of a build's own tokenizer, by their names; none if it is the base's."""
+    return {} if build.tokenizer is None else tokenizer_files(build.tokenizer)
+
+
 def is_tokenizer_file(name: str) -> bool:
     """Whether a file, by its name in a model's directory, is one of a tokenizer's."""
     return any(Path(name).match(pattern.removesuffix("/*")) for pattern in _TOKENIZER_FILES)
@@ -43,7 +48,7 @@ def is_tokenizer_file(name: str) -> bool:
 
 def build_contents(build: Build) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What a manifest says of a build, and the files that belong to it."""
-    contents = {} if build.tokenizer is None else tokenizer_files(build.tokenizer)
+    contents = own_tokenizer(build)
     if build.rows:
         contents[ROWS] = files.as_safetensors(build.rows)
     return ({"build": build.to_dict()} if build else {}), contents

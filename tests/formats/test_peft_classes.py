@@ -170,3 +170,23 @@ def test_the_command_line_overrides_the_class(base: Path, tmp_path: Path) -> Non
     assert CliRunner().invoke(root, [*arguments, "--class", TASKS["SEQ_CLS"][0]]).exit_code == 0
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(first(again), wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_what_is_written_for_peft_says_its_class_and_folds_again(
+    task: str, base: Path, tmp_path: Path
+) -> None:
+    kind, auto, _ = TASKS[task]
+    wanted = trained(base, tmp_path / "adapter", task)
+    ours = open_adapter(tmp_path / "adapter", str(base))
+    ps.to_peft(ours, tmp_path / "ours")
+    fold_to_directory(tmp_path / "ours", tmp_path / "folded")
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "folded").eval()
+    assert type(again).__name__ == kind
+    torch.testing.assert_close(first(again), wanted, rtol=0, atol=1e-6)
+    with quiet():
+        theirs = getattr(transformers, kind).from_pretrained(
+            base, num_labels=again.config.num_labels
+        )
+    read = PeftModel.from_pretrained(theirs, tmp_path / "ours")
+    torch.testing.assert_close(first(read.eval()), wanted, rtol=0, atol=1e-6)

@@ -6,6 +6,7 @@ that peft reads back.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from functools import cache
@@ -292,3 +293,70 @@ def test_a_fold_writes_the_new_size_and_the_adapters_tokenizer(
     assert f"the vocabulary has {NEW} tokens, where the base's has {OLD}" in result.notes
     lacking = [note for note in result.notes if "are in no file" in note]
     assert len(lacking) == (0 if saved else 1)
+
+
+def test_the_tokenizer_of_a_changed_vocabulary_goes_out_with_the_adapter(
+    bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases(True)
+    trained(base, tmp_path / "adapter", "embeddings and head saved")
+    tokenizer(base, NEW).save_pretrained(tmp_path / "adapter")
+    ps.from_peft(captured(base), tmp_path / "adapter").save(tmp_path / "surgery")
+    ps.to_peft(ps.load(tmp_path / "surgery", captured(base)), tmp_path / "ours")
+    words = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert (len(words), words.chat_template) == (NEW, "{{ messages }}")
+
+
+def test_adapterhub_has_no_place_for_a_changed_vocabulary(
+    bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases(True)
+    trained(base, tmp_path / "adapter", "embeddings and head saved")
+    ours = ps.from_peft(captured(base), tmp_path / "adapter")
+    with pytest.raises(ps.SurgeryError, match=f"PSG512: the vocabulary has {NEW} tokens"):
+        ps.to_adapterhub(ours, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+TARGET = 30
+
+
+class Translating(Small):
+    """A model whose output has another vocabulary than its input."""
+
+    _tied_weights_keys: ClassVar = {}
+
+    def __init__(self, config: SmallConfig) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(16, TARGET, bias=False)
+
+
+@pytest.mark.parametrize("rows", [TARGET, NEW])
+@pytest.mark.parametrize(
+    "options", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}]
+)
+def test_a_table_of_another_length_is_compared_with_its_own_rows(
+    rows: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """And one whose rows nobody has is not made another length."""
+    torch.manual_seed(0)
+    model = Translating(SmallConfig(tie_word_embeddings=False)).eval()
+    graph = ps.capture(model, inputs={"input_ids": TOKENS % OLD})
+    model = copy.deepcopy(model)  # peft changes it in place
+    if rows != TARGET:
+        model.lm_head = nn.Linear(16, rows, bias=False)
+    theirs = get_peft_model(model, LoraConfig(r=2, **{"target_modules": QUERIES, **options}))
+    torch.manual_seed(1)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    tokenizer(tmp_path, NEW).save_pretrained(tmp_path / "adapter")  # of the input, which fits
+    if rows != TARGET and "target_modules" in options:
+        with pytest.raises(ps.SurgeryError, match=r"PSG219: .*'lm_head.weight' has 30 rows"):
+            ps.from_peft(graph, tmp_path / "adapter")
+        return
+    ours = ps.from_peft(graph, tmp_path / "adapter").eval()
+    assert ours.source.build.vocabulary == (None if rows == TARGET else NEW)
+    wanted = theirs.eval()(input_ids=TOKENS % OLD)
+    torch.testing.assert_close(ours(input_ids=TOKENS % OLD), wanted, rtol=0, atol=1e-6)
