@@ -39,6 +39,7 @@ from .saving import (
     is_surgery,
     read_active,
     read_left_out,
+    read_lost,
     read_made,
     read_manifest,
     read_operations,
@@ -99,7 +100,7 @@ def apply(
     if parts:
         file = _training(parts)
         owner = operations[-1].name if operations else adapter_name(_own(name, file))
-        operations.append(Operation(file, {}, owner))
+        operations.append(Operation(file, {}, owner, origin))
     return operate(model, operations)
 
 
@@ -205,6 +206,7 @@ def load_on(
     check_base(compared, graph.source, allow_other_base)
     for name, layers in read_left_out(folder, manifest).items():
         operated.activate(name, leave_out=layers)
+    operated.lost.update(read_lost(manifest))
     return operated
 
 

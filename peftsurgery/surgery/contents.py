@@ -14,10 +14,13 @@ from .operation import Operation
 from .saving import (
     TENSORS,
     read_active,
+    read_buffers,
     read_fingerprint,
     read_left_out,
+    read_lost,
     read_manifest,
     read_operations,
+    read_trained,
 )
 
 
@@ -42,7 +45,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Held:
-    """An adapter of a saved surgery: what it is made of, and how large what it added is."""
+    """An adapter of a saved surgery: what it is made of, and how large what it learnt is.
+
+    ``trained`` are the names of the base's parameters that it trains whole, ``lost`` the share of
+    the change that it was combined of which it lacks.
+    """
 
     name: str
     operations: tuple[Operation, ...]
@@ -50,6 +57,8 @@ class Held:
     left_out: tuple[int | str, ...]
     size: Size
     dtypes: tuple[str, ...]
+    trained: tuple[str, ...] = ()
+    lost: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The adapter as ``--json`` prints it."""
@@ -70,6 +79,8 @@ class Held:
             "left_out": list(self.left_out),
             **asdict(self.size),
             "dtypes": list(self.dtypes),
+            "trained": list(self.trained),
+            "lost": self.lost,
         }
 
     def __str__(self) -> str:
@@ -81,6 +92,11 @@ class Held:
                 lines.append(
                     f"  on another base than it was made for: {operation.origin.other_base}"
                 )
+        if self.trained:
+            rest = f" and {len(self.trained) - 1} more" if self.trained[1:] else ""
+            lines.append(f"  trains of the base: {self.trained[0]}{rest}")
+        if self.lost is not None:
+            lines.append(f"  lacks {self.lost:.2%} of the change that it was combined of")
         if self.left_out:
             lines.append(f"  left out of layers {', '.join(map(str, self.left_out))}")
         return "\n".join(lines)
@@ -90,8 +106,8 @@ class Held:
 class Contents:
     """A saved surgery: its adapters, its base, and what it holds of the base besides.
 
-    ``of_the_base`` are parameters of the base that were trained whole, and buffers that training
-    moved.
+    ``of_the_base`` is what is no adapter's: buffers that training moved, and the parameters that
+    were trained whole of a surgery that does not say by which adapter.
     """
 
     path: Path
@@ -144,9 +160,11 @@ def contents_of(path: Path) -> Contents:
     operations = read_operations(path, manifest)
     tensors = header_of(path / TENSORS, "PSG606")
     names = list(dict.fromkeys(operation.name for operation in operations))
-    owners = {tensor: _owner(tensor, names) for tensor in tensors}
+    trained, moved = read_trained(path, manifest), read_buffers(path, manifest)
+    owners = {tensor: trained.get(tensor) or _owner(tensor, names) for tensor in tensors}
+    owners |= dict.fromkeys(moved)
     active, left_out = read_active(path, manifest), read_left_out(path, manifest)
-    adapters = []
+    lost, adapters = read_lost(manifest), []
     for name in names:
         mine = [tensor for key, tensor in tensors.items() if owners[key] == name]
         adapters.append(
@@ -157,6 +175,8 @@ def contents_of(path: Path) -> Contents:
                 tuple(left_out.get(name, ())),
                 Size.of(mine),
                 tuple(sorted({tensor.dtype for tensor in mine})),
+                tuple(sorted(key for key, owner in trained.items() if owner == name)),
+                lost.get(name),
             )
         )
     rest = {key: tensor for key, tensor in tensors.items() if owners[key] is None}
@@ -164,7 +184,7 @@ def contents_of(path: Path) -> Contents:
 
 
 def _owner(tensor: str, names: Iterable[str]) -> str | None:
-    """The adapter that a tensor's name is beneath, the innermost; None for one of the base."""
+    """The adapter that a tensor's name is beneath, the innermost; None for one of no adapter."""
     known = set(names)
     return next((part for part in reversed(tensor.split(".")[:-1]) if part in known), None)
 

@@ -114,7 +114,7 @@ def fold_record(model: GraphModel) -> dict[str, Any]:
         "format": FORMAT,
         "base": source.origin,
         "fingerprint": None if weights is None else weights.fingerprint.summary(),
-        "folded": [*folded_into(home_of(source)), *(_entry(operation) for operation in mine)],
+        "folded": [*folded_into(home_of(source)), *(_entry(model, op) for op in mine)],
         "versions": versions(),
         "date": now(),
     }
@@ -128,17 +128,20 @@ def export_record(model: GraphModel, adapter: str) -> dict[str, bytes]:
     mine = [operation for operation in operations_of(model) if operation.name == adapter]
     if not any(operation.origin.other_base for operation in mine):
         return {}
-    entries = [_entry(operation) for operation in mine]
+    entries = [_entry(model, operation) for operation in mine]
     base = model.source.origin
     record = {"format": FORMAT, "base": base, "exported": entries, "versions": versions()}
     return {FILE: as_json({**record, "date": now()})}
 
 
-def _entry(operation: Operation) -> dict[str, Any]:
-    """One operation as the record lists it."""
+def _entry(model: GraphModel, operation: Operation) -> dict[str, Any]:
+    """One operation as the record lists it, with how its base was built, if not as its files say.
+
+    Here and not beside the base: what is folded next is folded into an ordinary directory.
+    """
     from .saving import dump_rules
 
-    origin = operation.origin
+    origin, build = operation.origin, model.source.build
     return {
         "adapter": operation.name,
         "method": operation.file.name,
@@ -148,6 +151,7 @@ def _entry(operation: Operation) -> dict[str, Any]:
         "content": origin.content,
         "seed": origin.seed,
         "other_base": origin.other_base,
+        **({"build": build.to_dict()} if build else {}),
     }
 
 

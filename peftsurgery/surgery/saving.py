@@ -2,7 +2,8 @@
 
     surgery.json           format, base and its fingerprint, for each operation its name, rule file
                            and settings, which adapters are active; versions, seed and date; how the
-                           base is built (see builds.py)
+                           base is built (see builds.py); which adapter trains which of the base's
+                           parameters, which buffers moved, what a combination lacks
     rules/0_lora_qv.yaml   the rule files, as they were applied
     adapter.safetensors    every parameter the rules added or trained, and every buffer that the
                            training moved, by its name in the model
@@ -54,24 +55,34 @@ def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | Non
         "format": FORMAT,
         "base": model.source.origin,
         "model": type(model.source.module).__name__,
-        "operations": [_entry(*each) for each in zip(saved, rules, strict=True)],
+        "operations": [_entry(model, *each) for each in zip(saved, rules, strict=True)],
         "active": [name for name in model.active if name in names],
         "versions": versions(),
         "seed": torch.initial_seed(),
         "date": now(),
     }
     built, more = build_contents(model.source.build)
-    manifest |= built
+    moved = moved_buffers(model)
+    manifest |= built | _of_the_base(model, names, moved)
     left_out = {name: layers for name, layers in model.left_out.items() if name in names}
     if left_out:
         manifest["left_out"] = left_out
     weights = weights_of(model.source)
     manifest["fingerprint"] = None if weights is None else weights.fingerprint.to_dict()
     contents = more | {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
-    contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved_buffers(model)})
+    contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")
     _remove_stale(path, [*rules, *contents])
+
+
+def _of_the_base(
+    model: OperatedModel, names: Collection[str], moved: Mapping[str, torch.Tensor]
+) -> dict[str, Any]:
+    """What the manifest says of tensors that are the base's: who trained them, which moved."""
+    copies = model._copies.made.items()
+    trained = {model.name_of(home): adapter for home, (_, adapter) in copies if adapter in names}
+    return ({"trained": trained} if trained else {}) | ({"buffers": [*moved]} if moved else {})
 
 
 def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
@@ -125,7 +136,9 @@ def _is_entry(entry: Any) -> bool:
         return False
     name, rules = entry.get("name"), entry.get("rules")
     seed, other = entry.get("seed"), entry.get("other_base")
-    said = isinstance(seed, int | None) and isinstance(other, str | None)
+    lost = entry.get("lost", 0.0)
+    share = isinstance(lost, int | float) and not isinstance(lost, bool) and lost >= 0
+    said = isinstance(seed, int | None) and isinstance(other, str | None) and share
     return said and is_adapter_name(name) and isinstance(rules, str)
 
 
@@ -185,6 +198,30 @@ def read_left_out(path: Path, manifest: Mapping[str, Any]) -> dict[str, list[int
     raise SurgeryError("PSG605", f"{path / MANIFEST}: 'left_out' does not list layers")
 
 
+def read_trained(path: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The adapters by the base's parameters that they train. PSG605 if damaged.
+
+    Nothing of surgeries that were saved before manifests said it.
+    """
+    trained, names = manifest.get("trained", {}), _names(manifest)
+    if isinstance(trained, dict) and all(adapter in names for adapter in trained.values()):
+        return trained
+    raise SurgeryError("PSG605", f"{path / MANIFEST}: 'trained' does not name adapters")
+
+
+def read_buffers(path: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The buffers that training moved, as the manifest says. PSG605 if damaged."""
+    moved = manifest.get("buffers", [])
+    if isinstance(moved, list) and all(isinstance(name, str) for name in moved):
+        return moved
+    raise SurgeryError("PSG605", f"{path / MANIFEST}: 'buffers' does not list names")
+
+
+def read_lost(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """What combined adapters lack of the change that they were combined of, as shares, by name."""
+    return {entry["name"]: entry["lost"] for entry in manifest["operations"] if "lost" in entry}
+
+
 def _names(manifest: Mapping[str, Any]) -> list[str]:
     """The adapters of a manifest; a list, since what is compared with it may be anything."""
     return [entry["name"] for entry in manifest["operations"]]
@@ -206,9 +243,10 @@ def check_learnt(
             raise SurgeryError("PSG606", message)
 
 
-def _entry(operation: Operation, rules: str) -> dict[str, Any]:
+def _entry(model: OperatedModel, operation: Operation, rules: str) -> dict[str, Any]:
     """An operation as a manifest lists it; ``rules`` is the name of its rule file."""
     entry = {"name": operation.name, "rules": rules, "settings": operation.own_settings}
     origin = operation.origin
-    said = {"seed": origin.seed, "other_base": origin.other_base}
+    lost = model.lost.get(operation.name)
+    said = {"seed": origin.seed, "other_base": origin.other_base, "lost": lost}
     return entry | {key: value for key, value in said.items() if value is not None}

@@ -34,6 +34,7 @@ def built(model: GraphModel, build: Build) -> GraphModel:
         return graph
     made = OperatedModel(graph, model.operations, model.values(), model.active)
     made.freeze_as(model)
+    made.lost.update(model.lost)
     for name, layers in model.left_out.items():
         made.activate(name, leave_out=layers)
         if name not in model.active:

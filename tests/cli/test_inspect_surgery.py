@@ -54,21 +54,53 @@ def test_what_a_surgery_holds_is_shown_without_its_base(run: Any, surgery: Path)
     assert [each["name"] for each in (law, ia3, spare)] == ["law", "ia3", "spare"]
     assert law["operations"][0]["method"] == "narrow"
     assert law["operations"][0]["settings"] == {"rank": 3}
-    for adapter in (law, spare):
+    trained = {name for name in tensors if "pooler" in name}
+    for adapter in (law, ia3, spare):
         mine = [value for name, value in tensors.items() if f".{adapter['name']}." in name]
+        mine += [tensors[name] for name in trained if adapter is ia3]
         assert adapter["tensors"] == len(mine)
         assert adapter["parameters"] == sum(value.numel() for value in mine)
         assert adapter["bytes"] == sum(value.nbytes for value in mine)
         assert adapter["dtypes"] == ["F32"]
     assert law["parameters"] == 2 * (3 * 32 + 32 * 3)
-    trained = {name for name in tensors if "pooler" in name}
-    assert set(document["of_the_base"]["names"]) == trained
-    assert sum(a["tensors"] for a in document["adapters"]) + len(trained) == len(tensors)
+    assert set(ia3["trained"]) == trained
+    assert document["of_the_base"]["names"] == []
+    assert sum(adapter["tensors"] for adapter in document["adapters"]) == len(tensors)
+    assert [each["seed"] for each in ia3["operations"]] == 2 * [law["operations"][0]["seed"]]
     text = run("inspect", surgery).out
+    assert "  trains of the base: pooler.dense.bias and 1 more" in text
     assert "law: 384 parameters in 4 tensors, 1.5 KiB" in text
     assert "spare (inactive)" in text
     assert "narrow(rank=3)" in text
     assert manifest["fingerprint"]["digest"] in text
+
+
+def test_what_trains_the_base_owns_what_it_trained_whatever_it_is_called(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    """And what a surgery does not say is told by the names of its tensors."""
+    graph = ps.capture(str(bert))
+    bias = ps.Rule(match="parameter", where={"kind": "bias", "path": ".*query.*"}, train=True)
+    norm = ps.Rule(match="parameter", where={"path": ".*LayerNorm.*"}, train=True)
+    model = ps.apply(ps.apply(graph, bias, name="layer"), norm, name="attention")
+    model.deactivate()  # two active adapters may not train one parameter
+    model = ps.apply(model, bias, name="again")
+    model.save(tmp_path / "all")
+    tensors = load_file(tmp_path / "all/adapter.safetensors")
+    held = {a["name"]: a for a in run("inspect", tmp_path / "all", "--json").json["adapters"]}
+    for name in model.adapters:
+        assert held[name]["parameters"] == sum(v.numel() for v in model.learnt(name).values()) > 0
+        assert set(held[name]["trained"]) == model.learnt(name).keys()
+    assert sum(each["tensors"] for each in held.values()) == len(tensors)
+    file = tmp_path / "all/surgery.json"
+    said = json.loads(file.read_text())
+    assert "lost" not in said["operations"][0]
+    file.write_text(json.dumps({key: value for key, value in said.items() if key != "trained"}))
+    older = run("inspect", tmp_path / "all", "--json")
+    assert older.code == 0
+    assert [each["trained"] for each in older.json["adapters"]] == [[], [], []]
+    file.write_text(json.dumps(said | {"trained": {"x": "nobody"}}))
+    assert run("inspect", tmp_path / "all", "--json").json["error"]["code"] == "PSG605"
 
 
 def test_a_surgery_is_shown_without_a_capture(

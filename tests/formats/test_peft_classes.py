@@ -100,6 +100,9 @@ def test_the_class_of_a_fold_is_that_of_the_adapters_task(
     assert type(again).__name__ == kind
     torch.testing.assert_close(first(again), wanted, rtol=0, atol=1e-6)
     assert f"the base is built as a {kind}" in result.notes
+    record = json.loads((tmp_path / "folded/peftsurgery.json").read_text())
+    said = {"kind": kind} | ({} if labels is None else {"labels": labels})
+    assert [entry["build"] for entry in record["folded"]] == [said] * len(record["folded"])
     if labels is not None:
         assert again.config.num_labels == labels
         assert f"the base is built with {labels} labels" in result.notes

@@ -360,3 +360,16 @@ def test_a_table_of_another_length_is_compared_with_its_own_rows(
     assert ours.source.build.vocabulary == (None if rows == TARGET else NEW)
     wanted = theirs.eval()(input_ids=TOKENS % OLD)
     torch.testing.assert_close(ours(input_ids=TOKENS % OLD), wanted, rtol=0, atol=1e-6)
+
+
+def test_what_a_combination_lost_is_still_told_on_another_vocabulary(
+    bases: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = bases(True)
+    trained(base, tmp_path / "adapter", "nothing but LoRA")
+    tokenizer(base, NEW).save_pretrained(tmp_path / "adapter")
+    model = ps.apply(captured(base), "lora_all_linear", name="a", rank=2)
+    model.lost["a"] = 0.25
+    grown = ps.from_peft(model, tmp_path / "adapter", name="b")
+    assert grown.source.build.vocabulary == NEW
+    assert grown.report.lost == {"a": 0.25}

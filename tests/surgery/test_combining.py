@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.contents import contents_of
 from tests.parity.models import batch, captured
 from tests.surgery.reference import randomise
 
@@ -221,7 +223,7 @@ def test_a_scaled_product_of_products_is_its_change_scaled() -> None:
     assert_sum(model, {"a": -0.7}, ps.combine(model, {"a": -0.7}, "new"))
 
 
-def test_what_a_rank_loses_is_told_as_a_share_of_the_change() -> None:
+def test_what_a_rank_loses_is_told_as_a_share_of_the_change(tmp_path: Path) -> None:
     """PiSSA adds the difference of two products, whose rank is twice that of the adapter."""
     model = made("llama", ("pissa", {"rank": 2}), ("pissa", {"rank": 3}))
     shares = {"a": 1.0, "b": 0.5}
@@ -239,6 +241,11 @@ def test_what_a_rank_loses_is_told_as_a_share_of_the_change() -> None:
         assert f"'new' lacks {float(share):.2%} of the change" in str(combined.report)
         again = ps.apply(combined, "ia3", name="more")
         assert again.report.lost == combined.report.lost
+        again.save(tmp_path / "saved", names=["new", "more"])
+        saved = ps.load(tmp_path / "saved", model.base)
+        assert saved.report.lost == combined.report.lost
+        (held, other) = contents_of(tmp_path / "saved").adapters
+        assert (held.lost, other.lost) == (combined.lost["new"], None)
         rest = ps.eject(again, "new")
         assert isinstance(rest, OperatedModel)
         assert rest.report.lost == {}

@@ -312,6 +312,8 @@ def test_only_regular_files_are_read(
         (manifest(operations={}), "PSG605"),
         (manifest(operations=[["lora_qv"]]), "PSG605"),
         (operation(name=3), "PSG605"),
+        (operation(lost="x"), "PSG605"),
+        (operation(lost=-1), "PSG605"),
         (operation(name="a.b"), "PSG605"),
         (operation(settings=[["rank", 3]]), "PSG605"),
         (operation(settings={"rank": [3]}), "PSG121"),
