@@ -73,11 +73,11 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the nearest known words, or all of them when none is near.
 
-    Near are the words of which the name is a part, and the one that is most like it.
+    Near are the one that is most like it, which comes first, and those of which it is a part.
     """
     known = sorted(known)
     holding = [word for word in known if name and name in word and len(name) > 2]
-    near = list(dict.fromkeys([*holding, *filter(None, [closest(name, known)])]))
+    near = list(dict.fromkeys([*filter(None, [closest(name, known)]), *holding]))
     if len(near) > 1:
-        return f"did you mean one of {', '.join(near)}?"
+        return f"did you mean '{near[0]}'? or one of {', '.join(near[1:])}?"
     return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"

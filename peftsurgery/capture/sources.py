@@ -259,7 +259,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def _config(spec: str) -> PreTrainedConfig:
     file = Path(spec) / "config.json"
-    if file.is_file():
+    if os.path.isfile(file):  # a path's own is_file() raises for a name that is too long
         raw = _read_json(file)
         known = transformers.models.auto.configuration_auto.CONFIG_MAPPING
         if "auto_map" in raw:

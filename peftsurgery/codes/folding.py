@@ -39,6 +39,12 @@ CODES = {
         "requantise packs the weights again that the operated model keeps in four bits, and this "
         "one keeps none: no rule of it has `store:`.",
     ),
+    "PSG408": CodeInfo(
+        "a weight has readers that the rule leaves as they are",
+        "The rule changes what one place computes with a weight, and another place reads the same "
+        "weight unchanged. A fold changes the weight for both, so the folded model would compute "
+        "something else. Let the rule match all of them, or keep the adapter.",
+    ),
     "PSG410": CodeInfo(
         "the folded model is not the operated one",
         "What was written was read back by from_pretrained (a plain module: from its tensors) and "

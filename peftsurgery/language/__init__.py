@@ -9,6 +9,7 @@ from peftsurgery.language.functions import site_function
 from peftsurgery.language.initial import INITIALISERS, initial
 from peftsurgery.language.kinds import KINDS, Kind, sizes_of
 from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.located import Located
 from peftsurgery.language.maths import maths
 from peftsurgery.language.operators import OPERATORS, Operator, operator
 from peftsurgery.language.pattern import Match, find_pattern
@@ -49,6 +50,7 @@ __all__ = [
     "Expect",
     "Expression",
     "Kind",
+    "Located",
     "Match",
     "Operator",
     "Param",

@@ -24,6 +24,7 @@ from ..language import fold as folded_weights
 from ..language import names_in
 from .operated import OperatedModel
 from .operation import Cut, in_order
+from .readers import check_readers
 from .requantising import FoldError, error_of, pack_layers
 from .rewriting import disorient, orient, wide
 from .untying import untie
@@ -38,7 +39,8 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     layers; :func:`fold_error` tells the error. Raises PSG401 for a rule that cannot be folded,
     PSG402 if a weight would overflow its dtype, PSG403 for values that are not finite, PSG404 for a
     tie that the architecture insists on, PSG405 for a bias that is not there, PSG406 for a weight
-    that no four-bit layer can have, PSG407 if none was kept in four bits.
+    that no four-bit layer can have, PSG407 if none was kept in four bits, PSG408 for a weight that
+    something else reads too.
     """
     model.bind()
     model.check_in_place()
@@ -96,6 +98,7 @@ def exact_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
         name: model.dense(name) for name in (*model.trained, *model.stored)
     }
     done: set[Any] = set()
+    check_readers(model.active_cuts, model.sites)
     for cut in in_order(model.active_cuts):
         _check_foldable(cut)
         weights = cut.weights

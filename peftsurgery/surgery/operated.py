@@ -20,7 +20,7 @@ from ..anatomy.site import join
 from ..capture import Capture, GraphModel, ModuleInfo
 from ..capture.threads import making
 from ..errors import SurgeryError
-from ..language import Selection, initial_values, shape_of, weights_read
+from ..language import Located, Selection, initial_values, shape_of, weights_read
 from .boundary import check_inputs, is_at_boundary
 from .choices import Choices, Mode, mode_of
 from .copies import Copies
@@ -322,9 +322,13 @@ class OperatedModel(Fronted, Keeping):
 
     def unread(self, name: str) -> list[str]:
         """The other names of a tied parameter that no graph reads: they go wherever it goes."""
-        sites = self._selections[0].sites if self._selections else ()
-        read = {site.parameter for site in sites if site.kind == "parameter"}
+        read = {site.parameter for site in self.sites if site.kind == "parameter"}
         return [alias for alias in self._captures.names[name] if alias not in read]
+
+    @property
+    def sites(self) -> Sequence[Located]:
+        """All sites of the capture that the rules were applied to; none without a rule."""
+        return self._selections[0].sites if self._selections else ()
 
     @property
     def active_cuts(self) -> tuple[Cut, ...]:

@@ -159,6 +159,7 @@ def test_what_names_no_model_is_refused_by_name(spec: str, says: str) -> None:
 
 def test_a_misspelt_directory_gets_a_suggestion(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "models/my_bert").mkdir(parents=True)
+    (tmp_path / "models/my_bert/config.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     for spec in ("models/my_brt", f"{tmp_path}/models/my_brt"):
         with pytest.raises(SurgeryError, match="did you mean 'my_bert'") as caught:
