@@ -48,6 +48,13 @@ def check_apart(
         raise SurgeryError("PSG603", f"'{target}' cannot be written: {error}") from None
 
 
+def give_usual_mode(file: Path) -> None:
+    """Let others read a file as they may read any new one; safetensors writes for the owner."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
+
+
 def everything_read(given: Iterable[str | Path | None]) -> list[Path]:
     """The files and directories that these names are, and those that they in turn name."""
     found: dict[Path, None] = {}
@@ -81,11 +88,11 @@ def hub_folder(name: str) -> Path | None:
 def _named_in(folder: Path) -> Iterator[str]:
     """The models that a saved surgery or an adapter says it was made for."""
     for file, keys in NAMING.items():
-        content = _object(folder / file)
+        content = object_in(folder / file)
         yield from (value for key in keys if isinstance(value := content.get(key), str) and value)
 
 
-def _object(file: Path) -> dict[str, Any]:
+def object_in(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if it cannot be read, which whoever opens it will say."""
     try:
         if not os.path.isfile(file) or file.stat().st_size > _LARGEST:

@@ -12,8 +12,8 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import lru_cache
 
 LIBRARIES = ("torch", "transformers", "huggingface_hub", "accelerate", "bitsandbytes", "peft")
@@ -67,33 +67,54 @@ def _with_handlers(count: int) -> tuple[str, ...]:
     return tuple(name for name, log in ours if isinstance(log, logging.Logger) and log.handlers)
 
 
-class _Bars:
-    """Whether transformers shows progress bars: not while some thread is at work for us."""
+class _Shared:
+    """A context of the whole process, which blocks of several threads are in at one time.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._depth, self._shown = 0, True
+    The first of them enters it, and the last one leaves it: left in another order than entered,
+    contexts that put back what they found would put back each other's.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._context = context
+        self._lock, self._depth, self._open = threading.Lock(), 0, ExitStack()
 
     @contextmanager
-    def hidden(self) -> Iterator[None]:
-        """No bars until the last of the blocks that run at one time has ended."""
-        from transformers.utils import logging as theirs
-
+    def entered(self) -> Iterator[None]:
+        """Within the context at least until this block ends."""
         with self._lock:
             if not self._depth:
-                self._shown = theirs.is_progress_bar_enabled()
-                theirs.disable_progress_bar()
+                self._open.enter_context(self._context())
             self._depth += 1
         try:
             yield
         finally:
             with self._lock:
                 self._depth -= 1
-                if not self._depth and self._shown:
-                    theirs.enable_progress_bar()
+                if not self._depth:
+                    self._open.close()
 
 
-_BARS = _Bars()
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=_MODULES)
+        yield
+
+
+_BARS, _WARNINGS = _Shared(_no_bars), _Shared(_no_warnings)
 
 
 @contextmanager
@@ -101,8 +122,7 @@ def quiet() -> Iterator[None]:
     """Drop the logs, the warnings and the progress bars of libraries; usable as a decorator too."""
     with ExitStack() as stack:
         if "transformers" in sys.modules:
-            stack.enter_context(_BARS.hidden())
+            stack.enter_context(_BARS.entered())
         stack.enter_context(unlogged())
-        stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", module=_MODULES)
+        stack.enter_context(_WARNINGS.entered())
         yield

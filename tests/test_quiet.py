@@ -163,3 +163,25 @@ def test_bars_come_back_when_the_last_block_has_ended() -> None:
 def test_export_can_print_again_afterwards() -> None:
     ps.capture(nn.Linear(2, 2), inputs=(torch.ones(2, 2),))
     assert "print" not in vars(torch.export._trace)
+
+
+def test_blocks_of_two_threads_that_overlap_leave_the_filters_of_warnings_as_they_were() -> None:
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with quiet():
+            entered.set()
+            may_leave.wait(30)
+
+    before = list(warnings.filters)
+    thread = threading.Thread(target=work)
+    with quiet(), quiet():
+        thread.start()
+        assert entered.wait(30)
+    assert warnings.filters != before  # the other thread is still at work
+    may_leave.set()
+    thread.join(30)
+    assert warnings.filters == before
+    with pytest.raises(ZeroDivisionError), quiet():
+        raise ZeroDivisionError
+    assert warnings.filters == before

@@ -8,7 +8,8 @@ is what a whole model answers in its own way.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import SurgeryError
+from ..places import check_apart, give_usual_mode
 from .classes import FILES
 from .parts import Block, Part
+from .sources import Source
 
 
 @lru_cache(maxsize=256)
@@ -33,6 +36,12 @@ def forward_like(kind: Any, original: Any) -> Callable[..., Any]:
     forward.__doc__ = kind.forward.__doc__
     vars(forward)["__signature__"] = inspect.signature(original.forward)
     return forward
+
+
+def loaded_from(source: Source) -> str | None:
+    """Where a live model of transformers was loaded from, a path or a hub id, as far as it says."""
+    name = getattr(source.module, "name_or_path", None)
+    return name if isinstance(name, str) and name else None
 
 
 class Likeness(Part):
@@ -49,7 +58,8 @@ class Likeness(Part):
 
         This is what trainers call for their checkpoints; of an operated model it is what was
         learnt. A model for ``from_pretrained`` is what ``fold`` makes. A tensor with several names
-        is written once. PSG216 for another option.
+        is written once. PSG216 for another option, PSG602 where that would lie in, or be, something
+        that the model was made of.
         """
         asked = [f"{name}=..." for name, value in others.items() if value]
         if asked:
@@ -58,12 +68,18 @@ class Likeness(Part):
             )
         if not is_main_process:
             return
+        directory = Path(save_directory)
+        check_apart(directory / SAFE_WEIGHTS_NAME, self.read_from())
         state = self.state_dict() if state_dict is None else state_dict
         first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
         tensors = {name: t.contiguous() for name, t in state.items() if first[id(t)] == name}
-        directory = Path(save_directory)
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        give_usual_mode(directory / SAFE_WEIGHTS_NAME)
+
+    @abstractmethod
+    def read_from(self) -> Iterator[str | Path | None]:
+        """The places of what the model was made of, where nothing is to be written."""
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: what is one tensor in the original is one here, however it is loaded."""

@@ -25,7 +25,7 @@ from .captures import Capture, Captures, Casts
 from .classes import become_like
 from .generating import check_generates, first_inputs, new_cache, remembers, shell
 from .inputs import example_inputs
-from .likeness import Likeness, forward_like
+from .likeness import Likeness, forward_like, loaded_from
 from .parts import Block, mirror, own
 from .remembering import Past
 from .serving import Serving
@@ -136,6 +136,11 @@ class GraphModel(Likeness):
     def source(self) -> Source:
         """Where the model and its weights come from."""
         return self._captures.source
+
+    def read_from(self) -> Iterator[str | Path | None]:
+        """The places of a model's base: its directory, and that of its tokenizer if it has two."""
+        source = self.source
+        yield from (source.origin, source.folder, loaded_from(source), source.build.tokenizer)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The tokens that the original's ``generate`` gives, by the original's own code.

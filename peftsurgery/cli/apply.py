@@ -20,6 +20,8 @@ set_option = click.option(
     "--set", "overrides", metavar="K=V", multiple=True, help="Override a setting of the rules."
 )
 
+SEEDS = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
+
 
 @click.command()
 @click.argument("model")
@@ -27,7 +29,7 @@ set_option = click.option(
 @output_option
 @set_option
 @name_option("The adapter's name; the rule's unless given.")
-@click.option("--seed", type=int, help="Torch's seed for the initial values; recorded.")
+@click.option("--seed", type=SEEDS, help="Torch's seed for the initial values; recorded.")
 @other_base_option
 @click.option("--dry-run", is_flag=True, help="Print the report and write nothing.")
 @force_option

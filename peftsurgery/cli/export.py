@@ -51,8 +51,7 @@ def export(
 
         operated = load(surgery, base, allow_other_base)
         if name is not None and to == "onnx":
-            operated.deactivate()
-            operated.activate(name)
+            operated.choose(name)
     with doing(f"writing {out}"):
         if to == "onnx":
             about = _write_onnx(operated, out)

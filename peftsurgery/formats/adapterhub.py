@@ -30,7 +30,7 @@ from ..surgery import (
     operate,
 )
 from ..surgery.files import remove
-from ..surgery.provenance import export_record
+from ..surgery.provenance import clear_export_record, export_record
 from .adapter_files import write_files
 from .adapterhub_config import HubConfig
 from .adapterhub_export import Written, export
@@ -118,6 +118,7 @@ def _write(model: GraphModel, folder: Path, files: Mapping[str, bytes], marker: 
     check_places(model, *(folder / file for file in files), *(folder / place for place in places))
     write_files(folder, files, marker)
     remove(folder / place for place in places if place.as_posix() not in files)
+    clear_export_record(folder, files)
 
 
 def _adapter(importer: Importer, folder: Path, name: str | None) -> Plan:

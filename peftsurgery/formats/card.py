@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,22 @@ from ..surgery import OperatedModel
 from ..surgery.provenance import FILE, as_json, fold_record, home_of
 
 CARD = "README.md"
-_CACHED = re.compile(r"models--(.+?)--(.+)")
+_CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")
+_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:
     """The card of a model, of which ``record`` says what was folded into it."""
-    base = record.get("base")
-    named = None if base is None else hub_id(str(base))
+    base = "" if record.get("base") is None else str(record["base"])
+    named = hub_id(base)
+    shown = named or Path(base).name
     matter: dict[str, Any] = {} if named is None else {"base_model": named}
     matter |= {"library_name": "transformers"} if is_transformers else {}
     matter["tags"] = ["peftsurgery"]
-    title = f"{Path(named).name}, folded" if named else "A folded model"
+    title = f"{Path(shown).name}, folded" if shown else "A folded model"
     lines = [_line(entry) for entry in record["folded"]] or ["- no adapter"]
     head = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
-    what = f"The weights of `{named}`" if named else "The weights of a base"
+    what = f"The weights of `{shown}`" if shown else "The weights of a base"
     return "\n".join(
         [
             f"---\n{head}---\n",
@@ -55,10 +59,11 @@ def _line(entry: Mapping[str, Any]) -> str:
     return f"- `{entry['adapter']}`: {entry['method']}({settings}){warning}"
 
 
-def hub_id(base: str) -> str:
-    """A base's name on the hub, if it lies in the hub's cache; else its name as it is."""
-    for part in Path(base).parts:
-        found = _CACHED.fullmatch(part)
+def hub_id(base: str) -> str | None:
+    """A base's name on the hub: if it lies in the hub's cache, or is a name and no place here."""
+    for part, inner in pairwise(Path(base).parts):
+        found = _CACHED.fullmatch(part) if inner == "snapshots" else None
         if found:
-            return "/".join(found.groups())
-    return base
+            return "/".join(name for name in found.groups() if name)
+    is_id = _ID.fullmatch(base) and "--" not in base and not os.path.lexists(base)
+    return base if is_id else None

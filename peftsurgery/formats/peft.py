@@ -27,7 +27,7 @@ from ..surgery import (
     operate,
 )
 from ..surgery.builds import own_tokenizer
-from ..surgery.provenance import export_record
+from ..surgery.provenance import clear_export_record, export_record
 from .peft_adapter import read_adapter
 from .peft_base import saved_tables, with_vocabulary
 from .peft_config import FORMAT
@@ -117,5 +117,7 @@ def to_peft(
         tables = saved_tables(model, adapted)
     if not wraps:
         tables = {without_wrapper(key): value for key, value in tables.items()}
-    write_adapter(folder, config, tables | tensors, others | export_record(model, chosen))
+    others |= export_record(model, chosen)
+    write_adapter(folder, config, tables | tensors, others)
+    clear_export_record(folder, others)
     return window_notes(model, config[LENGTH]) if is_prefix(cuts) else ()

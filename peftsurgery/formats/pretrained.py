@@ -8,7 +8,6 @@ sentence-transformers pipeline. A plain module gives ``model.safetensors``, its 
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from ..arguments import checked
 from ..capture import GraphModel
 from ..capture.tensors import tensor_names
 from ..errors import SurgeryError, first_line
+from ..places import give_usual_mode
 from ..quiet import quiet
 from ..surgery import OperatedModel, check_places, fold, fold_error
 from ..surgery.applying import load_on
@@ -94,7 +94,8 @@ class FoldResult:
         names = ", ".join(self.adapters) or "no adapter is active"
         lines = [f"{names}: changed {len(self.changed)} of {self.tensors} weights"]
         if self.adapters and not self.changed:
-            lines.append("  what was folded changes nothing: it is untrained, as it was applied")
+            what = "it is untrained, or too small"
+            lines.append(f"  what was folded changes no weight at this precision: {what}")
         if self.changed:
             most = max(self.changed, key=lambda change: change.relative)
             lines.append(f"  most, by {most.relative:.2%} of its norm: {most.name}")
@@ -222,8 +223,7 @@ def _opened(
 def _with_active(operated: OperatedModel, adapters: Collection[str]) -> OperatedModel:
     """The model with these adapters active and no others; as it is if none are named."""
     if adapters:
-        operated.deactivate()
-        operated.activate(*adapters)
+        operated.choose(*adapters)
     return operated
 
 
@@ -257,8 +257,8 @@ def write_model(
                 save_model(plain, str(folder / WEIGHTS))
     except SafetensorError as error:  # a full disk, for one, is not an OSError here
         raise SurgeryError("PSG603", f"{folder}: {error}") from None
-    for file in folder.glob("*.safetensors"):  # readable by others, as other files are
-        file.chmod(0o666 & ~_umask())
+    for file in folder.glob("*.safetensors"):
+        give_usual_mode(file)
     if not isinstance(plain, PreTrainedModel):
         return (), ()
     own = {} if adapter is None else tokenizer_files(adapter)
@@ -271,12 +271,6 @@ def write_model(
         lost = f"the tokenizer of '{origin}' was not found here and is not in the result"
         return (), notes or (lost,)
     return tuple(copy_missing(found, folder, bool(own))), notes
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def check_written(

@@ -204,8 +204,7 @@ def load_on(
     check_covered(str(folder), learnt.keys(), given.keys())
     check_learnt(folder, given, learnt)
     check_base(compared, graph.source, allow_other_base)
-    for name, layers in read_left_out(folder, manifest).items():
-        operated.activate(name, leave_out=layers)
+    operated.set_left_out(read_left_out(folder, manifest))
     operated.lost.update(read_lost(manifest))
     return operated
 

@@ -30,8 +30,9 @@ class Mode:
     """The adapters that take part in a call, in the order they were applied.
 
     ``by_row`` says that each row of the batch uses one of them, or none; ``left_out`` are the
-    layers, as in a rule's `where`, in which one of them does nothing. ``entered`` says that the
-    inputs are what the adapters that change inputs have made of them already.
+    layers, as in a rule's `where`, in which an adapter does nothing whenever it takes part.
+    ``entered`` says that the inputs are what the adapters that change inputs have made of them
+    already.
     """
 
     names: tuple[str, ...] = ()
@@ -155,7 +156,10 @@ class Choices:
 def mode_of(
     adapters: Iterable[str], names: Iterable[str], left_out: Mapping[str, tuple[int | str, ...]]
 ) -> Mode:
-    """The mode in which these of a model's ``adapters`` take part."""
-    chosen = set(names)
-    active = tuple(name for name in adapters if name in chosen)
-    return Mode(active, left_out=tuple((n, left_out[n]) for n in active if n in left_out))
+    """The mode in which these of a model's ``adapters`` take part.
+
+    What is left out of the others goes along, for when they take part again.
+    """
+    every, chosen = tuple(adapters), set(names)
+    active = tuple(name for name in every if name in chosen)
+    return Mode(active, left_out=tuple((n, left_out[n]) for n in every if left_out.get(n)))

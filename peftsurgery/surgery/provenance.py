@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..capture import GraphModel
 from ..capture.fingerprint import weights_of
+from ..capture.likeness import loaded_from
 from ..capture.sources import Source
 from ..errors import SurgeryError
-from ..places import check_apart
-from .files import read_object
+from ..places import check_apart, object_in
+from .files import read_object, remove
 
 if TYPE_CHECKING:
     from .operation import Operation
@@ -55,24 +56,9 @@ def check_places(model: GraphModel, *places: str | Path) -> None:
     That is its base, in a directory or in the hub's cache, and the surgeries, adapters and rule
     files that were put on it.
     """
-    read = list(read_by(model))
+    read = list(model.read_from())
     for place in places:
         check_apart(place, read)
-
-
-def read_by(model: GraphModel) -> Iterator[str | Path | None]:
-    """The places of a model's base and of what was put on it."""
-    source = model.source
-    yield from (source.origin, source.folder, loaded_from(source))
-    for operation in operations_of(model):
-        yield operation.origin.place
-        yield operation.file.place
-
-
-def loaded_from(source: Source) -> str | None:
-    """Where a live model of transformers was loaded from, a path or a hub id, as far as it says."""
-    name = getattr(source.module, "name_or_path", None)
-    return name if isinstance(name, str) and name else None
 
 
 def home_of(source: Source) -> Path | None:
@@ -132,6 +118,13 @@ def export_record(model: GraphModel, adapter: str) -> dict[str, bytes]:
     base = model.source.origin
     record = {"format": FORMAT, "base": base, "exported": entries, "versions": versions()}
     return {FILE: as_json({**record, "date": now()})}
+
+
+def clear_export_record(folder: Path, written: Collection[str]) -> None:
+    """Remove what an earlier export into a directory said, if ``written`` has no record. PSG603."""
+    file = folder / FILE
+    if FILE not in written and "exported" in object_in(file):
+        remove([file])
 
 
 def _entry(model: GraphModel, operation: Operation) -> dict[str, Any]:

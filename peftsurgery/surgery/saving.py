@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,11 @@ import yaml
 from ..capture.fingerprint import Fingerprint, content_digest, weights_of
 from ..errors import SurgeryError
 from ..language import RuleFile, load_rules, resolve_settings
+from ..places import object_in
 from . import files
 from .bases import Made
 from .buffers import moved_buffers
-from .builds import ROWS, build_contents
+from .builds import ROWS, build_contents, tokenizer_files
 from .operation import Operation, is_adapter_name
 from .origin import Origin
 from .provenance import check_places, now, versions
@@ -72,8 +73,9 @@ def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | Non
     contents = more | {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
     contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    older = _of_build(path)
     files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")
-    _remove_stale(path, [*rules, *contents])
+    _remove_stale(path, older, [*rules, *contents])
 
 
 def _of_the_base(
@@ -97,10 +99,16 @@ def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
     return chosen
 
 
-def _remove_stale(path: Path, named: Collection[str]) -> None:
-    """Remove the files of an older surgery that the new manifest does not name. PSG603."""
+def _of_build(path: Path) -> list[Path]:
+    """The files in a saved surgery that are there for its build, if it has one."""
+    has_build = bool(object_in(path / MANIFEST).get("build"))
+    return [path / name for name in (ROWS, *(tokenizer_files(path) if has_build else ()))]
+
+
+def _remove_stale(path: Path, older: Iterable[Path], named: Collection[str]) -> None:
+    """Remove the files of an older surgery that the new one does not write. PSG603."""
     ours = [f for f in (path / RULES).glob("*.yaml") if re.fullmatch(r"\d+_.*", f.name)]
-    stale = [f for f in (*ours, path / ROWS) if str(f.relative_to(path)) not in named]
+    stale = [f for f in (*ours, *older) if str(f.relative_to(path)) not in named]
     files.remove(stale)
 
 

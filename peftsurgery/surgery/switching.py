@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -56,6 +57,13 @@ class Switchable(GraphModel):
         """The names of all adapters, in the order they were applied."""
         return tuple(dict.fromkeys(operation.name for operation in self._operations))
 
+    def read_from(self) -> Iterator[str | Path | None]:
+        """The places of the base and of what was put on it."""
+        yield from super().read_from()
+        for operation in self._operations:
+            yield operation.origin.place
+            yield operation.file.place
+
     @property
     def mode(self) -> Mode:
         """What a call chooses that names no adapters, in this thread or task."""
@@ -73,7 +81,7 @@ class Switchable(GraphModel):
 
     @property
     def left_out(self) -> dict[str, list[int | str]]:
-        """The layers in which an active adapter does nothing, by its name."""
+        """The layers in which an adapter does nothing whenever it takes part, by its name."""
         return {name: list(layers) for name, layers in self.mode.left_out}
 
     def activate(self, *names: str, leave_out: Iterable[int | str] = ()) -> None:
@@ -84,13 +92,31 @@ class Switchable(GraphModel):
         "..4"), until they are activated again: AdapterDrop (Rücklé et al., 2021, arXiv:2010.11918).
         """
         wanted = self._known_names(names) or set(self.adapters)
-        layers = tuple(leave_out)
-        for item in layers:
-            layer_range(item)
         before = self._choices.default.mode
-        kept = {n: left for n, left in before.left_out if n not in wanted}
-        left_out = {**kept, **(dict.fromkeys(wanted, layers) if layers else {})}
+        left_out = self._leaving(dict.fromkeys(wanted, tuple(leave_out)))
         self._switch(mode_of(self.adapters, {*before.names, *wanted}, left_out))
+
+    def choose(self, *names: str) -> None:
+        """Let just these adapters take part; none is the base. PSG310, PSG312.
+
+        As :meth:`activate`, for the model's own choice, but layers that are left out stay left out.
+        """
+        self._switch(mode_of(self.adapters, self._known_names(names), self._leaving({})))
+
+    def set_left_out(self, layers: Mapping[str, Iterable[int | str]]) -> None:
+        """Let adapters, active or not, do nothing in these layers. PSG106, PSG310."""
+        self._known_names(layers)
+        left_out = self._leaving({name: tuple(items) for name, items in layers.items()})
+        self._switch(mode_of(self.adapters, self._choices.default.mode.names, left_out))
+
+    def _leaving(
+        self, layers: Mapping[str, tuple[int | str, ...]]
+    ) -> dict[str, tuple[int | str, ...]]:
+        """What is left out, with other layers for some adapters. PSG106 for what is no layer."""
+        for items in layers.values():
+            for item in items:
+                layer_range(item)
+        return {**dict(self._choices.default.mode.left_out), **layers}
 
     def deactivate(self, *names: str) -> None:
         """Leave these adapters out; all of them if none is named, which gives the base. PSG310.
@@ -294,7 +320,7 @@ def _leaves(capture: Capture, call: Call, choice: Choice) -> list[Any]:
 
 
 def left_out_of(model: GraphModel) -> Mapping[str, tuple[int | str, ...]]:
-    """The layers in which an active adapter of a model does nothing, by its name."""
+    """The layers in which an adapter of a model does nothing, by its name."""
     return dict(model.mode.left_out) if isinstance(model, Switchable) else NOTHING
 
 

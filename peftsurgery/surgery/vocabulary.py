@@ -35,10 +35,7 @@ def built(model: GraphModel, build: Build) -> GraphModel:
     made = OperatedModel(graph, model.operations, model.values(), model.active)
     made.freeze_as(model)
     made.lost.update(model.lost)
-    for name, layers in model.left_out.items():
-        made.activate(name, leave_out=layers)
-        if name not in model.active:
-            made.deactivate(name)
+    made.set_left_out(model.left_out)
     return made
 
 

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
-from transformers import BertModel
+from transformers import BertModel, Trainer, TrainingArguments
 
 import peftsurgery as ps
 from peftsurgery.language import shipped
@@ -128,6 +128,11 @@ def test_nothing_in_python_writes_where_its_model_was_read(made: Place) -> None:
         lambda: on_surgery.save(made.surgery),
         lambda: on_surgery.save(made.base),
         lambda: live.save(inner),
+        lambda: live.save_pretrained(made.base),
+        lambda: ps.capture(str(made.base)).save_pretrained(inner),
+        lambda: on_surgery.save_pretrained(made.surgery),
+        lambda: on_adapter.save_pretrained(made.adapter / "inner"),
+        lambda: Trainer(live, TrainingArguments(str(made.root / "new"))).save_model(str(made.base)),
         lambda: by_rule.save(inner),
         lambda: ps.to_peft(on_adapter, made.adapter),
         lambda: ps.to_peft(on_surgery, made.surgery / "inner"),
@@ -162,3 +167,20 @@ def test_a_base_is_known_by_what_names_it(run: Any, made: Place, tmp_path: Path)
         outcome = run("fold", tmp_path / "adapter", "-o", target, "--force", "--json")
         assert outcome.json["error"]["code"] == "PSG602", target
     assert made.content() == before
+
+
+def test_a_state_dict_is_as_readable_as_any_new_file(made: Place, tmp_path: Path) -> None:
+    live = ps.apply(ps.capture(BertModel.from_pretrained(made.base)), "ia3")
+    live.save_pretrained(tmp_path / "state")
+    other = tmp_path / "other"
+    other.touch()
+    assert (tmp_path / "state/model.safetensors").stat().st_mode == other.stat().st_mode
+
+
+def test_a_tokenizer_that_came_with_an_adapter_is_kept_too(made: Place, tmp_path: Path) -> None:
+    graph = ps.capture(BertModel.from_pretrained(made.base))
+    graph.source.build = replace(graph.source.build, tokenizer=tmp_path)
+    for write in (graph.save_pretrained, ps.apply(graph, "ia3").save):
+        with pytest.raises(ps.SurgeryError, match="PSG602"):
+            write(tmp_path / "inner")
+    assert not list(tmp_path.iterdir())

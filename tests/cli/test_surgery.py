@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
+import peftsurgery as ps
+from peftsurgery.cli import export
 from tests.cli.conftest import small_bert
 
 RULE = """
@@ -51,6 +53,16 @@ def test_a_dry_run_reports_and_writes_nothing(run: Any, bert: Path, tmp_path: Pa
     # per site: A (8, 32) and B (32, 8)
     assert outcome.json["trainable"] == 4 * (8 * 32 + 32 * 8)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("seed", [2**70, 2**64, -(2**63) - 1])
+def test_a_seed_that_torch_does_not_take_is_refused_before_the_capture(
+    run: Any, bert: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftsurgery.cli.model.open_model", pytest.fail)
+    assert run("apply", bert, "lora_qv", "--dry-run", f"--seed={seed}").code == 2
+    torch.Generator().manual_seed(2**64 - 1)  # what is allowed is taken
+    torch.Generator().manual_seed(-(2**63))
 
 
 def test_settings_and_the_adapters_name_reach_the_rule(run: Any, bert: Path) -> None:
@@ -161,6 +173,26 @@ def test_one_of_several_adapters_is_folded_by_name(run: Any, bert: Path, tmp_pat
     }
     outcome = run("fold", surgery, "-o", tmp_path / "other", "--adapter", "lora_kv", "--json")
     assert outcome.json["error"]["code"] == "PSG310"
+
+
+def test_layers_stay_left_out_of_an_adapter_that_a_command_names(
+    run: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ps.apply(ps.capture(str(bert)), "lora_qv", name="a")
+    model = ps.apply(model, "lora_attention", name="b")
+    model.activate("a", leave_out=[0])
+    model.save(tmp_path / "surgery")
+    randomise(tmp_path / "surgery")
+    folded = tmp_path / "folded"
+    outcome = run("fold", tmp_path / "surgery", "-o", folded, "--adapter", "a", "--json")
+    changed = [change["name"] for change in outcome.json["changed"]]
+    assert changed
+    assert not any(".layer.0." in name for name in changed)
+    given: list[ps.OperatedModel] = []
+    monkeypatch.setattr(export, "_write_onnx", lambda model, out: given.append(model) or {})
+    where = ("--to", "onnx", "--name", "a", "-o", tmp_path / "model.onnx")
+    assert run("export", tmp_path / "surgery", *where).code == 0
+    assert [(each.active, each.left_out) for each in given] == [(("a",), {"a": [0]})]
 
 
 def quantised(weight: torch.Tensor) -> torch.Tensor:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
+from peftsurgery.capture.builds import Build
+from peftsurgery.formats.card import card_of, hub_id
 from peftsurgery.surgery.provenance import notes_of
 from tests.formats.made import model_directory, saved_surgery
 from tests.models.zoo import ZOO
@@ -222,12 +226,81 @@ def test_a_folded_directory_says_what_is_in_it_and_has_a_card(
     assert record["base"] == str(base)
     assert record["date"] == "1970-01-01T00:00:00Z"
     card = (tmp_path / "out/README.md").read_text()
-    assert card.startswith(f"---\nbase_model: {base}\nlibrary_name: transformers\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert str(base.parent) not in card
+    assert f"# {base.name}, folded" in card
     assert "`lora_qv`: lora_qv(rank=8" in card
     with_card = copied(base, tmp_path / "with_card")
     (with_card / "README.md").write_text("# mine")
     ps.fold_to_directory(surgery, tmp_path / "other", base=str(with_card))
     assert not (tmp_path / "other/README.md").exists()
+
+
+def test_a_card_names_a_base_that_is_on_the_hub_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = "/home/somebody/.cache/huggingface/hub"
+    (tmp_path / "owner/local").mkdir(parents=True)
+    for base, expected in {
+        f"{cache}/models--owner--na.me-1/snapshots/0a1b": "owner/na.me-1",
+        f"{cache}/models--gpt2/snapshots/0a1b": "gpt2",
+        "owner/name": "owner/name",
+        "gpt2": "gpt2",
+        "owner/local": None,
+        "owner": None,
+        str(tmp_path): None,
+        "../name": None,
+        "package.module:factory": None,
+        "models--mine--own/base": None,
+        "a/b/c": None,
+        "": None,
+    }.items():
+        assert hub_id(base) == expected, base
+        head = yaml.safe_load(card_of({"base": base, "folded": []}, True).split("---")[1])
+        assert head.get("base_model") == expected
+
+
+def test_an_export_on_the_right_base_says_nothing_of_an_earlier_one(
+    base: Path, tmp_path: Path
+) -> None:
+    right = ps.apply(ps.capture(str(base)), "lora_qv")
+    wrong = ps.apply(ps.capture(str(base)), "lora_qv")
+    (operation,) = wrong.operations
+    wrong._operations = (replace(operation, origin=replace(operation.origin, other_base="other")),)
+    for export in (ps.to_peft, ps.to_adapterhub):
+        out = tmp_path / export.__name__
+        export(wrong, out)
+        assert json.loads((out / "peftsurgery.json").read_text())["exported"][0]["other_base"]
+        export(right, out)
+        assert not (out / "peftsurgery.json").exists()
+        (out / "peftsurgery.json").write_text('{"not": "ours"}')
+        export(right, out)
+        assert (out / "peftsurgery.json").exists()
+
+
+def test_what_is_saved_over_a_surgery_has_nothing_of_the_older_ones_build(
+    base: Path, tmp_path: Path
+) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    for name in ("tokenizer_config.json", "vocab.txt"):
+        (tokenizer / name).write_text("{}")
+    built = ps.capture(str(base))
+    built.source.build = Build(kind=type(built.source.module).__name__, tokenizer=tokenizer)
+    out = tmp_path / "out"
+    ps.apply(built, "lora_qv").save(out)
+    assert (out / "vocab.txt").exists()
+    ps.apply(ps.capture(str(base)), "lora_qv").save(out)
+    assert sorted(file.name for file in out.iterdir() if file.is_file()) == [
+        "adapter.safetensors",
+        "surgery.json",
+    ]
+    (out / "vocab.txt").write_text("a user's own")  # no build: nothing that is ours
+    (out / "tokenizer_config.json").write_text("{}")
+    (out / "surgery.json").write_text("damaged")
+    ps.apply(ps.capture(str(base)), "lora_qv").save(out)
+    assert (out / "vocab.txt").exists()
 
 
 def factory() -> nn.Module:

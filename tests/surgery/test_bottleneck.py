@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,6 +242,40 @@ def test_dropped_layers_stay_dropped_beside_another_adapter_and_are_not_written_
         ps.combine(low, {"c": 1.0}, name="d")
     low.activate("c")
     ps.to_peft(low, tmp_path / "peft")
+
+
+def test_layers_stay_left_out_of_an_adapter_that_is_chosen_again(tmp_path: Path) -> None:
+    """Whatever leaves it out of calls for a while: choosing, another block, a file, a fold."""
+    ours = randomise(ps.apply(captured("bert"), "pfeiffer", name="a"), scale=0.2).eval()
+    ours.activate("a", leave_out=[0])
+    dropped = logits(ours, "bert")
+    ours = ps.apply(ours, "lora_qv", name="b").eval()  # which starts as nothing
+    ours.choose("b")
+    assert torch.equal(logits(ours, "bert"), logits(captured("bert"), "bert"))
+    with ours.only("b"), ours.only("a"):
+        assert torch.equal(logits(ours, "bert"), dropped)
+    ours.save(tmp_path / "inactive")
+    again = ps.load(tmp_path / "inactive", base=captured("bert")).eval()
+    assert again.active == ("b",)
+    for model in (ours, again, copy.deepcopy(ours), ps.eject(ours, "b")):
+        model.choose("a")
+        assert model.active == ("a",)
+        assert torch.equal(logits(model.eval(), "bert"), dropped)
+    ours.deactivate("a")
+    ours.activate("a")  # which says anew that it acts in all
+    assert not ours.left_out
+    assert not torch.equal(logits(ours, "bert"), dropped)
+
+
+@pytest.mark.parametrize("act", ["choose", "deactivate", "set_left_out"])
+def test_what_is_no_adapter_changes_nothing_that_is_left_out(act: str) -> None:
+    ours = ps.apply(captured("bert"), "pfeiffer", name="a")
+    ours.activate("a", leave_out=[0])
+    with pytest.raises(ps.SurgeryError, match="PSG310"):
+        getattr(ours, act)({"other": [1]} if act == "set_left_out" else "other")
+    with pytest.raises(ps.SurgeryError, match="PSG106"):
+        ours.set_left_out({"a": ["x"]})
+    assert (ours.active, ours.left_out) == (("a",), {"a": [0]})
 
 
 @pytest.mark.parametrize("item", ["", "1234567", "..", "3..1x"])
