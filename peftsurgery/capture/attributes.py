@@ -6,20 +6,24 @@ trace must leave none of that behind, least of all tensors without content.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .tensors import is_plain
+from .tensors import is_plain, named_tensors
 
-_CONTAINERS = (dict, list, set)
-
+_CONTAINERS = (dict, list, deque, set)
 
 # What a module has by itself, or is given for a trace.
 _NOT_OWN = ("training", "forward")
+# What every module has: the tables of its weights, parts and hooks.
+_TABLES = frozenset(vars(nn.Module()))
 
 # Every attribute of every module, and what was in it if it is a container or a tensor.
 Attributes = list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]]
@@ -36,32 +40,75 @@ def kept_attributes(module: nn.Module) -> Iterator[None]:
             _restore(part, attributes)
 
 
-def attributes_of(module: nn.Module) -> Attributes:
-    """The attributes of all modules as they are."""
+def attributes_of(module: nn.Module, copied: bool = True) -> Attributes:
+    """The attributes of all modules as they are, with tensors ``copied`` to be put back or not."""
     return [
         (
             name,
             part,
-            {key: (value, _content(value)) for key, value in vars(part).items()},
+            {key: (value, _content(key, value, copied)) for key, value in vars(part).items()},
         )
         for name, part in module.named_modules()
     ]
 
 
-def _content(value: Any) -> Any:
+def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that a module or a part keeps, in an attribute or a container too, by name."""
+    for name, part in module.named_modules():
+        for key, value in vars(part).items():
+            if key not in _TABLES:
+                yield from _tensors_in(f"{name}.{key}", value)
+    yield from named_tensors(module)
+
+
+def _tensors_in(name: str, value: Any, outer: tuple[int, ...] = ()) -> Iterator[Any]:
     if isinstance(value, torch.Tensor):
-        return value.detach().clone() if is_plain(value) else None
-    return value.copy() if isinstance(value, _CONTAINERS) else None
+        yield name, value
+    elif isinstance(value, (*_CONTAINERS, tuple)) and id(value) not in outer:
+        for key, thing in _items(value):
+            yield from _tensors_in(f"{name}.{key}", thing, (*outer, id(value)))
+
+
+def _items(container: Any) -> Iterable[tuple[Any, Any]]:
+    return container.items() if isinstance(container, dict) else enumerate(container)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a container held: ``things`` is a copy, ``within`` the content of things in it."""
+
+    things: Any
+    within: tuple[tuple[Any, Any], ...]
+
+
+def _content(key: str, value: Any, copied: bool, outer: tuple[int, ...] = ()) -> Any:
+    """What there is to be put back in a value, at any depth; None if there is nothing."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if copied and is_plain(value) else None
+    if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in outer:
+        return None
+    within: list[tuple[Any, Any]] = []
+    for _, thing in _items(value) if key not in _TABLES else ():
+        is_deep = isinstance(thing, (*_CONTAINERS, tuple, torch.Tensor))
+        if is_deep and not isinstance(thing, nn.Parameter):
+            within.append((thing, _content(key, thing, copied, (*outer, id(value)))))
+    kind = next((kind for kind in _CONTAINERS if isinstance(value, kind)), tuple)
+    return _Content(kind(value), tuple(within))
 
 
 def changed_since(before: Attributes) -> list[str]:
-    """The attributes that are others now, by name."""
+    """The attributes that are others now, or whose containers hold other things, by name."""
     return [
         f"{name}.{key}".lstrip(".")
         for name, part, attributes in before
         for key, value in vars(part).items()
-        if key not in _NOT_OWN and not (key in attributes and _is_same(value, attributes[key][0]))
+        if key not in _NOT_OWN
+        and not (key in attributes and _is_kept(key, value, *attributes[key]))
     ]
+
+
+def _is_kept(key: str, value: Any, before: Any, content: Any) -> bool:
+    return _is_same(value, before) and (key in _TABLES or _is_unchanged(value, content))
 
 
 def _is_same(value: Any, before: Any) -> bool:
@@ -69,28 +116,39 @@ def _is_same(value: Any, before: Any) -> bool:
     return value is before or (plain and type(value) is type(before) and value == before)
 
 
+def _is_unchanged(value: Any, content: Any) -> bool:
+    """Whether a container, and all in it, hold what they held."""
+    return not isinstance(content, _Content) or (
+        _holds(value, content.things) and all(_is_unchanged(*pair) for pair in content.within)
+    )
+
+
 def _restore(part: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
     for value, content in before.values():
-        if content is None:
-            continue
-        if isinstance(value, torch.Tensor):
-            if not torch.equal(value, content):
-                value.detach().copy_(content)
-        elif isinstance(value, list):
-            value[:] = content
-        elif not _holds(value, content):
-            value.clear()
-            value.update(content)
+        _put_back(value, content)
     own = {key: value for key, (value, _) in before.items()}
     if not _holds(vars(part), own):
         vars(part).clear()
         vars(part).update(own)
 
 
+def _put_back(value: Any, content: Any) -> None:
+    if isinstance(content, torch.Tensor):
+        if not torch.equal(value, content):
+            value.detach().copy_(content)
+    elif isinstance(content, _Content):
+        if not _holds(value, content.things):
+            value.clear()
+            (value.update if isinstance(value, dict | set) else value.extend)(content.things)
+        for pair in content.within:
+            _put_back(*pair)
+
+
 def _holds(container: Any, content: Any) -> bool:
-    """Whether a dict or a set still has the very things in it that it had."""
+    """Whether a container still has the very things in it that it had."""
     if isinstance(container, set):
         return container == content
-    return list(container) == list(content) and all(
-        container[key] is content[key] for key in container
-    )
+    if isinstance(container, dict):
+        same_keys = list(container) == list(content)
+        return same_keys and all(container[key] is content[key] for key in container)
+    return len(container) == len(content) and all(map(operator.is_, container, content))

@@ -66,7 +66,7 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
 
     Raises PSG201 with torch.export's reason if it cannot be exported, and PSG211 if it is only the
     train mode that cannot, and a capture for ``training`` is wanted; PSG210 for a cache that cannot
-    be left to its owner.
+    be left to its owner, and PSG217 for a model that remembers, in the mode that is wanted.
     """
     call = traced(apart(call), module)
     trained, refusal = _try(module, call, train=True)
@@ -77,6 +77,9 @@ def export(module: nn.Module, call: Call, training: bool) -> Exported:
             return replace(_read(trained, call), mode=True)
     evaluated, reason = _try(module, call, train=False)
     name = type(module).__name__
+    for error in (reason, refusal if training else None):
+        if isinstance(error, SurgeryError):
+            raise error
     if evaluated is None:
         raise SurgeryError("PSG201", f"{name} cannot be captured: {first_line(reason)}") from reason
     if training:
@@ -100,7 +103,7 @@ def _try(module: nn.Module, call: Call, train: bool) -> tuple[_Trace | None, Exc
     """What torch.export makes of the call in one mode, or why it cannot."""
     try:
         return _export(module, call, train), None
-    except EXPORT_ERRORS as error:
+    except (*EXPORT_ERRORS, SurgeryError) as error:
         return None, error
 
 
@@ -133,7 +136,7 @@ def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
     try:
         by_value = trained.masks.by_value
         return _record(module, call, False, by_value=by_value).is_off_of(trained.record)
-    except EXPORT_ERRORS:
+    except (*EXPORT_ERRORS, SurgeryError):
         return False
 
 

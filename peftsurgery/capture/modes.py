@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import inspect
+import os
 import sys
 import textwrap
 import threading
@@ -18,14 +19,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, NoneType
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .randomness import TRAIN_FLAGS
+
 # Modules and functions of torch, whose flags captures know how to follow, and torch.export itself.
-_TORCH = str(Path(torch.__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_UNKNOWN = object()
 
 
 @dataclass
@@ -89,20 +93,29 @@ class _Read:
     """A read in the source, within the largest expression of names, constants and logic around it.
 
     ``values`` compute that expression in train mode and in eval mode, ``chooses`` is whether it is
-    ``a if b else c``, and ``called`` the function that is given the read itself as an argument.
+    ``a if b else c``, and ``called`` the function that is given the read itself as an argument, at
+    a ``place`` or by a name. ``names`` are the others in the expression, with their attributes.
     """
 
     values: tuple[CodeType, CodeType]
     chooses: bool
     called: CodeType | None
+    place: int | str | None
+    names: tuple[str, ...]
 
     def is_flag(self, frame: FrameType) -> bool:
         """Whether it is given as it is to a function that takes such a flag."""
         found = None if self.called is None else _value(self.called, frame)
-        return getattr(found, "__module__", "") == nn.functional.__name__
+        if not inspect.isfunction(found) or found.__module__ != nn.functional.__name__:
+            return False
+        names = dict(enumerate(inspect.signature(found).parameters))
+        name = names.get(self.place) if isinstance(self.place, int) else self.place
+        return name in TRAIN_FLAGS
 
     def is_idle(self, frame: FrameType) -> bool:
         """Whether both modes give one number: nothing is made of the read."""
+        if not all(_is_simple(name, frame) for name in self.names):
+            return False  # computing it might run code, or ask a traced tensor for its value
         one, other = (_value(code, frame) for code in self.values)
         return isinstance(one, bool | int | float) and type(one) is type(other) and one == other
 
@@ -145,7 +158,39 @@ def _described(node: ast.expr, outer: dict[ast.AST, ast.AST]) -> _Read:
         cast("tuple[CodeType, CodeType]", values),
         isinstance(whole, ast.IfExp),
         _compiled(cast("ast.expr", called)) if named else None,
+        _place(node, call) if isinstance(call, ast.Call) and named else None,
+        tuple(_names(whole, node)),
     )
+
+
+def _names(within: ast.AST, read: ast.expr) -> Iterator[str]:
+    """The names, with their attributes, in an expression, the read itself aside."""
+    if within is read:
+        return
+    if isinstance(within, ast.Name | ast.Attribute):
+        yield ast.unparse(within)
+        return
+    for child in ast.iter_child_nodes(within):
+        yield from _names(child, read)
+
+
+def _is_simple(name: str, frame: FrameType) -> bool:
+    """Whether a name stands for a plain value, found without running any code (a property's)."""
+    first, *attributes = name.split(".")
+    value = frame.f_locals.get(first, frame.f_globals.get(first, _UNKNOWN))
+    for attribute in attributes:
+        parts = vars(value)["_modules"] if isinstance(value, nn.Module) else {}
+        value = parts.get(attribute, inspect.getattr_static(value, attribute, _UNKNOWN))
+    return type(value) in (bool, int, float, str, NoneType)
+
+
+def _place(node: ast.expr, call: ast.Call) -> int | str | None:
+    """Which argument of a call it is, by place or by name; None if that cannot be told."""
+    if node not in call.args:
+        return next(keyword.arg for keyword in call.keywords if keyword.value is node)
+    place = call.args.index(node)
+    is_open = any(isinstance(argument, ast.Starred) for argument in call.args[:place])
+    return None if is_open else place
 
 
 def _is_argument(node: ast.expr, call: ast.Call) -> bool:

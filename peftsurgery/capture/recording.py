@@ -24,7 +24,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .attributes import attributes_of, changed_since
+from .attributes import attributes_of, changed_since, tensors_of
 from .randomness import TRAIN_FLAGS
 from .signature import Call, map_tensors
 from .tensors import named_tensors
@@ -119,7 +119,8 @@ class Watch(TorchFunctionMode):
         self.changed: list[str] = []
         self.made: list[torch.Tensor] = []
         self.record = Record()
-        self.numbers: dict[int, int] = {}
+        self.names: dict[int, str] = {}
+        self.numbers: dict[int, int | str] = {}
         self.kept: list[Any] = []  # so that no other tensor has its identity
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -127,18 +128,22 @@ class Watch(TorchFunctionMode):
         self.record, self.numbers, self.kept, self.made = Record(), {}, [], []
         for value in pytree.tree_leaves((args, kwargs)):
             self.number(value)
-        before = attributes_of(self.module)
+        before = attributes_of(self.module, copied=False)
+        self.names = {id(tensor): name for name, tensor in tensors_of(self.module)}
         with self:
             output = forward(*args, **kwargs)
         self.changed = changed_since(before)
         self.record.output = self.plain(output)
         return output
 
-    def number(self, value: Any) -> int:
-        """The number of a tensor: in the order in which the run met them."""
+    def number(self, value: Any) -> int | str:
+        """The number of a tensor, in the order in which the run met them; the name of a weight.
+
+        Runs that take another weight each are not the same, so a weight is known by its name.
+        """
         if id(value) not in self.numbers:
             self.met_earlier |= id(value) in self.earlier
-            self.numbers[id(value)] = len(self.numbers)
+            self.numbers[id(value)] = self.names.get(id(value), len(self.numbers))
             self.kept.append(value)
         return self.numbers[id(value)]
 

@@ -90,10 +90,10 @@ class Gate:
     @contextmanager
     def closed(self) -> Iterator[None]:
         """Within the context no other thread computes. To be entered by one thread at a time."""
-        with self._changed:
-            self._tracer = threading.get_ident()
-            self._changed.wait_for(lambda: not self._passing, PATIENCE)
         try:
+            with self._changed:
+                self._tracer = threading.get_ident()
+                self._changed.wait_for(lambda: not self._passing, PATIENCE)
             yield
         finally:
             with self._changed:
@@ -138,8 +138,8 @@ def traced_alone() -> Iterator[None]:
     """
     tracer: Any = proxy_tensor._ModuleStackTracer
     with GATE.closed():
-        setattr(proxy_tensor, tracer.__name__, _OneThread)
         try:
+            setattr(proxy_tensor, tracer.__name__, _OneThread)
             yield
         finally:
             setattr(proxy_tensor, tracer.__name__, tracer)

@@ -84,7 +84,9 @@ class Watched(nn.Module):
                 self._note()
             elif isinstance(value, nn.Module):
                 self._put(name, value)
-            elif name != RATE and _is_constant(self, name) and vars(self)[name] != value:
+            elif (
+                not _is_rate(self, name) and _is_constant(self, name) and vars(self)[name] != value
+            ):
                 raise SurgeryError(
                     "PSG220",
                     f"'{_named(self._path, name)}' is a constant of the capture",
@@ -136,3 +138,8 @@ def _unchanging(path: str, name: str, what: str) -> SurgeryError:
 
 def _named(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
+
+
+def _is_rate(part: nn.Module, name: str) -> bool:
+    """Whether it is the rate of a dropout, which graphs read of the module."""
+    return name == RATE and isinstance(part, nn.modules.dropout._DropoutNd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,64 @@ class Chosen(_Linear):
     def forward(self, x: Tensor) -> Tensor:
         rate = self.rate if self.training else 0.0
         return F.dropout(self.into(x), rate) + rate
+
+
+class Weights(_Linear):
+    """Another weight in each mode, another tensor in a list, and another buffer by a property."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4, 4))
+        self.tables = [torch.randn(4), torch.randn(4)]
+        self.register_buffer("ones", torch.ones(4))
+        self.register_buffer("twos", torch.ones(4) * 2)
+
+    @property
+    def factor(self) -> Tensor:
+        return self.get_buffer("ones" if self.training else "twos")
+
+
+class OtherWeight(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.into(x) @ (self.one if self.training else self.two)
+
+
+class OtherTable(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.into(x) + (self.tables[0] if self.training else self.tables[1])
+
+
+class OtherBuffer(Weights):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.into(x) * self.factor
+
+
+class Resized(_Linear):
+    """The mode is a flag of torch's functions that says something else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.max_pool1d(self.into(x)[None], 3, 3, 0, 1, self.training)
+        return F.interpolate(y, size=8, mode="linear", align_corners=self.training)
+
+
+class Asking(_Linear):
+    """What is asked beside the mode is in a tensor, or a property that eval mode does not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("is_new", torch.tensor(True))
+
+    @property
+    def teacher(self) -> bool:
+        if not self.training:
+            raise RuntimeError("there is no teacher")
+        return False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        if self.training and self.teacher:
+            y = y * 2
+        return y - y.mean() if not self.training and self.is_new is not None else y
 
 
 class Frozen(_Linear):
@@ -118,7 +177,10 @@ class Always(_Linear):
         return self.into(x) + torch.randn_like(x)
 
 
-APART = (Scaled, Auxiliary, Hidden, Chosen, Frozen, Noisy, Sizes)
+APART = (
+    *(Scaled, Auxiliary, Hidden, Chosen, Frozen, Noisy, Sizes),
+    *(OtherWeight, OtherTable, OtherBuffer, Resized, Asking),
+)
 TOGETHER = (Attending, Dropping, Idle, Always)
 
 
@@ -134,6 +196,65 @@ def test_every_mode_is_the_originals_in_any_order(kind: type[nn.Module], train: 
             assert_same(expected, actual)
     assert len(both.graph.captures) >= (2 if kind in APART else 1)
     assert kind not in TOGETHER or len(both.graph.captures) == 1
+
+
+class Once(_Linear):
+    """Sets itself up in training, by asking a tensor; eval mode never asks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("is_set_up", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        if self.training and not self.is_set_up:
+            y = y - y.mean()
+        return y
+
+
+class CountedInTraining(_Linear):
+    """What it computes in training depends on its calls before."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        if self.training:
+            self.calls += 1
+            y = y * self.calls
+        return y
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"), [(Once, "PSG211"), (CountedInTraining, "PSG217")], ids=["asks", "counts"]
+)
+def test_what_training_alone_does_is_refused_in_training_alone(
+    kind: type[nn.Module], code: str
+) -> None:
+    both = pair_of(kind().eval(), {"x": torch.randn(3, 4)})
+    assert_same(*both.run(torch.randn(5, 4)))
+    with pytest.raises(ps.SurgeryError) as caught:
+        both.graph.train()(torch.randn(3, 4))
+    assert caught.value.code == code
+    both.train(False)
+    assert_same(*both.run(torch.randn(5, 4)))
+
+
+def test_a_package_named_after_torch_is_code_like_any_other() -> None:
+    names: dict[str, Any] = {"__name__": "torchlike", "nn": nn}
+    source = (
+        "class Net(nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        y = super().forward(x)\n"
+        "        if self.training:\n"
+        "            return y * 2\n"
+        "        return y * 3\n"
+    )
+    exec(compile(source, f"{Path(torch.__file__).parent}like/net.py", "exec"), names)
+    both = pair_of(names["Net"](4, 4).eval(), {"x": torch.randn(3, 4)})
+    for mode in (False, True):
+        both.train(mode)
+        assert_same(*both.run(torch.randn(5, 4)))
 
 
 def test_folding_gives_what_the_operated_model_gives_in_either_mode() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peftsurgery as ps
+from peftsurgery.capture.threads import Gate
 from tests.parity.models import base, batch, captured
 
 
@@ -109,6 +110,24 @@ def test_what_a_call_reads_of_the_original_is_its_own_during_a_capture() -> None
     assert all(torch.equal(result, plain) for result in called)
     assert all(torch.equal(result, wanted) for result in written)
     assert not any(part.training for part in original.modules())
+
+
+def test_a_capture_that_is_interrupted_as_it_waits_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate = Gate()
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    def traced() -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Condition, "wait_for", interrupted)
+            with pytest.raises(KeyboardInterrupt), gate.closed():
+                pytest.fail("the capture began")
+
+    together(traced)
+    assert together(gate.enter, gate.enter) == [None, None]
 
 
 def test_a_capture_that_fails_keeps_nobody_waiting() -> None:

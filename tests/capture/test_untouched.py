@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +88,34 @@ class Counting(_Linear):
         return self.into(x) * self.calls
 
 
-@pytest.mark.parametrize("kind", [Writing, Summing, Averaging, Counting], ids=lambda k: k.__name__)
+class Alternating(_Linear):
+    """Takes another weight in every other call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other, self.turn = nn.Linear(4, 4), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.turn = not self.turn
+        return x @ (self.into.weight if self.turn else self.other.weight)
+
+
+class Collecting(_Linear):
+    """Counts its calls by what it puts in a list, within another container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, tuple[list[int], ...]] = {"of": ([], [])}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.found["of"][1].append(1)
+        return self.into(x) * len(self.found["of"][1])
+
+
+CHANGING = [Writing, Summing, Averaging, Counting, Alternating, Collecting]
+
+
+@pytest.mark.parametrize("kind", CHANGING, ids=lambda k: k.__name__)
 def test_a_forward_that_changes_its_model_is_refused_and_nothing_is_changed(
     kind: type[nn.Module],
 ) -> None:
@@ -128,6 +157,30 @@ def test_a_model_that_rescales_its_weights_once_is_captured_once_it_has() -> Non
         capture(module, {"input_ids": tokens})
     assert caught.value.code == "PSG217"
     assert state_of(module) == before
+
+
+class Keeping(_Linear):
+    """Keeps what it computed, in containers within containers, and never looks at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Any] = {"all": [], "last": ({"of": deque([0, 1], 2)},)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.into(x)
+        self.kept["all"].append(y)
+        self.kept["last"][0]["of"].append(y)
+        self.kept["last"][0]["new"] = y
+        return y
+
+
+def test_what_a_forward_puts_in_containers_is_not_kept_at_any_depth() -> None:
+    module = Keeping()
+    both = pair_of(module, {"x": torch.randn(2, 4)})
+    assert module.kept["all"] == []
+    assert module.kept["last"] == ({"of": deque([0, 1])},)
+    x = torch.randn(5, 4)
+    assert_same(module(x), both.graph(x))
 
 
 class Hooked(_Linear):
