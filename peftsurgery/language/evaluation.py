@@ -71,8 +71,12 @@ class Context:
 
 PLAIN = Context()
 
-# What torch raises of values that do not go together; of symbolic sizes it asserts that they do.
-_UNFIT = (ArithmeticError, AssertionError, IndexError, RuntimeError, TypeError, ValueError)
+# What torch raises of values that do not go together; of symbolic sizes it asserts that they do. A
+# number where a tensor belongs lacks a tensor's attributes.
+_UNFIT = (
+    *(ArithmeticError, AssertionError, AttributeError, IndexError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 def evaluate(

@@ -158,6 +158,8 @@ def test_shapes_that_do_not_fit_are_named():
         ("(0 - 8) ** 0.5", "PSG116"),
         ("x[x]", "PSG116"),
         ("n[0]", "PSG116"),
+        ("detach(n)", "PSG116"),
+        ("transpose(None)", "PSG116"),
         ("exp(1e6)", "PSG116"),
         ("sqrt(0 - 1)", "PSG116"),
     ],
