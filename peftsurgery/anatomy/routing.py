@@ -4,23 +4,26 @@
     y = the chosen experts' outputs, weighted
 
 A choice is a topk, a maximum or a sort of values that come from one linear and nothing else with a
-weight. It is one of experts if what it says, or its weights, meet a product with one matrix for
-each expert, or the outputs of other linears or blocks.
+weight, along the rows of that linear. It is one of experts if what it says, or its weights, meet a
+product with one matrix for each expert, or the outputs of other linears or blocks. Tokens that are
+picked by it say no more which expert was chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import fx
 
 from .flow import Flow
 from .roles import Part
 from .site import Site
-from .values import backward, op, operands, words
+from .values import argument, backward, fixed, op, operands, parameter_of, shape, words
 
 CHOICES = words("topk argmax sort argsort max")
 WEIGHINGS = words("mul mul_ where")
+PICKS = words("gather index index_select")
 
 
 def router_parts(flow: Flow) -> list[Part]:
@@ -42,9 +45,28 @@ def _routers(flow: Flow, choice: fx.Node) -> Iterator[Site]:
         if (
             router.kind == "linear"
             and router.facts["out"] > 1
+            and _is_along_rows(choice, router)
             and _meets_experts(flow, choice, router)
         ):
             yield router
+
+
+def _is_along_rows(choice: fx.Node, router: Site) -> bool:
+    """Whether it chooses among a linear's rows, or among groups of them: not among tokens."""
+    places, dim = shape(choice.all_input_nodes[0]), _dim(choice)
+    size = fixed(places[dim]) if dim is not None and -len(places) <= dim < len(places) else None
+    return size is not None and size > 1 and int(router.facts["out"]) % size == 0
+
+
+def _dim(choice: fx.Node) -> int | None:
+    """The dim that a choice is along; None for one among all values, or between two tensors."""
+    if not isinstance(choice.target, torch._ops.OpOverload):
+        return None
+    for position, known in enumerate(choice.target._schema.arguments):
+        if known.name == "dim":
+            found = argument(choice, position, "dim", known.default_value)
+            return found if isinstance(found, int) else None
+    return None
 
 
 def _ends(flow: Flow, node: fx.Node) -> bool:
@@ -58,7 +80,7 @@ def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user in seen:
+            if user in seen or _picks_tokens(user, seen, router):
                 continue
             seen.add(user)
             site = flow.products.get(user)
@@ -71,6 +93,25 @@ def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
             if op(user) not in ("embedding", "add", "add_"):
                 stack.append(user)
     return False
+
+
+def _picks_tokens(node: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
+    """Whether the chosen only say which entries to take of something that has none per expert.
+
+    A table with a vector for each is one of codes, and not of experts.
+    """
+    if op(node) not in PICKS or node.args[0] in chosen or not isinstance(node.args[0], fx.Node):
+        return False
+    source, where = node.args[0], node.args[1]
+    dims = (
+        [d for d, n in enumerate(where) if n in chosen] if isinstance(where, Sequence) else [where]
+    )
+    sizes = shape(source)
+    per_expert = any(
+        isinstance(dim, int) and fixed(sizes[dim]) == router.facts["out"] for dim in dims
+    )
+    is_vectors = parameter_of(source)[0] is not None and len(sizes) < 3
+    return not per_expert or is_vectors
 
 
 def _are_outputs(flow: Flow, weighing: fx.Node, chosen: set[fx.Node], router: Site) -> bool:

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import SurgeryError, did_you_mean, first_line
 from ..quiet import quiet
+from .randomness import kept_generators
 
 SEED = 0
 FACTS = ("kind", "labels", "vocabulary", "stored", "lacking")
@@ -130,8 +131,14 @@ def resize(model: PreTrainedModel, build: Build) -> None:
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
     try:
-        with quiet(), torch.random.fork_rng(devices=gpus), torch.no_grad():
-            torch.manual_seed(SEED)
+        with quiet(), kept_generators(), torch.no_grad():
+            for generator in (
+                torch.default_generator,
+                *(torch.cuda.default_generators[i] for i in gpus),
+            ):
+                generator.manual_seed(
+                    SEED
+                )  # torch.manual_seed reaches devices not in use, for good
             model.resize_token_embeddings(build.vocabulary, mean_resizing=not on_meta)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise _unresized(model, build, first_line(error)) from error

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,15 @@ class Likeness(Part):
         directory = Path(save_directory)
         check_apart(directory / SAFE_WEIGHTS_NAME, self.read_from())
         state = self.state_dict() if state_dict is None else state_dict
-        first = {id(tensor): name for name, tensor in reversed(list(state.items()))}
-        tensors = {name: t.contiguous() for name, t in state.items() if first[id(t)] == name}
+        first = {_place(tensor): name for name, tensor in reversed(list(state.items()))}
+        once = {name: t for name, t in state.items() if first[_place(t)] == name}
+        uses = Counter(tensor.untyped_storage().data_ptr() for tensor in once.values())
+        tensors = {
+            # a file has no tensors that overlap: each is a copy there
+            name: t.clone() if uses[t.untyped_storage().data_ptr()] > 1 else t
+            for name, t in once.items()
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         directory.mkdir(parents=True, exist_ok=True)
         save_file(tensors, directory / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         give_usual_mode(directory / SAFE_WEIGHTS_NAME)
@@ -80,6 +88,23 @@ class Likeness(Part):
     @abstractmethod
     def read_from(self) -> Iterator[str | Path | None]:
         """The places of what the model was made of, where nothing is to be written."""
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As any module's; one name is enough for a tensor that has several."""
+        own = self.state_dict()
+        given = {_place(own[name]): value for name, value in state_dict.items() if name in own}
+        tied = {
+            name: given[_place(tensor)]
+            for name, tensor in own.items()
+            if name not in state_dict and _place(tensor) in given
+        }
+        if not tied:
+            return super().load_state_dict(state_dict, strict, assign)
+        whole = OrderedDict({**state_dict, **tied})
+        vars(whole)["_metadata"] = getattr(state_dict, "_metadata", None)
+        return super().load_state_dict(whole, strict, assign)
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: what is one tensor in the original is one here, however it is loaded."""
@@ -139,3 +164,10 @@ class Likeness(Part):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **others)
 
     gradient_checkpointing_disable = activation_checkpointing_disable
+
+
+def _place(tensor: torch.Tensor) -> Hashable:
+    """Equal for two objects that are one tensor in memory, and hold something there."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
+        return id(tensor)
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

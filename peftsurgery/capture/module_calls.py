@@ -28,7 +28,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.
 class Leaf:
     """One value of a call: a node of the graph, the model's cache, or a constant.
 
-    A constant that is ``opaque`` is an object that may differ in another call.
+    An ``opaque`` one is an object that may differ in another call: of it only the name of its type
+    is kept, so that nothing of the example lives on.
     """
 
     kind: str
@@ -43,6 +44,11 @@ class ModuleCall:
     given: tuple[Leaf, ...]
     result: pytree.TreeSpec
     returned: tuple[Leaf, ...]
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether an argument or a result is an object that no graph has."""
+        return any(leaf.kind == "opaque" for leaf in (*self.given, *self.returned))
 
 
 ModuleCalls = Mapping[str, Sequence[ModuleCall]]
@@ -141,7 +147,9 @@ def _leaf(value: Any) -> Leaf:
         return Leaf("node")
     if isinstance(value, Cache):
         return Leaf("cache")
-    return Leaf("constant" if isinstance(value, _PLAIN) else "opaque", value)
+    if isinstance(value, _PLAIN):
+        return Leaf("constant", value)
+    return Leaf("opaque", type(value).__name__)
 
 
 def _node_of(value: Any, tracer: Any) -> fx.Node | None:

@@ -98,8 +98,7 @@ class PartSplitter:
         leaves = self.calls[part][number].given
         for index, leaf in enumerate(leaves):
             if leaf.kind == "opaque":
-                what = type(leaf.constant).__name__
-                raise unfit(path, f"it is given a {what}, which is no value of a graph")
+                raise unfit(path, f"it is given a {leaf.constant}, which is no value of a graph")
             if leaf.kind == "node":
                 self.given((path, number, index))
             if leaf.kind == "cache":

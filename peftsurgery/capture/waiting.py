@@ -6,6 +6,7 @@ these parts are called; when the last hook is gone, the capture itself is served
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from .called_parts import with_calls
 from .captures import Capture
 from .parts import Block, Part
+from .program import Program
 from .threads import making
 from .watched import original_at
 
@@ -25,19 +27,24 @@ _GLOBAL = (
 )
 
 
+# So many twins are kept; those that nothing waits for any more go, the oldest first.
+KEPT = 16
+
+
 class Waiting:
     """What waits for calls of a model's parts, and the twins of captures in which they are made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.noted: set[str] = set()
         self.twins: list[tuple[Capture, frozenset[str], Capture]] = []
+        self._made = 0
         for path, part in model.named_modules():
             if isinstance(part, Part):
                 part.watch(self, path)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
         copied = object.__new__(Waiting)
-        copied.noted, copied.twins = set(self.noted), []
+        copied.noted, copied.twins, copied._made = set(self.noted), [], self._made
         memo[id(self)] = copied
         return copied
 
@@ -48,19 +55,20 @@ class Waiting:
     def serve(self, model: Part, capture: Capture) -> Capture:
         """The capture, or its twin in which the parts are called that something waits for.
 
-        PSG220 if one of them cannot be called by itself.
+        PSG220 if one of them cannot be called by itself. What waits for every part of any model (a
+        hook for all modules) does not see those that are given or give an object of Python.
         """
         if not self.noted and not any(_GLOBAL):
             return capture
-        paths = capture.calls if any(_GLOBAL) else self.noted
-        wanted = frozenset(path for path in paths if any(_GLOBAL) or _is_awaited(model, path))
+        awaited = {path for path in tuple(self.noted) if _is_awaited(model, path)}
+        if any(_GLOBAL):
+            awaited |= {
+                p for p, calls in capture.calls.items() if not any(c.is_opaque for c in calls)
+            }
+        wanted = frozenset(awaited)
         if not wanted:
             return capture
-        for known, parts, twin in self.twins:
-            if known is capture and parts == wanted:
-                return twin
-        with making():
-            return self._twin(model, capture, wanted)
+        return self._known(capture, wanted) or self._twin(model, capture, wanted)
 
     def replaced(self, model: Part) -> str | None:
         """The path of a part in whose place another module is, if there is one."""
@@ -70,14 +78,40 @@ class Waiting:
                 return path
         return None
 
+    def _known(self, capture: Capture, wanted: frozenset[str]) -> Capture | None:
+        """The twin of a capture for these parts, if it is kept."""
+        fits = (t for known, parts, t in tuple(self.twins) if known is capture and parts == wanted)
+        return next(fits, None)
+
     def _twin(self, model: Part, capture: Capture, wanted: frozenset[str]) -> Capture:
-        twin = with_calls(capture, wanted, len(self.twins))
-        for path, programs in twin.programs.items():
-            block = original_at(model, path)
-            if isinstance(block, Block):
+        with making():
+            known = self._known(capture, wanted)
+            if known is not None:
+                return known  # another thread made it
+            twin = with_calls(capture, wanted, self._made)
+            self._made += 1
+            for block, programs in _blocks(model, twin):
                 block.programs = {**block.programs, **{each.label: each for each in programs}}
-        self.twins.append((capture, wanted, twin))
-        return twin
+            self.twins.append((capture, wanted, twin))
+            while len(self.twins) > KEPT:
+                _forget(model, *self.twins.pop(0)[::2])
+            return twin
+
+
+def _forget(model: Part, capture: Capture, twin: Capture) -> None:
+    """Take from the blocks the programs that a twin has and its capture has not."""
+    own = {each.label for programs in capture.programs.values() for each in programs}
+    for block, programs in _blocks(model, twin):
+        gone = {each.label for each in programs} - own
+        block.programs = {k: v for k, v in block.programs.items() if k not in gone}
+
+
+def _blocks(model: Part, capture: Capture) -> Iterator[tuple[Block, Sequence[Program]]]:
+    """The blocks of a model that a capture calls, with their programs in it."""
+    for path, programs in capture.programs.items():
+        block = original_at(model, path)
+        if isinstance(block, Block):
+            yield block, programs
 
 
 def _is_awaited(model: Part, path: str) -> bool:

@@ -82,7 +82,7 @@ class Watched(nn.Module):
         if self._watching is not None:
             if name == "forward":
                 self._note()
-            elif isinstance(value, nn.Module):
+            elif isinstance(value, nn.Module) or name in vars(self)["_originals"]:
                 self._put(name, value)
             elif (
                 not _is_rate(self, name) and _is_constant(self, name) and vars(self)[name] != value
@@ -106,11 +106,36 @@ class Watched(nn.Module):
         super().add_module(name, module)
 
     def _put(self, name: str, module: nn.Module | None) -> None:
-        """Note a module in the place of a part. PSG220 for one more in a list."""
-        if name in vars(self)["_originals"]:
+        """Note a module in the place of a part. PSG220 for none there, and one more in a list."""
+        originals = vars(self)["_originals"]
+        if name in originals and not isinstance(module, nn.Module):
+            raise _unchanging(self._path, name, "taken out")
+        if name in originals and not _holds_alike(originals[name], module):
+            raise _unchanging(self._path, name, "another list of modules")
+        if name in originals:
             self._note(name)
         elif isinstance(self, _LISTS) and not isinstance(module, Watched):
             raise _unchanging(self._path, name, "added")
+
+
+def _holds_alike(original: nn.Module, module: Any) -> bool:
+    """Whether a module can be in a part's place: in that of a list, one of blocks that stand in.
+
+    Captures call the elements of a list, and never the list: other modules are put in it, where
+    they are noted.
+    """
+    if module is original or not isinstance(original, nn.ModuleList | nn.ModuleDict):
+        return True
+    mine, theirs = vars(original).get("_originals", original._modules), module._modules
+    return mine.keys() == theirs.keys() and all(
+        isinstance(theirs[key], Watched) and _labels(mine[key]) <= _labels(theirs[key])
+        for key in mine
+    )
+
+
+def _labels(part: Any) -> frozenset[str]:
+    """What a block is called by, if it is one."""
+    return frozenset(vars(part).get("programs", ()))
 
 
 def original_at(model: Any, path: str) -> Any:
@@ -132,7 +157,7 @@ def _unchanging(path: str, name: str, what: str) -> SurgeryError:
     return SurgeryError(
         "PSG220",
         f"'{_named(path, name)}' cannot be {what}: the capture calls the modules there were",
-        "put another module in its place, or change the original and capture it again",
+        "put another module in a part's place, or change the original and capture it again",
     )
 
 

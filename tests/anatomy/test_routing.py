@@ -93,6 +93,63 @@ class Quantised(nn.Module):
         return y, y.argmax(-1)
 
 
+class Layers(nn.Module):
+    """What comes behind, in a list whose elements are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choice = nn.Linear(8, 4)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GELU()) for _ in range(2))
+
+    def behind(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+class BestTokens(Layers):
+    """Tokens chosen by the best of their class scores, as detectors choose queries."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.choice(x)
+        best = scores.max(-1).values.topk(3, dim=1).indices
+        taken = torch.gather(x, 1, best[..., None].expand(-1, -1, 8))
+        return self.behind(taken), torch.gather(scores, 1, best[..., None].expand(-1, -1, 4))
+
+
+class ClassTokens(Layers):
+    """For each class, the tokens that have most of it; they are weighed by how much."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        best = self.choice(x).topk(2, dim=1)
+        taken = x[torch.arange(len(x))[:, None, None], best.indices]
+        return self.behind((taken * best.values[..., None]).sum(2))
+
+
+class Codes(Layers):
+    """The vector of a codebook that a linear says, and blocks behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.book = nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.behind(self.book[self.choice(x).argmax(-1)])
+
+
+class Gathered(Layers):
+    """The outputs of all experts, of which the best is taken, in a list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.many = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = torch.stack([expert(x) for expert in self.many], -2)
+        best = self.choice(x).argmax(-1)[..., None, None].expand(-1, -1, 1, 8)
+        return self.behind(torch.gather(outputs, -2, best).squeeze(-2))
+
+
 @pytest.mark.parametrize(
     ("kind", "routers"),
     [
@@ -101,6 +158,10 @@ class Quantised(nn.Module):
         (Picked, ["choice"]),
         (Sparse, []),
         (Quantised, []),
+        (BestTokens, []),
+        (ClassTokens, []),
+        (Codes, []),
+        (Gathered, ["choice"]),
     ],
 )
 def test_routers_are_the_linears_whose_output_chooses_experts(

@@ -215,6 +215,15 @@ def test_it_is_done_to_an_operated_model_too(done: str) -> None:
         lambda m: m.model.layers.append(nn.Identity()),
         lambda m: m.model.layers.insert(0, nn.Identity()),
         lambda m: delattr(m.model, "norm"),
+        lambda m: setattr(m.model, "norm", None),
+        lambda m: setattr(m.model, "layers", None),
+        lambda m: m.model.add_module("norm", None),
+        lambda m: m.model.layers.__setitem__(0, None),
+        lambda m: setattr(m.model, "layers", nn.ModuleList(list(m.model.layers)[:1])),
+        lambda m: setattr(m.model, "layers", nn.ModuleList([*m.model.layers, nn.Identity()])),
+        lambda m: setattr(m.model, "layers", nn.ModuleList([nn.Identity(), nn.Identity()])),
+        lambda m: setattr(m.model, "layers", nn.ModuleList([m.model.norm, m.model.norm])),
+        lambda m: setattr(m.model, "layers", nn.Identity()),
         lambda m: setattr(m.model.layers[0].self_attn, "scaling", 2.0),
         lambda m: m.model.layers[0].self_attn.q_proj.lora_qv.register_forward_hook(doubled),
         lambda m: m.model.layers[0](torch.ones(1, 3, 32)),
@@ -223,8 +232,10 @@ def test_it_is_done_to_an_operated_model_too(done: str) -> None:
 )
 def test_what_a_capture_cannot_follow_is_refused_when_it_is_done(do: Callable[[Any], Any]) -> None:
     model = ps.apply(captured("llama"), "lora_qv")
+    expected = model(**batch()).logits
     with pytest.raises(ps.SurgeryError, match="PSG2"):
         do(model)
+    assert torch.equal(model(**batch()).logits, expected)
 
 
 @pytest.mark.parametrize("result", [lambda y: (y, y), lambda y: {"y": y}])
