@@ -192,9 +192,11 @@ def open_adapter(
 ) -> OperatedModel:
     """The operated model of a saved surgery or of a peft adapter's directory.
 
-    PSG607 for others, PSG319 for a base that it was not made for, unless that is allowed. PSG515 if
-    the base was read as another class, and parameters of that have no values anywhere.
+    PSG607 for others, PSG218 for a class that a captured base is not of, PSG319 for a base that it
+    was not made for, unless that is allowed. PSG515 if the base was read as another class, and
+    parameters of that have no values anywhere.
     """
+    _check_class(base, kind)
     operated = _opened(path, base, allow_other_base, kind)
     lost = list(missing_values(operated))
     if lost:
@@ -202,6 +204,16 @@ def open_adapter(
         message = f"'{lost[0]}' of a {kind} is neither in the base nor in '{path}'"
         raise SurgeryError("PSG515", message, "name another class with --class, or another base")
     return operated
+
+
+def _check_class(base: GraphModel | str | None, kind: str | None) -> None:
+    """Refuse another class for a base that is there already, in its own. PSG218."""
+    if kind is None or not isinstance(base, GraphModel):
+        return
+    own = type(base.source.module).__name__
+    if kind != own:
+        message = f"the base that is given is a {own}, and cannot be read as a '{kind}'"
+        raise SurgeryError("PSG218", message, "name the directory of the base, or capture that")
 
 
 def _opened(

@@ -193,3 +193,15 @@ def test_what_is_written_for_peft_says_its_class_and_folds_again(
         )
     read = PeftModel.from_pretrained(theirs, tmp_path / "ours")
     torch.testing.assert_close(first(read.eval()), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_base_that_is_captured_keeps_its_class(base: Path, tmp_path: Path) -> None:
+    graph, kind = ps.capture(str(base)), "LlamaForSequenceClassification"
+    ps.apply(graph, "lora_qv").save(tmp_path / "surgery")
+    ps.to_peft(ps.apply(graph, "lora_qv"), tmp_path / "adapter")
+    for spec in (tmp_path / "surgery", tmp_path / "adapter"):
+        with pytest.raises(SurgeryError, match=r"PSG218: .* is a LlamaForCausalLM"):
+            fold_to_directory(spec, tmp_path / "out", base=graph, kind=kind)
+        assert not (tmp_path / "out").exists()
+    own = fold_to_directory(tmp_path / "surgery", tmp_path / "out", graph, kind="LlamaForCausalLM")
+    assert own.adapters == ("lora_qv",)
