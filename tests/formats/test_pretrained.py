@@ -18,6 +18,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import peftsurgery as ps
 from peftsurgery.cli.root import root
 from peftsurgery.formats import pretrained
+from peftsurgery.formats.pretrained import FoldResult
+from peftsurgery.surgery.requantising import FoldError
 from tests.formats.made import expected, files_of, minilm, model_directory, saved_surgery
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
@@ -281,3 +283,10 @@ def test_tensors_that_base_and_class_do_not_share_are_named(tmp_path: Path) -> N
     assert len(result.notes) == 1
     assert "tensors in" in result.notes[0]
     assert "'classifier.bias' first" in result.notes[0]
+
+
+def test_a_fold_that_changes_no_weight_does_not_claim_to_know_why() -> None:
+    """What was trained may be too small for the dtype of the weights, as well as untrained."""
+    nothing = FoldResult(("a",), (), 5, (), False, FoldError(0, 0.0, None, 0.0))
+    assert "changes no weight at this precision" in str(nothing)
+    assert "untrained, or too small" in str(nothing)
