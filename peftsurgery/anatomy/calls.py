@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..capture import Program
-from .site import join
+from ..capture.names import join
 from .values import operands
 
 Programs = Mapping[str, Sequence[Program]]

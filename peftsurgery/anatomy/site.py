@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from ..capture import Program
+from ..capture.names import join
 
 ATEN = torch.ops.aten
 
@@ -191,8 +192,3 @@ class Placed:
     def fed_by(self) -> tuple[Placed, ...]:
         """The sites of its block whose output it takes in."""
         return () if self.relations is None else self.relations.fed_by(self)
-
-
-def join(prefix: str, name: str) -> str:
-    """The dotted path of ``name`` under ``prefix``; either may be empty."""
-    return f"{prefix}.{name}" if prefix and name else prefix or name

@@ -14,12 +14,13 @@ from typing import Any
 from torch import fx
 
 from ..capture import Capture, Program
+from ..capture.names import join
 from .analysis import Anatomy, analyse
 from .attention import compares_order
 from .boundary import find_boundary
 from .calls import Calls, Frame
 from .heads import find_heads
-from .site import Placed, Relations, Site, join
+from .site import Placed, Relations, Site
 from .stream import call_of, owner, sublayer
 
 

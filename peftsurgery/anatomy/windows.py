@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, fx
 
 from ..capture import Capture
-from .values import LAYOUT, backward, never, op, operands, words
+from ..capture.names import join
+from .attention import is_position
+from .values import LAYOUT, op, operands, words
 
 ORDER, EQUAL = words("gt ge lt le"), words("eq")
 MOVES, CHUNKS = words("add sub"), words("div floor_divide")
@@ -33,7 +35,7 @@ def windows(capture: Capture, tensor: Callable[[str], Tensor | None]) -> set[int
         for program in programs:
             found |= {size for node in program.graph.nodes for size in _compared(node)}
             for node in program.graph.find_nodes(op="get_attr"):
-                name = f"{block}.{node.target}" if block else str(node.target)
+                name = join(block, str(node.target))
                 found |= set(_seen(tensor(name)))
     return found
 
@@ -41,7 +43,7 @@ def windows(capture: Capture, tensor: Callable[[str], Tensor | None]) -> set[int
 def _compared(node: fx.Node) -> Iterator[int]:
     """The window of a comparison of positions, if it is one that has any."""
     both = operands(node)
-    if op(node) not in ORDER | EQUAL or len(both) != 2 or not all(map(_is_counted, both)):
+    if op(node) not in ORDER | EQUAL or len(both) != 2 or not all(map(is_position, both)):
         return
     steps = [_step(each, MOVES if op(node) in ORDER else CHUNKS) for each in both]
     if op(node) in ORDER:
@@ -56,10 +58,6 @@ def _step(node: fx.Node, ops: frozenset[str]) -> int | None:
         node = operands(node)[0]
     constants = [each for each in node.args[1:] if isinstance(each, int)]
     return constants[0] if op(node) in ops and constants else None
-
-
-def _is_counted(node: fx.Node) -> bool:
-    return any(op(each) == "arange" for each in backward([node], never))
 
 
 def _seen(table: Tensor | None) -> Iterator[int]:

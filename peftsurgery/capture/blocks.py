@@ -18,6 +18,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from .module_calls import hand_on
+from .names import join
 from .program import ModuleInfo, Program, TensorInfo
 from .stack import inherit, stack_paths
 
@@ -30,7 +31,7 @@ def block_paths(module: nn.Module) -> frozenset[str]:
             continue
         if isinstance(part, nn.Sequential) and _is_inside(name, paths):
             continue
-        paths.update(f"{name}.{key}" if name else key for key, _ in part.named_children())
+        paths.update(join(name, key) for key, _ in part.named_children())
     return frozenset(paths)
 
 

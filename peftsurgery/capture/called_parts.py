@@ -17,7 +17,8 @@ from torch import fx
 
 from .captures import Capture
 from .module_calls import Mark, ModuleCall
-from .part_splitter import PartSplitter, join, unfit
+from .names import join
+from .part_splitter import PartSplitter, unfit
 from .program import Program
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from . import ops
 from .module_calls import hand_on
+from .names import join
 from .operands import part_operands
 from .randomness import RATE, TRAIN_FLAGS, is_random
 from .regions import AUTOCAST, inline_regions
@@ -196,7 +197,7 @@ def _follow_argument(
 def _read(graph: fx.Graph, node: fx.Node, attribute: str) -> fx.Node:
     """The attribute of the module that a node belongs to."""
     owner = _owner(node)
-    read = graph.create_node("get_attr", f"{owner}.{attribute}" if owner else attribute)
+    read = graph.create_node("get_attr", join(owner, attribute))
     inherit(read, node)
     return read
 

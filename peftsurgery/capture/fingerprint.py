@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from .names import join
 from .sources import Source
 from .stored import tensors_in
 
@@ -194,7 +195,7 @@ def _saved_as(module: nn.Module) -> dict[str, Tensor]:
         for leaf, buffer in part.named_buffers(recurse=False):
             if leaf not in part._non_persistent_buffers_set and id(buffer) not in seen:
                 seen.add(id(buffer))
-                tensors[f"{path}.{leaf}" if path else leaf] = buffer
+                tensors[join(path, leaf)] = buffer
     plain = {name: tensor.detach() for name, tensor in tensors.items()}
     return revert_weight_conversion(module, plain) if isinstance(module, PreTrainedModel) else plain
 

@@ -19,6 +19,7 @@ from ..errors import SurgeryError
 from .blocks import Copier
 from .calling import PartCall, pass_on
 from .module_calls import GIVEN, RETURNED, Mark, ModuleCall, hand_on
+from .names import join
 from .program import Program
 from .stack import stack_paths
 
@@ -338,11 +339,6 @@ def _together(
         torn = next(k for k in keys if isinstance(k, _Owner) and number[k] not in done)
         raise unfit(path(torn.part), "what it computes depends on itself by way of other code")
     return result
-
-
-def join(path: str, name: str) -> str:
-    """A name beneath a path, either of which may be empty."""
-    return f"{path}.{name}" if path and name else path or name
 
 
 def unfit(path: str, reason: str) -> SurgeryError:

@@ -19,6 +19,7 @@ from ..errors import SurgeryError
 from .calling import run_part
 from .classes import become_like
 from .copying import Copied
+from .names import join
 from .program import ModuleInfo, Program
 from .watched import HOOKS, Watched
 
@@ -126,7 +127,7 @@ def mirror(
         for name, child in original._modules.items():
             if child is None:
                 continue
-            inner = f"{path}.{name}" if path else name
+            inner = join(path, name)
             if hasattr(copy, name):
                 raise SurgeryError(
                     "PSG209",

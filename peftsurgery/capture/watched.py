@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import SurgeryError
+from .names import join
 from .randomness import RATE
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -49,7 +50,7 @@ class Watched(nn.Module):
 
     def _note(self, name: str | None = None) -> None:
         """Something waits for this part, or for what is in the place of one of its own."""
-        path = self._path if name is None else _named(self._path, name)
+        path = self._path if name is None else join(self._path, name)
         if self._watching is not None and path:
             self._watching.note(path)
 
@@ -89,7 +90,7 @@ class Watched(nn.Module):
             ):
                 raise SurgeryError(
                     "PSG220",
-                    f"'{_named(self._path, name)}' is a constant of the capture",
+                    f"'{join(self._path, name)}' is a constant of the capture",
                     "set it on the original, and capture that again",
                 )
         super().__setattr__(name, value)
@@ -156,13 +157,9 @@ def _is_constant(part: nn.Module, name: str) -> bool:
 def _unchanging(path: str, name: str, what: str) -> SurgeryError:
     return SurgeryError(
         "PSG220",
-        f"'{_named(path, name)}' cannot be {what}: the capture calls the modules there were",
+        f"'{join(path, name)}' cannot be {what}: the capture calls the modules there were",
         "put another module in a part's place, or change the original and capture it again",
     )
-
-
-def _named(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _is_rate(part: nn.Module, name: str) -> bool:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..anatomy import Placed, survey
-from ..anatomy.site import join
 from ..capture import GraphModel
+from ..capture.names import join
 from ..errors import SurgeryError, did_you_mean
 from .adapterhub_library import Layout, layouts
 

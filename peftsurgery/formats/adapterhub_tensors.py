@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..anatomy.site import join
+from ..capture.names import join
 from ..errors import SurgeryError
 from ..language import shape_of
 from ..surgery import Cut

@@ -16,9 +16,9 @@ import sympy
 import torch
 from torch import fx
 
-from ..anatomy.site import join
 from ..anatomy.values import op, shape, words
 from ..capture import Capture, Program
+from ..capture.names import join
 from ..errors import SurgeryError
 
 VIEWS = words("view reshape _unsafe_view flatten unflatten contiguous clone")

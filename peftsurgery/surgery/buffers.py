@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..capture.names import join
 from ..errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -57,4 +58,4 @@ def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, part in model.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
             if name not in part._non_persistent_buffers_set:
-                yield (f"{path}.{name}" if path else name), buffer
+                yield join(path, name), buffer

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from ..anatomy.site import join
+from ..capture.names import join
 from ..errors import SurgeryError
 
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..anatomy.site import join
 from ..capture import Capture, GraphModel, ModuleInfo
+from ..capture.names import join
 from ..capture.threads import making
 from ..errors import SurgeryError
 from ..language import Located, Selection, initial_values, shape_of, weights_read

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..anatomy import Placed
-from ..anatomy.site import Site, join
+from ..anatomy.site import Site
+from ..capture.names import join
 from ..errors import SurgeryError
 from ..language import Rule, RuleFile, group_of
 from ..language.kinds import sizes_of

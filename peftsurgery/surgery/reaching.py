@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..anatomy import Placed
-from ..anatomy.site import join
+from ..capture.names import join
 from ..errors import SurgeryError
 from ..language import Selection
 from .operation import Cut

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from ..anatomy.site import join
 from ..capture import Capture, Program
+from ..capture.names import join
 from .batches import batches
 from .boundary import is_at_boundary, sew_inputs
 from .operation import Cut, in_order

@@ -15,9 +15,9 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..anatomy import Site, analyse
-from ..anatomy.site import join
 from ..capture import Program
 from ..capture.module_calls import take_place
+from ..capture.names import join
 from ..capture.stack import inherit
 from ..errors import SurgeryError
 from ..language import Context, fold, names_in, rewrite
