@@ -48,8 +48,9 @@ KEPT = (*TRAINABLE, *WHOLE)
 
 def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | None) -> None:
     """Write these adapters, or all of them, to ``path``; see :meth:`OperatedModel.save`."""
-    check_places(model, path / MANIFEST, path / TENSORS, path / RULES)
     names = _chosen(model, chosen)
+    updated = path if _is_updated(model, path, names) else None
+    check_places(model, path / MANIFEST, path / TENSORS, path / RULES, updated=updated)
     saved = [operation for operation in model.operations if operation.name in names]
     rules = [f"{RULES}/{n}_{operation.file.name}.yaml" for n, operation in enumerate(saved)]
     manifest: dict[str, Any] = {
@@ -85,6 +86,19 @@ def _of_the_base(
     copies = model._copies.made.items()
     trained = {model.name_of(home): adapter for home, (_, adapter) in copies if adapter in names}
     return ({"trained": trained} if trained else {}) | ({"buffers": [*moved]} if moved else {})
+
+
+def _is_updated(model: OperatedModel, path: Path, names: Collection[str]) -> bool:
+    """Whether ``path`` is the surgery that a model was loaded from, and all in it is saved again.
+
+    So what was loaded, and trained further, goes back to its place; nothing there is lost.
+    """
+    places = {op.origin.place.resolve() for op in model.operations if op.origin.place is not None}
+    if path.resolve() not in places:
+        return False
+    entries = object_in(path / MANIFEST).get("operations")
+    held = [entry.get("name") for entry in entries] if isinstance(entries, list) else []
+    return bool(held) and all(name in names for name in held)
 
 
 def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import torch
 from transformers import BertModel, Trainer, TrainingArguments
 
 import peftsurgery as ps
@@ -125,7 +126,7 @@ def test_nothing_in_python_writes_where_its_model_was_read(made: Place) -> None:
     by_rule = ps.apply(ps.capture(str(made.base)), ps.load_rules(made.rule), rank=2)
     inner = made.base / "inner"
     for write in (
-        lambda: on_surgery.save(made.surgery),
+        lambda: ps.apply(on_surgery, "ia3").save(made.surgery, names=["ia3"]),
         lambda: on_surgery.save(made.base),
         lambda: live.save(inner),
         lambda: live.save_pretrained(made.base),
@@ -184,3 +185,14 @@ def test_a_tokenizer_that_came_with_an_adapter_is_kept_too(made: Place, tmp_path
         with pytest.raises(ps.SurgeryError, match="PSG602"):
             write(tmp_path / "inner")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_loaded_and_trained_goes_back_to_its_place(made: Place) -> None:
+    loaded = ps.load(made.surgery)
+    for value in loaded.learnt().values():
+        torch.nn.init.normal_(value)
+    ps.apply(loaded, "ia3").save(made.surgery)
+    again = ps.load(made.surgery)
+    assert again.adapters == ("lora_qv", "ia3")
+    for name, value in loaded.learnt().items():
+        assert torch.equal(again.learnt()[name], value)
