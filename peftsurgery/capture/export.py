@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from ..quiet import quiet
 from .attributes import kept_attributes
 from .masks import Masks
 from .modes import Reads, noted_reads
-from .randomness import drawn_elsewhere, is_random, kept_generators
+from .randomness import drawn_elsewhere, is_random, kept_generators, starts
 from .recording import Record, Watch, is_steady, recorded
 from .remembering import as_if_run
 from .signature import Call, apart, stand_for, traced
@@ -168,13 +169,18 @@ def _export(module: nn.Module, call: Call, train: bool, by_value: bool = False) 
         drew = drawn_elsewhere() != before
     if masks.matters:
         return _export(module, call, train, by_value=True)
-    if drew and _record(module, call, train, 0) != _record(module, call, train, 1):
+    if drew and not _is_one(_record(module, call, train, start) for start in starts()):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:
         with kept_attributes(module), _prepared(module, call, train):
             if not is_steady(module, call):
                 raise _remembering(module, watch.changed[0])
     return _Trace(program, watch.record, reads, masks)
+
+
+def _is_one(records: Iterable[Record]) -> bool:
+    """Whether all runs did the same."""
+    return all(one == other for one, other in pairwise(records))
 
 
 def _remembering(module: nn.Module, attribute: str) -> SurgeryError:
@@ -189,12 +195,16 @@ def _remembering(module: nn.Module, attribute: str) -> SurgeryError:
 
 
 def _record(
-    module: nn.Module, call: Call, train: bool, shift: int = 0, by_value: bool = False
+    module: nn.Module,
+    call: Call,
+    train: bool,
+    start: tuple[int, ...] | None = None,
+    by_value: bool = False,
 ) -> Record:
     """What the module does for a call in one mode."""
     masks = Masks(call, by_value)
     prepared = _prepared(module, call, train, None, masks)
-    with kept_attributes(module), prepared, kept_generators(shift):
+    with kept_attributes(module), prepared, kept_generators(start):
         return recorded(module, call)
 
 

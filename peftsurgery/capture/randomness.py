@@ -34,19 +34,40 @@ def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     return torch.Tag.nondeterministic_seeded in target.tags and (not flags or any(flags))
 
 
+# Both Python and numpy draw from a Mersenne twister. A word of all zeros or of all ones is what it
+# makes of these two words of its state.
+_LEAST, _MOST = 0, 0x12DD9BB3
+_WORDS = 624
+
+
+def starts(count: int = 8) -> list[tuple[int, ...]]:
+    """States that a generator may start in: one draws the least numbers, one the greatest.
+
+    A choice by a threshold differs between these two. ``count`` others draw pseudo-random numbers,
+    so that most other choices differ too. Extremes fill half a state only: a method that rejects
+    them reaches the numbers behind.
+    """
+    draw = random.Random(0)
+    extremes = ([word] * (_WORDS // 2) for word in (_LEAST, _MOST))
+    heads = [*extremes, *([] for _ in range(count))]
+    return [
+        (*head, *(draw.getrandbits(32) for _ in range(_WORDS - len(head))), 0) for head in heads
+    ]
+
+
 @contextmanager
-def kept_generators(shift: int = 0) -> Iterator[None]:
+def kept_generators(start: tuple[int, ...] | None = None) -> Iterator[None]:
     """Within the context numbers are drawn; behind it, every generator is where it was before.
 
-    With another ``shift``, generators of Python and numpy give other numbers within.
+    With a ``start``, generators of Python and numpy start there.
     """
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices):
-            for _ in range(shift):
-                random.random()
-                np.random.random_sample()
+            if start is not None:
+                random.setstate((3, start, None))
+                np.random.set_state(("MT19937", np.array(start[:-1], np.uint32), start[-1], 0, 0.0))
             yield
     finally:
         random.setstate(python)

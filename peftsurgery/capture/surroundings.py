@@ -67,8 +67,8 @@ def surroundings() -> Surroundings:
 def outside(function: Callable[[], Result], state: Surroundings) -> Result:
     """What ``function`` returns where nothing surrounds it but ``state``.
 
-    It runs in a thread of its own, with the caller's context variables. An interrupt of the caller
-    interrupts it too. Called from within, it runs at once.
+    It runs in a thread of its own, with the caller's context variables. Whatever ends the caller's
+    wait interrupts it too. Called from within, it runs at once.
     """
     if getattr(_HERE, "outside", False):
         with state.entered():
@@ -78,8 +78,8 @@ def outside(function: Callable[[], Result], state: Surroundings) -> Result:
         future = pool.submit(contextvars.copy_context().run, task)
         try:
             return future.result()
-        except KeyboardInterrupt:
-            if not future.done():
+        except BaseException:
+            if not future.cancel() and not future.done():
                 task.interrupt()
             raise
 

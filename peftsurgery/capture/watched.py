@@ -115,7 +115,7 @@ class Watched(nn.Module):
             raise _unchanging(self._path, name, "another list of modules")
         if name in originals:
             self._note(name)
-        elif isinstance(self, _LISTS) and not isinstance(module, Watched):
+        elif isinstance(self, _LISTS):
             raise _unchanging(self._path, name, "added")
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -17,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftsurgery as ps
 from peftsurgery.capture import capture
+from peftsurgery.capture.surroundings import outside, surroundings
 from tests.capture.pairs import Pair, assert_same
 from tests.models.zoo import ZOO, ids
 
@@ -188,6 +192,40 @@ def test_a_first_call_in_compiled_code_is_the_originals() -> None:
     torch._dynamo.reset()
     assert_same(2 * both.original(x), made)
     assert_same(*both.run(torch.randn(5, 4)))
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit, TimeoutError])
+def test_whatever_ends_the_wait_for_a_capture_ends_the_capture(kind: type[BaseException]) -> None:
+    began, ended = threading.Event(), threading.Event()
+
+    def long() -> None:
+        began.set()
+        try:
+            for _ in range(20_000):
+                time.sleep(0.001)
+        except KeyboardInterrupt:
+            ended.set()
+            raise
+
+    def raised(*_: Any) -> None:
+        raise kind
+
+    before = signal.signal(signal.SIGUSR1, raised)
+    main = threading.get_ident()
+
+    def send() -> None:
+        began.wait()
+        signal.pthread_kill(main, signal.SIGUSR1)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        with pytest.raises(kind):
+            outside(long, surroundings())
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        sender.join()
+    assert ended.is_set()
 
 
 def test_an_interrupted_capture_leaves_the_model_as_it_was() -> None:

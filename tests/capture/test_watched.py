@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -34,3 +37,24 @@ def test_a_constant_of_any_name_is_refused_and_a_rate_is_followed() -> None:
         each.get_submodule("1.drop").p = 0.9
     both.train()
     assert_same(*both.run(torch.randn(5, 4)))
+
+
+ADDING: dict[str, Callable[[Any, nn.Module], Any]] = {
+    "append": lambda parts, part: parts.append(part),
+    "add_module": lambda parts, part: parts.add_module("2", part),
+    "setattr": lambda parts, part: setattr(parts, "2", part),
+}
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["a part of its own", "a new one"])
+@pytest.mark.parametrize("name", ADDING)
+def test_no_list_of_a_capture_is_longer_than_the_originals(own: bool, name: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    graph = ps.capture(module, {"input": torch.randn(3, 4)})
+    part = graph.get_submodule("0") if own else nn.Linear(4, 4)
+    with pytest.raises(ps.SurgeryError) as caught:
+        ADDING[name](graph, part)
+    assert caught.value.code == "PSG220"
+    assert [path for path, _ in graph.named_children()] == ["0", "1"]
+    x = torch.randn(5, 4)
+    assert_same(module(x), graph(x))
