@@ -30,7 +30,9 @@ def test_an_operator_in_python_is_sewn_in() -> None:
     torch.testing.assert_close(logits(operated, "llama"), expected)
 
 
-def test_a_role_in_python_selects() -> None:
+def test_a_role_in_python_selects(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftsurgery.language.roles._registered", {})  # not for other tests
+
     @ps.role("narrowing")
     def narrowing(site: object) -> bool:
         """A linear with fewer outputs than inputs."""
