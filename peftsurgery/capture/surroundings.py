@@ -74,14 +74,16 @@ def outside(function: Callable[[], Result], state: Surroundings) -> Result:
         with state.entered():
             return function()
     task = _Task(function, state)
-    with ThreadPoolExecutor(1, "capture") as pool:
-        future = pool.submit(contextvars.copy_context().run, task)
-        try:
-            return future.result()
-        except BaseException:
-            if not future.cancel() and not future.done():
+    try:
+        with ThreadPoolExecutor(1, "capture") as pool:
+            try:
+                return pool.submit(contextvars.copy_context().run, task).result()
+            except BaseException:
                 task.interrupt()
-            raise
+                raise
+    finally:  # a pool does not know a thread that was starting as an interrupt came
+        if task.thread is not None:
+            task.thread.join()
 
 
 class _Task(Generic[Result]):
@@ -90,11 +92,20 @@ class _Task(Generic[Result]):
     def __init__(self, function: Callable[[], Result], state: Surroundings) -> None:
         self.function, self.state = function, state
         self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self.thread = 0
+        self.thread: threading.Thread | None = None
+        self.is_wanted, self.is_done = True, False
 
     def __call__(self) -> Result:
         """What the function returns."""
-        self.thread = threading.get_ident()
+        self.thread = threading.current_thread()
+        try:
+            return self._made()
+        finally:
+            self.is_done = True
+
+    def _made(self) -> Result:
+        if not self.is_wanted:
+            raise KeyboardInterrupt
         _HERE.outside = True
         if self.device is not None:
             torch.cuda.set_device(self.device)
@@ -102,6 +113,9 @@ class _Task(Generic[Result]):
             return self.function()
 
     def interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the thread, as Ctrl-C does in the main one."""
+        """Raise KeyboardInterrupt in the thread, as Ctrl-C does in the main one, if it goes on."""
+        self.is_wanted = False
+        if self.thread is None or self.is_done:
+            return
         raised = ctypes.py_object(KeyboardInterrupt)
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), raised)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread.ident or 0), raised)

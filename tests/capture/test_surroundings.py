@@ -199,8 +199,8 @@ def test_whatever_ends_the_wait_for_a_capture_ends_the_capture(kind: type[BaseEx
     began, ended = threading.Event(), threading.Event()
 
     def long() -> None:
-        began.set()
         try:
+            began.set()
             for _ in range(20_000):
                 time.sleep(0.001)
         except KeyboardInterrupt:
