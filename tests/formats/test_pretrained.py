@@ -201,7 +201,9 @@ def test_a_plain_module_gives_its_state_dict(tmp_path: Path) -> None:
     module.load_state_dict(load_file(out / "model.safetensors"))
     inputs = ZOO["functional"].inputs(3, 6)
     with torch.no_grad():
-        torch.testing.assert_close(module(**inputs), operated(**inputs), atol=1e-6, rtol=1e-5)
+        expected = operated(**inputs)
+        apart = (module(**inputs) - expected).abs().max()
+    assert apart <= 1e-6 * max(1.0, expected.abs().max())  # what fp32 can tell apart
 
 
 WRONG = """
