@@ -115,8 +115,13 @@ class Watched(nn.Module):
             raise _unchanging(self._path, name, "another list of modules")
         if name in originals:
             self._note(name)
-        elif isinstance(self, _LISTS):
+        elif isinstance(self, _LISTS) and not _is_beside(module):
             raise _unchanging(self._path, name, "added")
+
+
+def _is_beside(module: Any) -> bool:
+    """Whether a module is one of ours that no model watches: what a surgery puts beside parts."""
+    return isinstance(module, Watched) and module._watching is None
 
 
 def _holds_alike(original: nn.Module, module: Any) -> bool:
