@@ -14,6 +14,7 @@ No weights of the base and no pickle.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -93,8 +94,8 @@ def _is_updated(model: OperatedModel, path: Path, names: Collection[str]) -> boo
 
     So what was loaded, and trained further, goes back to its place; nothing there is lost.
     """
-    places = {op.origin.place.resolve() for op in model.operations if op.origin.place is not None}
-    if path.resolve() not in places:
+    places = [op.origin.place for op in model.operations if op.origin.place is not None]
+    if not os.path.isdir(path) or path.resolve() not in [place.resolve() for place in places]:
         return False
     entries = object_in(path / MANIFEST).get("operations")
     held = [entry.get("name") for entry in entries] if isinstance(entries, list) else []
