@@ -40,13 +40,13 @@ def test_lora_in_a_transformer_encoder_acts_in_eval_too(tmp_path: Path) -> None:
     layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
     module = nn.TransformerEncoder(layer, 2).eval()
     x = torch.randn(3, 5, 16)
-    theirs = adapted(module, tmp_path, target_modules=["linear1"])
+    theirs = adapted(module, tmp_path / "theirs", target_modules=["linear1"])
     plain = run(module, x)
     assert (run(theirs, x) - plain).abs().max() < 1e-5, "peft: skipped by the fast path"
     meant = run(theirs.train(), x)
     assert (meant - plain).abs().max() > 0.01
 
-    ours = ps.from_peft(ps.capture(module, (x,)), tmp_path).eval()
+    ours = ps.from_peft(ps.capture(module, (x,)), tmp_path / "theirs").eval()
     torch.testing.assert_close(run(ours, x), meant, rtol=0, atol=2e-6)
     torch.testing.assert_close(run(ps.fold(ours).train(), x), meant, rtol=0, atol=2e-6)
     with pytest.raises(SurgeryError, match=r"PSG510: 'layers\.0\.linear1' is in a"):
