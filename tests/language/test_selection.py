@@ -193,7 +193,9 @@ def test_a_rule_file_defines_roles_of_its_own():
     assert len(chosen("{not: {role: late}, role: attn.*}", head=head).kept) == 12
 
 
-def test_python_registers_roles():
+def test_python_registers_roles(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("peftsurgery.language.roles._registered", {})  # not for other tests
+
     @role("wide_for_test")
     def wide(site):
         return site.facts.get("out", 0) >= 32
