@@ -90,7 +90,10 @@ APART: dict[str, Callable[[Path, Path], str | Path]] = {
 
 @pytest.mark.parametrize("how", APART)
 def test_what_is_beside_may_be_written(how: str, tmp_path: Path, model: Path) -> None:
-    check_apart(APART[how](tmp_path, model), [model, "owner/name", "lora_qv", None, ""])
+    target = APART[how](tmp_path, model)
+    check_apart(target, [model, "owner/name", "lora_qv", None, ""])
+    with pytest.raises(SurgeryError, match="PSG602"):
+        check_apart(target, [tmp_path])  # which it does lie in
 
 
 def test_what_is_read_may_be_known_by_a_link(tmp_path: Path, model: Path) -> None:
