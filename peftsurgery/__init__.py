@@ -14,22 +14,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel, capture
     from peftsurgery.errors import SurgeryError
-    from peftsurgery.formats.adapterhub import from_adapterhub, to_adapterhub
+    from peftsurgery.formats.adapterhub.directory import from_adapterhub, to_adapterhub
     from peftsurgery.formats.onnx import export_onnx
-    from peftsurgery.formats.peft import from_peft, to_peft
+    from peftsurgery.formats.peft.directory import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, check_rules, load_rules, operator, parse_rules, role
-    from peftsurgery.surgery import (
-        OperatedModel,
-        Report,
-        apply,
-        combine,
-        eject,
-        flatten,
-        fold,
-        fold_error,
-        load,
-    )
+    from peftsurgery.surgery.applying import apply, eject
+    from peftsurgery.surgery.combine.combining import combine
+    from peftsurgery.surgery.fold.flattening import flatten
+    from peftsurgery.surgery.fold.folding import fold, fold_error
+    from peftsurgery.surgery.loading import load
+    from peftsurgery.surgery.model.operated import OperatedModel
+    from peftsurgery.surgery.model.report import Report
     from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
 
 __version__ = "0.1.0"
@@ -67,31 +63,31 @@ __all__ = [
 _HOME = {
     "AllocateRanks": "training",
     "GraphModel": "capture",
-    "OperatedModel": "surgery",
+    "OperatedModel": "surgery.model.operated",
     "RankAllocator": "training",
-    "Report": "surgery",
+    "Report": "surgery.model.report",
     "Rule": "language",
     "SurgeryError": "errors",
-    "apply": "surgery",
+    "apply": "surgery.applying",
     "capture": "capture",
     "check_rules": "language",
-    "combine": "surgery",
-    "eject": "surgery",
+    "combine": "surgery.combine.combining",
+    "eject": "surgery.applying",
     "export_onnx": "formats.onnx",
-    "flatten": "surgery",
-    "fold": "surgery",
-    "fold_error": "surgery",
+    "flatten": "surgery.fold.flattening",
+    "fold": "surgery.fold.folding",
+    "fold_error": "surgery.fold.folding",
     "fold_to_directory": "formats.pretrained",
-    "from_adapterhub": "formats.adapterhub",
-    "from_peft": "formats.peft",
-    "load": "surgery",
+    "from_adapterhub": "formats.adapterhub.directory",
+    "from_peft": "formats.peft.directory",
+    "load": "surgery.loading",
     "load_rules": "language",
     "lora_plus": "training",
     "operator": "language",
     "parse_rules": "language",
     "role": "language",
-    "to_adapterhub": "formats.adapterhub",
-    "to_peft": "formats.peft",
+    "to_adapterhub": "formats.adapterhub.directory",
+    "to_peft": "formats.peft.directory",
 }
 
 

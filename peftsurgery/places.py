@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .errors import SurgeryError
+from peftsurgery.errors import SurgeryError
 
 Identity = tuple[int, int]
 

@@ -19,5 +19,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         callspec = getattr(item, "callspec", None)
         model = None if callspec is None else callspec.params.get("name")
-        group = model if isinstance(model, str) else item.path.stem
+        group = model if isinstance(model, str) else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))

@@ -3,9 +3,9 @@
     python -m tools.graphs OUT          one file for each architecture and rule
     diff -r OUT OTHER                   what a change of the package changed in them
 
-A file holds the report, every program of the operated model node by node, the names, shapes and sums
-of what was added, what the model returns in eval mode with the parameters moved from their start,
-and, for what can be folded, the sums of the folded weights. Node names are in it; ``--no-names``
+A file holds the report, every program of the operated model node by node, the names, shapes and
+hashes of what was added, what the model returns with the parameters moved from their start, and,
+for what can be folded, the hashes of the folded weights. Node names are in it; ``--no-names``
 numbers the nodes in order instead, for a change that makes the same nodes under other names.
 """
 

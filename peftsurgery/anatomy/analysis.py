@@ -9,20 +9,20 @@ from weakref import WeakKeyDictionary
 
 from torch import fx
 
-from ..capture import Program
-from .attention import find_cores
-from .feedforward import feedforward_parts, open_parts
-from .flow import Flow
-from .links import find_links
-from .norms import find_norms
-from .positions import find_positions
-from .recurrence import recurrent_parts
-from .roles import Part, attention_parts, with_role
-from .routing import router_parts
-from .site import Site
-from .stream import Join, find_joins, residual_sites
-from .tables import find_embeddings
-from .weights import find_convs, find_parameters
+from peftsurgery.anatomy.attention import find_cores
+from peftsurgery.anatomy.embeddings import find_embeddings
+from peftsurgery.anatomy.feedforward import feedforward_parts, open_parts
+from peftsurgery.anatomy.feeds import find_links
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.norms import find_norms
+from peftsurgery.anatomy.parameters import find_convs, find_parameters
+from peftsurgery.anatomy.positions import find_positions
+from peftsurgery.anatomy.recurrence import recurrent_parts
+from peftsurgery.anatomy.residual import Join, find_joins, residual_sites
+from peftsurgery.anatomy.roles import Part, attention_parts, with_role
+from peftsurgery.anatomy.routing import router_parts
+from peftsurgery.anatomy.site import Site
+from peftsurgery.capture import Program
 
 
 @dataclass(frozen=True, eq=False)

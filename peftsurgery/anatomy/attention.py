@@ -20,9 +20,8 @@ from typing import cast
 
 from torch import fx
 
-from .flow import PRODUCTS, Flow, forward
-from .site import Site
-from .values import (
+from peftsurgery.anatomy.flow import PRODUCTS, Flow, forward
+from peftsurgery.anatomy.ops import (
     DROPOUT,
     LAYOUT,
     NORMS,
@@ -41,6 +40,7 @@ from .values import (
     strip,
     width,
 )
+from peftsurgery.anatomy.site import Site
 
 WAY_OUT = LAYOUT | DROPOUT | NORMS | SCALING
 REPEATS = ("expand", "broadcast_to", "unsqueeze")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from ..capture import Program
-from ..capture.names import join
-from .values import operands
+from peftsurgery.anatomy.ops import operands
+from peftsurgery.capture import Program
+from peftsurgery.capture.names import join
 
 Programs = Mapping[str, Sequence[Program]]
 

@@ -15,13 +15,13 @@ from collections.abc import Iterable, Sequence
 
 from torch import fx
 
-from .flow import Flow
-from .recurrence import mixes_tokens
-from .roles import Part
-from .rows import as_slice
-from .site import Site
-from .stream import Join
-from .values import ACTIVATIONS, op, operands
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.fused_rows import as_slice
+from peftsurgery.anatomy.ops import ACTIVATIONS, op, operands
+from peftsurgery.anatomy.recurrence import mixes_tokens
+from peftsurgery.anatomy.residual import Join
+from peftsurgery.anatomy.roles import Part
+from peftsurgery.anatomy.site import Site
 
 
 def feedforward_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Part]:

@@ -13,11 +13,9 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from .contents import written
-from .linears import find_linears
-from .rows import OpaqueError, arriving
-from .site import Site
-from .values import (
+from peftsurgery.anatomy.fused_rows import OpaqueError, arriving
+from peftsurgery.anatomy.linears import find_linears
+from peftsurgery.anatomy.ops import (
     ADDITION,
     DROPOUT,
     LAYOUT,
@@ -30,6 +28,8 @@ from .values import (
     shape,
     value,
 )
+from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.written_memory import written
 
 Origin = frozenset[Site]
 NONE: Origin = frozenset()

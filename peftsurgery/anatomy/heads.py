@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from .flow import Flow
-from .site import Site
-from .values import ACTIVATIONS, backward, op
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.ops import ACTIVATIONS, backward, op
+from peftsurgery.anatomy.site import Site
 
 
 def find_heads(flow: Flow, vocabularies: Iterable[int], taken: Iterable[Site]) -> dict[Site, str]:

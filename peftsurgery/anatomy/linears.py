@@ -23,8 +23,17 @@ from typing import Any
 
 from torch import fx
 
-from .site import Site
-from .values import argument, is_tensor, op, operands, parameter_of, shape, sizes, value
+from peftsurgery.anatomy.ops import (
+    argument,
+    is_tensor,
+    op,
+    operands,
+    parameter_of,
+    shape,
+    sizes,
+    value,
+)
+from peftsurgery.anatomy.site import Site
 
 VIEWS = frozenset(("view", "reshape", "_unsafe_view", "flatten"))
 

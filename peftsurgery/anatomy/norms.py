@@ -11,9 +11,18 @@ from __future__ import annotations
 
 from torch import fx
 
-from .flow import Flow
-from .site import Site
-from .values import argument, backward, op, operands, parameter_of, strip, value, width
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.ops import (
+    argument,
+    backward,
+    op,
+    operands,
+    parameter_of,
+    strip,
+    value,
+    width,
+)
+from peftsurgery.anatomy.site import Site
 
 CASTS = ("to", "_to_copy", "type_as")
 AFFINE = {

@@ -14,10 +14,20 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import fx
 
-from .flow import Flow
-from .site import Site
-from .tables import is_counted, is_held
-from .values import backward, is_ancestor, is_tensor, never, op, operands, shape, sizes, value
+from peftsurgery.anatomy.embeddings import is_counted, is_held
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.ops import (
+    backward,
+    is_ancestor,
+    is_tensor,
+    never,
+    op,
+    operands,
+    shape,
+    sizes,
+    value,
+)
+from peftsurgery.anatomy.site import Site
 
 WAVES = ("cos", "sin")
 PICKS = ("gather", "index_select", "index")

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .attention import factors
-from .flow import Flow
-from .roles import Part, slices
-from .rows import is_depthwise
-from .site import Site
-from .stream import Join
-from .values import ACTIVATIONS, backward, op, operands, shape, words
+from peftsurgery.anatomy.attention import factors
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.fused_rows import is_depthwise
+from peftsurgery.anatomy.ops import ACTIVATIONS, backward, op, operands, shape, words
+from peftsurgery.anatomy.residual import Join
+from peftsurgery.anatomy.roles import Part, slices
+from peftsurgery.anatomy.site import Site
 
 LENGTHS = words("sum linalg_vector_norm norm")
 

@@ -8,17 +8,17 @@ from typing import Any
 
 from torch import fx
 
-from .attention import (
+from peftsurgery.anatomy.attention import (
     Core,
     depends_on_order,
     projection_out,
     remembers,
     visibility,
 )
-from .flow import Flow
-from .rows import as_slice
-from .site import Site, Slice
-from .values import backward, shape, width
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.fused_rows import as_slice
+from peftsurgery.anatomy.ops import backward, shape, width
+from peftsurgery.anatomy.site import Site, Slice
 
 PARTS = ("q", "k", "v")
 

@@ -16,10 +16,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import fx
 
-from .flow import Flow
-from .roles import Part
-from .site import Site
-from .values import argument, backward, fixed, op, operands, parameter_of, shape, words
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.ops import (
+    argument,
+    backward,
+    fixed,
+    op,
+    operands,
+    parameter_of,
+    shape,
+    words,
+)
+from peftsurgery.anatomy.roles import Part
+from peftsurgery.anatomy.site import Site
 
 CHOICES = words("topk argmax sort argsort max")
 WEIGHINGS = words("mul mul_ where")

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from ..capture import Program
-from ..capture.names import join
+from peftsurgery.capture import Program
+from peftsurgery.capture.names import join
 
 ATEN = torch.ops.aten
 

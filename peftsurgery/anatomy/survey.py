@@ -13,15 +13,15 @@ from typing import Any
 
 from torch import fx
 
-from ..capture import Capture, Program
-from ..capture.names import join
-from .analysis import Anatomy, analyse
-from .attention import compares_order
-from .boundary import find_boundary
-from .calls import Calls, Frame
-from .heads import find_heads
-from .site import Placed, Relations, Site
-from .stream import call_of, owner, sublayer
+from peftsurgery.anatomy.analysis import Anatomy, analyse
+from peftsurgery.anatomy.attention import compares_order
+from peftsurgery.anatomy.calls import Calls, Frame
+from peftsurgery.anatomy.heads import find_heads
+from peftsurgery.anatomy.inputs import find_boundary
+from peftsurgery.anatomy.residual import call_of, owner, sublayer
+from peftsurgery.anatomy.site import Placed, Relations, Site
+from peftsurgery.capture import Capture, Program
+from peftsurgery.capture.names import join
 
 
 @dataclass(frozen=True, eq=False)

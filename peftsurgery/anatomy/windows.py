@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, fx
 
-from ..capture import Capture
-from ..capture.names import join
-from .attention import is_position
-from .values import LAYOUT, op, operands, words
+from peftsurgery.anatomy.attention import is_position
+from peftsurgery.anatomy.ops import LAYOUT, op, operands, words
+from peftsurgery.capture import Capture
+from peftsurgery.capture.names import join
 
 ORDER, EQUAL = words("gt ge lt le"), words("eq")
 MOVES, CHUNKS = words("add sub"), words("div floor_divide")

@@ -1,10 +1,10 @@
 """Capture: a model in, a GraphModel out."""
 
-from .captures import Capture, Captures
-from .model import GraphModel, capture
-from .parts import Block
-from .program import ModuleInfo, Program, TensorInfo
-from .sources import Source, open_source
+from peftsurgery.capture.captures import Capture, Captures
+from peftsurgery.capture.model import GraphModel, capture
+from peftsurgery.capture.modules import Block
+from peftsurgery.capture.program import ModuleInfo, Program, TensorInfo
+from peftsurgery.capture.sources import Source, open_source
 
 __all__ = [
     "Block",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .tensors import is_plain, named_tensors
+from peftsurgery.capture.tensors import is_plain, named_tensors
 
 _CONTAINERS = (dict, list, deque, set)
 

@@ -17,10 +17,10 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from .module_calls import hand_on
-from .names import join
-from .program import ModuleInfo, Program, TensorInfo
-from .stack import inherit, stack_paths
+from peftsurgery.capture.module_calls import hand_on
+from peftsurgery.capture.names import join
+from peftsurgery.capture.program import ModuleInfo, Program, TensorInfo
+from peftsurgery.capture.stack import inherit, stack_paths
 
 
 def block_paths(module: nn.Module) -> frozenset[str]:

@@ -22,9 +22,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..errors import SurgeryError, did_you_mean, first_line
-from ..quiet import quiet
-from .randomness import kept_generators
+from peftsurgery.capture.randomness import kept_generators
+from peftsurgery.errors import SurgeryError, did_you_mean, first_line
+from peftsurgery.quiet import quiet
 
 SEED = 0
 FACTS = ("kind", "labels", "vocabulary", "stored", "lacking")

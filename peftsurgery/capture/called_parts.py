@@ -15,11 +15,11 @@ from dataclasses import replace
 
 from torch import fx
 
-from .captures import Capture
-from .module_calls import Mark, ModuleCall
-from .names import join
-from .part_splitter import PartSplitter, unfit
-from .program import Program
+from peftsurgery.capture.captures import Capture
+from peftsurgery.capture.module_calls import Mark, ModuleCall
+from peftsurgery.capture.names import join
+from peftsurgery.capture.part_splitter import PartSplitter, unfit
+from peftsurgery.capture.program import Program
 
 
 def with_calls(capture: Capture, parts: Collection[str], number: int) -> Capture:

@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
-from .module_calls import ModuleCall, flatten
-from .program import Program
+from peftsurgery.capture.module_calls import ModuleCall, flatten
+from peftsurgery.capture.program import Program
+from peftsurgery.errors import SurgeryError
 
 
 @dataclass(frozen=True, eq=False)

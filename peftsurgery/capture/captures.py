@@ -10,21 +10,21 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
-from .blocks import Library, Splitter, block_paths
-from .cleanup import clean_up
-from .export import Exported, export
-from .generating import cache_argument
-from .module_calls import ModuleCalls, noted_calls
-from .parts import module_infos
-from .program import Program
-from .signature import Call, example, map_tensors, widen
-from .sizes import Check, compile_check, in_words, is_limit
-from .sources import Source
-from .surroundings import Surroundings, outside, surroundings
-from .tensors import is_fake, is_plain, tensor_infos, tensor_names, traceable
-from .threads import making, traced_alone
-from .writes import check_writes
+from peftsurgery.capture.blocks import Library, Splitter, block_paths
+from peftsurgery.capture.cleanup import clean_up
+from peftsurgery.capture.export import Exported, export
+from peftsurgery.capture.generating import cache_argument
+from peftsurgery.capture.module_calls import ModuleCalls, noted_calls
+from peftsurgery.capture.modules import module_infos
+from peftsurgery.capture.program import Program
+from peftsurgery.capture.signature import Call, example, map_tensors, widen
+from peftsurgery.capture.sizes import Check, compile_check, in_words, is_limit
+from peftsurgery.capture.sources import Source
+from peftsurgery.capture.surroundings import Surroundings, outside, surroundings
+from peftsurgery.capture.tensors import is_fake, is_plain, tensor_infos, tensor_names, traceable
+from peftsurgery.capture.threads import making, traced_alone
+from peftsurgery.capture.writes import check_writes
+from peftsurgery.errors import SurgeryError
 
 
 @dataclass(frozen=True)

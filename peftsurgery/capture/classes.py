@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import SurgeryError
+from peftsurgery.errors import SurgeryError
 
 _AGAIN = "do it to the original, and capture that again"
 _ADAPTERS = "adapters are put in by apply() or from_peft(), and switched by activate()"

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import fx
 
-from . import ops
-from .module_calls import hand_on
-from .names import join
-from .operands import part_operands
-from .randomness import RATE, TRAIN_FLAGS, is_random
-from .regions import AUTOCAST, inline_regions
-from .stack import inherit, stack_paths
+from peftsurgery.capture import ops
+from peftsurgery.capture.higher_order import AUTOCAST, inline_regions
+from peftsurgery.capture.module_calls import hand_on
+from peftsurgery.capture.names import join
+from peftsurgery.capture.operands import part_operands
+from peftsurgery.capture.randomness import RATE, TRAIN_FLAGS, is_random
+from peftsurgery.capture.stack import inherit, stack_paths
 
 aten = torch.ops.aten
 

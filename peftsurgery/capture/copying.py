@@ -11,7 +11,7 @@ from typing import Any, NoReturn, Self, SupportsIndex
 
 from torch import nn
 
-from ..errors import SurgeryError
+from peftsurgery.errors import SurgeryError
 
 
 class Copied(nn.Module):

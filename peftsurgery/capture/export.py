@@ -28,17 +28,17 @@ from transformers.exporters.exporter_dynamo import (
 )
 from transformers.exporters.utils import apply_patches
 
-from ..errors import SurgeryError, first_line
-from ..quiet import quiet
-from .attributes import kept_attributes
-from .masks import Masks
-from .modes import Reads, noted_reads
-from .randomness import drawn_elsewhere, is_random, kept_generators, starts
-from .recording import Record, Watch, is_steady, recorded
-from .remembering import as_if_run
-from .signature import Call, apart, stand_for, traced
-from .sizes import size_conditions
-from .stack import stack_paths
+from peftsurgery.capture.attributes import kept_attributes
+from peftsurgery.capture.kv_cache import as_if_run
+from peftsurgery.capture.masks import Masks
+from peftsurgery.capture.modes import Reads, noted_reads
+from peftsurgery.capture.randomness import drawn_elsewhere, is_random, kept_generators, starts
+from peftsurgery.capture.recording import Record, Watch, is_steady, recorded
+from peftsurgery.capture.signature import Call, apart, stand_for, traced
+from peftsurgery.capture.sizes import size_conditions
+from peftsurgery.capture.stack import stack_paths
+from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.quiet import quiet
 
 # What torch.export raises for a model it cannot trace: its own errors derive from these.
 EXPORT_ERRORS = (

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from .names import join
-from .sources import Source
-from .stored import tensors_in
+from peftsurgery.capture.names import join
+from peftsurgery.capture.sources import Source
+from peftsurgery.capture.stored import tensors_in
 
 ALGORITHM = "blake2b-128"
 WHOLE, BLOCKS, BLOCK = 65_536, 32, 256

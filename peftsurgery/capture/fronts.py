@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .captures import Capture
-from .module_calls import GIVEN, hand_on
-from .program import Program
-from .signature import Call
-from .sizes import evaluate_sizes, shape_texts, with_shapes
+from peftsurgery.capture.captures import Capture
+from peftsurgery.capture.module_calls import GIVEN, hand_on
+from peftsurgery.capture.program import Program
+from peftsurgery.capture.signature import Call
+from peftsurgery.capture.sizes import evaluate_sizes, shape_texts, with_shapes
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from ..errors import SurgeryError
-from ..quiet import quiet
-from .signature import arguments_of
+from peftsurgery.capture.signature import arguments_of
+from peftsurgery.errors import SurgeryError
+from peftsurgery.quiet import quiet
 
 
 def check_generates(module: nn.Module) -> PreTrainedModel:

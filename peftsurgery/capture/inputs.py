@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import SurgeryError
+from peftsurgery.errors import SurgeryError
 
 BATCH, LENGTH = 2, 8
 

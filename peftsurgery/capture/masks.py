@@ -19,9 +19,9 @@ from transformers.exporters.utils import patch_attribute
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..errors import SurgeryError
-from .signature import Call
-from .sizes import keeps_all
+from peftsurgery.capture.signature import Call
+from peftsurgery.capture.sizes import keeps_all
+from peftsurgery.errors import SurgeryError
 
 CORE = "sdpa"  # the only kind of attention whose masks are left out
 

@@ -19,23 +19,29 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
-from ..arguments import checked
-from ..errors import SurgeryError
-from .captures import Capture, Captures, Casts
-from .classes import become_like
-from .generating import check_generates, first_inputs, new_cache, remembers, shell
-from .inputs import example_inputs
-from .likeness import Likeness, forward_like, loaded_from
-from .parts import Block, mirror, own
-from .remembering import Past
-from .serving import Serving
-from .signature import Call, bind_call, takes, with_past
-from .sources import Source, check_plain, open_source
-from .surroundings import outside, surroundings
-from .tensors import named_tensors, parameters_of, tensor_at
-from .threads import GATE, making
-from .waiting import Waiting
-from .watched import original_at
+from peftsurgery.arguments import checked
+from peftsurgery.capture.captures import Capture, Captures, Casts
+from peftsurgery.capture.classes import become_like
+from peftsurgery.capture.generating import (
+    check_generates,
+    first_inputs,
+    new_cache,
+    remembers,
+    shell,
+)
+from peftsurgery.capture.inputs import example_inputs
+from peftsurgery.capture.kv_cache import Past
+from peftsurgery.capture.modules import Block, mirror, own
+from peftsurgery.capture.original_api import Likeness, forward_like, loaded_from
+from peftsurgery.capture.serving import Serving
+from peftsurgery.capture.signature import Call, bind_call, takes, with_past
+from peftsurgery.capture.sources import Source, check_plain, open_source
+from peftsurgery.capture.surroundings import outside, surroundings
+from peftsurgery.capture.tensors import named_tensors, parameters_of, tensor_at
+from peftsurgery.capture.threads import GATE, making
+from peftsurgery.capture.waiting import Waiting
+from peftsurgery.capture.watched import original_at
+from peftsurgery.errors import SurgeryError
 
 
 class GraphModel(Likeness):

@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from .randomness import TRAIN_FLAGS
+from peftsurgery.capture.randomness import TRAIN_FLAGS
 
 # Modules and functions of torch, whose flags captures know how to follow, and torch.export itself.
 _TORCH = str(Path(torch.__file__).parent) + os.sep

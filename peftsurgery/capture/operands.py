@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .stack import inherit
+from peftsurgery.capture.stack import inherit
 
 aten = torch.ops.aten
 _PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default)

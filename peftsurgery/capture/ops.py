@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .withheld import stand_ins
+from peftsurgery.capture.withheld import stand_ins
 
 
 def rate(probability: float, training: bool) -> float:

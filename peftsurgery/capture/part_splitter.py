@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import fx
 
-from ..errors import SurgeryError
-from .blocks import Copier
-from .calling import PartCall, pass_on
-from .module_calls import GIVEN, RETURNED, Mark, ModuleCall, hand_on
-from .names import join
-from .program import Program
-from .stack import stack_paths
+from peftsurgery.capture.blocks import Copier
+from peftsurgery.capture.calling import PartCall, pass_on
+from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, hand_on
+from peftsurgery.capture.names import join
+from peftsurgery.capture.program import Program
+from peftsurgery.capture.stack import stack_paths
+from peftsurgery.errors import SurgeryError
 
 CACHE: Mark = ("", 0, 0)  # the model's cache, which is one for all calls
 

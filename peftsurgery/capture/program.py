@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..errors import SurgeryError
-from .regions import AUTOCAST
+from peftsurgery.capture.higher_order import AUTOCAST
+from peftsurgery.errors import SurgeryError
 
 
 @dataclass(frozen=True)

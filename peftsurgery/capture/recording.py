@@ -24,10 +24,10 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from .attributes import attributes_of, changed_since, tensors_of
-from .randomness import TRAIN_FLAGS
-from .signature import Call, map_tensors
-from .tensors import named_tensors
+from peftsurgery.capture.attributes import attributes_of, changed_since, tensors_of
+from peftsurgery.capture.randomness import TRAIN_FLAGS
+from peftsurgery.capture.signature import Call, map_tensors
+from peftsurgery.capture.tensors import named_tensors
 
 # Functions that give no tensor and change what others compute.
 _SWITCHES = ("_set_grad_enabled", "__setitem__")

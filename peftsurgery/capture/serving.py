@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from .captures import Capture
-from .threads import making
+from peftsurgery.capture.captures import Capture
+from peftsurgery.capture.threads import making
 
 
 class Serving:

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from ..errors import SurgeryError
-from .remembering import STRETCH, Past, Traced, is_cache
-from .withheld import refused
+from peftsurgery.capture.kv_cache import STRETCH, Past, Traced, is_cache
+from peftsurgery.capture.withheld import refused
+from peftsurgery.errors import SurgeryError
 
 MASK = "attention_mask"  # the name it has in every model of transformers, as have these
 TEXT = ("input_ids", "inputs_embeds")

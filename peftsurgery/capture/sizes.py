@@ -19,7 +19,7 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from .tensors import is_plain
+from peftsurgery.capture.tensors import is_plain
 
 _AXIS = re.compile(r"\b(\w+)\.shape\[(\d+)\]")
 

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..errors import SurgeryError, closest, did_you_mean, first_line
-from ..quiet import quiet
-from .builds import FILES, Build, class_named, resize
-from .ties import tied_apart, untie_as_stored
+from peftsurgery.capture.builds import FILES, Build, class_named, resize
+from peftsurgery.capture.ties import tied_apart, untie_as_stored
+from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
+from peftsurgery.quiet import quiet
 
 FLOATING = {
     "F64": torch.float64,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SurgeryError
+from peftsurgery.errors import SurgeryError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _LARGEST_HEADER = 100 * 2**20  # what the safetensors library itself takes

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from ..errors import SurgeryError
-from .program import TensorInfo
+from peftsurgery.capture.program import TensorInfo
+from peftsurgery.errors import SurgeryError
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

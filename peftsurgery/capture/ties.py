@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .tensors import named_tensors, tensor_names
+from peftsurgery.capture.tensors import named_tensors, tensor_names
 
 
 def untie_as_stored(model: nn.Module, directory: Path) -> None:

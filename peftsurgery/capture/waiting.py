@@ -12,12 +12,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from .called_parts import with_calls
-from .captures import Capture
-from .parts import Block, Part
-from .program import Program
-from .threads import making
-from .watched import original_at
+from peftsurgery.capture.called_parts import with_calls
+from peftsurgery.capture.captures import Capture
+from peftsurgery.capture.modules import Block, Part
+from peftsurgery.capture.program import Program
+from peftsurgery.capture.threads import making
+from peftsurgery.capture.watched import original_at
 
 _GLOBAL = (
     torch_module._global_forward_hooks,

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import SurgeryError
-from .names import join
-from .randomness import RATE
+from peftsurgery.capture.names import join
+from peftsurgery.capture.randomness import RATE
+from peftsurgery.errors import SurgeryError
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONSTANTS = (bool, int, float, str)

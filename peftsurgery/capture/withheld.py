@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from ..errors import SurgeryError
+from peftsurgery.errors import SurgeryError
 
 POSITIONAL = "*"  # stands for the name of an argument that is given by its place
 

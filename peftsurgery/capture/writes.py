@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import fx
 
-from ..errors import SurgeryError
-from .program import TensorInfo
+from peftsurgery.capture.program import TensorInfo
+from peftsurgery.errors import SurgeryError
 
 
 def check_writes(graph: fx.Graph, tensors: Mapping[str, TensorInfo], name: str) -> None:

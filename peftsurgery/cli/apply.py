@@ -14,7 +14,7 @@ from peftsurgery.cli.progress import doing
 
 if TYPE_CHECKING:
     from peftsurgery.language import RuleFile
-    from peftsurgery.surgery import OperatedModel
+    from peftsurgery.surgery.model.operated import OperatedModel
 
 set_option = click.option(
     "--set", "overrides", metavar="K=V", multiple=True, help="Override a setting of the rules."
@@ -56,7 +56,7 @@ def apply(
     if name is not None and len(rules) > 1:
         raise click.UsageError("--name is for one RULE; several would have the same name")
     from peftsurgery.language import check_settings, load_rules, parse_overrides, shipped
-    from peftsurgery.surgery import adapter_name
+    from peftsurgery.surgery.plan.cut import adapter_name
 
     # before the model: what is misspelt is known at once
     files = [load_rules(rule) for rule in rules]
@@ -89,11 +89,11 @@ def _operate(
 ) -> OperatedModel:
     import torch
 
-    from peftsurgery import surgery
     from peftsurgery.cli.model import open_model
+    from peftsurgery.surgery.applying import apply
 
     model = open_model(spec, allow_other_base)
     if seed is not None:
         torch.manual_seed(seed)
     with doing(f"applying {', '.join(file.name for file in files)}"):
-        return surgery.apply(model, files, **options)
+        return apply(model, files, **options)

@@ -12,7 +12,7 @@ from peftsurgery.cli.output import check_free, force_option, fresh, other_base_o
 from peftsurgery.cli.progress import doing
 
 if TYPE_CHECKING:
-    from peftsurgery.surgery import OperatedModel
+    from peftsurgery.surgery.model.operated import OperatedModel
 
 FORMATS = {
     "peft": "an adapter's directory for peft",
@@ -46,8 +46,8 @@ def export(
     inputs = [surgery, *([base] if base else [])]
     check_free(out, inputs, force)
     with doing(f"opening {surgery}"):
-        from peftsurgery.surgery import load
-        from peftsurgery.surgery.provenance import notes_of
+        from peftsurgery.surgery.loading import load
+        from peftsurgery.surgery.model.provenance import notes_of
 
         operated = load(surgery, base, allow_other_base)
         if name is not None and to == "onnx":
@@ -68,8 +68,8 @@ def export(
 def _write_adapter(
     operated: OperatedModel, to: str, part: Path, name: str | None
 ) -> dict[str, Any]:
-    from peftsurgery.formats.adapterhub import to_adapterhub
-    from peftsurgery.formats.peft import to_peft
+    from peftsurgery.formats.adapterhub.directory import to_adapterhub
+    from peftsurgery.formats.peft.directory import to_peft
 
     notes = {"peft": to_peft, "adapterhub": to_adapterhub}[to](operated, part, name)
     files = sorted(str(file.relative_to(part)) for file in part.rglob("*") if file.is_file())

@@ -11,23 +11,23 @@ from peftsurgery.cli.progress import doing
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel
     from peftsurgery.language import Selection
-    from peftsurgery.surgery import Operation
+    from peftsurgery.surgery.plan.cut import Operation
 
 
 def open_model(spec: str, allow_other_base: bool = False) -> GraphModel:
     """The captured model that ``spec`` names; a saved surgery is loaded with its operations."""
     with doing(f"capturing {spec}"):
-        from peftsurgery import surgery
+        from peftsurgery.surgery import loading
 
-        return surgery.open_model(spec, allow_other_base)
+        return loading.open_model(spec, allow_other_base)
 
 
 def base_of(spec: str) -> GraphModel:
     """The captured model that ``spec`` names; that of a saved surgery is its base alone."""
     with doing(f"capturing {spec}"):
-        from peftsurgery import surgery
+        from peftsurgery.surgery import loading
 
-        return surgery.open_base(spec)
+        return loading.open_base(spec)
 
 
 def selections(
@@ -41,7 +41,8 @@ def selections(
     The others are those before and after it, whose places a rule may refer to.
     """
     from peftsurgery.language import resolve_settings, settings_of
-    from peftsurgery.surgery import Cut, select_cuts
+    from peftsurgery.surgery.plan.cut import Cut
+    from peftsurgery.surgery.plan.select import select_cuts
 
     cuts: list[Cut] = []
     found: list[Selection] = []

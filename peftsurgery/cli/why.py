@@ -25,8 +25,8 @@ def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: b
     from peftsurgery.cli.model import base_of, selections
     from peftsurgery.language import check_settings, load_rules, parse_overrides, resolve_settings
     from peftsurgery.language import why as explain
-    from peftsurgery.surgery import Operation
-    from peftsurgery.surgery.saving import saved_operations
+    from peftsurgery.surgery.model.surgery_files import saved_operations
+    from peftsurgery.surgery.plan.cut import Operation
 
     # before the model: what is misspelt is known at once
     settings, operations = parse_overrides(overrides), saved_operations(Path(model))

@@ -62,7 +62,7 @@ CODES = {
     "PSG513": CodeInfo(
         "AdapterHub's names for the places of a model are not known",
         "The library names them for each architecture in its own way; those that are known here "
-        "are in peftsurgery/formats/adapterhub.yaml.",
+        "are in peftsurgery/formats/adapterhub/library.yaml.",
     ),
     "PSG514": CodeInfo(
         "the head that was saved with an adapter has no place in the model",

@@ -1,6 +1,6 @@
 """Files of adapters, whatever library wrote them: read with suspicion, written whole or not at all.
 
-See :mod:`peftsurgery.surgery.files`, which reads them.
+See :mod:`peftsurgery.files`, which reads them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from ..errors import SurgeryError
-from ..surgery import files
+from peftsurgery import files
+from peftsurgery.errors import SurgeryError
 
 
 def read_object(file: Path) -> dict[str, Any]:

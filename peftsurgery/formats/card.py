@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from ..surgery import OperatedModel
-from ..surgery.provenance import FILE, as_json, fold_record, home_of
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.provenance import FILE, as_json, fold_record, home_of
 
 CARD = "README.md"
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")

@@ -28,13 +28,20 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from ..arguments import checked
-from ..capture import GraphModel
-from ..capture.export import EXPORT_ERRORS, without_fast_path
-from ..errors import SurgeryError, first_line
-from ..surgery import check_places, fold
-from ..surgery.provenance import FILE, as_json, fold_record
-from .trials import Difference, difference, free_axes, seen_inputs, tensors_of, unseen_inputs
+from peftsurgery.arguments import checked
+from peftsurgery.capture import GraphModel
+from peftsurgery.capture.export import EXPORT_ERRORS, without_fast_path
+from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.formats.trials import (
+    Difference,
+    difference,
+    free_axes,
+    seen_inputs,
+    tensors_of,
+    unseen_inputs,
+)
+from peftsurgery.surgery.fold.folding import fold
+from peftsurgery.surgery.model.provenance import FILE, as_json, check_places, fold_record
 
 TOLERANCE = 1e-5
 # protobuf ends at 2 GiB; the graph itself needs some of it

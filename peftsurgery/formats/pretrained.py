@@ -21,28 +21,29 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..arguments import checked
-from ..capture import GraphModel
-from ..capture.tensors import tensor_names
-from ..errors import SurgeryError, first_line
-from ..places import give_usual_mode
-from ..quiet import quiet
-from ..surgery import OperatedModel, check_places, fold, fold_error
-from ..surgery.applying import load_on
-from ..surgery.builds import tokenizer_files
-from ..surgery.files import write_whole
-from ..surgery.provenance import notes_of
-from ..surgery.requantising import FoldError, pack_layers
-from ..surgery.saving import is_surgery
-from ..surgery.vocabulary import missing_values
-from .card import write_record
-from .companions import companions, copy_missing
-from .onnx import OnnxFile, need_onnx, write_onnx
-from .peft import from_peft
-from .peft_adapter import read_adapter
-from .peft_base import open_base
-from .peft_files import BASE, CONFIG, read_config
-from .trials import difference, tensors_of, unseen_inputs
+from peftsurgery.arguments import checked
+from peftsurgery.capture import GraphModel
+from peftsurgery.capture.tensors import tensor_names
+from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.files import write_whole
+from peftsurgery.formats.card import write_record
+from peftsurgery.formats.companions import companions, copy_missing
+from peftsurgery.formats.onnx import OnnxFile, need_onnx, write_onnx
+from peftsurgery.formats.peft.adapter import read_adapter
+from peftsurgery.formats.peft.base import open_base
+from peftsurgery.formats.peft.directory import from_peft
+from peftsurgery.formats.peft.files import BASE, CONFIG, read_config
+from peftsurgery.formats.trials import difference, tensors_of, unseen_inputs
+from peftsurgery.places import give_usual_mode
+from peftsurgery.quiet import quiet
+from peftsurgery.surgery.fold.folding import fold, fold_error
+from peftsurgery.surgery.fold.vocabulary import missing_values
+from peftsurgery.surgery.fourbit.requantise import FoldError, pack_layers
+from peftsurgery.surgery.loading import load_on
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.provenance import check_places, notes_of
+from peftsurgery.surgery.model.saved_build import tokenizer_files
+from peftsurgery.surgery.model.surgery_files import is_surgery
 
 WEIGHTS = "model.safetensors"
 

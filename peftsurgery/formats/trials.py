@@ -19,8 +19,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
-from ..capture import Capture, GraphModel
-from ..errors import SurgeryError
+from peftsurgery.capture import Capture, GraphModel
+from peftsurgery.errors import SurgeryError
 
 Inputs = dict[str, Tensor]
 

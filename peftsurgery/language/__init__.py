@@ -1,11 +1,11 @@
 """The language of rules: schema, expressions and their readings, selection."""
 
-from peftsurgery.language import activations, standard  # register the shipped operators
+from peftsurgery.language import activations
+from peftsurgery.language import builtin_operators as standard
 from peftsurgery.language.checking import CheckReport, check_rules
 from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
-from peftsurgery.language.functions import site_function
 from peftsurgery.language.initial import INITIALISERS, initial
 from peftsurgery.language.kinds import KINDS, Kind, sizes_of
 from peftsurgery.language.loading import load_rules, parse_rules, shipped
@@ -38,6 +38,7 @@ from peftsurgery.language.settings import (
     settings_of,
     tokens_setting,
 )
+from peftsurgery.language.site_functions.sites import site_function
 from peftsurgery.language.where import Where
 
 __all__ = [

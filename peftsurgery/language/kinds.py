@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peftsurgery.language.functions import ATTENTION, LINEAR, POSITIONS, RESIDUAL
 from peftsurgery.language.operators import Operator
-from peftsurgery.language.sequences import SEQUENCES
+from peftsurgery.language.site_functions.sequences import SEQUENCES
+from peftsurgery.language.site_functions.sites import ATTENTION, LINEAR, POSITIONS, RESIDUAL
 
 
 @dataclass(frozen=True)

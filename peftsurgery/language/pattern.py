@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from peftsurgery.anatomy.values import parameter_of, shape
+from peftsurgery.anatomy.ops import parameter_of, shape
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import Expression, check_calls, spelling
 from peftsurgery.language.operators import OPERATORS, Operator

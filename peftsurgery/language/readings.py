@@ -17,13 +17,7 @@ from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.consistency import within
-from peftsurgery.language.evaluation import (
-    PLAIN,
-    Context,
-    describe_value,
-    evaluate,
-    names_read,
-)
+from peftsurgery.language.evaluation import PLAIN, Context, describe_value, evaluate, names_read
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS, Operator

@@ -13,14 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.clauses import (
-    NOBODY,
-    Clause,
-    address,
-    compile_where,
-    failures,
-    passes,
-)
+from peftsurgery.language.clauses import NOBODY, Clause, address, compile_where, failures, passes
 from peftsurgery.language.located import Located
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.schema import Rule

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.functions import core
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.operators import Operator
+from peftsurgery.language.site_functions.sites import core
 
 _PER_TOKEN = ("mask", "positions", "types", "labels")
 

@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..arguments import checked
-from ..errors import SurgeryError, did_you_mean
-from ..language import evaluate
-from ..language.schema import Ranks
-from ..surgery import Cut, OperatedModel
-from ..surgery.files import FLOATS, as_safetensors, read_tensors, write_whole
-from ..surgery.provenance import check_places
+from peftsurgery.arguments import checked
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.files import FLOATS, as_safetensors, read_tensors, write_whole
+from peftsurgery.language import evaluate
+from peftsurgery.language.schema import Ranks
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.provenance import check_places
+from peftsurgery.surgery.plan.cut import Cut
 
 STATE = "ranks.safetensors"
 _RUNNING, _KEPT, _STEP = ("sensitivity", "uncertainty"), "kept", "step"

@@ -8,9 +8,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..arguments import checked
-from ..surgery import OperatedModel
-from .allocator import RankAllocator
+from peftsurgery.arguments import checked
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.training.allocator import RankAllocator
 
 
 class AllocateRanks(TrainerCallback):

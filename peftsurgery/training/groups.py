@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from ..arguments import checked
-from ..errors import SurgeryError, did_you_mean
-from ..surgery import OperatedModel
+from peftsurgery.arguments import checked
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.surgery.model.operated import OperatedModel
 
 
 @checked

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from peftsurgery.anatomy import Slice
-from peftsurgery.anatomy.rows import as_slice
+from peftsurgery.anatomy.fused_rows import as_slice
 
 
 @st.composite

@@ -16,14 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.capture.fingerprint import (
-    BLOCK,
-    WHOLE,
-    Fingerprint,
-    Weights,
-    spans,
-    weights_of,
-)
+from peftsurgery.capture.fingerprint import BLOCK, WHOLE, Fingerprint, Weights, spans, weights_of
 from peftsurgery.capture.sources import Source, open_source
 from peftsurgery.capture.stored import header_of, tensors_in
 from tests.formats.made import model_directory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.models.zoo import ZOO
 from tests.surgery.reference import adapted, pairs_of, randomise
 

@@ -19,7 +19,7 @@ import peftsurgery as ps
 from peftsurgery.cli.root import root
 from peftsurgery.formats import pretrained
 from peftsurgery.formats.pretrained import FoldResult
-from peftsurgery.surgery.requantising import FoldError
+from peftsurgery.surgery.fourbit.requantise import FoldError
 from tests.formats.made import expected, files_of, minilm, model_directory, saved_surgery
 from tests.models.captured import captured
 from tests.models.zoo import ZOO

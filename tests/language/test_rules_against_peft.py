@@ -5,14 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peftsurgery.language import (
-    Context,
-    fold,
-    initial_value,
-    load_rules,
-    resolve_settings,
-    rewrite,
-)
+from peftsurgery.language import Context, fold, initial_value, load_rules, resolve_settings, rewrite
 
 
 class One(nn.Module):

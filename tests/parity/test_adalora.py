@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
 from tests.parity.test_variants import Convolutions
 from tests.parity.training import (

@@ -17,7 +17,7 @@ from torch import nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
 from tests.parity.training import both_train, logits
 

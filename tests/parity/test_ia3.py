@@ -17,7 +17,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import base, batch, captured, randomise
 from tests.parity.training import assert_written_as_read, both_train, logits
 

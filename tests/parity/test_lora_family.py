@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
 from tests.parity.training import (
     assert_folded_as_merged,

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.models.captured import captured as zoo
 from tests.models.zoo import ZOO
 from tests.parity.models import randomise

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.tasks import MODELS, classifier, graph, plain, texts
 from tests.parity.training import both_train
 

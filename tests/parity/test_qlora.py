@@ -22,7 +22,8 @@ from transformers import BitsAndBytesConfig
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery import OperatedModel, packing
+from peftsurgery.surgery.fourbit import pack as packing
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured, randomise
 from tests.parity.training import logits, train
 

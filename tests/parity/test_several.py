@@ -14,7 +14,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.models.captured import captured as classifier_of
 from tests.models.zoo import ZOO
 from tests.parity.models import SMALL, base, batch, captured, randomise

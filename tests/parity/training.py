@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import batch
 
 Draw = Callable[[int, int], dict[str, Tensor]]

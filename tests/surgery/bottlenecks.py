@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 
 MODELS = ("bert_mlm", "gpt2", "llama", "gpt_neox", "qwen2_moe", "t5", "bart")
 

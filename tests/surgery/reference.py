@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 
 
 def randomise(model: OperatedModel, seed: int = 1, scale: float = 0.05) -> OperatedModel:

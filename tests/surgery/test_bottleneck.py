@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from tests.capture.test_generation import original, remembering, tokens
 from tests.models.captured import captured
 from tests.models.zoo import ZOO

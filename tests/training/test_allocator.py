@@ -10,7 +10,7 @@ import torch
 from peft import AdaLoraConfig, get_peft_model
 
 import peftsurgery as ps
-from peftsurgery.surgery import OperatedModel
+from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.training import Schedule
 from tests.parity.models import SMALL, base, batch, captured
 

@@ -49,8 +49,8 @@ def measure(name: str) -> dict[str, Any]:
     import transformers
 
     import peftsurgery as ps
-    from peftsurgery.surgery import Operation
-    from peftsurgery.surgery.selecting import select_cuts
+    from peftsurgery.surgery.plan.cut import Operation
+    from peftsurgery.surgery.plan.select import select_cuts
 
     torch.set_num_threads(1)
     size, rules = SIZES[name], ps.load_rules("lora_qv")

@@ -1,0 +1,205 @@
+"""Which rows of a fused weight arrive at a value: row numbers pushed through the graph.
+
+The output of a linear with ``out`` rows is replaced by the numbers 0 ... out-1 and every operator
+between it and the value is done to the numbers: layout operators move them, entry-wise operators
+keep them, reductions drop them. What arrives is exact, whatever order a model interleaves its
+heads in. A number also remembers whether it went through an activation on the way, which tells the
+gate of a gated feed-forward from its up projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from peftsurgery.anatomy.ops import (
+    ACTIVATIONS,
+    LAYOUT,
+    argument,
+    concrete,
+    fixed,
+    is_tensor,
+    op,
+    samples,
+    shape,
+    strip,
+)
+from peftsurgery.anatomy.site import Slice
+
+NO_ROW = -1
+LIMIT = 8  # alternatives kept at a node: a sum of two reorderings of the rows has two
+
+
+class OpaqueError(Exception):
+    """The rows cannot be followed through an operator."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Row numbers in the shape of a value, and whether an activation was on their way."""
+
+    rows: Tensor
+    activated: bool = False
+
+
+Carried = list[Numbers]
+
+
+def arriving(
+    source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], beside: bool = False
+) -> dict[bool, set[int]]:
+    """The rows of ``source``'s last dim that ``target`` is made of: activated or not -> rows.
+
+    ``nodes`` are the values between the two, in the graph's order, ``target`` among them.
+    With ``beside`` they may be joined to other values. Raises OpaqueError where an operator on the
+    way mixes rows.
+    """
+    sizes = [concrete(size) for size in shape(source)]
+    first = torch.arange(sizes[-1]).expand(sizes)
+    carried: dict[fx.Node, Any] = {source: [Numbers(first)]}
+    for node in nodes:
+        if node is not source:
+            if beside and op(node) in ("cat", "concat"):
+                others = [n for n in node.all_input_nodes if not carried.get(n) and is_tensor(n)]
+                carried |= {n: [Numbers(torch.full(samples(n), NO_ROW))] for n in others}
+            carried[node] = _push(node, carried)
+    found: dict[bool, set[int]] = {False: set(), True: set()}
+    for numbers in carried.get(target) or []:
+        found[numbers.activated].update(numbers.rows.unique().tolist())
+    return {active: rows - {NO_ROW} for active, rows in found.items()}
+
+
+def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
+    name = op(node)
+    inputs = [n for n in node.all_input_nodes if carried.get(n)]
+    if not inputs:
+        return None
+    if name == "getitem":
+        return [piece[node.args[1]] for piece in carried[inputs[0]]]
+    if name == "with_past":  # the rows are the same for every token
+        return [_longer(node, numbers) for numbers in carried[inputs[0]]]
+    if name == "glu":
+        return _glu(node, carried[inputs[0]])
+    if is_depthwise(node):
+        return [_along(node, numbers) for numbers in carried.get(node.all_input_nodes[0]) or []]
+    if name in LAYOUT or name in ("broadcast_to", "index"):
+        return _moved(node, inputs, carried)
+    if name in ("mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "norm", "rsqrt"):
+        return None  # a statistic over rows is no row
+    if not shape(node):
+        raise OpaqueError(name)
+    return _entrywise(node, inputs, carried)
+
+
+def _entrywise(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]) -> Carried:
+    sizes = [concrete(size) for size in shape(node)]
+    activated = op(node) in ACTIVATIONS
+    result: Carried = []
+    for numbers in (n for operand in inputs for n in carried[operand]):
+        if numbers.rows.dim() > len(sizes):
+            raise OpaqueError(op(node))
+        try:
+            rows = numbers.rows.expand(sizes)
+        except RuntimeError as error:
+            raise OpaqueError(op(node)) from error
+        result.append(Numbers(rows, numbers.activated or activated))
+    return _distinct(result)
+
+
+def _distinct(carried: Iterable[Numbers]) -> Carried:
+    kept: Carried = []
+    for numbers in carried:
+        if not any(k.activated == numbers.activated and k.rows.equal(numbers.rows) for k in kept):
+            kept.append(numbers)
+    if len(kept) > LIMIT:
+        raise OpaqueError("too many ways")
+    return kept
+
+
+def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]) -> Any:
+    """The operator itself, done to the numbers of every alternative."""
+    if op(node) in ("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach"):
+        return carried[inputs[0]]
+    ways = max(len(carried[operand]) for operand in inputs)
+    result: list[Any] = []
+    for way in range(ways):
+        chosen = {n: carried[n][min(way, len(carried[n]) - 1)] for n in inputs}
+
+        def real(n: fx.Node, chosen: dict[fx.Node, Numbers] = chosen) -> Any:
+            if n in chosen:
+                return chosen[n].rows.contiguous()
+            found = n.meta.get("val")
+            if isinstance(found, torch.Tensor):
+                return _constant(n)
+            return concrete(found)
+
+        args = fx.map_arg(node.args, real)
+        kwargs = fx.map_arg(dict(node.kwargs), real)
+        activated = any(numbers.activated for numbers in chosen.values())
+        assert callable(node.target)
+        made = node.target(*args, **kwargs)
+        if isinstance(made, (list, tuple)):
+            result.append([Numbers(piece, activated) for piece in made])
+        else:
+            result.append(Numbers(made, activated))
+    return result
+
+
+def _longer(node: fx.Node, numbers: Numbers) -> Numbers:
+    sizes = [concrete(size) for size in shape(node)]
+    return Numbers(numbers.rows[..., :1, :].expand(sizes), numbers.activated)
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a node is a convolution over tokens that leaves every channel by itself."""
+    if not op(node).startswith("conv") or len(node.all_input_nodes) < 2:
+        return False
+    signal, weight = (shape(n) for n in node.all_input_nodes[:2])
+    return len(weight) == 3 and fixed(weight[1]) == 1 and fixed(weight[0]) == fixed(signal[-2])
+
+
+def _along(node: fx.Node, numbers: Numbers) -> Numbers:
+    """Row numbers behind a convolution: a channel has the same for every token."""
+    sizes = [concrete(size) for size in shape(node)]
+    return Numbers(numbers.rows[..., :1].expand(sizes), numbers.activated)
+
+
+def _constant(node: fx.Node) -> Tensor:
+    """The value of a constant tensor that the model made in Python, such as an index of heads."""
+    inner = strip(node, ("lift_fresh_copy", "lift_fresh", "detach", "detach_", "alias"))
+    known = getattr(inner.meta.get("val"), "constant", None)
+    if not isinstance(known, Tensor):
+        raise OpaqueError("an index or a second operand that is not made of rows")
+    return known
+
+
+def _glu(node: fx.Node, carried: Carried) -> Carried:
+    dim = argument(node, 1, "dim", -1)
+    result = []
+    for numbers in carried:
+        linear, gate = numbers.rows.chunk(2, dim)
+        result += [Numbers(linear, numbers.activated), Numbers(gate, True)]
+    return result
+
+
+def as_slice(rows: Iterable[int], whole: int) -> Slice | None:
+    """The slice that holds exactly these rows of ``whole``, or None if they are not regular."""
+    ordered = sorted(rows)
+    if not ordered:
+        return None
+    start, length = ordered[0], 1
+    while length < len(ordered) and ordered[length] == start + length:
+        length += 1
+    if length == len(ordered):
+        return Slice(start, length, whole)
+    period = ordered[length] - start
+    if whole % period or len(ordered) % length or whole // period != len(ordered) // length:
+        return None
+    if start + length > period:
+        return None
+    made = Slice(start, length, period, whole // period)
+    return made if made.indices() == ordered else None

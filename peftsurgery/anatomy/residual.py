@@ -1,0 +1,188 @@
+"""Residual sites: where a sublayer's output joins the stream it was computed from.
+
+    y = x + h       x the stream, h computed from x through at least one weight or core
+
+Bindings: ``h``, ``x``, ``y``, and ``normed`` where the sum is normalised. Where two sublayers run
+side by side, y = x + (h1 + h2), each has its own site with the same x and y. Facts: ``after``
+(attention, ffn or other), ``kind`` after attention (self or cross), ``norm`` (pre: the sublayer
+normalises its input; post: the sum is normalised), ``parallel``, and ``width`` where it is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from torch import fx
+
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.ops import (
+    DROPOUT,
+    LAYOUT,
+    SCALING,
+    backward,
+    is_tensor,
+    op,
+    shape,
+    sizes,
+    width,
+)
+from peftsurgery.anatomy.site import Site
+
+JOINS = ("add", "add_")
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """A residual addition: the stream, what is added to it, the sum, and what lies between.
+
+    ``leaves`` are the values that run side by side and are summed into h, or h alone.
+    """
+
+    x: fx.Node
+    h: fx.Node
+    y: fx.Node
+    leaves: tuple[fx.Node, ...]
+    region: frozenset[fx.Node]
+
+    @property
+    def outputs(self) -> Mapping[fx.Node, Sequence[fx.Node]]:
+        """The sublayers' outputs, with the leaves that each is the sum of.
+
+        Leaves in another shape than the stream's (all tokens in a row, for experts) are parts of
+        one sublayer.
+        """
+        if any(sizes(leaf) != sizes(self.x) for leaf in self.leaves):
+            return {self.h: self.leaves}
+        return {leaf: (leaf,) for leaf in self.leaves}
+
+
+def find_joins(flow: Flow) -> list[Join]:
+    """The residual additions of a program, in its order."""
+    return [join for node in flow.nodes if (join := _join(flow, node)) is not None]
+
+
+def _join(flow: Flow, node: fx.Node) -> Join | None:
+    if op(node) not in JOINS:
+        return None
+    pair = [n for n in node.args[:2] if is_tensor(n) and isinstance(n, fx.Node)]
+    if len(pair) != 2 or not flow.is_signal(node) or len(shape(node)) < 2:
+        return None
+    if any(sizes(n) != sizes(node) for n in pair):
+        return None
+    for h, x in (pair, pair[::-1]):
+        region = between(flow, x, h)
+        if region is not None:
+            return Join(x, h, node, tuple(_leaves(flow, x, h)), region)
+    return None
+
+
+def between(flow: Flow, x: fx.Node, h: fx.Node) -> frozenset[fx.Node] | None:
+    """What is computed from x on the way to h, if a weight, a core or a block is on it."""
+    first = flow.order[x]
+    if flow.order[h] <= first:
+        return None
+    found = set(backward([h], lambda n: flow.order[n] <= first))
+    if x not in found:
+        return None
+    inside = {x}
+    for node in sorted(found, key=flow.order.__getitem__):
+        if any(source in inside for source in node.all_input_nodes):
+            inside.add(node)
+    return frozenset(inside - {x}) if any(is_weighted(flow, n) for n in inside - {x}) else None
+
+
+def is_weighted(flow: Flow, node: fx.Node) -> bool:
+    """Whether a node is more than arithmetic: a linear, a core, a convolution, a nested block."""
+    name = op(node)
+    return (
+        node in flow.products
+        or node.op == "call_module"
+        or name.startswith("conv")
+        or "scaled_dot_product" in name
+    )
+
+
+def _leaves(flow: Flow, x: fx.Node, h: fx.Node) -> Iterable[fx.Node]:
+    """The outputs of sublayers that run side by side and are summed into h, or h alone."""
+    inner = h
+    while op(inner) in LAYOUT | DROPOUT | SCALING and inner.all_input_nodes:
+        inner = inner.all_input_nodes[0]
+    if op(inner) in JOINS:
+        pair = [n for n in inner.args[:2] if isinstance(n, fx.Node) and is_tensor(n)]
+        beside = len(pair) == 2 and all(between(flow, x, n) is not None for n in pair)
+        if beside and all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
+            return [leaf for n in pair for leaf in _leaves(flow, x, n)]
+    return [h]
+
+
+def residual_sites(
+    flow: Flow, joins: Sequence[Join], norms: Sequence[Site], roles: Mapping[fx.Node, Site]
+) -> list[Site]:
+    """The residual sites; ``roles`` are the linears with their roles by their y."""
+    normalised = {site.nodes["y"]: site for site in norms}
+    sites = []
+    for join in joins:
+        for h, leaves in join.outputs.items():
+            ends = dict.fromkeys(site for leaf in leaves for site in flow.origin(leaf))
+            last = [roles[site.nodes["y"]] for site in ends if site.nodes["y"] in roles]
+            facts: dict[str, Any] = {
+                **sublayer(last),
+                "norm": _norm(flow, join, normalised),
+                "parallel": len(join.outputs) > 1,
+            }
+            if width(join.y) is not None:
+                facts["width"] = width(join.y)
+            nodes = {"h": h, "x": join.x, "y": join.y}
+            if facts["norm"] == "post":
+                nodes["normed"] = next(
+                    y for y, norm in normalised.items() if norm.nodes["x"] is join.y
+                )
+            module = common([site.module for site in last]) if last else owner(h)
+            sites.append(Site("residual", module, None, None, nodes, facts))
+    return sites
+
+
+def sublayer(last: Sequence[Site]) -> dict[str, str]:
+    """What kind of sublayer ends with these linears, as facts."""
+    roles = {site.role for site in last}
+    if roles == {"attn.o"}:
+        kinds = {site.core.facts["kind"] for site in last if site.core is not None}
+        return {"after": "attention", **({"kind": kinds.pop()} if len(kinds) == 1 else {})}
+    return {"after": "ffn" if "ffn.down" in roles else "other"}
+
+
+def common(paths: Sequence[str]) -> str:
+    """The path of the innermost module that holds all of these, or is the only one."""
+    parts = [path.split(".") for path in paths]
+    alike = takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
+    return ".".join(names[0] for names in alike)
+
+
+def owner(node: fx.Node) -> str:
+    """The module whose weight, or the block whose call, a value was last computed with."""
+    while node.op == "call_function" and node.all_input_nodes:
+        for source in node.all_input_nodes[1:]:
+            if source.op == "get_attr" and len(shape(source)) > 1:
+                return str(source.target).rpartition(".")[0]
+        node = node.all_input_nodes[0]
+    return str(node.target) if node.op == "call_module" else ""
+
+
+def call_of(node: fx.Node) -> fx.Node | None:
+    """The call of a nested block whose output a value is, through layout and dropout; or None."""
+    while op(node) in LAYOUT | DROPOUT | SCALING and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node if node.op == "call_module" else None
+
+
+def _norm(flow: Flow, join: Join, normalised: Mapping[fx.Node, Site]) -> str | None:
+    """pre, post, or None for a stream without norms."""
+    weighted = [flow.order[n] for n in join.region if is_weighted(flow, n)]
+    norms = [flow.order[n] for n in join.region if n in normalised]
+    if norms and min(norms) < min(weighted):
+        return "pre"
+    inputs = {site.nodes["x"] for site in normalised.values()}
+    return "post" if join.y in inputs else None

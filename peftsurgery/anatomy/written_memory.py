@@ -1,0 +1,92 @@
+"""Contents: the values that the entries of a tensor are, however they came to be in it.
+
+    masked_fill(x, mask, 0)                x: what was asked where to write is not written
+    where(mask, x, z)                      x and z
+    y = x.new_zeros(n); y[1:] = x[:-1]     x, which is written into a view of y
+    y.masked_fill_(mask, 0)                what y is
+
+Writing in place leaves no edge from what is written to what reads it: the memory that was written
+is found by the views of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import fx
+
+from peftsurgery.anatomy.ops import op, operands, words
+
+PLACES = words("index indices mask condition")
+"""What operators call the arguments that say where entries are, and not which."""
+
+
+def plain(node: fx.Node) -> str:
+    """The operator's name, without the underscore of one that writes in place."""
+    name = op(node)
+    return name.removesuffix("_") if not name.endswith("__") else name
+
+
+def contents(node: fx.Node) -> list[fx.Node]:
+    """The values that an operator makes its entries of: its operands but for masks and indices."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return operands(node)
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if plain(node) == "copy":
+        del given["self"]
+    kept: set[fx.Node] = set()
+    fx.map_arg({name: given[name] for name in given.keys() - PLACES}, kept.add)
+    return [value for value in operands(node) if value in kept]
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The values that are written in place into a tensor, or into a view of it."""
+    found: list[fx.Node] = []
+    held, stack = {node}, [node]
+    while stack:
+        part = stack.pop()
+        for user in part.users:
+            if _writes(user, part):
+                found += [value for value in contents(user) if value is not part]
+            elif not _views(user, part):
+                continue
+            if user not in held:  # a write returns what it wrote to
+                held.add(user)
+                stack.append(user)
+    return found
+
+
+def made_of(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+    """A value and all that its entries come from, by operators for which ``through`` holds.
+
+    What was written into a value is followed whichever operator made it.
+    """
+    stack, seen = [node], set[fx.Node]()
+    while stack:
+        found = stack.pop()
+        if found in seen:
+            continue
+        seen.add(found)
+        yield found
+        stack += written(found)
+        if through(found):
+            stack += contents(found)
+
+
+def _writes(user: fx.Node, part: fx.Node) -> bool:
+    """Whether an operator writes into a value, its first argument."""
+    return user.args[:1] == (part,) and bool(getattr(_alias(user), "is_write", False))
+
+
+def _views(user: fx.Node, part: fx.Node) -> bool:
+    """Whether an operator's result may share the memory of its first argument."""
+    return user.args[:1] == (part,) and (op(user) == "getitem" or _alias(user) is not None)
+
+
+def _alias(node: fx.Node) -> object | None:
+    """What the operator's schema says of the memory of its first argument."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
+        return None
+    return node.target._schema.arguments[0].alias_info

@@ -1,0 +1,177 @@
+"""Files that others may have made: read with suspicion, and written whole or not at all.
+
+A JSON object has no key twice, no NaN and no infinity. Tensors are finite numbers of a dtype that
+can be computed with, in safetensors. Only regular files are read: opening a FIFO or a device may
+never return. What reads takes the code that its caller refuses with; what the system does not let
+be written is PSG603.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from peftsurgery.errors import SurgeryError
+
+# A rank pattern has an entry for each module at most, a fingerprint 100 bytes for each tensor.
+MAX_JSON = 64 * 2**20
+
+# What parameters can be; the eight-bit floats are for storage, and nothing is computed in them.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_object(file: Path, code: str) -> dict[str, Any]:
+    """The JSON object in a file; refused if it is none, or holds a key twice, NaN or infinity."""
+    try:
+        _check_regular(file)
+        with file.open("rb") as stream:
+            content = stream.read(MAX_JSON + 1)
+        if len(content) > MAX_JSON:
+            raise SurgeryError(code, f"{file} is larger than {MAX_JSON} bytes")
+        found = json.loads(
+            content.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        raise SurgeryError(code, f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise SurgeryError(code, f"{file} holds no JSON object")
+    return found
+
+
+def read_tensors(
+    file: Path, code: str, dtypes: Collection[torch.dtype] = FLOATS
+) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in memory of their own; refused if they cannot be used."""
+    try:
+        _check_regular(file)
+        # copies, since arithmetic rounds otherwise where memory is aligned as in the file
+        tensors = {name: value.clone() for name, value in load_file(file).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SurgeryError(code, f"{file} cannot be read: {error}") from None
+    check_tensors(file, tensors, code, dtypes)
+    return tensors
+
+
+def check_tensors(
+    file: Path,
+    tensors: Mapping[str, torch.Tensor],
+    code: str,
+    dtypes: Collection[torch.dtype] = FLOATS,
+) -> None:
+    """Refuse tensors of other dtypes, and numbers that are not finite."""
+    for name, value in tensors.items():
+        if value.dtype not in dtypes:
+            needed = "float16, bfloat16, float32 or float64 is needed"
+            raise SurgeryError(code, f"{file}: '{name}' holds {value.dtype}, where {needed}")
+        if not torch.isfinite(value).all():
+            raise SurgeryError(code, f"{file}: '{name}' holds NaN or infinity")
+
+
+def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return save(plain, metadata={"format": "pt"})
+
+
+def write_files(
+    folder: Path, contents: Mapping[str, bytes], marker: str, code: str, what: str
+) -> None:
+    """Write the files of a directory that is free, empty, or already one of its kind.
+
+    Refused with ``code`` if the place is not ``what`` it has to be: it is neither free nor empty
+    nor has it a file ``marker``. PSG603 if the system refuses.
+    """
+    with _said_of(folder):
+        if os.path.lexists(folder) and not _is_replaceable(folder, marker):
+            raise SurgeryError(code, f"'{folder}' exists and is not {what}", "choose another name")
+    write_whole(folder, contents)
+
+
+def write_whole(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by their names in ``folder``, in this order, or leave what is there alone.
+
+    PSG603 if the system refuses.
+    """
+    places = [folder / name for name in contents]
+    parts = {file: file.with_name(f".{file.name}.part-{os.getpid()}") for file in places}
+    missing: list[Path] = []
+    try:
+        with _said_of(folder):
+            missing = _missing({file.parent for file in places})
+            for content, part in zip(contents.values(), parts.values(), strict=True):
+                part.parent.mkdir(parents=True, exist_ok=True)
+                _write(part, content)
+            for file, part in parts.items():
+                part.replace(file)
+    finally:
+        _clear(parts.values(), missing)
+
+
+def remove(files: Iterable[Path]) -> None:
+    """Remove files, if they are there. PSG603 if the system refuses."""
+    for file in files:
+        with _said_of(file):
+            file.unlink(missing_ok=True)
+
+
+def _write(part: Path, content: bytes) -> None:
+    with part.open("xb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+@contextmanager
+def _said_of(path: Path) -> Iterator[None]:
+    """Say what the system refused of a path by PSG603."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # NUL in a path is a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SurgeryError("PSG603", f"'{path}' cannot be written: {reason}") from error
+
+
+def _is_replaceable(folder: Path, marker: str) -> bool:
+    return folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file())
+
+
+def _missing(folders: Iterable[Path]) -> list[Path]:
+    """The directories that have to be made for these, the innermost first."""
+    every = {path for folder in folders for path in (folder, *folder.parents)}
+    return sorted((p for p in every if not p.exists()), key=lambda p: len(p.parts), reverse=True)
+
+
+def _clear(parts: Iterable[Path], folders: Iterable[Path]) -> None:
+    """Remove parts of files that did not get their place, and folders that stayed empty."""
+    for part in parts:
+        if os.path.isdir(part.parent):
+            part.unlink(missing_ok=True)
+    for folder in folders:
+        if os.path.isdir(folder) and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_regular(file: Path) -> None:
+    if file.exists() and not file.is_file():
+        raise ValueError("it is not a regular file")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key '{twice}' appears twice")
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a number that JSON has")

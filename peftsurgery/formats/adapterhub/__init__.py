@@ -1,0 +1,1 @@
+"""The formats of AdapterHub: the directories of its `adapters` library, read and written."""

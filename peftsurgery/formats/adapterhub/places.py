@@ -1,0 +1,117 @@
+"""Where an adapter of AdapterHub's is: from config keys to sites, and from sites to config keys.
+
+linears                 selfattn_lora with attn_matrices, intermediate_lora, output_lora
+residual additions      mh_adapter after self-attention, output_adapter after the feed-forward
+attention cores         every self-attention
+all of them             but for the layers in leave_out
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from peftsurgery.anatomy import Placed, survey
+from peftsurgery.capture import GraphModel
+from peftsurgery.capture.names import join
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.formats.adapterhub.library import Layout, layouts
+
+MATRICES = ("q", "k", "v")
+
+
+class Places:
+    """The sites of a model that the library can put something at, under its names for them."""
+
+    def __init__(self, model: GraphModel) -> None:
+        """PSG513 for a model of which the library's names are not known here."""
+        module: Any = model.source.module
+        self.config = getattr(module, "config", None)
+        self.model_type = str(getattr(self.config, "model_type", type(module).__name__))
+        known = layouts()
+        if self.model_type not in known:
+            message = f"AdapterHub's names for the places of a '{self.model_type}' are not known"
+            raise SurgeryError("PSG513", message, did_you_mean(self.model_type, known))
+        self.layout: Layout = known[self.model_type]
+        self.prefix = f"{getattr(module, 'base_model_prefix', '')}."
+        self.headed = hasattr(module, self.prefix[:-1])
+        self.sites = list(survey(model.base_capture))
+        self.layers = sorted({site.layer for site in self.sites if site.layer is not None})
+
+    def meant(self, kind: str, keys: Mapping[str, Any]) -> list[Placed]:
+        """The sites of a kind that config keys mean."""
+        wanted = self._test(kind, keys)
+        left_out = set(keys.get("leave_out") or ())
+        here = [s for s in self.sites if s.kind == kind and s.layer is not None]
+        return [s for s in here if s.layer not in left_out and wanted(s)]
+
+    def said(self, kind: str, sites: Iterable[Placed]) -> dict[str, Any]:
+        """The config keys that mean sites of a kind. PSG512 if none mean just these."""
+        sites = list(sites)
+        layers = {site.layer for site in sites}
+        keys: dict[str, Any] = {"leave_out": [n for n in self.layers if n not in layers]}
+        here = {part for part in self._parts(kind) if any(self._is(part, site) for site in sites)}
+        if kind == "linear":
+            matrices = [name for name in MATRICES if f"attn.{name}" in here]
+            keys |= {"selfattn_lora": bool(matrices), "attn_matrices": matrices}
+            keys |= {f"{name}_lora": name in here for name in ("intermediate", "output")}
+        if kind == "residual":
+            keys |= {"mh_adapter": "attention" in here, "output_adapter": "ffn" in here}
+        meant = self.meant(kind, keys)
+        odd = difference(sites, meant)
+        if odd is not None:
+            what = "is adapted" if odd in sites else "is not adapted"
+            message = f"'{odd.module}' {what}, which AdapterHub's config has no words for"
+            raise SurgeryError("PSG512", message, "it can leave out whole layers, for all kinds")
+        return keys
+
+    def holder(self, placed: Placed) -> str:
+        """The module that holds the library's tensors for a site."""
+        if placed.kind == "residual":
+            name = self.layout.attention if self._is("attention", placed) else self.layout.ffn
+            return join(placed.block, name)
+        if placed.kind == "attention":
+            return join(placed.block, self.layout.prefix)
+        return placed.module
+
+    def plain(self, key: str) -> str:
+        """A tensor's name without the name of the base model: classes with heads put it before."""
+        return key.removeprefix(self.prefix)
+
+    def full(self, key: str) -> str:
+        """A tensor's name as this model's class would have it."""
+        return f"{self.prefix}{self.plain(key)}" if self.headed else self.plain(key)
+
+    def _test(self, kind: str, keys: Mapping[str, Any]) -> Callable[[Placed], bool]:
+        parts: set[str] = set(self._parts(kind))
+        if kind == "linear":
+            flags = {name for name in ("intermediate", "output") if keys.get(f"{name}_lora")}
+            matrices = keys.get("attn_matrices") if keys.get("selfattn_lora") else ()
+            parts = flags | {f"attn.{name}" for name in matrices or ()}
+        if kind == "residual":
+            names = {"attention": "mh_adapter", "ffn": "output_adapter"}
+            parts = {part for part, key in names.items() if keys.get(key)}
+        return lambda site: any(self._is(part, site) for part in parts)
+
+    def _parts(self, kind: str) -> Sequence[str]:
+        """The words for the sites of a kind in a layer."""
+        if kind == "linear":
+            return (*(f"attn.{name}" for name in MATRICES), "intermediate", "output")
+        return ("attention", "ffn") if kind == "residual" else ("self",)
+
+    def _is(self, part: str, site: Placed) -> bool:
+        """Whether a site is what a word means in its layer."""
+        if site.kind == "linear" and part in ("intermediate", "output"):
+            return site.module == join(site.block, getattr(self.layout, part))
+        if site.kind == "linear":
+            return site.role == part
+        if site.kind == "residual":
+            return site.facts.get("after") == part and site.facts.get("kind", "self") == "self"
+        return site.facts.get("kind") == part
+
+
+def difference(some: Sequence[Placed], others: Sequence[Placed]) -> Placed | None:
+    """A site that is in one list only."""
+    here, there = ({(site.block, site.site) for site in sites} for sites in (some, others))
+    both = here & there
+    return next((s for s in [*some, *others] if (s.block, s.site) not in both), None)

@@ -1,0 +1,1 @@
+"""The formats of peft: its adapter directories, read and written."""

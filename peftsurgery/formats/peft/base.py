@@ -1,0 +1,280 @@
+"""The base as a peft adapter needs it: its class, its labels, its vocabulary.
+
+    class        auto_mapping, or the class that transformers has for the task_type; the base's own
+                 where the adapter's modules are in that one and not in the other
+    labels       the rows of a head that the adapter brings along
+    vocabulary   the rows of what the adapter has of the tables of tokens, adapted or saved; else
+                 those that the tokenizer beside it needs
+
+The tensors decide. Rows that the adapter saved of a table that it does not train become the
+base's, as peft has it when it loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from peftsurgery.capture import GraphModel, Source, open_source
+from peftsurgery.capture.builds import FILES, Build, class_named, labels_for, tables, tokens_of
+from peftsurgery.capture.tensors import tensor_names
+from peftsurgery.errors import SurgeryError
+from peftsurgery.formats.peft.adapter import Adapter
+from peftsurgery.formats.peft.config import FORMAT, AdapterConfig
+from peftsurgery.formats.peft.names import own_key
+from peftsurgery.surgery.fold.vocabulary import built
+from peftsurgery.surgery.loading import open_built
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.saved_build import MOST, tokenizer_files
+from peftsurgery.surgery.model.surgery_files import is_surgery
+
+# The classes for each of peft's tasks, by transformers' own lists.
+TASKS: Mapping[str, Any] = {
+    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
+}
+
+
+def open_base(
+    spec: str, adapter: Adapter, kind: str | None = None, allow_other_base: bool = False
+) -> GraphModel:
+    """The base at ``spec``, captured as the adapter needs it; ``kind`` names another class.
+
+    PSG218 for a class that does not exist for it; what :func:`open_source` raises.
+    """
+    if is_surgery(Path(spec)):
+        return open_built(spec, replace(FILES, kind=kind), allow_other_base)
+    source = _of_class(spec, adapter, kind)
+    labels = labels_for(source.module, adapter.shapes())
+    build = replace(source.build, labels=labels)
+    if labels is not None:
+        source = open_source(spec, build)
+    wanted = vocabulary_for(source.module, adapter)
+    return open_built(spec, replace(wanted, kind=build.kind, labels=labels))
+
+
+def _of_class(spec: str, adapter: Adapter, kind: str | None) -> Source:
+    """The base in the class that is asked for, or that the adapter says and fits."""
+    if kind is not None:
+        return open_source(spec, replace(FILES, kind=kind))
+    own = open_source(spec)
+    config = getattr(own.module, "config", None)
+    said = None if config is None else said_class(adapter.config.values, config)
+    if said in (None, type(own.module).__name__) or own.origin is None or not own.on_meta:
+        return own
+    other = open_source(spec, replace(FILES, kind=said))
+    return own if lost(own.module, adapter) < lost(other.module, adapter) else other
+
+
+def said_class(values: Mapping[str, Any], config: PreTrainedConfig) -> str | None:
+    """The class that an adapter's config says its base has; None if it says none that exists."""
+    mapping = values.get("auto_mapping")
+    if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
+        return _known(mapping["base_model_class"], config)
+    classes = TASKS.get(str(values.get("task_type")), {})
+    name = classes.get(config.model_type)
+    return _known(name[0] if isinstance(name, tuple | list) else name, config)
+
+
+def class_said(model: nn.Module) -> dict[str, Any]:
+    """What a config says of its base's class, as peft does without a task_type.
+
+    A task_type would make peft train and expect the head of that task too. Nothing of a model that
+    is none of transformers'.
+    """
+    kind = type(model)
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    return {"auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
+
+
+def _known(name: str | None, config: PreTrainedConfig) -> str | None:
+    """A class's name, if transformers has it for a config: others are the adapter's own code."""
+    try:
+        return None if name is None else class_named(name, config).__name__
+    except SurgeryError:
+        return None
+
+
+def lost(model: nn.Module, adapter: Adapter) -> int:
+    """How many of the modules and parameters that an adapter is for a model does not have."""
+    modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    owners = {name.rpartition(".")[0] for name in adapter.names.own}
+    return len({*adapter.names.added, *owners} - modules)
+
+
+def vocabulary_for(model: nn.Module, adapter: Adapter) -> Build:
+    """The vocabulary that an adapter needs, as a build; ``FILES`` if it is the model's.
+
+    PSG507 if the adapter's tensors are of several; PSG219 if tables of the model that the adapter
+    does not train have other numbers of rows than the input's, and could not be told apart after.
+    """
+    stored, places = tokens_of(model), tables(model)
+    if stored is None:
+        return FILES
+    wanted = _wanted(stored, list(_sizes(model, places, adapter)), adapter.folder)
+    if wanted == stored:
+        return FILES
+    build = Build(vocabulary=wanted, stored=stored)
+    trained = {name for name in adapter.names.own if adapter.trains(name, model)}
+    _check_even(model, places, trained, build)
+    has_tokenizer = bool(tokenizer_files(adapter.folder))
+    rows = dict(_rows(model, places, adapter, build)) if build.added else {}
+    known = {*rows, *trained}
+    return replace(
+        build,
+        rows=rows,
+        lacking=tuple(_lacking(model, places, known)) if build.added else (),
+        tokenizer=adapter.folder if has_tokenizer else None,
+    )
+
+
+@dataclass(frozen=True)
+class _Size:
+    """How many tokens a tensor at a table is for, and how many rows that table has, by its key."""
+
+    key: str
+    rows: int
+    own: int
+
+
+def _wanted(stored: int, sizes: Sequence[_Size], folder: Path) -> int:
+    """How many rows the tables are to have, where the input's has ``stored``. PSG507.
+
+    A table of another length than the input's that the adapter's tensor fits says nothing of the
+    input's; where the adapter has tensors at tables, its tokenizer is not asked.
+    """
+    told = [size for size in sizes if size.own == stored or size.rows != size.own]
+    if len({size.rows for size in told}) > 1:
+        listed = ", ".join(f"'{size.key}' for {size.rows}" for size in told)
+        message = f"the adapter's tensors are for several vocabularies: {listed}"
+        raise SurgeryError("PSG507", message)
+    if told:
+        return told[0].rows
+    return stored if sizes else max(stored, tokens_needed(folder))
+
+
+def _check_even(
+    model: nn.Module, places: Mapping[str, nn.Module], trained: set[str], build: Build
+) -> None:
+    """Refuse to resize a table of another length whose rows the adapter does not have. PSG219."""
+    names = tensor_names(model)
+    for path, part in places.items():
+        for leaf, parameter in part._parameters.items():
+            name = f"{path}.{leaf}"
+            if parameter is None or len(parameter) == build.stored:
+                continue
+            if trained.isdisjoint(names[name]):
+                message = (
+                    f"the vocabulary is to have {build.vocabulary} tokens, and '{name}' has "
+                    f"{len(parameter)} rows where the table of the input has {build.stored}"
+                )
+                hint = "load the model, resize each of its tables, and capture that"
+                raise SurgeryError("PSG219", message, hint)
+
+
+def _sizes(model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter) -> Iterator[_Size]:
+    """What the adapter's tensors at tables say of the sizes of those tables."""
+    for group in (adapter.names.own, adapter.names.again, adapter.names.frozen):
+        for name, key in group.items():
+            owner, _, leaf = name.rpartition(".")
+            table = places[owner]._parameters.get(leaf) if owner in places else None
+            if table is not None and adapter.tensors[key].dim():
+                yield _Size(key, len(adapter.tensors[key]), len(table))
+    for path in places.keys() & adapter.names.added.keys():
+        size = "in" if isinstance(places[path], nn.Embedding) else "out"
+        own = len(places[path].get_parameter("weight"))
+        for suffix, key in adapter.names.added[path].items():
+            for dim in _dims(adapter.config, suffix, size):
+                value = adapter.tensors[key]
+                if dim < value.dim():
+                    yield _Size(key, value.shape[dim], own)
+
+
+def _dims(config: AdapterConfig, suffix: str, size: str) -> set[int]:
+    """The dimensions that have a size in tensors of a suffix, by the rules of the method."""
+    return {
+        dim
+        for file in config.files
+        for rule in file.rules
+        for name, given in rule.suffixes(FORMAT).items()
+        if given == suffix and rule.kind.name == ("embedding" if size == "in" else "linear")
+        for dim, expression in enumerate(rule.params[name].shape)
+        if expression.text.strip() == size
+    }
+
+
+def _rows(
+    model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter, build: Build
+) -> Iterator[tuple[str, Tensor]]:
+    """The new rows of the base's tables: of the copies that the adapter has and does not train."""
+    for group in (adapter.names.own, adapter.names.frozen):
+        for name, key in group.items():
+            owner, _, leaf = name.rpartition(".")
+            is_table = owner in places and leaf in places[owner]._parameters
+            trained = group is adapter.names.own and adapter.trains(name, model)
+            if is_table and not trained:
+                yield name, adapter.tensors[key][build.stored :].contiguous()
+
+
+def _lacking(model: nn.Module, places: Mapping[str, nn.Module], known: set[str]) -> Iterator[str]:
+    """The parameters of tables whose new rows the adapter has nothing of, each by one name."""
+    seen: set[int] = set()
+    names = tensor_names(model)
+    for path, part in places.items():
+        for leaf, parameter in part._parameters.items():
+            name = f"{path}.{leaf}"
+            if parameter is None or id(parameter) in seen or len(parameter) != tokens_of(model):
+                continue
+            seen.add(id(parameter))
+            if known.isdisjoint(names[name]):
+                yield name
+
+
+def tokens_needed(folder: Path) -> int:
+    """How many tokens the tokenizer in a directory needs for those that were added to it; or 0."""
+    ids: list[Any] = []
+    for file, part in (("tokenizer.json", "added_tokens"), ("added_tokens.json", None)):
+        if not (folder / file).is_file():
+            continue
+        try:
+            read = json.loads((folder / file).read_text(encoding="utf-8"))
+            found = read if part is None else {str(n): t["id"] for n, t in enumerate(read[part])}
+            ids += found.values()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue  # another kind of tokenizer, or none
+    return max((i + 1 for i in ids if isinstance(i, int) and i < MOST), default=0)
+
+
+def saved_tables(model: OperatedModel, adapted: Collection[str]) -> dict[str, Tensor]:
+    """The tables of a base with another vocabulary than its files, as peft saves them with it.
+
+    ``adapted`` are the modules with adapters.
+    """
+    if model.source.build.vocabulary is None:
+        return {}
+    model.bind()
+    names = (
+        f"{path}.{leaf}"
+        for path, part in tables(model.source.module).items()
+        for leaf, parameter in part._parameters.items()
+        if parameter is not None
+    )
+    return {own_key(name, adapted): model.dense(name).clone() for name in names}
+
+
+def with_vocabulary(model: GraphModel, adapter: Adapter) -> GraphModel:
+    """A captured model with the vocabulary that an adapter needs; the model as it is, else."""
+    base = model.base if isinstance(model, OperatedModel) else model
+    return built(model, vocabulary_for(base.source.module, adapter))

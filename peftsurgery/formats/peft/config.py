@@ -1,0 +1,232 @@
+"""peft's adapter_config.json: which keys say what, and which would change what the adapter does.
+
+The keys that identify a method and those that carry its settings are in the rule files, under
+``checkpoint: peft``. Here are the keys that are peft's own: where an adapter goes, what depends on
+the module, and what has no effect on an adapter that has been trained. A key that is none of these
+and has a value is refused by name, so a switch that peft adds tomorrow is not ignored today.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache, lru_cache
+from typing import Any, NoReturn
+
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.formats.adapter_files import shown
+from peftsurgery.language import RuleFile, load_rules, shipped
+from peftsurgery.language.paths import full_match
+
+FORMAT = "peft"
+
+# Keys whose value may differ from module to module, and the key that says so.
+PATTERNS: Mapping[str, str] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
+
+# What is read besides the keys that the rules name.
+READ = frozenset(
+    (
+        *("peft_type", "target_modules", "exclude_modules", "modules_to_save", "bias"),
+        *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+        *("num_transformer_submodules", "ensure_weight_tying", "task_type", "auto_mapping"),
+    )
+)
+
+# Where an adapter comes from, what its tensors say already, and settings that matter only together
+# with a key that is refused or while an adapter is being made.
+WITHOUT_EFFECT = frozenset(
+    (
+        *("peft_version", "base_model_name_or_path", "revision"),
+        *("inference_mode", "r", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"),
+        *("token_dim", "num_attention_heads", "num_layers"),
+        *("prompt_tuning_init", "prompt_tuning_init_text"),
+        *("tokenizer_name_or_path", "tokenizer_kwargs"),
+        *("encoder_reparameterization_type", "encoder_hidden_size"),
+        *("encoder_num_layers", "encoder_dropout", "prefix_projection", "init_weights"),
+    )
+)
+
+# How an adapter was started. The others (pissa, olora, corda, loftq, ...) start it by taking
+# something out of the base's weights, so the adapter alone does not say what the model is.
+CHOICES: Mapping[str, tuple[Any, ...]] = {
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "fan_in_fan_out": (True, False, None),  # the graph tells how a weight lies in memory
+    "bias": ("none", "all", "lora_only"),
+}
+
+# What a key means where it is missing; a number that every adapter needs has no such meaning.
+ABSENT: Mapping[str, Any] = {
+    "lora_dropout": 0.0,
+    "use_rslora": False,
+    "use_dora": False,
+    "num_transformer_submodules": 1,
+}
+
+# Values that count something.
+COUNTS = ("r", "num_virtual_tokens", "num_transformer_submodules")
+
+
+class AdapterConfig:
+    """The checked values of an adapter_config.json."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        """Raises PSG502 for an unknown method, PSG503 for a bad value, PSG504 for a refused key."""
+        self.values = values
+        self.files = self._methods()
+        self._check_keys()
+
+    def _methods(self) -> tuple[RuleFile, ...]:
+        """The shipped rule files that this config identifies."""
+        kind = self.values.get("peft_type")
+        known = {str(file.identifying(FORMAT)["peft_type"]) for file in rule_files()}
+        if not isinstance(kind, str) or kind not in known:
+            hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
+            raise SurgeryError("PSG502", f"the adapter's peft_type is {shown(kind)}", hint)
+        of_kind = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
+        for key, wanted in {
+            k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
+        }.items():
+            if isinstance(wanted, bool) and not isinstance(self.value(key), bool):
+                _refuse_value(key, self.value(key))
+        files = [flat_form(file) for file in of_kind if not self._strangers(file)]
+        if not files:
+            odd = min((self._strangers(file) for file in of_kind), key=len)
+            listed = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
+            raise SurgeryError("PSG504", f"no shipped rule is {kind} with {listed}")
+        return tuple(files)
+
+    def _strangers(self, file: RuleFile) -> list[str]:
+        """The keys in which this config is not of a rule file's method."""
+        wanted = file.identifying(FORMAT)
+        return [key for key, value in wanted.items() if self.value(key) != value]
+
+    def value(self, key: str) -> Any:
+        """The value of a key, or what peft takes it to be where it is missing."""
+        value = self.values.get(key)
+        return ABSENT.get(key) if value is None else value
+
+    def _check_keys(self) -> None:
+        carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
+        known = {*READ, *WITHOUT_EFFECT, *CHOICES, *carried, *listings(self.files)}
+        for key, value in self.values.items():
+            if key in CHOICES and not any(value is c or value == c for c in CHOICES[key]):
+                allowed = ", ".join(repr(choice) for choice in CHOICES[key] if choice is not None)
+                message = f"the adapter's {key} is {value!r}, which is not honoured"
+                raise SurgeryError("PSG504", message, f"honoured: {allowed}")
+            if key not in known and value not in (None, False, "", [], {}):
+                message = f"the adapter's config has {key} = {shown(value)}, which is not honoured"
+                raise SurgeryError("PSG504", message, _near(key, known))
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(self.pattern(key), dict):
+                raise SurgeryError("PSG503", f"the adapter's {key} is no object")
+
+    def pattern(self, key: str) -> Mapping[str, Any]:
+        """The values by module pattern under a key; none if it is not there."""
+        found: Mapping[str, Any] = self.values.get(key) or {}
+        return found
+
+    def names(self, key: str) -> list[str]:
+        """A list of names under a key. PSG503 if it is anything else."""
+        value = self.values.get(key) or []
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise SurgeryError("PSG503", f"the adapter's {key} is no list of names")
+        return value
+
+    def settings(self, file: RuleFile, module: str) -> dict[str, Any]:
+        """The settings that a rule file has at a module. PSG503 for a value that is none."""
+        settings = {}
+        for key, setting in file.carried(FORMAT).items():
+            source, value = key, self.value(key)
+            for pattern, special in self.pattern(PATTERNS.get(key, "")).items():
+                if pattern_matches(pattern, module):
+                    source, value = f"{PATTERNS[key]}['{pattern}']", special
+                    break
+            _check_value(key, source, value, file.with_[setting])
+            settings[setting] = value
+        return settings
+
+    def check_patterns(self, modules: Iterable[str]) -> None:
+        """Refuse a pattern that matches no adapted module: peft would ignore it. PSG508."""
+        modules = list(modules)
+        carried = {key for file in self.files for key in file.carried(FORMAT)}
+        for key in (pattern for key, pattern in PATTERNS.items() if key in carried):
+            for pattern in self.pattern(key):
+                if not any(pattern_matches(pattern, module) for module in modules):
+                    message = f"{key} names '{pattern}', and no adapted module is called that"
+                    raise SurgeryError("PSG508", message, did_you_mean(pattern, leaves(modules)))
+
+
+def flat_form(file: RuleFile) -> RuleFile:
+    """The rules whose parameters peft saves, identified as the method itself."""
+    if file.flat is None:
+        return file
+    flat = load_rules(file.flat.rule)
+    table = {**flat.checkpoint.get(FORMAT, {}), **file.identifying(FORMAT)}
+    return flat.model_copy(update={"checkpoint": {**flat.checkpoint, FORMAT: table}})
+
+
+@cache
+def rule_files() -> tuple[RuleFile, ...]:
+    """The shipped rule files of methods that peft has too."""
+    files = (load_rules(name) for name in shipped())
+    return tuple(file for file in files if "peft_type" in file.identifying(FORMAT))
+
+
+def all_suffixes() -> frozenset[str]:
+    """Every ending of a tensor's name that the shipped rules give a meaning."""
+    return frozenset(
+        suffix
+        for file in rule_files()
+        for rule in file.rules
+        for suffix in rule.suffixes(FORMAT).values()
+    )
+
+
+def listings(files: Iterable[RuleFile]) -> set[str]:
+    """The keys that list the modules of one of the rules, in these methods."""
+    kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
+    alike = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] in kinds]
+    keys = (rule.listing(FORMAT) for file in alike for rule in file.rules)
+    return {key for key in keys if key is not None}
+
+
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern is about a module: the end of its path."""
+    return _pattern(pattern)(module)
+
+
+@lru_cache(maxsize=4096)
+def _pattern(pattern: str) -> Callable[[str], bool]:
+    return full_match(rf"(.*\.)?({pattern})")
+
+
+def leaves(modules: Iterable[str]) -> set[str]:
+    """The last names of module paths."""
+    return {module.rpartition(".")[2] for module in modules}
+
+
+def _check_value(key: str, source: str, value: Any, default: Any) -> None:
+    """A value must be of the kind of its setting, and a number one that can be used."""
+    if isinstance(default, bool):
+        fits = isinstance(value, bool)
+    elif isinstance(default, int | float):
+        fits = not isinstance(value, bool) and isinstance(value, int | float)
+        fits = fits and 0 <= value < 2**63
+    else:
+        fits = isinstance(value, type(default))
+    if key in COUNTS:
+        fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if key.endswith("dropout"):
+        fits = fits and value < 1
+    if not fits:
+        _refuse_value(source, value)
+
+
+def _refuse_value(source: str, value: Any) -> NoReturn:
+    raise SurgeryError("PSG503", f"the adapter's {source} cannot be {shown(value)}")
+
+
+def _near(key: str, known: Iterable[str]) -> str | None:
+    hint = did_you_mean(key, known)
+    return hint if hint.startswith("did you mean") else None

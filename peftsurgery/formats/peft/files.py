@@ -1,0 +1,70 @@
+"""The two files of a peft adapter.
+
+    adapter_config.json          what kind of adapter it is, and where it goes
+    adapter_model.safetensors    its tensors
+
+Adapters in pickle files (``adapter_model.bin``) are refused: loading one can run code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.files import as_safetensors
+from peftsurgery.formats.adapter_files import (
+    as_json,
+    nearby,
+    read_object,
+    read_safetensors,
+    write_files,
+)
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BASE = "base_model_name_or_path"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter's config. PSG501 if it is missing, is no JSON object or holds NaN.
+
+    PSG503 if the base that it names is none: whoever folds an adapter opens that first.
+    """
+    if not (folder / CONFIG).is_file():
+        raise SurgeryError("PSG501", f"'{folder}' has no {CONFIG}", nearby(folder, CONFIG))
+    config = read_object(folder / CONFIG)
+    base = config.get(BASE)
+    if base is not None and not isinstance(base, str):
+        message = f"the adapter's {BASE} is {base!r:.60}, which names no model"
+        raise SurgeryError("PSG503", message, "it is a text or null")
+    return config
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's tensors, in memory of their own. PSG505 if there are none or not finite."""
+    if (folder / TENSORS).is_file():
+        return read_safetensors(folder / TENSORS)
+    if (folder / PICKLE).exists():
+        raise SurgeryError(
+            "PSG505",
+            f"'{folder}' holds its tensors in {PICKLE}, a pickle, which is never loaded",
+            "save the adapter again with peft's save_pretrained(safe_serialization=True)",
+        )
+    raise SurgeryError("PSG505", f"'{folder}' has no {TENSORS}", nearby(folder, CONFIG))
+
+
+def write_adapter(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    others: Mapping[str, bytes],
+) -> None:
+    """Write both files and ``others`` by their names, or leave what is there alone.
+
+    PSG601 if the place holds anything but an adapter, PSG603 if the system refuses.
+    """
+    contents = {TENSORS: as_safetensors(tensors), CONFIG: as_json(config), **others}
+    write_files(folder, contents, CONFIG)

@@ -1,0 +1,168 @@
+"""From operations to peft's files: the config keys and tensor names of the rule files' tables.
+
+Every cut of the adapter becomes a module's tensors; parts of a fused weight become one adapter of
+the whole. Where modules differ in rank or alpha, patterns say so. Parameters of the model that were
+trained become ``bias`` and ``modules_to_save``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.formats.peft.base import class_said
+from peftsurgery.formats.peft.config import ABSENT, FORMAT, PATTERNS, listings
+from peftsurgery.formats.peft.files import BASE
+from peftsurgery.formats.peft.fused import fuse
+from peftsurgery.formats.peft.names import added_key
+from peftsurgery.formats.peft.ranks import PATTERN, check_total, gather
+from peftsurgery.formats.peft.targets import say_listed, say_targets, unlike
+from peftsurgery.formats.peft.trained import Trained, say_trained
+from peftsurgery.language import Rule
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.plan.cut import Cut
+
+WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One module's adapter: the config keys that it needs, its tensors by suffix, its rule."""
+
+    module: str
+    keys: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    rule: Rule
+
+
+def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the tensors of an adapter. PSG510 for what peft has no form for."""
+    cuts = [cut for cut in model.cuts if cut.operation.name == name]
+    adapted = [_adapted(model, group) for group in _by_module(cuts) if group[0].rule.params]
+    if not adapted:
+        raise SurgeryError("PSG510", f"'{name}' adds no parameters, and peft has no such method")
+    paths = [one.module for one in adapted]
+    base = model.source.module
+    modules = [path for path, _ in base.named_modules() if path]
+    config = _merge(name, adapted)
+    config["target_modules"] = targets = say_targets(paths, modules)
+    listed = {one.module: one.rule.listing(FORMAT) for one in adapted}
+    for key in sorted(listings(cut.operation.file for cut in cuts)):
+        config[key] = say_listed([path for path in paths if listed[path] == key], paths, targets)
+    pattern, values = gather((one.module, one.rule, one.tensors) for one in adapted)
+    config |= {PATTERN: pattern} if pattern else {}
+    tensors = {
+        added_key(module, suffix): value
+        for module, of_module in values.items()
+        for suffix, value in of_module.items()
+    }
+    trained = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
+    has_bias = config.pop("bias", "none") is not None
+    said: Trained = say_trained(model, trained, paths, has_bias)
+    config |= {"bias": said.bias} if has_bias else {}
+    config["modules_to_save"] = said.modules or None
+    if any(isinstance(base.get_submodule(path), Conv1D) for path in paths):
+        config["fan_in_fan_out"] = True
+    config |= {BASE: model.source.origin, **class_said(base), "inference_mode": True}
+    return config, tensors | said.tensors
+
+
+def _by_module(cuts: Iterable[Cut]) -> list[list[Cut]]:
+    """The cuts at each module, and at a layer that is called twice only one of the two."""
+    groups: dict[str, dict[Any, Cut]] = {}
+    for cut in cuts:
+        if cut.rule.params or cut.rule.rewrite:
+            key = (cut.operation, id(cut.rule), cut.site.slice)
+            groups.setdefault(cut.placed.module, {}).setdefault(key, cut)
+    return [list(group.values()) for group in groups.values()]
+
+
+def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
+    """What one module's cuts are to peft."""
+    first = cuts[0]
+    for cut in cuts:
+        _check_form(cut)
+    _check_module(model.source.module, first)
+    if all(cut.site.slice is not None for cut in cuts):
+        whole, values = fuse(model, cuts)
+    elif len(cuts) == 1:
+        whole = first
+        values = {n: model.get_parameter(full) for n, full in first.parameters.items()}
+    else:
+        raise _refuse(first, "is adapted more than once under this name")
+    file, table = whole.operation.file, whole.rule.suffixes(FORMAT)
+    keys = file.identifying(FORMAT) | {
+        key: whole.operation.settings[setting] for key, setting in file.carried(FORMAT).items()
+    }
+    tensors = {table[n]: value for n, value in values.items()}
+    return Adapted(first.placed.module, keys, tensors, whole.rule)
+
+
+def _check_form(cut: Cut) -> None:
+    """Refuse a rule for whose parameters the rule file lists no names in peft."""
+    table = cut.rule.suffixes(FORMAT)
+    identifying = cut.operation.file.identifying(FORMAT)
+    if not cut.rule.params or set(table) != set(cut.rule.params) or not identifying:
+        raise SurgeryError(
+            "PSG510",
+            f"the rule file '{cut.operation.file.name}' has no form in peft",
+            "it says so under `checkpoint: peft`; save the surgery itself with save()",
+        )
+    check_total(cut)
+
+
+def _check_module(base: nn.Module, cut: Cut) -> None:
+    """Refuse a place that peft cannot wrap, or where torch would never call what it wraps."""
+    path = cut.placed.module
+    parameter = (cut.placed.parameter or "").rpartition(".")[2]
+    if not isinstance(base.get_submodule(path), WRAPPABLE) or parameter != "weight":
+        kind = type(base.get_submodule(path)).__name__
+        raise _refuse(cut, f"is a {kind} with '{parameter}', which peft cannot wrap")
+    odd = unlike(base, path)
+    if odd is not None:
+        raise _refuse(cut, odd)
+    parents = path.split(".")[:-1]
+    for end in range(len(parents) + 1):
+        owner = base.get_submodule(".".join(parents[:end]))
+        if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+            kind = type(owner).__name__
+            raise _refuse(cut, f"is in a {kind}, whose code reads the weight and not the wrapper")
+
+
+def _merge(name: str, adapted: Sequence[Adapted]) -> dict[str, Any]:
+    """One config for all modules: patterns where it may differ, else one value. PSG510."""
+    config: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in adapted for key in one.keys):
+        # a switch that a rule file does not mention is off
+        off = {key: False} if ABSENT.get(key) is False else {}
+        given = {one.module: {**off, **one.keys} for one in adapted}
+        values = {module: keys[key] for module, keys in given.items() if key in keys}
+        usual = Counter(values.values()).most_common(1)[0][0]
+        config[key] = usual
+        odd = {module: value for module, value in values.items() if value != usual}
+        if odd and key in PATTERNS:
+            config[PATTERNS[key]] = {
+                f"^{re.escape(module)}": value for module, value in odd.items()
+            }
+        elif odd:
+            module, value = next(iter(odd.items()))
+            raise SurgeryError(
+                "PSG510",
+                f"'{name}' has {key} = {usual!r} and, at '{module}', {value!r}, and peft has one "
+                "value for an adapter",
+            )
+    return config
+
+
+def _refuse(cut: Cut, why: str) -> SurgeryError:
+    return SurgeryError(
+        "PSG510", f"'{cut.placed.module}' {why}", "save the surgery itself with save(), or fold it"
+    )

@@ -1,0 +1,1 @@
+"""Combine: one adapter made of others."""

@@ -1,0 +1,1 @@
+"""Fold: the operations of a model made part of its weights."""

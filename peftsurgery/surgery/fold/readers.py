@@ -1,0 +1,85 @@
+"""Who reads a weight: what is changed at one of its readers is no change of the weight itself.
+
+A rule that rewrites a linear's result changes what that linear computes. Folded, the change is in
+the weight, for all that read it: the two agree only if the rule is made at every reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import fx
+
+from peftsurgery.anatomy import Placed
+from peftsurgery.anatomy.ops import LAYOUT, backward, is_tensor, op
+from peftsurgery.anatomy.site import Site
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language import Located
+from peftsurgery.surgery.plan.cut import Cut
+
+
+def check_readers(cuts: Iterable[Cut], sites: Iterable[Located]) -> None:
+    """Refuse to fold a change of some readers of a weight that others read as it is. PSG408.
+
+    ``sites`` are all those of the capture that the cuts are in.
+    """
+    reads: dict[str, list[Placed]] = {}
+    for placed in sites:
+        if placed.kind == "parameter" and placed.parameter and isinstance(placed, Placed):
+            reads.setdefault(placed.parameter, []).append(placed)
+    known: dict[Any, fx.Node | None] = {}  # blocks of one shape class are looked at once
+    for name, made in _by_weight(cuts):
+        for read in reads.get(name, ()):
+            mine = frozenset(cut.site for cut in made if _is_beside(cut, read))
+            key = (read.site, mine)
+            if key not in known:
+                known[key] = next(_others(read, mine), None)
+            other = known[key]
+            if other is not None:
+                raise _unlike(name, made[0], other)
+
+
+def _by_weight(cuts: Iterable[Cut]) -> list[tuple[str, Sequence[Cut]]]:
+    """Weights by name, each with the cuts of a rule that change a result and fold into it."""
+    found: dict[tuple[Any, int, str], list[Cut]] = {}
+    for cut in cuts:
+        if cut.rule.kind.result in cut.rule.rewrite:
+            for short in cut.rule.fold.keys() & cut.weights.keys():
+                key = (cut.operation, id(cut.rule), cut.weights[short])
+                found.setdefault(key, []).append(cut)
+    return [(name, made) for (_, _, name), made in found.items()]
+
+
+def _is_beside(cut: Cut, read: Placed) -> bool:
+    """Whether a cut is in the program, of the same block, in which a parameter is read."""
+    return (cut.placed.block, cut.placed.program) == (read.block, read.program)
+
+
+def _others(read: Placed, sites: Collection[Site]) -> Iterator[fx.Node]:
+    """What reads a parameter in a program, and is part of none of these sites."""
+    own = {node for site in sites for node in _inside(site)}
+    graph = read.program.graph
+    stack = [n for n in graph.find_nodes(op="get_attr") if n.target == read.site.parameter]
+    while stack:
+        for user in stack.pop().users:
+            if op(user) in LAYOUT and user not in own:
+                stack.append(user)
+            elif user not in own and (is_tensor(user) or user.op == "output"):
+                yield user
+
+
+def _inside(site: Site) -> Iterator[fx.Node]:
+    """A site's result, and what it is computed from up to what the site binds."""
+    result = site.nodes["y"]
+    bound = {node for node in site.nodes.values() if node is not result}
+    return backward([result], lambda node: node in bound)
+
+
+def _unlike(name: str, cut: Cut, reader: fx.Node) -> SurgeryError:
+    return SurgeryError(
+        "PSG408",
+        f"'{cut.operation.name}' cannot be folded: '{name}' has another reader "
+        f"({reader.name}), which the rule leaves as it is",
+        "let the rule match whatever reads the weight, or ship the saved surgery",
+    )

@@ -1,0 +1,113 @@
+"""A tie that is broken stays broken when the module is saved and loaded again.
+
+One flag of the config, ``tie_word_embeddings``, unties every group of weights at once, so the
+weights that are still alike need storage of their own too: ``save_pretrained`` writes one of those
+that share it, and nothing would tie the others to it again. Some configs set the flag again when
+they are read, and some models compute differently without it. There the flag stays, and
+transformers, which ties only what is missing or equal, keeps apart what is written apart.
+
+What counts is what ``from_pretrained`` makes of the result, so that is asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from peftsurgery.capture.tensors import named_tensors
+from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.quiet import quiet
+
+FLAG = "tie_word_embeddings"
+
+
+def untie(plain: PreTrainedModel, tied: Collection[str]) -> None:
+    """Give every tensor a name of its own, in place, and have the config say so where it can.
+
+    ``tied`` names what was tied before, on both sides. PSG404 if loading it ties different weights.
+    """
+    _separate(plain)
+    _say_untied(plain)
+    _check_reload(plain, tied)
+
+
+def _separate(plain: nn.Module) -> None:
+    """Copy what has several names; a module that has several keeps its one tensor."""
+    places: dict[int, tuple[nn.Module, str]] = {}
+    for name, tensor in named_tensors(plain):
+        owner, _, leaf = name.rpartition(".")
+        place = plain.get_submodule(owner), leaf
+        if places.setdefault(id(tensor), place) == place:
+            continue
+        copy = tensor.detach().clone()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        setattr(*place, nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy)
+
+
+def _say_untied(plain: PreTrainedModel) -> None:
+    """Clear the flag in all configs of the model, unless they set it again or it means more."""
+    configs = {id(c): c for part in _models(plain) for c in _with_parts(part.config)}
+    flagged = [config for config in configs.values() if getattr(config, FLAG, False)]
+    for config in flagged:
+        setattr(config, FLAG, False)
+    again = any(getattr(config, FLAG, False) for config in _with_parts(_reread(plain.config)))
+    if again or any(_reads_flag(part) for part in _models(plain)):
+        for config in flagged:
+            setattr(config, FLAG, True)
+
+
+def _models(plain: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    return (part for part in plain.modules() if isinstance(part, PreTrainedModel))
+
+
+def _with_parts(config: Any) -> Iterator[Any]:
+    """A config and those inside it."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _with_parts(part)
+
+
+def _reread(config: Any) -> Any:
+    """The config as it is read from the file that it is written to."""
+    return type(config).from_dict(json.loads(config.to_json_string()))
+
+
+def _reads_flag(part: nn.Module) -> bool:
+    """Whether what a module computes depends on the flag, as a factor of some heads does."""
+    code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
+    return code is not None and FLAG in (*code.co_names, *code.co_consts)
+
+
+def _check_reload(plain: PreTrainedModel, tied: Collection[str]) -> None:
+    """Load what would be written, which shares the memory, and compare what was tied."""
+    state = plain.state_dict()
+    try:
+        with quiet():
+            again = type(plain).from_pretrained(
+                None, config=_reread(plain.config), state_dict=dict(state), dtype=plain.dtype
+            )
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = first_line(error)
+        raise SurgeryError(
+            "PSG404", f"whether a {type(plain).__name__} stays untied cannot be tried: {reason}"
+        ) from error
+    loaded = again.state_dict()
+    for name in tied:
+        if name in state and not _is_same(state[name], loaded.get(name)):
+            raise SurgeryError(
+                "PSG404",
+                f"'{name}' is tied to a weight that was adapted differently, and "
+                f"{type(plain).__name__} ties them again whenever it is loaded",
+                "adapt both sides alike or neither",
+            )
+
+
+def _is_same(written: torch.Tensor, loaded: torch.Tensor | None) -> bool:
+    return loaded is not None and torch.equal(written.to(loaded), loaded)

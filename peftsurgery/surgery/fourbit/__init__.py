@@ -1,0 +1,1 @@
+"""Four bits: weights of the base kept packed, unpacked where a product reads them."""

@@ -1,0 +1,145 @@
+"""What a fold makes of weights that were kept in four bits, and the error of what it writes.
+
+The new weight is the unpacked one and the update, added in fp32. Written in full precision it is
+rounded to the base's dtype; packed again, it moves to the nearest of sixteen numbers in each block.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.surgery.fourbit.pack import bitsandbytes, pack, unpack
+from peftsurgery.surgery.fourbit.store import Stored
+
+
+@dataclass(frozen=True)
+class FoldError:
+    """How far written weights are from the exact ones: at most, at which, and on average."""
+
+    weights: int
+    largest: float
+    worst: str | None
+    mean: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as ``--json`` prints it."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.worst is None:
+            return "no weight was changed"
+        return (
+            f"{self.weights} weights were changed; what is written differs from their exact values "
+            f"by {self.mean:.1e} on average and at most {self.largest:.1e} ('{self.worst}')"
+        )
+
+
+def error_of(
+    exact: Mapping[str, torch.Tensor],
+    written: Mapping[str, torch.Tensor],
+    stored: Mapping[str, Stored],
+) -> FoldError:
+    """The error of ``written`` against ``exact``, by name; those in ``stored`` are packed again."""
+    largest, worst, total, count = 0.0, None, 0.0, 0
+    for name, value in exact.items():
+        final = written[name]
+        if name in stored:
+            final = unpack(pack(final, stored[name].recipe), stored[name].recipe)
+        gap = (final.to(value.dtype) - value).abs()
+        total, count = total + float(gap.sum(dtype=torch.float64)), count + gap.numel()
+        if worst is None or float(gap.max()) > largest:
+            largest, worst = float(gap.max()), name
+    return FoldError(len(exact), largest, worst, total / max(count, 1))
+
+
+def pack_layers(module: nn.Module, stored: Mapping[str, Stored]) -> None:
+    """Make the layers of these weights bitsandbytes' own, in place.
+
+    A transformers model says so in its config too, so that ``save_pretrained`` writes what
+    ``from_pretrained`` reads back. PSG406 for a weight that no four-bit layer can have, PSG407 if
+    there are none.
+    """
+    if not stored:
+        raise SurgeryError(
+            "PSG407",
+            "nothing was kept in four bits, so there is nothing to quantise again",
+            "apply nf4 or qlora, or fold in full precision",
+        )
+    for name, each in stored.items():
+        _pack_layer(module, name, each)
+    if isinstance(module, PreTrainedModel):
+        _declare(module, stored)
+
+
+def _pack_layer(module: nn.Module, name: str, stored: Stored) -> None:
+    path, _, leaf = name.rpartition(".")
+    old = module.get_submodule(path)
+    if not isinstance(old, nn.Linear | Conv1D) or leaf != "weight":
+        raise _no_layer(
+            f"'{name}' is the weight of a {type(old).__name__}, which has no four-bit form"
+        )
+    bitsandbytes()
+    library = importlib.import_module("bitsandbytes.nn")
+    recipe, compute, _ = stored
+    kind, block, double = recipe.storage
+    weight = old.weight.detach().T if recipe.turned else old.weight.detach()
+    rows, columns = recipe.shape
+    with torch.device("meta"):
+        layer = library.Linear4bit(
+            columns, rows, bias=False, compute_dtype=compute, quant_type=kind
+        )
+    layer.weight = library.Params4bit(
+        weight.contiguous(),
+        requires_grad=False,
+        blocksize=block,
+        compress_statistics=double,
+        quant_type=kind,
+    ).to(weight.device)
+    layer.bias = old.bias
+    parent, _, child = path.rpartition(".")
+    setattr(module.get_submodule(parent), child, layer.train(old.training))
+
+
+def _declare(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+    """Say in the model's config which of its layers are in four bits.
+
+    The file holds the storage of each weight; the config has room for one dtype of products.
+    """
+    recipe, compute, _ = next(iter(stored.values()))
+    kind, _, double = recipe.storage
+    packed = {name.rpartition(".")[0] for name in stored}
+    others = [
+        path
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and path not in packed
+    ]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=compute or model.dtype,
+        llm_int8_skip_modules=others,
+    )
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=True)
+    kept = quantizer.get_modules_to_not_convert(model, others, model._keep_in_fp32_modules)
+    lost = next((path for path in sorted(packed) if not should_convert_module(path, kept)), None)
+    if lost is not None:
+        raise _no_layer(f"transformers never loads '{lost}' of a {type(model).__name__} in 4 bits")
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+
+
+def _no_layer(message: str) -> SurgeryError:
+    hint = "fold in full precision, or have the rule keep that weight as it is"
+    return SurgeryError("PSG406", message, hint)

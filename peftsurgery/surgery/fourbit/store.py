@@ -1,0 +1,251 @@
+"""Weights that a model keeps packed: which they are, and how its graphs read them.
+
+A packed weight has the name that the weight had. A product with it becomes one node that unpacks
+the weight, multiplies and forgets it; in the backward pass it does so again, so that no dense
+weight outlives its product (as bitsandbytes' own layers do). Whatever else reads the weight reads
+it unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.storage import storage_of
+from peftsurgery.surgery.fourbit.pack import PACKABLE, Recipe, pack, recipe_of, unpack
+from peftsurgery.surgery.plan.cut import Cut
+
+if TYPE_CHECKING:
+    from peftsurgery.surgery.model.operated import OperatedModel
+    from peftsurgery.surgery.model.packed_weights import Keeping
+
+_ATEN = torch.ops.aten
+# Products of plain arguments, one of which is the weight.
+PRODUCTS = frozenset(
+    (
+        *(_ATEN.linear.default, _ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default),
+        *(_ATEN.embedding.default, F.linear),
+    )
+)
+
+
+class Stored(NamedTuple):
+    """A packed weight: its recipe, the dtype its products are computed in, and who packed it."""
+
+    recipe: Recipe
+    compute: torch.dtype | None
+    adapter: str
+
+
+class Store:
+    """The packed weights of one model, by name."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Stored] = {}
+        self.packed: set[str] = set()
+        self.dtypes: dict[str, torch.dtype] = {}
+
+    def adopt(self, other: Store) -> None:
+        """Know of the packed weights that were shared from another model."""
+        self.weights, self.packed = dict(other.weights), set(other.packed)
+        self.dtypes = dict(other.dtypes)
+
+    def dtype_of(self, model: OperatedModel, name: str) -> torch.dtype:
+        """The dtype of a weight of the base as it is now, before it is packed."""
+        return (
+            self.weights[name].recipe.dtype
+            if name in self.packed
+            else model.get_parameter(name).dtype
+        )
+
+    def settle(self, model: OperatedModel, cuts: Sequence[Cut]) -> None:
+        """Find what the cuts store, and give back what an earlier model stored otherwise."""
+        inherited, self.weights = self.weights, stored_by(model, cuts, self)
+        for name in list(self.packed):
+            if name not in self.weights or self.weights[name].recipe != inherited[name].recipe:
+                self.packed.discard(name)
+                _put(model, name, model.base.get_parameter(name))
+                model._bound = model._bound and model.base._bound
+
+    def pack(self, model: OperatedModel) -> None:
+        """Replace dense weights by their packed ones, one after the other."""
+        for name, stored in self.weights.items():
+            weight = model.get_parameter(name)
+            if name not in self.packed and not weight.is_meta:
+                self.packed.add(name)
+                _put(model, name, pack(weight.detach(), stored.recipe))
+
+    def cast(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Note what a cast of the model makes of its weights: packed ones stay as they are."""
+        for name, stored in self.weights.items():
+            before = self.dtypes.get(name, stored.recipe.dtype)
+            self.dtypes[name] = fn(torch.empty(0, dtype=before)).dtype
+
+    def casts(self, model: Keeping) -> frozenset[tuple[str, torch.dtype]]:
+        """The packed weights that a graph now reads in another dtype than the base has."""
+        read = {
+            name: self.dtypes.get(name, self.weights[name].recipe.dtype) for name in self.packed
+        }
+        return frozenset(
+            (name, dtype) for name, dtype in read.items() if dtype != model.original(name).dtype
+        )
+
+    def dense(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The weight that a tensor of the model is: unpacked, if it is packed."""
+        if name not in self.packed:
+            return tensor
+        recipe = self.weights[name].recipe
+        return unpack(tensor, recipe).to(self.dtypes.get(name, recipe.dtype))
+
+    def saved(self, tensors: Mapping[str, torch.Tensor]) -> int:
+        """How many numbers more the packed weights stand for than they have bytes."""
+        rows = ((self.weights[name].recipe.shape, tensors[name].numel()) for name in self.packed)
+        return sum(shape[0] * shape[1] - count for shape, count in rows)
+
+
+def stored_by(model: OperatedModel, cuts: Sequence[Cut], store: Store) -> dict[str, Stored]:
+    """What the cuts store, by name. PSG325 for a weight that cannot be, or not in two ways."""
+    found: dict[str, Stored] = {}
+    for cut in cuts:
+        for name, expression in cut.rule.store.items():
+            if name not in cut.weights:
+                continue  # a layer without a bias
+            full, storage = cut.weights[name], storage_of(expression, cut.operation.settings)
+            shape, dtype = model.original(full).shape, store.dtype_of(model, full)
+            _check(cut, full, shape, dtype)
+            recipe = recipe_of(storage, shape, dtype, name in cut.site.turned)
+            compute = None if storage.compute is None else getattr(torch, storage.compute)
+            stored = Stored(recipe, compute, cut.operation.name)
+            other = found.setdefault(full, stored)
+            if other[:2] != stored[:2]:
+                raise _refuse(full, f"is stored in another way by '{other.adapter}'")
+    for cut in cuts:
+        if cut.rule.train and cut.placed.parameter in found:
+            raise _refuse(str(cut.placed.parameter), "is trained by another rule")
+    return found
+
+
+def _check(cut: Cut, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Refuse what is no matrix of its own in a usual dtype. PSG325."""
+    if cut.site.slice is not None:
+        raise _refuse(name, "is one weight, of which this rule matches a part")
+    if len(shape) != 2:
+        raise _refuse(name, f"has shape {list(shape)}, and only matrices can be")
+    if dtype not in PACKABLE:
+        raise _refuse(name, f"is in {dtype}, which has no four-bit form")
+
+
+def _refuse(name: str, why: str) -> SurgeryError:
+    hint = "leave it out with `where:`, or with the setting that the rule has for that"
+    return SurgeryError("PSG325", f"'{name}' cannot be stored in four bits: it {why}", hint)
+
+
+def _put(model: OperatedModel, name: str, value: torch.Tensor) -> None:
+    """Give a parameter, under all of its names that follow it, another tensor."""
+    parameter = nn.Parameter(value.detach(), requires_grad=False)
+    for each in (name, *model.unread(name)):
+        owner, _, leaf = each.rpartition(".")
+        model.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def read_packed(graph: fx.Graph, stored: Mapping[str, Stored]) -> None:
+    """Let a graph read these of its weights, by their names in it, through their packed form."""
+    for node in list(graph.find_nodes(op="get_attr")):
+        if str(node.target) not in stored:
+            continue
+        recipe, compute, adapter = stored[str(node.target)]
+        dtype = node.meta["val"].dtype
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                if not _is_product(user, node):
+                    new = graph.call_function(unpacked, (node, tuple(recipe), dtype))
+                    new.meta = {**node.meta, "surgery": adapter}
+                    user.replace_input_with(node, new)
+                    continue
+                position = user.args.index(node)
+                args = (user.target, position, tuple(recipe), dtype, compute, *user.args)
+                new = graph.call_function(multiplied, args)
+            new.meta = {**user.meta, "surgery": adapter}
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+
+
+def _is_product(user: fx.Node, weight: fx.Node) -> bool:
+    plain = not user.kwargs and user.args.count(weight) == 1
+    return user.op == "call_function" and user.target in PRODUCTS and plain
+
+
+def unpacked(packed: torch.Tensor, recipe: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The weight that these bytes are, in ``dtype``."""
+    return unpack(packed, Recipe(*recipe)).to(dtype)
+
+
+def multiplied(
+    product: Any,
+    position: int,
+    recipe: tuple[Any, ...],
+    dtype: torch.dtype,
+    compute: torch.dtype | None,
+    *args: Any,
+) -> torch.Tensor:
+    """``product(*args)``, where ``args[position]`` are the bytes of a weight in ``dtype``.
+
+    It is computed in ``compute``, if given, and returned in ``dtype``.
+    """
+    result: torch.Tensor = _Multiplied.apply(product, position, recipe, dtype, compute, *args)
+    return result
+
+
+def _multiply(
+    product: Any,
+    position: int,
+    recipe: tuple[Any, ...],
+    dtype: torch.dtype,
+    compute: torch.dtype | None,
+    *args: Any,
+) -> torch.Tensor:
+    given = list(args)
+    given[position] = unpacked(given[position], recipe, compute or dtype)
+    if compute is None:
+        return product(*given)
+    return product(*(_cast(value, compute) for value in given)).to(dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
+
+
+class _Multiplied(torch.autograd.Function):
+    """A product that keeps the packed weight for its backward pass, not the dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, *call: Any) -> torch.Tensor:
+        ctx.call = [None if isinstance(value, torch.Tensor) else value for value in call]
+        ctx.places = [i for i, value in enumerate(call) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(call[i] for i in ctx.places))
+        kind = call[5 + call[1]].device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return _multiply(*call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        call = list(ctx.call)
+        wanted = {}
+        for place, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+            needed = ctx.needs_input_grad[place]
+            call[place] = value.detach().requires_grad_() if needed else value
+            if needed:
+                wanted[place] = call[place]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            result = _multiply(*call)
+        found = dict(
+            zip(wanted, torch.autograd.grad(result, [*wanted.values()], gradient), strict=True)
+        )
+        return tuple(found.get(place) for place in range(len(call)))

@@ -1,0 +1,128 @@
+"""load and its kin: a saved surgery, or what a command names, opened as a captured model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftsurgery.arguments import checked
+from peftsurgery.capture import GraphModel, capture, open_source
+from peftsurgery.capture.builds import Build, tokens_of
+from peftsurgery.capture.model import capture_source
+from peftsurgery.errors import SurgeryError
+from peftsurgery.surgery.applying import check_covered, operate
+from peftsurgery.surgery.fold.vocabulary import built
+from peftsurgery.surgery.model.moved_buffers import put_buffers
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.same_base import check_base, compare_base
+from peftsurgery.surgery.model.saved_build import read_build
+from peftsurgery.surgery.model.surgery_files import (
+    check_learnt,
+    is_surgery,
+    read_active,
+    read_left_out,
+    read_lost,
+    read_made,
+    read_manifest,
+    read_operations,
+    read_tensors,
+)
+
+
+@checked
+def load(
+    path: str | Path,
+    base: GraphModel | nn.Module | str | None = None,
+    allow_other_base: bool = False,
+) -> OperatedModel:
+    """A saved surgery, on ``base`` or on the model it was made for.
+
+    ``base`` is a captured model, a transformers model, or what the command line takes for MODEL.
+    An operated model gets the saved adapters besides its own. The base's weights are compared with
+    those that the surgery was saved on, by their fingerprints; ``allow_other_base`` takes others
+    too, and the report says so. Raises PSG605 or PSG606 if the files are damaged, PSG311 if they do
+    not fit the base, PSG319 if its weights are others, PSG304 if it has an adapter of the same
+    name.
+    """
+    return load_on(Path(path), base, allow_other_base)
+
+
+def load_on(
+    folder: Path,
+    base: GraphModel | nn.Module | str | None = None,
+    allow_other_base: bool = False,
+    kind: str | None = None,
+) -> OperatedModel:
+    """:func:`load`, with the base in the class ``kind`` of transformers instead of its own."""
+    manifest = read_manifest(folder)
+    tensors = read_tensors(folder)
+    operations = read_operations(folder, manifest)
+    build = read_build(folder, manifest)
+    if kind is not None:
+        build = replace(build, kind=kind)
+    graph = _base(folder, manifest, base, build, allow_other_base)
+    names = {operation.name for operation in operations}
+    taken = names & set(graph.adapters) if isinstance(graph, OperatedModel) else set()
+    if taken:
+        hint = f"take the old one out first: eject(model, '{min(taken)}')"
+        raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
+    compared = compare_base(read_made(folder, manifest, tensors), graph.source)
+    operations = [replace(op, origin=op.origin.read(compared)) for op in operations]
+    operated = operate(graph, operations, tensors, read_active(folder, manifest))
+    operated.rename(tensors, adapters=tuple(names))
+    given, learnt = put_buffers(operated, tensors), operated.learnt(*names)
+    check_covered(str(folder), learnt.keys(), given.keys())
+    check_learnt(folder, given, learnt)
+    check_base(compared, graph.source, allow_other_base)
+    operated.set_left_out(read_left_out(folder, manifest))
+    operated.lost.update(read_lost(manifest))
+    return operated
+
+
+def _base(
+    path: Path, manifest: Mapping[str, Any], given: Any, build: Build, allow_other_base: bool
+) -> GraphModel:
+    """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
+    named = manifest.get("base") if given is None else given
+    if named is None:
+        raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
+    if isinstance(named, str | Path):
+        return open_built(str(named), build, allow_other_base)
+    return built(named if isinstance(named, GraphModel) else capture(named), build)
+
+
+def open_built(spec: str, build: Build, allow_other_base: bool = False) -> GraphModel:
+    """What MODEL names, captured as a build of it. PSG218 and PSG219 if it cannot be that."""
+    if is_surgery(Path(spec)):
+        if build.kind is not None:
+            message = f"'{spec}' is a surgery, which says itself of which class its base is"
+            raise SurgeryError("PSG218", message, "name the directory of the base")
+        return built(load(spec, allow_other_base=allow_other_base), build)
+    source = open_source(spec, build)
+    other = build.vocabulary is not None and tokens_of(source.module) != build.vocabulary
+    if other and source.on_meta and tokens_of(source.module) is not None:
+        source = source.resized(build)
+    return built(capture_source(source), build)
+
+
+def open_model(spec: str, allow_other_base: bool = False) -> GraphModel:
+    """What MODEL names on the command line: a saved surgery, or a model to capture.
+
+    PSG319 for a surgery whose base has other weights by now, unless that is allowed.
+    """
+    if is_surgery(Path(spec)):
+        return load(spec, allow_other_base=allow_other_base)
+    return capture(spec)
+
+
+def open_base(spec: str) -> GraphModel:
+    """What MODEL names, captured; of a saved surgery its base, without what is saved."""
+    path = Path(spec)
+    if not is_surgery(path):
+        return capture(spec)
+    manifest = read_manifest(path)
+    return _base(path, manifest, None, read_build(path, manifest), True)

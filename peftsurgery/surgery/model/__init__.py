@@ -1,0 +1,1 @@
+"""Model: what a user holds after apply: its adapters, its captures, its report, its files."""

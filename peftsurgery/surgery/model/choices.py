@@ -1,0 +1,165 @@
+"""What a call chooses of a model's adapters: a value that is handed down, and never kept in it.
+
+    default     the model's own choice, which activate() and deactivate() change for all threads
+    within      the choice of this thread, or of this async task, inside ``with only(...)``
+    a call      what ``adapters=`` names, for this call alone
+
+The innermost one counts. A generator that yields inside ``with only(...)`` lends its choice to
+whoever iterates it until it goes on, as Python's context variables do; the choice ends with the
+block, in whatever order blocks end. A thread that is started inside begins with the model's own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.where import layer_range
+from peftsurgery.surgery.plan.cut import Cut
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The adapters that take part in a call, in the order they were applied.
+
+    ``by_row`` says that each row of the batch uses one of them, or none; ``left_out`` are the
+    layers, as in a rule's `where`, in which an adapter does nothing whenever it takes part.
+    ``entered`` says that the inputs are what the adapters that change inputs have made of them
+    already.
+    """
+
+    names: tuple[str, ...] = ()
+    by_row: bool = False
+    left_out: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    entered: bool = False
+
+    def takes_part(self, cut: Cut) -> bool:
+        """Whether a cut is one of an active adapter's, and not in a layer left out."""
+        return cut.operation.name in self.names and not self.leaves_out(cut)
+
+    def leaves_out(self, cut: Cut) -> bool:
+        """Whether a cut is not made: its adapter does nothing in its layer, or is done with it."""
+        if self.entered and cut.rule.kind.resizes:
+            return True
+        ranges = [layer_range(item) for item in dict(self.left_out).get(cut.operation.name, ())]
+        layer = cut.placed.layer
+        return layer is not None and any(low <= layer <= high for low, high in ranges)
+
+    @property
+    def replacing(self) -> tuple[str, ...]:
+        """The adapters whose copies of the base's parameters are read in the parameters' place.
+
+        Where rows choose, every copy is read beside the base's own tensor.
+        """
+        return () if self.by_row else self.names
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The adapter of each row of a batch, whose rows may each be ``repeated`` for beams."""
+
+    names: tuple[str | None, ...]
+    repeated: bool = True
+
+    def numbers(self, adapters: Sequence[str], batch: torch.Tensor) -> torch.Tensor:
+        """For each row of ``batch`` its adapter's number among those, -1 without. PSG314."""
+        times = self.times(len(batch))
+        of = [-1 if name is None else adapters.index(name) for name in self.names]
+        return torch.tensor(of, device=batch.device).repeat_interleave(times)
+
+    def times(self, size: int) -> int:
+        """How often each row is there in a batch of this size. PSG314 if not all are."""
+        named = len(self.names)
+        times = size // named if named else 0
+        if times < 1 or times * named != size or (times > 1 and not self.repeated):
+            raise SurgeryError(
+                "PSG314",
+                f"adapters are named for {named} rows, and the batch has {size}",
+                "name one for each row; None is the base",
+            )
+        return times
+
+
+def rows_of(names: Any, repeated: bool = True) -> Rows:
+    """The rows for which these adapters are named. PSG314 for what names no adapters of rows."""
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        hint = "name one for each row of the batch, as in ['law', None]; None is the base"
+        raise SurgeryError("PSG314", f"{names!r:.60} names no adapter for each row", hint)
+    listed = tuple(names)
+    for name in listed:
+        if name is not None and not isinstance(name, str):
+            hint = "a row has one adapter; combine(...) makes one of several"
+            raise SurgeryError("PSG314", f"a row's adapter is {name!r:.60}, and no name", hint)
+    return Rows(listed, repeated)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one call chooses: the adapters, and the rows that have them if each has its own."""
+
+    mode: Mode
+    rows: Rows | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One open ``with`` block: whose choice it is, and what it chooses."""
+
+    owner: Choices
+    choice: Choice
+
+
+_OPEN: ContextVar[tuple[_Entry, ...]] = ContextVar("the choices of open blocks", default=())
+
+
+class Choices:
+    """The choice of calls of one model, here and now.
+
+    ``awake`` counts the open blocks of all threads that an adapter is trained in.
+    """
+
+    def __init__(self) -> None:
+        self.default = Choice(Mode())
+        self.awake: Counter[str] = Counter()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Choices:
+        copied = Choices()
+        copied.default = self.default
+        return copied
+
+    @property
+    def now(self) -> Choice:
+        """The choice of a call that names none."""
+        for entry in reversed(_OPEN.get()):
+            if entry.owner is self:
+                return entry.choice
+        return self.default
+
+    @contextmanager
+    def within(self, choice: Choice) -> Iterator[None]:
+        """Within the context calls of this thread, or of this task, make this choice."""
+        entry = _Entry(self, choice)
+        _OPEN.set((*_OPEN.get(), entry))
+        try:
+            yield
+        finally:  # not what was there before: blocks of two generators may end in any order
+            _OPEN.set(tuple(each for each in _OPEN.get() if each is not entry))
+
+
+def mode_of(
+    adapters: Iterable[str], names: Iterable[str], left_out: Mapping[str, tuple[int | str, ...]]
+) -> Mode:
+    """The mode in which these of a model's ``adapters`` take part.
+
+    What is left out of the others goes along, for when they take part again.
+    """
+    every, chosen = tuple(adapters), set(names)
+    active = tuple(name for name in every if name in chosen)
+    return Mode(active, left_out=tuple((n, left_out[n]) for n in every if left_out.get(n)))

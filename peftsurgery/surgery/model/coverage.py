@@ -1,0 +1,101 @@
+"""Coverage: how much of a model the rules reached, by role and by kind, and what none can reach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftsurgery.anatomy import Placed
+
+SHOWN = 4  # how many parameters a report names
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many sites were cut, of how many there are."""
+
+    matched: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.matched} of {self.of}"
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What was matched of what there is.
+
+    A fused weight has the role of the whole and those of its parts: one that is cut as a whole is
+    cut in every part, and is cut as a whole if every part is. ``uncovered`` are the parameters that
+    are no weight or bias of a site, so that rules reach them as bare parameters alone.
+    """
+
+    roles: Mapping[str, Share]
+    kinds: Mapping[str, Share]
+    uncovered: tuple[str, ...]
+
+    @staticmethod
+    def of(sites: Iterable[Placed], cut: Iterable[Placed]) -> Coverage:
+        """The coverage of a model's ``sites`` by those that were ``cut``."""
+        matched = {_key(site) for site in cut}
+        known = list(sites)
+        parts: dict[Any, list[Placed]] = {}
+        for site in known:
+            if site.site.whole is not None:
+                parts.setdefault((site.block, id(site.site.whole)), []).append(site)
+        roles: dict[str, list[bool]] = {}
+        kinds: dict[str, list[bool]] = {}
+        for site in known:
+            mine = [_key(part) in matched for part in parts.get(_key(site), ())]
+            within = site.site.whole is not None and (site.block, id(site.site.whole)) in matched
+            is_cut = _key(site) in matched or within or (bool(mine) and all(mine))
+            if site.role is not None and site.kind != "parameter":
+                roles.setdefault(site.role, []).append(is_cut)
+            if site.site.whole is None:
+                kinds.setdefault(site.kind, []).append(is_cut or any(mine))
+        return Coverage(_shares(roles), _shares(kinds), _uncovered(known))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shares as ``--json`` prints them, under the report's keys."""
+        return {
+            "coverage": {name: vars(share) for name, share in self.roles.items()},
+            "kinds": {name: vars(share) for name, share in self.kinds.items()},
+            "uncovered": list(self.uncovered),
+        }
+
+    def lines(self) -> list[str]:
+        """The shares as a report prints them: of weights, by kind and by role."""
+        weights = [
+            kind for kind in ("linear", "experts", "embedding", "conv") if kind in self.kinds
+        ]
+        lines = [f"coverage: {_listed({kind: self.kinds[kind] for kind in weights})}"]
+        if self.roles:
+            lines.append(f"  by role: {_listed(self.roles)}")
+        if self.uncovered:
+            alike = list(dict.fromkeys(_NUMBER.sub("*", name) for name in self.uncovered))
+            more = f" and {len(alike) - SHOWN} more" if len(alike) > SHOWN else ""
+            shown = ", ".join(alike[:SHOWN])
+            count = len(self.uncovered)
+            noun = "parameter" if count == 1 else "parameters"
+            lines.append(f"  {count} {noun} of no site with a weight: {shown}{more}")
+        return lines
+
+
+def _key(site: Placed) -> tuple[str, int]:
+    return site.block, id(site.site)
+
+
+def _shares(found: Mapping[str, Sequence[bool]]) -> dict[str, Share]:
+    return {name: Share(sum(cut), len(cut)) for name, cut in found.items()}
+
+
+def _uncovered(sites: Iterable[Placed]) -> tuple[str, ...]:
+    names = (s.parameter for s in sites if s.kind == "parameter" and s.facts["of"] == "other")
+    return tuple(dict.fromkeys(name for name in names if name is not None))
+
+
+def _listed(shares: Mapping[str, Share]) -> str:
+    return ", ".join(f"{name} {share}" for name, share in shares.items())

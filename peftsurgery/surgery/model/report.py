@@ -1,0 +1,156 @@
+"""Reports: what every rule matched, what it added, and what it nearly matched and why not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+from peftsurgery.anatomy import Placed
+from peftsurgery.anatomy.survey import unread_cores
+from peftsurgery.capture import Capture
+from peftsurgery.language import Candidate, Selection
+from peftsurgery.language.selection import name_of
+from peftsurgery.surgery.model.coverage import Coverage
+from peftsurgery.surgery.model.provenance import notes_of
+from peftsurgery.surgery.plan.cut import Cut
+
+if TYPE_CHECKING:
+    from peftsurgery.surgery.model.operated import OperatedModel
+
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+class Report:
+    """What was done to an operated model, as text and as data."""
+
+    def __init__(self, model: OperatedModel) -> None:
+        self._cuts, self._selections = model.cuts, model._selections
+        self.adapters = {name: name in model.active for name in model.adapters}
+        resting = set(model.adapters) - set(model.working)
+        rest = {id(value) for value in (model.learnt(*resting) if resting else {}).values()}
+        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in rest]
+        self.trainable = sum(p.numel() for p in trained)
+        self.total = sum(p.numel() for p in model.parameters()) + model.hidden
+        # of the graph before any rewrite: what rules put in is not the model's to be read
+        of_capture = _notes(model.base_capture)
+        self.notes = (*model.source.build.notes, *of_capture, *notes_of(model))
+        self.lost = dict(model.lost)
+        """By adapter: the share of the changes it was combined of that it does not have."""
+        self.added = {
+            name: list(model.get_parameter(name).shape)
+            for cut in self._cuts
+            for name in cut.parameters.values()
+        }
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """How much of the model was matched, by role and by kind."""
+        sites = self._selections[-1].sites if self._selections else ()
+        return Coverage.of(cast("Sequence[Placed]", sites), [cut.placed for cut in self._cuts])
+
+    @property
+    def matches(self) -> list[dict[str, Any]]:
+        """One entry for each site that was cut, in the model's order for each rule."""
+        return [_match(cut) for cut in self._cuts]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return {
+            "matches": self.matches,
+            **self.coverage.to_dict(),
+            "added": self.added,
+            "active": [name for name, active in self.adapters.items() if active],
+            "trainable": self.trainable,
+            "total": self.total,
+            "near_misses": [miss for chosen in self._selections for miss in _misses(chosen)],
+            "notes": list(self.notes),
+            "lost": self.lost,
+        }
+
+    def __str__(self) -> str:
+        lines = [line for chosen in self._selections for line in _lines(chosen)]
+        share = 100 * self.trainable / max(self.total, 1)
+        if len(self.adapters) > 1 or not all(self.adapters.values()):
+            shown = (n if active else f"{n} (inactive)" for n, active in self.adapters.items())
+            lines.append(f"adapters: {', '.join(shown)}")
+        lines += self.coverage.lines() if self._selections else []
+        lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
+        lines += [f"note: {note}" for note in self.notes]
+        for name, lost in self.lost.items():
+            lines.append(f"note: '{name}' lacks {lost:.2%} of the change that it was combined of")
+        return "\n".join(lines)
+
+
+def _notes(capture: Capture) -> list[str]:
+    """What was specialised when the model was captured, and what no rule can reach."""
+    unread = (f"the attention core in '{module}' is no site" for module in unread_cores(capture))
+    return [*capture.notes, *unread]
+
+
+def _match(cut: Cut) -> dict[str, Any]:
+    placed = cut.placed
+    part = placed.slice
+    return {
+        "rule": cut.operation.file.name,
+        "adapter": cut.operation.name,
+        "role": placed.role,
+        "module": placed.module,
+        "parameter": placed.parameter,
+        "slice": None
+        if part is None
+        else {
+            "part": placed.site.label,
+            "start": part.start,
+            "length": part.length,
+            "period": part.period,
+            "groups": part.groups,
+        },
+        "block": placed.block,
+        "added": list(cut.parameters.values()),
+    }
+
+
+def _misses(selection: Selection) -> list[dict[str, Any]]:
+    return [
+        {"rule": selection.name, "site": name_of(miss.site), "reasons": miss.reasons}
+        for miss in selection.near_misses()
+    ]
+
+
+def _lines(selection: Selection) -> list[str]:
+    """A rule's matches counted by role, and its nearest misses."""
+    roles: dict[str, int] = {}
+    for site in selection.kept:
+        name = site.role or selection.rule.kind.name
+        roles[name] = roles.get(name, 0) + 1
+    counted = ", ".join(f"{count} {role}" for role, count in roles.items())
+    lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]
+    lines += [f"  not {text}" for text in _folded(selection)]
+    return lines
+
+
+def _folded(selection: Selection, limit: int = 2) -> list[str]:
+    """The nearest misses, those of equal layers as one: ``layers.{0,1,2}.k_proj: ...``."""
+    groups: dict[tuple[str, ...], list[Candidate]] = {}
+    for miss in selection.near_misses(len(selection.dropped)):
+        key = (_NUMBER.sub("*", name_of(miss.site)), *miss.reasons)
+        groups.setdefault(key, []).append(miss)
+    texts = []
+    for (path, *reasons), misses in list(groups.items())[:limit]:
+        numbers = [_NUMBER.findall(name_of(miss.site)) for miss in misses]
+        for each in zip(*numbers, strict=True):
+            known = list(dict.fromkeys(each))
+            shown = known[0] if len(known) == 1 else f"{{{_span(known)}}}"
+            path = path.replace("*", shown, 1)
+        texts.append(f"{path}: {'; '.join(reasons)}")
+    return texts
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """Numbers as a range, if they are one; few of them otherwise."""
+    whole = [int(number) for number in numbers]
+    if whole == list(range(whole[0], whole[0] + len(whole))):
+        return f"{whole[0]}..{whole[-1]}"
+    return ",".join(numbers[:4]) + (",…" if len(numbers) > 4 else "")

@@ -1,0 +1,133 @@
+"""Adapters' own copies of the base's parameters: what ``train: true`` trains.
+
+    encoder.0.query.bias          one adapter's copy, trained, under the name that training knows
+    encoder.0.query.bitfit.bias   the base's own tensor, frozen and shared with the base
+    encoder.0.query.other.bias    another adapter's copy
+
+Which tensor a call reads depends on the adapters that it chooses, so its programs read each by the
+name that it has, and none changes its place. The copy of the adapter that was applied first has the
+parameter's own name, whether it is active or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from peftsurgery.capture.names import join
+from peftsurgery.errors import SurgeryError
+
+
+def home_of(parameter: str, adapter: str) -> str:
+    """The name of an adapter's copy of a parameter, unless it has the parameter's own."""
+    owner, _, leaf = parameter.rpartition(".")
+    return join(join(owner, adapter), leaf)
+
+
+@dataclass
+class Copies:
+    """The copies in one model: of which parameter, for which adapter, and which are in place."""
+
+    made: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """By home: the parameter and the adapter."""
+    placed: dict[str, str] = field(default_factory=dict)
+    """By parameter: the home of the copy that has its name; the base's own tensor has the home."""
+
+    def add(self, parameter: str, adapter: str) -> str:
+        """Note a copy; its home is returned."""
+        home = home_of(parameter, adapter)
+        self.made[home] = (parameter, adapter)
+        return home
+
+    def name(self, home: str) -> str:
+        """The name a copy has: its parameter's, if it is in place."""
+        parameter = self.made[home][0] if home in self.made else ""
+        return parameter if self.placed.get(parameter) == home else home
+
+    def base_name(self, parameter: str) -> str:
+        """The name that the base's own tensor has."""
+        return self.placed.get(parameter, parameter)
+
+    def read(self, parameter: str, active: Collection[str]) -> str:
+        """The name of the tensor that a call reads for a parameter, if these are active."""
+        for adapter in active:
+            home = home_of(parameter, adapter)
+            if home in self.made:
+                return self.name(home)
+        return self.base_name(parameter)
+
+    def moved(self, active: Collection[str], by_row: bool) -> dict[str, str]:
+        """The names that programs read otherwise than they say.
+
+        They say the parameter's for what is chosen or, by row, for the base's, and homes for
+        copies.
+        """
+        parameters = dict.fromkeys(parameter for parameter, _ in self.made.values())
+        homes = self.made if by_row else ()
+        names = {name: self.read(name, active) for name in parameters}
+        names |= {home: self.name(home) for home in homes}
+        return {name: now for name, now in names.items() if now != name}
+
+    def trained(self, active: Collection[str]) -> frozenset[str]:
+        """The parameters of which an active adapter has a copy."""
+        return frozenset(p for p, adapter in self.made.values() if adapter in active)
+
+    def check(self, active: Collection[str]) -> None:
+        """Refuse two active adapters that replace one parameter. PSG312."""
+        taken: dict[str, str] = {}
+        for parameter, adapter in self.made.values():
+            if adapter in active and taken.setdefault(parameter, adapter) != adapter:
+                raise SurgeryError(
+                    "PSG312",
+                    f"'{taken[parameter]}' and '{adapter}' both train '{parameter}'",
+                    f"deactivate one of them: deactivate('{taken[parameter]}')",
+                )
+
+    def place(self, model: nn.Module) -> None:
+        """Give every copied parameter's name to its first copy. To be done once, after the last."""
+        for home, (parameter, _) in self.made.items():
+            if self.placed.setdefault(parameter, home) == home:
+                _exchange(model, parameter, home)
+
+    @contextmanager
+    def put_back(self, model: nn.Module) -> Iterator[None]:
+        """Within the context the base's tensors have their own names, and copies their homes'."""
+        placed, self.placed = self.placed, {}
+        for parameter, home in placed.items():
+            _exchange(model, parameter, home)
+        try:
+            yield
+        finally:
+            self.placed = placed
+            for parameter, home in placed.items():
+                _exchange(model, parameter, home)
+
+    def rename(self, state: dict[str, Tensor], prefix: str, adapters: Collection[str]) -> None:
+        """Give copies in a state dict the names they have here, whichever were in place there.
+
+        A value under a parameter's own name is that of the one copy of these adapters that the
+        state has not under its home; if that is not one, it is left out, since it would change the
+        base.
+        """
+        mine = {home: owner for home, (owner, adapter) in self.made.items() if adapter in adapters}
+        for parameter in dict.fromkeys(mine.values()):
+            homes = [home for home, owner in mine.items() if owner == parameter]
+            found = {home: state.pop(prefix + home) for home in homes if prefix + home in state}
+            lacking = [home for home in homes if home not in found]
+            value = state.pop(prefix + parameter, None)
+            if value is not None and len(lacking) == 1:
+                found[lacking[0]] = value
+            state.update({prefix + self.name(home): each for home, each in found.items()})
+
+
+def _exchange(model: nn.Module, one: str, other: str) -> None:
+    (here, first), (there, second) = _slot(model, one), _slot(model, other)
+    here[first], there[second] = there[second], here[first]
+
+
+def _slot(model: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
+    owner, _, leaf = name.rpartition(".")
+    return model.get_submodule(owner)._parameters, leaf

@@ -1,0 +1,1 @@
+"""Plan: which sites the rules of an operation cut in a capture, and what is checked before."""

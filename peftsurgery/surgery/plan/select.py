@@ -1,0 +1,95 @@
+"""Selecting: where the rules of an operation cut in a capture, by what the survey found there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import fx
+
+from peftsurgery.anatomy import Placed, Survey, survey
+from peftsurgery.anatomy.site import Site
+from peftsurgery.capture import Capture
+from peftsurgery.capture.stack import stack_paths
+from peftsurgery.language import Rule, Selection, select
+from peftsurgery.language.pattern import Match, find_pattern
+from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.plan.fusion import common_spots
+
+
+def select_cuts(
+    capture: Capture, operation: Operation, before: Iterable[Cut] = ()
+) -> tuple[list[Cut], list[Selection]]:
+    """Where an operation cuts in a capture, and the selections that say so.
+
+    ``before`` are the cuts of the operations that come first; the rules of a file know each other's
+    too. A rule over adapters has only sites where all of them cut.
+    """
+    earlier = list(before)
+    sites = survey(capture)
+    cuts: list[Cut] = []
+    selections: list[Selection] = []
+    for number, rule in enumerate(operation.file.rules):
+        name = (
+            f"{operation.name}.rules[{number}]" if len(operation.file.rules) > 1 else operation.name
+        )
+        if not rule.applies(operation.settings):
+            continue
+        candidates = [*sites, *(pattern_sites(sites, rule) if rule.pattern else ())]
+        spots = common_spots(rule.fused(operation.settings), earlier)
+        if rule.over:
+            candidates = [placed for placed in candidates if (placed.block, placed.site) in spots]
+        matched = _modules([*earlier, *cuts])
+        chosen = select(candidates, rule, operation.settings, operation.file.roles, name, matched)
+        selections.append(chosen)
+        cuts += [
+            Cut(operation, rule, placed, spots.get((placed.block, placed.site), ()))
+            for placed in _placed(chosen.kept)
+        ]
+    return cuts, selections
+
+
+def _modules(cuts: Iterable[Cut]) -> dict[str, frozenset[str]]:
+    """The modules that were cut, by the adapter's name and by the rule file's."""
+    found: dict[str, set[str]] = {}
+    for cut in cuts:
+        for name in (cut.operation.name, cut.operation.file.name):
+            found.setdefault(name, set()).add(cut.placed.module)
+    return {name: frozenset(modules) for name, modules in found.items()}
+
+
+def _placed(sites: Iterable[Any]) -> list[Placed]:
+    return [site for site in sites if isinstance(site, Placed)]
+
+
+def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
+    """A site for every occurrence of the rule's pattern, in every block."""
+    assert rule.pattern is not None
+    found: dict[Any, list[Site]] = {}
+    placed = []
+    frames = {(site.block, site.program): site for site in sites}
+    for (block, program), neighbour in frames.items():
+        if program not in found:
+            alike = [path for path, other in frames if other is program]
+            found[program] = [
+                _pattern_site(match, alike) for match in find_pattern(rule.pattern, program.graph)
+            ]
+        placed += [
+            Placed(site, block, program, neighbour.layer, program.kind) for site in found[program]
+        ]
+    return placed
+
+
+def _pattern_site(match: Match, blocks: Sequence[str]) -> Site:
+    """The site of one match. Its module is where the root was computed, relative to its block.
+
+    The graph remembers the path in the block it was traced in, which is one of ``blocks``.
+    """
+    paths = [path for _, path in stack_paths(match.root)]
+    module = paths[-1] if paths else ""
+    for block in blocks:
+        if block and (module == block or module.startswith(f"{block}.")):
+            module = module[len(block) + 1 :]
+            break
+    nodes = {name: node for name, node in match.bindings.items() if isinstance(node, fx.Node)}
+    return Site("pattern", module, None, None, nodes, {}, turned=match.turned)

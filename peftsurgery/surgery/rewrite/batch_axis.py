@@ -1,0 +1,162 @@
+"""Which axis of a value is the batch: told by its symbolic size, never by its position.
+
+The batch of a capture is the first axis of its first tensor input. A value has it if one of its
+axes has that very size. An axis that holds the batch and others flattened into one (GPT-2 views
+[batch, tokens, hidden] as [batch * tokens, hidden] for its products) is followed back to the view
+that made it, which tells whether the rows of an element of the batch lie together or apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from peftsurgery.anatomy.ops import op, shape, words
+from peftsurgery.capture import Capture, Program
+from peftsurgery.capture.names import join
+from peftsurgery.errors import SurgeryError
+
+VIEWS = words("view reshape _unsafe_view flatten unflatten contiguous clone")
+ROW_BY_ROW = words(
+    """linear addmm mm matmul conv1d layer_norm rms_norm dropout softmax _softmax log_softmax
+    contiguous clone to _to_copy"""
+)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Where the batch is in a value: an axis, which may hold other axes too.
+
+    ``together`` says of such an axis whether the entries of one element of the batch are neighbours
+    or a batch apart; it is None where the axis is the batch alone.
+    """
+
+    dim: int
+    together: bool | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The size that the batch has in one program, as its graph writes it."""
+
+    size: Any
+
+    def axis(self, node: fx.Node) -> Axis | None:
+        """The axis of a node's value that is the batch, or None if it is not to be told."""
+        sizes = [expression(size) for size in shape(node)]
+        if self.size == 1:
+            return Axis(0)  # of a batch of one everything belongs to the one row
+        found = [dim for dim, size in enumerate(sizes) if size == self.size]
+        if len(found) == 1:
+            return Axis(found[0])
+        if found or not sizes or not self.is_multiple(sizes[0]):
+            return None
+        together = self.together(node, sizes[0])
+        return None if together is None else Axis(0, together)
+
+    def is_multiple(self, size: Any) -> bool:
+        """Whether a size is the batch's, times something."""
+        return self.size in sympy.Mul.make_args(size)
+
+    def together(self, node: fx.Node, size: Any) -> bool | None:
+        """Whether the entries of an element are neighbours on a flattened first axis."""
+        while node.op == "call_function":
+            sources = [n for n in node.all_input_nodes if shape(n)]
+            held = [n for n in sources if expression(shape(n)[0]) == size]
+            if held and (op(node) in VIEWS | ROW_BY_ROW or _is_pointwise(node)):
+                node = held[0]
+            elif sources and op(node) in VIEWS:
+                return self.flattened(sources[0], size)
+            else:
+                return None
+        return None
+
+    def flattened(self, source: fx.Node, size: Any) -> bool | None:
+        """How the first axes of ``source`` become one of this size: the batch outermost, or not."""
+        product: Any = sympy.Integer(1)
+        for dim, each in enumerate(shape(source)):
+            product *= expression(each)
+            if sympy.expand(product - size) == 0:
+                where = [d for d in range(dim + 1) if expression(shape(source)[d]) == self.size]
+                return {0: True, dim: False}.get(where[0]) if len(where) == 1 else None
+        return None
+
+
+def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
+    """The batch of every program of a capture, by block and program.
+
+    A program that no batch reaches is left out, and all are if the batch has a fixed size other
+    than one. PSG313 if no input has an axis.
+    """
+    sizes = [expression(shape(node)[0]) for node in _tensor_inputs(capture)]
+    if not sizes:
+        raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
+    # a mask may call the batch by another name: the name that reaches most programs is taken
+    return max((_reached(capture, size) for size in dict.fromkeys(sizes)), key=len)
+
+
+def _reached(capture: Capture, size: Any) -> dict[tuple[str, Program], Batch]:
+    """The programs that a size of the model's input reaches, and what they call it."""
+    if size == 1:
+        return {(path, p): Batch(size) for path, all_ in capture.programs.items() for p in all_}
+    if size.is_number:
+        return {}
+    found = {("", capture.top): Batch(size)}
+    for path in sorted(capture.programs, key=lambda path: (path != "", path.count("."))):
+        for program in capture.programs[path]:
+            if (path, program) in found:
+                found |= _inner(capture, path, program, found[path, program])
+    return found
+
+
+def batch_input(capture: Capture) -> fx.Node:
+    """An input whose first axis is the batch: the first that is a tensor with axes. PSG313."""
+    for node in _tensor_inputs(capture):
+        return node
+    raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
+
+
+def _tensor_inputs(capture: Capture) -> list[fx.Node]:
+    return [node for node in capture.top.graph.find_nodes(op="placeholder") if shape(node)]
+
+
+def _inner(
+    capture: Capture, path: str, program: Program, batch: Batch
+) -> Mapping[tuple[str, Program], Batch]:
+    """The batch of the programs that one program calls: what they name the caller's size."""
+    found: dict[tuple[str, Program], Batch] = {}
+    for call in program.graph.find_nodes(op="call_module"):
+        inner = join(path, str(call.target))
+        called = next(p for p in capture.programs[inner] if p.label == call.kwargs["program"])
+        inputs = called.graph.find_nodes(op="placeholder")
+        names = {
+            name
+            for given, taken in zip(call.args, inputs, strict=False)
+            if isinstance(given, fx.Node)
+            for size, name in zip(_sizes(given), _sizes(taken), strict=False)
+            # a program may be shared with a capture in which some value is one for all rows
+            if size == batch.size and not name.is_number
+        }
+        if len(names) == 1:
+            found[inner, called] = Batch(names.pop())
+    return found
+
+
+def _sizes(node: fx.Node) -> list[Any]:
+    """The sizes of a tensor, or the one number that a node stands for."""
+    value = node.meta.get("val")
+    return [expression(s) for s in ([value] if isinstance(value, torch.SymInt) else shape(node))]
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def expression(size: Any) -> Any:
+    """A size as arithmetic on symbols."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))

@@ -1,0 +1,207 @@
+"""Cuts at the model's boundary: new inputs between the embedding and all else, new outputs last.
+
+They are made in a front (:mod:`peftsurgery.capture.fronts`), so every size behind them is that of
+the longer sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftsurgery.anatomy.arguments import ARGUMENTS
+from peftsurgery.capture import Capture
+from peftsurgery.capture.module_calls import GIVEN, take_place
+from peftsurgery.capture.signature import Call
+from peftsurgery.capture.stack import inherit
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language import Rule, rewrite, shape_of
+from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.rewrite.program import Rewriter, cast, compute_dtype, dtype_of
+
+Find = Callable[[Call], Capture]
+
+
+def is_at_boundary(cut: Cut) -> bool:
+    """Whether a cut is at the model's inputs and may change their sizes."""
+    return cut.rule.kind.resizes
+
+
+def new_shapes(cuts: Iterable[Cut]) -> dict[str, tuple[Any, ...]]:
+    """The shapes of the model's inputs after these cuts, by the names of its arguments."""
+    values: dict[str, Any] = {}
+    for cut in cuts:
+        if is_at_boundary(cut):
+            values |= fake_inputs(cut, values)
+    return {ARGUMENTS[name]: tuple(value.shape) for name, value in values.items()}
+
+
+def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that a cut changes, as fake tensors; ``known`` are those that others changed.
+
+    PSG305 if the inputs lack one that is not optional, PSG306 if one of them does not fit the
+    model: another width, another number of dimensions.
+    """
+    _check_given(cut)
+    kind, nodes = cut.rule.kind, cut.site.nodes
+    given: dict[str, Any] = dict.fromkeys(kind.values)
+    given |= {name: known.get(name, _value(nodes, name)) for name in bound_names(cut.rule)}
+    dtype, some = compute_dtype(cut), next(value for value in given.values() if value is not None)
+    with some.fake_mode:
+        bound: dict[str, Any] = {**dict.fromkeys(kind.weights, 0.0), **cut.numbers}
+        for name, value in given.items():
+            if value is not None and value.is_floating_point() and name not in kind.outputs:
+                value = value.to(dtype)
+            bound[name] = value
+        for name, param in cut.rule.params.items():
+            bound[name] = torch.empty(
+                shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=some.device
+            )
+        found = rewrite(_only(cut, _entering(cut)), bound)
+        _check_absent(cut, bound)
+    for name, value in found.items():
+        _check_entry(cut, name, value, given[name])
+    return found
+
+
+def _value(nodes: Mapping[str, fx.Node], name: str) -> Any:
+    return nodes[name].meta["val"] if name in nodes else None
+
+
+def _check_entry(cut: Cut, name: str, value: Any, old: Any) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise SurgeryError("PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}")
+    if value.dim() != old.dim() or (old.dim() > 2 and value.shape[2:] != old.shape[2:]):
+        raise SurgeryError(
+            "PSG306",
+            f"{cut.operation.name}: the new {name} has shape {list(value.shape)}, which cannot "
+            f"take the place of {list(old.shape)}",
+        )
+
+
+def check_inputs(cut: Cut) -> None:
+    """Refuse a cut whose new values do not fit: PSG305 if there is nothing to rewrite, PSG306."""
+    fake_inputs(cut, {})
+
+
+def _check_given(cut: Cut) -> None:
+    for name in cut.rule.rewrite:
+        if name not in cut.site.nodes and name not in cut.rule.kind.optional:
+            raise _not_given(cut, name)
+
+
+def _check_absent(cut: Cut, bound: Mapping[str, Any]) -> None:
+    """Of what is not given, a rule may only say that it stays so."""
+    for name in cut.rule.rewrite.keys() - cut.site.nodes.keys():
+        try:
+            value = rewrite(_only(cut, [name]), bound)[name]
+        except (SurgeryError, AttributeError, TypeError) as error:  # nothing has no sizes
+            raise _not_given(cut, name) from error
+        if value is not None:
+            raise _not_given(cut, name)
+
+
+def _not_given(cut: Cut, name: str) -> SurgeryError:
+    return SurgeryError(
+        "PSG305",
+        f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs",
+        "call the model with inputs that give it",
+    )
+
+
+def bound_names(rule: Rule) -> frozenset[str]:
+    """The inputs that a rule rewrites or reads."""
+    names = frozenset(rule.kind.values) - {*rule.kind.outputs}
+    return names & {*rule.rewrite, *rule.reads()}
+
+
+def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
+    """Insert a cut's new inputs before all that reads them, and its new outputs at the end."""
+    graph, nodes = rewriter.graph, cut.site.nodes
+    old = {name: rewriter.node(node) for name, node in nodes.items() if node.op != "get_attr"}
+    entering = {name: old[name] for name in bound_names(cut.rule) if name in old}
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    placeholders = graph.find_nodes(op="placeholder")
+    last = max((*entering.values(), *placeholders), key=order.__getitem__)
+    before = set(graph.nodes)
+    with graph.inserting_before(last.next):
+        bound = _bindings(rewriter, cut, entering)
+        context = rewriter.context(cut)
+        new = rewrite(_only(cut, _entering(cut)), bound, context)
+        ends = {name: _finished(cut, name, value).node for name, value in new.items()}
+    mine = {node for node in graph.nodes if node not in before}
+    for name, node in entering.items():
+        node.meta.pop("entry", None)
+        ends.get(name, node).meta["entry"] = ARGUMENTS[name]
+    # the embedding itself goes by the text as it is given
+    behind = {node for node, number in order.items() if number > order[last]}
+    for name, node in ends.items():
+        entering[name].replace_all_uses_with(node, behind.__contains__)
+        take_place(entering[name], node, (GIVEN,))
+        rewriter.latest[rewriter.copies[nodes[name]]] = node
+    leaving = {name: old[name] for name in cut.rule.kind.outputs if name in cut.rule.rewrite}
+    end = graph.output_node()
+    with graph.inserting_before(end):
+        bound |= _values(rewriter, cut, leaving)
+        for name, value in rewrite(_only(cut, list(leaving)), bound, context).items():
+            end.replace_input_with(leaving[name], _finished(cut, name, value).node)
+    for node in graph.nodes:
+        if node not in before:
+            inherit(node, nodes["embeds"] if node in mine else nodes[next(iter(leaving))])
+            node.meta["surgery"] = cut.operation.name
+
+
+def entries(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
+    """The arguments that go into the model behind its boundary, and what computes them.
+
+    The graph is the part of ``graph`` before the boundary, and takes what ``graph`` takes.
+    """
+    part = fx.Graph()
+    ends = [node for node in graph.nodes if "entry" in node.meta]
+    needed, stack = set(graph.find_nodes(op="placeholder")), list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node in needed:
+            copies[node] = part.node_copy(node, copies.__getitem__)
+    part.output(tuple(copies[node] for node in ends))
+    return [node.meta["entry"] for node in ends], part
+
+
+def _bindings(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:
+    kind = cut.rule.kind
+    bound: dict[str, Any] = {**dict.fromkeys(kind.values), **cut.numbers}
+    bound |= {name: rewriter.weight(cut, name, compute_dtype(cut)) for name in kind.weights}
+    return {**bound, **_values(rewriter, cut, given), **rewriter.parameters(cut)}
+
+
+def _values(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:
+    dtype = compute_dtype(cut)
+    return {
+        name: cast(fx.Proxy(node, rewriter.tracer), dtype_of(cut.site.nodes[name]), dtype)
+        for name, node in given.items()
+    }
+
+
+def _finished(cut: Cut, name: str, value: Any) -> Any:
+    """A new value in the dtype of the one it replaces; whole numbers are what they are."""
+    dtype = dtype_of(cut.site.nodes[name])
+    floats = dtype is not None and dtype.is_floating_point
+    return cast(value, compute_dtype(cut), dtype) if floats else value
+
+
+def _entering(cut: Cut) -> list[str]:
+    """The inputs that a cut rewrites, of those that the call gives."""
+    outputs = cut.rule.kind.outputs
+    return [n for n in cut.rule.rewrite if n not in outputs and n in cut.site.nodes]
+
+
+def _only(cut: Cut, names: Sequence[str]) -> Any:
+    return cut.rule.model_copy(update={"rewrite": {n: cut.rule.rewrite[n] for n in names}})

@@ -1,0 +1,67 @@
+"""The layout in which rules see the values of a site.
+
+Weights of linears are (out, in), also where the model holds them turned.
+At an attention site q and o are (batch, heads, tokens, head_dim), k and v are (batch, kv_heads,
+tokens, head_dim), also where the model holds heads and batch in one dimension or keys transposed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftsurgery.anatomy.ops import sizes
+from peftsurgery.anatomy.site import ATEN, Site
+
+HEADS = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
+
+
+def as_seen(site: Site, name: str, value: Any) -> Any:
+    """A value of the site, as the model has it, in the layout that rules see."""
+    if name in site.turned:
+        return value.transpose(-1, -2)
+    if not _is_laid_out(site, name):
+        return value
+    if len(sizes(site.nodes[name])) == 3:
+        value = ATEN.unflatten.int(value, 0, [-1, site.facts[HEADS[name]]])
+    return ATEN.transpose.int(value, -1, -2) if _is_turned(site, name) else value
+
+
+def as_held(site: Site, name: str, value: Any) -> Any:
+    """A value in the layout that rules see, as the model has it: undoes :func:`as_seen`."""
+    if name in site.turned:
+        return value.transpose(-1, -2)
+    if not _is_laid_out(site, name):
+        return value
+    value = ATEN.transpose.int(value, -1, -2) if _is_turned(site, name) else value
+    if len(sizes(site.nodes[name])) == 3:
+        value = ATEN.flatten.using_ints(value, 0, 1)
+    return value
+
+
+def tokens_dim(site: Site, name: str) -> int:
+    """The dimension of tokens in a value of the site, as the model has it."""
+    return -1 if _is_turned(site, name) else -2
+
+
+def is_regular(site: Site) -> bool:
+    """Whether the site's values have the layouts that :func:`as_seen` knows."""
+    batch = _rows(site, "q") // max(site.facts["heads"], 1)
+    return all(
+        len(sizes(site.nodes[name])) in (3, 4)
+        and _rows(site, name) == batch * site.facts[HEADS[name]]
+        for name in HEADS
+    )
+
+
+def _rows(site: Site, name: str) -> int:
+    """Batch times heads, in the capture's example."""
+    found = sizes(site.nodes[name])
+    return found[0] if len(found) == 3 else found[0] * found[1]
+
+
+def _is_laid_out(site: Site, name: str) -> bool:
+    return site.kind == "attention" and name in HEADS
+
+
+def _is_turned(site: Site, name: str) -> bool:
+    return name == "k" and bool(site.facts["transposed"])

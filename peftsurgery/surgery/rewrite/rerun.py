@@ -1,0 +1,308 @@
+"""Regions: the nodes of a graph from some values to another, ready to be run again.
+
+A region is run again with other values at its start. Where those have more tokens than there were,
+two things in the middle would not fit: sizes that were written down (of views), and what the model
+itself does to the scores (adds a bias of positions, hides some of them), which knows the old keys
+only. The first are left for torch to infer. The second are padded on the left with what leaves the
+new scores as they are, when they run and by as much as is missing then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from peftsurgery.anatomy.ops import (
+    ACTIVATIONS,
+    ADDITION,
+    DROPOUT,
+    LAYOUT,
+    SCALING,
+    argument,
+    concrete,
+    op,
+    samples,
+    sizes,
+    value,
+    words,
+)
+from peftsurgery.anatomy.site import ATEN, Site
+from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.surgery.rewrite.layout import tokens_dim
+
+VIEWS = words("view reshape _unsafe_view")
+EXPANSIONS = words("expand broadcast_to")
+ENTRYWISE = words(
+    """where masked_fill masked_fill_ softmax _softmax matmul bmm baddbmm einsum maximum amax exp
+    clamp pow sum max logsumexp scaled_dot_product_attention"""
+)
+GROWABLE = (LAYOUT | SCALING | ADDITION | ACTIVATIONS | DROPOUT | ENTRYWISE) - words(
+    "slice select narrow split split_with_sizes chunk tensor_split unbind flip roll"
+)
+HIDERS = words("masked_fill masked_fill_")
+INPUTS = ("q", "k", "v", "mask")
+MORE = 3  # how many more keys there are when a region is tried; any number would do
+
+Values = Mapping[fx.Node, Any]
+
+
+@dataclass(frozen=True)
+class Region:
+    """What is computed from ``starts`` on the way to ``end``, in the graph's order.
+
+    ``calls`` are the arguments of nodes whose own would not fit more tokens; ``pads`` say which
+    value from outside is short of tokens at a node: beside which operand, along which dimension
+    from the last, and with what it is filled.
+    """
+
+    starts: frozenset[fx.Node]
+    end: fx.Node
+    nodes: tuple[fx.Node, ...]
+    calls: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
+    pads: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, int, int]] = field(default_factory=dict)
+
+    def run(self, given: Values, outside: Callable[[fx.Node], Any]) -> Any:
+        """The value of ``end`` where the starts have the ``given`` values.
+
+        ``outside`` gives the values of other nodes. Values may be tensors, fake ones or proxies.
+        """
+        values = dict(given)
+        for node in self.nodes:
+            values[node] = self.step(node, values, outside)
+        return values[self.end]
+
+    def step(self, node: fx.Node, values: Values, outside: Callable[[fx.Node], Any]) -> Any:
+        """The value of one node of the region."""
+
+        def read(source: fx.Node) -> Any:
+            if source in values:
+                return values[source]
+            found = outside(source)
+            if (node, source) in self.pads:
+                beside, dim, filling = self.pads[node, source]
+                found = padded(found, values[beside], dim, filling)
+            return found
+
+        target: Any = node.target
+        args, kwargs = map_arg(self.calls.get(node, (node.args, node.kwargs)), read)
+        return target(*args, **kwargs)
+
+
+def find_region(starts: Sequence[fx.Node], end: fx.Node) -> Region:
+    """The region between some values and a later one."""
+    first, behind = frozenset(starts), set[fx.Node]()
+    stack = [end]
+    while stack:
+        node = stack.pop()
+        if node not in behind and node not in first:
+            behind.add(node)
+            stack += node.all_input_nodes
+    inside = dict.fromkeys(first)
+    for node in end.graph.nodes:
+        if node in behind and any(source in inside for source in node.all_input_nodes):
+            inside[node] = None
+    return Region(first, end, tuple(node for node in inside if node not in first))
+
+
+def core_region(site: Site) -> Region:
+    """The region of an attention core, made fit for more keys. PSG320 if it cannot be."""
+    region = _core_nodes(site)
+    tried: dict[fx.Node, Any] = {}
+    for name in INPUTS:
+        if name not in site.nodes:
+            continue
+        node, grown = site.nodes[name], list(samples(site.nodes[name]))
+        if name != "q":
+            dim = -1 if name == "mask" else tokens_dim(site, name)
+            grown[dim] += MORE
+        tried[node] = torch.empty(grown, dtype=value(node).dtype, device="meta")
+    for node in region.nodes:
+        longer = _grown_inputs(node, tried)
+        if longer and op(node) not in GROWABLE and not _keeps(node, longer):
+            raise _refuse(node, "it takes tokens apart")
+        _fit(region, node, longer, tried)
+        _try(region, node, tried)
+    if tuple(tried[region.end].shape) != samples(region.end):
+        raise _refuse(region.end, "its result grows with the keys")
+    if "mask" not in site.nodes and site.facts["op"] == "sdpa":
+        region.calls[region.end] = _masked(region.end)
+    return region
+
+
+def _try(region: Region, node: fx.Node, tried: dict[fx.Node, Any]) -> None:
+    try:
+        tried[node] = region.step(node, tried, sample)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise _refuse(node, first_line(error)) from error
+
+
+def calls_for_more(p: fx.Node, y: fx.Node, cores: Iterable[Site]) -> dict[fx.Node, Any]:
+    """The calls that must change where the positions ``p``, of which y is made, become more.
+
+    Up to where the ``cores`` of the program, or the blocks that it calls, take what is made of
+    them. PSG320 if that meets something on the way that does not become longer with it.
+    """
+    ends = {node for core in cores for node in _core_nodes(core).nodes}
+    grown = [*samples(p)[:-1], samples(p)[-1] + MORE]
+    tried: dict[fx.Node, Any] = {p: torch.empty(grown, dtype=value(p).dtype, device="meta")}
+    region = Region(frozenset((p,)), y, ())
+    for node in p.graph.nodes:
+        made = node is y or any(n in tried and n is not p for n in node.all_input_nodes)
+        if not made or node.op != "call_function" or node in ends:
+            continue
+        _fit(region, node, _grown_inputs(node, tried), tried)
+        if region.pads:
+            raise _refuse(node, "biases of position join masks")
+        _try(region, node, tried)
+    return region.calls
+
+
+def _core_nodes(site: Site) -> Region:
+    starts = [node for name in INPUTS if (node := site.nodes.get(name)) is not None]
+    return find_region(starts, site.nodes["o"])
+
+
+def _masked(core: fx.Node) -> tuple[Any, Any]:
+    """The arguments of a core that had no mask, with a stand-in for one."""
+    mask = fx.Graph().placeholder("mask")
+    rest = {k: v for k, v in core.kwargs.items() if k not in ("attn_mask", "is_causal")}
+    dropout = rest.pop("dropout_p", argument(core, 4, "dropout_p", 0.0))
+    return (*core.args[:3], mask, dropout), rest
+
+
+def padded(short: Any, beside: Any, dim: int, filling: int) -> Any:
+    """``short`` with a number on the left of ``dim``, to be as long there as ``beside``."""
+    more = ATEN.sym_size.int(beside, dim) - ATEN.sym_size.int(short, dim)
+    return ATEN.constant_pad_nd.default(short, [0, 0] * (-dim - 1) + [more, 0], filling)
+
+
+def sample(node: fx.Node) -> Any:
+    """A stand-in for the value of a node: on the meta device, of the example's sizes."""
+    found = value(node)
+    if isinstance(found, list | tuple):
+        return [_sample(item) for item in found]
+    return _sample(found)
+
+
+def _sample(found: Any) -> Any:
+    if isinstance(found, torch.Tensor):
+        return torch.empty([concrete(s) for s in found.shape], dtype=found.dtype, device="meta")
+    if isinstance(found, torch.SymInt):
+        return concrete(found)
+    return 0 if found is None else found  # a flag of the mode, a rate: off
+
+
+def _grown_inputs(node: fx.Node, tried: Values) -> dict[fx.Node, dict[int, tuple[int, int]]]:
+    """The operands of a node that have more tokens, and where."""
+    known = {n: _grown(n, tried) for n in node.all_input_nodes if n in tried}
+    return {n: dims for n, dims in known.items() if dims}
+
+
+def _fit(region: Region, node: fx.Node, grown: Mapping[fx.Node, Any], tried: Values) -> None:
+    """Note what must change for a node to run on values with more tokens."""
+    name = op(node)
+    if grown and name in VIEWS | EXPANSIONS:
+        refit = _viewed if name in VIEWS else _expanded
+        wanted = refit(node, tried[node.all_input_nodes[0]])
+        region.calls[node] = ((node.args[0], wanted, *node.args[2:]), node.kwargs)
+    for source in node.all_input_nodes:
+        short = () if source in tried else samples(source)
+        for beside, dims in grown.items():
+            for dim, (before, _) in dims.items():
+                if len(short) >= -dim and short[dim] == before != 1 and _vary(source, beside, dim):
+                    region.pads[node, source] = (beside, dim, _neutral(node, source, beside))
+
+
+def _vary(source: fx.Node, beside: fx.Node, dim: int) -> bool:
+    """Whether a size varies with the inputs in both of two values or in none: else they differ."""
+    return len({isinstance(sizes(node)[dim], int) for node in (source, beside)}) == 1
+
+
+def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
+    """What ``source`` has to hold for a node to leave what is in ``beside`` as it is. PSG320."""
+    name = op(node)
+    if name in words("mul mul_ div div_ true_divide"):
+        return 1
+    if name == "where":
+        return int(node.args[0] is source and node.args[1] is beside)
+    if name in ADDITION | HIDERS | words("sub_ rsub baddbmm addmm"):
+        return 0
+    raise _refuse(node, f"'{source.name}' is about the keys that there were")
+
+
+def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
+    """The dimensions, from the last, in which a value has another size than it had: both sizes."""
+    if not isinstance(tried[node], torch.Tensor):
+        return {}
+    before, now = samples(node), tuple(tried[node].shape)
+    places = range(-1, -len(now) - 1, -1)
+    return {dim: (before[dim], now[dim]) for dim in places if before[dim] != now[dim]}
+
+
+def _keeps(node: fx.Node, grown: Mapping[fx.Node, Mapping[int, Any]]) -> bool:
+    """Whether a slice leaves tokens whole: it is of another dimension, or counts from the end."""
+    if op(node) not in ("slice", "select"):
+        return False
+    source = node.all_input_nodes[0]
+    dim = int(argument(node, 1, "dim", 0))
+    dim = dim if dim < 0 else dim - len(samples(source))
+    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    to_end = op(node) == "slice" and start in (None, 0) and isinstance(end, int) and end < 0
+    return dim not in grown.get(source, {}) or to_end
+
+
+def _expanded(node: fx.Node, tried: torch.Tensor) -> list[Any]:
+    """The sizes of an expansion, with those that the value has already left to torch."""
+    wanted: Any = list(argument(node, 1, "size"))
+    for dim in range(-1, -tried.dim() - 1, -1):
+        if tried.shape[dim] != 1:
+            wanted[dim] = -1
+    return wanted
+
+
+def _viewed(node: fx.Node, tried: torch.Tensor) -> list[Any]:
+    """The sizes of a view, with that of the dimension that tokens go to left to torch."""
+    source = node.all_input_nodes[0]
+    axis = [d for d, (a, b) in enumerate(zip(samples(source), tried.shape, strict=True)) if a != b]
+    dim = _followed(samples(source), axis[0], samples(node)) if len(axis) == 1 else None
+    wanted: Any = list(argument(node, 1, "size"))
+    if dim is None:
+        raise _refuse(node, "it mixes tokens with something else")
+    for place, size in enumerate(wanted):
+        if size == -1 and place != dim:
+            known = value(node).shape[place]
+            if not isinstance(known, int):
+                raise _refuse(node, "two of its sizes are open")
+            wanted[place] = known
+    wanted[dim] = -1
+    return wanted
+
+
+def _followed(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
+    """The dimension of a view that a dimension of its operand goes to; None if it is split."""
+    i = j = 0
+    while i < len(before) and j < len(after):
+        first, start = i, j
+        left, right, i, j = before[i], after[j], i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * before[i], i + 1
+            else:
+                right, j = right * after[j], j + 1
+        if first <= axis < i:
+            same = [place for place in range(start, j) if after[place] == before[axis]]
+            return start if j - start == 1 else same[0] if len(same) == 1 else None
+    return None
+
+
+def _refuse(node: fx.Node, why: str) -> SurgeryError:
+    return SurgeryError(
+        "PSG320",
+        f"the attention core cannot be run with more keys: at '{op(node)}', {why}",
+        "leave such cores out with `where:`",
+    )
