@@ -11,6 +11,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from peftsurgery.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel, capture
     from peftsurgery.errors import SurgeryError
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from peftsurgery.surgery.model.report import Report
     from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
 
-__version__ = "0.1.0"
 
 __all__ = [
     "AllocateRanks",

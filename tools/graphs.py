@@ -98,7 +98,14 @@ def nodes(graph: fx.Graph, names: bool) -> Iterator[str]:
     called = {node: node.name if names else f"%{i}" for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Named(called[n]))
-        yield f"{called[node]} = {node.op} {node.target} {args} {kwargs}"
+        yield f"{called[node]} = {node.op} {target(node)} {args} {kwargs}"
+
+
+def target(node: fx.Node) -> str:
+    """What a node calls or reads: a function by its name, which is the same in every run."""
+    if isinstance(node.target, str | torch._ops.OpOverload):
+        return str(node.target)
+    return node.target.__name__
 
 
 class _Named(str):

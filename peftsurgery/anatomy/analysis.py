@@ -10,12 +10,13 @@ from weakref import WeakKeyDictionary
 from torch import fx
 
 from peftsurgery.anatomy.attention import find_cores
+from peftsurgery.anatomy.convs import find_convs
 from peftsurgery.anatomy.embeddings import find_embeddings
 from peftsurgery.anatomy.feedforward import feedforward_parts, open_parts
 from peftsurgery.anatomy.feeds import find_links
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.norms import find_norms
-from peftsurgery.anatomy.parameters import find_convs, find_parameters
+from peftsurgery.anatomy.parameters import find_parameters
 from peftsurgery.anatomy.positions import find_positions
 from peftsurgery.anatomy.recurrence import recurrent_parts
 from peftsurgery.anatomy.residual import Join, find_joins, residual_sites

@@ -10,9 +10,9 @@ from typing import Any
 
 import click
 
-from peftsurgery import __version__
 from peftsurgery.cli.kit import json_option, print_json
 from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.version import __version__
 
 CORE = ("torch", "transformers")  # without them nothing is captured, and nothing to be tried
 

@@ -8,7 +8,6 @@ from types import FrameType
 
 import click
 
-from peftsurgery import __version__
 from peftsurgery.cli.apply import apply
 from peftsurgery.cli.doctor import doctor
 from peftsurgery.cli.explain import explain
@@ -18,6 +17,7 @@ from peftsurgery.cli.inspect import inspect
 from peftsurgery.cli.kit import Root
 from peftsurgery.cli.rules import rules
 from peftsurgery.cli.why import why
+from peftsurgery.version import __version__
 
 EPILOG = (
     "MODEL is a model directory, a hub id (owner/name), package.module:factory, "

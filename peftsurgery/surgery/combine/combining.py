@@ -33,8 +33,7 @@ from peftsurgery.surgery.combine.merge_tensors import MERGES, Majority, is_numbe
 from peftsurgery.surgery.combine.strategies import Form, Joined, Merged, Share, Summed
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.switching import check_left_out, check_name
-from peftsurgery.surgery.model.trained_copies import home_of
-from peftsurgery.surgery.plan.cut import Cut, Operation, adapter_name
+from peftsurgery.surgery.plan.cut import Cut, Operation, adapter_name, home_of
 
 SUMS: Mapping[str, type[Joined]] = MappingProxyType({"linear": Summed, "cat": Joined})
 

@@ -23,7 +23,7 @@ from peftsurgery.surgery.combine.strategies import (
     with_size,
 )
 from peftsurgery.surgery.plan.cut import Cut, Operation
-from peftsurgery.surgery.rewrite.program import wide
+from peftsurgery.surgery.rewrite.layout import wide
 
 # Singular values that are smaller, as shares of the largest, are rounding, and need no rank.
 PRECISION = 1e-6

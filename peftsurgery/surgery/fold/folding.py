@@ -27,7 +27,7 @@ from peftsurgery.surgery.fold.untying import untie
 from peftsurgery.surgery.fourbit.requantise import FoldError, error_of, pack_layers
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, in_order
-from peftsurgery.surgery.rewrite.program import disorient, orient, wide
+from peftsurgery.surgery.rewrite.layout import disorient, orient, wide
 
 
 @checked

@@ -111,3 +111,11 @@ def _scale_codes(device: torch.device) -> torch.Tensor:
     """What the eight bits of a scale stand for."""
     codes: torch.Tensor = bitsandbytes().create_dynamic_map()
     return codes.to(device)
+
+
+class Stored(NamedTuple):
+    """A packed weight: its recipe, the dtype its products are computed in, and who packed it."""
+
+    recipe: Recipe
+    compute: torch.dtype | None
+    adapter: str

@@ -19,8 +19,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.fourbit.pack import bitsandbytes, pack, unpack
-from peftsurgery.surgery.fourbit.store import Stored
+from peftsurgery.surgery.fourbit.pack import Stored, bitsandbytes, pack, unpack
 
 
 @dataclass(frozen=True)

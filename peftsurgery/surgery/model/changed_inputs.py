@@ -24,9 +24,10 @@ from peftsurgery.capture.program import generate_forward
 from peftsurgery.capture.signature import Call, takes
 from peftsurgery.capture.threads import making
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.model.choices import Choice, Mode, Rows
+from peftsurgery.surgery.model.choices import Choice, Rows
 from peftsurgery.surgery.model.switching import Switchable
 from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.plan.mode import Mode
 from peftsurgery.surgery.rewrite.inputs import bound_names, entries, new_shapes
 
 Find = Callable[[Call], Capture]

@@ -23,7 +23,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Located, Selection, initial_values, shape_of, weights_read
 from peftsurgery.surgery.fourbit.store import Store
 from peftsurgery.surgery.model.changed_inputs import Fronted, Fronts
-from peftsurgery.surgery.model.choices import Choices, Mode, mode_of
+from peftsurgery.surgery.model.choices import Choices
 from peftsurgery.surgery.model.holders import Adapter, register
 from peftsurgery.surgery.model.packed_weights import Keeping
 from peftsurgery.surgery.model.penalty import penalty_of
@@ -34,11 +34,12 @@ from peftsurgery.surgery.model.switching import left_out_of
 from peftsurgery.surgery.model.trained_copies import Copies
 from peftsurgery.surgery.plan.cut import Cut, Operation, check_free, check_lengthened
 from peftsurgery.surgery.plan.fusion import check_fused, check_fusions, taking_part
+from peftsurgery.surgery.plan.mode import Mode, mode_of
 from peftsurgery.surgery.plan.same_places import Chosen, check_reached
 from peftsurgery.surgery.plan.select import select_cuts
 from peftsurgery.surgery.rewrite.capture import Rewrites
 from peftsurgery.surgery.rewrite.inputs import check_inputs, is_at_boundary
-from peftsurgery.surgery.rewrite.program import orient
+from peftsurgery.surgery.rewrite.layout import orient
 from peftsurgery.surgery.rewrite.shapes import check_shapes
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.captures import Casts
 from peftsurgery.capture.program import TensorInfo
-from peftsurgery.surgery.fourbit.store import Store, Stored
+from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.store import Store
 
 
 class Keeping(GraphModel):

@@ -14,7 +14,7 @@ import torch
 
 from peftsurgery.language import penalty, weights_in
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.program import orient, wide
+from peftsurgery.surgery.rewrite.layout import orient, wide
 
 if TYPE_CHECKING:
     from peftsurgery.surgery.model.operated import OperatedModel

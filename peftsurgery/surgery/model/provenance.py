@@ -21,6 +21,7 @@ from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object, remove
 from peftsurgery.places import check_apart, object_in
+from peftsurgery.version import __version__
 
 if TYPE_CHECKING:
     from peftsurgery.surgery.plan.cut import Operation
@@ -42,8 +43,6 @@ def versions() -> dict[str, str]:
 
 
 def _version(package: str) -> str:
-    from peftsurgery import __version__
-
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -30,10 +30,11 @@ from peftsurgery.capture.tensors import parameters_of
 from peftsurgery.capture.watched import original_at
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.where import layer_range
-from peftsurgery.surgery.model.choices import Choice, Choices, Mode, mode_of, rows_of
+from peftsurgery.surgery.model.choices import Choice, Choices, rows_of
 from peftsurgery.surgery.model.trained_copies import Copies
 from peftsurgery.surgery.plan.cut import Operation
 from peftsurgery.surgery.plan.fusion import fused_names
+from peftsurgery.surgery.plan.mode import Mode, mode_of
 from peftsurgery.surgery.rewrite.batch_axis import batch_input
 
 NOTHING: Mapping[str, tuple[int | str, ...]] = MappingProxyType({})

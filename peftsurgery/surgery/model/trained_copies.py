@@ -17,14 +17,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
-
-
-def home_of(parameter: str, adapter: str) -> str:
-    """The name of an adapter's copy of a parameter, unless it has the parameter's own."""
-    owner, _, leaf = parameter.rpartition(".")
-    return join(join(owner, adapter), leaf)
+from peftsurgery.surgery.plan.cut import home_of
 
 
 @dataclass

@@ -192,3 +192,9 @@ def adapter_name(name: str) -> str:
 def is_adapter_name(name: Any) -> bool:
     """Whether something can be an adapter's name."""
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) is not None
+
+
+def home_of(parameter: str, adapter: str) -> str:
+    """The name of an adapter's copy of a parameter, unless it has the parameter's own."""
+    owner, _, leaf = parameter.rpartition(".")
+    return join(join(owner, adapter), leaf)

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 
 from peftsurgery.anatomy.site import Site
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.surgery.model.choices import Mode
 from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.plan.mode import Mode
 
 Spot = tuple[str, Site]
 Fused = tuple[tuple[Cut, ...], ...]

@@ -10,7 +10,8 @@ from torch import fx
 
 from peftsurgery.capture import Capture, Program
 from peftsurgery.capture.names import join
-from peftsurgery.surgery.fourbit.store import Stored, read_packed
+from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.read import read_packed
 from peftsurgery.surgery.plan.cut import Cut, in_order
 from peftsurgery.surgery.rewrite.batch_axis import batches
 from peftsurgery.surgery.rewrite.inputs import is_at_boundary, sew_inputs

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from peftsurgery.anatomy.ops import sizes
 from peftsurgery.anatomy.site import ATEN, Site
 
@@ -65,3 +67,21 @@ def _is_laid_out(site: Site, name: str) -> bool:
 
 def _is_turned(site: Site, name: str) -> bool:
     return name == "k" and bool(site.facts["transposed"])
+
+
+def orient(value: Any, site: Site, name: str) -> Any:
+    """A stored weight as rules see it: (out, in), and the slice alone."""
+    value = as_seen(site, name, value)
+    return value if site.slice is None else site.slice.take(value, 0)
+
+
+def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
+    """``value`` put back where :func:`orient` took it from in the stored weight ``whole``."""
+    if site.slice is not None:
+        value = site.slice.put(as_seen(site, name, whole), 0, value)
+    return as_held(site, name, value)
+
+
+def wide(value: torch.Tensor) -> torch.Tensor:
+    """A weight in the dtype that weights are added in: at least fp32."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

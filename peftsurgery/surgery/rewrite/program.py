@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from peftsurgery.anatomy import Site, analyse
+from peftsurgery.anatomy import analyse
 from peftsurgery.capture import Program
 from peftsurgery.capture.module_calls import take_place
 from peftsurgery.capture.names import join
@@ -23,7 +23,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Context, fold, names_in, rewrite
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.layout import as_held, as_seen
+from peftsurgery.surgery.rewrite.layout import as_held, as_seen, disorient, orient
 from peftsurgery.surgery.rewrite.rerun import calls_for_more
 from peftsurgery.surgery.rewrite.site_functions import Replay
 
@@ -334,19 +334,6 @@ def compute_dtype(cut: Cut) -> torch.dtype:
     return dtype
 
 
-def orient(value: Any, site: Site, name: str) -> Any:
-    """A stored weight as rules see it: (out, in), and the slice alone."""
-    value = as_seen(site, name, value)
-    return value if site.slice is None else site.slice.take(value, 0)
-
-
-def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
-    """``value`` put back where :func:`orient` took it from in the stored weight ``whole``."""
-    if site.slice is not None:
-        value = site.slice.put(as_seen(site, name, whole), 0, value)
-    return as_held(site, name, value)
-
-
 def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
     """A value in another dtype, if both are known and hold floating-point numbers."""
     if source is None or target is None or source == target:
@@ -354,11 +341,6 @@ def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> 
     if not source.is_floating_point or not target.is_floating_point:
         return value
     return value.to(target)
-
-
-def wide(value: torch.Tensor) -> torch.Tensor:
-    """A weight in the dtype that weights are added in: at least fp32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def dtype_of(node: fx.Node) -> torch.dtype | None:

@@ -22,8 +22,7 @@ from torch import fx
 from peftsurgery.capture import Program
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.model.trained_copies import home_of
-from peftsurgery.surgery.plan.cut import Cut, in_order
+from peftsurgery.surgery.plan.cut import Cut, home_of, in_order
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
 from peftsurgery.surgery.rewrite.program import Rewriter
 

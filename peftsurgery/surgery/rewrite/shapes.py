@@ -13,8 +13,8 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Context, rewrite, shape_of
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.layout import as_seen
-from peftsurgery.surgery.rewrite.program import compute_dtype, is_float, orient
+from peftsurgery.surgery.rewrite.layout import as_seen, orient
+from peftsurgery.surgery.rewrite.program import compute_dtype, is_float
 from peftsurgery.surgery.rewrite.site_functions import Replay
 
 

@@ -23,7 +23,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Operator, site_function
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.site_functions.sites import KEYS, tokens
-from peftsurgery.surgery.rewrite.averaging import token_mean
+from peftsurgery.surgery.rewrite.batch_axis import token_mean
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, is_regular
 from peftsurgery.surgery.rewrite.rerun import HIDERS, INPUTS, Region, core_region, find_region
 

@@ -1,0 +1,125 @@
+"""How graphs read packed weights.
+
+A packed weight has the name that the weight had. A product with it becomes one node that unpacks
+the weight, multiplies and forgets it; in the backward pass it does so again, so that no dense
+weight outlives its product (as bitsandbytes' own layers do). Whatever else reads the weight reads
+it unpacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from peftsurgery.surgery.fourbit.pack import Recipe, Stored, unpack
+
+_ATEN = torch.ops.aten
+# Products of plain arguments, one of which is the weight.
+PRODUCTS = frozenset(
+    (
+        *(_ATEN.linear.default, _ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default),
+        *(_ATEN.embedding.default, F.linear),
+    )
+)
+
+
+def read_packed(graph: fx.Graph, stored: Mapping[str, Stored]) -> None:
+    """Let a graph read these of its weights, by their names in it, through their packed form."""
+    for node in list(graph.find_nodes(op="get_attr")):
+        if str(node.target) not in stored:
+            continue
+        recipe, compute, adapter = stored[str(node.target)]
+        dtype = node.meta["val"].dtype
+        for user in list(node.users):
+            with graph.inserting_before(user):
+                if not _is_product(user, node):
+                    new = graph.call_function(unpacked, (node, tuple(recipe), dtype))
+                    new.meta = {**node.meta, "surgery": adapter}
+                    user.replace_input_with(node, new)
+                    continue
+                position = user.args.index(node)
+                args = (user.target, position, tuple(recipe), dtype, compute, *user.args)
+                new = graph.call_function(multiplied, args)
+            new.meta = {**user.meta, "surgery": adapter}
+            user.replace_all_uses_with(new)
+            graph.erase_node(user)
+
+
+def _is_product(user: fx.Node, weight: fx.Node) -> bool:
+    plain = not user.kwargs and user.args.count(weight) == 1
+    return user.op == "call_function" and user.target in PRODUCTS and plain
+
+
+def unpacked(packed: torch.Tensor, recipe: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:
+    """The weight that these bytes are, in ``dtype``."""
+    return unpack(packed, Recipe(*recipe)).to(dtype)
+
+
+def multiplied(
+    product: Any,
+    position: int,
+    recipe: tuple[Any, ...],
+    dtype: torch.dtype,
+    compute: torch.dtype | None,
+    *args: Any,
+) -> torch.Tensor:
+    """``product(*args)``, where ``args[position]`` are the bytes of a weight in ``dtype``.
+
+    It is computed in ``compute``, if given, and returned in ``dtype``.
+    """
+    result: torch.Tensor = _Multiplied.apply(product, position, recipe, dtype, compute, *args)
+    return result
+
+
+def _multiply(
+    product: Any,
+    position: int,
+    recipe: tuple[Any, ...],
+    dtype: torch.dtype,
+    compute: torch.dtype | None,
+    *args: Any,
+) -> torch.Tensor:
+    given = list(args)
+    given[position] = unpacked(given[position], recipe, compute or dtype)
+    if compute is None:
+        return product(*given)
+    return product(*(_cast(value, compute) for value in given)).to(dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
+
+
+class _Multiplied(torch.autograd.Function):
+    """A product that keeps the packed weight for its backward pass, not the dense one."""
+
+    @staticmethod
+    def forward(ctx: Any, *call: Any) -> torch.Tensor:
+        ctx.call = [None if isinstance(value, torch.Tensor) else value for value in call]
+        ctx.places = [i for i, value in enumerate(call) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(call[i] for i in ctx.places))
+        kind = call[5 + call[1]].device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        return _multiply(*call)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        call = list(ctx.call)
+        wanted = {}
+        for place, value in zip(ctx.places, ctx.saved_tensors, strict=True):
+            needed = ctx.needs_input_grad[place]
+            call[place] = value.detach().requires_grad_() if needed else value
+            if needed:
+                wanted[place] = call[place]
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+            result = _multiply(*call)
+        found = dict(
+            zip(wanted, torch.autograd.grad(result, [*wanted.values()], gradient), strict=True)
+        )
+        return tuple(found.get(place) for place in range(len(call)))
