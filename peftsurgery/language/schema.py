@@ -66,12 +66,15 @@ class Expect(Strict):
 
     noun: ClassVar[str] = "expect"
     at_least: int | None = Field(default=None, ge=0, strict=True)
+    """The fewest sites there may be; 0 for a rule that may match nothing."""
     at_most: int | None = Field(default=None, ge=0, strict=True)
+    """The most sites there may be."""
     exactly: int | None = Field(default=None, ge=0, strict=True)
+    """The number of sites; what a plain number means."""
     per_attention: int | None = Field(default=None, ge=0, strict=True)
-    """So many for every attention core within reach of the other clauses than `role`."""
+    """The number of sites for every attention core that the clauses besides `role` leave."""
     per_block: int | None = Field(default=None, ge=0, strict=True)
-    """So many in every block within reach of the other clauses than `role`."""
+    """The number of sites in every block where the clauses besides `role` leave one."""
 
 
 class Param(Strict):
@@ -85,6 +88,7 @@ class Param(Strict):
 
     It may read the weights, and the parameters that stand before it as they are initially."""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    """The dtype in which it is kept and trained."""
     train: StrictBool = True
     """Whether it is trained; if not, it keeps its initial value, which is saved with the rest."""
     shared: StrictBool | ExpressionField = False
