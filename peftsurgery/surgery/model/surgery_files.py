@@ -2,8 +2,8 @@
 
     surgery.json           format, base and its fingerprint, for each operation its name, rule file
                            and settings, which adapters are active; versions, seed and date; how the
-                           base is built (see saved_build.py); which adapter trains which of the base's
-                           parameters, which buffers moved, what a combination lacks
+                           base is built (see saved_build.py); which adapter trains which parameters
+                           of the base, which buffers moved, what a combination lacks
     rules/0_lora_qv.yaml   the rule files, as they were applied
     adapter.safetensors    every parameter the rules added or trained, and every buffer that the
                            training moved, by its name in the model
