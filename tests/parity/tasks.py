@@ -42,11 +42,11 @@ def plain(name: str) -> nn.Module:
     model = deepcopy(classifier()) if name == "bert-classifier" else base(name)
     model.config.use_cache = True
     if name == "bert-classifier":
-        _declare_past(model.get_submodule("bert"))
+        declare_past(model.get_submodule("bert"))
     return model
 
 
-def _declare_past(backbone: nn.Module) -> None:
+def declare_past(backbone: nn.Module) -> None:
     """Let a forward declare the name by which peft 0.21 hands over a prefix.
 
     transformers 5.24 renamed that argument. It takes the earlier name still but declares it no

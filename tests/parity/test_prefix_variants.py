@@ -23,7 +23,7 @@ from peftsurgery.surgery.model.operated import OperatedModel
 from tests.models.captured import captured as zoo
 from tests.models.zoo import ZOO
 from tests.parity.models import randomise
-from tests.parity.tasks import graph, logits, plain, texts
+from tests.parity.tasks import declare_past, graph, logits, plain, texts
 from tests.parity.test_prefix import LENGTH
 from tests.parity.training import both_train, train
 
@@ -288,7 +288,9 @@ def test_a_prefix_is_pefts_whatever_the_sizes_of_example_and_type_table(
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**small)).eval()
     with torch.no_grad():
         model.bert.embeddings.token_type_embeddings.weight.normal_()
-    theirs = peft_model(deepcopy(model), "SEQ_CLS")
+    wrapped = deepcopy(model)
+    declare_past(wrapped.bert)
+    theirs = peft_model(wrapped, "SEQ_CLS")
     theirs.save_pretrained(tmp_path)
     captured = ps.capture(model, {"input_ids": torch.ones(2, 2).long()})
     ours = ps.from_peft(captured, tmp_path).eval()
