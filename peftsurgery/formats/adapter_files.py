@@ -16,7 +16,7 @@ from peftsurgery import files
 from peftsurgery.errors import SurgeryError
 
 
-def read_object(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The JSON object in a file. PSG501 if it is none, holds a key twice, NaN or infinity."""
     return files.read_object(file, "PSG501")
 
@@ -28,7 +28,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+def check_adapter_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse a file without tensors, or with some that hold no finite numbers. PSG505."""
     _check_any(file, tensors)
     files.check_tensors(file, tensors, "PSG505")
@@ -39,12 +39,12 @@ def _check_any(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         raise SurgeryError("PSG505", f"{file} holds no tensors")
 
 
-def as_json(config: Mapping[str, Any]) -> bytes:
+def config_bytes(config: Mapping[str, Any]) -> bytes:
     """A config as the libraries write it."""
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
 
 
-def write_files(folder: Path, contents: Mapping[str, bytes], marker: str) -> None:
+def write_adapter_files(folder: Path, contents: Mapping[str, bytes], marker: str) -> None:
     """Write files by their names in ``folder``, or leave what is there alone.
 
     PSG601 if the place is not empty and has no file ``marker``, PSG603 if the system refuses.

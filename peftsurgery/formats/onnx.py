@@ -32,12 +32,12 @@ from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.export import EXPORT_ERRORS, without_fast_path
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.formats.trials import (
+from peftsurgery.formats.trial_inputs import (
     Difference,
     difference,
     free_axes,
+    output_tensors,
     seen_inputs,
-    tensors_of,
     unseen_inputs,
 )
 from peftsurgery.surgery.fold.folding import fold
@@ -135,7 +135,7 @@ def check_onnx(model: GraphModel, plain: nn.Module, file: Path) -> float:
     session = _session(file)
     for inputs in unseen_inputs(model):
         with torch.no_grad(), _without_cache(plain):
-            wanted = tensors_of(plain(**inputs))
+            wanted = output_tensors(plain(**inputs))
         gap = _compare(session, inputs, wanted)
         if not gap.within(TOLERANCE):
             sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())

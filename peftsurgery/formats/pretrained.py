@@ -26,14 +26,14 @@ from peftsurgery.capture import GraphModel
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.files import write_whole
-from peftsurgery.formats.card import write_record
-from peftsurgery.formats.companions import companions, copy_missing
+from peftsurgery.formats.base_files import companions, copy_missing
+from peftsurgery.formats.model_card import write_record
 from peftsurgery.formats.onnx import OnnxFile, need_onnx, write_onnx
 from peftsurgery.formats.peft.adapter import read_adapter
-from peftsurgery.formats.peft.base import open_base
 from peftsurgery.formats.peft.directory import from_peft
-from peftsurgery.formats.peft.files import BASE, CONFIG, read_config
-from peftsurgery.formats.trials import difference, tensors_of, unseen_inputs
+from peftsurgery.formats.peft.files import BASE, CONFIG, read_peft_config
+from peftsurgery.formats.peft.needed_base import open_peft_base
+from peftsurgery.formats.trial_inputs import difference, output_tensors, unseen_inputs
 from peftsurgery.places import give_usual_mode
 from peftsurgery.quiet import quiet
 from peftsurgery.surgery.fold.folding import fold, fold_error
@@ -49,7 +49,7 @@ WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """A weight that the fold changed.
 
     ``largest`` is the largest change of an element, ``relative`` the change's norm in parts of the
@@ -68,7 +68,7 @@ class FoldResult:
     """What was folded into which weights, which other files were taken over, what was checked."""
 
     adapters: tuple[str, ...]
-    changed: tuple[Change, ...]
+    changed: tuple[WeightChange, ...]
     tensors: int
     copied: tuple[str, ...]
     untied: bool
@@ -147,7 +147,10 @@ def fold_to_directory(
         check_places(operated, folder, *file)
         plain = fold(operated).eval()
     before, tensors = operated.source.weights(), len(plain.state_dict())
-    changed, untied = tuple(changes(before, plain)), tensor_names(plain) != tensor_names(before)
+    changed, untied = (
+        tuple(weight_changes(before, plain)),
+        tensor_names(plain) != tensor_names(before),
+    )
     error = fold_error(operated, requantise)
     if requantise:
         pack_layers(plain, operated.stored)
@@ -156,7 +159,7 @@ def fold_to_directory(
         write_record(folder, operated)
         copied, notes = write_model(plain, folder, operated.source.origin, Path(spec))
         apart = _check(operated, plain, folder, verify, requantise)
-        written = [write_onnx(operated, plain, place) for place in file]
+        written = [write_onnx(operated, plain, path) for path in file]
         unfinished.pop_all()
     built = (*operated.source.build.notes, *operated.source.notes)
     told = (*built, *notes_of(operated), *notes)
@@ -225,11 +228,13 @@ def _opened(
     if not (path / CONFIG).is_file():
         what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
         raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
-    named = base or read_config(path).get(BASE)
+    named = base or read_peft_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
     adapter = read_adapter(path)
-    graph = open_base(named, adapter, kind, allow_other_base) if isinstance(named, str) else named
+    graph = (
+        open_peft_base(named, adapter, kind, allow_other_base) if isinstance(named, str) else named
+    )
     return from_peft(graph, path, allow_other_base=allow_other_base)
 
 
@@ -240,7 +245,7 @@ def _with_active(operated: OperatedModel, adapters: Collection[str]) -> Operated
     return operated
 
 
-def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
+def weight_changes(before: nn.Module, after: nn.Module) -> Iterator[WeightChange]:
     """The weights that differ; most that a fold left alone share their memory with the base."""
     for name, new in after.named_parameters():
         old = before.get_parameter(name)
@@ -251,7 +256,7 @@ def changes(before: nn.Module, after: nn.Module) -> Iterator[Change]:
         norm = float(old.detach().to(wide).norm())
         relative = float(gap.norm()) / norm if norm else 0.0
         dtype = str(new.dtype).removeprefix("torch.")
-        yield Change(name, tuple(new.shape), dtype, float(gap.max()), relative)
+        yield WeightChange(name, tuple(new.shape), dtype, float(gap.max()), relative)
 
 
 def write_model(
@@ -317,7 +322,7 @@ def check_written(
 def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """What a model returns; PSG410 where its layers do not run on this machine."""
     try:
-        return tensors_of(model(**inputs))
+        return output_tensors(model(**inputs))
     except RuntimeError as error:
         raise SurgeryError("PSG410", f"what was written does not run here: {error}") from error
 

@@ -26,10 +26,10 @@ from peftsurgery.formats.adapterhub.library import (
     architectures,
     completed,
     flattened,
+    hub_rule_files,
     parts,
-    rule_files,
 )
-from peftsurgery.formats.adapterhub.places import MATRICES
+from peftsurgery.formats.adapterhub.sites import MATRICES
 from peftsurgery.language import RuleFile
 
 # Before this version the library scaled by alpha where it should have by alpha / r.
@@ -37,12 +37,12 @@ SCALED = (1, 1, 0)
 
 
 @dataclass(frozen=True)
-class Reading:
+class ConfigReading:
     """A config as one rule file's: its settings, and by kind of site the keys that say where."""
 
     file: RuleFile
     settings: Mapping[str, Any]
-    places: Mapping[str, Mapping[str, Any]]
+    where: Mapping[str, Mapping[str, Any]]
 
 
 class HubConfig:
@@ -60,13 +60,13 @@ class HubConfig:
         self._check_version()
         self._check_keys()
 
-    def readings(self) -> list[Reading]:
+    def readings(self) -> list[ConfigReading]:
         """The rule files that the config can be; PSG504 if it comes near some but is none."""
         found = []
-        for file in rule_files():
+        for file in hub_rule_files():
             flat = next((flat for flat in self._alike(file) if not strangers(flat, file)), None)
             if flat is not None:
-                found.append(Reading(file, _settings(flat, file), _places(flat)))
+                found.append(ConfigReading(file, _settings(flat, file), _where(flat)))
         return found or self._refuse()
 
     def _text(self, key: str) -> str:
@@ -128,8 +128,8 @@ class HubConfig:
         wanted = architectures(file.checkpoint[FORMAT])
         return [flat for flat in self.flats if architectures(flat) == wanted]
 
-    def _refuse(self) -> list[Reading]:
-        near = [strangers(flat, file) for file in rule_files() for flat in self._alike(file)]
+    def _refuse(self) -> list[ConfigReading]:
+        near = [strangers(flat, file) for file in hub_rule_files() for flat in self._alike(file)]
         if not near:
             names = ", ".join(architectures(self.flats[0]).values())
             raise SurgeryError("PSG502", f"no shipped rule is made of these configs: {names}")
@@ -140,7 +140,7 @@ class HubConfig:
 
 
 def expected(file: RuleFile) -> Flat:
-    """The config of a rule file, but for its settings and places: the library's with its values."""
+    """The config of a rule file, but for its settings and sites: the library's with its values."""
     return completed(file.identifying(FORMAT))
 
 
@@ -150,7 +150,7 @@ def strangers(flat: Flat, file: RuleFile) -> list[str]:
     open_keys = {*carried}
     for prefix, architecture in architectures(wanted).items():
         part = parts()[architecture]
-        open_keys |= {f"{prefix}{key}" for key in (*part.places, *part.free)}
+        open_keys |= {f"{prefix}{key}" for key in (*part.where, *part.free)}
     return [
         key
         for key, value in wanted.items()
@@ -184,16 +184,16 @@ def _settings(flat: Flat, file: RuleFile) -> dict[str, Any]:
     return settings
 
 
-def _places(flat: Flat) -> dict[str, dict[str, Any]]:
+def _where(flat: Flat) -> dict[str, dict[str, Any]]:
     """The keys that say where, by kind of site. PSG503 for a value that cannot."""
-    places: dict[str, dict[str, Any]] = {}
+    where: dict[str, dict[str, Any]] = {}
     for prefix, architecture in architectures(flat).items():
         part = parts()[architecture]
-        keys = {key: flat[f"{prefix}{key}"] for key in sorted(part.places)}
+        keys = {key: flat[f"{prefix}{key}"] for key in sorted(part.where)}
         for key, value in keys.items():
             _check_place(f"{prefix}{key}", value, part.defaults[key])
-        places[part.kind] = keys
-    return places
+        where[part.kind] = keys
+    return where
 
 
 def _check_place(key: str, value: Any, default: Any) -> None:

@@ -21,28 +21,28 @@ from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import remove
-from peftsurgery.formats.adapter_files import write_files
+from peftsurgery.formats.adapter_files import write_adapter_files
 from peftsurgery.formats.adapterhub.config import HubConfig
 from peftsurgery.formats.adapterhub.files import (
     ADAPTER,
     FUSION,
     HEAD,
     SETUP,
-    contents,
-    read_config,
+    module_files,
     read_head,
-    read_tensors,
+    read_hub_config,
+    read_hub_tensors,
 )
-from peftsurgery.formats.adapterhub.head import check_head, head_config, train_head
-from peftsurgery.formats.adapterhub.reading import Importer, Plan
-from peftsurgery.formats.adapterhub.setup import (
+from peftsurgery.formats.adapterhub.fusion_setup import (
     as_fusion,
     fusion_config,
     is_setup,
     read_setup,
     setup_content,
 )
-from peftsurgery.formats.adapterhub.writing import Written, export
+from peftsurgery.formats.adapterhub.head import check_head, head_config, train_head
+from peftsurgery.formats.adapterhub.reading import Importer, Plan
+from peftsurgery.formats.adapterhub.writing import Written, written_adapter
 from peftsurgery.surgery.applying import check_taken, operate
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.provenance import check_places, clear_export_record, export_record
@@ -80,7 +80,7 @@ def from_adapterhub(
     else:
         plan = _adapter(importer, folder, name)
     inner = folder / read_setup(folder)[-1] if is_setup(folder) else folder
-    base = read_config(inner).get("model_name")
+    base = read_hub_config(inner).get("model_name")
     origin = check_adapter_base(folder, base, plan.known, model.source, allow_other_base)
     operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
     check_taken(str(folder), operated, model, plan.operations, plan.known)
@@ -106,7 +106,7 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     for adapter in fused:
         files |= _contents(model, _written(model, adapter), adapter)
     fusion = _written(model, chosen)
-    files |= contents(FUSION, as_fusion(fusion.config), fusion.tensors, ",".join(fused))
+    files |= module_files(FUSION, as_fusion(fusion.config), fusion.tensors, ",".join(fused))
     _write(model, Path(directory), files, SETUP)
 
 
@@ -116,18 +116,18 @@ def _write(model: GraphModel, folder: Path, files: Mapping[str, bytes], marker: 
     PSG601, PSG602, PSG603.
     """
     others = (HEAD.config, HEAD.tensors, HEAD.pickled, ADAPTER.pickled, FUSION.pickled)
-    places = {Path(file).with_name(other) for file in files for other in others}
-    check_places(model, *(folder / file for file in files), *(folder / place for place in places))
-    write_files(folder, files, marker)
-    remove(folder / place for place in places if place.as_posix() not in files)
+    extras = {Path(file).with_name(other) for file in files for other in others}
+    check_places(model, *(folder / file for file in files), *(folder / path for path in extras))
+    write_adapter_files(folder, files, marker)
+    remove(folder / path for path in extras if path.as_posix() not in files)
     clear_export_record(folder, files)
 
 
 def _adapter(importer: Importer, folder: Path, name: str | None) -> Plan:
     """What one adapter's directory is on the importer's model."""
-    config = HubConfig(read_config(folder), importer.model_config)
+    config = HubConfig(read_hub_config(folder), importer.model_config)
     name = adapter_name(name or config.name)
-    plan = importer.plan(config, name, _plain(importer, read_tensors(folder)))
+    plan = importer.plan(config, name, _plain(importer, read_hub_tensors(folder)))
     head = read_head(folder) if importer.with_head else {}
     check_head(importer.model, head)
     if head:
@@ -142,16 +142,16 @@ def _fusion(importer: Importer, folder: Path, name: str) -> Plan:
     plan = Plan()
     for adapter in names:
         plan.add(_adapter(importer, folder / adapter, adapter))
-    last = read_config(folder / names[-1]).get("config")
+    last = read_hub_config(folder / names[-1]).get("config")
     values = fusion_config(folder, names, dict(last or {}))
     config = HubConfig(values, importer.model_config)
-    tensors = _plain(importer, read_tensors(folder / ",".join(names), FUSION))
+    tensors = _plain(importer, read_hub_tensors(folder / ",".join(names), FUSION))
     plan.add(importer.plan(config, name, tensors, plan.cuts))
     return plan
 
 
 def _plain(importer: Importer, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {importer.places.plain(key): value for key, value in tensors.items()}
+    return {importer.sites.plain(key): value for key, value in tensors.items()}
 
 
 def _choose(model: OperatedModel, name: str | None) -> str:
@@ -173,11 +173,11 @@ def _choose(model: OperatedModel, name: str | None) -> str:
 def _written(model: OperatedModel, name: str) -> Written:
     """An adapter as files, by what it holds when it is the one that is active."""
     with model.only(name):
-        return export(model, name)
+        return written_adapter(model, name)
 
 
 def _contents(model: OperatedModel, written: Written, folder: str = "") -> dict[str, bytes]:
-    files = contents(ADAPTER, written.config, written.tensors, folder)
+    files = module_files(ADAPTER, written.config, written.tensors, folder)
     return files | (
-        contents(HEAD, head_config(model), written.head, folder) if written.head else {}
+        module_files(HEAD, head_config(model), written.head, folder) if written.head else {}
     )

@@ -28,10 +28,10 @@ import torch
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.files import as_safetensors
 from peftsurgery.formats.adapter_files import (
-    as_json,
-    check_tensors,
+    check_adapter_tensors,
+    config_bytes,
     nearby,
-    read_object,
+    read_json,
     read_safetensors,
 )
 
@@ -39,7 +39,7 @@ SETUP = "adapter_setup.json"
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileNames:
     """What the files of one kind of module are called."""
 
     config: str
@@ -47,9 +47,9 @@ class Kind:
     pickled: str
 
 
-ADAPTER = Kind("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
-HEAD = Kind("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
-FUSION = Kind(
+ADAPTER = FileNames("adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin")
+HEAD = FileNames("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+FUSION = FileNames(
     "adapter_fusion_config.json",
     "model_adapter_fusion.safetensors",
     "pytorch_model_adapter_fusion.bin",
@@ -59,20 +59,20 @@ FUSION = Kind(
 ALIAS, POOL = ".pool.", "prefix_tuning."
 
 
-def read_config(folder: Path, kind: Kind = ADAPTER) -> dict[str, Any]:
+def read_hub_config(folder: Path, names: FileNames = ADAPTER) -> dict[str, Any]:
     """A module's config. PSG501 if it is missing, is no JSON object or holds NaN."""
-    if not (folder / kind.config).is_file():
-        hint = nearby(folder, kind.config)
-        raise SurgeryError("PSG501", f"'{folder}' has no {kind.config}", hint)
-    return read_object(folder / kind.config)
+    if not (folder / names.config).is_file():
+        hint = nearby(folder, names.config)
+        raise SurgeryError("PSG501", f"'{folder}' has no {names.config}", hint)
+    return read_json(folder / names.config)
 
 
-def read_tensors(folder: Path, kind: Kind = ADAPTER) -> dict[str, torch.Tensor]:
+def read_hub_tensors(folder: Path, names: FileNames = ADAPTER) -> dict[str, torch.Tensor]:
     """A module's tensors, each once. PSG505 if there are none, PSG507 if copies differ."""
-    tensors = _read(folder, kind)
+    tensors = _read(folder, names)
     if tensors is None:
-        hint = nearby(folder, kind.config)
-        raise SurgeryError("PSG505", f"'{folder}' has no {kind.tensors}", hint)
+        hint = nearby(folder, names.config)
+        raise SurgeryError("PSG505", f"'{folder}' has no {names.tensors}", hint)
     found = {key: value for key, value in tensors.items() if ALIAS not in key}
     for key, value in tensors.items():
         _, alias, rest = key.partition(ALIAS)
@@ -87,8 +87,8 @@ def read_head(folder: Path) -> dict[str, torch.Tensor]:
     return _read(folder, HEAD) or {}
 
 
-def _read(folder: Path, kind: Kind) -> dict[str, torch.Tensor] | None:
-    safe, pickled = folder / kind.tensors, folder / kind.pickled
+def _read(folder: Path, names: FileNames) -> dict[str, torch.Tensor] | None:
+    safe, pickled = folder / names.tensors, folder / names.pickled
     if safe.is_file():
         return read_safetensors(safe)
     return read_archive(pickled) if pickled.is_file() else None
@@ -112,16 +112,19 @@ def read_archive(file: Path) -> dict[str, torch.Tensor]:
     )
     if not plain:
         raise SurgeryError("PSG505", f"{file} holds no tensors by name")
-    check_tensors(file, tensors)
+    check_adapter_tensors(file, tensors)
     return {name: value.clone() for name, value in tensors.items()}
 
 
-def contents(
-    kind: Kind, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: str = ""
+def module_files(
+    names: FileNames,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    folder: str = "",
 ) -> dict[str, bytes]:
     """The files of a module by their names beneath the directory that is written."""
     inside = f"{folder}/" if folder else ""
     return {
-        f"{inside}{kind.tensors}": as_safetensors(tensors),
-        f"{inside}{kind.config}": as_json(config),
+        f"{inside}{names.tensors}": as_safetensors(tensors),
+        f"{inside}{names.config}": config_bytes(config),
     }

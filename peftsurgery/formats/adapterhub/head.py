@@ -10,7 +10,7 @@ import torch
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.adapterhub.library import version
-from peftsurgery.formats.adapterhub.places import Places
+from peftsurgery.formats.adapterhub.sites import HubSites
 from peftsurgery.language import Rule, RuleFile, Where
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
@@ -38,16 +38,16 @@ def train_head(names: Iterable[str], name: str) -> Operation:
 
 
 def trained_head(
-    model: OperatedModel, places: Places, cuts: Iterable[Cut]
+    model: OperatedModel, sites: HubSites, cuts: Iterable[Cut]
 ) -> dict[str, torch.Tensor]:
     """The head's parameters, if cuts train any; PSG512 for other parameters of the model."""
     names = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
     for name in sorted(names):
-        if not places.headed or name.startswith(places.prefix):
+        if not sites.headed or name.startswith(sites.prefix):
             message = f"'{name}' was trained, and AdapterHub keeps only the head's parameters"
             raise SurgeryError("PSG512", message, "save the surgery itself with save(), or fold it")
     base = dict(model.source.module.named_parameters(remove_duplicate=False))
-    heads = [n for n in base if not n.startswith(places.prefix)] if names else []
+    heads = [n for n in base if not n.startswith(sites.prefix)] if names else []
     return {n: model.read(n).detach().cpu() for n in heads}
 
 

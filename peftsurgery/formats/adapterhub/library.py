@@ -26,17 +26,17 @@ Flat = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class ConfigKind:
     """What the library's configs of one architecture hold.
 
     ``kind`` is the kind of site they are about, ``defaults`` the values where they leave a key out,
-    ``places`` the keys that say at which sites an adapter is, ``free`` those without effect; see
+    ``where`` the keys that say at which sites an adapter is, ``free`` those without effect; see
     ``library.yaml``.
     """
 
     kind: str
     defaults: Mapping[str, Any]
-    places: Collection[str] = ()
+    where: Collection[str] = ()
     free: Collection[str] = ()
     taken: Collection[str] = ()
     inherited: Mapping[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the library calls the places of a layer, relative to it; see ``library.yaml``."""
+    """What the library calls the parts of a layer, relative to it; see ``library.yaml``."""
 
     attention: str
     ffn: str
@@ -66,21 +66,21 @@ def version() -> str:
 
 
 @cache
-def parts() -> dict[str, Part]:
+def parts() -> dict[str, ConfigKind]:
     """The kinds of config that are understood, by architecture."""
-    return {name: Part(**entry) for name, entry in _table()["configs"].items()}
+    return {name: ConfigKind(**entry) for name, entry in _table()["configs"].items()}
 
 
 @cache
 def layouts() -> dict[str, Layout]:
-    """What places are called, by the type of the model."""
+    """What the parts of a layer are called, by the type of the model."""
     return {name: Layout(**entry) for name, entry in _table()["layouts"].items()}
 
 
 def named(rule: Rule) -> dict[str, str]:
     """What follows the module in the names of a rule's parameters; nothing for a rule without.
 
-    A / begins what all sites have in one place.
+    A / begins what belongs to the model, for all sites.
     """
     table = rule.table(FORMAT)
     if table is None:
@@ -95,7 +95,7 @@ def named(rule: Rule) -> dict[str, str]:
 
 
 @cache
-def rule_files() -> tuple[RuleFile, ...]:
+def hub_rule_files() -> tuple[RuleFile, ...]:
     """The shipped rule files of methods that the library has too."""
     files = (load_rules(name) for name in shipped())
     return tuple(file for file in files if file.checkpoint.get(FORMAT))

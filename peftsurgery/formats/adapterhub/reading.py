@@ -15,10 +15,10 @@ import torch
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.formats.adapterhub.config import HubConfig, Reading
+from peftsurgery.formats.adapterhub.config import ConfigReading, HubConfig
 from peftsurgery.formats.adapterhub.library import FORMAT, named
-from peftsurgery.formats.adapterhub.places import Places, difference
-from peftsurgery.formats.adapterhub.tensors import Stack, stacks
+from peftsurgery.formats.adapterhub.sites import HubSites, odd_one
+from peftsurgery.formats.adapterhub.tensors import JoinedTensor, joined_tensors
 from peftsurgery.language import Expect, Rule, RuleFile, Where, resolve_settings, select
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts
@@ -51,7 +51,7 @@ class _Option:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Best first: rules that find their places themselves, files that carry more settings."""
+        """Best first: rules that find their sites themselves, files that carry more settings."""
         return self.moved, -len(self.operation.file.carried(FORMAT))
 
 
@@ -61,8 +61,8 @@ class Importer:
     def __init__(self, model: GraphModel, with_head: bool = True) -> None:
         """PSG513 for a model of a type that the library has no names for."""
         self.model, self.with_head = model, with_head
-        self.places = Places(model)
-        self.model_config = self.places.config
+        self.sites = HubSites(model)
+        self.model_config = self.sites.config
 
     def plan(
         self,
@@ -75,16 +75,16 @@ class Importer:
 
         Raises PSG504 for what no rule file is, PSG506 for another model, PSG507 for other tensors.
         """
-        if config.model_type != self.places.model_type:
+        if config.model_type != self.sites.model_type:
             message = f"the adapter is for a '{config.model_type}'"
-            raise SurgeryError("PSG506", f"{message}, not for a '{self.places.model_type}'")
+            raise SurgeryError("PSG506", f"{message}, not for a '{self.sites.model_type}'")
         options = [self.option(reading, name) for reading in config.readings()]
         operation = min(options, key=lambda option: option.order).operation
         cuts = select_cuts(self.model.base_capture, operation, earlier)[0]
-        wanted = stacks(cuts, self.places, config.name)
+        wanted = joined_tensors(cuts, self.sites, config.name)
         return Plan([operation], cuts, values_of(wanted, tensors))
 
-    def option(self, reading: Reading, name: str) -> _Option:
+    def option(self, reading: ConfigReading, name: str) -> _Option:
         """A rule file at the sites that a reading of the config means. PSG504 if there are none.
 
         Rules without parameters go along with the others.
@@ -108,21 +108,23 @@ class Importer:
         file = reading.file.model_copy(update={"rules": tuple(rules)})
         return _Option(Operation(file, resolve_settings(file, reading.settings), name), moved)
 
-    def meant(self, rule: Rule, reading: Reading) -> list[Placed]:
+    def meant(self, rule: Rule, reading: ConfigReading) -> list[Placed]:
         """The sites that the config means for a rule; none for one that the library has not."""
         kind = rule.kind.name
-        if not named(rule) or kind not in reading.places:
+        if not named(rule) or kind not in reading.where:
             return []
-        keys = reading.places[kind]
-        return self.places.meant(kind, keys) if keys else self.chosen(rule, reading)
+        keys = reading.where[kind]
+        return self.sites.meant(kind, keys) if keys else self.chosen(rule, reading)
 
-    def chosen(self, rule: Rule, reading: Reading) -> list[Placed]:
+    def chosen(self, rule: Rule, reading: ConfigReading) -> list[Placed]:
         """The sites that a rule would choose."""
         settings = resolve_settings(reading.file, reading.settings)
-        kept = select(self.places.sites, rule, settings, reading.file.roles).kept
+        kept = select(self.sites.every, rule, settings, reading.file.roles).kept
         return [site for site in kept if isinstance(site, Placed)]
 
-    def told(self, rule: Rule, reading: Reading, sites: Sequence[Placed]) -> Reading | None:
+    def told(
+        self, rule: Rule, reading: ConfigReading, sites: Sequence[Placed]
+    ) -> ConfigReading | None:
         """The settings with which a rule chooses these sites by itself; None if it cannot.
 
         A setting may say for which roles it is.
@@ -138,15 +140,15 @@ class Importer:
 
 
 def values_of(
-    wanted: Mapping[str, Stack], tensors: Mapping[str, torch.Tensor]
+    wanted: Mapping[str, JoinedTensor], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The values of parameters. PSG506 for a tensor without place, PSG507 if one is not there."""
     known: dict[str, torch.Tensor] = {}
-    for key, stack in wanted.items():
+    for key, joined in wanted.items():
         if key not in tensors:
             message = f"the adapter's config asks for the tensor '{key}', which is not there"
             raise SurgeryError("PSG507", message, "the file is incomplete")
-        known |= stack.split(key, tensors[key])
+        known |= joined.split(key, tensors[key])
     for key in tensors:
         if key not in wanted:
             message = f"the tensor '{key}' has no place: the adapter's config does not mean it"
@@ -156,7 +158,7 @@ def values_of(
 
 def agree(some: Sequence[Placed], others: Sequence[Placed]) -> bool:
     """Whether two lists hold the same sites."""
-    return difference(some, others) is None
+    return odd_one(some, others) is None
 
 
 def _role_setting(rule: Rule, file: RuleFile) -> str | None:

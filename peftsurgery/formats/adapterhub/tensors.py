@@ -19,13 +19,13 @@ import torch
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.adapterhub.library import named
-from peftsurgery.formats.adapterhub.places import Places
+from peftsurgery.formats.adapterhub.sites import HubSites
 from peftsurgery.language import shape_of
 from peftsurgery.surgery.plan.cut import Cut
 
 
 @dataclass
-class Stack:
+class JoinedTensor:
     """One tensor of a file: the parameters that it holds, in order, and their shapes."""
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -59,14 +59,14 @@ class Stack:
         return torch.stack(own, 1).flatten() if self.beside else torch.cat(own)
 
 
-def stacks(cuts: Iterable[Cut], places: Places, name: str) -> dict[str, Stack]:
+def joined_tensors(cuts: Iterable[Cut], sites: HubSites, name: str) -> dict[str, JoinedTensor]:
     """The tensors that an adapter of this name is, by their names without the base model's."""
-    found: dict[str, Stack] = {}
+    found: dict[str, JoinedTensor] = {}
     for cut in sorted(cuts, key=lambda cut: cut.site.slice.start if cut.site.slice else 0):
-        holder = places.plain(places.holder(cut.placed))
+        holder = sites.plain(sites.holder(cut.placed))
         for param, suffix in named(cut.rule).items():
             pooled = suffix.startswith("/")
             key = join("" if pooled else holder, suffix.lstrip("/").replace("*", name))
             shape = tuple(shape_of(cut.rule.params[param], cut.rule, cut.numbers))
-            found.setdefault(key, Stack()).shapes[cut.parameters[param]] = shape
+            found.setdefault(key, JoinedTensor()).shapes[cut.parameters[param]] = shape
     return found

@@ -19,8 +19,8 @@ from peftsurgery.formats.adapterhub.library import (
     parts,
     unflattened,
 )
-from peftsurgery.formats.adapterhub.places import Places
-from peftsurgery.formats.adapterhub.tensors import stacks
+from peftsurgery.formats.adapterhub.sites import HubSites
+from peftsurgery.formats.adapterhub.tensors import joined_tensors
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.switching import check_left_out
 from peftsurgery.surgery.plan.cut import Cut, Operation
@@ -38,7 +38,7 @@ class Written:
     head: Tensors = field(default_factory=dict)
 
 
-def export(model: OperatedModel, name: str) -> Written:
+def written_adapter(model: OperatedModel, name: str) -> Written:
     """An adapter as the library saves it. PSG512 for what it has no form for, PSG513 without names.
 
     Every parameter that was trained must be the adapter's or the head's.
@@ -50,19 +50,20 @@ def export(model: OperatedModel, name: str) -> Written:
         raise _refuse(f"the vocabulary has {size}, and the library saves none with an adapter")
     cuts = [cut for cut in model.cuts if cut.operation.name == name]
     added = [cut for cut in cuts if cut.rule.params or cut.rule.rewrite]
-    places = Places(model)
+    sites = HubSites(model)
     operation = _only_operation(name, added)
-    flat = _flat(operation, places, added)
+    flat = _flat(operation, sites, added)
     values = model.learnt()
     called = ",".join(fused_names(operation)) or name
     tensors = {
-        places.full(key): stack.join(values) for key, stack in stacks(added, places, called).items()
+        sites.full(key): joined.join(values)
+        for key, joined in joined_tensors(added, sites, called).items()
     }
     config = {"config": unflattened(flat), "name": called, **about(model)}
-    return Written(config, tensors, trained_head(model, places, cuts))
+    return Written(config, tensors, trained_head(model, sites, cuts))
 
 
-def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
+def _flat(operation: Operation, sites: HubSites, cuts: Sequence[Cut]) -> Flat:
     """The config of an operation. PSG512 for settings that the library cannot have."""
     for setting, value in operation.file.implied(FORMAT).items():
         if operation.settings[setting] != value:
@@ -73,14 +74,14 @@ def _flat(operation: Operation, places: Places, cuts: Sequence[Cut]) -> Flat:
     }
     for prefix, architecture in architectures(flat).items():
         part = parts()[architecture]
-        sites = dict.fromkeys(c.placed for c in cuts if c.rule.kind.name == part.kind)
-        said = places.said(part.kind, list(sites)) if part.places else {}
+        adapted = dict.fromkeys(c.placed for c in cuts if c.rule.kind.name == part.kind)
+        said = sites.said(part.kind, list(adapted)) if part.where else {}
         flat |= {f"{prefix}{key}": value for key, value in said.items()}
         for key, default in part.defaults.items():
             if type(default) is int and default > 0 and not flat[f"{prefix}{key}"] > 0:
                 raise _unsaid(operation, f"{prefix}{key}", "a number of its own")
         for key, source in part.inherited.items():
-            theirs = getattr(places.config, source, 0.0)
+            theirs = getattr(sites.config, source, 0.0)
             value = flat.pop(f"{prefix}{key}")
             if key not in part.taken:
                 flat[f"{prefix}{key}"] = None if value == theirs else value

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.formats.peft.config import AdapterConfig, all_suffixes
-from peftsurgery.formats.peft.files import read_config, read_tensors
-from peftsurgery.formats.peft.names import Names, sort_keys
-from peftsurgery.formats.peft.targets import within
+from peftsurgery.formats.peft.files import read_peft_config, read_peft_tensors
+from peftsurgery.formats.peft.target_modules import saved_whole
+from peftsurgery.formats.peft.tensor_keys import Names, sort_keys
 
 
 @dataclass(frozen=True)
-class Adapter:
+class PeftAdapter:
     """A directory of peft's: the values of its config, and its tensors by their keys."""
 
     folder: Path
@@ -36,19 +36,19 @@ class Adapter:
         has the same values here (peft's ensure_weight_tying).
         """
         saved = self.config.names("modules_to_save")
-        if name in self.names.again or within(name.rpartition(".")[0], saved):
+        if name in self.names.again or saved_whole(name.rpartition(".")[0], saved):
             return True
         others = (a for a in tensor_names(model).get(name, ()) if a in self.names.own and a != name)
         value = self.tensors[self.names.own[name]]
         return any(
-            within(other.rpartition(".")[0], saved)
+            saved_whole(other.rpartition(".")[0], saved)
             and torch.equal(value, self.tensors[self.names.own[other]])
             for other in others
         )
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> PeftAdapter:
     """The adapter in a directory. PSG501 to PSG506 for one that is damaged or not honoured."""
-    config = AdapterConfig(read_config(folder))
-    tensors = read_tensors(folder)
-    return Adapter(folder, config, tensors, sort_keys(tensors, all_suffixes()))
+    config = AdapterConfig(read_peft_config(folder))
+    tensors = read_peft_tensors(folder)
+    return PeftAdapter(folder, config, tensors, sort_keys(tensors, all_suffixes()))

@@ -78,11 +78,11 @@ class AdapterConfig:
     def _methods(self) -> tuple[RuleFile, ...]:
         """The shipped rule files that this config identifies."""
         kind = self.values.get("peft_type")
-        known = {str(file.identifying(FORMAT)["peft_type"]) for file in rule_files()}
+        known = {str(file.identifying(FORMAT)["peft_type"]) for file in peft_rule_files()}
         if not isinstance(kind, str) or kind not in known:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
             raise SurgeryError("PSG502", f"the adapter's peft_type is {shown(kind)}", hint)
-        of_kind = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
+        of_kind = [f for f in peft_rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
         for key, wanted in {
             k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
         }.items():
@@ -167,7 +167,7 @@ def flat_form(file: RuleFile) -> RuleFile:
 
 
 @cache
-def rule_files() -> tuple[RuleFile, ...]:
+def peft_rule_files() -> tuple[RuleFile, ...]:
     """The shipped rule files of methods that peft has too."""
     files = (load_rules(name) for name in shipped())
     return tuple(file for file in files if "peft_type" in file.identifying(FORMAT))
@@ -177,7 +177,7 @@ def all_suffixes() -> frozenset[str]:
     """Every ending of a tensor's name that the shipped rules give a meaning."""
     return frozenset(
         suffix
-        for file in rule_files()
+        for file in peft_rule_files()
         for rule in file.rules
         for suffix in rule.suffixes(FORMAT).values()
     )
@@ -186,7 +186,7 @@ def all_suffixes() -> frozenset[str]:
 def listings(files: Iterable[RuleFile]) -> set[str]:
     """The keys that list the modules of one of the rules, in these methods."""
     kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
-    alike = [f for f in rule_files() if f.identifying(FORMAT)["peft_type"] in kinds]
+    alike = [f for f in peft_rule_files() if f.identifying(FORMAT)["peft_type"] in kinds]
     keys = (rule.listing(FORMAT) for file in alike for rule in file.rules)
     return {key for key in keys if key is not None}
 

@@ -16,15 +16,15 @@ from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.adapter import read_adapter
-from peftsurgery.formats.peft.base import saved_tables, with_vocabulary
 from peftsurgery.formats.peft.config import FORMAT
 from peftsurgery.formats.peft.files import BASE, CONFIG, TENSORS, write_adapter
-from peftsurgery.formats.peft.names import without_wrapper
+from peftsurgery.formats.peft.needed_base import saved_tables, with_vocabulary
 from peftsurgery.formats.peft.prefix import KIND, LENGTH, export_prefix, is_prefix
 from peftsurgery.formats.peft.prompts import export_prompt, is_prompt
 from peftsurgery.formats.peft.reading import Importer
-from peftsurgery.formats.peft.windows import window_notes
-from peftsurgery.formats.peft.writing import export
+from peftsurgery.formats.peft.tensor_keys import without_wrapper
+from peftsurgery.formats.peft.window_notes import window_notes
+from peftsurgery.formats.peft.writing import wrapped_adapter
 from peftsurgery.surgery.applying import check_taken, operate
 from peftsurgery.surgery.fold.flattening import flatten
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -107,7 +107,7 @@ def to_peft(
             flat = flatten(model)
             cuts = [cut for cut in flat.cuts if cut.operation.name == chosen]
             wraps = not is_prefix(cuts)
-            config, tensors = (export if wraps else export_prefix)(flat, chosen)
+            config, tensors = (wrapped_adapter if wraps else export_prefix)(flat, chosen)
         adapted = {cut.placed.module for cut in cuts if wraps and cut.rule.params}
         tables = saved_tables(model, adapted)
     if not wraps:

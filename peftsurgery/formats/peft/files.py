@@ -17,25 +17,25 @@ import torch
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import as_safetensors
 from peftsurgery.formats.adapter_files import (
-    as_json,
+    config_bytes,
     nearby,
-    read_object,
+    read_json,
     read_safetensors,
-    write_files,
+    write_adapter_files,
 )
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_peft_config(folder: Path) -> dict[str, Any]:
     """The adapter's config. PSG501 if it is missing, is no JSON object or holds NaN.
 
     PSG503 if the base that it names is none: whoever folds an adapter opens that first.
     """
     if not (folder / CONFIG).is_file():
         raise SurgeryError("PSG501", f"'{folder}' has no {CONFIG}", nearby(folder, CONFIG))
-    config = read_object(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     base = config.get(BASE)
     if base is not None and not isinstance(base, str):
         message = f"the adapter's {BASE} is {base!r:.60}, which names no model"
@@ -43,7 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """The adapter's tensors, in memory of their own. PSG505 if there are none or not finite."""
     if (folder / TENSORS).is_file():
         return read_safetensors(folder / TENSORS)
@@ -66,5 +66,5 @@ def write_adapter(
 
     PSG601 if the place holds anything but an adapter, PSG603 if the system refuses.
     """
-    contents = {TENSORS: as_safetensors(tensors), CONFIG: as_json(config), **others}
-    write_files(folder, contents, CONFIG)
+    contents = {TENSORS: as_safetensors(tensors), CONFIG: config_bytes(config), **others}
+    write_adapter_files(folder, contents, CONFIG)

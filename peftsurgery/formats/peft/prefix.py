@@ -20,9 +20,9 @@ from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.config import FORMAT, AdapterConfig
 from peftsurgery.formats.peft.files import BASE
-from peftsurgery.formats.peft.names import without_wrapper
 from peftsurgery.formats.peft.prompts import task_of
-from peftsurgery.formats.peft.trained import say_trained
+from peftsurgery.formats.peft.tensor_keys import without_wrapper
+from peftsurgery.formats.peft.trained_modules import say_trained
 from peftsurgery.language import RuleFile, resolve_settings, shape_of
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation

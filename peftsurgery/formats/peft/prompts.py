@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.base import TASKS
 from peftsurgery.formats.peft.config import FORMAT, flat_form
 from peftsurgery.formats.peft.files import BASE
-from peftsurgery.formats.peft.names import without_wrapper
-from peftsurgery.formats.peft.trained import say_trained
+from peftsurgery.formats.peft.needed_base import TASKS
+from peftsurgery.formats.peft.tensor_keys import without_wrapper
+from peftsurgery.formats.peft.trained_modules import say_trained
 from peftsurgery.language import RuleFile
 from peftsurgery.surgery.fold.flattening import flatten
 from peftsurgery.surgery.model.operated import OperatedModel

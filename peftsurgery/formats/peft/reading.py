@@ -18,7 +18,7 @@ from peftsurgery.capture import GraphModel
 from peftsurgery.capture.builds import tables
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.formats.peft.adapter import Adapter
+from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.config import FORMAT, all_suffixes, listings
 from peftsurgery.formats.peft.prefix import (
     KIND,
@@ -28,8 +28,14 @@ from peftsurgery.formats.peft.prefix import (
     shape_in_file,
     split,
 )
-from peftsurgery.formats.peft.ranks import spread
-from peftsurgery.formats.peft.targets import check_listed, check_targets, ends, unlike, within
+from peftsurgery.formats.peft.rank_patterns import spread
+from peftsurgery.formats.peft.target_modules import (
+    check_listed,
+    check_targets,
+    ends,
+    saved_whole,
+    unlike,
+)
 from peftsurgery.language import Expect, Rule, RuleFile, Where, resolve_settings, select, shape_of
 from peftsurgery.surgery.plan.cut import Cut, Operation
 
@@ -77,7 +83,7 @@ class Importer:
     def __init__(
         self,
         model: GraphModel,
-        adapter: Adapter,
+        adapter: PeftAdapter,
         name: str,
     ) -> None:
         self.adapter, self.config, self.name = adapter, adapter.config, name
@@ -96,7 +102,7 @@ class Importer:
             self.add_prefix(plan)
             self.add_trained(plan)
             return plan
-        placed = {module: self.place(module) for module in self.names.added}
+        placed = {module: self.site_of(module) for module in self.names.added}
         check_targets(self.config, self.model, self.names.added)
         self.config.check_patterns(self.names.added)
         groups: dict[tuple[Any, ...], tuple[list[_Option], list[Placed]]] = {}
@@ -129,7 +135,7 @@ class Importer:
         plan.operations.append(operation)
         plan.known.update(split(self.graph, cuts, value))
 
-    def place(self, module: str) -> Placed:
+    def site_of(self, module: str) -> Placed:
         """The site at a module; one that a rule can be for comes first. PSG506 if there is none."""
         kinds = {option.rule.kind.name for option in self.options}
         wanted = WEIGHTED if module else (WHOLE,)
@@ -244,7 +250,7 @@ class Importer:
         modules = [name for name, _ in self.model.named_modules(remove_duplicate=False)]
         for name in saved:
             exists = any(module.endswith(name) for module in modules)
-            covered = any(within(owner, [name]) for owner in owners)
+            covered = any(saved_whole(owner, [name]) for owner in owners)
             if covered or (name in automatic and not exists):
                 continue
             message = f"modules_to_save names '{name}', and the adapter has no tensors for it"

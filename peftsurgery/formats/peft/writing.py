@@ -18,14 +18,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.base import class_said
 from peftsurgery.formats.peft.config import ABSENT, FORMAT, PATTERNS, listings
 from peftsurgery.formats.peft.files import BASE
-from peftsurgery.formats.peft.fused import fuse
-from peftsurgery.formats.peft.names import added_key
-from peftsurgery.formats.peft.ranks import PATTERN, check_total, gather
-from peftsurgery.formats.peft.targets import say_listed, say_targets, unlike
-from peftsurgery.formats.peft.trained import Trained, say_trained
+from peftsurgery.formats.peft.fused_weights import fuse
+from peftsurgery.formats.peft.needed_base import class_said
+from peftsurgery.formats.peft.rank_patterns import PATTERN, check_total, gather
+from peftsurgery.formats.peft.target_modules import say_listed, say_targets, unlike
+from peftsurgery.formats.peft.tensor_keys import added_key
+from peftsurgery.formats.peft.trained_modules import Trained, say_trained
 from peftsurgery.language import Rule
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
@@ -43,7 +43,9 @@ class Adapted:
     rule: Rule
 
 
-def export(model: OperatedModel, name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def wrapped_adapter(
+    model: OperatedModel, name: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config and the tensors of an adapter. PSG510 for what peft has no form for."""
     cuts = [cut for cut in model.cuts if cut.operation.name == name]
     adapted = [_adapted(model, group) for group in _by_module(cuts) if group[0].rule.params]

@@ -80,7 +80,7 @@ def _name_test(config: AdapterConfig, key: str) -> Callable[[str], bool]:
     return lambda path: any(ends(path, name) for name in names)
 
 
-def within(path: str, names: Iterable[str]) -> bool:
+def saved_whole(path: str, names: Iterable[str]) -> bool:
     """Whether a module is, or lies in, one that modules_to_save names by the end of its path."""
     parts = path.split(".")
     heads = (".".join(parts[: n + 1]) for n in range(len(parts)))

@@ -26,9 +26,9 @@ from peftsurgery.capture import GraphModel, Source, open_source
 from peftsurgery.capture.builds import FILES, Build, class_named, labels_for, tables, tokens_of
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.adapter import Adapter
+from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.config import FORMAT, AdapterConfig
-from peftsurgery.formats.peft.names import own_key
+from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.fold.vocabulary import built
 from peftsurgery.surgery.loading import open_built
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -46,8 +46,8 @@ TASKS: Mapping[str, Any] = {
 }
 
 
-def open_base(
-    spec: str, adapter: Adapter, kind: str | None = None, allow_other_base: bool = False
+def open_peft_base(
+    spec: str, adapter: PeftAdapter, kind: str | None = None, allow_other_base: bool = False
 ) -> GraphModel:
     """The base at ``spec``, captured as the adapter needs it; ``kind`` names another class.
 
@@ -64,7 +64,7 @@ def open_base(
     return open_built(spec, replace(wanted, kind=build.kind, labels=labels))
 
 
-def _of_class(spec: str, adapter: Adapter, kind: str | None) -> Source:
+def _of_class(spec: str, adapter: PeftAdapter, kind: str | None) -> Source:
     """The base in the class that is asked for, or that the adapter says and fits."""
     if kind is not None:
         return open_source(spec, replace(FILES, kind=kind))
@@ -107,41 +107,41 @@ def _known(name: str | None, config: PreTrainedConfig) -> str | None:
         return None
 
 
-def lost(model: nn.Module, adapter: Adapter) -> int:
+def lost(model: nn.Module, adapter: PeftAdapter) -> int:
     """How many of the modules and parameters that an adapter is for a model does not have."""
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     owners = {name.rpartition(".")[0] for name in adapter.names.own}
     return len({*adapter.names.added, *owners} - modules)
 
 
-def vocabulary_for(model: nn.Module, adapter: Adapter) -> Build:
+def vocabulary_for(model: nn.Module, adapter: PeftAdapter) -> Build:
     """The vocabulary that an adapter needs, as a build; ``FILES`` if it is the model's.
 
     PSG507 if the adapter's tensors are of several; PSG219 if tables of the model that the adapter
     does not train have other numbers of rows than the input's, and could not be told apart after.
     """
-    stored, places = tokens_of(model), tables(model)
+    stored, owners = tokens_of(model), tables(model)
     if stored is None:
         return FILES
-    wanted = _wanted(stored, list(_sizes(model, places, adapter)), adapter.folder)
+    wanted = _wanted(stored, list(_sizes(model, owners, adapter)), adapter.folder)
     if wanted == stored:
         return FILES
     build = Build(vocabulary=wanted, stored=stored)
     trained = {name for name in adapter.names.own if adapter.trains(name, model)}
-    _check_even(model, places, trained, build)
+    _check_even(model, owners, trained, build)
     has_tokenizer = bool(tokenizer_files(adapter.folder))
-    rows = dict(_rows(model, places, adapter, build)) if build.added else {}
+    rows = dict(_rows(model, owners, adapter, build)) if build.added else {}
     known = {*rows, *trained}
     return replace(
         build,
         rows=rows,
-        lacking=tuple(_lacking(model, places, known)) if build.added else (),
+        lacking=tuple(_lacking(model, owners, known)) if build.added else (),
         tokenizer=adapter.folder if has_tokenizer else None,
     )
 
 
 @dataclass(frozen=True)
-class _Size:
+class _TableSize:
     """How many tokens a tensor at a table is for, and how many rows that table has, by its key."""
 
     key: str
@@ -149,7 +149,7 @@ class _Size:
     own: int
 
 
-def _wanted(stored: int, sizes: Sequence[_Size], folder: Path) -> int:
+def _wanted(stored: int, sizes: Sequence[_TableSize], folder: Path) -> int:
     """How many rows the tables are to have, where the input's has ``stored``. PSG507.
 
     A table of another length than the input's that the adapter's tensor fits says nothing of the
@@ -166,11 +166,11 @@ def _wanted(stored: int, sizes: Sequence[_Size], folder: Path) -> int:
 
 
 def _check_even(
-    model: nn.Module, places: Mapping[str, nn.Module], trained: set[str], build: Build
+    model: nn.Module, owners: Mapping[str, nn.Module], trained: set[str], build: Build
 ) -> None:
     """Refuse to resize a table of another length whose rows the adapter does not have. PSG219."""
     names = tensor_names(model)
-    for path, part in places.items():
+    for path, part in owners.items():
         for leaf, parameter in part._parameters.items():
             name = f"{path}.{leaf}"
             if parameter is None or len(parameter) == build.stored:
@@ -184,22 +184,24 @@ def _check_even(
                 raise SurgeryError("PSG219", message, hint)
 
 
-def _sizes(model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter) -> Iterator[_Size]:
+def _sizes(
+    model: nn.Module, owners: Mapping[str, nn.Module], adapter: PeftAdapter
+) -> Iterator[_TableSize]:
     """What the adapter's tensors at tables say of the sizes of those tables."""
     for group in (adapter.names.own, adapter.names.again, adapter.names.frozen):
         for name, key in group.items():
             owner, _, leaf = name.rpartition(".")
-            table = places[owner]._parameters.get(leaf) if owner in places else None
+            table = owners[owner]._parameters.get(leaf) if owner in owners else None
             if table is not None and adapter.tensors[key].dim():
-                yield _Size(key, len(adapter.tensors[key]), len(table))
-    for path in places.keys() & adapter.names.added.keys():
-        size = "in" if isinstance(places[path], nn.Embedding) else "out"
-        own = len(places[path].get_parameter("weight"))
+                yield _TableSize(key, len(adapter.tensors[key]), len(table))
+    for path in owners.keys() & adapter.names.added.keys():
+        size = "in" if isinstance(owners[path], nn.Embedding) else "out"
+        own = len(owners[path].get_parameter("weight"))
         for suffix, key in adapter.names.added[path].items():
             for dim in _dims(adapter.config, suffix, size):
                 value = adapter.tensors[key]
                 if dim < value.dim():
-                    yield _Size(key, value.shape[dim], own)
+                    yield _TableSize(key, value.shape[dim], own)
 
 
 def _dims(config: AdapterConfig, suffix: str, size: str) -> set[int]:
@@ -216,23 +218,23 @@ def _dims(config: AdapterConfig, suffix: str, size: str) -> set[int]:
 
 
 def _rows(
-    model: nn.Module, places: Mapping[str, nn.Module], adapter: Adapter, build: Build
+    model: nn.Module, owners: Mapping[str, nn.Module], adapter: PeftAdapter, build: Build
 ) -> Iterator[tuple[str, Tensor]]:
     """The new rows of the base's tables: of the copies that the adapter has and does not train."""
     for group in (adapter.names.own, adapter.names.frozen):
         for name, key in group.items():
             owner, _, leaf = name.rpartition(".")
-            is_table = owner in places and leaf in places[owner]._parameters
+            is_table = owner in owners and leaf in owners[owner]._parameters
             trained = group is adapter.names.own and adapter.trains(name, model)
             if is_table and not trained:
                 yield name, adapter.tensors[key][build.stored :].contiguous()
 
 
-def _lacking(model: nn.Module, places: Mapping[str, nn.Module], known: set[str]) -> Iterator[str]:
+def _lacking(model: nn.Module, owners: Mapping[str, nn.Module], known: set[str]) -> Iterator[str]:
     """The parameters of tables whose new rows the adapter has nothing of, each by one name."""
     seen: set[int] = set()
     names = tensor_names(model)
-    for path, part in places.items():
+    for path, part in owners.items():
         for leaf, parameter in part._parameters.items():
             name = f"{path}.{leaf}"
             if parameter is None or id(parameter) in seen or len(parameter) != tokens_of(model):
@@ -274,7 +276,7 @@ def saved_tables(model: OperatedModel, adapted: Collection[str]) -> dict[str, Te
     return {own_key(name, adapted): model.dense(name).clone() for name in names}
 
 
-def with_vocabulary(model: GraphModel, adapter: Adapter) -> GraphModel:
+def with_vocabulary(model: GraphModel, adapter: PeftAdapter) -> GraphModel:
     """A captured model with the vocabulary that an adapter needs; the model as it is, else."""
     base = model.base if isinstance(model, OperatedModel) else model
     return built(model, vocabulary_for(base.source.module, adapter))

@@ -20,7 +20,7 @@ from peftsurgery.formats.adapterhub.library import Layout, layouts
 MATRICES = ("q", "k", "v")
 
 
-class Places:
+class HubSites:
     """The sites of a model that the library can put something at, under its names for them."""
 
     def __init__(self, model: GraphModel) -> None:
@@ -35,14 +35,14 @@ class Places:
         self.layout: Layout = known[self.model_type]
         self.prefix = f"{getattr(module, 'base_model_prefix', '')}."
         self.headed = hasattr(module, self.prefix[:-1])
-        self.sites = list(survey(model.base_capture))
-        self.layers = sorted({site.layer for site in self.sites if site.layer is not None})
+        self.every = list(survey(model.base_capture))
+        self.layers = sorted({site.layer for site in self.every if site.layer is not None})
 
     def meant(self, kind: str, keys: Mapping[str, Any]) -> list[Placed]:
         """The sites of a kind that config keys mean."""
         wanted = self._test(kind, keys)
         left_out = set(keys.get("leave_out") or ())
-        here = [s for s in self.sites if s.kind == kind and s.layer is not None]
+        here = [s for s in self.every if s.kind == kind and s.layer is not None]
         return [s for s in here if s.layer not in left_out and wanted(s)]
 
     def said(self, kind: str, sites: Iterable[Placed]) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Places:
         if kind == "residual":
             keys |= {"mh_adapter": "attention" in here, "output_adapter": "ffn" in here}
         meant = self.meant(kind, keys)
-        odd = difference(sites, meant)
+        odd = odd_one(sites, meant)
         if odd is not None:
             what = "is adapted" if odd in sites else "is not adapted"
             message = f"'{odd.module}' {what}, which AdapterHub's config has no words for"
@@ -110,7 +110,7 @@ class Places:
         return site.facts.get("kind") == part
 
 
-def difference(some: Sequence[Placed], others: Sequence[Placed]) -> Placed | None:
+def odd_one(some: Sequence[Placed], others: Sequence[Placed]) -> Placed | None:
     """A site that is in one list only."""
     here, there = ({(site.block, site.site) for site in sites} for sites in (some, others))
     both = here & there

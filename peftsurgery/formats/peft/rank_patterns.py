@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.config import FORMAT, AdapterConfig
-from peftsurgery.formats.peft.names import Names
+from peftsurgery.formats.peft.tensor_keys import Names
 from peftsurgery.language import Rule, evaluate
 from peftsurgery.surgery.plan.cut import Cut
 
@@ -83,9 +83,9 @@ def gather(
     for module, rule, tensors in every:
         if rule.ranks is not None:
             pattern[f"{module}.{rule.suffixes(FORMAT)[rule.ranks.zero]}"] = kept[module].tolist()
-            places = kept[module].nonzero().flatten()
+            positions = kept[module].nonzero().flatten()
             for suffix, axis in _axes([rule]).items():
-                values[module][suffix] = tensors[suffix].detach().index_select(axis, places)
+                values[module][suffix] = tensors[suffix].detach().index_select(axis, positions)
     return pattern, values
 
 

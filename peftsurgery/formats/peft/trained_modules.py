@@ -14,7 +14,7 @@ from torch import nn
 
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.names import own_key
+from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.model.operated import OperatedModel
 
 

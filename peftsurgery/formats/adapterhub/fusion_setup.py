@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapter_files import as_json, read_object
-from peftsurgery.formats.adapterhub.files import FUSION, SETUP, read_config
+from peftsurgery.formats.adapter_files import config_bytes, read_json
+from peftsurgery.formats.adapterhub.files import FUSION, SETUP, read_hub_config
 from peftsurgery.formats.adapterhub.library import FUSED, parts, version
 from peftsurgery.surgery.plan.cut import adapter_name
 
@@ -20,7 +20,7 @@ def is_setup(folder: Path) -> bool:
 
 def read_setup(folder: Path) -> list[str]:
     """The names of the adapters that are fused. PSG504 for any other setup."""
-    setup = read_object(folder / SETUP)
+    setup = read_json(folder / SETUP)
     fuse = setup.get("adapter_setup")
     children = fuse.get("children") if isinstance(fuse, dict) else None
     names = [_single(child) for child in children] if isinstance(children, list) else []
@@ -46,7 +46,7 @@ def fusion_config(folder: Path, names: Sequence[str], last: dict[str, Any]) -> d
     The library's fusion asks with what the last adapter reads, so that adapter's config belongs to
     it; see ``library.yaml``.
     """
-    values = read_config(folder / ",".join(names), FUSION)
+    values = read_hub_config(folder / ",".join(names), FUSION)
     config = values.get("config")
     if not isinstance(config, dict) or values.get("adapter_names") != list(names):
         message = f"the fusion of {', '.join(names)} is for {values.get('adapter_names')!r}"
@@ -66,4 +66,4 @@ def setup_content(names: Sequence[str]) -> bytes:
     """The file that says which adapters are fused."""
     children = [{"type": "single", "children": [name]} for name in names]
     fuse = {"type": "Fuse", "children": children}
-    return as_json({"adapter_setup": fuse, "head_setup": None, "version": version()})
+    return config_bytes({"adapter_setup": fuse, "head_setup": None, "version": version()})

@@ -56,8 +56,8 @@ def free_axes(model: GraphModel) -> dict[str, list[int]]:
     }
 
 
-def tensors_of(outputs: Any) -> dict[str, Tensor]:
-    """The tensors of a model's outputs, by the name of the field and their place in it."""
+def output_tensors(outputs: Any) -> dict[str, Tensor]:
+    """The tensors of a model's outputs, by the name of the field and their position in it."""
     fields = outputs.items() if isinstance(outputs, ModelOutput) else [("output", outputs)]
     found: dict[str, Tensor] = {}
     for name, value in fields:
@@ -130,12 +130,12 @@ def _make(
 ) -> Inputs:
     generator = torch.Generator().manual_seed(0)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    place = "cpu" if device.type == "meta" else device
+    target = "cpu" if device.type == "meta" else device
     inputs = {}
     for node in nodes:
         shape = list(_shape(node.meta["val"].shape, batch, stretch))
         value = _value(model, node.name, shape, node.meta["val"].dtype, generator)
-        inputs[node.name] = value.to(place)
+        inputs[node.name] = value.to(target)
     return inputs
 
 
