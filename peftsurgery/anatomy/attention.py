@@ -31,7 +31,6 @@ from peftsurgery.anatomy.ops import (
     fixed,
     is_swap,
     is_tensor,
-    never,
     op,
     operands,
     parameter_of,
@@ -208,7 +207,7 @@ def _mask(softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
         inputs = operands(node)
         if not inputs:
             return None
-        on_way = [n for n in inputs if n is scores or scores in backward([n], never)]
+        on_way = [n for n in inputs if n is scores or scores in backward([n])]
         others = [n for n in inputs if n not in on_way]
         if others and op(node) in ("add", "add_", "masked_fill", "masked_fill_", "where"):
             return others[-1]
@@ -259,4 +258,4 @@ def compares_order(node: fx.Node) -> bool:
 
 def is_position(node: fx.Node) -> bool:
     """Whether a value counts something: it comes from an arange."""
-    return any(op(found) == "arange" for found in backward([node], never))
+    return any(op(found) == "arange" for found in backward([node]))

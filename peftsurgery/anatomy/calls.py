@@ -11,6 +11,7 @@ from torch import fx
 from peftsurgery.anatomy.ops import operands
 from peftsurgery.capture import Program
 from peftsurgery.capture.names import join
+from peftsurgery.reach import reach
 
 Programs = Mapping[str, Sequence[Program]]
 
@@ -56,29 +57,19 @@ class Calls:
         label = node.kwargs.get("program")
         return self._by_name.get((join(frame.path, str(node.target)), str(label)))
 
-    def walk(
-        self, frame: Frame, start: Sequence[fx.Node], known: set[tuple[Frame, fx.Node]]
-    ) -> Iterator[tuple[Frame, fx.Node]]:
-        """What values are computed from, into the callers of the frame and the blocks it calls.
+    def walk(self, frame: Frame, node: fx.Node) -> Iterator[tuple[Frame, fx.Node]]:
+        """What a value is computed from, into the callers of the frame and the blocks it calls."""
+        return reach([(frame, node)], self._sources)
 
-        ``known`` values are not walked again, and grow by what this walk saw.
-        """
-        stack = [(frame, node) for node in start]
-        while stack:
-            place = stack.pop()
-            if place in known:
-                continue
-            known.add(place)
-            yield place
-            here, node = place
-            if node.op == "placeholder":
-                stack += self._arguments(here, node)
-            elif node.op == "call_module":
-                stack += self._results(here, node, None)
-            elif node.target is operator.getitem and _first(node).op == "call_module":
-                stack += self._results(here, _first(node), node.args[1])
-            else:
-                stack += [(here, source) for source in operands(node)]
+    def _sources(self, value: tuple[Frame, fx.Node]) -> list[tuple[Frame, fx.Node]]:
+        frame, node = value
+        if node.op == "placeholder":
+            return self._arguments(frame, node)
+        if node.op == "call_module":
+            return self._results(frame, node, None)
+        if node.target is operator.getitem and _first(node).op == "call_module":
+            return self._results(frame, _first(node), node.args[1])
+        return [(frame, source) for source in operands(node)]
 
     def _arguments(self, frame: Frame, node: fx.Node) -> list[tuple[Frame, fx.Node]]:
         """The values that the callers pass for a placeholder."""

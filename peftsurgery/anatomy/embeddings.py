@@ -24,15 +24,13 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from peftsurgery.anatomy.arguments import ARGUMENTS, TOKENS
-from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.flow import Flow, forward
 from peftsurgery.anatomy.ops import (
     ADDITION,
     LAYOUT,
     SCALING,
-    always,
     backward,
     is_tensor,
-    never,
     op,
     operands,
     parameter_of,
@@ -117,26 +115,26 @@ def _own_roles(tables: Sequence[_Table]) -> Roles:
             roles[table] = "embed.positions" if is_place else "embed.types"
     placed = [table for table, role in roles.items() if role == "embed.positions"]
     for table in placed:
-        others = {n for other in placed if other is not table for n in made_of(other.ids, always)}
-        if others & {n for index in _picked_by(table.ids) for n in made_of(index, always)}:
+        others = {n for other in placed if other is not table for n in made_of(other.ids)}
+        if others & {n for index in _picked_by(table.ids) for n in made_of(index)}:
             roles[table] = "embed.types"
     return roles
 
 
 def _inputs(ids: fx.Node) -> list[fx.Node]:
     """The inputs whose contents ids are computed from; not those whose size they have."""
-    return [found for found in made_of(ids, always) if found.op == "placeholder"]
+    return [found for found in made_of(ids) if found.op == "placeholder"]
 
 
 def _has_row_for_each(table: _Table) -> bool:
     """Whether a table has a row for each entry of the buffer that its ids are cut from."""
-    held = [found for found in made_of(table.ids, always) if found.op == "get_attr"]
+    held = [found for found in made_of(table.ids) if found.op == "get_attr"]
     return all(table.entries >= max(map(int, shape(found)), default=1) for found in held)
 
 
 def _picked_by(ids: fx.Node) -> Iterable[fx.Node]:
     """The values that say which entries of another value ids are."""
-    for found in made_of(ids, always):
+    for found in made_of(ids):
         if plain(found) in ("gather", "index_select", "index"):
             yield from operands(found)[1:]
 
@@ -196,23 +194,17 @@ def _sums(tables: Sequence[_Table]) -> list[list[_Table]]:
 
 def _added(y: fx.Node) -> set[fx.Node]:
     """An embedding, and all that it is scaled and added to before anything else is done to it."""
-    found, stack = {y}, [y]
-    while stack:
-        for user in stack.pop().users:
-            if op(user) in LAYOUT | SCALING | ADDITION and user not in found:
-                found.add(user)
-                stack.append(user)
-    return found
+    return set(forward([y], LAYOUT | SCALING | ADDITION))
 
 
 def is_counted(node: fx.Node) -> bool:
     """Whether ids are made of an arange or a cumulative sum; what is picked by position is not."""
-    return any(op(found) in COUNTS for found in made_of(node, always))
+    return any(op(found) in COUNTS for found in made_of(node))
 
 
 def is_held(node: fx.Node) -> bool:
     """Whether a value is a tensor that the model holds, viewed or picked from at most."""
-    ends = [n for n in backward([node], never) if not operands(n)]
+    ends = [n for n in backward([node]) if not operands(n)]
     return bool(ends) and all(n.op == "get_attr" for n in ends)
 
 

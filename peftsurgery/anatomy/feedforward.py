@@ -11,7 +11,7 @@ an activation too, but its output joins no stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import fx
 
@@ -22,6 +22,7 @@ from peftsurgery.anatomy.recurrence import mixes_tokens
 from peftsurgery.anatomy.residual import Join
 from peftsurgery.anatomy.roles import Part
 from peftsurgery.anatomy.site import Site
+from peftsurgery.reach import reach
 
 
 def feedforward_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Part]:
@@ -72,22 +73,18 @@ def branch(flow: Flow, down: Site, region: frozenset[fx.Node]) -> list[Part]:
 
 def _activated(flow: Flow, start: fx.Node) -> dict[Site, set[bool]]:
     """The linears a value is computed from, and whether with or without an activation between."""
+
+    def sources(way: tuple[fx.Node, bool]) -> Iterator[tuple[fx.Node, bool]]:
+        node, active = way
+        for inner in operands(node):
+            yield inner, active or op(node) in ACTIVATIONS
+            if op(node) == "glu":
+                yield inner, False
+
     found: dict[Site, set[bool]] = {}
-    seen: set[tuple[fx.Node, bool]] = set()
-    stack = [(start, False)]
-    while stack:
-        node, active = stack.pop()
-        if (node, active) in seen:
-            continue
-        seen.add((node, active))
-        site = flow.products.get(node)
-        if site is not None:
-            found.setdefault(site, set()).add(active)
-            continue
-        active = active or op(node) in ACTIVATIONS
-        stack += [(inner, active) for inner in operands(node)]
-        if op(node) == "glu":
-            stack += [(inner, False) for inner in operands(node)]
+    for node, active in reach([(start, False)], sources, lambda way: way[0] in flow.products):
+        if node in flow.products:
+            found.setdefault(flow.products[node], set()).add(active)
     return found
 
 

@@ -8,6 +8,7 @@ from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.site import Site
+from peftsurgery.reach import reach
 
 SOURCES = ("linear", "embedding", "experts", "conv", "attention")
 
@@ -55,15 +56,8 @@ def _note(at: dict[fx.Node, list[Site]], node: fx.Node, site: Site) -> None:
 
 
 def _reached(start: fx.Node, at: dict[fx.Node, list[Site]], ends: set[fx.Node]) -> list[Site]:
-    found: dict[Site, None] = {}
-    seen = {start}
-    stack = [start]
-    while stack:
-        for user in stack.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            found.update(dict.fromkeys(at.get(user, ())))
-            if user not in ends and user.op != "call_module":
-                stack.append(user)
-    return list(found)
+    def stop(node: fx.Node) -> bool:
+        return node in ends or node.op == "call_module"
+
+    way = reach(start.users, lambda node: node.users, stop)
+    return list(dict.fromkeys(site for node in way for site in at.get(node, ())))

@@ -22,14 +22,13 @@ from peftsurgery.anatomy.ops import (
     NORMS,
     SCALING,
     backward,
-    is_tensor,
     op,
     operands,
-    shape,
     value,
 )
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.written_memory import written
+from peftsurgery.reach import reach
 
 Origin = frozenset[Site]
 NONE: Origin = frozenset()
@@ -85,15 +84,7 @@ class Flow:
 
     def made_of(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
         """A value and all that it is made of, in place too, up to where ``stop`` holds."""
-        seen = {node: None}
-        stack = [node]
-        while stack:
-            found = stack.pop()
-            if not stop(found):
-                new = [source for source in self.sources(found) if source not in seen]
-                seen.update(dict.fromkeys(new))
-                stack += new
-        return list(seen)
+        return list(reach([node], self.sources, stop))
 
     def upto_weights(self, node: fx.Node) -> list[fx.Node]:
         """What a value is made of up to the linears before it."""
@@ -164,11 +155,4 @@ def is_light(node: fx.Node) -> bool:
 def forward(start: Iterable[fx.Node], through: Iterable[str]) -> list[fx.Node]:
     """The values computed from ``start`` by operators of these names alone, themselves included."""
     accepted = frozenset(through)
-    seen: dict[fx.Node, None] = dict.fromkeys(start)
-    stack = list(seen)
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen and op(user) in accepted and (is_tensor(user) or not shape(user)):
-                seen[user] = None
-                stack.append(user)
-    return list(seen)
+    return list(reach(start, lambda node: (n for n in node.users if op(n) in accepted)))

@@ -7,12 +7,14 @@ on entries one at a time or normalise them, so that a value behind them is still
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
+
+from peftsurgery.reach import reach
 
 
 def words(text: str) -> frozenset[str]:
@@ -149,36 +151,19 @@ def strip(node: fx.Node, names: Iterable[str]) -> fx.Node:
     return node
 
 
-def backward(start: Sequence[fx.Node], stop: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
+def backward(
+    start: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None
+) -> Iterator[fx.Node]:
     """Every value that ``start`` is computed from, itself included, sizes left out.
 
     A node for which ``stop`` holds is given, but not what it is computed from.
     """
-    seen: set[fx.Node] = set()
-    stack = list(start)
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        if not stop(node):
-            stack.extend(operands(node))
-
-
-def never(node: fx.Node) -> bool:
-    """A stop condition for walks that go on to the placeholders."""
-    return False
-
-
-def always(node: fx.Node) -> bool:
-    """The opposite: whatever a value is made of is walked to."""
-    return True
+    return reach(start, operands, stop)
 
 
 def is_ancestor(node: fx.Node, of: fx.Node) -> bool:
     """Whether ``of`` is computed from ``node``."""
-    return node is not of and any(found is node for found in backward([of], never))
+    return node is not of and node in backward([of])
 
 
 def parameter_of(node: Any) -> tuple[fx.Node | None, bool]:

@@ -20,7 +20,6 @@ from peftsurgery.anatomy.ops import (
     backward,
     is_ancestor,
     is_tensor,
-    never,
     op,
     operands,
     shape,
@@ -28,6 +27,7 @@ from peftsurgery.anatomy.ops import (
     value,
 )
 from peftsurgery.anatomy.site import Site
+from peftsurgery.reach import reach
 
 WAVES = ("cos", "sin")
 PICKS = ("gather", "index_select", "index")
@@ -51,7 +51,7 @@ def _tables(tables: Iterable[Site]) -> Iterator[tuple[fx.Node, fx.Node, str, str
         if table.role != "embed.positions" or _is_used_up(table):
             continue
         ids, y = table.nodes["x"], table.nodes["y"]
-        distance = next((n for n in backward([ids], never) if _is_distance(n)), None)
+        distance = next((n for n in backward([ids]) if _is_distance(n)), None)
         if distance is None:
             yield ids, y, "token", table.module
         else:
@@ -103,14 +103,11 @@ def _is_open(node: fx.Node) -> bool:
 
 def _made_of(node: fx.Node) -> list[fx.Node]:
     """What is computed from a value as long as it is fractional, itself included."""
-    found, stack = {node: None}, [node]
-    while stack:
-        for user in stack.pop().users:
-            is_fraction = is_tensor(user) and value(user).is_floating_point()
-            if user.op == "call_function" and is_fraction and user not in found:
-                found[user] = None
-                stack.append(user)
-    return list(found)
+    return list(reach([node], lambda found: filter(_is_fraction, found.users)))
+
+
+def _is_fraction(node: fx.Node) -> bool:
+    return node.op == "call_function" and is_tensor(node) and value(node).is_floating_point()
 
 
 def _biases(p: fx.Node, later: Iterable[fx.Node]) -> bool:

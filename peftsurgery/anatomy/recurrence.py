@@ -28,6 +28,7 @@ from peftsurgery.anatomy.ops import ACTIVATIONS, backward, op, operands, shape, 
 from peftsurgery.anatomy.residual import Join
 from peftsurgery.anatomy.roles import Part, slices
 from peftsurgery.anatomy.site import Site
+from peftsurgery.reach import reach
 
 LENGTHS = words("sum linalg_vector_norm norm")
 
@@ -152,19 +153,10 @@ class _Branch:
 
     def _is_beside(self, site: Site) -> bool:
         """Whether a linear's output meets the recurrence's result alone, behind an activation."""
-        way, stack = set[fx.Node](), [site.nodes["y"]]
-        active = False
-        while stack:
-            node = stack.pop()
-            for user in node.users:
-                if user in way or user not in self.nodes or user is self.last.nodes["y"]:
-                    continue
-                way.add(user)
-                if mixes_tokens(self.flow, user) or user in self.decays:
-                    return False
-                active = active or op(user) in ACTIVATIONS
-                stack.append(user)
-        return active
+        start = site.nodes["y"]
+        way = set(reach([start], lambda node: self.nodes.intersection(node.users))) - {start}
+        meets = any(mixes_tokens(self.flow, node) or node in self.decays for node in way)
+        return not meets and any(op(node) in ACTIVATIONS for node in way)
 
 
 def _passes_on(flow: Flow, node: fx.Node) -> bool:

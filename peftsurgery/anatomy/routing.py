@@ -29,6 +29,7 @@ from peftsurgery.anatomy.ops import (
 )
 from peftsurgery.anatomy.roles import Part
 from peftsurgery.anatomy.site import Site
+from peftsurgery.reach import reach
 
 CHOICES = words("topk argmax sort argsort max")
 WEIGHINGS = words("mul mul_ where")
@@ -85,22 +86,24 @@ def _ends(flow: Flow, node: fx.Node) -> bool:
 
 def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
     """Whether what is chosen goes on to experts, or is multiplied with what they gave."""
-    seen, stack = {choice}, [choice]
-    while stack:
-        node = stack.pop()
+    chosen = {choice}
+
+    def users(node: fx.Node) -> Iterator[fx.Node]:
         for user in node.users:
-            if user in seen or _picks_tokens(user, seen, router):
-                continue
-            seen.add(user)
-            site = flow.products.get(user)
-            if site is not None or user.op == "call_module":
-                if user.op == "call_module" or (site is not None and site.kind == "experts"):
-                    return True
-                continue  # another linear: the choice has been lost in a signal
-            if op(user) in WEIGHINGS and _are_outputs(flow, user, seen, router):
-                return True
-            if op(user) not in ("embedding", "add", "add_"):
-                stack.append(user)
+            if not _picks_tokens(user, chosen, router):
+                chosen.add(user)
+                yield user
+
+    def is_lost(node: fx.Node) -> bool:
+        """Whether the choice goes no further: in another linear it is lost in a signal."""
+        return node in flow.products or op(node) in ("embedding", "add", "add_")
+
+    for node in reach(users(choice), users, is_lost):
+        site = flow.products.get(node)
+        if node.op == "call_module" or (site is not None and site.kind == "experts"):
+            return True
+        if site is None and op(node) in WEIGHINGS and _are_outputs(flow, node, chosen, router):
+            return True
     return False
 
 

@@ -22,6 +22,7 @@ from peftsurgery.anatomy.residual import call_of, owner, sublayer
 from peftsurgery.anatomy.site import Placed, Relations, Site
 from peftsurgery.capture import Capture, Program
 from peftsurgery.capture.names import join
+from peftsurgery.reach import reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,19 +154,21 @@ class _Surveyor:
         """The attention that positions are for, and where it is: the first that they come to."""
         if site.core is not None:
             return frame, site.core
-        seen, stack = {site.nodes["y"]}, [site.nodes["y"]]
-        while stack:
-            node = stack.pop()
-            callee = self.calls.callee(frame, node) if node.op == "call_module" else None
-            if callee is None:
-                users = [user for user in node.users if user not in seen]
-                seen.update(users)
-                stack += users
-                continue
-            core = next((s for s in analyse(callee.program).sites if s.kind == "attention"), None)
-            if core is not None:
-                return callee, core
-        return None
+
+        def called(node: fx.Node) -> Frame | None:
+            return self.calls.callee(frame, node) if node.op == "call_module" else None
+
+        way = reach([site.nodes["y"]], lambda node: node.users, lambda node: bool(called(node)))
+        return next(
+            (
+                (callee, core)
+                for callee in map(called, way)
+                if callee is not None
+                for core in analyse(callee.program).sites
+                if core.kind == "attention"
+            ),
+            None,
+        )
 
     def orders(self, frame: Frame, core: Site) -> bool:
         """Whether a core hides later tokens from earlier ones."""
@@ -185,7 +188,7 @@ class _Surveyor:
     def _compares(self, frame: Frame, node: fx.Node) -> bool:
         key = (frame.program, node)
         if frame.path or key not in self.ordered:
-            found = self.calls.walk(frame, [node], set())
+            found = self.calls.walk(frame, node)
             self.ordered[key] = any(compares_order(n) for _, n in found)
         return self.ordered[key]
 

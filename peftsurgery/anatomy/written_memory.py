@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from peftsurgery.anatomy.ops import op, operands, words
+from peftsurgery.reach import reach
 
 PLACES = words("index indices mask condition")
 """What operators call the arguments that say where entries are, and not which."""
@@ -43,36 +44,23 @@ def contents(node: fx.Node) -> list[fx.Node]:
 
 def written(node: fx.Node) -> list[fx.Node]:
     """The values that are written in place into a tensor, or into a view of it."""
-    found: list[fx.Node] = []
-    held, stack = {node}, [node]
-    while stack:
-        part = stack.pop()
-        for user in part.users:
-            if _writes(user, part):
-                found += [value for value in contents(user) if value is not part]
-            elif not _views(user, part):
-                continue
-            if user not in held:  # a write returns what it wrote to
-                held.add(user)
-                stack.append(user)
-    return found
+    # a write returns what it wrote to, so it is a view too
+    parts = reach([node], lambda part: (user for user in part.users if _views(user, part)))
+    writes = ((part, user) for part in parts for user in part.users if _writes(user, part))
+    return [value for part, user in writes for value in contents(user) if value is not part]
 
 
-def made_of(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
-    """A value and all that its entries come from, by operators for which ``through`` holds.
+def made_of(node: fx.Node, through: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
+    """A value and all that its entries come from; ``through`` these operators alone, if given.
 
     What was written into a value is followed whichever operator made it.
     """
-    stack, seen = [node], set[fx.Node]()
-    while stack:
-        found = stack.pop()
-        if found in seen:
-            continue
-        seen.add(found)
-        yield found
-        stack += written(found)
-        if through(found):
-            stack += contents(found)
+
+    def sources(found: fx.Node) -> list[fx.Node]:
+        is_followed = through is None or through(found)
+        return [*written(found), *(contents(found) if is_followed else ())]
+
+    return reach([node], sources)
 
 
 def _writes(user: fx.Node, part: fx.Node) -> bool:

@@ -22,6 +22,7 @@ from peftsurgery.capture.names import join
 from peftsurgery.capture.program import Program
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.errors import SurgeryError
+from peftsurgery.reach import reach
 
 CACHE: Mark = ("", 0, 0)  # the model's cache, which is one for all calls
 
@@ -131,15 +132,8 @@ class PartSplitter:
         if "surgery" not in node.meta:
             return False
         results = {other for mark, other in self._returned.items() if mark[0] == path}
-        stack, seen = [node], set[fx.Node]()
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source in results:
-                    return True
-                if source not in seen and "surgery" in source.meta:
-                    seen.add(source)
-                    stack.append(source)
-        return False
+        made = reach([node], lambda n: (m for m in n.all_input_nodes if "surgery" in m.meta))
+        return any(not results.isdisjoint(found.all_input_nodes) for found in made)
 
     def _owner(self, node: fx.Node, within: str) -> _Owner | None:
         """The outermost call of a part beneath ``within`` that made a node."""

@@ -16,6 +16,7 @@ from peftsurgery.anatomy.ops import LAYOUT, backward, is_tensor, op
 from peftsurgery.anatomy.site import Site
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Located
+from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 
 
@@ -59,14 +60,13 @@ def _is_beside(cut: Cut, read: Placed) -> bool:
 def _others(read: Placed, sites: Collection[Site]) -> Iterator[fx.Node]:
     """What reads a parameter in a program, and is part of none of these sites."""
     own = {node for site in sites for node in _inside(site)}
-    graph = read.program.graph
-    stack = [n for n in graph.find_nodes(op="get_attr") if n.target == read.site.parameter]
-    while stack:
-        for user in stack.pop().users:
-            if op(user) in LAYOUT and user not in own:
-                stack.append(user)
-            elif user not in own and (is_tensor(user) or user.op == "output"):
-                yield user
+    reads = read.program.graph.find_nodes(op="get_attr", target=read.site.parameter)
+
+    def is_reader(node: fx.Node) -> bool:
+        return op(node) not in LAYOUT and node not in reads
+
+    way = reach(reads, lambda node: (n for n in node.users if n not in own), is_reader)
+    return (node for node in filter(is_reader, way) if is_tensor(node) or node.op == "output")
 
 
 def _inside(site: Site) -> Iterator[fx.Node]:

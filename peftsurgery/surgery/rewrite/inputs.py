@@ -19,6 +19,7 @@ from peftsurgery.capture.signature import Call
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Rule, rewrite, shape_of
+from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.program import Rewriter, cast, compute_dtype, dtype_of
 
@@ -161,12 +162,10 @@ def entries(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
     """
     part = fx.Graph()
     ends = [node for node in graph.nodes if "entry" in node.meta]
-    needed, stack = set(graph.find_nodes(op="placeholder")), list(ends)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack += node.all_input_nodes
+    needed = {
+        *graph.find_nodes(op="placeholder"),
+        *reach(ends, lambda node: node.all_input_nodes),
+    }
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if node in needed:

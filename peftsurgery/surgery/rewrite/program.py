@@ -22,6 +22,7 @@ from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Context, fold, names_in, rewrite
 from peftsurgery.language.consistency import OUTPUTS
+from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, disorient, orient
 from peftsurgery.surgery.rewrite.rerun import calls_for_more
@@ -187,12 +188,10 @@ class Rewriter:
 
         Not those through which it is in the values ``beside`` it.
         """
-        reaches, stack = {end}, [end]
-        while stack:
-            for source in stack.pop().all_input_nodes:
-                if source is not start and source not in reaches and source not in beside:
-                    reaches.add(source)
-                    stack.append(source)
+        others = {start, *beside}
+        reaches = set(
+            reach([end], lambda node: (n for n in node.all_input_nodes if n not in others))
+        )
         return [node for node in self.graph.nodes if node in start.users and node in reaches]
 
     def proxy(self, original: fx.Node) -> fx.Proxy:

@@ -33,6 +33,7 @@ from peftsurgery.anatomy.ops import (
 )
 from peftsurgery.anatomy.site import ATEN, Site
 from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.reach import reach
 from peftsurgery.surgery.rewrite.layout import tokens_dim
 
 VIEWS = words("view reshape _unsafe_view")
@@ -95,13 +96,8 @@ class Region:
 
 def find_region(starts: Sequence[fx.Node], end: fx.Node) -> Region:
     """The region between some values and a later one."""
-    first, behind = frozenset(starts), set[fx.Node]()
-    stack = [end]
-    while stack:
-        node = stack.pop()
-        if node not in behind and node not in first:
-            behind.add(node)
-            stack += node.all_input_nodes
+    first = frozenset(starts)
+    behind = set(reach([end], lambda node: node.all_input_nodes, first.__contains__))
     inside = dict.fromkeys(first)
     for node in end.graph.nodes:
         if node in behind and any(source in inside for source in node.all_input_nodes):
