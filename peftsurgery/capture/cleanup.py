@@ -32,7 +32,7 @@ _ASSERTIONS = (
     aten.sym_constrain_range.default,
     aten.sym_constrain_range_for_size.default,
 )
-_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default)
+_CASTS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
 def clean_up(
@@ -83,9 +83,12 @@ def drop_idle_casts(graph: fx.Graph) -> None:
 
 def _same_kind(node: fx.Node, source: fx.Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
+    assert isinstance(node.target, torch._ops.OpOverload)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    copies = bool(node.kwargs.get("copy")) or node.kwargs.get("memory_format") is not None
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    copies = given.get("copy") or given.get("memory_format") is not None
     return bool(not copies and before.dtype == after.dtype and before.device == after.device)
 
 

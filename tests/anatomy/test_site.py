@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
 from peftsurgery.anatomy import Slice
-from peftsurgery.anatomy.fused_rows import as_slice
 
 
 @st.composite
@@ -51,26 +50,6 @@ def test_put_replaces_the_rows_and_no_others(part: Slice, dim: int) -> None:
     np.moveaxis(expected, dim, 0)[rows_of(part)] = np.moveaxis(new.numpy(), dim, 0)
     assert (part.put(value, dim, new).numpy() == expected).all()
     assert value.equal(before)
-
-
-@settings(max_examples=200, deadline=None)
-@given(slices())
-def test_the_slice_of_a_slice_s_rows_is_found_again(part: Slice) -> None:
-    found = as_slice(rows_of(part), part.whole)
-    assert found is not None
-    assert found.indices() == rows_of(part)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.sets(st.integers(0, 23)))
-def test_rows_become_a_slice_of_exactly_these_rows_or_none(rows: set[int]) -> None:
-    found = as_slice(rows, 24)
-    assert found is None or (found.indices() == sorted(rows) and found.whole == 24)
-
-
-def test_rows_without_a_period_are_no_slice() -> None:
-    assert as_slice([0, 1, 4, 5, 9], 12) is None
-    assert as_slice([], 12) is None
 
 
 @pytest.mark.parametrize(("start", "length", "period"), [(3, 2, 4), (-1, 1, 4), (0, 0, 4)])
