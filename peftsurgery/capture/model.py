@@ -42,6 +42,7 @@ from peftsurgery.capture.threads import GATE, making
 from peftsurgery.capture.waiting import Waiting
 from peftsurgery.capture.watched import original_at
 from peftsurgery.errors import SurgeryError
+from peftsurgery.notebook import notes, shown, table
 
 
 class GraphModel(Likeness):
@@ -241,6 +242,28 @@ class GraphModel(Likeness):
         for name, value in self._captures.constants.items():
             here = value if not tensors or tensors[0].is_meta else value.to(tensors[0].device)
             self.register_buffer(name, here, persistent=False)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the blocks, those of equal structure in one row."""
+        programs = self.base_capture.programs
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for path in filter(None, programs):
+            key = (path.rpartition(".")[0], *(program.label for program in programs[path]))
+            alike.setdefault(key, []).append(path)
+        rows = [
+            (
+                " … ".join(dict.fromkeys((paths[0], paths[-1]))),
+                programs[paths[0]][0].kind,
+                len(paths),
+            )
+            for paths in alike.values()
+        ]
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return shown(
+            f"{self._shown_name()}: {total:,} parameters",
+            table(("blocks", "class", "count"), rows),
+            notes(self.base_capture.notes),
+        )
 
     def _shown_name(self) -> str:
         return f"GraphModel[{self._info.type}]"

@@ -18,6 +18,7 @@ from peftsurgery.language.located import Located
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.where import Where
+from peftsurgery.notebook import shown, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,19 @@ class Selection:
     def near_misses(self, limit: int = 3) -> list[Candidate]:
         """The dropped sites that failed the fewest clauses."""
         return sorted(self.dropped, key=lambda c: len(c.failed))[:limit]
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the sites that are kept, and of each clause how many it left."""
+        kept = [(name_of(s), s.role, s.kind, s.layer) for s in self.kept]
+        dropped = [
+            (name_of(c.site), "; ".join(c.reasons)) for c in self.near_misses(len(self.dropped))
+        ]
+        return shown(
+            f"{self.name}: {len(self.kept)} of {len(self.candidates)} sites",
+            table(("site", "role", "kind", "layer"), kept),
+            table(("clause", "sites left"), self.counts() if self.clauses else ()),
+            table(("not kept", "because"), dropped),
+        )
 
     def trail(self) -> str:
         """The counts and the nearest miss, as errors and reports print them."""

@@ -12,6 +12,7 @@ from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
 from peftsurgery.language import Candidate, Selection
 from peftsurgery.language.selection import name_of
+from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
 from peftsurgery.surgery.model.provenance import notes_of
 from peftsurgery.surgery.plan.cut import Cut
@@ -68,6 +69,25 @@ class Report:
             "notes": list(self.notes),
             "lost": self.lost,
         }
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: every cut, how much of each role was reached, and near misses."""
+        matches = [
+            (m["adapter"], m["role"], m["parameter"] or m["module"], ", ".join(m["added"]))
+            for m in self.matches
+        ]
+        shares = [(name, f"{share}") for name, share in self.coverage.roles.items()]
+        misses = [miss for chosen in self._selections for miss in _misses(chosen)]
+        return shown(
+            f"trainable: {self.trainable:,} of {self.total:,} parameters",
+            table(("adapter", "role", "site", "added"), matches),
+            table(("role", "matched"), shares),
+            table(
+                ("nearly matched", "why not"),
+                [(m["site"], "; ".join(m["reasons"])) for m in misses],
+            ),
+            notes(self.notes),
+        )
 
     def __str__(self) -> str:
         lines = [line for chosen in self._selections for line in _lines(chosen)]
