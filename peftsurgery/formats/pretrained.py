@@ -36,7 +36,7 @@ from peftsurgery.formats.peft.needed_base import open_peft_base
 from peftsurgery.formats.trial_inputs import difference, output_tensors, unseen_inputs
 from peftsurgery.places import give_usual_mode
 from peftsurgery.quiet import quiet
-from peftsurgery.surgery.fold.folding import fold, fold_error
+from peftsurgery.surgery.fold.folding import fold_with_error
 from peftsurgery.surgery.fold.vocabulary import missing_values
 from peftsurgery.surgery.fourbit.requantise import FoldError, pack_layers
 from peftsurgery.surgery.loading import load_on
@@ -145,13 +145,11 @@ def fold_to_directory(
     with quiet():
         operated = _with_active(open_adapter(Path(spec), base, allow_other_base, kind), adapters)
         check_places(operated, folder, *file)
-        plain = fold(operated).eval()
+        plain, error = fold_with_error(operated, requantise)
+    plain.eval()
     before, tensors = operated.source.weights(), len(plain.state_dict())
-    changed, untied = (
-        tuple(weight_changes(before, plain)),
-        tensor_names(plain) != tensor_names(before),
-    )
-    error = fold_error(operated, requantise)
+    changed = tuple(weight_changes(before, plain))
+    untied = tensor_names(plain) != tensor_names(before)
     if requantise:
         pack_layers(plain, operated.stored)
     with ExitStack() as unfinished:

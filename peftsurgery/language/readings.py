@@ -1,14 +1,13 @@
 """The readings of a rule: its rewrite, its fold, its penalty, its shapes, its initial values.
 
-All of them evaluate the rule's expressions over an environment: what the match binds, its sizes and
-the settings, and the parameters. ``let`` names are computed on demand, once, and only those that
-are needed: a fold never touches one that is about activations.
+All of them evaluate the rule's expressions over an environment (:mod:`.environment`):
+what the match binds, its sizes and the settings, and the parameters.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,46 +16,14 @@ from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.consistency import within
+from peftsurgery.language.environment import Environment, mapped, with_lets
 from peftsurgery.language.evaluation import PLAIN, Context, describe_value, evaluate, names_read
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
-from peftsurgery.language.operators import OPERATORS, Operator
+from peftsurgery.language.operators import OPERATORS
 from peftsurgery.language.schema import Flat, Param, Rule
 
 MAX_ELEMENTS = 2**33
-
-
-class Environment(Mapping[str, Any]):
-    """Bindings, and ``let`` names that are computed when first read."""
-
-    def __init__(
-        self,
-        given: Mapping[str, Any],
-        let: Mapping[str, Expression],
-        context: Context = PLAIN,
-        operators: Mapping[str, Operator] = OPERATORS,
-    ) -> None:
-        self._values, self._let, self._context = dict(given), let, context
-        self._operators = operators
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._values:
-            expression = self._let[name]
-            self._values[name] = evaluate(expression, self, self._operators, self._context)
-        return self._values[name]
-
-    def bind(self, name: str, value: Any) -> None:
-        """Give a name a value, for ``let`` names that are computed from here on."""
-        self._values[name] = value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values or name in self._let
-
-    def __iter__(self) -> Iterator[str]:
-        return iter({**self._values, **self._let})
-
-    def __len__(self) -> int:
-        return len({**self._values, **self._let})
 
 
 def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dict[str, Any]:
@@ -65,19 +32,19 @@ def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dic
     ``env`` binds values, weights (``b`` is 0.0 where there is none), sizes, settings, parameters.
     """
     operators = {**OPERATORS, **rule.kind.functions, **context.functions}
-    names = Environment(env, rule.let, context, operators)
+    names = with_lets(env, rule.let, context, operators)
     return {k: evaluate(e, names, operators, context) for k, e in rule.rewrite.items()}
 
 
 def flat_values(flat: Flat, rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of the trained method; ``env`` binds sizes, settings and the parameters."""
-    names = Environment(env, rule.let)
+    names = with_lets(env, rule.let)
     return {name: evaluate(expression, names) for name, expression in flat.params.items()}
 
 
 def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
     """The new value of each weight; ``env`` binds weights, sizes, settings and parameters."""
-    names = Environment(env, rule.let)
+    names = with_lets(env, rule.let)
     return {name: evaluate(expression, names) for name, expression in rule.fold.items()}
 
 
@@ -86,7 +53,7 @@ def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
 
     ``env`` binds weights, sizes, settings and parameters. Raises PSG133 for what is no number.
     """
-    names = Environment(env, rule.let)
+    names = with_lets(env, rule.let)
     values: dict[str, Any] = {}
     for kind, expression in rule.penalty.items():
         values[kind] = value = evaluate(expression, names)
@@ -98,7 +65,7 @@ def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
 
 def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...]:
     """The sizes of a parameter; ``env`` binds sizes and settings. Raises PSG122."""
-    names = Environment(env, rule.let)
+    names = with_lets(env, rule.let)
     sizes = [_size(expression, names) for expression in param.shape]
     if math.prod(sizes) > MAX_ELEMENTS:
         message = f"a parameter of shape {sizes} has more than 2^33 elements"
@@ -128,7 +95,7 @@ def check_sizes(
     ``let`` are the numbers of the rule's file. Raises PSG122, and what evaluation raises.
     """
     numbers = {**let, **rule.let}
-    names, known = Environment(settings, numbers), within(numbers, settings)
+    names, known = with_lets(settings, numbers), within(numbers, settings)
     for expression in (size for param in rule.params.values() for size in param.shape):
         if known.issuperset(expression.names):
             _size(expression, names)
@@ -141,7 +108,7 @@ def group_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> bool | int:
     """
     if isinstance(param.shared, bool):
         return param.shared
-    group = evaluate(param.shared, Environment(env, rule.let))
+    group = evaluate(param.shared, with_lets(env, rule.let))
     if not isinstance(group, int) or group < 0:
         message = f"'{param.shared.text}' is {group}, not the number of a group"
         raise SurgeryError("PSG122", message, where=param.shared.where())
@@ -182,11 +149,11 @@ def initial_values(
         if name in known:
             values[name] = known[name]
         else:
-            if dtype not in names:
-                names[dtype] = _initial_names(param, rule, {**env, **values})
+            made = Environment(values, dict.fromkeys(env, env.__getitem__))
+            environment = names.setdefault(dtype, _initial_names(param, rule, made))
             shape = shape_of(param, rule, env)
             values[name] = initial(
-                param.init, shape, names[dtype], dtype=dtype, device=device, generator=generator
+                param.init, shape, environment, dtype=dtype, device=device, generator=generator
             )
         for other, environment in names.items():
             environment.bind(name, _in_dtype(values[name], other))
@@ -196,7 +163,7 @@ def initial_values(
 def _initial_names(param: Param, rule: Rule, env: Mapping[str, Any]) -> Environment:
     """What initial values of a parameter's dtype read; it computes in that dtype."""
     dtype = _dtype(param)
-    return Environment({n: _in_dtype(value, dtype) for n, value in env.items()}, rule.let)
+    return with_lets(mapped(env, lambda value: _in_dtype(value, dtype)), rule.let)
 
 
 def _dtype(param: Param) -> torch.dtype:

@@ -7,7 +7,8 @@ from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import read_scalar
-from peftsurgery.language.readings import Environment, check_sizes
+from peftsurgery.language.environment import with_lets
+from peftsurgery.language.readings import check_sizes
 from peftsurgery.language.schema import RuleFile
 
 TOKENS, TEXT = "_tokens", "_text"
@@ -30,7 +31,7 @@ def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None)
             hint = did_you_mean(name, settings) if settings else "it has no settings at all"
             raise SurgeryError("PSG120", message, hint)
         settings[name] = _fitting(name, value, file.with_[name])
-    numbers = Environment(settings, file.let)
+    numbers = with_lets(settings, file.let)
     for rule in file.rules:
         if rule.applies(numbers):
             check_sizes(rule, settings, file.let)

@@ -3,7 +3,8 @@
 ``python -m tools.bench`` measures everything; arguments are parts of the sizes' names, and
 ``--surgery`` leaves the second table out; ``methods`` prints another one, of every method trained
 on MiniLM (see methods.py). Exit code 1 if a limit that the project sets itself is broken: 1.5 GiB
-for the 70B Llama, 160 sites in it, 1.1 times the original's time for a token, the same tokens.
+for the 70B Llama, 160 sites in it, the memory of a fold (see fold.py), 1.1 times the original's
+time for a token, the same tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench import methods
+from tools.bench import fold, methods
 from tools.bench.fresh import measured
 from tools.bench.operate import SIZES
 
@@ -40,7 +41,9 @@ def main(arguments: list[str]) -> int:
         with console.status(name):
             rows.append(measured("operate", "measure", name))
     console.print(surgery_table(rows))
-    broken = broken_by_size(rows)
+    folded = measured("fold", "memory")
+    console.print(fold.shown(folded))
+    broken = broken_by_size(rows) + fold.broken(folded)
     if "--surgery" not in arguments:
         results = {name: measured(HOME.get(name, "beside"), name) for name in BESIDE}
         console.print(beside_table(results))

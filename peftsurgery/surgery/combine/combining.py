@@ -7,13 +7,13 @@ Four forms, for any rule they are true of:
     cat      the same, and joined always
     svd      the changes of the weight are summed (or merged: ``ties_svd``) and taken apart into two
              parameters by singular value decomposition, of the rank that this needs or a given one
-    merges   every parameter is merged with its namesakes (:mod:`.merging`), as peft does: where the
-             change is a product of k of them, each gets the k-th root of its adapter's weight, so
-             that LoRA's B A is weighted once and not twice; but factors of different adapters are
-             multiplied too, so that this is no sum of changes, ``peft_linear`` neither
+    merges   every parameter is merged with its namesakes (:mod:`.merge_tensors`), as peft does:
+             where the change is a product of k of them, each gets the k-th root of its adapter's
+             weight, so that LoRA's B A is weighted once and not twice; but factors of different
+             adapters are multiplied too, so that this is no sum of changes, ``peft_linear`` neither
 
 What a rule's change is a product of, and whether it is a sum over the rank, is tried on a specimen
-(:mod:`.change`). Where a form is not true of a rule, it is refused.
+(:mod:`peftsurgery.language.rule_algebra`). Where a form is not true of a rule, it is refused.
 """
 
 from __future__ import annotations

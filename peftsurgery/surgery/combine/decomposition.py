@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftsurgery.language import fold, shape_of
+from peftsurgery.language.rule_algebra import axes_of, near
 from peftsurgery.surgery.combine.merge_tensors import Merge
-from peftsurgery.surgery.combine.rule_algebra import axes_of, near
 from peftsurgery.surgery.combine.strategies import (
     Form,
     Share,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Rule, initial_values, resolve_settings, shape_of
+from peftsurgery.language.rule_algebra import Effect, axes_of, effects, near, sizes_said
 from peftsurgery.surgery.combine.merge_tensors import Merge
-from peftsurgery.surgery.combine.rule_algebra import Change, axes_of, changes, near, sizes_said
 from peftsurgery.surgery.plan.cut import Cut, Operation
 
 
@@ -72,9 +72,9 @@ class Structure:
         return self.cut.rule
 
     @cached_property
-    def change(self) -> Change | None:
+    def change(self) -> Effect | None:
         """The rule on a specimen; None if there is none that it can be tried on."""
-        return next(changes(self.rule, self.cut.numbers), None)
+        return next(effects(self.rule, self.cut.numbers), None)
 
     @cached_property
     def factors(self) -> list[frozenset[str]]:
@@ -196,7 +196,7 @@ class Joined(Form):
                 raise untrue(structure.cut, f"'{name}' cannot be joined")
         return made
 
-    def show(self, structure: Structure, change: Change, weights: Sequence[float]) -> None:
+    def show(self, structure: Structure, change: Effect, weights: Sequence[float]) -> None:
         """Refuse a rule whose joined change is not the sum, tried on a specimen."""
         if tuple(weights) in structure.shown:
             return

@@ -1,8 +1,7 @@
-"""fold: the operations of a model made part of its weights.
+"""fold: a plain module with the operations of a model in its weights (:mod:`.weights`).
 
-The new weight is computed in fp32 (fp64 for a model in fp64) from the stored one, cut by cut, and
-rounded once. A tied weight of which one side was adapted is untied, or the fold is refused: it is
-never silently shared.
+A tied weight of which one side was adapted is untied, or the fold is refused: it is never silently
+shared.
 """
 
 from __future__ import annotations
@@ -19,15 +18,10 @@ from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.tensors import named_tensors, tensor_names
 from peftsurgery.capture.threads import making
-from peftsurgery.errors import SurgeryError
-from peftsurgery.language import fold as folded_weights
-from peftsurgery.language import names_in
-from peftsurgery.surgery.fold.readers import check_readers
 from peftsurgery.surgery.fold.untying import untie
-from peftsurgery.surgery.fourbit.requantise import FoldError, error_of, pack_layers
+from peftsurgery.surgery.fold.weights import folded_weights
+from peftsurgery.surgery.fourbit.requantise import FoldError, Gap, error_of, pack_layers
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.plan.cut import Cut, in_order
-from peftsurgery.surgery.rewrite.layout import disorient, orient, wide
 
 
 @checked
@@ -42,143 +36,42 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
     that no four-bit layer can have, PSG407 if none was kept in four bits, PSG408 for a weight that
     something else reads too.
     """
-    model.bind()
-    model.check_in_place()
-    changed = new_weights(model) if isinstance(model, OperatedModel) else {}
-    with making():
-        plain = _rebuild(model, changed)
-    modes = {path: part.training for path, part in model.named_modules()}
-    for path, part in plain.named_modules():
-        part.training = modes.get(path, model.training)
+    plain, _ = fold_with_error(model)
     if requantise:
         pack_layers(plain, model.stored if isinstance(model, OperatedModel) else {})
     return plain
 
 
-@torch.no_grad()
+def fold_with_error(model: GraphModel, requantise: bool = False) -> tuple[nn.Module, FoldError]:
+    """The folded module in full precision, and how far its weights are from the exact ones.
+
+    With ``requantise`` the error is that of the weights packed again. Raises what :func:`fold`
+    raises for the weights.
+    """
+    model.bind()
+    model.check_in_place()
+    changed: dict[str, torch.Tensor] = {}
+    gaps: dict[str, Gap] = {}
+    for weight in folded_weights(model, requantise):
+        changed |= dict.fromkeys(weight.names, weight.value)
+        gaps |= dict.fromkeys(weight.names, weight.gap)
+    with making():
+        plain = _rebuild(model, changed)
+    modes = {path: part.training for path, part in model.named_modules()}
+    for path, part in plain.named_modules():
+        part.training = modes.get(path, model.training)
+    return plain, error_of(gaps)
+
+
 @checked
 def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
     """How far the weights that :func:`fold` writes are from the exact ones.
 
     Raises what :func:`fold` raises for the weights.
     """
-    if not isinstance(model, OperatedModel):
-        return error_of({}, {}, {})
     model.bind()
-    exact = _exact_for_all(model)
-    return error_of(exact, _rounded(model, exact), model.stored if requantise else {})
-
-
-def new_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
-    """The weights that the operations change, by name, rounded to the dtype they had.
-
-    PSG401 where the rows of a batch have weights of their own.
-    """
-    return _rounded(model, _exact_for_all(model))
-
-
-def _exact_for_all(model: OperatedModel) -> dict[str, torch.Tensor]:
-    """The exact weights; PSG401 where the rows of a batch have weights of their own."""
-    if model.is_by_row:
-        raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
-    return exact_weights(model)
-
-
-def _rounded(model: OperatedModel, exact: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: _round(name, value, model.dense(name).dtype) for name, value in exact.items()}
-
-
-@torch.no_grad()
-def exact_weights(model: OperatedModel) -> dict[str, torch.Tensor]:
-    """The weights that the operations change, by name, in the dtype they were added in.
-
-    A weight that is kept packed is changed by that: it is unpacked.
-    """
-    working: dict[str, torch.Tensor] = {
-        name: model.dense(name) for name in (*model.trained, *model.stored)
-    }
-    done: set[Any] = set()
-    check_readers(model.active_cuts, model.sites)
-    for cut in in_order(model.active_cuts):
-        _check_foldable(cut)
-        weights = cut.weights
-        key = (cut.operation, id(cut.rule), cut.site.slice, tuple(weights.items()))
-        if key in done or not cut.rule.rewrite:
-            continue  # a layer that is called twice has one weight
-        done.add(key)
-        _fold_cut(model, cut, weights, working)
-    return working | {a: value for name, value in working.items() for a in model.unread(name)}
-
-
-def _fold_cut(
-    model: OperatedModel,
-    cut: Cut,
-    names: Mapping[str, str],
-    working: dict[str, torch.Tensor],
-) -> None:
-    stored = {
-        name: wide(working[full] if full in working else model.dense(full))
-        for name, full in names.items()
-    }
-    dtype = next(iter(stored.values())).dtype
-    bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-    bound.update({name: orient(value, cut.site, name) for name, value in stored.items()})
-    for name, full in cut.parameters.items():
-        bound[name] = _finite(full, model.get_parameter(full).detach()).to(dtype)
-    for name, value in folded_weights(cut.rule, bound).items():
-        if name not in names and _is_nothing(value):
-            continue  # `b * s` where there is no bias
-        if name not in names:
-            raise SurgeryError(
-                "PSG405",
-                f"{cut.operation.name} folds into a bias, and {cut.placed.module} has none",
-                "add a bias to the model, or keep the adapter",
-            )
-        working[names[name]] = disorient(stored[name], cut.site, name, value)
-
-
-def _is_nothing(value: Any) -> bool:
-    """Whether a folded bias is zero: a model without one has it already."""
-    return not torch.as_tensor(value).any()
-
-
-def _instead(cut: Cut) -> str:
-    """What to do with a method that is no change of weights."""
-    ship = "what it computes is not a change of weights; ship the saved surgery with the base"
-    return ship if cut.operation.file.flat is None else f"{ship}, flatten()ed first"
-
-
-def _check_foldable(cut: Cut) -> None:
-    if cut.rule.rewrite and not cut.rule.fold:
-        raise SurgeryError(
-            "PSG401",
-            f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
-            _instead(cut),
-        )
-    read = names_in(cut.rule.fold.values(), cut.rule, cut.numbers)
-    for name in sorted(read | cut.rule.fold.keys()):
-        node = cut.site.nodes.get(name)
-        if node is not None and node.op != "get_attr":
-            raise SurgeryError(
-                "PSG401",
-                f"'{cut.operation.name}' cannot be folded at '{cut.placed.module}': '{name}' is "
-                f"computed there ({node.name}), and no weight",
-                "let the pattern name the weight itself, or keep the adapter",
-            )
-
-
-def _finite(name: str, value: torch.Tensor) -> torch.Tensor:
-    if not torch.isfinite(value).all():
-        raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
-    return value
-
-
-def _round(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    _finite(name, value)
-    rounded = value.to(dtype)
-    if not torch.isfinite(rounded).all():
-        raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
-    return rounded.contiguous()
+    weights = folded_weights(model, requantise)
+    return error_of({name: weight.gap for weight in weights for name in weight.names})
 
 
 def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Module:

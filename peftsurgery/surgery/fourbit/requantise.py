@@ -7,7 +7,7 @@ rounded to the base's dtype; packed again, it moves to the nearest of sixteen nu
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,22 +44,38 @@ class FoldError:
         )
 
 
-def error_of(
-    exact: Mapping[str, torch.Tensor],
-    written: Mapping[str, torch.Tensor],
-    stored: Mapping[str, Stored],
-) -> FoldError:
-    """The error of ``written`` against ``exact``, by name; those in ``stored`` are packed again."""
-    largest, worst, total, count = 0.0, None, 0.0, 0
-    for name, value in exact.items():
-        final = written[name]
-        if name in stored:
-            final = unpack(pack(final, stored[name].recipe), stored[name].recipe)
-        gap = (final.to(value.dtype) - value).abs()
-        total, count = total + float(gap.sum(dtype=torch.float64)), count + gap.numel()
-        if worst is None or float(gap.max()) > largest:
-            largest, worst = float(gap.max()), name
-    return FoldError(len(exact), largest, worst, total / max(count, 1))
+@dataclass(frozen=True)
+class Gap:
+    """Absolute differences of a written weight from the exact one: largest, sum and number."""
+
+    largest: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+
+def gap_between(exact: torch.Tensor, written: torch.Tensor, stored: Stored | None) -> Gap:
+    """The gap of a ``written`` weight, packed again first if it is ``stored`` in four bits."""
+    if stored is not None:
+        written = unpack(pack(written, stored.recipe), stored.recipe)
+    largest, total = 0.0, 0.0
+    for whole, mine in zip(in_blocks(exact), in_blocks(written), strict=True):
+        gap = (mine.to(whole.dtype) - whole).abs()
+        largest, total = max(largest, float(gap.max())), total + float(gap.sum(dtype=torch.float64))
+    return Gap(largest, total, exact.numel())
+
+
+def in_blocks(weight: torch.Tensor, count: int = 64) -> Sequence[torch.Tensor]:
+    """A weight in blocks of rows, views of it, of which each needs little memory."""
+    return weight.chunk(count) if weight.dim() and weight.numel() > 2**18 else (weight,)
+
+
+def error_of(gaps: Mapping[str, Gap]) -> FoldError:
+    """The error of all written weights, of the gap of each by its name."""
+    count = sum(gap.count for gap in gaps.values())
+    worst = max(gaps, key=lambda name: gaps[name].largest, default=None)
+    largest = gaps[worst].largest if worst is not None else 0.0
+    mean = sum(gap.total for gap in gaps.values()) / max(count, 1)
+    return FoldError(len(gaps), largest, worst, mean)
 
 
 def pack_layers(module: nn.Module, stored: Mapping[str, Stored]) -> None:

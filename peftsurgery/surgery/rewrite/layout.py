@@ -84,4 +84,9 @@ def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
 
 def wide(value: torch.Tensor) -> torch.Tensor:
     """A weight in the dtype that weights are added in: at least fp32."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))
+    return value.to(wide_dtype(value.dtype))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that weights in ``dtype`` are added in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""What the parameters of a rule change, seen on a specimen: all that combining adapters must know.
+"""What the parameters of a rule change, tried on specimens: what combining and folding must know.
 
 A rule's change is what its rewrite makes of a value, less that value. Tried on random numbers in
 double precision, it tells without reading the rule which parameters it is proportional to: that of
@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Rule, fold, initial_values, rewrite, shape_of, weights_read
+from peftsurgery.language.environment import Environment
+from peftsurgery.language.readings import fold, initial_values, rewrite, shape_of, weights_read
+from peftsurgery.language.schema import Rule
 from peftsurgery.language.specimens import variants
 
 TOLERANCE = 1e-8
@@ -28,7 +30,7 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
+class Effect:
     """The change that a rule makes of one specimen; ``bindings`` are the specimen's."""
 
     rule: Rule
@@ -110,7 +112,7 @@ class Change:
         return scale if near(changes[0], scale * changes[1]) else None
 
 
-def changes(rule: Rule, numbers: Mapping[str, Any]) -> Iterator[Change]:
+def effects(rule: Rule, numbers: Mapping[str, Any]) -> Iterator[Effect]:
     """The rule on the specimens on which it can be tried; ``numbers`` are a real site's sizes."""
     generator = torch.Generator().manual_seed(0)
     for variant in variants(rule.kind.name):
@@ -119,12 +121,12 @@ def changes(rule: Rule, numbers: Mapping[str, Any]) -> Iterator[Change]:
             # the groups of a convolution divide its sizes: a specimen with others tells nothing
             if kept.get("groups") != numbers.get("groups"):
                 continue
-            change = Change(rule, kept)
+            effect = Effect(rule, kept)
             try:
-                change.of(numbers, change.random(numbers))
+                effect.of(numbers, effect.random(numbers))
             except SurgeryError:
                 continue
-            yield change
+            yield effect
             break
 
 
@@ -144,3 +146,50 @@ def near(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
     scale = float(other.abs().max()) if other.numel() else 0.0
     return bool((one - other).abs().max() <= TOLERANCE * max(scale, 1e-300))
+
+
+def rows_of(rule: Rule, numbers: Settings) -> str | None:
+    """The size that counts the rows of the rule's weights, if it folds each row by itself.
+
+    Rows are the entries of a weight's first axis. None if they are mixed, or if that cannot be
+    tried; ``numbers`` are the settings and a real site's sizes.
+    """
+    tried = [{**numbers, **e.bindings, **e.random(numbers)} for e in effects(rule, numbers)]
+    for size in rule.kind.sizes if tried and "W" in rule.kind.weights else ():
+        if all(_is_by_rows(rule, env, size) for env in tried):
+            return size
+    return None
+
+
+def _is_by_rows(rule: Rule, env: Mapping[str, Any], size: str) -> bool:
+    rows = len(env["W"])
+    if env[size] != rows:
+        return False
+    ends = (0, rows // 3, rows)
+    try:
+        parts = [fold(rule, some_rows(rule, env, size, *each)) for each in pairwise(ends)]
+        whole = fold(rule, env)
+        return all(
+            near(torch.cat([part[name] for part in parts]), value) for name, value in whole.items()
+        )
+    except (SurgeryError, RuntimeError, TypeError):
+        return False
+
+
+def some_rows(
+    rule: Rule, env: Mapping[str, Any], size: str, start: int, end: int
+) -> Mapping[str, Any]:
+    """``env`` with the rows from ``start`` to ``end`` of the weights and of what has that size."""
+    axes = {name: axis for name in rule.params for axis in _axes_named(rule, name, size)}
+    axes |= dict.fromkeys(rule.kind.weights, 0)
+
+    def cut(name: str) -> Any:
+        value = env[name]
+        is_long = name in axes and isinstance(value, Tensor)
+        return value.narrow(axes[name], start, end - start) if is_long else value
+
+    return Environment({}, dict.fromkeys(env, cut))
+
+
+def _axes_named(rule: Rule, name: str, size: str) -> list[int]:
+    return [axis for axis, each in enumerate(rule.params[name].shape) if each.text == size]

@@ -1,0 +1,180 @@
+"""The weights that a fold writes, one after the other: new, rounded, with the error of rounding.
+
+The new weight is computed in fp32 (fp64 for a model in fp64) from the stored one, cut by cut, and
+rounded once, after the last of them; then its fp32 is let go. Where a rule folds each row of a
+weight by itself, so is it done, a few rows at a time: beside what is written, a fold needs the
+memory of one weight in fp32 and little more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftsurgery.capture import GraphModel
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language import fold as folded
+from peftsurgery.language import names_in
+from peftsurgery.language.rule_algebra import rows_of, some_rows
+from peftsurgery.surgery.fold.readers import check_readers
+from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.plan.cut import Cut, in_order
+from peftsurgery.surgery.rewrite.layout import disorient, orient, wide_dtype
+
+BLOCKS = 64  # of a large weight; each needs a few times its own memory while it is computed
+SMALL = 2**18  # elements that are computed at once, whatever the weight
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FoldedWeight:
+    """A weight that operations change, under all its names, and how far it is from exact."""
+
+    names: tuple[str, ...]
+    value: torch.Tensor
+    gap: Gap
+
+
+@torch.no_grad()
+def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[FoldedWeight]:
+    """The weights that the operations change, each rounded to the dtype it had.
+
+    A weight that is kept packed is changed by that: it is unpacked. With ``requantise`` its error
+    is that of packing it again. PSG401 where the rows of a batch have weights of their own.
+    """
+    if not isinstance(model, OperatedModel):
+        return
+    if model.is_by_row:
+        raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
+    check_readers(model.active_cuts, model.sites)
+    cuts = [cut for cut in in_order(model.active_cuts) if cut.rule.rewrite]
+    for cut in cuts:
+        _check_foldable(cut)
+    given, sizes = {*model.trained, *model.stored}, dict[Any, str | None]()
+    for names, mine in _by_weight(cuts, given):
+        exact = {name: model.dense(name) for name in names}
+        dtypes = {name: value.dtype for name, value in exact.items()}
+        for name in names if mine else ():
+            exact[name] = exact[name].to(wide_dtype(dtypes[name]), copy=True)
+        for cut in mine:
+            _fold_cut(model, cut, exact, sizes)
+        changed = {cut.weights[name] for cut in mine for name in cut.rule.fold.keys() & cut.weights}
+        for name in names:
+            if name in changed or name in given:
+                stored = model.stored.get(name) if requantise else None
+                value, gap = _rounded(name, exact.pop(name), dtypes[name], stored)
+                yield FoldedWeight((name, *model.unread(name)), value, gap)
+
+
+def _by_weight(
+    cuts: Iterable[Cut], others: Iterable[str]
+) -> Iterable[tuple[Iterable[str], Collection[Cut]]]:
+    """The weights that are folded together, and the cuts that fold them, in order.
+
+    A layer that is called twice has one weight, which is folded once. ``others`` are weights to be
+    written with or without a cut.
+    """
+    groups: dict[str, tuple[dict[str, None], dict[Any, Cut]]] = {n: ({n: None}, {}) for n in others}
+    for cut in cuts:
+        weights = cut.weights
+        names, made = dict.fromkeys(weights.values()), dict[Any, Cut]()
+        for known, earlier in (groups[name] for name in weights.values() if name in groups):
+            names, made = known | names, earlier | made
+        key = (cut.operation, id(cut.rule), cut.site.slice, *weights.items())
+        made.setdefault(key, cut)
+        groups |= dict.fromkeys(names, (names, made))
+    together = {id(group): group for group in groups.values()}
+    return [(names, made.values()) for names, made in together.values()]
+
+
+def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, str | None]) -> None:
+    """Make one cut part of the ``exact`` weights, in place; ``sizes`` is what is known of rules."""
+    names, rule = cut.weights, cut.rule
+    seen = {name: orient(exact[full], cut.site, name) for name, full in names.items()}
+    dtype = next(iter(seen.values())).dtype
+    env: dict[str, Any] = {**dict.fromkeys(rule.kind.weights, 0.0), **cut.numbers, **seen}
+    for name, full in cut.parameters.items():
+        env[name] = check_finite(full, model.get_parameter(full).detach()).to(dtype)
+    for rows, part in _blocks(cut, env, seen, sizes):
+        for name, value in folded(rule, part).items():
+            if name in names:
+                seen[name][rows] = value.clone() if _is_shared(value, seen[name]) else value
+            elif torch.as_tensor(value).any():  # `b * s` is nothing where there is no bias
+                raise SurgeryError(
+                    "PSG405",
+                    f"{cut.operation.name} folds into a bias, and {cut.placed.module} has none",
+                    "add a bias to the model, or keep the adapter",
+                )
+    for name in rule.fold.keys() & names:
+        if not _is_shared(seen[name], exact[names[name]]):
+            exact[names[name]] = disorient(exact[names[name]], cut.site, name, seen[name])
+
+
+def _blocks(
+    cut: Cut, env: Mapping[str, Any], seen: Weights, sizes: dict[Any, str | None]
+) -> Iterator[tuple[slice, Mapping[str, Any]]]:
+    """Rows of a cut's weights that are folded by themselves, and what its rule reads for them."""
+    largest = max(seen.values(), key=torch.numel)
+    rows, count = len(largest), min(BLOCKS, largest.numel() // SMALL)
+    key = (cut.operation, id(cut.rule), cut.numbers.get("groups"))
+    if count > 1 and key not in sizes:
+        sizes[key] = rows_of(cut.rule, cut.numbers)
+    size = sizes[key] if count > 1 else None
+    if size is None or cut.numbers[size] != rows or any(len(w) != rows for w in seen.values()):
+        yield slice(None), env
+        return
+    step = -(-rows // count)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        yield slice(start, end), some_rows(cut.rule, env, size, start, end)
+
+
+def _is_shared(value: Any, other: torch.Tensor) -> bool:
+    """Whether two tensors are in the same memory."""
+    is_tensor = isinstance(value, torch.Tensor)
+    return is_tensor and value.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _check_foldable(cut: Cut) -> None:
+    if not cut.rule.fold:
+        ship = "what it computes is not a change of weights; ship the saved surgery with the base"
+        raise SurgeryError(
+            "PSG401",
+            f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
+            ship if cut.operation.file.flat is None else f"{ship}, flatten()ed first",
+        )
+    read = names_in(cut.rule.fold.values(), cut.rule, cut.numbers)
+    for name in sorted(read | cut.rule.fold.keys()):
+        node = cut.site.nodes.get(name)
+        if node is not None and node.op != "get_attr":
+            raise SurgeryError(
+                "PSG401",
+                f"'{cut.operation.name}' cannot be folded at '{cut.placed.module}': '{name}' is "
+                f"computed there ({node.name}), and no weight",
+                "let the pattern name the weight itself, or keep the adapter",
+            )
+
+
+def _rounded(
+    name: str, exact: torch.Tensor, dtype: torch.dtype, stored: Stored | None
+) -> tuple[torch.Tensor, Gap]:
+    """The weight in the dtype it had, and the gap. PSG402 if it overflows, PSG403 if not finite."""
+    rounded = exact if exact.dtype == dtype else torch.empty_like(exact, dtype=dtype)
+    for mine, whole in zip(in_blocks(rounded), in_blocks(exact), strict=True):
+        check_finite(name, whole)
+        if mine.dtype != whole.dtype and not torch.isfinite(mine.copy_(whole)).all():
+            raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
+    return rounded.contiguous(), gap_between(exact, rounded, stored)
+
+
+def check_finite(name: str, value: torch.Tensor) -> torch.Tensor:
+    """The tensor, if all of its numbers are finite. PSG403 otherwise."""
+    if not torch.isfinite(value).all():
+        raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
+    return value
