@@ -31,7 +31,7 @@ Attributes = list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]]
 
 @contextmanager
 def kept_attributes(module: nn.Module) -> Iterator[None]:
-    """Within the context attributes may be set; behind it, all modules have those they had."""
+    """Restore the Python attributes of all modules, and what they hold, on leaving the context."""
     before = attributes_of(module)
     try:
         yield
@@ -41,7 +41,10 @@ def kept_attributes(module: nn.Module) -> Iterator[None]:
 
 
 def attributes_of(module: nn.Module, copied: bool = True) -> Attributes:
-    """The attributes of all modules as they are, with tensors ``copied`` to be put back or not."""
+    """Take a snapshot of the attributes of all modules.
+
+    ``copied`` clones tensors, to be restored.
+    """
     return [
         (
             name,
@@ -53,7 +56,10 @@ def attributes_of(module: nn.Module, copied: bool = True) -> Attributes:
 
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that a module or a part keeps, in an attribute or a container too, by name."""
+    """Every tensor that a module tree holds, by name.
+
+    Weights, attributes and items of containers.
+    """
     for name, part in module.named_modules():
         for key, value in vars(part).items():
             if key not in _TABLES:
@@ -75,14 +81,20 @@ def _items(container: Any) -> Iterable[tuple[Any, Any]]:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a container held: ``things`` is a copy, ``within`` the content of things in it."""
+    """Snapshot of a container.
+
+    ``things`` is a shallow copy, ``within`` snapshots of nested items.
+    """
 
     things: Any
     within: tuple[tuple[Any, Any], ...]
 
 
 def _content(key: str, value: Any, copied: bool, outer: tuple[int, ...] = ()) -> Any:
-    """What there is to be put back in a value, at any depth; None if there is nothing."""
+    """Snapshot of a tensor or container, at any depth.
+
+    None for a value with no content to restore.
+    """
     if isinstance(value, torch.Tensor):
         return value.detach().clone() if copied and is_plain(value) else None
     if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in outer:
@@ -97,7 +109,7 @@ def _content(key: str, value: Any, copied: bool, outer: tuple[int, ...] = ()) ->
 
 
 def changed_since(before: Attributes) -> list[str]:
-    """The attributes that are others now, or whose containers hold other things, by name."""
+    """Names of the attributes that were set, or whose containers changed, since the snapshot."""
     return [
         f"{name}.{key}".lstrip(".")
         for name, part, attributes in before
@@ -117,7 +129,7 @@ def _is_same(value: Any, before: Any) -> bool:
 
 
 def _is_unchanged(value: Any, content: Any) -> bool:
-    """Whether a container, and all in it, hold what they held."""
+    """Whether a container and its nested containers still hold the same objects."""
     return not isinstance(content, _Content) or (
         _holds(value, content.things) and all(_is_unchanged(*pair) for pair in content.within)
     )
@@ -145,7 +157,7 @@ def _put_back(value: Any, content: Any) -> None:
 
 
 def _holds(container: Any, content: Any) -> bool:
-    """Whether a container still has the very things in it that it had."""
+    """Whether a container's items are identical to those of the snapshot, in the same order."""
     if isinstance(container, set):
         return container == content
     if isinstance(container, dict):

@@ -82,7 +82,7 @@ class Library:
 
 
 def describe(graph: fx.Graph) -> list[Any]:
-    """A value that is equal for graphs that do the same in the same way, whatever their names."""
+    """Canonical description of a graph: equal for graphs that differ in node names alone."""
     index: dict[fx.Node, str] = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
 
     def plain(argument: Any) -> Any:

@@ -32,7 +32,7 @@ FACTS = ("kind", "labels", "vocabulary", "stored", "lacking")
 
 @dataclass(frozen=True)
 class Build:
-    """What is otherwise than in the base's files; None, or nothing, where they are followed.
+    """How a base differs from its files (class, labels, vocabulary); None where it follows them.
 
     ``stored`` is how many rows the tables have there, and ``tokenizer`` the directory that has the
     tokenizer of the new vocabulary.
@@ -50,18 +50,18 @@ class Build:
         return any(value is not None for value in (self.kind, self.labels, self.vocabulary))
 
     def to_dict(self) -> dict[str, Any]:
-        """What a manifest says of it; the rows are tensors and are kept elsewhere."""
+        """Data for a surgery's manifest; the new rows themselves are saved beside it as tensors."""
         found = {name: getattr(self, name) for name in FACTS}
         return {name: value for name, value in found.items() if value not in (None, ())}
 
     @property
     def added(self) -> int:
-        """How many rows more than the files the tables have; none where they have fewer."""
+        """Number of vocabulary rows beyond those of the files; 0 where there are fewer."""
         return max(0, (self.vocabulary or 0) - (self.stored or 0))
 
     @property
     def notes(self) -> Iterator[str]:
-        """What is otherwise than in the base's files, for a reader."""
+        """Sentences for the report on how the base differs from its files."""
         if self.kind is not None:
             yield f"the base is built as a {self.kind}"
         if self.labels is not None:
@@ -150,7 +150,7 @@ def resize(model: PreTrainedModel, build: Build) -> None:
 
 @torch.no_grad()
 def _put_rows(model: PreTrainedModel, build: Build) -> None:
-    """Write the rows that are known behind those that the files have."""
+    """Copy the known new rows behind those that the files have."""
     for name, rows in build.rows.items():
         new_rows(model, name, build, rows).copy_(rows)
 
@@ -167,7 +167,7 @@ def new_rows(model: nn.Module, name: str, build: Build, rows: Tensor) -> Tensor:
 
 
 def labels_for(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """How many labels a model needs for parameters of these shapes; None if they need no others.
+    """Number of labels a model needs to hold parameters of these shapes; None if it fits as it is.
 
     Those are meant whose first dimension is the number of labels that the config gives, and is
     another in ``shapes``.

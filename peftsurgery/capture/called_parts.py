@@ -23,7 +23,7 @@ from peftsurgery.capture.program import Program
 
 
 def with_calls(capture: Capture, parts: Collection[str], number: int) -> Capture:
-    """A capture in which these parts are called; ``number`` tells its programs from others'.
+    """Make a capture whose programs call these parts as modules; ``number`` labels the programs.
 
     Modules that the original does not call in this capture are not called here either. PSG220 for
     a part whose stretch of the graph cannot be told apart.
@@ -33,7 +33,7 @@ def with_calls(capture: Capture, parts: Collection[str], number: int) -> Capture
 
 
 class _Programs:
-    """The programs of a capture, made anew from the top, each for the one place that calls it."""
+    """Programs of a capture, rebuilt top-down, one for each call site."""
 
     def __init__(self, capture: Capture, parts: frozenset[str], number: int) -> None:
         self.capture, self.parts, self.number = capture, parts, number

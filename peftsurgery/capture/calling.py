@@ -51,7 +51,7 @@ class PartCall:
         return self
 
     def __call__(self, holder: Any, *values: Any) -> Any:
-        """Call what is in the part's place, and give what the program around it reads of that.
+        """Call the module at the part's path, and return the values that the calling program reads.
 
         PSG221 if a hook, or the module in its place, changed what cannot be taken on.
         """
@@ -68,7 +68,7 @@ class PartCall:
 
 @dataclass(eq=False)
 class _Running:
-    """A call that is under way, and what the part's program gave in it."""
+    """State of one running call: its arguments, and the outputs of the part's program."""
 
     part: Any
     plan: PartCall
@@ -85,7 +85,7 @@ _STACK = _Stack()
 
 
 def pass_on(value: Any) -> Any:
-    """Stand in a graph for a module that computes nothing."""
+    """Return a value unchanged: the graph's node for a module that computes nothing."""
     return value
 
 
@@ -118,7 +118,7 @@ def run_part(part: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], run: 
 
 
 def _stands_in(part: nn.Module, program: Program) -> bool:
-    """Whether a block is put where one of its structure was: it runs the same program."""
+    """Whether a block replaces one of equal structure, so that it runs the same program."""
     return vars(part).get("programs", {}).get(program.label) is program
 
 

@@ -60,7 +60,7 @@ class Capture:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was specialised, for a reader: sizes that are fixed or bounded, and the mode.
+        """Sentences on what the capture specialised: sizes fixed or bounded, and the mode.
 
         That inputs have a size in common goes without saying, and other sizes and the other mode
         are captured when they come.
@@ -75,7 +75,7 @@ class Capture:
         return self.mode in (None, training) and all(self._check(*leaves))
 
     def unmet(self, leaves: Sequence[Any]) -> list[str]:
-        """The conditions that inputs of these sizes do not meet."""
+        """The size conditions that these inputs violate, as Python expressions."""
         return [c for c, met in zip(self.conditions, self._check(*leaves), strict=True) if not met]
 
 
@@ -137,7 +137,7 @@ class Captures:
         return next(known, None)
 
     def _make(self, call: Call, training: bool, casts: Casts, state: Surroundings) -> Capture:
-        """A capture for a call: for any batch and any past, if there is such a one."""
+        """Make a capture for a call, with dynamic batch size and past length where possible."""
         module = self._module(casts)
         call = map_tensors(call, lambda tensor: _tangible(tensor, module))
         capture = self._capture(module, widen(call), training, state)
@@ -207,7 +207,7 @@ def _dropouts(module: nn.Module) -> frozenset[str]:
 
 
 def _tangible(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """An example to trace ``module`` with: a tensor of its own, with content if it can be had.
+    """Example tensor to trace ``module`` with: a fresh copy, with content where content exists.
 
     None is to be had on meta, beside fake parameters, and of the tensors of a transform or a trace.
     """

@@ -84,7 +84,7 @@ _REFUSED_OF_CLASS = ("from_pretrained", "_from_config")
 def become_like(
     module: nn.Module, original: nn.Module, namespace: Mapping[str, Any] | None = None
 ) -> None:
-    """Make ``module`` an instance of the original's class too, with its plain attributes.
+    """Make ``module`` an instance of the original's class too, and copy its plain attributes.
 
     Tensors and modules are not among them, nor what holds any; lists, dicts and sets are copied.
     ``namespace`` are further attributes of the class.

@@ -56,7 +56,7 @@ _LINE = re.compile(r"(\w+)\[([\d,]*)\] ([0-9a-f]{32})")
 
 @dataclass(frozen=True)
 class TensorPrint:
-    """What is recorded of one tensor."""
+    """Name-independent record of one tensor: dtype, shape and sampled hash."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class TensorPrint:
 
     @staticmethod
     def parse(text: Any) -> TensorPrint:
-        """The print that a text says. ValueError for any other text."""
+        """Read a print from its text form. Raises ValueError for any other text."""
         found = _LINE.fullmatch(text) if isinstance(text, str) else None
         if found is None:
             raise ValueError(f"{text!r:.60} is no tensor's fingerprint")
@@ -84,7 +84,7 @@ class Fingerprint:
 
     @cached_property
     def digest(self) -> str:
-        """All of it as one hash, to show and to compare at a glance."""
+        """One hash over all tensor prints, for display and quick comparison."""
         lines = "\n".join(f"{name} {self.tensors[name]}" for name in sorted(self.tensors))
         return hashlib.blake2b(lines.encode(), digest_size=16).hexdigest()
 
@@ -104,7 +104,10 @@ class Fingerprint:
 
     @staticmethod
     def parse(data: Any) -> Fingerprint | None:
-        """What :meth:`to_dict` gave; None if it was made by another algorithm. ValueError."""
+        """Read what :meth:`to_dict` wrote; None if another algorithm made it.
+
+        Raises ValueError if malformed.
+        """
         if not isinstance(data, dict) or not isinstance(data.get("tensors"), dict):
             raise ValueError("the fingerprint is no table of tensors")
         if (data.get("algorithm"), data.get("sampled")) != (ALGORITHM, SAMPLING):
@@ -123,7 +126,7 @@ class Sampled:
     read: Callable[[Spans], bytes]
 
     def print(self, dtype: str | None = None) -> TensorPrint:
-        """The tensor's print, as it would be if it were cast to ``dtype``."""
+        """Print of the tensor, as if it were cast to ``dtype`` first."""
         content = self.read(spans(self.count))
         if dtype is not None and dtype != self.dtype:
             values = torch.frombuffer(bytearray(content), dtype=_TORCH[self.dtype])
@@ -132,7 +135,7 @@ class Sampled:
         return TensorPrint(dtype or self.dtype, self.shape, digest)
 
     def can_be_cast(self, dtype: str) -> bool:
-        """Whether the tensor has all that one of ``dtype`` has, so that a cast can be compared."""
+        """Whether casting to ``dtype`` loses nothing that a tensor of ``dtype`` can hold."""
         mine, other = _TORCH.get(self.dtype), _TORCH.get(dtype)
         if (
             mine is None
@@ -174,13 +177,13 @@ def weights_of(source: Source) -> Weights | None:
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of what tensors hold, whatever their names: by which an adapter is known again."""
+    """Hash of the contents of tensors, independent of names, that identifies a trained adapter."""
     lines = sorted(str(_live(tensor).print()) for tensor in tensors.values())
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 def spans(count: int) -> list[tuple[int, int]]:
-    """The elements that are hashed of so many: (first, end) of each block."""
+    """Sampled element ranges of a tensor with so many elements: (first, end) of each block."""
     if count <= WHOLE:
         return [(0, count)]
     starts = [(count - BLOCK) * k // (BLOCKS - 1) for k in range(BLOCKS)]

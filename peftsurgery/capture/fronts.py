@@ -40,14 +40,14 @@ class Front:
     outside: tuple[str, ...]
 
     def conditions(self, changed: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
-        """What a call must satisfy if these entries have other shapes than they came with.
+        """Conditions on a call's sizes when these entries are given other shapes.
 
         The shapes are in terms of the symbols that the entries of the graph have.
         """
         return tuple(dict.fromkeys((*self.outside, *with_shapes(self.behind, self.texts(changed)))))
 
     def texts(self, changed: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
-        """The sizes of every entry, written as Python over what a call gives."""
+        """Sizes of every entry, as Python expressions over the call's inputs."""
         graph = self.capture.top.graph
         shapes = {
             name: node.meta["val"].shape
@@ -59,7 +59,7 @@ class Front:
     def sizes(
         self, changed: Mapping[str, Sequence[Any]], leaves: Sequence[Any]
     ) -> dict[str, tuple[int, ...]]:
-        """The sizes of every entry in a call that gives these values."""
+        """Sizes of every entry, in numbers, for a call with these values."""
         return {
             name: evaluate_sizes(self.capture.names, texts, leaves)
             for name, texts in self.texts(changed).items()
@@ -67,7 +67,7 @@ class Front:
 
 
 def as_it_is(capture: Capture) -> Front:
-    """The front of a capture whose inputs are all given as the model takes them."""
+    """Identity front: the inputs of the capture's top graph are the entries."""
     entries = {node.name: node for node in capture.top.graph.find_nodes(op="placeholder")}
     return Front(capture, entries, capture.conditions, ())
 

@@ -38,7 +38,7 @@ def check_generates(module: nn.Module) -> PreTrainedModel:
 
 
 def remembers(module: nn.Module) -> bool:
-    """Whether the model makes itself a cache like other language models, when asked to use one."""
+    """Whether the model creates its own cache when it is called with ``use_cache=True``."""
     return (
         isinstance(module, PreTrainedModel)
         and module.can_generate()
@@ -105,7 +105,7 @@ def _shell_class(kind: Any) -> Any:
 
 
 class _Prepared(BaseException):
-    """Ends a generation at its first call, with what it was called with."""
+    """Stops a generation at its first forward call, and carries that call's arguments."""
 
     def __init__(self, inputs: dict[str, Any]) -> None:
         super().__init__()

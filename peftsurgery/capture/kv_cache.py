@@ -51,7 +51,7 @@ class Past:
 
     @cached_property
     def signature(self) -> Any:
-        """What a capture takes for granted: the kinds of the layers, and of those to be added."""
+        """Hashable identity of the cache: kinds of its layers, and of those it would add."""
         kinds = [_kind(layer) for layer in self.cache.layers]
         if self.cache.layer_class_to_replicate is not None:
             kinds.append(_kind(self.cache.layer_class_to_replicate()))
@@ -59,7 +59,10 @@ class Past:
 
     @property
     def seen(self) -> int:
-        """How many tokens it is to be taken for. PSG210 if it does not count them."""
+        """Number of tokens that the cache is taken to hold.
+
+        Raises PSG210 if it does not count them.
+        """
         layers = self.cache.layers
         if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
             raise refused(f"a {type(layers[0]).__name__} remembers no keys and values")
@@ -91,7 +94,10 @@ def _emptied(layer: Any) -> Any:
 def _remember(
     keys: Tensor, values: Tensor, layer: int, length: int, withheld: str
 ) -> tuple[Tensor, Tensor]:
-    """Where a traced model hands keys and values to its cache and gets back all it has."""
+    """Placeholder operator for a cache update in a trace.
+
+    New keys and values in, all of them out.
+    """
     raise NotImplementedError("this operator is replaced before a capture runs")
 
 
@@ -160,18 +166,18 @@ class Traced:
         return _stand_in(_Fixed, layer, index, self._fixed(first))
 
     def _fixed(self, index: int) -> tuple[int, int, int]:
-        """The three lengths of a kind of layer that does not grow."""
+        """Seen, attended and other lengths of a layer kind that does not grow, as numbers."""
         layer = self.layers[index]
         return (int(layer.get_seq_length()), *layer.get_mask_sizes(self.new))
 
     def _symbols(self, index: int, sizes: Tensor) -> tuple[int, int, int]:
-        """The three lengths of a kind of layer, as a trace knows them."""
+        """Seen, attended and other lengths of a layer kind, as the trace's symbols."""
         free = iter(sizes.shape)
         seen, within, before = (n if n < 2 else next(free) for n in self.lengths[index])
         return seen, within, before
 
     def _free(self, index: int) -> list[int]:
-        """Which of the three lengths the sizes of a stand-in are."""
+        """Which of the three lengths are free sizes of the stand-in tensor."""
         return [which for which, n in enumerate(self.lengths[index]) if n > 1]
 
     def conditions(self, texts: tuple[str, ...]) -> tuple[str, ...]:
@@ -241,7 +247,7 @@ class _StandIn:
     added: int
 
     def update(self, keys: Tensor, values: Tensor, *more: Any, **named: Any) -> Any:
-        """All keys and values, these at their end; what else the model says is withheld."""
+        """Append keys and values, and return all of them; other arguments are withheld."""
         withheld = names_of(more, named)
         length, _ = self.get_mask_sizes(keys.shape[-2])
         self.added += keys.shape[-2]
@@ -249,11 +255,11 @@ class _StandIn:
 
     @abstractmethod
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many tokens will be attended to with so many new ones, and how many were before."""
+        """(attended length, offset of the first key) for a query of so many new tokens."""
 
     @property
     def keys(self) -> Tensor:
-        """Nothing to see."""
+        """Raise PSG210: a traced layer has no content to read."""
         raise refused("it reads keys and values out of its cache by itself")
 
     values = keys
@@ -276,7 +282,7 @@ class _Fixed(_StandIn):
     """A layer of a fixed length. Masks are made for it beforehand, unless it is empty."""
 
     def get_seq_length(self) -> int:
-        """Nothing yet."""
+        """0: a fixed layer counts no tokens."""
         if self.lengths[0] or self.added:
             raise refused("it asks a cache of fixed length how long it is")
         return 0

@@ -87,7 +87,10 @@ class GraphModel(Likeness):
         return pytree.tree_unflatten(self.run(capture, call.leaves), capture.output)
 
     def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
-        """The outputs of a capture for a call's values, in the graph's order."""
+        """Run a capture on a call's leaf values.
+
+        Returns its outputs, flat, in the graph's order.
+        """
         capture = self._waiting.serve(self, capture)
         if not any(isinstance(leaf, torch.Tensor) and leaf.is_cpu for leaf in leaves):
             return capture.top.forward(self, *leaves)
@@ -104,7 +107,7 @@ class GraphModel(Likeness):
         return self.find(self.call_of(*args, **kwargs))
 
     def call_of(self, *args: Any, **kwargs: Any) -> Call:
-        """The arguments by name, with a new cache if one is wanted and none is given.
+        """Bind arguments by name, and add a new cache where one is wanted and none is given.
 
         Blocks that are recomputed would remember twice: they remember nothing, as the original's.
         """
@@ -141,7 +144,7 @@ class GraphModel(Likeness):
 
     @property
     def source(self) -> Source:
-        """Where the model and its weights come from."""
+        """Source of the model and of its weights."""
         return self._captures.source
 
     def read_from(self) -> Iterator[str | Path | None]:
@@ -158,7 +161,7 @@ class GraphModel(Likeness):
         return self.writer(self).generate(*args, **kwargs)
 
     def writer(self, call: Callable[..., Any]) -> PreTrainedModel:
-        """What generates as the original does, and calls ``call`` where that calls itself."""
+        """A generator of the original's class whose forward is ``call``."""
         self.bind()
         with making():
             return shell(self._captures.source.module, self, call)
@@ -213,7 +216,7 @@ class GraphModel(Likeness):
         return super().get_parameter(target) if own is None else own
 
     def check_in_place(self) -> None:
-        """Refuse what writes the model, if a module of it is another one now. PSG220."""
+        """Refuse to save or fold a model with a replaced submodule. Raises PSG220."""
         path = self._waiting.replaced(self)
         if path is not None:
             raise SurgeryError(

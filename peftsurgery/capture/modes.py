@@ -104,7 +104,7 @@ class _Read:
     names: tuple[str, ...]
 
     def is_flag(self, frame: FrameType) -> bool:
-        """Whether it is given as it is to a function that takes such a flag."""
+        """Whether ``training`` is passed unchanged to a function's own train flag."""
         found = None if self.called is None else _value(self.called, frame)
         if not inspect.isfunction(found) or found.__module__ != nn.functional.__name__:
             return False
@@ -113,7 +113,7 @@ class _Read:
         return name in TRAIN_FLAGS
 
     def is_idle(self, frame: FrameType) -> bool:
-        """Whether both modes give one number: nothing is made of the read."""
+        """Whether both modes give an equal number, so that the read has no effect."""
         if not all(_is_simple(name, frame) for name in self.names):
             return False  # computing it might run code, or ask a traced tensor for its value
         one, other = (_value(code, frame) for code in self.values)
@@ -121,7 +121,7 @@ class _Read:
 
 
 def _value(code: CodeType, frame: FrameType) -> Any:
-    """What an expression is in a frame; None if it cannot be told."""
+    """Evaluate an expression in a frame; None if it cannot be evaluated safely."""
     try:
         return eval(code, frame.f_globals, frame.f_locals)
     except (NameError, AttributeError, TypeError, KeyError):
@@ -185,7 +185,7 @@ def _is_simple(name: str, frame: FrameType) -> bool:
 
 
 def _place(node: ast.expr, call: ast.Call) -> int | str | None:
-    """Which argument of a call it is, by place or by name; None if that cannot be told."""
+    """Position or keyword of the argument in the call; None if it cannot be determined."""
     if node not in call.args:
         return next(keyword.arg for keyword in call.keywords if keyword.value is node)
     place = call.args.index(node)
@@ -198,7 +198,7 @@ def _is_argument(node: ast.expr, call: ast.Call) -> bool:
 
 
 class _With(ast.NodeTransformer):
-    """Puts a constant in the place of one node, in a copy."""
+    """Substitutes a constant for one node in a copy of a syntax tree."""
 
     def __init__(self, node: ast.expr, value: bool) -> None:
         self.node, self.value = node, value

@@ -91,7 +91,7 @@ class _Notes:
         self.calls[path][number] = ModuleCall(arguments, given, structure, leaves)
 
     def mark(self, key: str, path: str, number: int, leaves: Sequence[Any]) -> None:
-        """Let the nodes of the trace that stand for these values say so."""
+        """Record on the trace's nodes which module call's values they are."""
         for index, leaf in enumerate(leaves):
             node = _node_of(leaf, self.tracer)
             if node is not None:
@@ -129,14 +129,14 @@ def flatten(value: Any) -> tuple[list[Any], pytree.TreeSpec]:
 
 
 def hand_on(old: fx.Node, new: fx.Node, keys: Sequence[str] = (GIVEN, RETURNED)) -> None:
-    """Let a node be what another one is in the calls of modules."""
+    """Copy a node's module-call records to another node."""
     for key in keys:
         if key in old.meta:
             new.meta[key] = {**new.meta.get(key, {}), **old.meta[key]}
 
 
 def take_place(old: fx.Node, new: fx.Node, keys: Sequence[str] = (GIVEN, RETURNED)) -> None:
-    """Let a node be in the calls of modules what another one is no longer."""
+    """Move a node's module-call records to another node."""
     hand_on(old, new, keys)
     for key in keys:
         old.meta.pop(key, None)
@@ -153,7 +153,7 @@ def _leaf(value: Any) -> Leaf:
 
 
 def _node_of(value: Any, tracer: Any) -> fx.Node | None:
-    """The node that a traced value is; None for what is none."""
+    """The graph node behind a traced value; None for a constant."""
     if isinstance(value, torch.Tensor):
         slot = get_proxy_slot(value, tracer, None)
         proxy = getattr(slot, "proxy", slot)

@@ -46,7 +46,7 @@ def loaded_from(source: Source) -> str | None:
 
 
 class Likeness(Part):
-    """What a whole model is asked for, and what it answers in its own way."""
+    """The original's API (save_pretrained, device, checkpointing...) on a captured model."""
 
     def save_pretrained(
         self,
@@ -111,7 +111,7 @@ class Likeness(Part):
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter is."""
+        """Device of the first parameter."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     @property
@@ -167,7 +167,7 @@ class Likeness(Part):
 
 
 def _place(tensor: torch.Tensor) -> Hashable:
-    """Equal for two objects that are one tensor in memory, and hold something there."""
+    """Memory location of a tensor, equal for two objects over the same storage; None if empty."""
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -19,7 +19,7 @@ from peftsurgery.errors import SurgeryError
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """What print(model) and ``where: {type: ...}`` know of a module: its class and its settings."""
+    """Class name and settings of a module, for print(model) and ``where: {type: ...}``."""
 
     type: str
     settings: str = ""

@@ -1,4 +1,4 @@
-"""Whether code draws random numbers, and generators kept as they are while it is looked at."""
+"""Random draws: which operators make them, and generators restored after a trial run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _WORDS = 624
 
 
 def starts(count: int = 8) -> list[tuple[int, ...]]:
-    """States that a generator may start in: one draws the least numbers, one the greatest.
+    """Generator states to test with: one draws the smallest numbers, one the largest.
 
     A choice by a threshold differs between these two. ``count`` others draw pseudo-random numbers,
     so that most other choices differ too. Extremes fill half a state only: a method that rejects
@@ -57,7 +57,7 @@ def starts(count: int = 8) -> list[tuple[int, ...]]:
 
 @contextmanager
 def kept_generators(start: tuple[int, ...] | None = None) -> Iterator[None]:
-    """Within the context numbers are drawn; behind it, every generator is where it was before.
+    """Restore the state of every random generator on leaving the context.
 
     With a ``start``, generators of Python and numpy start there.
     """
@@ -75,5 +75,5 @@ def kept_generators(start: tuple[int, ...] | None = None) -> Iterator[None]:
 
 
 def drawn_elsewhere() -> bytes:
-    """A value that changes when numbers are drawn from Python's generator or numpy's."""
+    """Pickled state of Python's and numpy's generators; it changes with every draw."""
     return pickle.dumps((random.getstate(), np.random.get_state()))

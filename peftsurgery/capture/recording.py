@@ -51,7 +51,7 @@ class Record:
     output: Any = None
 
     def is_off_of(self, trained: Record) -> bool:
-        """Whether this run, in eval mode, is ``trained``, in train mode, with its flags off."""
+        """Whether this eval-mode run equals train-mode run ``trained`` with train flags off."""
         return self.output == trained.output and all(
             one is not None and two is not None and _is_off_of(one, two)
             for one, two in zip_longest(self.steps, trained.steps)
@@ -69,7 +69,7 @@ def _is_off_of(evaluated: Step, trained: Step) -> bool:
 
 
 def recorded(module: nn.Module, call: Call) -> Record:
-    """What ``module``, as it is now, does for a call. No value is computed, and none is changed."""
+    """Record the torch calls that ``module`` makes for a call, on tensors without content."""
     watch = Watch(module)
     with _without_content(module, call) as inputs:
         watch.run(module, **inputs)
@@ -88,7 +88,7 @@ def _without_content(module: nn.Module, call: Call) -> Iterator[Mapping[str, Any
 
 
 def is_steady(module: nn.Module, call: Call) -> bool:
-    """Whether a second call would do what the first does, the first having set attributes.
+    """Whether a second call repeats the first, although the first may set attributes.
 
     A call that goes on computing with a tensor of the one before does not; one that computes less,
     since it finds what the one before made, does.
@@ -183,7 +183,7 @@ class Watch(TorchFunctionMode):
         )
 
     def step(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
-        """The step that a call is."""
+        """Record of one torch call: function, arguments and train flags, in comparable form."""
         places = _flag_places(name)
         flags = {places[i]: value for i, value in enumerate(args) if i in places}
         flags |= {key: value for key, value in kwargs.items() if key in TRAIN_FLAGS}
@@ -195,12 +195,12 @@ class Watch(TorchFunctionMode):
         return Step(func, self.plain((rest, others)), tuple(sorted(flags.items())), state)
 
     def plain(self, value: Any) -> tuple[Any, ...]:
-        """A value that is equal for equal arguments in another run."""
+        """Comparable form of a call's arguments, equal for equal arguments of another run."""
         leaves, spec = pytree.tree_flatten(value)
         return (str(spec), *(self.leaf(leaf) for leaf in leaves))
 
     def leaf(self, leaf: Any) -> Any:
-        """One value, without nested ones, so that it is equal for equal values in another run."""
+        """Comparable form of one leaf value, equal for equal values of another run."""
         if isinstance(leaf, torch.Tensor):
             return ("tensor", self.number(leaf))
         if isinstance(leaf, slice):

@@ -33,5 +33,5 @@ class Serving:
         return found[1]
 
     def captures(self, choice: Hashable) -> tuple[Capture, ...]:
-        """What is ready under a choice, in the order in which it was made."""
+        """The captures made under a choice, in the order in which they were made."""
         return tuple(ready for key, (_, ready) in list(self._made.items()) if key[0] == choice)

@@ -45,14 +45,17 @@ class Call:
 
     @property
     def signature(self) -> str:
-        """A text that is equal for calls that one capture can serve, fixed sizes aside."""
+        """Text key of a call's structure.
+
+        Equal for calls that one capture can serve, sizes aside.
+        """
         kinds = [(name, _kind(value)) for name, value in self.tensors.items()]
         past = self.past and self.past.signature
         return repr((kinds, sorted(self.flags.items(), key=lambda item: item[0]), past))
 
 
 def _kind(value: Any) -> Any:
-    """What a capture takes for granted of an argument: dtype and rank, and how it is nested."""
+    """Structure of an argument: nesting, dtype and rank of tensors, values of flags."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.ndim
     leaves, spec = pytree.tree_flatten(value)
@@ -126,12 +129,12 @@ def arguments_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def stand_for(forward: Any, original: Callable[..., Any]) -> None:
-    """Let a module's forward be known to be there instead of the original, while it is exported."""
+    """Register a module's replacement forward for the time of its export."""
     forward.stands_for = original
 
 
 def _signature(module: nn.Module) -> inspect.Signature:
-    """What the module's own forward takes, without self, whatever stands for it now."""
+    """Signature of the module's own forward without self, even while another replaces it."""
     forward = module.forward
     forward = getattr(forward, "stands_for", forward)
     function = getattr(forward, "__func__", None)
@@ -162,7 +165,7 @@ def widen(call: Call) -> Call:
 
 
 def apart(call: Call) -> Call:
-    """The call with tensors of its own: one given twice (tokens, and the same as labels) is two.
+    """The call with every tensor distinct: one given for two inputs becomes two tensors.
 
     torch.export takes a tensor for one input wherever it is given, and the next call may well give
     two.
@@ -173,7 +176,7 @@ def apart(call: Call) -> Call:
 
 
 def traced(call: Call, module: nn.Module) -> Call:
-    """The call as ``module`` is traced for it: without a cache, but with sizes that stand for one.
+    """The call as it is traced: its cache replaced by stand-in tensors of the cache's lengths.
 
     Raises PSG210 for a cache that a capture cannot leave to its owner.
     """

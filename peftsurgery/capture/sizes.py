@@ -96,7 +96,7 @@ def evaluate_sizes(
 
 
 def is_limit(condition: str) -> bool:
-    """Whether a condition fixes one size, excludes one or bounds it above."""
+    """Whether a condition fixes or excludes a value of one size, or bounds it above."""
     return re.fullmatch(r"\w+\.shape\[\d+\] (==|!=|<=) \d+", condition) is not None
 
 

@@ -120,7 +120,7 @@ class Source:
         return not self.on_meta or self.origin is not None
 
     def release(self) -> None:
-        """Forget weights that were loaded; they are read again when they are wanted again."""
+        """Drop loaded weights from memory; they are read again on demand."""
         self._loaded = None
 
     @quiet()
@@ -355,7 +355,7 @@ def _is_hub_id(spec: str) -> bool:
 
 
 def _nearby(spec: str) -> str:
-    """What is like a model's directory that is not there."""
+    """Hint that names directories near a path that does not exist."""
     parent = Path(spec).parent
     if not os.path.isdir(parent):
         return f"there is no directory '{parent}'"
@@ -366,7 +366,7 @@ def _nearby(spec: str) -> str:
 
 
 def _around(spec: str) -> str:
-    """What is given in place of something that is no model's directory."""
+    """Hint on what a path holds that is no model directory."""
     path = Path(spec)
     if path.is_file():
         inside = (path.parent / "config.json").is_file()

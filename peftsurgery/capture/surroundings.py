@@ -31,7 +31,7 @@ _HERE = threading.local()
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The state that a capture is for: ``autocast`` gives the dtype by device where it is on."""
+    """Ambient state of a call: autocast dtypes by device, default dtype, determinism."""
 
     autocast: tuple[tuple[str, torch.dtype], ...]
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class Surroundings:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """Autocast as this says; the rest is the process's and the same in all threads."""
+        """Enter autocast as recorded; other state belongs to the process."""
         wanted = dict(self.autocast)
         with ExitStack() as stack:
             for device in {*wanted, *dict(surroundings().autocast)}:
@@ -65,7 +65,7 @@ def surroundings() -> Surroundings:
 
 
 def outside(function: Callable[[], Result], state: Surroundings) -> Result:
-    """What ``function`` returns where nothing surrounds it but ``state``.
+    """Call ``function`` in a fresh thread, surrounded by ``state`` alone, and return its result.
 
     It runs in a thread of its own, with the caller's context variables. Whatever ends the caller's
     wait interrupts it too. Called from within, it runs at once.
@@ -87,7 +87,7 @@ def outside(function: Callable[[], Result], state: Surroundings) -> Result:
 
 
 class _Task(Generic[Result]):
-    """A function to be called in a thread where nothing is."""
+    """One function call, to be run in a fresh thread."""
 
     def __init__(self, function: Callable[[], Result], state: Surroundings) -> None:
         self.function, self.state = function, state

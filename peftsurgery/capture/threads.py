@@ -1,4 +1,4 @@
-"""What making a capture means for other threads: one at a time, and what they compute is the same.
+"""Locks around captures: one trace at a time, and none while other threads compute.
 
 torch.export changes what all threads share. It puts another forward, another mode and other tensors
 into the module that it traces; so whoever makes a capture, or reads that module, waits for its turn
@@ -30,7 +30,7 @@ _IS_HELD: ContextVar[bool] = ContextVar("a capture is being made", default=False
 
 @contextmanager
 def making() -> Iterator[None]:
-    """Within the context no other thread makes a capture, and the traced modules are as they are.
+    """Hold the lock of captures: no other thread traces, or changes a traced module, within.
 
     This is the only lock that is held while a capture is made; it is entered again at will.
     """
@@ -46,7 +46,7 @@ def making() -> Iterator[None]:
 
 
 class Gate:
-    """Calls pass it, any number at a time; a trace closes it for all threads but its own."""
+    """Readers-writer gate: any number of calls compute, or one trace runs."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -55,7 +55,10 @@ class Gate:
         self._tracer: int | None = None
 
     def enter(self) -> None:
-        """Begin to compute, once no trace is under way. To be followed by :meth:`leave`."""
+        """Wait until no other thread traces, then count this thread as computing.
+
+        Pair with `leave`.
+        """
         depth = getattr(self._here, "depth", 0)
         if not depth:
             with self._changed:
@@ -65,7 +68,7 @@ class Gate:
         self._here.depth = depth + 1
 
     def leave(self) -> None:
-        """Have computed."""
+        """Count this thread as done computing."""
         self._here.depth -= 1
         if not self._here.depth:
             with self._changed:
@@ -75,7 +78,7 @@ class Gate:
 
     @contextmanager
     def outside(self) -> Iterator[None]:
-        """Within the context this thread counts as computing nothing, though it was called amid."""
+        """Count this thread as idle within the context, although it was called while computing."""
         depth = getattr(self._here, "depth", 0)
         if depth:
             self._here.depth = 1
@@ -89,7 +92,10 @@ class Gate:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Within the context no other thread computes. To be entered by one thread at a time."""
+        """Keep all other threads from computing within the context.
+
+        One thread at a time may enter.
+        """
         try:
             with self._changed:
                 self._tracer = threading.get_ident()
@@ -132,7 +138,7 @@ class _OneThread(proxy_tensor._ModuleStackTracer):
 
 @contextmanager
 def traced_alone() -> Iterator[None]:
-    """Within the context torch.export traces what its own thread calls, and no other one computes.
+    """Make torch.export trace the calls of its own thread alone, while no other thread computes.
 
     To be entered by one thread at a time, as :func:`making` lets them.
     """

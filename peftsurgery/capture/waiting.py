@@ -1,4 +1,4 @@
-"""The parts of a model that something waits for to be called: hooks, a forward of their own.
+"""Parts that must really be called because of hooks or a replaced forward.
 
 A model without any pays nothing for it. With some, each capture it serves gets a twin in which just
 these parts are called; when the last hook is gone, the capture itself is served again.
@@ -32,7 +32,7 @@ KEPT = 16
 
 
 class Waiting:
-    """What waits for calls of a model's parts, and the twins of captures in which they are made."""
+    """Registry of the parts that must be called, and the captures rewritten to call them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.noted: set[str] = set()
@@ -49,11 +49,11 @@ class Waiting:
         return copied
 
     def note(self, path: str) -> None:
-        """Something waits, from now on, for the part at a path."""
+        """Mark the part at a path as one that must be called."""
         self.noted.add(path)
 
     def serve(self, model: Part, capture: Capture) -> Capture:
-        """The capture, or its twin in which the parts are called that something waits for.
+        """The capture itself, or its twin that calls the marked parts.
 
         PSG220 if one of them cannot be called by itself. What waits for every part of any model (a
         hook for all modules) does not see those that are given or give an object of Python.
@@ -71,7 +71,7 @@ class Waiting:
         return self._known(capture, wanted) or self._twin(model, capture, wanted)
 
     def replaced(self, model: Part) -> str | None:
-        """The path of a part in whose place another module is, if there is one."""
+        """Path of a part that was replaced by another module; None if there is none."""
         for path in sorted(self.noted):
             holder, _, name = path.rpartition(".")
             if original_at(model, holder)._modules.get(name) is not original_at(model, path):
@@ -99,7 +99,7 @@ class Waiting:
 
 
 def _forget(model: Part, capture: Capture, twin: Capture) -> None:
-    """Take from the blocks the programs that a twin has and its capture has not."""
+    """Remove from the blocks the programs that only this twin uses."""
     own = {each.label for programs in capture.programs.values() for each in programs}
     for block, programs in _blocks(model, twin):
         gone = {each.label for each in programs} - own
@@ -115,7 +115,7 @@ def _blocks(model: Part, capture: Capture) -> Iterator[tuple[Block, Sequence[Pro
 
 
 def _is_awaited(model: Part, path: str) -> bool:
-    """Whether something waits for the part at a path: for itself, or in its place."""
+    """Whether the part at a path has hooks or its own forward, or was replaced."""
     holder, _, name = path.rpartition(".")
     around, part = original_at(model, holder), original_at(model, path)
     return part.is_awaited or around._modules.get(name) is not part

@@ -17,10 +17,10 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 class Notes(Protocol):
-    """Where parts say that something waits for them."""
+    """Receiver of paths of parts that must be called."""
 
     def note(self, path: str) -> None:
-        """Something waits, from now on, for the part at a path."""
+        """Mark the part at a path as one that must be called."""
 
 
 class Watched(nn.Module):
@@ -40,7 +40,7 @@ class Watched(nn.Module):
         return self
 
     def original_part(self, name: str) -> Any:
-        """The part of that name, whatever is in its place now."""
+        """The captured part of that name, even if another module replaced it."""
         return vars(self)["_originals"][name]
 
     @property
@@ -49,33 +49,33 @@ class Watched(nn.Module):
         return "forward" in vars(self) or any(vars(self)[hooks] for hooks in HOOKS)
 
     def _note(self, name: str | None = None) -> None:
-        """Something waits for this part, or for what is in the place of one of its own."""
+        """Mark this part, or the replaced one of its parts, as one that must be called."""
         path = self._path if name is None else join(self._path, name)
         if self._watching is not None and path:
             self._watching.note(path)
 
     def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As any module's; the part is called from now on."""
+        """Register the hook as on any module; the part is really called from now on."""
         self._note()
         return super().register_forward_pre_hook(*args, **kwargs)
 
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As any module's; the part is called from now on."""
+        """Register the hook as on any module; the part is really called from now on."""
         self._note()
         return super().register_forward_hook(*args, **kwargs)
 
     def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As any module's; the part is called from now on."""
+        """Register the hook as on any module; the part is really called from now on."""
         self._note()
         return super().register_full_backward_pre_hook(*args, **kwargs)
 
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As any module's; the part is called from now on."""
+        """Register the hook as on any module; the part is really called from now on."""
         self._note()
         return super().register_full_backward_hook(*args, **kwargs)
 
     def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """As any module's; the part is called from now on."""
+        """Register the hook as on any module; the part is really called from now on."""
         self._note()
         return super().register_backward_hook(*args, **kwargs)
 
@@ -107,7 +107,7 @@ class Watched(nn.Module):
         super().add_module(name, module)
 
     def _put(self, name: str, module: nn.Module | None) -> None:
-        """Note a module in the place of a part. PSG220 for none there, and one more in a list."""
+        """Record that a module replaces a part. Raises PSG220 where no part is, or a list grows."""
         originals = vars(self)["_originals"]
         if name in originals and not isinstance(module, nn.Module):
             raise _unchanging(self._path, name, "taken out")
@@ -145,7 +145,7 @@ def _labels(part: Any) -> frozenset[str]:
 
 
 def original_at(model: Any, path: str) -> Any:
-    """The module that a capture has at a path, whatever is in its place."""
+    """The captured module at a path, even if another module replaced it."""
     part = model
     for name in path.split(".") if path else ():
         known = vars(part).get("_originals", {})

@@ -1,4 +1,4 @@
-"""What a model tells its cache beside keys and values, and a capture does not hand on.
+"""Arguments of a cache update beside keys and values, which a capture does not pass on.
 
 Some models give their cache the keyword arguments of the call as well, for caches that choose what
 to keep. Those of transformers do not look at them. A cache that does look is refused there and
@@ -30,7 +30,7 @@ def names_of(more: Sequence[Any], named: Mapping[str, Any]) -> str:
 
 
 def stand_ins(names: str) -> tuple[list[Any], dict[str, Any]]:
-    """Arguments of those names that refuse to be read: those by place, and those by name."""
+    """Stand-ins for those arguments, positional and named, that raise PSG210 when read."""
     given = names.split(",") if names else []
     places = [Withheld() for name in given if name == POSITIONAL]
     return places, {name: Withheld() for name in given if name != POSITIONAL}
