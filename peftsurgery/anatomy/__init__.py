@@ -1,4 +1,4 @@
-"""Anatomy: what the graph means. Sites and their roles are found by what becomes of values."""
+"""Anatomy: sites and their roles, found by the dataflow of a graph."""
 
 from peftsurgery.anatomy.analysis import Anatomy, analyse
 from peftsurgery.anatomy.site import Placed, Site, Slice

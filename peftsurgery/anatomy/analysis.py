@@ -1,4 +1,4 @@
-"""analyse: everything one program's graph says about its sites."""
+"""Analysis of one program: its sites with their roles, computed once and kept."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Anatomy:
 
     @cached_property
     def links(self) -> Mapping[Site, tuple[Site, ...]]:
-        """What each site feeds within the program."""
+        """Mapping of each site to the sites that its output reaches within the program."""
         made = find_links(self.flow, self.sites)
         return made if self.joined is self.sites else made | find_links(self.flow, self.joined)
 

@@ -73,7 +73,7 @@ class Core:
 
     @property
     def keeps_repeats(self) -> bool:
-        """Whether keys and values before they are repeated are no two tensors of one kind."""
+        """Whether keys and values have repeats that their sources cannot stand for."""
         k, v = before_repeat(self.k), before_repeat(self.v)
         return k is v or (k is self.k) != (v is self.v)
 
@@ -185,7 +185,7 @@ def _factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 
 def visibility(mask: fx.Node) -> fx.Node:
-    """Of a mask that is biases where keys are seen and a number elsewhere, what says where.
+    """Boolean mask behind a mask that selects biases for visible keys, and a number elsewhere.
 
     Other masks are what they are: added, or true for keys that are seen.
     """
@@ -201,7 +201,7 @@ def _inputs(flow: Flow, node: fx.Node) -> set[fx.Node]:
 
 
 def _mask(softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
-    """What is added to the scores, or fills them, last before the softmax."""
+    """The mask that is last added to, or fills, the scores before the softmax."""
     node = softmax.all_input_nodes[0]
     while node is not scores:
         inputs = operands(node)
@@ -236,7 +236,7 @@ def projection_out(flow: Flow, core: Core) -> Site | None:
 
 
 def remembers(flow: Flow, core: Core) -> bool:
-    """Whether the keys of earlier calls are kept: tokens see earlier ones, whatever the mask is."""
+    """Whether keys come from a cache: tokens see earlier ones, whatever the mask is."""
     keys = backward([core.k], lambda node: node in flow.products)
     return any(op(node) == "with_past" for node in keys)
 
@@ -257,5 +257,5 @@ def compares_order(node: fx.Node) -> bool:
 
 
 def is_position(node: fx.Node) -> bool:
-    """Whether a value counts something: it comes from an arange."""
+    """Whether a value is a position: it is computed from an arange."""
     return any(op(found) == "arange" for found in backward([node]))

@@ -58,7 +58,10 @@ class Calls:
         return self._by_name.get((join(frame.path, str(node.target)), str(label)))
 
     def walk(self, frame: Frame, node: fx.Node) -> Iterator[tuple[Frame, fx.Node]]:
-        """What a value is computed from, into the callers of the frame and the blocks it calls."""
+        """Walk backwards from values, across block calls in both directions.
+
+        Yields (frame, node).
+        """
         return reach([(frame, node)], self._sources)
 
     def _sources(self, value: tuple[Frame, fx.Node]) -> list[tuple[Frame, fx.Node]]:

@@ -1,4 +1,4 @@
-"""Embedding sites, y = W[x] with ids x and W (entries, width), and what each table is of.
+"""Embedding sites y = W[x], ids x, W (entries, width), with the role of each table.
 
 That is told by what the ids are made of, and never by how long the captured text was:
 
@@ -127,13 +127,13 @@ def _inputs(ids: fx.Node) -> list[fx.Node]:
 
 
 def _has_row_for_each(table: _Table) -> bool:
-    """Whether a table has a row for each entry of the buffer that its ids are cut from."""
+    """Whether a table has as many rows as the id buffer has entries, as position tables have."""
     held = [found for found in made_of(table.ids) if found.op == "get_attr"]
     return all(table.entries >= max(map(int, shape(found)), default=1) for found in held)
 
 
 def _picked_by(ids: fx.Node) -> Iterable[fx.Node]:
-    """The values that say which entries of another value ids are."""
+    """Index values by which ids are picked out of another value."""
     for found in made_of(ids):
         if plain(found) in ("gather", "index_select", "index"):
             yield from operands(found)[1:]
@@ -147,7 +147,7 @@ def _given_roles(flow: Flow, tables: Sequence[_Table], known: Roles) -> Roles:
     sizes = {int(linear.facts["out"]) for linear in flow.linears}
 
     def likeness(table: _Table) -> tuple[bool, bool, int, int]:
-        """How much a table is like one of tokens; coordinates have an axis more."""
+        """Sort key: how likely a table is the token table; coordinate ids have one more axis."""
         return table.site.parameter in heads, table.entries in sizes, -_rank(table), table.entries
 
     for group in _sums([*tables, *known]):
@@ -193,23 +193,23 @@ def _sums(tables: Sequence[_Table]) -> list[list[_Table]]:
 
 
 def _added(y: fx.Node) -> set[fx.Node]:
-    """An embedding, and all that it is scaled and added to before anything else is done to it."""
+    """Values made of an embedding by scaling and adding alone."""
     return set(forward([y], LAYOUT | SCALING | ADDITION))
 
 
 def is_counted(node: fx.Node) -> bool:
-    """Whether ids are made of an arange or a cumulative sum; what is picked by position is not."""
+    """Whether ids are computed from an arange or cumulative sum, rather than picked by one."""
     return any(op(found) in COUNTS for found in made_of(node))
 
 
 def is_held(node: fx.Node) -> bool:
-    """Whether a value is a tensor that the model holds, viewed or picked from at most."""
+    """Whether a value is a stored tensor, at most viewed or indexed."""
     ends = [n for n in backward([node]) if not operands(n)]
     return bool(ends) and all(n.op == "get_attr" for n in ends)
 
 
 def given_ids(node: fx.Node) -> fx.Node | None:
-    """The input that ids are, before they are viewed, shifted, filled in or picked from."""
+    """The model input behind ids, through views, shifts, fills and indexing."""
     for found in made_of(node, lambda n: plain(n) in KEEPS_IDS):
         if found.op == "placeholder" and is_tensor(found):
             return found

@@ -1,4 +1,4 @@
-"""Feed-forward roles: what is between the stream and the stream, around an activation.
+"""Feed-forward roles: linears of a residual branch around an activation.
 
     plain    h = down(act(up(x)))
     gated    h = down(act(gate(x)) * up(x))      gate and up may be one fused weight
@@ -37,7 +37,7 @@ def feedforward_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) 
 
 
 def open_parts(flow: Flow, taken: Iterable[Site]) -> list[Part]:
-    """The same for branches that leave the program before they join a stream.
+    """Find gate, up and down of branches that leave the program before they join a stream.
 
     Whether they do is for the caller of the block to tell.
     """

@@ -1,4 +1,4 @@
-"""Links: which sites a site's output reaches before it meets another weight or joins the stream."""
+"""Links between sites: which sites an output reaches before another weight or the stream."""
 
 from __future__ import annotations
 

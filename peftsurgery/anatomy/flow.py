@@ -1,4 +1,4 @@
-"""What one program's graph says about its values, computed once: order, linears, and origins.
+"""Dataflow facts of one program's graph, computed once: order, linears, origins.
 
 The *origin* of a value is the linear it comes from through layout, scaling, norms, dropout and
 rotary arithmetic: the query operand of an attention core has the query projection for its origin. A
@@ -77,17 +77,17 @@ class Flow:
         return sorted(found, key=self.order.__getitem__)
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
-        """What a value is computed from, and what was written into it."""
+        """Direct sources of a value: its operands, and values written into it in place."""
         if node not in self._sources:
             self._sources[node] = [*operands(node), *written(node)]
         return self._sources[node]
 
     def made_of(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
-        """A value and all that it is made of, in place too, up to where ``stop`` holds."""
+        """All values that one is computed from or written with, up to where ``stop`` holds."""
         return list(reach([node], self.sources, stop))
 
     def upto_weights(self, node: fx.Node) -> list[fx.Node]:
-        """What a value is made of up to the linears before it."""
+        """Values that one is computed from, up to the nearest linears."""
         found = self.made_of(node, lambda n: n in self.products)
         return [n for n in found if n not in self.products]
 

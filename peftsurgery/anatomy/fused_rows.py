@@ -121,7 +121,7 @@ def _distinct(carried: Iterable[Numbers]) -> Carried:
 
 
 def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]) -> Any:
-    """The operator itself, done to the numbers of every alternative."""
+    """Apply a layout operator to every alternative of row numbers."""
     if op(node) in ("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach"):
         return carried[inputs[0]]
     ways = max(len(carried[operand]) for operand in inputs)

@@ -1,4 +1,4 @@
-"""The model's boundary: what goes in and comes out, as one site of the top graph.
+"""The inputs site: embeddings, per-token inputs and logits of a model, in its top graph.
 
     inputs    embeds     the embeddings of the tokens (batch, tokens, width)
               mask       which tokens are seen (batch, tokens)
@@ -82,7 +82,7 @@ class _Tokens:
         return None if given is None else cls(given, given, None)
 
     def bound(self, capture: Capture, prefix: str) -> Iterator[tuple[str, fx.Node]]:
-        """The embeddings, and what else is given for every token."""
+        """(name, node) pairs of the embeddings and of everything given per token."""
         yield "embeds", self.embeds
         inputs = _inputs(capture)
         for name in ("mask", "positions", "types"):
@@ -94,7 +94,10 @@ class _Tokens:
             yield "labels", labels
 
     def owns(self, capture: Capture, prefix: str, labels: fx.Node) -> bool:
-        """Whether labels are for these tokens: for more tokens, more labels are needed."""
+        """Whether the labels are per token.
+
+        The capture's conditions tie their length to the tokens'.
+        """
         arguments = {ARGUMENTS.get(f"{prefix}{name}") for name in ("mask", "positions", "types")}
         longer = {self.given.name, *(name for name in arguments if name)}
         return any(
@@ -110,7 +113,7 @@ def _has_batch_of(node: fx.Node, embeds: fx.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Stub:
-    """Something with a shape, to ask conditions about."""
+    """Object with a shape, on which a capture's size conditions are evaluated."""
 
     shape: tuple[int, ...]
 

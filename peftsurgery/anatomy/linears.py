@@ -120,7 +120,7 @@ def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
 
 
 def _is_value(x: Any) -> bool:
-    """Whether an operand is computed, and no weight itself."""
+    """Whether an operand is a computed value, not a parameter."""
     return is_tensor(x) and matrix_of(x)[0] is None
 
 
@@ -188,7 +188,7 @@ def _added_bias(product: fx.Node, rows: int, is_turned: bool) -> tuple[fx.Node |
 
 
 def _outer(x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Give x and y outside of a view to rows and back, where that is all that is done to both."""
+    """Replace x and y by the values outside a flatten/unflatten pair around the product."""
     if op(x) not in VIEWS or len(shape(x)) != 2 or len(y.users) != 1:
         return x, y
     wide, back = x.all_input_nodes[0], next(iter(y.users))

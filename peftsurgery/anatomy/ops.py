@@ -1,4 +1,4 @@
-"""Walking a graph of ATen operators: what an operator is called, and what a value comes from.
+"""Graph walks and queries over ATen operators: names, shapes, operands, ancestors.
 
 An operator is known by its name without overload (``linear``, ``view``, ``getitem``), whichever of
 the exporter's spellings it has. *Layout* operators only move entries; *transparent* operators act
@@ -51,7 +51,7 @@ def op(node: fx.Node) -> str:
 
 
 def value(node: Any) -> Any:
-    """The fake value a node stands for, or the argument itself if it is not a node."""
+    """Fake tensor (or number) of a node; an argument that is no node as it is."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node
 
 
@@ -92,7 +92,7 @@ def width(node: fx.Node) -> int | None:
 
 
 def samples(node: fx.Node) -> tuple[int, ...]:
-    """The sizes that a tensor had in the capture's example, to run operators on stand-ins of it."""
+    """Concrete example sizes of a tensor, to run operators on stand-ins of it."""
     return tuple(concrete(size) for size in shape(node))
 
 
@@ -144,7 +144,7 @@ def concrete(size: Any) -> int:
 
 
 def strip(node: fx.Node, names: Iterable[str]) -> fx.Node:
-    """Back through unary operators of these names, to the first value of another kind."""
+    """Follow unary operators of these names backwards; returns the first other value."""
     accepted = frozenset(names)
     while op(node) in accepted and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -154,7 +154,7 @@ def strip(node: fx.Node, names: Iterable[str]) -> fx.Node:
 def backward(
     start: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None
 ) -> Iterator[fx.Node]:
-    """Every value that ``start`` is computed from, itself included, sizes left out.
+    """Yield ``start`` and every tensor that it is computed from, sizes excluded.
 
     A node for which ``stop`` holds is given, but not what it is computed from.
     """

@@ -61,7 +61,7 @@ def _tables(tables: Iterable[Site]) -> Iterator[tuple[fx.Node, fx.Node, str, str
 
 
 def _is_used_up(table: Site) -> bool:
-    """Whether every row is some position's, always: there is none for further tokens."""
+    """Whether the table has no rows for further tokens: every row is always in use."""
     count = shape(table.nodes["x"])[-1] if shape(table.nodes["x"]) else 0
     return not isinstance(count, torch.SymInt) and bool(count >= shape(table.nodes["W"])[0])
 
@@ -97,12 +97,12 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def _is_open(node: fx.Node) -> bool:
-    """Whether there may be more or fewer positions: they are those of a text."""
+    """Whether the number of positions varies with the text's length."""
     return any(isinstance(size, torch.SymInt) for size in shape(node))
 
 
 def _made_of(node: fx.Node) -> list[fx.Node]:
-    """What is computed from a value as long as it is fractional, itself included."""
+    """Fractional-valued descendants of a value, itself included."""
     return list(reach([node], lambda found: filter(_is_fraction, found.users)))
 
 
@@ -111,7 +111,7 @@ def _is_fraction(node: fx.Node) -> bool:
 
 
 def _biases(p: fx.Node, later: Iterable[fx.Node]) -> bool:
-    """Whether blocks are passed something made of positions that has their tokens last."""
+    """Whether a block receives a value made of these positions, with tokens on its last axis."""
     passed = [n for n in later if any(user.op == "call_module" for user in n.users)]
     return any(shape(n) and _is_same(shape(n)[-1], shape(p)[-1]) for n in passed)
 

@@ -34,7 +34,7 @@ LENGTHS = words("sum linalg_vector_norm norm")
 
 
 def mixes_tokens(flow: Flow, node: fx.Node) -> bool:
-    """Whether a node makes a token of several: a convolution over them, a product of two values."""
+    """Whether a node mixes tokens: a convolution over them, or a product of two values."""
     name = op(node)
     if name.startswith("conv") and len(node.all_input_nodes) > 1:
         weight = shape(node.all_input_nodes[1])
@@ -83,7 +83,7 @@ class _Branch:
 
     @property
     def normed(self) -> list[fx.Node]:
-        """The values of length one."""
+        """Values normalised to Euclidean length one."""
         found = {n: None for n in self.nodes if op(n) in ("mul", "div") and _is_normed(n)}
         return sorted(found, key=self.flow.order.__getitem__)
 
@@ -132,7 +132,10 @@ class _Branch:
         return found
 
     def _key(self) -> fx.Node | None:
-        """Of two values of length one, that which is multiplied with what is made of it alone."""
+        """The key among two normalised values.
+
+        The one multiplied with functions of itself alone.
+        """
         normed = set(self.normed)
         of: dict[fx.Node, set[fx.Node]] = {node: {node} for node in normed}
         ordered = sorted(self.nodes - normed, key=self.flow.order.__getitem__)
@@ -152,7 +155,10 @@ class _Branch:
         return None
 
     def _is_beside(self, site: Site) -> bool:
-        """Whether a linear's output meets the recurrence's result alone, behind an activation."""
+        """Whether a linear gates the recurrence.
+
+        Its activated output multiplies the result alone.
+        """
         start = site.nodes["y"]
         way = set(reach([start], lambda node: self.nodes.intersection(node.users))) - {start}
         meets = any(mixes_tokens(self.flow, node) or node in self.decays for node in way)
@@ -160,7 +166,7 @@ class _Branch:
 
 
 def _passes_on(flow: Flow, node: fx.Node) -> bool:
-    """Whether tokens learn of others: they are mixed, or taken one after the other."""
+    """Whether information passes between tokens, by mixing or by a step-by-step recurrence."""
     taken = {user.args[1:] for user in node.users if op(user) == "select"}
     return mixes_tokens(flow, node) or len(taken) > 1
 
@@ -172,7 +178,7 @@ def _before(flow: Flow, site: Site, nodes: Collection[fx.Node]) -> list[Site]:
 
 
 def _is_decay(flow: Flow, node: fx.Node) -> bool:
-    """Whether an exponential is of what a linear gives and of a parameter that is no matrix."""
+    """Whether a node is a learnt decay: exp of a linear's output and a non-matrix parameter."""
     way = flow.upto_weights(node)
     own = any(n.op == "get_attr" and len(shape(n)) <= 2 for n in way)
     return own and bool(_steps(flow, node))

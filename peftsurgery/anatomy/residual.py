@@ -146,7 +146,7 @@ def residual_sites(
 
 
 def sublayer(last: Sequence[Site]) -> dict[str, str]:
-    """What kind of sublayer ends with these linears, as facts."""
+    """Facts ``after`` and ``kind`` of a sublayer that ends with these linears."""
     roles = {site.role for site in last}
     if roles == {"attn.o"}:
         kinds = {site.core.facts["kind"] for site in last if site.core is not None}

@@ -25,7 +25,7 @@ PARTS = ("q", "k", "v")
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """That a linear, or a slice of it, plays a role, and for which core."""
+    """Role of a linear, or of a slice of it, with the attention core that it serves."""
 
     linear: Site
     role: str
@@ -35,7 +35,7 @@ class Part:
 
 
 def attention_parts(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list[Part]]:
-    """The attention sites of cores, and which linears are whose q, k, v and o."""
+    """Attention sites of cores, and the q, k, v and o projections around each."""
     sites: list[Site] = []
     parts: list[Part] = []
     for core in cores:
@@ -118,7 +118,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
 
 
 def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
-    """What decides which keys a query sees: all that the mask, or the scores, are made of."""
+    """Every value from which a core's mask, or its masked scores, are computed."""
     start = [node for node in (core.softmax, core.mask) if node is not None]
     return set(backward(start, lambda node: node is core.scores or node in flow.products))
 

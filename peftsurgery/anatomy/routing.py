@@ -85,7 +85,7 @@ def _ends(flow: Flow, node: fx.Node) -> bool:
 
 
 def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
-    """Whether what is chosen goes on to experts, or is multiplied with what they gave."""
+    """Whether a choice selects experts, or weighs their outputs."""
     chosen = {choice}
 
     def users(node: fx.Node) -> Iterator[fx.Node]:
@@ -95,7 +95,7 @@ def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
                 yield user
 
     def is_lost(node: fx.Node) -> bool:
-        """Whether the choice goes no further: in another linear it is lost in a signal."""
+        """Whether the walk ends at a node: behind another linear, a choice is no longer visible."""
         return node in flow.products or op(node) in ("embedding", "add", "add_")
 
     for node in reach(users(choice), users, is_lost):
@@ -108,7 +108,7 @@ def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
 
 
 def _picks_tokens(node: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
-    """Whether the chosen only say which entries to take of something that has none per expert.
+    """Whether chosen indices pick entries of a value without an axis per expert.
 
     A table with a vector for each is one of codes, and not of experts.
     """
@@ -127,7 +127,7 @@ def _picks_tokens(node: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
 
 
 def _are_outputs(flow: Flow, weighing: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
-    """Whether what is weighed, or picked from, by the chosen are outputs of linears or blocks."""
+    """Whether the values weighed or picked by a choice are outputs of linears or blocks."""
     others = [node for node in operands(weighing) if node not in chosen]
     ends = [list(backward([node], lambda n: _ends(flow, n))) for node in others]
     return len(others) == len(operands(weighing)) - 1 and all(

@@ -120,13 +120,13 @@ class Site:
 
 
 class Relations(Protocol):
-    """Answers which sites of a model feed which."""
+    """Neighbour relation of sites: which feed which."""
 
     def feeds(self, placed: Placed) -> tuple[Placed, ...]:
-        """The sites that take in what this one puts out."""
+        """Sites that read this site's output."""
 
     def fed_by(self, placed: Placed) -> tuple[Placed, ...]:
-        """The sites whose output this one takes in."""
+        """Sites whose outputs this site reads."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,10 +185,10 @@ class Placed:
 
     @property
     def feeds(self) -> tuple[Placed, ...]:
-        """The linears, cores, norms and residual sums of its block that take in its output."""
+        """Linears, cores, norms and residual sums of its block that read its output."""
         return () if self.relations is None else self.relations.feeds(self)
 
     @property
     def fed_by(self) -> tuple[Placed, ...]:
-        """The sites of its block whose output it takes in."""
+        """Sites of its block whose outputs it reads."""
         return () if self.relations is None else self.relations.fed_by(self)

@@ -1,4 +1,4 @@
-"""survey: the sites of a whole model, each block's under its absolute names.
+"""Survey of a model: the sites of every block, under absolute names.
 
 A program is analysed once. What depends on where its block is called is added here: whether a mask
 that is passed in orders the tokens, whether a block's output joins the stream of its caller, what
@@ -60,7 +60,7 @@ def unread_cores(capture: Capture) -> list[str]:
 
 
 class _Neighbours(Relations):
-    """Answers which placed sites feed which, within a block."""
+    """Neighbour relation of placed sites within a block."""
 
     def __init__(self) -> None:
         self.placed: dict[tuple[str, Site], Placed] = {}
@@ -125,7 +125,7 @@ class _Surveyor:
         ]
 
     def extra(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
-        """What is known of a site only where its block is called."""
+        """Facts of a site that depend on the callers of its block."""
         if site.kind == "attention" and not site.facts["causal"] and self.is_ordered(frame, site):
             return {"causal": True}
         if site.kind == "residual" and site.facts["after"] == "other":
@@ -143,7 +143,7 @@ class _Surveyor:
         return {}
 
     def head_of(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
-        """The role of a parameter of a head: the head's."""
+        """Role of a parameter that a head linear reads: the head's role."""
         for linear in analyse(frame.program).flow.linears:
             read = {str(linear.nodes[name].target) for name in "Wb" if name in linear.nodes}
             if site.parameter in read and linear.nodes["y"] in heads:
@@ -193,7 +193,7 @@ class _Surveyor:
         return self.ordered[key]
 
     def joins_stream(self, frame: Frame, anatomy: Anatomy) -> bool:
-        """Whether some caller adds the frame's output to what its input was computed from."""
+        """Whether some caller adds the block's output to the stream that it read."""
         if anatomy.joined is anatomy.sites:
             return False
         return any(

@@ -1,4 +1,4 @@
-"""Windows: how many tokens back the attention of a model sees, where it does not see all of them.
+"""Sliding windows: how many tokens back a model's attention sees.
 
     keys > queries - 4             positions compared, one of them moved by a constant
     queries // 4 == keys // 4      positions in chunks of a constant size

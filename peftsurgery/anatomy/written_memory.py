@@ -1,4 +1,4 @@
-"""Contents: the values that the entries of a tensor are, however they came to be in it.
+"""Contents of tensors: values that are written into them, in place or not.
 
     masked_fill(x, mask, 0)                x: what was asked where to write is not written
     where(mask, x, z)                      x and z
@@ -30,7 +30,7 @@ def plain(node: fx.Node) -> str:
 
 
 def contents(node: fx.Node) -> list[fx.Node]:
-    """The values that an operator makes its entries of: its operands but for masks and indices."""
+    """Operands from which an operator's entries come: all but masks and indices."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return operands(node)
     names = [argument.name for argument in node.target._schema.arguments]
@@ -51,7 +51,7 @@ def written(node: fx.Node) -> list[fx.Node]:
 
 
 def made_of(node: fx.Node, through: Callable[[fx.Node], bool] | None = None) -> Iterator[fx.Node]:
-    """A value and all that its entries come from; ``through`` these operators alone, if given.
+    """All values whose entries end up in one, ``through`` these operators alone if given.
 
     What was written into a value is followed whichever operator made it.
     """

@@ -92,7 +92,7 @@ def check_rules(
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
 ) -> CheckReport:
-    """Prove what can be proved of a rule file: ``rules`` is one, a shipped name or a path.
+    """Check a rule file on random tensors, without a model: shapes, traces and folds.
 
     ``overrides`` are settings, ``sizes`` those of the sites that the rules are tried on, by the
     names that rules give them ({"in": 64}); what is not said is tried out, since a rule may be for
@@ -192,7 +192,7 @@ def _check(
 
 
 def _outputs(result: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """What so many adapters might have made of a value, stacked before its last dimension."""
+    """Random stand-ins for adapters' values: (..., adapters, features)."""
     shape = (*result.shape[:-1], count, result.shape[-1])
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -244,7 +244,7 @@ def _difference(
     env: Mapping[str, Any],
     rewritten: Mapping[str, Any],
 ) -> float:
-    """How far the operation with folded weights is from the rewritten operation, relatively."""
+    """Largest difference of folded and rewritten operation, relative to the largest value."""
     if specimen.operation is None:
         return 0.0
     folded = fold(rule, env)

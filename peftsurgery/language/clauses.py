@@ -1,4 +1,4 @@
-"""Clauses: ``where`` made into tests that can say why a site failed them."""
+"""Clauses: the tests of a ``where``, each of which can say why a site fails it."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def compile_where(where: Where, roles: Roles) -> tuple[Clause, ...]:
 
 
 def address(site: Located) -> str:
-    """What ``path`` looks at: the module's path; for a bare parameter, the parameter's name."""
+    """Text that ``path`` matches: a module's path, or a bare parameter's name."""
     if site.kind == "parameter" and site.parameter is not None:
         return site.parameter
     return site.module

@@ -1,4 +1,4 @@
-"""Names: every expression of a rule file may read only what exists where it is evaluated.
+"""Name checks: each expression of a rule file reads only names that exist for it.
 
 A rewrite sees everything. A fold and a penalty see the weights, not the values that flow. An
 initial value sees the weights and the parameters before its own. A shape sees numbers. A ``let``

@@ -40,7 +40,7 @@ _NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 @dataclass(frozen=True)
 class Document:
-    """Plain data, whose strings are :class:`Text`, and the place of the value at every path."""
+    """YAML document as plain data with positions: strings are :class:`Text`."""
 
     data: dict[str, Any]
     places: dict[Path, Place]

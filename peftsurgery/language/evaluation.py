@@ -49,13 +49,13 @@ def call_function(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def as_it_is(value: Any) -> Any:
-    """The ordinary way to read a condition: the number that it is."""
+    """Return the value of a condition unchanged: the ordinary reading."""
     return value
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a reading adds to the bindings.
+    """Settings of one reading of an expression, besides its bindings.
 
     ``training`` is what stochastic operators read: a bool, or the proxy of a graph's value.
     ``call`` applies an operator; the symbolic reading prints instead of computing. ``functions``
@@ -85,7 +85,7 @@ def evaluate(
     operators: Mapping[str, Operator] = OPERATORS,
     context: Context = PLAIN,
 ) -> Any:
-    """The value of ``expression`` where its names are bound as in ``env``.
+    """Evaluate ``expression`` with its names bound as in ``env``.
 
     Raises SurgeryError: PSG113 for an unbound name, PSG114 for an unknown operator, PSG115 for
     wrong arguments, PSG116 where the values cannot be combined (shapes are printed), PSG112 where
@@ -101,7 +101,7 @@ def names_read(
     env: Mapping[str, Any],
     operators: Mapping[str, Operator] = OPERATORS,
 ) -> frozenset[str]:
-    """The names whose values ``expression`` needs.
+    """Names that evaluating ``expression`` reads.
 
     Of a choice that the numbers of ``env`` decide, those of the branch that is taken.
     """

@@ -92,7 +92,7 @@ def initial(
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """A new tensor of ``shape`` with the value of ``expression``.
+    """Make a parameter's initial tensor, of ``shape``, by evaluating ``expression``.
 
     ``env`` binds sizes, settings and the weights that the expression names. Raises PSG123 if the
     value does not fit the shape.

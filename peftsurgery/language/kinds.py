@@ -1,4 +1,4 @@
-"""What a rule can match, and the names each match binds.
+"""Kinds of sites that a rule can match, with the names that each binds.
 
 The values are what flows through the graph, the weights are what a fold can change, the sizes are
 numbers known before the model runs. ``result`` is the value that a plain ``rewrite`` replaces.
@@ -40,12 +40,12 @@ class Kind:
 
     @property
     def values(self) -> tuple[str, ...]:
-        """The names of what flows through the graph there."""
+        """Names of the values that flow through the graph at a site."""
         return tuple(name for step in self.steps for name in step)
 
     @property
     def computes(self) -> str | None:
-        """The name of what the site computes of the others: the last value. None for none."""
+        """Name of the site's own output, its last value; None if it computes none."""
         return self.values[-1] if self.steps else None
 
     def beside(self, name: str) -> tuple[str, ...]:

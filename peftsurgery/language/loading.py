@@ -17,7 +17,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 @checked
 def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
-    """The rule file that ``text`` is, checked against the schema and for unknown names.
+    """Parse the text of a rule file, and check it against the schema and for unknown names.
 
     Every error is a SurgeryError that names ``source``, line and column.
     """
@@ -30,7 +30,7 @@ def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
 
 @checked
 def load_rules(name: str | Path) -> RuleFile:
-    """A shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 if there is none."""
+    """Load a shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 for none."""
     known = shipped()
     path = known.get(str(name), Path(name))
     try:
@@ -56,7 +56,7 @@ def shipped() -> dict[str, Path]:
 
 
 def _translate(error: ValidationError, document: Document) -> SurgeryError:
-    """The first complaint of pydantic as one of ours: the key, what it takes, and its place."""
+    """Translate pydantic's first error into a coded one, with key, expectation and position."""
     path, message = complaint(error)
     known: tuple[str | int, ...] = ()
     for step in path:  # a union's branches appear in the path, but not in the document

@@ -1,4 +1,4 @@
-"""What the language knows of a site: enough to choose by, nothing of its graph.
+"""Site interface of the language: what clauses may ask, without the graph.
 
 The anatomy's placed sites are such; tests and other front ends may bring their own.
 """

@@ -29,7 +29,7 @@ _GREEK = {
 
 @dataclass(frozen=True, eq=False)
 class Symbol:
-    """A text and how tightly it binds; ``value`` is set for settings, so that choices are made."""
+    """Printed expression with its binding strength, and its ``value`` if it is a known number."""
 
     text: str
     level: int = ATOM
@@ -157,7 +157,7 @@ def print_call(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _number(operator: Operator, args: tuple[Any, ...]) -> Any:
-    """What an operator makes of settings; None if one of its arguments is no known number."""
+    """Value of an operator on known numbers; None if an argument is unknown."""
     values = [symbol(a).value for a in args]
     return None if any(value is None for value in values) else operator.function(*values)
 
@@ -192,7 +192,7 @@ def _levels(form: str) -> tuple[int, int]:
 
 
 def _absent(value: Any) -> bool:
-    """A bias that is not there."""
+    """Whether an argument is an absent bias (0 or None)."""
     return value is None or (isinstance(value, int | float) and value == 0)
 
 

@@ -85,5 +85,5 @@ def operator(
 
 
 def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
-    """Whether a definition was merely run again, as notebooks and reloads do."""
+    """Whether two functions are one definition, run again by a notebook or a reload."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)

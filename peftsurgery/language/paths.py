@@ -1,4 +1,4 @@
-"""Regular expressions from rule files, with a limit on how long they may search.
+"""Regular expressions of rule files, with a time limit on each search.
 
 A pattern such as ``(a+)+b`` can take longer than the age of the universe on forty characters. The
 ``regex`` package can stop a search, so a pattern that backtracks without end is an error.
@@ -22,7 +22,7 @@ _COUNTS = re.compile(r"\{\s*([0-9]*)\s*,?\s*([0-9]*)\s*\}")
 
 
 def full_match(pattern: str, where: str | None = None) -> Callable[[str], bool]:
-    """A test whether a whole text matches ``pattern``.
+    """Compile a predicate: whether the whole of a text matches ``pattern``.
 
     Raises PSG141 for a pattern that is not valid; the test raises PSG140 when it takes too long.
     """

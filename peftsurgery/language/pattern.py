@@ -76,7 +76,7 @@ class Match:
 
 
 def compile_pattern(expression: Expression) -> Call:
-    """The pattern that an expression is. Raises PSG114, PSG115, or PSG144 if it cannot be one."""
+    """Compile an expression into a pattern. Raises PSG114, PSG115 or PSG144 if it is none."""
     check_calls(expression, OPERATORS)
     pattern = _compile(expression, expression.tree)
     if not isinstance(pattern, Call):

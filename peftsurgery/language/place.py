@@ -1,4 +1,4 @@
-"""Where a value stands in a rule file, so that every error can point at it."""
+"""Positions of values in rule files, for error messages."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Place:
-    """A position in a text: the name of its source, and a line and column counted from 1."""
+    """Position in a source: its name, and line and column counted from 1."""
 
     source: str
     line: int = 1
     column: int = 1
 
     def shift(self, columns: int) -> Place:
-        """The place ``columns`` characters further on the same line."""
+        """The position ``columns`` characters to the right, on the same line."""
         return replace(self, column=self.column + columns)
 
     def __str__(self) -> str:
@@ -22,7 +22,7 @@ class Place:
 
 
 class Text(str):
-    """A string that remembers the place it was read from.
+    """String that remembers the position it was read from.
 
     ``exact`` says that its characters stand one by one in the source from ``place`` on (a plain or
     simply quoted scalar of one line), so that an offset into the text is an offset on that line.
@@ -41,5 +41,5 @@ class Text(str):
         return Text, (str(self), self.place, self.exact)
 
     def at(self, offset: int) -> Place:
-        """The place of the character at ``offset``."""
+        """Position of the character at ``offset``."""
         return self.place.shift(offset) if self.exact else self.place

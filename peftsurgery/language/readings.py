@@ -27,7 +27,7 @@ MAX_ELEMENTS = 2**33
 
 
 def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dict[str, Any]:
-    """The new value of each binding that the rule rewrites.
+    """Evaluate the rule's rewrite: the new value of each binding that it gives.
 
     ``env`` binds values, weights (``b`` is 0.0 where there is none), sizes, settings, parameters.
     """
@@ -43,13 +43,13 @@ def flat_values(flat: Flat, rule: Rule, env: Mapping[str, Any]) -> dict[str, Any
 
 
 def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
-    """The new value of each weight; ``env`` binds weights, sizes, settings and parameters."""
+    """Evaluate the rule's fold: each weight's new value, in the dtype of ``env``."""
     names = with_lets(env, rule.let)
     return {name: evaluate(expression, names) for name, expression in rule.fold.items()}
 
 
 def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
-    """What one site adds to the loss, by how sites are combined (``sum``, ``mean``).
+    """Evaluate the penalty of one site: scalars by how sites are combined (sum, mean).
 
     ``env`` binds weights, sizes, settings and parameters. Raises PSG133 for what is no number.
     """
@@ -64,7 +64,7 @@ def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...]:
-    """The sizes of a parameter; ``env`` binds sizes and settings. Raises PSG122."""
+    """Evaluate a parameter's shape; ``env`` binds sizes and settings. Raises PSG122."""
     names = with_lets(env, rule.let)
     sizes = [_size(expression, names) for expression in param.shape]
     if math.prod(sizes) > MAX_ELEMENTS:

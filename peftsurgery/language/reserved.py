@@ -1,4 +1,4 @@
-"""Words that no setting can be called: applying rules takes them for itself.
+"""Reserved words: parameter names of ``apply`` that no setting may have.
 
 Settings may be given as keyword arguments of a function, beside its own parameters. A setting of
 the name of one of those could not be given in that way, so a rule file that declares it is refused.
@@ -20,7 +20,7 @@ RESERVED = frozenset({"model", "rules", "name", "train", "settings"})
 
 
 def takes_settings(function: Function) -> Function:
-    """A function whose further keyword arguments are settings, as it is.
+    """Decorate a function that takes settings as keywords: check its signature, return it.
 
     A TypeError where its own parameters are not the words that are reserved: the list is wrong.
     """

@@ -70,7 +70,7 @@ class Roles:
         return Roles(frozenset(found), dict(_registered), matched or {})
 
     def extended(self, name: str, predicate: Predicate) -> Roles:
-        """These and one more."""
+        """Roles with one more predicate."""
         return replace(self, predicates={**self.predicates, name: predicate})
 
     def cut_by(self, name: str, where: str | None = None) -> frozenset[str]:

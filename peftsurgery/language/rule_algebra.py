@@ -1,4 +1,4 @@
-"""What the parameters of a rule change, tried on specimens: what combining and folding must know.
+"""Algebra of a rule's change, probed on specimens: linearity, factors, ratios, rows.
 
 A rule's change is what its rewrite makes of a value, less that value. Tried on random numbers in
 double precision, it tells without reading the rule which parameters it is proportional to: that of
@@ -37,7 +37,7 @@ class Effect:
     bindings: Mapping[str, Any]
 
     def of(self, settings: Settings, params: Params) -> Tensor:
-        """What the rewritten values differ by, in a row."""
+        """Change of the rewritten values, flattened into one vector."""
         new = rewrite(self.rule, {**settings, **self.bindings, **params})
         return torch.cat([(new[name] - self.bindings[name]).flatten() for name in sorted(new)])
 
@@ -93,7 +93,7 @@ class Effect:
         return near(self.of(settings, mixed), whole) and not self.of(settings, doubles).any()
 
     def ratio(self, one: Settings, other: Settings, sized: Collection[str]) -> float | None:
-        """How many times the change under one choice of settings is that under another.
+        """Ratio of the changes under two choices of settings.
 
         None if it is not a multiple. Along axes that grow with the settings in ``sized`` only the
         first entry is not zero, so that choices of different size can be compared.
@@ -179,7 +179,7 @@ def _is_by_rows(rule: Rule, env: Mapping[str, Any], size: str) -> bool:
 def some_rows(
     rule: Rule, env: Mapping[str, Any], size: str, start: int, end: int
 ) -> Mapping[str, Any]:
-    """``env`` with the rows from ``start`` to ``end`` of the weights and of what has that size."""
+    """Restrict ``env`` to rows ``start`` to ``end`` of the weights and of row-sized values."""
     axes = {name: axis for name in rule.params for axis in _axes_named(rule, name, size)}
     axes |= dict.fromkeys(rule.kind.weights, 0)
 

@@ -193,7 +193,7 @@ class Rule(Strict):
         return data
 
     def applies(self, settings: Mapping[str, Any]) -> bool:
-        """Whether the rule is one of its file's with these settings."""
+        """Whether the rule's ``when`` holds with these settings."""
         return self.when is None or bool(evaluate(self.when, settings))
 
     def reads(self) -> frozenset[str]:

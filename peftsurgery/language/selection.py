@@ -39,7 +39,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The sites that a rule chose, with the trail of every choice."""
+    """Sites chosen by a rule, with every clause's verdict on every candidate."""
 
     name: str
     rule: Rule
@@ -120,7 +120,9 @@ class Selection:
         return None
 
     def _uneven(self, wanted: int, attribute: str) -> str | None:
-        """The groups (cores or blocks) in reach that hold another number of sites.
+        """Describe cores or blocks in reach with another number of sites than expected.
+
+        None if none.
 
         A weight that is used twice in one (for tokens, and for their distances) counts once.
         """
@@ -157,7 +159,7 @@ def select(
     name: str = "the rule",
     matched: Mapping[str, frozenset[str]] | None = None,
 ) -> Selection:
-    """Choose among the placed sites of a model.
+    """Select the sites of a model that a rule's clauses keep.
 
     ``roles`` are those that the rule file defines; each may use the ones before it. ``matched`` are
     the modules that earlier rules cut, by name. Raises PSG142 for a role, PSG145 for an earlier
@@ -181,7 +183,7 @@ def select(
 
 
 def why(selection: Selection, path: str) -> str:
-    """Why a module or parameter was kept or dropped, one line for each site there is at it."""
+    """Explain why a module or parameter was kept or dropped, one line for each of its sites."""
     at = [c for c in selection.candidates if path in (c.site.module, c.site.parameter)]
     if at:
         return "\n".join(str(candidate) for candidate in at)
@@ -214,7 +216,10 @@ def _check_paths(where: Where, sites: list[Located]) -> None:
 
 
 def _covered(candidates: list[Candidate]) -> Clause | None:
-    """The last clause: a part of a fused weight gives way to the whole, if both are chosen."""
+    """Clause that drops slices of fused weights whose whole is chosen too.
+
+    None if there are none.
+    """
     wholes = {(c.site.block, id(c.site.site)) for c in candidates if not c.failed}
 
     def holds(site: Located) -> bool:

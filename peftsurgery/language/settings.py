@@ -18,7 +18,7 @@ LARGEST = 2**63
 
 
 def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Every setting and every number of the file's ``let``, by name.
+    """Resolve a file's settings with overrides: settings and ``let`` numbers by name.
 
     Numbers, arrays and tensors of numpy and torch are taken as the numbers that they hold. Raises
     PSG120 for an unknown setting, PSG121 for a value of another type than the default, PSG122 for a
@@ -59,7 +59,7 @@ def check_settings(files: Iterable[RuleFile], settings: Mapping[str, Any]) -> No
 
 
 def settings_of(file: RuleFile, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that a file has."""
+    """Filter settings to those that the file declares."""
     return {name: value for name, value in settings.items() if name in file.with_}
 
 
@@ -70,7 +70,7 @@ def tokens_setting(name: str, known: Collection[str]) -> str | None:
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """``rank=16`` as a name and a value.
+    """Parse ``rank=16`` into a name and a value.
 
     A value in commas is a list (``layers=0,1``), one in quotes a text: ``init_text="good, bad"``.
     """
@@ -88,7 +88,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
-    """Several of them as a dict. PSG121 for a setting that is given twice."""
+    """Parse several overrides into a dict. Raises PSG121 for a name given twice."""
     settings: dict[str, Any] = {}
     for text in texts:
         name, value = parse_override(text)

@@ -1,4 +1,4 @@
-"""Specimens: what a match binds, made of random numbers, so that rules can be tried on no model.
+"""Specimens: random bindings of each kind of site, to try rules without a model.
 
 Each kind of site has an operation, its plain torch definition, and comes in several variants: with
 and without a bias, with grouped queries, with more keys than queries. Each variant has several

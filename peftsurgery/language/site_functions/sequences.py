@@ -1,4 +1,4 @@
-"""What a rule may call at the model's boundary: functions of sequences of tokens.
+"""Site functions of ``inputs``: functions of token sequences.
 
     embeds (batch, tokens, width)     mask, labels, positions, types (batch, tokens)
 
@@ -23,7 +23,7 @@ def tokens(P: Tensor) -> Tensor:
 
 
 def concat(a: Tensor, b: Tensor) -> Tensor:
-    """The tokens of a before those of b. Each row of a is for an equal share of b's rows."""
+    """Concatenate a's tokens before b's; each row of a serves an equal share of b's rows."""
     share = b.shape[0] // a.shape[0]
     rows = a.unsqueeze(1).expand(-1, share, -1, -1).flatten(0, 1)
     return torch.cat((rows, b), 1)
@@ -75,7 +75,7 @@ def split(x: Tensor, times: int) -> Tensor:
 
 
 def votes(x: Tensor) -> Tensor:
-    """The share of the first dimension that gives an entry of the last its highest number."""
+    """Vote share of each class: the fraction of the first axis whose argmax it is."""
     return torch.zeros_like(x).scatter(-1, x.argmax(-1, keepdim=True), 1.0).mean(0)
 
 

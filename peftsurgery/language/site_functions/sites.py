@@ -26,7 +26,9 @@ KEYS = 2
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
-    """What the core gives for these queries, keys, values and mask.
+    """Run the core on these queries, keys, values and mask.
+
+    Returns (batch, heads, tokens, head_dim).
 
     The model's own scores, biases, caps, softmax and dropout; None leaves the mask as it is, which
     is one for the keys that there were. Keys may be more than those: what the core adds to the
@@ -67,7 +69,7 @@ def precede(p: Tensor, length: int) -> Tensor:
 
 
 def norm(h: Tensor) -> Tensor:
-    """The norm that the model applies to the sum, applied to h; h itself where none follows."""
+    """Apply the norm that the model applies to the sum to h; h itself where none follows."""
     return F.layer_norm(h, (h.shape[-1],))
 
 

@@ -58,7 +58,10 @@ class Replay:
         return {f.__name__: site_function(f) for f in own if f.__name__ in known}
 
     def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
-        """What the core gives for these queries, keys, values and mask."""
+        """Run the core on these queries, keys, values and mask.
+
+        Returns (batch, heads, tokens, head_dim).
+        """
         mask = self.mask() if mask is None else mask
         check_lengths(k, mask)
         given = {"q": q, "k": k, "v": v, "mask": mask}
