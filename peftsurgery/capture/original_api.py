@@ -167,7 +167,7 @@ class Likeness(Part):
 
 
 def _place(tensor: torch.Tensor) -> Hashable:
-    """Memory location of a tensor, equal for two objects over the same storage; None if empty."""
+    """Hashable identity of a tensor: equal for two objects over the same memory."""
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

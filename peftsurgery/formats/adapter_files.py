@@ -1,4 +1,4 @@
-"""Files of adapters, whatever library wrote them: read with suspicion, written whole or not at all.
+"""Adapter files of any library: validated when read, written whole or not at all.
 
 See :mod:`peftsurgery.files`, which reads them.
 """

@@ -177,7 +177,7 @@ def _make(folder: Path) -> Path:
 def _check(
     operated: OperatedModel, plain: nn.Module, folder: Path, verify: bool, requantise: bool
 ) -> float | None:
-    """The difference that was verified, or None if only the names of the weights were checked."""
+    """Largest verified output difference; None if only weight names were checked."""
     if verify:
         wanted = plain if requantise else operated
         return check_written(wanted, plain, folder, unseen_inputs(operated))

@@ -69,7 +69,7 @@ def output_tensors(outputs: Any) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far outputs are from the expected ones, and the largest of those by absolute value."""
+    """Largest absolute difference of outputs, and the largest absolute expected value."""
 
     largest: float
     scale: float

@@ -43,7 +43,7 @@ def apply(
     settings: Mapping[str, Any] | None = None,
     **keywords: Any,
 ) -> OperatedModel:
-    """A new model with the rules applied; ``model`` stays as it was, base weights are shared.
+    """Apply rules to a model, and return the operated model; ``model`` itself is unchanged.
 
     ``rules`` are rule files, shipped names, paths or single rules, applied in order. ``settings``
     override those of the rule files, and so do further keywords (``rank=16``); ``name`` is what the
@@ -91,7 +91,7 @@ def operate(
     known: Mapping[str, torch.Tensor] | None = None,
     active: Collection[str] | None = None,
 ) -> OperatedModel:
-    """``model`` with further operations; ``known`` gives values for their parameters.
+    """Add operations to a model; ``known`` gives parameter values instead of initial ones.
 
     What was active stays so, and of the new adapters those in ``active`` are: all unless given. An
     operation under a name that is there already belongs to that adapter.
@@ -104,7 +104,7 @@ def operate(
 
 @checked
 def eject(model: GraphModel, name: str | None = None) -> GraphModel:
-    """The captured model that the operations are on: the very graphs and weights it had.
+    """Take the operations out again: returns the captured model, its graphs and weights untouched.
 
     With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name,
     PSG342 if another adapter is over it.
@@ -125,7 +125,7 @@ def remade(
     active: Iterable[str] = (),
     known: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> OperatedModel:
-    """A model with these operations; what ``model`` learnt, trains and has active stays so.
+    """Rebuild a model with these operations; learnt values and active adapters stay.
 
     Parameters of an operation that is gone are not taken over by another under their names.
     """
@@ -147,7 +147,7 @@ def check_taken(
     operations: Iterable[Operation],
     known: Mapping[str, torch.Tensor],
 ) -> None:
-    """Refuse values for new operations on a model that are missing or left over. PSG311."""
+    """Refuse parameter values that new operations lack or do not take. Raises PSG311."""
     before = model.values() if isinstance(model, OperatedModel) else {}
     old = {operated.name_of(name) for name in before}
     given = dict(known)
@@ -156,7 +156,7 @@ def check_taken(
 
 
 def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> None:
-    """Refuse tensors that are missing or left over: they were made for another model. PSG311."""
+    """Refuse missing or left-over tensors, as of another model. Raises PSG311."""
     missing, left = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     if missing or left:
         parts = [f"{len(missing)} are missing ('{missing[0]}')"] if missing else []
@@ -169,7 +169,7 @@ def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> N
 
 
 def _training(parts: Sequence[str]) -> RuleFile:
-    """Rules that train parts of the model whole, each known by the end of its path."""
+    """Make rules that train whole parts of the model, named by the ends of their paths."""
     paths = [rf"(.*\.)?{re.escape(part)}(\..*)?" for part in parts]
     rules = [Rule(match="parameter", where=Where(path=path), train=True) for path in paths]
     return RuleFile(name="trained", about="Parts of the model, trained whole.", rules=tuple(rules))

@@ -39,7 +39,7 @@ def load(
     base: GraphModel | nn.Module | str | None = None,
     allow_other_base: bool = False,
 ) -> OperatedModel:
-    """A saved surgery, on ``base`` or on the model it was made for.
+    """Load a saved surgery onto ``base``, or onto the model that it was made for.
 
     ``base`` is a captured model, a transformers model, or what the command line takes for MODEL.
     An operated model gets the saved adapters besides its own. The base's weights are compared with
@@ -86,7 +86,7 @@ def load_on(
 def _base(
     path: Path, manifest: Mapping[str, Any], given: Any, build: Build, allow_other_base: bool
 ) -> GraphModel:
-    """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
+    """Base of a surgery: the given one, or that of the manifest. Raises PSG311 for neither."""
     named = manifest.get("base") if given is None else given
     if named is None:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")

@@ -1,4 +1,4 @@
-"""What training a rule's parameters needs besides algebra: budgets of ranks, optimiser groups."""
+"""Training: rank budgets and optimiser groups."""
 
 from peftsurgery.training.allocator import RankAllocator, Schedule
 from peftsurgery.training.callbacks import AllocateRanks

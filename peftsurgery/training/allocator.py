@@ -78,7 +78,7 @@ class _Site:
 
 
 class RankAllocator:
-    """Takes ranks away from the adapter ``name`` of a model, or from its only one.
+    """Allocator of a rank budget: zeroes the least important ranks of an adapter while training.
 
     Call :meth:`step` once for every optimiser step, while the gradients are there:
 
@@ -102,7 +102,7 @@ class RankAllocator:
         self._running: dict[str, dict[str, Tensor]] = {key: {} for key in _RUNNING}
 
     def step(self, step: int) -> dict[str, Tensor] | None:
-        """What the optimiser step ``step``, counted from 0, leaves of the ranks.
+        """Update importances after optimiser step ``step`` (from 0), and prune ranks if it is due.
 
         Gives the ranks that are kept, one boolean for each, if they were chosen anew.
         """
@@ -118,11 +118,11 @@ class RankAllocator:
         return chosen
 
     def budget(self, step: int) -> int:
-        """How many ranks may stay after a step."""
+        """Number of ranks, over all sites, that may stay after a step."""
         return self.schedule.budget(step, self._count(), len(self.sites))
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next steps depend on besides the model, by name."""
+        """State of the allocator by name, to be saved with a checkpoint."""
         state = {f"{n}.{key}": t for key, every in self._running.items() for n, t in every.items()}
         state |= {f"{name}.{_KEPT}": kept for name, kept in self.kept.items()}
         return {_STEP: torch.tensor(self.last), **state}

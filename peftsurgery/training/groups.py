@@ -14,7 +14,7 @@ from peftsurgery.surgery.model.operated import OperatedModel
 def lora_plus(
     model: OperatedModel, lr: float, ratio: float = 16.0, faster: Collection[str] = ("B",)
 ) -> list[dict[str, Any]]:
-    """Groups in which the parameters that rules call ``faster`` learn ``ratio`` times as fast.
+    """Make optimiser groups in which parameters called ``faster`` learn ``ratio`` times as fast.
 
     LoRA+ (Hayou et al., 2024, arXiv:2402.12354, section 4): B, which starts at zero, needs a
     larger rate than A. Everything else that is trained has the rate ``lr``:

@@ -61,7 +61,7 @@ def from_adapterhub(
     head: bool = True,
     allow_other_base: bool = False,
 ) -> OperatedModel:
-    """``model`` with the adapter in ``directory``, under ``name`` or the name it was saved with.
+    """Read an adapter of AdapterHub's library from ``directory`` onto a model; returns a new model.
 
     A fusion is called `fusion` unless ``name`` is given, and its adapters keep their names. A head
     that was saved along comes as parameters of the model that were trained, unless ``head`` is

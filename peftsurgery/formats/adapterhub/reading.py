@@ -1,4 +1,4 @@
-"""From AdapterHub's tensors to an operation: a rule file at the sites that the config means.
+"""Reading of AdapterHub adapters: from config and tensors to an operation.
 
 The config decides where the adapter is; the file must then hold just the tensors that the rule
 file's table lists for each of those sites.

@@ -1,4 +1,4 @@
-"""From an operation to AdapterHub's files: the config and the tensors of the rule file's tables."""
+"""Writing of AdapterHub adapters: from an operation to config and tensors."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def from_peft(
     name: str = "default",
     allow_other_base: bool = False,
 ) -> OperatedModel:
-    """``model`` with the adapter that peft saved in ``directory``, under ``name``.
+    """Read a peft adapter from ``directory`` onto a model, under ``name``; returns a new model.
 
     Its tensors are parameters beneath their modules, ready to train on; ``model`` stays as it was.
     Where the adapter was made after ``resize_token_embeddings``, the base is captured again with
@@ -68,7 +68,7 @@ def from_peft(
 
 
 def _notes(model: GraphModel, operations: Sequence[Operation]) -> tuple[str, ...]:
-    """What is otherwise in peft, of what was read from its files."""
+    """Notes on what peft computes otherwise than the adapter as it was read."""
     prefixes = (op for op in operations if any(r.kind.name == KIND for r in op.file.rules))
     lengths = (op.settings[op.file.carried(FORMAT)[LENGTH]] for op in prefixes)
     return tuple(note for length in lengths for note in window_notes(model, length))

@@ -108,7 +108,7 @@ def _known(name: str | None, config: PreTrainedConfig) -> str | None:
 
 
 def lost(model: nn.Module, adapter: PeftAdapter) -> int:
-    """How many of the modules and parameters that an adapter is for a model does not have."""
+    """Count the adapter's modules and parameters that a model lacks."""
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     owners = {name.rpartition(".")[0] for name in adapter.names.own}
     return len({*adapter.names.added, *owners} - modules)

@@ -1,4 +1,4 @@
-"""From peft's tensors to operations: which rule, where, with which settings and values.
+"""Reading of peft adapters: from config and tensors to operations.
 
 The tensors decide. A module's tensors have suffixes, and a shipped rule that the config identifies
 lists just these suffixes for a site of the module's kind. Its ``where`` is replaced by the exact
@@ -320,7 +320,7 @@ def _best(
 
 
 def _hint(name: str, known: Any) -> str | None:
-    """The nearest names: the exact path under another prefix is nearer than a similar path."""
+    """Hint with the nearest names, exact paths under another prefix first."""
     ending = [other for other in known if ends(other, name) or ends(name, other)]
     if ending:
         return f"did you mean '{max(ending, key=len)}'? the adapter was made for another class"

@@ -112,7 +112,7 @@ def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
 
 
 def unlike(model: nn.Module, path: str) -> str | None:
-    """Why peft's adapter of a convolution computes no change of its kernel; None for others.
+    """Reason why peft's adapter of this convolution is no change of its kernel; None if it is.
 
     Its A is a convolution of the same kernel, stride and padding, but never in groups, never
     dilated, and always padded with zeros (0.21.2). Where the module's own is none of that, B A read

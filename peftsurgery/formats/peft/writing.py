@@ -1,4 +1,4 @@
-"""From operations to peft's files: the config keys and tensor names of the rule files' tables.
+"""Writing of peft adapters: from operations to config and tensors.
 
 Every cut of the adapter becomes a module's tensors; parts of a fused weight become one adapter of
 the whole. Where modules differ in rank or alpha, patterns say so. Parameters of the model that were
@@ -35,7 +35,7 @@ WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
 
 @dataclass(frozen=True)
 class Adapted:
-    """One module's adapter: the config keys that it needs, its tensors by suffix, its rule."""
+    """Adapter of one module in peft's form: config keys, tensors by suffix, and rule."""
 
     module: str
     keys: Mapping[str, Any]
@@ -88,7 +88,7 @@ def _by_module(cuts: Iterable[Cut]) -> list[list[Cut]]:
 
 
 def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
-    """What one module's cuts are to peft."""
+    """Translate one module's cuts into peft's form."""
     first = cuts[0]
     for cut in cuts:
         _check_form(cut)

@@ -49,7 +49,7 @@ def combine(
     majority: Majority = "total",
     clamp: float | None = None,
 ) -> OperatedModel:
-    """A new model with an adapter ``name`` more, which combines those in ``weights``.
+    """Combine adapters into a new one, a weighted sum or merge; returns a new model.
 
     ``how`` is linear: the weighted sum of what the adapters change, exactly. Or it is one of peft's
     ``add_weighted_adapter``: cat (linear, always by joined ranks), svd, magnitude_prune, ties,
@@ -87,7 +87,7 @@ def combine(
 def form_named(
     how: str, rank: int | None, density: float | None, majority: Majority, clamp: float | None
 ) -> Form:
-    """The form of that name. PSG317 for settings that it has not."""
+    """Look up a strategy by name. Raises PSG317 for settings that it does not take."""
     if not isinstance(how, str):
         raise SurgeryError("PSG317", f"a combination is called by a text, not {how!r:.60}")
     factored = how == "svd" or how.endswith("_svd")
@@ -118,7 +118,7 @@ class Row:
 
 
 def _checked(model: OperatedModel, weights: Mapping[str, float], name: str) -> dict[str, float]:
-    """The weights, if they and the name can be a combination's."""
+    """Validate the weights and the name of a combination; returns the weights."""
     if not isinstance(model, OperatedModel):
         message = f"adapters of an operated model are combined, not of a {type(model).__name__}"
         raise SurgeryError("PSG309", message, "apply rules to a captured model first")
@@ -139,12 +139,12 @@ def _checked(model: OperatedModel, weights: Mapping[str, float], name: str) -> d
 
 
 def _counting(weights: Mapping[str, float]) -> Mapping[str, float]:
-    """The weights that count in a sum: all but zeros, unless there are only zeros."""
+    """Weights without zeros, or all of them if every one is zero."""
     return {name: weight for name, weight in weights.items() if weight} or weights
 
 
 def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
-    """The places of the adapter that covers all, in its order. PSG315 if none does."""
+    """Rows of the adapter that cuts at every place, in its order. Raises PSG315 if none does."""
     for other in weights:
         check_left_out(model, other, "PSG316")
     places = {other: _places(model, other) for other in weights}
@@ -188,7 +188,7 @@ def _places(model: OperatedModel, adapter: str) -> dict[Any, Cut]:
 
 
 def _method(rule: Rule) -> Any:
-    """What a rule does, as text: rules that only choose other places do the same."""
+    """Text key of a rule's effect, equal for rules that differ only in what they match."""
     parts: Iterable[Mapping[str, Any]] = (rule.let, rule.rewrite, rule.fold)
     shapes = {name: [str(size) for size in param.shape] for name, param in rule.params.items()}
     return [{n: str(e) for n, e in part.items()} for part in parts], shapes, rule.train

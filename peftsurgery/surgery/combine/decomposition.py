@@ -53,7 +53,7 @@ class Factored(Form):
         return with_size(operation, size, self.rank or max(needed, 1))
 
     def taken_apart(self, cut: Cut, shares: Sequence[Share]) -> tuple[Tensor, Tensor]:
-        """Two matrices whose product is nearest to the merged change, of the rank that is kept."""
+        """Best rank-r factors (truncated SVD) of the merged change."""
         structure = self.structure(cut, shares)
         left, _, _ = _factors_of_weight(structure)
         parts = [_turned(cut, _weight_change(share)) for share in shares]
@@ -74,7 +74,7 @@ class Factored(Form):
         return U, V
 
     def values(self, cut: Cut, shares: Sequence[Share]) -> dict[str, Tensor]:
-        """The parameters whose change is nearest to the merged one, zero above its rank."""
+        """Parameters whose change is nearest to the merged one, zero-padded above its rank."""
         structure = self.structure(cut, shares)
         left, right, scale = _factors_of_weight(structure)
         U, V = self.halves.pop(id(shares))
@@ -88,7 +88,7 @@ class Factored(Form):
         return made
 
     def lost(self) -> float:
-        """The norm of what is not in the combination's changes, as a share of the merged ones'."""
+        """Relative Frobenius error of the combination's changes, from 0 to 1."""
         missing, whole = (math.hypot(*norms) for norms in zip(*self.norms, strict=True))
         share = missing / whole if whole else 0.0
         return share if share > ROUNDING else 0.0
@@ -106,7 +106,7 @@ def _weight_change(share: Share) -> Tensor:
 
 
 def _turned(cut: Cut, weight: Tensor) -> Tensor:
-    """From the weight that rules see to the one that is stored, and back."""
+    """Transpose a weight between the rules' (out, in) and its stored orientation."""
     return weight.transpose(-1, -2).contiguous() if "W" in cut.site.turned else weight
 
 

@@ -48,7 +48,7 @@ class Merge:
         return (weighted * agree).sum(0) / agree.sum(0).clamp(min=1)
 
     def prune(self, tensor: Tensor) -> Tensor:
-        """The tensor with the entries that are not kept set to zero."""
+        """Zero the entries of a tensor that are not kept."""
         if self.keep == "all" or self.density == 1:
             return tensor
         if self.keep == "random":

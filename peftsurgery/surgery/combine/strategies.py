@@ -20,7 +20,7 @@ from peftsurgery.surgery.plan.cut import Cut, Operation
 
 @dataclass(frozen=True)
 class Share:
-    """What one adapter brings to a place: its weight, its cut there, and its parameters."""
+    """One adapter's contribution at a site: weight, cut and parameter values."""
 
     weight: float
     cut: Cut
@@ -28,7 +28,7 @@ class Share:
 
 
 class Form(ABC):
-    """A form of combination."""
+    """Strategy of a combination: how parameters of several adapters become one's."""
 
     def __init__(self) -> None:
         self._structures: dict[Any, Structure] = {}
@@ -42,7 +42,7 @@ class Form(ABC):
         return dict(operation.settings)
 
     def trained(self, cut: Cut, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """What parameters of the base that were trained are changed by."""
+        """Combined change of base parameters that the adapters trained."""
         raise untrue(cut, "it trains parameters of the base, which have no rank")
 
     def lost(self) -> float:
@@ -50,7 +50,7 @@ class Form(ABC):
         return 0.0
 
     def structure(self, cut: Cut, shares: Sequence[Share]) -> Structure:
-        """What is known of the rule under these settings, tried once."""
+        """Algebra of the rule under these settings, probed once and kept."""
         used = (cut.operation, *(share.cut.operation for share in shares))
         key = (id(cut.rule), used, cut.numbers.get("groups"))
         if key not in self._structures:
@@ -88,7 +88,7 @@ class Structure:
 
     @cached_property
     def ratios(self) -> list[float]:
-        """How many times the combination's change each adapter's is, for the same parameters.
+        """Ratio of each adapter's change to the combination's, for equal parameters.
 
         PSG315 if an adapter's settings differ in another way.
         """
@@ -106,7 +106,7 @@ class Structure:
 
 
 class Merged(Form):
-    """Every parameter is merged with its namesakes."""
+    """Merge each parameter with those of its name in the other adapters."""
 
     def __init__(self, merge: Merge) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class Merged(Form):
         return made
 
     def weight(self, structure: Structure, name: str, weight: float, ratio: float) -> float:
-        """A parameter's weight: of k factors of a product each has the k-th root, one the sign."""
+        """Weight of one parameter: the k-th root for each of k factors, the sign on one of them."""
         factors = structure.factors
         mine = next((n for n, factor in enumerate(factors) if name in factor), None)
         if len(factors) > 1 and mine is not None:
@@ -148,7 +148,7 @@ class Merged(Form):
 
 
 class Joined(Form):
-    """Parameters are joined along the axes that one setting is the size of."""
+    """Concatenate parameters along the axes whose size one setting gives."""
 
     def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
         """The size is the sum of the adapters', where there are most; elsewhere some is unused."""

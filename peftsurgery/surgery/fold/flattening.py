@@ -23,7 +23,7 @@ from peftsurgery.surgery.plan.cut import Cut, Operation
 
 @checked
 def flatten(model: OperatedModel) -> OperatedModel:
-    """The model with every such method replaced by what it computes; the outputs stay the same.
+    """Replace re-parameterised methods by the flat ones that they compute; outputs stay the same.
 
     Other adapters, and the model itself, stay as they are. PSG330 if the flat rules do not match
     the places that the method was applied to.
@@ -39,7 +39,7 @@ def flatten(model: OperatedModel) -> OperatedModel:
 
 
 def _flat(model: OperatedModel, operation: Operation) -> Operation:
-    """The operation that another one is in its flat form; itself if it has none."""
+    """Flat form of an operation; the operation itself if it has none."""
     flat = operation.file.flat
     if flat is None:
         return operation

@@ -26,7 +26,7 @@ from peftsurgery.surgery.model.operated import OperatedModel
 
 @checked
 def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
-    """A plain module of the class that was captured, with the active adapters in its weights.
+    """Fold the active adapters into the weights; returns a plain module of the captured class.
 
     Weights that no operation changed share memory with the model's. Weights that were kept in four
     bits are written in the base's dtype, or with ``requantise`` packed again, in bitsandbytes'
@@ -43,7 +43,7 @@ def fold(model: GraphModel, requantise: bool = False) -> nn.Module:
 
 
 def fold_with_error(model: GraphModel, requantise: bool = False) -> tuple[nn.Module, FoldError]:
-    """The folded module in full precision, and how far its weights are from the exact ones.
+    """Fold in full precision, and measure the rounding error (absolute) of the weights.
 
     With ``requantise`` the error is that of the weights packed again. Raises what :func:`fold`
     raises for the weights.
@@ -65,7 +65,7 @@ def fold_with_error(model: GraphModel, requantise: bool = False) -> tuple[nn.Mod
 
 @checked
 def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
-    """How far the weights that :func:`fold` writes are from the exact ones.
+    """Measure the rounding error of a fold: its weights against exact ones, absolute.
 
     Raises what :func:`fold` raises for the weights.
     """

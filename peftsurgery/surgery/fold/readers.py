@@ -1,4 +1,6 @@
-"""Who reads a weight: what is changed at one of its readers is no change of the weight itself.
+"""Readers of a weight.
+
+A change of one reader's result is a change of the weight only if it is alone.
 
 A rule that rewrites a linear's result changes what that linear computes. Folded, the change is in
 the weight, for all that read it: the two agree only if the rule is made at every reader.
@@ -58,7 +60,7 @@ def _is_beside(cut: Cut, read: Placed) -> bool:
 
 
 def _others(read: Placed, sites: Collection[Site]) -> Iterator[fx.Node]:
-    """What reads a parameter in a program, and is part of none of these sites."""
+    """Nodes that read a parameter outside these sites."""
     own = {node for site in sites for node in _inside(site)}
     reads = read.program.graph.find_nodes(op="get_attr", target=read.site.parameter)
 

@@ -28,7 +28,7 @@ FLAG = "tie_word_embeddings"
 
 
 def untie(plain: PreTrainedModel, tied: Collection[str]) -> None:
-    """Give every tensor a name of its own, in place, and have the config say so where it can.
+    """Untie every shared tensor of a module, in place, and record it in the config if it can.
 
     ``tied`` names what was tied before, on both sides. PSG404 if loading it ties different weights.
     """

@@ -17,7 +17,7 @@ from peftsurgery.surgery.model.operated import OperatedModel
 
 
 def built(model: GraphModel, build: Build) -> GraphModel:
-    """A model whose base has the vocabulary of a build; ``model`` stays as it was.
+    """Capture a model again with another vocabulary, and put its adapters on the new base.
 
     It is captured again. Adapters that the model has are on the new base with the values that they
     have; PSG308 for one that is as large as the old vocabulary, PSG219 if the vocabulary cannot be

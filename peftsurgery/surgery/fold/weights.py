@@ -1,4 +1,4 @@
-"""The weights that a fold writes, one after the other: new, rounded, with the error of rounding.
+"""Folded weights, one at a time: computed exactly, rounded once, with the rounding error.
 
 The new weight is computed in fp32 (fp64 for a model in fp64) from the stored one, cut by cut, and
 rounded once, after the last of them; then its fp32 is let go. Where a rule folds each row of a
@@ -34,7 +34,7 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class FoldedWeight:
-    """A weight that operations change, under all its names, and how far it is from exact."""
+    """One folded weight: its names, rounded value and rounding error."""
 
     names: tuple[str, ...]
     value: torch.Tensor
@@ -43,7 +43,7 @@ class FoldedWeight:
 
 @torch.no_grad()
 def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[FoldedWeight]:
-    """The weights that the operations change, each rounded to the dtype it had.
+    """Yield each changed weight, rounded to its dtype, with the rounding error.
 
     A weight that is kept packed is changed by that: it is unpacked. With ``requantise`` its error
     is that of packing it again. PSG401 where the rows of a batch have weights of their own.
@@ -94,7 +94,7 @@ def _by_weight(
 
 
 def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, str | None]) -> None:
-    """Make one cut part of the ``exact`` weights, in place; ``sizes`` is what is known of rules."""
+    """Apply one cut's fold to the ``exact`` weights, in place."""
     names, rule = cut.weights, cut.rule
     seen = {name: orient(exact[full], cut.site, name) for name, full in names.items()}
     dtype = next(iter(seen.values())).dtype
@@ -119,7 +119,7 @@ def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, s
 def _blocks(
     cut: Cut, env: Mapping[str, Any], seen: Weights, sizes: dict[Any, str | None]
 ) -> Iterator[tuple[slice, Mapping[str, Any]]]:
-    """Rows of a cut's weights that are folded by themselves, and what its rule reads for them."""
+    """Split a cut's weights into row blocks, each with the environment its fold reads."""
     largest = max(seen.values(), key=torch.numel)
     rows, count = len(largest), min(BLOCKS, largest.numel() // SMALL)
     key = (cut.operation, id(cut.rule), cut.numbers.get("groups"))
@@ -164,7 +164,7 @@ def _check_foldable(cut: Cut) -> None:
 def _rounded(
     name: str, exact: torch.Tensor, dtype: torch.dtype, stored: Stored | None
 ) -> tuple[torch.Tensor, Gap]:
-    """The weight in the dtype it had, and the gap. PSG402 if it overflows, PSG403 if not finite."""
+    """Round a weight to its dtype; returns it with the error. Raises PSG402, PSG403."""
     rounded = exact if exact.dtype == dtype else torch.empty_like(exact, dtype=dtype)
     for mine, whole in zip(in_blocks(rounded), in_blocks(exact), strict=True):
         check_finite(name, whole)

@@ -29,7 +29,7 @@ PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Recipe(NamedTuple):
-    """How a weight was packed: its storage, and the (out, in) shape and dtype that it had.
+    """How a weight was packed: storage, original (out, in) shape and dtype.
 
     ``turned`` says that the model keeps it as (in, out).
     """
@@ -47,7 +47,7 @@ def recipe_of(storage: Storage, shape: tuple[int, ...], dtype: torch.dtype, turn
 
 
 def pack(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """The bytes of a weight as the model keeps it. PSG325 if it holds NaN, PSG326 without bnb."""
+    """Pack a weight into four bits; returns bytes. Raises PSG325 for NaN, PSG326 without bnb."""
     library = bitsandbytes()
     kind, block, double = recipe.storage
     if not torch.isfinite(weight).all():
@@ -63,7 +63,7 @@ def pack(weight: torch.Tensor, recipe: Recipe) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, recipe: Recipe) -> torch.Tensor:
-    """The weight as the model keeps it, in the dtype it had."""
+    """Unpack bytes into the weight, in its original dtype and orientation."""
     library = bitsandbytes()
     (kind, block, double), shape, dtype, turned = recipe
     blocks = -(-shape[0] * shape[1] // block)
@@ -108,7 +108,7 @@ def bitsandbytes() -> Any:
 
 @cache
 def _scale_codes(device: torch.device) -> torch.Tensor:
-    """What the eight bits of a scale stand for."""
+    """Values that the 256 codes of a quantised scale stand for."""
     codes: torch.Tensor = bitsandbytes().create_dynamic_map()
     return codes.to(device)
 

@@ -28,7 +28,7 @@ PRODUCTS = frozenset(
 
 
 def read_packed(graph: fx.Graph, stored: Mapping[str, Stored]) -> None:
-    """Let a graph read these of its weights, by their names in it, through their packed form."""
+    """Rewrite a graph to read these weights, by their names in it, in packed form."""
     for node in list(graph.find_nodes(op="get_attr")):
         if str(node.target) not in stored:
             continue

@@ -1,4 +1,4 @@
-"""What a fold makes of weights that were kept in four bits, and the error of what it writes.
+"""Folding of four-bit weights: packing again, and the error of what is written.
 
 The new weight is the unpacked one and the update, added in fp32. Written in full precision it is
 rounded to the base's dtype; packed again, it moves to the nearest of sixteen numbers in each block.
@@ -24,7 +24,7 @@ from peftsurgery.surgery.fourbit.pack import Stored, bitsandbytes, pack, unpack
 
 @dataclass(frozen=True)
 class FoldError:
-    """How far written weights are from the exact ones: at most, at which, and on average."""
+    """Absolute error of written weights against exact ones: largest, where, and mean."""
 
     weights: int
     largest: float

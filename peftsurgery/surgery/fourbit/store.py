@@ -27,7 +27,7 @@ class Store:
         self.dtypes: dict[str, torch.dtype] = {}
 
     def adopt(self, other: Store) -> None:
-        """Know of the packed weights that were shared from another model."""
+        """Take over the record of packed weights from a model whose tensors are shared."""
         self.weights, self.packed = dict(other.weights), set(other.packed)
         self.dtypes = dict(other.dtypes)
 
@@ -40,7 +40,7 @@ class Store:
         )
 
     def settle(self, model: OperatedModel, cuts: Sequence[Cut]) -> None:
-        """Find what the cuts store, and give back what an earlier model stored otherwise."""
+        """Determine what the cuts store, and unpack what was packed otherwise before."""
         inherited, self.weights = self.weights, stored_by(model, cuts, self)
         for name in list(self.packed):
             if name not in self.weights or self.weights[name].recipe != inherited[name].recipe:
@@ -72,20 +72,23 @@ class Store:
         )
 
     def dense(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The weight that a tensor of the model is: unpacked, if it is packed."""
+        """Dense value of a weight: unpacked if it is kept packed."""
         if name not in self.packed:
             return tensor
         recipe = self.weights[name].recipe
         return unpack(tensor, recipe).to(self.dtypes.get(name, recipe.dtype))
 
     def saved(self, tensors: Mapping[str, torch.Tensor]) -> int:
-        """How many numbers more the packed weights stand for than they have bytes."""
+        """Dense element count minus stored bytes, summed over packed weights."""
         rows = ((self.weights[name].recipe.shape, tensors[name].numel()) for name in self.packed)
         return sum(shape[0] * shape[1] - count for shape, count in rows)
 
 
 def stored_by(model: OperatedModel, cuts: Sequence[Cut], store: Store) -> dict[str, Stored]:
-    """What the cuts store, by name. PSG325 for a weight that cannot be, or not in two ways."""
+    """Packed weights that the cuts ask for, by name.
+
+    Raises PSG325 for one that cannot be packed.
+    """
     found: dict[str, Stored] = {}
     for cut in cuts:
         for name, expression in cut.rule.store.items():
@@ -122,7 +125,7 @@ def _refuse(name: str, why: str) -> SurgeryError:
 
 
 def _put(model: OperatedModel, name: str, value: torch.Tensor) -> None:
-    """Give a parameter, under all of its names that follow it, another tensor."""
+    """Replace a parameter's tensor under all of its names."""
     parameter = nn.Parameter(value.detach(), requires_grad=False)
     for each in (name, *model.unread(name)):
         owner, _, leaf = each.rpartition(".")

@@ -1,4 +1,4 @@
-"""Models whose inputs are changed: their rules are applied to fronts.
+"""Models whose inputs are rewritten: rules apply to a front before the captured model.
 
 A *front* (:mod:`peftsurgery.capture.fronts`) is the capture of embeddings with the embedding's own
 nodes before it. While an adapter that changes the inputs is active, every call is served by one.
@@ -36,7 +36,7 @@ PROMPTS = ("inputs", *TOKENS, *TOKENS.values())
 
 @dataclass(eq=False)
 class Fronts:
-    """The fronts that operations on the inputs are made on, for each capture of a call.
+    """Fronts of each capture: the graphs in which operations on the inputs are made.
 
     ``names`` are the inputs that the rules of the ``adapters`` rewrite or read. ``find`` gives the
     capture that serves a call of the model behind.
@@ -195,7 +195,7 @@ class Fronted(Switchable):
         return replace(ready, conditions=fronts[0].conditions(new_shapes(cuts)))
 
     def enter(self, mode: Mode | None = None, **given: Any) -> dict[str, Tensor]:
-        """What the active adapters make of inputs, by the arguments that take it instead.
+        """Rewrite inputs by the active adapters; returns them by argument name.
 
         ``given`` are arguments of the model by name: tokens or embeddings, a mask, positions.
         """
@@ -207,7 +207,7 @@ class Fronted(Switchable):
         return dict(zip(names, values, strict=True))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original's ``generate`` gives, with adapters that change the inputs too.
+        """Generate tokens with the original's ``generate``; adapters may change the inputs too.
 
         Their part is done once, and the model goes on from what they made of the inputs.
         ``adapters=[...]`` names one adapter for each prompt, as in a call, which its beams and
@@ -253,7 +253,7 @@ class Fronted(Switchable):
         return given
 
     def _counted(self, settings: dict[str, Any], given: Mapping[str, Tensor]) -> dict[str, int]:
-        """Lengths that count the text in, as numbers of new tokens: what rules add is not counted.
+        """Convert total lengths into numbers of new tokens, without counting what rules add.
 
         They leave ``settings``.
         """

@@ -1,4 +1,4 @@
-"""What a call chooses of a model's adapters: a value that is handed down, and never kept in it.
+"""The adapters that one call uses: a value that is passed down, never stored in the model.
 
     default     the model's own choice, which activate() and deactivate() change for all threads
     within      the choice of this thread, or of this async task, inside ``with only(...)``
@@ -107,7 +107,7 @@ class Choices:
 
     @contextmanager
     def within(self, choice: Choice) -> Iterator[None]:
-        """Within the context calls of this thread, or of this task, make this choice."""
+        """Make calls of this thread or task use this choice within the context."""
         entry = _Entry(self, choice)
         _OPEN.set((*_OPEN.get(), entry))
         try:

@@ -26,7 +26,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What was matched of what there is.
+    """Share of a model's sites that rules matched, by role and by kind.
 
     A fused weight has the role of the whole and those of its parts: one that is cut as a whole is
     cut in every part, and is cut as a whole if every part is. ``uncovered`` are the parameters that

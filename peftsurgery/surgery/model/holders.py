@@ -1,4 +1,4 @@
-"""Holders: the parts of a model that the parameters of rules live in."""
+"""Holders: modules that hold the parameters that rules add."""
 
 from __future__ import annotations
 

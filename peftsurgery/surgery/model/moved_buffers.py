@@ -1,4 +1,4 @@
-"""Buffers that training moved, such as the running statistics of a batch norm.
+"""Buffers that training changed, such as running statistics of batch norms.
 
 They are no adapter's, but what was trained with them needs them: a saved surgery holds those that
 differ from the base's.

@@ -44,7 +44,7 @@ from peftsurgery.surgery.rewrite.shapes import check_shapes
 
 
 class OperatedModel(Fronted, Keeping):
-    """A model with operations: base weights shared and frozen, what the rules made trainable."""
+    """Captured model with operations; only what its rules made is trained."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class OperatedModel(Fronted, Keeping):
 
     @property
     def operations(self) -> tuple[Operation, ...]:
-        """What was done, in order."""
+        """The operations, in the order they were applied."""
         return self._operations
 
     @property
@@ -105,7 +105,7 @@ class OperatedModel(Fronted, Keeping):
         return Report(self)
 
     def _adopt(self, model: GraphModel) -> None:
-        """Share the tensors ``model`` has now, which may have been cast or moved, and its modes.
+        """Share the current tensors of ``model``, as cast and moved, and its train modes.
 
         What ``model`` itself trained of the base is not the base's: those values come with the
         operations. Buffers are copied, since training changes them in place.
@@ -205,7 +205,7 @@ class OperatedModel(Fronted, Keeping):
         return holder.get_parameter(leaf)
 
     def starts(self, cut: Cut) -> dict[str, torch.Tensor]:
-        """What a cut's parameters start with: the values known for them, or their initial ones."""
+        """Starting values of a cut's parameters: known values, or evaluated initial ones."""
         known = {name: self.known(cut, name) for name in cut.parameters if self.knows(cut, name)}
         unknown = [param for name, param in cut.rule.params.items() if name not in known]
         env: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
@@ -318,11 +318,11 @@ class OperatedModel(Fronted, Keeping):
         return outputs
 
     def penalty(self) -> torch.Tensor:
-        """What the rules add to the loss for their parameters as they are; 0 if nothing."""
+        """Sum of the active rules' penalties, a scalar that is added to the loss; 0 for none."""
         return penalty_of(self, self.active_cuts, self.mode.replacing)
 
     def unread(self, name: str) -> list[str]:
-        """The other names of a tied parameter that no graph reads: they go wherever it goes."""
+        """Aliases of a tied parameter that no program reads; they follow its replacements."""
         read = {site.parameter for site in self.sites if site.kind == "parameter"}
         return [alias for alias in self._captures.names[name] if alias not in read]
 
@@ -338,7 +338,7 @@ class OperatedModel(Fronted, Keeping):
 
     @property
     def base_names(self) -> frozenset[str]:
-        """Where the base's own tensors are now."""
+        """Current names of the base's own tensors."""
         return frozenset(map(self.base_name, self._captures.tensors))
 
     @property
@@ -347,14 +347,14 @@ class OperatedModel(Fronted, Keeping):
         return self._copies.trained(self.mode.replacing)
 
     def learnt(self, *adapters: str) -> dict[str, torch.Tensor]:
-        """What the adapters (all of them, unless named) added or trained, by its name here.
+        """Parameters that adapters (all unless named) added or trained, by name.
 
         That is all that a saved surgery holds.
         """
         return {self.name_of(name): value for name, value in self.values(*adapters).items()}
 
     def values(self, *adapters: str) -> dict[str, torch.Tensor]:
-        """What :meth:`learnt` holds, by names that are the same in other models too."""
+        """Parameters of :meth:`learnt`, under names independent of which adapters are active."""
         self.fill()
         return {
             name: self._learnt_parameter(name)

@@ -28,7 +28,7 @@ class Keeping(GraphModel):
 
     @property
     def hidden(self) -> int:
-        """How many numbers more than bytes the packed weights are."""
+        """Dense element count minus stored bytes, summed over packed weights."""
         return self._store.saved(dict(self.named_parameters(remove_duplicate=False)))
 
     def dense(self, name: str) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where things came from: what is said of operations, and of what was folded into a model.
+"""Provenance: records of operations, and of what was folded into a model.
 
 A folded model's directory has a file ``peftsurgery.json``, which says what was folded into which
 base, and with which versions. What was in the base already stays listed there.

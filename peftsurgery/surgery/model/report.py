@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Report:
-    """What was done to an operated model, as text and as data."""
+    """Report of an operated model: matches, parameters added, coverage and near misses."""
 
     def __init__(self, model: OperatedModel) -> None:
         self._cuts, self._selections = model.cuts, model._selections
@@ -104,7 +104,7 @@ class Report:
 
 
 def _notes(capture: Capture) -> list[str]:
-    """What was specialised when the model was captured, and what no rule can reach."""
+    """Notes on what the capture specialised, and on attention cores that are no sites."""
     unread = (f"the attention core in '{module}' is no site" for module in unread_cores(capture))
     return [*capture.notes, *unread]
 

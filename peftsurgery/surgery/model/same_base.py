@@ -49,7 +49,10 @@ class Made:
 
 
 def compare_base(made: Made, source: Source) -> Origin:
-    """What is known of a base once it is compared with the one that an adapter was made for."""
+    """Compare a base's weights with those an adapter was made for.
+
+    Returns where the adapter came from, with the differences as reasons to refuse, and notes.
+    """
     weights = weights_of(source)
     if made.fingerprint is None:
         why, notes = _folded_before(made, source), _unknown(made)

@@ -1,4 +1,4 @@
-"""What a saved surgery holds, read from its own files: its base need not be there."""
+"""Contents of a saved surgery, read without its base."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several adapters in one model: which of them take part in a call.
+"""Switching of adapters: which of them take part in a call.
 
 Every adapter stays in the model, and is saved with it, whether it is active or not. What a call
 chooses (:mod:`.choices`) is handed down to the programs that serve it: a model keeps programs for
@@ -45,7 +45,7 @@ _RESTING = threading.Lock()
 
 
 class Switchable(GraphModel):
-    """A captured model with adapters that are switched on and off."""
+    """Captured model whose adapters can be switched on and off."""
 
     _operations: tuple[Operation, ...]
     _choices: Choices
@@ -86,7 +86,7 @@ class Switchable(GraphModel):
         return {name: list(layers) for name, layers in self.mode.left_out}
 
     def activate(self, *names: str, leave_out: Iterable[int | str] = ()) -> None:
-        """Let these adapters take part too; all of them if none is named. PSG310, PSG312.
+        """Activate adapters, all if none is named. Raises PSG310, PSG312.
 
         This is the model's own choice, for all threads, but for calls that choose by themselves.
         The adapters do nothing in the layers to ``leave_out``, written as in a rule's `where` (0,
@@ -98,7 +98,7 @@ class Switchable(GraphModel):
         self._switch(mode_of(self.adapters, {*before.names, *wanted}, left_out))
 
     def choose(self, *names: str) -> None:
-        """Let just these adapters take part; none is the base. PSG310, PSG312.
+        """Activate exactly these adapters; none for the base. Raises PSG310, PSG312.
 
         As :meth:`activate`, for the model's own choice, but layers that are left out stay left out.
         """
@@ -120,7 +120,7 @@ class Switchable(GraphModel):
         return {**dict(self._choices.default.mode.left_out), **layers}
 
     def deactivate(self, *names: str) -> None:
-        """Leave these adapters out; all of them if none is named, which gives the base. PSG310.
+        """Deactivate adapters, all (so the base) if none is named. Raises PSG310.
 
         As :meth:`activate`, for the model's own choice.
         """
@@ -130,7 +130,7 @@ class Switchable(GraphModel):
 
     @contextmanager
     def only(self, *names: str) -> Iterator[None]:
-        """Within the context just these adapters take part; ``only()`` is the base. PSG310, PSG312.
+        """Use exactly these adapters within the context; ``only()`` is the base. PSG310, PSG312.
 
         That is so for calls of this thread, or of this async task, and for no others.
         """
@@ -146,7 +146,7 @@ class Switchable(GraphModel):
 
     @contextmanager
     def rows(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within the context each row of a batch uses the adapter named for it; None is the base.
+        """Use, within the context, the adapter named for each row of a batch; None is the base.
 
         That is so for calls of this thread, or of this async task. Rows are those of the first
         input's first axis. A batch of k times as many rows is taken for one in which each row was
@@ -165,7 +165,7 @@ class Switchable(GraphModel):
         return Choice(replace(mode, by_row=True), rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original returns with the active adapters, or with those named for the rows.
+        """Call the model with the active adapters, or with those named for the batch's rows.
 
         ``adapters=[...]`` names one for each row of the batch, None for the base, for this call
         alone. ``adapter_names=[...]`` does the same in peft's words: the base is ``"__base__"``.
@@ -233,7 +233,7 @@ class Switchable(GraphModel):
         return tuple(name for name in mode.names if name not in fused)
 
     def _wake(self, adapters: Counter[str], asleep: bool = False) -> None:
-        """Count the blocks that these adapters work in, and let them be trained meanwhile."""
+        """Count open contexts that use these adapters, which stay trainable meanwhile."""
         with _RESTING:
             choices = self._choices
             choices.awake = choices.awake - adapters if asleep else choices.awake + adapters
@@ -243,7 +243,7 @@ class Switchable(GraphModel):
                 self._rest(working, changed)
 
     def _rest(self, working: frozenset[str], changed: frozenset[str]) -> None:
-        """Let what does not work require no gradients, and what works again what it required."""
+        """Freeze parameters of inactive adapters, and restore those of active ones."""
         for name, adapter in self._owners.items():
             if adapter not in changed:
                 continue
@@ -255,13 +255,13 @@ class Switchable(GraphModel):
                 self._let_train(name, False)
 
     def _let_train(self, name: str, trains: bool) -> None:
-        """Let what an adapter has under a name be trained, or not."""
+        """Set whether an adapter's parameter of that name is trained."""
         owner, _, leaf = self._copies.name(name).rpartition(".")
         for parameter in parameters_of(original_at(self, owner), leaf):
             parameter.requires_grad_(trains)
 
     def freeze_as(self, other: Switchable) -> None:
-        """Let this model train, of what both have, what the other one trains."""
+        """Copy ``requires_grad`` of shared parameters from another model."""
         mine, working = self._owners, self.working
         for name in other._owners.keys() & mine.keys():
             trains = other._learnt_parameter(name).requires_grad or name in other._resting
@@ -276,7 +276,7 @@ class Switchable(GraphModel):
         return self.get_parameter(self.name_of(name))
 
     def name_of(self, value: str) -> str:
-        """The name here of what :meth:`values` holds under this one."""
+        """Current name of a parameter that :meth:`values` lists."""
         return self._copies.name(value)
 
     def base_name(self, parameter: str) -> str:

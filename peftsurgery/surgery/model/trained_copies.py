@@ -1,4 +1,4 @@
-"""Adapters' own copies of the base's parameters: what ``train: true`` trains.
+"""Trained copies of base parameters, one for each adapter with ``train: true``.
 
     encoder.0.query.bias          one adapter's copy, trained, under the name that training knows
     encoder.0.query.bitfit.bias   the base's own tensor, frozen and shared with the base
@@ -88,7 +88,7 @@ class Copies:
 
     @contextmanager
     def put_back(self, model: nn.Module) -> Iterator[None]:
-        """Within the context the base's tensors have their own names, and copies their homes'."""
+        """Give base tensors their own names, and copies their homes', within the context."""
         placed, self.placed = self.placed, {}
         for parameter, home in placed.items():
             _exchange(model, parameter, home)

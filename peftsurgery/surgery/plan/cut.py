@@ -106,7 +106,7 @@ class Cut:
 
     @property
     def done(self) -> tuple[Any, ...]:
-        """What is done to the site's program: the same in all blocks of one shape class."""
+        """Hashable identity of the edit; cuts with equal identity yield the same program."""
         inner = tuple(part.done for group in self.over for part in group)
         return (self.operation, id(self.rule), self.site, *inner)
 
