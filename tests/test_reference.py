@@ -12,6 +12,7 @@ import yaml
 import peftsurgery as ps
 from peftsurgery.anatomy import survey
 from peftsurgery.language import KINDS, Rule, RuleFile, Where, select
+from peftsurgery.language.base import OnBase
 from peftsurgery.language.schema import Expect, Flat, Param, Ranks
 from peftsurgery.language.storage import STORES
 from tests.models.captured import captured
@@ -53,7 +54,8 @@ def test_the_examples_have_every_key() -> None:
     for _, text in BLOCKS:
         for model, keys in keys_of(RuleFile, yaml.safe_load(text)):
             found.setdefault(model.__name__, set()).update(keys)
-    for model in (RuleFile, Rule, Param, Expect, Ranks, Flat, Where):
+    found["OnBase"] = found["RuleFile"]
+    for model in (RuleFile, OnBase, Rule, Param, Expect, Ranks, Flat, Where):
         known = {field.alias or name for name, field in model.model_fields.items()}
         assert known - found[model.__name__] == set(), model
     kinds = {rule.kind.name for _, text in BLOCKS for rule in ps.parse_rules(text).rules}

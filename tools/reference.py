@@ -262,7 +262,7 @@ def takes(schema: Mapping[str, Any]) -> str:
             return f"list of: {takes(schema['items'])}"
         case "object":
             inner = schema["additionalProperties"]
-            return f"mapping of names to: {takes(inner)}"
+            return "mapping" if inner is True else f"mapping of names to: {takes(inner)}"
         case other:
             words = {"string": "text", "boolean": "true, false", "integer": "whole number"}
             return words.get(str(other), str(other))

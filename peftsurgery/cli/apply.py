@@ -55,7 +55,7 @@ def apply(
         raise click.UsageError("give either --output OUT or --dry-run")
     if name is not None and len(rules) > 1:
         raise click.UsageError("--name is for one RULE; several would have the same name")
-    from peftsurgery.language import check_settings, load_rules, parse_overrides, shipped
+    from peftsurgery.language import check_settings, load_rules, parse_overrides
     from peftsurgery.surgery.plan.cut import adapter_name
 
     # before the model: what is misspelt is known at once
@@ -68,7 +68,7 @@ def apply(
     if out is None:
         operated = _operate(model, allow_other_base, seed, files, options)
     else:
-        read = [model, *(shipped().get(rule, rule) for rule in rules)]
+        read: list[str | Path] = [model, *(path for file in files for path in file.sources)]
         with fresh(out, read, force) as part:
             operated = _operate(model, allow_other_base, seed, files, options)
             with doing(f"saving {out}"):

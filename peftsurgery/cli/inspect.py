@@ -62,17 +62,17 @@ def _document(model: str, capture: Capture, found: Survey) -> dict[str, Any]:
         ],
         "sites": [
             {
-                "kind": place.kind,
-                "role": place.role,
-                "module": place.module,
-                "parameter": place.parameter,
-                "slice": place.site.label,
-                "block": place.block,
-                "layer": place.layer,
-                "type": place.type,
-                "facts": dict(place.facts),
+                "kind": site.kind,
+                "role": site.role,
+                "module": site.module,
+                "parameter": site.parameter,
+                "slice": site.site.label,
+                "block": site.block,
+                "layer": site.layer,
+                "type": site.type,
+                "facts": dict(site.facts),
             }
-            for place in found
+            for site in found
         ],
     }
 
@@ -83,8 +83,8 @@ def _print_tree(model: str, capture: Capture, found: Survey) -> None:
     from rich.tree import Tree
 
     sites: dict[str, list[Placed]] = {}
-    for place in found:
-        sites.setdefault(place.block, []).append(place)
+    for site in found:
+        sites.setdefault(site.block, []).append(site)
     tree = Tree(Text(f"{capture.top.kind}  {clean(model)}", style="bold"))
     _add_sites(tree, sites.get("", []))
     paths = [path for path in capture.programs if path]
@@ -109,23 +109,23 @@ def _structure(capture: Capture, path: str) -> tuple[str, tuple[str, ...]]:
 def _add_sites(tree: Tree, sites: list[Placed]) -> None:
     from rich.text import Text
 
-    owners = {place.module for place in sites if place.kind != "parameter"}
-    for place in sites:
-        if place.kind == "parameter" and place.module in owners:
+    owners = {site.module for site in sites if site.kind != "parameter"}
+    for site in sites:
+        if site.kind == "parameter" and site.module in owners:
             continue  # the weights of a site that is shown
-        name = clean(place.site.module or place.site.parameter or "(itself)")
-        label = f"[{place.site.label}]" if place.site.label else ""
+        name = clean(site.site.module or site.site.parameter or "(itself)")
+        label = f"[{site.site.label}]" if site.site.label else ""
         line = Text.assemble(
-            (f"{place.kind:10}", "dim"), f" {name}{label}  ", (place.role or "-", "cyan")
+            (f"{site.kind:10}", "dim"), f" {name}{label}  ", (site.role or "-", "cyan")
         )
-        tree.add(line.append(f"  {_facts(place)}", "dim"))
+        tree.add(line.append(f"  {_facts(site)}", "dim"))
 
 
-def _facts(place: Placed) -> str:
+def _facts(site: Placed) -> str:
     """Sizes and properties in a few words: 384 → 1536, float32."""
-    facts = place.facts
+    facts = site.facts
     words = [f"{facts['in']} → {facts['out']}"] if {"in", "out"} <= facts.keys() else []
     words += [f"{name.replace('_', ' ')} {facts[name]}" for name in NAMED if name in facts]
     words += ["causal"] if facts.get("causal") is True else []
     words += [str(facts[name]).removeprefix("torch.") for name in PLAIN if name in facts]
-    return ", ".join(word for word in words if word != place.kind)
+    return ", ".join(word for word in words if word != site.kind)

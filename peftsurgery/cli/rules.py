@@ -35,16 +35,16 @@ def ls(as_json: bool) -> None:
 
 @rules.command()
 @click.argument("rule")
-@click.option("--yaml", "as_yaml", is_flag=True, help="Print the file as it is written.")
+@click.option("--yaml", "as_yaml", is_flag=True, help="Print it as a file that stands by itself.")
 @json_option
 def show(rule: str, as_yaml: bool, as_json: bool) -> None:
     """Print what the rule file RULE does, in words and maths."""
     from peftsurgery.language import load_rules
     from peftsurgery.language.describe import describe_rules
+    from peftsurgery.language.loading import page_of
 
-    file = load_rules(rule)
+    file, text = load_rules(rule), page_of(rule)
     description = describe_rules(file)
-    text = _path(rule).read_text(encoding="utf-8")
     if as_json:
         document = {"name": file.name, "settings": file.with_, "about": file.about}
         print_json({**document, "description": description, "text": text})
@@ -91,13 +91,18 @@ def check(
 @force_option
 @json_option
 def cp(rule: str, out: Path, force: bool, as_json: bool) -> None:
-    """Copy the rule file RULE to OUT, to start one's own from it."""
-    from peftsurgery.language import load_rules
+    """Copy the rule file RULE to OUT, to start one's own from it.
 
-    load_rules(rule)  # a misspelt name is refused with the nearest right one
-    target = out / f"{_path(rule).stem}.yaml" if out.is_dir() else out
-    with fresh(target, [_path(rule)], force) as part:
-        part.write_bytes(_path(rule).read_bytes())
+    One that stands on another is copied whole. A page of `base: RULE` and what is to be other is
+    often all that one needs instead.
+    """
+    from peftsurgery.language import load_rules
+    from peftsurgery.language.loading import page_of
+
+    file = load_rules(rule)  # a misspelt name is refused with the nearest right one
+    target = out / f"{file.sources[0].stem}.yaml" if out.is_dir() else out
+    with fresh(target, file.sources, force) as part:
+        part.write_text(page_of(rule), encoding="utf-8")
     if as_json:
         print_json({"rule": rule, "out": str(target)})
     else:
@@ -143,12 +148,6 @@ def schema(as_json: bool) -> None:
     from peftsurgery.language import json_schema
 
     print_json(json_schema())
-
-
-def _path(rule: str) -> Path:
-    from peftsurgery.language import shipped
-
-    return shipped().get(rule, Path(rule))
 
 
 def _fitted(line: str) -> str:

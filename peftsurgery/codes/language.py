@@ -34,6 +34,16 @@ CODES = {
         "There is no such rule file",
         "A rule is named by a shipped name (`peftsurgery rules ls`) or by the path of a YAML file.",
     ),
+    "PSG108": CodeInfo(
+        "A rule file stands on itself",
+        "`base:` names a rule file that in the end stands on this one, or a longer row of files "
+        "than anybody reads (16).",
+    ),
+    "PSG109": CodeInfo(
+        "A rule file changes a rule that its base does not have",
+        "`change:` has one entry for each rule of the base that it changes, in order; what is "
+        "added besides goes under `rules:`.",
+    ),
     "PSG110": CodeInfo(
         "An expression cannot be parsed",
         "Expressions are written in Python's notation: numbers, names, + - * / @ **, comparisons, "

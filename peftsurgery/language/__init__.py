@@ -8,7 +8,7 @@ from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
 from peftsurgery.language.initial import INITIALISERS, initial
 from peftsurgery.language.kinds import KINDS, Kind, sizes_of
-from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.loading import dump_rules, load_rules, parse_rules, shipped
 from peftsurgery.language.located import Located
 from peftsurgery.language.maths import maths
 from peftsurgery.language.operators import OPERATORS, Operator, operator
@@ -28,7 +28,8 @@ from peftsurgery.language.readings import (
 )
 from peftsurgery.language.reserved import takes_settings
 from peftsurgery.language.roles import role
-from peftsurgery.language.schema import Expect, Param, Pattern, Rule, RuleFile, json_schema
+from peftsurgery.language.rule_file import RuleFile, json_schema
+from peftsurgery.language.schema import Expect, Param, Pattern, Rule
 from peftsurgery.language.selection import Candidate, Selection, select, why
 from peftsurgery.language.settings import (
     check_settings,
@@ -66,6 +67,7 @@ __all__ = [
     "check_rules",
     "check_settings",
     "describe_rules",
+    "dump_rules",
     "evaluate",
     "find_pattern",
     "flat_values",

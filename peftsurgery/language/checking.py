@@ -25,7 +25,8 @@ from peftsurgery.language.evaluation import Context
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.loading import load_rules
 from peftsurgery.language.readings import fold, initial_values, penalty, rewrite, shape_of
-from peftsurgery.language.schema import Rule, RuleFile
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.specimens import Specimen, check_sizes_wanted, variants
 

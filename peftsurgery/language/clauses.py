@@ -10,7 +10,7 @@ from typing import Any
 from peftsurgery.language.located import Located
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.roles import Roles
-from peftsurgery.language.strict import place_of
+from peftsurgery.language.strict import position_of
 from peftsurgery.language.where import Where, layer_range
 
 
@@ -55,10 +55,10 @@ def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
         )
     elif where.role is not None:
         for name in where.role:
-            roles.check(name, place_of(name))
+            roles.check(name, position_of(name))
         yield _choice("role", where.role, lambda site: roles.of(site), glob=True)
     if where.path is not None:
-        match = full_match(where.path, place_of(where.path))
+        match = full_match(where.path, position_of(where.path))
         text = f"path matches {where.path}"
         yield Clause("path", text, lambda s: match(address(s)), lambda s: _not(text, address(s)))
     yield from _plain(where)
@@ -156,7 +156,7 @@ def weight_shape(site: Located) -> list[int] | None:
 
 
 def _matched(names: Iterable[str], roles: Roles) -> Clause:
-    modules = frozenset().union(*(roles.cut_by(name, place_of(name)) for name in names))
+    modules = frozenset().union(*(roles.cut_by(name, position_of(name)) for name in names))
     shown = " or ".join(names)
     return Clause(
         "matched",

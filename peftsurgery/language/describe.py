@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from peftsurgery.language.consistency import within
 from peftsurgery.language.maths import maths
-from peftsurgery.language.schema import Expect, Pattern, Rule, RuleFile
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Expect, Pattern, Rule
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where
 

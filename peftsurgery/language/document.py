@@ -1,4 +1,4 @@
-"""YAML, read safely, with the place of every key and value.
+"""YAML, read safely, with the position of every key and value.
 
 Rule files come from strangers. The text is read as a stream of YAML events, so its depth is known
 before anything recurses, and built into plain data by our own hands: duplicate keys, tags, anchors
@@ -27,7 +27,7 @@ from yaml.events import (
 )
 
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.language.place import Place, Text
+from peftsurgery.language.position import Position, Text
 
 MAX_BYTES, MAX_LEVELS = 256 * 1024, 50
 
@@ -43,13 +43,13 @@ class Document:
     """YAML document as plain data with positions: strings are :class:`Text`."""
 
     data: dict[str, Any]
-    places: dict[Path, Place]
+    positions: dict[Path, Position]
 
-    def place(self, path: Path) -> Place:
-        """The place of the value at ``path``, or of the nearest thing around it."""
-        while path not in self.places:
+    def position(self, path: Path) -> Position:
+        """The position of the value at ``path``, or of the nearest thing around it."""
+        while path not in self.positions:
             path = path[:-1]
-        return self.places[path]
+        return self.positions[path]
 
 
 def read_document(text: str | bytes, source: str) -> Document:
@@ -60,14 +60,14 @@ def read_document(text: str | bytes, source: str) -> Document:
         data = builder.build(yaml.parse(content, Loader=yaml.SafeLoader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = builder.place(mark) if mark else Place(source)
-        raise SurgeryError("PSG101", str(error.problem), error.context, str(place)) from None
+        position = builder.position(mark) if mark else Position(source)
+        raise SurgeryError("PSG101", str(error.problem), error.context, str(position)) from None
     except yaml.YAMLError as error:
         raise SurgeryError("PSG101", first_line(error), where=source) from None
     if not isinstance(data, dict):
         message = "the file is empty" if data is None else "a rule file is a mapping of keys"
         raise SurgeryError("PSG102", message, "see `peftsurgery rules show lora_qv`", source)
-    return Document(data, builder.places)
+    return Document(data, builder.positions)
 
 
 def read_scalar(text: str) -> Any:
@@ -100,10 +100,10 @@ class _Builder:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.places: dict[Path, Place] = {}
+        self.positions: dict[Path, Position] = {}
 
-    def place(self, mark: Any) -> Place:
-        return Place(self.source, mark.line + 1, mark.column + 1)
+    def position(self, mark: Any) -> Position:
+        return Position(self.source, mark.line + 1, mark.column + 1)
 
     def build(self, stream: Iterator[Event]) -> Any:
         self.stream, data, documents = stream, None, 0
@@ -119,7 +119,7 @@ class _Builder:
     def value(self, event: Event, path: Path) -> Any:
         if len(path) > MAX_LEVELS:
             raise self.refuse("PSG102", f"nested more than {MAX_LEVELS} levels deep", event)
-        self.places[path] = self.place(event.start_mark)
+        self.positions[path] = self.position(event.start_mark)
         if isinstance(event, AliasEvent):
             raise self.refuse("PSG104", f"the alias *{event.anchor} is not allowed", event)
         if isinstance(event, NodeEvent) and event.anchor:
@@ -139,7 +139,7 @@ class _Builder:
             if not isinstance(key, str):
                 raise self.refuse("PSG106", "a key must be a text; quote it", event)
             if key in data:
-                first = self.places[(*path, key)]
+                first = self.positions[(*path, key)]
                 hint = f"first given at line {first.line}"
                 raise self.refuse("PSG103", f"'{key}' is given twice", event, hint)
             data[key] = None  # claims the key before its value is read
@@ -163,9 +163,9 @@ class _Builder:
         quoted = event.style is not None
         start, end = event.start_mark, event.end_mark
         exact = end.index - start.index == len(value) + 2 * quoted and start.line == end.line
-        return Text(value, self.place(start).shift(int(quoted)), exact)
+        return Text(value, self.position(start).shift(int(quoted)), exact)
 
     def refuse(
         self, code: str, message: str, event: Event, hint: str | None = None
     ) -> SurgeryError:
-        return SurgeryError(code, message, hint, str(self.place(event.start_mark)))
+        return SurgeryError(code, message, hint, str(self.position(event.start_mark)))

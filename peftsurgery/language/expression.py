@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.place import Place, Text
+from peftsurgery.language.position import Position, Text
 
 MAX_CHARACTERS, MAX_NODES, MAX_DEPTH, MAX_EXPONENT, MAX_NUMBER = 2000, 200, 50, 64, 2**63
 
@@ -81,11 +81,11 @@ class Expression:
     names: Mapping[str, int] = field(compare=False, repr=False)
     calls: Mapping[str, int] = field(compare=False, repr=False)
     tree: ast.expr = field(compare=False, repr=False)
-    place: Text | None = field(default=None, compare=False, repr=False)
+    written: Text | None = field(default=None, compare=False, repr=False)
 
     def where(self, offset: int = 0) -> str | None:
         """``file:line:column`` of a character of the text, if the expression came from a file."""
-        return str(self.place.at(offset)) if self.place is not None else None
+        return str(self.written.at(offset)) if self.written is not None else None
 
     def __str__(self) -> str:
         return self.text
@@ -94,12 +94,12 @@ class Expression:
 def parse(text: str | int | float, where: str | None = None) -> Expression:
     """Parse ``text``, or refuse it with PSG110 (syntax), PSG111 (construct) or PSG112 (size).
 
-    ``where`` names the source when ``text`` is not a :class:`Text` that knows its own place.
+    ``where`` names the source when ``text`` is not a :class:`Text` that knows its own position.
     """
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         raise SurgeryError("PSG110", f"an expression is a text, not {text!r}", where=where)
-    place = text if isinstance(text, Text) else (Text(str(text), Place(where)) if where else None)
-    return _Parser(str(text), place).expression()
+    made = Text(str(text), Position(where)) if where else None
+    return _Parser(str(text), text if isinstance(text, Text) else made).expression()
 
 
 def check_names(expression: Expression, known: Collection[str], what: str = "name") -> None:
@@ -134,8 +134,8 @@ def spelling(node: ast.Name) -> str:
 class _Parser:
     """One parse: text in, checked tree out; every refusal knows its offset."""
 
-    def __init__(self, text: str, place: Text | None) -> None:
-        self.text, self.place = text, place
+    def __init__(self, text: str, written: Text | None) -> None:
+        self.text, self.written = text, written
         self.names: dict[str, int] = {}
         self.calls: dict[str, int] = {}
         self.nodes = 0
@@ -149,7 +149,7 @@ class _Parser:
             raise self.refuse("PSG111", message, foreign.start())
         tree = self.python()
         self.check(tree, 1, False)
-        return Expression(self.text, self.names, self.calls, tree, self.place)
+        return Expression(self.text, self.names, self.calls, tree, self.written)
 
     def python(self) -> ast.expr:
         line = _IN.sub(_IN_ALIAS, self.text.replace("\n", " ").replace("\t", " "))
@@ -230,10 +230,10 @@ class _Parser:
         return self.lead + len(line[:column].decode(errors="ignore"))
 
     def refuse(self, code: str, message: str, offset: int) -> SurgeryError:
-        place = str(self.place.at(offset)) if self.place is not None else None
+        position = str(self.written.at(offset)) if self.written is not None else None
         hint = None
         if code == "PSG112":
             hint = f"limits: {MAX_CHARACTERS} characters, {MAX_NODES} nodes, {MAX_DEPTH} levels"
         elif code == "PSG110" and self.text.count("(") > self.text.count(")"):
             hint = "inside { } or [ ] of YAML, quote an expression that holds a comma"
-        return SurgeryError(code, message, hint, place)
+        return SurgeryError(code, message, hint, position)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from pydantic import ValidationError
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language.base import laid_over, on_base
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
-from peftsurgery.language.schema import RuleFile
-from peftsurgery.language.strict import complaint
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.strict import position_of, refusal
+
+MAX_SOURCES = 16
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -19,33 +23,41 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
     """Parse the text of a rule file, and check it against the schema and for unknown names.
 
-    Every error is a SurgeryError that names ``source``, line and column.
+    A base is looked for by its shipped name, or by a path as seen from the working directory. Every
+    error is a SurgeryError that names ``source``, line and column.
     """
-    document = read_document(text, source)
-    try:
-        return RuleFile.model_validate(document.data)
-    except ValidationError as error:
-        raise _translate(error, document) from None
+    return _rule_file(read_document(text, source), Path(), ())
 
 
 @checked
 def load_rules(name: str | Path) -> RuleFile:
-    """Load a shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 for none."""
-    known = shipped()
-    path = known.get(str(name), Path(name))
-    try:
-        if path.is_file():
-            with path.open("rb") as file:
-                content = file.read(MAX_BYTES + 1)
-            rules = parse_rules(content, str(name if str(name) in known else path))
-            return rules.read_from(path.absolute())
-        exists = path.exists()
-    except OSError as error:
-        raise SurgeryError("PSG107", f"cannot read '{name}': {error.strerror}") from None
-    if exists:
-        raise SurgeryError("PSG107", f"'{name}' is not a regular file")
-    hint = did_you_mean(str(name), known)
-    raise SurgeryError("PSG107", f"there is no rule file '{name}'", hint)
+    """A shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 if there is none.
+
+    A file that stands on another is laid over it: PSG108 if it stands on itself, PSG109 for a
+    change of a rule that its base does not have.
+    """
+    path = shipped().get(str(name), Path(name))
+    return _rule_file(_read(path, str(name)), path.parent, (path.absolute(),))
+
+
+def page_of(name: str | Path) -> str:
+    """A rule file as text that stands by itself: as it is written, or whole if it has a base."""
+    path = shipped().get(str(name), Path(name))
+    if on_base(_read(path, str(name))) is not None:
+        return dump_rules(load_rules(name), compact=True)
+    return path.read_text(encoding="utf-8")
+
+
+def dump_rules(file: RuleFile, compact: bool = False) -> str:
+    """A rule file as YAML text that reads back as the same rules.
+
+    ``compact`` puts lists and mappings of plain values on one line each.
+    """
+    data = file.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    style = None if compact else False
+    return yaml.safe_dump(
+        data, sort_keys=False, allow_unicode=True, width=100, default_flow_style=style
+    )
 
 
 def shipped() -> dict[str, Path]:
@@ -55,13 +67,43 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _translate(error: ValidationError, document: Document) -> SurgeryError:
-    """Translate pydantic's first error into a coded one, with key, expectation and position."""
-    path, message = complaint(error)
-    known: tuple[str | int, ...] = ()
-    for step in path:  # a union's branches appear in the path, but not in the document
-        if (*known, step) in document.places:
-            known = (*known, step)
-    name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in known).lstrip(".")
-    where = str(document.place(known))
-    return SurgeryError("PSG106", f"{name or 'the file'}: {message}", None, where)
+def _rule_file(document: Document, folder: Path, sources: tuple[Path, ...]) -> RuleFile:
+    """The rules that a document says, laid over those that it stands on."""
+    whole, sources = _whole(document, folder, sources)
+    try:
+        return RuleFile.model_validate(whole.data).read_from(sources)
+    except ValidationError as error:
+        raise refusal(error, whole) from None
+
+
+def _whole(
+    document: Document, folder: Path, sources: tuple[Path, ...]
+) -> tuple[Document, tuple[Path, ...]]:
+    """A document laid over its base, whole in its turn, and the files that both were read from."""
+    said = on_base(document)
+    if said is None:
+        return document, sources
+    where = position_of(said.base)
+    path = shipped().get(said.base, folder / said.base).absolute()
+    if len(sources) == MAX_SOURCES or path.resolve() in [source.resolve() for source in sources]:
+        message = f"'{said.base}' stands on this file, or on too many others"
+        raise SurgeryError("PSG108", message, None, where)
+    base, sources = _whole(_read(path, said.base, where), path.parent, (*sources, path))
+    return laid_over(base, document, said), sources
+
+
+def _read(path: Path, name: str, where: str | None = None) -> Document:
+    """The document in a rule file that is asked for by ``name``, at ``where``. PSG107."""
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                content = file.read(MAX_BYTES + 1)
+            return read_document(content, name)
+        exists = path.exists()
+    except OSError as error:
+        message = f"cannot read '{name}': {error.strerror}"
+        raise SurgeryError("PSG107", message, where=where) from None
+    if exists:
+        raise SurgeryError("PSG107", f"'{name}' is not a regular file", where=where)
+    hint = did_you_mean(name, shipped())
+    raise SurgeryError("PSG107", f"there is no rule file '{name}'", hint, where)

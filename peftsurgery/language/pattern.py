@@ -25,7 +25,7 @@ MAX_STEPS = 200_000
 # what keeps every number (to rounding), so that a pattern need not know of it
 _CASTS = frozenset(("_to_copy", "to", "alias", "contiguous", "clone", "detach"))
 
-# a product with a weight, as other operations spell it: the places of (x, W, b) in their arguments
+# a product with a weight, as other operations spell it: where (x, W, b) are in their arguments
 _LINEARS: Mapping[str, tuple[int, ...]] = {"addmm": (1, 2, 0), "mm": (0, 1), "matmul": (0, 1)}
 
 _SIGNS: Mapping[type[ast.AST], str] = {
@@ -163,7 +163,7 @@ def _arguments(operator: Operator, node: fx.Node) -> tuple[Any, ...] | None:
     if name in operator.aten:
         return tuple(node.args)
     if "linear" in operator.aten and name in _LINEARS:
-        x, weight, *bias = (node.args[place] for place in _LINEARS[name])
+        x, weight, *bias = (node.args[i] for i in _LINEARS[name])
         matrix, flipped = parameter_of(weight)
         if matrix is not None and len(shape(matrix)) == 2:
             return (x, matrix if flipped else _Turned(matrix), *bias)

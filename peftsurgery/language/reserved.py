@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.strict import place_of
+from peftsurgery.language.strict import position_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -38,5 +38,5 @@ def check_reachable(setting: str) -> None:
             "PSG106",
             f"a setting cannot be called '{setting}'",
             f"applying rules takes these words for itself: {', '.join(sorted(RESERVED))}",
-            place_of(setting),
+            position_of(setting),
         )

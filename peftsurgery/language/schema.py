@@ -7,7 +7,6 @@ attribute's docstring is its description there.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -15,7 +14,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     PlainValidator,
-    PrivateAttr,
     StrictBool,
     StrictFloat,
     StrictInt,
@@ -25,19 +23,18 @@ from pydantic import (
 )
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.consistency import check_file
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
-from peftsurgery.language.place import Text
-from peftsurgery.language.strict import Strict, Word, place_of
+from peftsurgery.language.position import Text
+from peftsurgery.language.strict import Strict, Word, position_of
 from peftsurgery.language.where import Names, Where, substitute
 
 
 def _as_expression(value: Any) -> Expression:
     if isinstance(value, Expression):
         return value
-    return parse(value, place_of(value))
+    return parse(value, position_of(value))
 
 
 ExpressionField = Annotated[
@@ -130,7 +127,7 @@ class Ranks(Strict):
 def _as_match(value: Any) -> Any:
     if isinstance(value, str) and value not in KINDS:
         message = f"unknown kind of site '{value}'"
-        raise SurgeryError("PSG106", message, did_you_mean(value, KINDS), place_of(value))
+        raise SurgeryError("PSG106", message, did_you_mean(value, KINDS), position_of(value))
     return value
 
 
@@ -188,7 +185,7 @@ class Rule(Strict):
         for key, target in (("rewrite", result), ("fold", "W"), ("store", "W"), ("penalty", "sum")):
             value = data.get(key)
             if key in data and not isinstance(value, Mapping):
-                named = Text(target, value.place) if isinstance(value, Text) else target
+                named = Text(target, value.position) if isinstance(value, Text) else target
                 data[key] = {named: value}
         return data
 
@@ -250,69 +247,3 @@ class Flat(Strict):
     """Those of their settings that are not this method's of the same name."""
     params: dict[Word, ExpressionField] = Field(min_length=1)
     """Their parameters, in terms of this method's."""
-
-
-class RuleFile(Strict):
-    """A method: its settings and its rules."""
-
-    noun: ClassVar[str] = "rule file"
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
-    """The method's name; what it adds to the model is found under it."""
-    about: str = ""
-    """What the method is, and where it was published."""
-    with_: dict[Word, Setting] = Field(default_factory=dict, alias="with")
-    """The settings and their defaults; `--set name=value` overrides them."""
-    let: dict[Word, ExpressionField] = Field(default_factory=dict)
-    """Numbers computed from the settings."""
-    roles: dict[Word, Where] = Field(default_factory=dict)
-    """Roles of one's own, for this file: a name and the clauses that define it."""
-    rules: tuple[Rule, ...] = Field(min_length=1)
-    """The cuts, made in this order."""
-    flat: Flat | None = None
-    """What the method is once it is trained, if a network makes its parameters until then."""
-    checkpoint: dict[Word, dict[Word, Setting | dict[Word, Setting]]] = Field(default_factory=dict)
-    """For each file format: the config values that identify this method. A value that is the name
-    of a setting carries that setting; under `with` are settings that every such file means."""
-
-    _place: Path | None = PrivateAttr(default=None)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RuleFile:
-        check_file(self)
-        return self
-
-    @property
-    def place(self) -> Path | None:
-        """The file that it was read from; None for what was made from text or in Python."""
-        return self._place
-
-    def read_from(self, place: Path) -> RuleFile:
-        """The same rules, as read from a file."""
-        copied = self.model_copy()
-        copied._place = place
-        return copied
-
-    def identifying(self, format_name: str) -> dict[str, Any]:
-        """The config keys whose values identify this method in a file format."""
-        table = self.checkpoint.get(format_name, {})
-        named = {key: value for key, value in table.items() if not self._is_setting(value)}
-        return {key: value for key, value in named.items() if key != WITH}
-
-    def implied(self, format_name: str) -> dict[str, Any]:
-        """The settings that an adapter has in a file format whatever its config says."""
-        found: Any = self.checkpoint.get(format_name, {}).get(WITH, {})
-        return dict(found)
-
-    def carried(self, format_name: str) -> dict[str, str]:
-        """The config keys that carry a setting in a file format, and the setting's name."""
-        table = self.checkpoint.get(format_name, {})
-        return {key: str(value) for key, value in table.items() if self._is_setting(value)}
-
-    def _is_setting(self, value: Any) -> bool:
-        return isinstance(value, str) and value in self.with_
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of a rule file."""
-    schema = RuleFile.model_json_schema(by_alias=True, mode="validation")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -9,7 +9,7 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import read_scalar
 from peftsurgery.language.environment import with_lets
 from peftsurgery.language.readings import check_sizes
-from peftsurgery.language.schema import RuleFile
+from peftsurgery.language.rule_file import RuleFile
 
 TOKENS, TEXT = "_tokens", "_text"
 """How settings that hold token ids end, and what stands in its place where they are a text."""

@@ -16,7 +16,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.place import Text
+from peftsurgery.language.document import Document
+from peftsurgery.language.position import Text
 
 
 def _as_word(value: Any) -> Any:
@@ -26,11 +27,11 @@ def _as_word(value: Any) -> Any:
 
 
 Word = Annotated[str, PlainValidator(_as_word), WithJsonSchema({"type": "string"})]
-"""A string that, unlike pydantic's, stays the :class:`Text` it was: it knows its place."""
+"""A string that, unlike pydantic's, stays the :class:`Text` it was: it knows its position."""
 
 
 class Strict(BaseModel):
-    """A mapping of known keys. An unknown key is PSG105, at its place, with the nearest known."""
+    """A mapping of known keys. An unknown key is PSG105, where it is, with the nearest known."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -40,30 +41,38 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
     )
     noun: ClassVar[str] = "mapping"
+    also: ClassVar[tuple[str, ...]] = ()
+    """Keys that a file may have and that are gone by the time it gets here."""
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
         if not isinstance(data, Mapping):
             return data
-        known = {field.alias or name for name, field in cls.model_fields.items()}
+        known = {*cls.also} | {field.alias or name for name, field in cls.model_fields.items()}
         for key in data:
             if key not in known and key not in cls.model_fields:
-                where = str(key.place) if isinstance(key, Text) else None
+                where = str(key.position) if isinstance(key, Text) else None
                 message = f"unknown key '{key}' in a {cls.noun}"
                 raise SurgeryError("PSG105", message, did_you_mean(str(key), known), where)
         return data
 
 
-def place_of(value: Any) -> str | None:
-    """The place of a value that was read from a file."""
-    return str(value.place) if isinstance(value, Text) else None
+def position_of(value: Any) -> str | None:
+    """The position of a value that was read from a file."""
+    return str(value.position) if isinstance(value, Text) else None
 
 
-def complaint(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
-    """The first complaint of pydantic: where it is, and what it is in our manner."""
+def refusal(error: ValidationError, document: Document) -> SurgeryError:
+    """The first complaint of pydantic as a PSG106: the key, what it takes, and its position."""
     first = error.errors(include_url=False)[0]
     path = tuple(step for step in first["loc"] if isinstance(step, str | int))
     message = first["msg"][:1].lower() + first["msg"][1:]
     missing = f" '{path[-1]}'" if first["type"] == "missing" else ""
-    return path, f"{message}{missing}"
+    known: tuple[str | int, ...] = ()
+    for step in path:  # a union's branches appear in the path, but not in the document
+        if (*known, step) in document.positions:
+            known = (*known, step)
+    name = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in known).lstrip(".")
+    where = str(document.position(known))
+    return SurgeryError("PSG106", f"{name or 'the file'}: {message}{missing}", None, where)

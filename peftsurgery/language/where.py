@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, StrictInt
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.strict import Strict, Word, place_of
+from peftsurgery.language.strict import Strict, Word, position_of
 
 _SETTING = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 _RANGE = re.compile(r"(\d{1,6})?(\.\.)?(\d{1,6})?")
@@ -30,7 +30,9 @@ def _as_layers(value: Any) -> Any:
         wrong = isinstance(item, bool) or not isinstance(item, int | str)
         if wrong or (isinstance(item, str) and "$" not in item and not _is_range(item)):
             message = f"{item!r} is not a layer or a range of layers"
-            raise SurgeryError("PSG106", message, "write 3, '4..', '..3' or '2..5'", place_of(item))
+            raise SurgeryError(
+                "PSG106", message, "write 3, '4..', '..3' or '2..5'", position_of(item)
+            )
     return items
 
 
@@ -110,7 +112,7 @@ class Where(Strict):
         return {name: value for name, value in values.items() if value is not None}
 
     def settings(self) -> list[str]:
-        """The settings that the clauses refer to, as texts that know their place."""
+        """The settings that the clauses refer to, as texts that know their position."""
         return references(self.given())
 
 
@@ -142,7 +144,7 @@ def _parts(item: Any, spread: bool) -> list[Any]:
 
 
 def references(value: Any) -> list[str]:
-    """The settings that a value refers to, as texts that know their place."""
+    """The settings that a value refers to, as texts that know their position."""
     if isinstance(value, Where):
         return value.settings()
     if isinstance(value, Mapping):
@@ -152,7 +154,7 @@ def references(value: Any) -> list[str]:
     return _SETTING.findall(value) if isinstance(value, str) else []
 
 
-def check_settings(value: Any, settings: Mapping[str, Any], key: str = "where") -> None:
+def check_references(value: Any, settings: Mapping[str, Any], key: str = "where") -> None:
     """Refuse a ``$name`` that is not a setting (PSG120)."""
     for name in references(value):
         if name not in settings:

@@ -228,8 +228,8 @@ def test_a_rule_and_a_code_that_are_not_there_end_alike(run: Any) -> None:
 
 
 def test_a_part_of_a_rules_name_suggests_all_that_hold_it(run: Any) -> None:
-    hint = run("rules", "show", "lora", "--json").json["error"]["hint"]
-    assert {"lora_qv", "lora_all_linear", "qlora"} <= set(re.findall(r"\w+", hint))
+    hint = run("rules", "show", "prefix", "--json").json["error"]["hint"]
+    assert {"prefix_tuning", "prefix_tuning_mlp"} <= set(re.findall(r"\w+", hint))
 
 
 @pytest.mark.parametrize("option", ["--name", "--adapter"])

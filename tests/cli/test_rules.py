@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from peftsurgery.codes import CODES
-from peftsurgery.language import load_rules
+from peftsurgery.language import dump_rules, load_rules
 
 SHIPPED = Path(__file__).resolve().parents[2] / "rules"
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
@@ -31,8 +31,9 @@ def test_ls_lists_every_shipped_rule_with_what_it_is(run: Any) -> None:
 
 def test_show_describes_a_rule_and_yaml_prints_the_file(run: Any) -> None:
     assert "role attn.q or attn.v" in run("rules", "show", "lora_qv").out
-    printed = run("rules", "show", "lora_qv", "--yaml").out
-    assert printed.rstrip() == (SHIPPED / "lora_qv.yaml").read_text().rstrip()
+    printed = run("rules", "show", "lora", "--yaml").out
+    assert printed.rstrip() == (SHIPPED / "lora.yaml").read_text().rstrip()
+    assert "rewrite" in run("rules", "show", "lora_qv", "--yaml").out, "a file on another is whole"
     assert yaml.safe_load(run("rules", "show", "lora_qv", "--json").json["text"])
 
 
@@ -48,12 +49,12 @@ def test_words_lists_what_a_rule_may_say(run: Any) -> None:
 
 def test_cp_copies_a_rule_and_does_not_overwrite(run: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
-    assert run("rules", "cp", "lora_qv", mine).code == 0
-    assert mine.read_bytes() == (SHIPPED / "lora_qv.yaml").read_bytes()
+    assert run("rules", "cp", "lora", mine).code == 0
+    assert mine.read_bytes() == (SHIPPED / "lora.yaml").read_bytes()
     assert run("rules", "cp", "dora", mine).code == 3
-    assert mine.read_bytes() == (SHIPPED / "lora_qv.yaml").read_bytes()
+    assert mine.read_bytes() == (SHIPPED / "lora.yaml").read_bytes()
     assert run("rules", "cp", "dora", tmp_path).code == 0
-    assert (tmp_path / "dora.yaml").is_file()
+    assert dump_rules(load_rules(tmp_path / "dora.yaml")) == dump_rules(load_rules("dora"))
 
 
 @pytest.mark.parametrize("name", NAMES)

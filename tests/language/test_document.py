@@ -92,8 +92,8 @@ def test_texts_know_their_place():
     assert str(plain.at(2)) == "f:2:7"
     assert str(quoted.at(2)) == "f:3:8"
     assert not block.exact
-    assert str(document.place(("a", 1))) == "f:3:5"
-    assert str(document.place(("a", 9, "missing"))) == "f:2:3"
+    assert str(document.position(("a", 1))) == "f:3:5"
+    assert str(document.position(("a", 9, "missing"))) == "f:2:3"
 
 
 @given(st.text(max_size=120))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import check_calls, check_names, parse
-from peftsurgery.language.place import Place, Text
+from peftsurgery.language.position import Position, Text
 
 REFUSED = {
     "x.T": "PSG111",
@@ -98,7 +98,7 @@ def test_names_and_calls_are_told_apart():
 
 
 def test_an_unknown_name_is_refused_at_its_column_with_the_nearest():
-    expression = parse(Text("y + aplha * in", Place("r.yaml", 7, 14)))
+    expression = parse(Text("y + aplha * in", Position("r.yaml", 7, 14)))
     with pytest.raises(SurgeryError) as refusal:
         check_names(expression, {"alpha", "y", "in"})
     assert refusal.value.code == "PSG113"

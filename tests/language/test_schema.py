@@ -66,8 +66,10 @@ def fits(schema: dict[str, Any], value: Any, whole: dict[str, Any]) -> bool:
     """Whether a value has the keys that a JSON schema names, as an editor would say."""
     if "$ref" in schema:
         return fits(whole["$defs"][schema["$ref"].rpartition("/")[2]], value, whole)
-    if "anyOf" in schema:
-        return any(fits(one, value, whole) for one in schema["anyOf"])
+    if "anyOf" in schema and not any(fits(one, value, whole) for one in schema["anyOf"]):
+        return False
+    if isinstance(value, dict) and not set(schema.get("required", ())) <= value.keys():
+        return False
     if isinstance(value, dict) and "properties" in schema:
         known = schema["properties"]
         return set(value) <= set(known) and all(fits(known[k], v, whole) for k, v in value.items())
@@ -82,3 +84,4 @@ def test_the_printed_schema_takes_every_shipped_rule(name: str) -> None:
     data = yaml.safe_load(shipped()[name].read_text(encoding="utf-8"))
     assert fits(schema, data, schema)
     assert not fits(schema, {**data, "unknown": 1}, schema)
+    assert not fits(schema, {"name": name}, schema), "neither rules nor a base"

@@ -8,7 +8,7 @@ import pytest
 
 import peftsurgery as ps
 from peftsurgery.language import Where
-from peftsurgery.language.where import check_settings, layer_range, references, substitute
+from peftsurgery.language.where import check_references, layer_range, references, substitute
 
 
 @pytest.mark.parametrize(
@@ -50,9 +50,9 @@ def test_a_setting_stands_where_its_name_stood(
 def test_settings_are_found_at_any_depth() -> None:
     where = Where.model_validate({"any": [{"role": "$a"}, {"not": {"layers": "$b"}}], "path": "x"})
     assert references(where) == ["a", "b"]
-    check_settings(where, {"a": 1, "b": 2})
+    check_references(where, {"a": 1, "b": 2})
     with pytest.raises(ps.SurgeryError, match=r"PSG120.*'\$b'"):
-        check_settings(where, {"a": 1})
+        check_references(where, {"a": 1})
 
 
 def test_clauses_that_were_bound_are_bound_again_to_themselves() -> None:

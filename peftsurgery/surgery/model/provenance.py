@@ -20,6 +20,7 @@ from peftsurgery.capture.original_api import loaded_from
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object, remove
+from peftsurgery.language import dump_rules
 from peftsurgery.places import check_apart, object_in
 from peftsurgery.version import __version__
 
@@ -139,8 +140,6 @@ def _entry(model: GraphModel, operation: Operation) -> dict[str, Any]:
 
     Here and not beside the base: what is folded next is folded into an ordinary directory.
     """
-    from peftsurgery.surgery.model.surgery_files import dump_rules
-
     origin, build = operation.origin, model.source.build
     return {
         "adapter": operation.name,

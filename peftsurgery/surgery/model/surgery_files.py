@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from peftsurgery import files
 from peftsurgery.capture.fingerprint import Fingerprint, content_digest, weights_of
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import RuleFile, load_rules, resolve_settings
+from peftsurgery.language import dump_rules, load_rules, resolve_settings
 from peftsurgery.places import object_in
 from peftsurgery.surgery.model.moved_buffers import moved_buffers
 from peftsurgery.surgery.model.provenance import check_places, now, versions
@@ -130,12 +129,6 @@ def _remove_stale(path: Path, older: Iterable[Path], named: Collection[str]) -> 
 def is_surgery(path: Path) -> bool:
     """Whether a directory holds a saved surgery."""
     return (path / MANIFEST).is_file()
-
-
-def dump_rules(file: RuleFile) -> str:
-    """A rule file as YAML text that reads back as the same rules."""
-    data = file.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Switchable(GraphModel):
         yield from super().read_from()
         for operation in self._operations:
             yield operation.origin.place
-            yield operation.file.place
+            yield from operation.file.sources
 
     @property
     def mode(self) -> Mode:

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Position in a source: its name, and line and column counted from 1."""
 
     source: str
     line: int = 1
     column: int = 1
 
-    def shift(self, columns: int) -> Place:
+    def shift(self, columns: int) -> Position:
         """The position ``columns`` characters to the right, on the same line."""
         return replace(self, column=self.column + columns)
 
@@ -24,22 +24,22 @@ class Place:
 class Text(str):
     """String that remembers the position it was read from.
 
-    ``exact`` says that its characters stand one by one in the source from ``place`` on (a plain or
-    simply quoted scalar of one line), so that an offset into the text is an offset on that line.
+    ``exact`` says that its characters stand one by one in the source from ``position`` on (a plain
+    or simply quoted scalar of one line), so that an offset into the text is one on that line.
     """
 
-    place: Place
+    position: Position
     exact: bool
 
-    def __new__(cls, value: str, place: Place, exact: bool = True) -> Text:
-        """The string ``value``, read from ``place``."""
+    def __new__(cls, value: str, position: Position, exact: bool = True) -> Text:
+        """The string ``value``, read from ``position``."""
         text = super().__new__(cls, value)
-        text.place, text.exact = place, exact
+        text.position, text.exact = position, exact
         return text
 
-    def __reduce__(self) -> tuple[type[Text], tuple[str, Place, bool]]:
-        return Text, (str(self), self.place, self.exact)
+    def __reduce__(self) -> tuple[type[Text], tuple[str, Position, bool]]:
+        return Text, (str(self), self.position, self.exact)
 
-    def at(self, offset: int) -> Place:
+    def at(self, offset: int) -> Position:
         """Position of the character at ``offset``."""
-        return self.place.shift(offset) if self.exact else self.place
+        return self.position.shift(offset) if self.exact else self.position

@@ -1,0 +1,128 @@
+"""A rule file that stands on another says only what is its own.
+
+    base: lora          a shipped name, or a path as seen from the file
+    with, let, roles, flat, checkpoint      are laid over the base's
+    where               is laid over the clauses of every rule of the base
+    change: [...]       is laid over the base's rules, in order
+    rules: [...]        are further rules, after the base's
+
+What is laid over a mapping gives it keys, mapping by mapping; anything else takes the place of what
+the base has, and null takes that out (but a setting may be null). A setting of the base that
+nothing of the whole reads any more is none of the file's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.document import Document, Path
+from peftsurgery.language.strict import Strict, Word, refusal
+
+_MAPPING = {"type": "object", "additionalProperties": True}
+_NAME = re.compile(r"[A-Za-z_]\w*")
+
+
+class OnBase(Strict):
+    """What only a file that stands on another says."""
+
+    noun: ClassVar[str] = "rule file"
+    base: Word
+    """The rule file that this one stands on: a shipped name, or a path as seen from here."""
+    where: dict[Word, Any] = Field(default_factory=dict)
+    """Clauses that are laid over those of every rule of the base."""
+    change: Annotated[
+        tuple[dict[Word, Any], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, Mapping) else value),
+        WithJsonSchema({"anyOf": [{"type": "array", "items": _MAPPING}, _MAPPING]}),
+    ] = ()
+    """What is laid over the rules of the base, in order; a mapping alone is for the first."""
+
+
+def on_base(document: Document) -> OnBase | None:
+    """What a file says of its base; None if it stands by itself. PSG106 for what no base is."""
+    said = {key: value for key, value in document.data.items() if key in OnBase.model_fields}
+    if "base" not in said:
+        return None
+    try:
+        return OnBase.model_validate(said)
+    except ValidationError as error:
+        raise refusal(error, document) from None
+
+
+def laid_over(base: Document, own: Document, said: OnBase) -> Document:
+    """The whole of a file that stands on ``base``; every value keeps its position.
+
+    PSG109 for a change of a rule that the base does not have.
+    """
+    rules = base.data.get("rules")
+    rules, more = rules if isinstance(rules, list) else [], own.data.get("rules", [])
+    if len(said.change) > len(rules):
+        position = str(own.position(("change", len(rules))))
+        message = f"'{said.base}' has {len(rules)} rule{'s' * (len(rules) != 1)} to change"
+        raise SurgeryError("PSG109", message, "further rules go under `rules:`", position)
+    changes = [*said.change, *({} for _ in rules[len(said.change) :])]
+    wheres = {"where": said.where} if said.where else {}
+    changed = [
+        _laid(_laid(rule, wheres), change) for rule, change in zip(rules, changes, strict=True)
+    ]
+    under = {key: value for key, value in base.data.items() if key not in ("name", "about")}
+    over = {key: value for key, value in own.data.items() if key not in OnBase.model_fields}
+    over["rules"] = [*changed, *more] if isinstance(more, list) else more
+    data = _laid(under, over)
+    if isinstance(under.get("with"), Mapping) and isinstance(mine := over.get("with", {}), Mapping):
+        data["with"] = _settings(under["with"], mine, data)
+    moved = {
+        path: position
+        for written, position in own.positions.items()
+        for path in _moved(written, len(rules))
+    }
+    return Document(data, {**base.positions, **moved})
+
+
+def _laid(under: Any, over: Any) -> Any:
+    """One value laid over another."""
+    if not (isinstance(under, Mapping) and isinstance(over, Mapping)):
+        return over
+    out = {key for key, value in over.items() if value is None and key in under}
+    kept = {key: value for key, value in under.items() if key not in over}
+    order = dict.fromkeys([*under, *over])
+    laid = {key: _laid(under.get(key), value) for key, value in over.items()} | kept
+    return {key: laid[key] for key in order if key not in out}
+
+
+def _settings(
+    under: Mapping[str, Any], mine: Mapping[str, Any], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The base's settings with the file's own laid over, without those that nothing reads."""
+    texts = (value for key, value in data.items() if key not in ("name", "about", "with"))
+    read = {name for value in texts for name in _names(value)}
+    return {key: value for key, value in {**under, **mine}.items() if key in mine or key in read}
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Every name in the texts of a value, whatever it is the name of."""
+    if isinstance(value, str):
+        yield from _NAME.findall(value)
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _names(item)
+
+
+def _moved(path: Path, count: int) -> Iterator[Path]:
+    """Where what a file says at ``path`` is in the whole, on a base of so many rules."""
+    match path:
+        case ("change", int(number), *rest):
+            yield ("rules", number, *rest)
+        case ("change", *rest):
+            yield ("rules", 0, *rest)
+        case ("where", *rest):
+            yield from (("rules", number, "where", *rest) for number in range(count))
+        case ("rules", int(number), *rest):
+            yield ("rules", count + number, *rest)
+        case _:
+            yield path
