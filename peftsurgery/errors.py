@@ -15,7 +15,10 @@ from peftsurgery.codes import CODES
 
 
 class SurgeryError(Exception):
-    """A refusal with a stable code, the name of what is wrong and, if there is one, a hint."""
+    """Coded error: ``code`` (PSG123), what is wrong, where, and a hint if there is one.
+
+    ``peftsurgery explain CODE`` tells more of each code.
+    """
 
     def __init__(
         self, code: str, message: str, hint: str | None = None, where: str | None = None

@@ -46,7 +46,12 @@ from peftsurgery.notebook import notes, shown, table
 
 
 class GraphModel(Likeness):
-    """The captured model: a top graph and block graphs under the original's names."""
+    """Captured model: a module that runs graphs in place of the original's forwards.
+
+    Called like the original, it returns what that returns. It captures once for each signature
+    (ids or embeddings, labels or none, cache or none), when a call first needs it, over the same
+    parameters. Parts keep the original's names and classes.
+    """
 
     config: Any
     generation_config: Any

@@ -136,7 +136,10 @@ def _as_expect(value: Any) -> Any:
 
 
 class Rule(Strict):
-    """One cut: which sites, which parameters, the new value and the folded weight."""
+    """One rule of a method: sites to match, parameters to add, new values, folded weights.
+
+    Made from YAML by :func:`load_rules`, or in Python: ``Rule(match="linear", rewrite="2 * y")``.
+    """
 
     noun: ClassVar[str] = "rule"
     match: Annotated[Word | Pattern, BeforeValidator(_as_match)]
