@@ -1,7 +1,7 @@
 """GraphModel: a captured model, called like the model it came from.
 
 It captures once per signature, when a call first needs it, and runs every capture over the same
-parameters. An operated model is a GraphModel too: ``transform`` turns each fresh capture into the
+parameters. An operated model is a GraphModel too: it turns each fresh capture into the
 operated one, so inputs nobody thought of when the rules were applied (labels, embeddings) work.
 """
 
@@ -88,7 +88,7 @@ class GraphModel(Likeness):
         """
         self.bind()
         call = self.call_of(*args, **kwargs)
-        capture = self.find(call)
+        capture = self._find(call)
         return pytree.tree_unflatten(self.run(capture, call.leaves), capture.output)
 
     def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
@@ -109,7 +109,7 @@ class GraphModel(Likeness):
 
     def capture_for(self, *args: Any, **kwargs: Any) -> Capture:
         """The capture that serves a call of these arguments, as this model runs it."""
-        return self.find(self.call_of(*args, **kwargs))
+        return self._find(self.call_of(*args, **kwargs))
 
     def call_of(self, *args: Any, **kwargs: Any) -> Call:
         """Bind arguments by name, and add a new cache where one is wanted and none is given.
@@ -129,11 +129,11 @@ class GraphModel(Likeness):
             return replace(call, flags={**call.flags, "use_cache": True})
         return call
 
-    def find(self, call: Call) -> Capture:
+    def _find(self, call: Call) -> Capture:
         """The capture that serves a call, as this model runs it."""
-        return self.serve(self.captured(call))
+        return self._served(self._captured(call))
 
-    def captured(self, call: Call) -> Capture:
+    def _captured(self, call: Call) -> Capture:
         """The capture that serves a call, as the original runs it."""
         return self._captures.find(call, self.training, self._casts())
 
@@ -171,20 +171,20 @@ class GraphModel(Likeness):
         with making():
             return shell(self._captures.source.module, self, call)
 
-    def transform(self, capture: Capture, *choice: Any) -> Capture:
-        """A fresh capture as this model runs it; an operated model replays its operations here.
+    def _served(self, capture: Capture, mode: Any = None) -> Capture:
+        """Make a capture runnable: transform it once, and give the blocks their programs.
 
-        ``choice`` is what it replays of them; a captured model has nothing to choose from.
+        ``mode`` is what a call chooses; a captured model has nothing to choose from.
         """
+        return self._serving.ready(mode, capture, partial(self._equipped, capture, mode))
+
+    def _transformed(self, capture: Capture, mode: Any) -> Capture:
+        """A fresh capture as this model runs it; an operated model replays its operations here."""
         return capture
 
-    def serve(self, capture: Capture) -> Capture:
-        """Make a capture runnable: transform it once, and give the blocks their programs."""
-        return self._serving.ready(None, capture, partial(self._equipped, capture))
-
-    def _equipped(self, capture: Capture, *choice: Any) -> Capture:
+    def _equipped(self, capture: Capture, mode: Any) -> Capture:
         """A transformed capture whose programs the blocks have, and whose constants are here."""
-        ready = outside(lambda: self.transform(capture, *choice), capture.state)
+        ready = outside(lambda: self._transformed(capture, mode), capture.state)
         for path, programs in ready.programs.items():
             if path:
                 block = original_at(self, path)
@@ -324,9 +324,9 @@ def _captured(
     example = _made_inputs(source.module) if inputs is None else inputs
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     with _saying_what_was_tried(kwargs if inputs is None else {}):
-        graph_model.find(bind_call(source.module, args, kwargs))
+        graph_model._find(bind_call(source.module, args, kwargs))
     if cache:
-        graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
+        graph_model._captured(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
 
 
@@ -344,9 +344,9 @@ def capture_again(model: GraphModel, source: Source) -> GraphModel:
     """The graphs of another source, whose module is called as the first capture's was."""
     with making():
         graph_model = GraphModel(Captures(source, model._captures.cache))
-        graph_model.find(model.base_capture.call)
+        graph_model._find(model.base_capture.call)
         if model._captures.cache:
-            graph_model.captured(graph_model.call_of(**first_inputs(source.module)))
+            graph_model._captured(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
 
 

@@ -58,7 +58,7 @@ def export(
         else:
             with fresh(out, inputs, force) as part:
                 about = _write_adapter(operated, to, part, name)
-    notes = list(dict.fromkeys([*notes_of(operated), *about.get("notes", ())]))
+    notes = list(dict.fromkeys([*notes_of(operated.operations), *about.get("notes", ())]))
     if as_json:
         print_json({"format": to, "out": str(out), **about, "notes": notes})
     else:

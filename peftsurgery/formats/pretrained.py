@@ -160,7 +160,7 @@ def fold_to_directory(
         written = [write_onnx(operated, plain, path) for path in file]
         unfinished.pop_all()
     built = (*operated.source.build.notes, *operated.source.notes)
-    told = (*built, *notes_of(operated), *notes)
+    told = (*built, *notes_of(operated.operations), *notes)
     result = FoldResult(operated.active, changed, tensors, copied, untied, error, apart)
     return replace(result, onnx=next(iter(written), None), notes=told)
 

@@ -23,12 +23,19 @@ from peftsurgery.language import (
     settings_of,
     takes_settings,
 )
+from peftsurgery.surgery.model.adapters import Layers, check_name
+from peftsurgery.surgery.model.changed_inputs import ChangedInputs
+from peftsurgery.surgery.model.learnt import Learnt
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.switching import check_name
+from peftsurgery.surgery.model.provenance import operations_of
+from peftsurgery.surgery.model.shared import base_of
 from peftsurgery.surgery.plan.cut import Operation, adapter_name
 from peftsurgery.surgery.plan.fusion import check_unused
 from peftsurgery.surgery.plan.origin import Origin
+from peftsurgery.surgery.plan.plan import check_plan, make_plan
 from peftsurgery.surgery.plan.token_settings import with_tokens
+from peftsurgery.surgery.rewrite.inputs import check_inputs, is_at_boundary
+from peftsurgery.surgery.rewrite.shapes import check_shapes
 
 Rules = RuleFile | Rule | str | Path
 
@@ -88,18 +95,28 @@ def apply(
 def operate(
     model: GraphModel,
     operations: Iterable[Operation],
-    known: Mapping[str, torch.Tensor] | None = None,
+    known: Mapping[str, torch.Tensor] = MappingProxyType({}),
     active: Collection[str] | None = None,
+    left_out: Layers = MappingProxyType({}),
+    lost: Mapping[str, float] = MappingProxyType({}),
 ) -> OperatedModel:
     """Add operations to a model; ``known`` gives parameter values instead of initial ones.
 
-    What was active stays so, and of the new adapters those in ``active`` are: all unless given. An
-    operation under a name that is there already belongs to that adapter.
+    What was active stays so, and of the new adapters those in ``active`` are: all unless given.
+    ``left_out`` are layers in which they do nothing, ``lost`` the shares that they lack of what
+    they were combined of. An operation under a name that is there already belongs to that adapter.
     """
     added = list(operations)
-    before = model.operations if isinstance(model, OperatedModel) else ()
-    names = {operation.name for operation in added}
-    return remade(model, [*before, *added], names if active is None else active, known or {})
+    before = learnt_by(model)
+    wanted = {operation.name for operation in added} if active is None else active
+    learnt = Learnt(
+        {**before.values, **known},
+        {*before.active, *wanted},
+        {**before.left_out, **left_out},
+        before.trains,
+        {**before.lost, **lost},
+    )
+    return carried_out(model, [*operations_of(model), *added], learnt)
 
 
 @checked
@@ -109,35 +126,49 @@ def eject(model: GraphModel, name: str | None = None) -> GraphModel:
     With ``name``, only that adapter is taken out. Raises PSG310 if there is none of that name,
     PSG342 if another adapter is over it.
     """
-    operations = model.operations if isinstance(model, OperatedModel) else ()
+    operations = operations_of(model)
     if name is not None:
         check_name(name, (operation.name for operation in operations))
     rest = [op for op in operations if name is not None and op.name != name]
     check_unused(str(name), rest)
-    if not isinstance(model, OperatedModel):
-        return model
-    return remade(model, rest) if rest else model.base
+    return remade(model, rest) if rest and isinstance(model, OperatedModel) else base_of(model)
 
 
-def remade(
-    model: GraphModel,
-    operations: Sequence[Operation],
-    active: Iterable[str] = (),
-    known: Mapping[str, torch.Tensor] = MappingProxyType({}),
-) -> OperatedModel:
+def remade(model: OperatedModel, operations: Sequence[Operation]) -> OperatedModel:
     """Rebuild a model with these operations; learnt values and active adapters stay.
 
     Parameters of an operation that is gone are not taken over by another under their names.
     """
-    if not isinstance(model, OperatedModel):
-        return OperatedModel(model, operations, known, set(active))
-    kept = {operation.name for operation in operations}
+    before, kept = learnt_by(model), {operation.name for operation in operations}
     gone = {n for c in model.cuts if c.operation not in operations for n in c.parameters.values()}
-    values = {**{n: v for n, v in model.values().items() if n not in gone}, **known}
-    made = OperatedModel(model, operations, values, {*model.active, *active} & kept)
-    made.freeze_as(model)
-    made.lost.update({name: share for name, share in model.lost.items() if name in kept})
-    return made
+    learnt = Learnt(
+        {name: value for name, value in before.values.items() if name not in gone},
+        {*before.active} & kept,
+        {name: layers for name, layers in before.left_out.items() if name in kept},
+        before.trains,
+        {name: share for name, share in before.lost.items() if name in kept},
+    )
+    return carried_out(model, operations, learnt)
+
+
+def carried_out(
+    model: GraphModel, operations: Sequence[Operation], learnt: Learnt
+) -> OperatedModel:
+    """The operations, and no others, on ``model`` or on its base: planned, checked, made.
+
+    Raises what :func:`apply` raises of them.
+    """
+    inputs = ChangedInputs.of(operations, model.source.module)
+    plan = make_plan(operations, inputs.planned(model.base_capture, model._captured))
+    check_plan(plan, (name for name, _ in base_of(model).named_parameters()))
+    for cut in plan.distinct_cuts:
+        check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
+    return OperatedModel(model, plan, inputs, learnt)
+
+
+def learnt_by(model: GraphModel) -> Learnt:
+    """What goes on in a model that is made of ``model``: nothing, if that is as it was captured."""
+    return model._all_learnt() if isinstance(model, OperatedModel) else Learnt()
 
 
 def check_taken(
@@ -148,10 +179,9 @@ def check_taken(
     known: Mapping[str, torch.Tensor],
 ) -> None:
     """Refuse parameter values that new operations lack or do not take. Raises PSG311."""
-    before = model.values() if isinstance(model, OperatedModel) else {}
-    old = {operated.name_of(name) for name in before}
+    old = set(map(operated._copies.name, learnt_by(model).values))
     given = dict(known)
-    operated.rename(given, adapters=tuple(operation.name for operation in operations))
+    operated._rename(given, adapters=tuple(operation.name for operation in operations))
     check_covered(source, operated.learnt().keys() - old, given.keys() - old)
 
 

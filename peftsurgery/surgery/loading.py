@@ -16,7 +16,7 @@ from peftsurgery.capture.model import capture_source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.applying import check_covered, operate
 from peftsurgery.surgery.fold.vocabulary import built
-from peftsurgery.surgery.model.moved_buffers import put_buffers
+from peftsurgery.surgery.model.moved_buffers import persistent_buffers, put_buffers
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.same_base import check_base, compare_base
 from peftsurgery.surgery.model.saved_build import read_build
@@ -72,14 +72,17 @@ def load_on(
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
     compared = compare_base(read_made(folder, manifest, tensors), graph.source)
     operations = [replace(op, origin=op.origin.read(compared)) for op in operations]
-    operated = operate(graph, operations, tensors, read_active(folder, manifest))
-    operated.rename(tensors, adapters=tuple(names))
-    given, learnt = put_buffers(operated, tensors), operated.learnt(*names)
-    check_covered(str(folder), learnt.keys(), given.keys())
-    check_learnt(folder, given, learnt)
+    active, left_out = read_active(folder, manifest), read_left_out(folder, manifest)
+    operated = operate(graph, operations, tensors, active, left_out, read_lost(manifest))
+    operated._rename(tensors, adapters=tuple(names))
+    buffers = {name: tensors.pop(name) for name in persistent_buffers(operated) if name in tensors}
+    if buffers:
+        operated.bind()
+        put_buffers(persistent_buffers(operated), buffers)
+    learnt = operated.learnt(*names)
+    check_covered(str(folder), learnt.keys(), tensors.keys())
+    check_learnt(folder, tensors, learnt)
     check_base(compared, graph.source, allow_other_base)
-    operated.set_left_out(read_left_out(folder, manifest))
-    operated.lost.update(read_lost(manifest))
     return operated
 
 

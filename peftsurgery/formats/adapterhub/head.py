@@ -48,7 +48,7 @@ def trained_head(
             raise SurgeryError("PSG512", message, "save the surgery itself with save(), or fold it")
     base = dict(model.source.module.named_parameters(remove_duplicate=False))
     heads = [n for n in base if not n.startswith(sites.prefix)] if names else []
-    return {n: model.read(n).detach().cpu() for n in heads}
+    return {n: model.dense(n).cpu() for n in heads}
 
 
 def about(model: GraphModel) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from peftsurgery.formats.adapterhub.library import (
 )
 from peftsurgery.formats.adapterhub.sites import HubSites
 from peftsurgery.formats.adapterhub.tensors import joined_tensors
+from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.switching import check_left_out
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.fusion import fused_names
 
@@ -43,7 +43,7 @@ def written_adapter(model: OperatedModel, name: str) -> Written:
 
     Every parameter that was trained must be the adapter's or the head's.
     """
-    check_left_out(model, name, "PSG512")
+    check_left_out(model.left_out, name, "PSG512")
     build = model.source.build
     if build.vocabulary is not None:
         size = f"{build.vocabulary} tokens, where the base's files have {build.stored}"

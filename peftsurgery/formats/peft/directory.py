@@ -27,11 +27,11 @@ from peftsurgery.formats.peft.window_notes import window_notes
 from peftsurgery.formats.peft.writing import wrapped_adapter
 from peftsurgery.surgery.applying import check_taken, operate
 from peftsurgery.surgery.fold.flattening import flatten
+from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.provenance import check_places, clear_export_record, export_record
 from peftsurgery.surgery.model.same_base import check_adapter_base
 from peftsurgery.surgery.model.saved_build import own_tokenizer
-from peftsurgery.surgery.model.switching import check_left_out
 from peftsurgery.surgery.plan.cut import Operation, adapter_name
 
 
@@ -96,7 +96,7 @@ def to_peft(
     chosen = names[0] if name is None else name
     if chosen not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
-    check_left_out(model, chosen, "PSG510")
+    check_left_out(model.left_out, chosen, "PSG510")
     folder, others = Path(directory), own_tokenizer(model.source.build)
     check_places(model, *(folder / file for file in (CONFIG, TENSORS, *others)))
     with model.only(chosen):

@@ -23,6 +23,7 @@ import torch
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.config import FORMAT
 from peftsurgery.language import Rule, fold, initial_value, resolve_settings, weights_read
+from peftsurgery.surgery.model.new_parameters import site_weight
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
 
@@ -44,7 +45,8 @@ def fuse(model: OperatedModel, cuts: Sequence[Cut]) -> tuple[Cut, Tensors]:
     whole = replace(first.placed, site=first.site.whole)
     operation = Operation(first.operation.file, settings, first.operation.name)
     cut = Cut(operation, first.rule, whole)
-    values = {name: model.weight(cut, name) for name in _needed(first.rule)}
+    model.bind()
+    values = {name: site_weight(cut, name, model.dense) for name in _needed(first.rule)}
     tensors = {name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)}
     _check(model, cut, cuts, tensors, values)
     return cut, tensors

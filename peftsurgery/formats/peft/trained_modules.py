@@ -56,7 +56,7 @@ def say_trained(
     for module in modules:
         _check_saved(base, module, adapted)
     names = {*meant, *(name for module in modules for name in _parameters(base, module))}
-    tensors = {own_key(name, adapted): model.read(name).detach() for name in names}
+    tensors = {own_key(name, adapted): model.dense(name) for name in names}
     return Trained(word, modules, tensors)
 
 

@@ -31,9 +31,9 @@ from peftsurgery.surgery.applying import operate
 from peftsurgery.surgery.combine.decomposition import Factored
 from peftsurgery.surgery.combine.merge_tensors import MERGES, Majority, is_number, merge_named
 from peftsurgery.surgery.combine.strategies import Form, Joined, Merged, Share, Summed
+from peftsurgery.surgery.model.adapters import check_left_out, check_name
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.switching import check_left_out, check_name
-from peftsurgery.surgery.plan.cut import Cut, Operation, adapter_name, home_of
+from peftsurgery.surgery.plan.cut import Cut, Operation, adapter_name, copy_name
 
 SUMS: Mapping[str, type[Joined]] = MappingProxyType({"linear": Summed, "cat": Joined})
 
@@ -78,10 +78,8 @@ def combine(
         for row in mine:
             known |= _values(model, form, replace(row.cut, operation=made), row, known)
     with model.only(*(other for other in model.active if other not in weights)):
-        combined = operate(model, operations, known)
-    if form.lost():
-        combined.lost[name] = form.lost()
-    return combined
+        lost = form.lost()
+        return operate(model, operations, known, lost={name: lost} if lost else {})
 
 
 def form_named(
@@ -146,7 +144,7 @@ def _counting(weights: Mapping[str, float]) -> Mapping[str, float]:
 def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
     """Rows of the adapter that cuts at every place, in its order. Raises PSG315 if none does."""
     for other in weights:
-        check_left_out(model, other, "PSG316")
+        check_left_out(model.left_out, other, "PSG316")
     places = {other: _places(model, other) for other in weights}
     every = {key for cuts in places.values() for key in cuts}
     widest = next((other for other, cuts in places.items() if cuts.keys() == every), None)
@@ -209,14 +207,14 @@ def _values(
         values |= {names[n]: value for n, value in made.items() if n in new}
     if cut.rule.train and cut.placed.parameter is not None:
         parameter = cut.placed.parameter
-        copies = model.values(*(share.cut.operation.name for share in row.shares))
-        base = model.get_parameter(model.base_name(parameter)).detach()
+        copies = model._values(*(share.cut.operation.name for share in row.shares))
+        base = model.get_parameter(model._copies.base_name(parameter)).detach()
         changes = [
-            copies[home_of(parameter, share.cut.operation.name)].detach() - base
+            copies[copy_name(parameter, share.cut.operation.name)].detach() - base
             for share in row.shares
         ]
         value = base + form.trained(cut, changes, [share.weight for share in row.shares])
-        values[home_of(parameter, cut.operation.name)] = value
+        values[copy_name(parameter, cut.operation.name)] = value
     return values
 
 

@@ -82,7 +82,7 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
     source = model.source.weights()
     memo: dict[int, Any] = {}
     for name, tensor in sorted(named_tensors(source), key=lambda item: item[0] in changed):
-        here = model.base_name(name) if isinstance(model, OperatedModel) else name
+        here = model._copies.base_name(name) if isinstance(model, OperatedModel) else name
         owner, _, leaf = here.rpartition(".")
         mine: torch.Tensor = getattr(model.get_submodule(owner), leaf).detach()
         if name in changed:

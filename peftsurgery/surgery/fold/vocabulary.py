@@ -12,8 +12,10 @@ from peftsurgery.capture import GraphModel, Source
 from peftsurgery.capture.builds import Build, new_rows, resize, tokens_of
 from peftsurgery.capture.model import capture_again
 from peftsurgery.errors import SurgeryError
+from peftsurgery.surgery.applying import carried_out, learnt_by
 from peftsurgery.surgery.fold.folding import fold
 from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.shared import base_of
 
 
 def built(model: GraphModel, build: Build) -> GraphModel:
@@ -23,7 +25,7 @@ def built(model: GraphModel, build: Build) -> GraphModel:
     have; PSG308 for one that is as large as the old vocabulary, PSG219 if the vocabulary cannot be
     changed.
     """
-    base = model.base if isinstance(model, OperatedModel) else model
+    base = base_of(model)
     if build.vocabulary is None:
         return model
     if tokens_of(base.source.module) == build.vocabulary:
@@ -32,11 +34,7 @@ def built(model: GraphModel, build: Build) -> GraphModel:
     graph = capture_again(base, _source(base, build))
     if not isinstance(model, OperatedModel):
         return graph
-    made = OperatedModel(graph, model.operations, model.values(), model.active)
-    made.freeze_as(model)
-    made.lost.update(model.lost)
-    made.set_left_out(model.left_out)
-    return made
+    return carried_out(graph, model.operations, learnt_by(model))
 
 
 def _check_rows(base: GraphModel, build: Build) -> None:

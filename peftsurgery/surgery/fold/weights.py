@@ -50,10 +50,10 @@ def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[Fold
     """
     if not isinstance(model, OperatedModel):
         return
-    if model.is_by_row:
+    if model._adapters.mode.by_row:
         raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
-    check_readers(model.active_cuts, model.sites)
-    cuts = [cut for cut in in_order(model.active_cuts) if cut.rule.rewrite]
+    check_readers(model._active_cuts, model._plan.sites)
+    cuts = [cut for cut in in_order(model._active_cuts) if cut.rule.rewrite]
     for cut in cuts:
         _check_foldable(cut)
     given, sizes = {*model.trained, *model.stored}, dict[Any, str | None]()
@@ -69,7 +69,7 @@ def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[Fold
             if name in changed or name in given:
                 stored = model.stored.get(name) if requantise else None
                 value, gap = _rounded(name, exact.pop(name), dtypes[name], stored)
-                yield FoldedWeight((name, *model.unread(name)), value, gap)
+                yield FoldedWeight((name, *model._unread(name)), value, gap)
 
 
 def _by_weight(

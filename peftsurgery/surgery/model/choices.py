@@ -11,7 +11,6 @@ block, in whatever order blocks end. A thread that is started inside begins with
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,8 +19,11 @@ from typing import Any
 
 import torch
 
+from peftsurgery.capture import Capture
+from peftsurgery.capture.signature import Call
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.mode import Mode
+from peftsurgery.surgery.rewrite.batch_axis import batch_input
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,21 @@ def rows_of(names: Any, repeated: bool = True) -> Rows:
 
 @dataclass(frozen=True)
 class Choice:
-    """What one call chooses: the adapters, and the rows that have them if each has its own."""
+    """What one call chooses: the adapters, and the rows that have them if each has its own.
+
+    ``prepared`` says that its inputs are what the adapters that change inputs made of them already.
+    """
 
     mode: Mode
     rows: Rows | None = None
+    prepared: bool = False
+
+    def leaves(self, capture: Capture, call: Call) -> list[Any]:
+        """The values that a capture takes: a call's, and the numbers of the rows' adapters."""
+        if self.rows is None:
+            return call.leaves
+        batch = call.leaves[capture.names.index(batch_input(capture).name)]
+        return [*call.leaves, self.rows.numbers(self.mode.names, batch)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +96,10 @@ _OPEN: ContextVar[tuple[_Entry, ...]] = ContextVar("the choices of open blocks",
 
 
 class Choices:
-    """The choice of calls of one model, here and now.
-
-    ``awake`` counts the open blocks of all threads that an adapter is trained in.
-    """
+    """The choice of calls of one model, here and now."""
 
     def __init__(self) -> None:
         self.default = Choice(Mode())
-        self.awake: Counter[str] = Counter()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Choices:
         copied = Choices()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from peftsurgery.capture import ModuleInfo
 from peftsurgery.capture.modules import Part
 from peftsurgery.errors import SurgeryError
 
@@ -22,9 +23,20 @@ class Adapter(Part):
         )
 
 
-def register(holder: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Give a module a parameter. PSG304 if it has something else of that name."""
-    if name not in holder._parameters and hasattr(holder, name):
+def add_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Add a parameter, in new parts where there are none. PSG304 if its name is taken."""
+    path, _, leaf = name.rpartition(".")
+    holder: nn.Module = module
+    for part in path.split("."):
+        if part not in holder._modules:
+            if hasattr(holder, part):
+                hint = "apply under another name: apply(..., name='second')"
+                raise SurgeryError("PSG304", f"'{path}' is not free: '{part}' is taken", hint)
+            made = Adapter(ModuleInfo("Adapter"))
+            made.training = module.training
+            holder.add_module(part, made)
+        holder = holder.get_submodule(part)
+    if leaf not in holder._parameters and hasattr(holder, leaf):
         hint = "apply under another name, or give the rule's parameter another"
-        raise SurgeryError("PSG304", f"a module has no place for '{name}': it is taken", hint)
-    holder.register_parameter(name, parameter)
+        raise SurgeryError("PSG304", f"a module has no place for '{leaf}': it is taken", hint)
+    holder.register_parameter(leaf, parameter)

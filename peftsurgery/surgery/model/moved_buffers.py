@@ -6,8 +6,7 @@ differ from the base's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,47 +14,42 @@ from torch import Tensor, nn
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 
-if TYPE_CHECKING:
-    from peftsurgery.surgery.model.operated import OperatedModel
 
+def moved_buffers(mine: Mapping[str, Tensor], base: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Of these buffers, by name, those that differ from what ``base`` gives under their names.
 
-def moved_buffers(model: OperatedModel) -> dict[str, Tensor]:
-    """The persistent buffers that differ from the base's, by name."""
-    mine = {name: buffer for name, buffer in _persistent(model) if not buffer.is_meta}
-    if mine:
-        model.base.bind()
+    What is on meta has not moved.
+    """
     return {
         name: buffer
         for name, buffer in mine.items()
-        if not torch.equal(buffer.cpu(), model.base.get_buffer(name).to("cpu", buffer.dtype))
+        if not buffer.is_meta and not torch.equal(buffer.cpu(), base(name).to("cpu", buffer.dtype))
     }
 
 
-def put_buffers(model: OperatedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take over the buffers among saved tensors; the others are returned.
+def put_buffers(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Give buffers the values under their names.
 
     PSG308 for a shape, PSG606 for numbers that the buffer cannot hold.
     """
-    buffers = {name for name, _ in _persistent(model)}
-    given = {name: value for name, value in tensors.items() if name in buffers}
-    if given:
-        model.bind()
     for name, value in given.items():
-        mine = model.get_buffer(name)
-        if mine.shape != value.shape:
+        buffer = mine[name]
+        if buffer.shape != value.shape:
             raise SurgeryError(
-                "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(mine.shape)}"
+                "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(buffer.shape)}"
             )
-        if not torch.can_cast(value.dtype, mine.dtype):
+        if not torch.can_cast(value.dtype, buffer.dtype):
             raise SurgeryError(
-                "PSG606", f"'{name}' holds {value.dtype}, and the buffer {mine.dtype}"
+                "PSG606", f"'{name}' holds {value.dtype}, and the buffer {buffer.dtype}"
             )
-        mine.copy_(value)
-    return {name: value for name, value in tensors.items() if name not in given}
+        buffer.copy_(value)
 
 
-def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for path, part in model.named_modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if name not in part._non_persistent_buffers_set:
-                yield join(path, name), buffer
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a module's state dict has, by name."""
+    return {
+        join(path, name): buffer
+        for path, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }

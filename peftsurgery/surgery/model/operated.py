@@ -1,371 +1,164 @@
 """Operated models: a captured model and an ordered list of operations on it.
 
-The programs of an operated model are the captured ones rewritten; they are made again for every new
-capture, so whatever inputs the original takes, the operated model takes. Removing operations gives
-back the captured programs themselves.
+The programs of an operated model are the captured ones rewritten, for every choice of adapters that
+a call makes; they are made again for every new capture, so whatever inputs the original takes, the
+operated model takes. Removing operations gives back the captured programs themselves.
+
+How a call is served, top-down:
+
+    forward          what the call chooses: adapters for all rows, or one for each
+    _find            the capture that serves its inputs, as the original runs it
+    _served          that capture in the mode chosen: made once, then looked up
+    _transformed     its plan, its cuts in that mode, and the rewritten programs
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from peftsurgery.capture import Capture, GraphModel, ModuleInfo
-from peftsurgery.capture.names import join
+from peftsurgery.capture import Capture, GraphModel
+from peftsurgery.capture.generating import check_generates
+from peftsurgery.capture.program import generate_forward
+from peftsurgery.capture.signature import Call
 from peftsurgery.capture.threads import making
-from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Located, Selection, initial_values, shape_of, weights_read
-from peftsurgery.surgery.fourbit.store import Store
-from peftsurgery.surgery.model.changed_inputs import Fronted, Fronts
-from peftsurgery.surgery.model.choices import Choices
-from peftsurgery.surgery.model.holders import Adapter, register
-from peftsurgery.surgery.model.packed_weights import Keeping
+from peftsurgery.surgery.model.adapters import Adapters
+from peftsurgery.surgery.model.changed_inputs import ChangedInputs
+from peftsurgery.surgery.model.generation import check_outputs, check_prompts, split_inputs
+from peftsurgery.surgery.model.holders import add_parameter
+from peftsurgery.surgery.model.learnt import Learnt
+from peftsurgery.surgery.model.moved_buffers import moved_buffers, persistent_buffers
+from peftsurgery.surgery.model.new_parameters import new_parameters, read_weights
 from peftsurgery.surgery.model.penalty import penalty_of
-from peftsurgery.surgery.model.report import Report
+from peftsurgery.surgery.model.provenance import check_places, notes_of
+from peftsurgery.surgery.model.report import Report, capture_notes, counted
+from peftsurgery.surgery.model.rewriting import Rewriting
+from peftsurgery.surgery.model.shared import SharedModel
 from peftsurgery.surgery.model.state_dict import keep_learnt
-from peftsurgery.surgery.model.surgery_files import save_surgery
-from peftsurgery.surgery.model.switching import left_out_of
-from peftsurgery.surgery.model.trained_copies import Copies
-from peftsurgery.surgery.plan.cut import Cut, Operation, check_free, check_lengthened
-from peftsurgery.surgery.plan.fusion import check_fused, check_fusions, taking_part
-from peftsurgery.surgery.plan.mode import Mode, mode_of
-from peftsurgery.surgery.plan.same_places import Chosen, check_reached
-from peftsurgery.surgery.plan.select import select_cuts
-from peftsurgery.surgery.rewrite.capture import Rewrites
-from peftsurgery.surgery.rewrite.inputs import check_inputs, is_at_boundary
-from peftsurgery.surgery.rewrite.layout import orient
-from peftsurgery.surgery.rewrite.shapes import check_shapes
+from peftsurgery.surgery.model.surgery_files import Saved, is_updated, parts_of, write_surgery
+from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.plan.fusion import taking_part
+from peftsurgery.surgery.plan.mode import Mode
+from peftsurgery.surgery.plan.plan import Plan
+from peftsurgery.surgery.rewrite.inputs import entries
 
 
-class OperatedModel(Fronted, Keeping):
+class OperatedModel(SharedModel):
     """Captured model with operations; only what its rules made is trained."""
 
     def __init__(
-        self,
-        model: GraphModel,
-        operations: Sequence[Operation],
-        known: Mapping[str, torch.Tensor] | None = None,
-        active: Collection[str] | None = None,
+        self, model: GraphModel, plan: Plan, inputs: ChangedInputs, learnt: Learnt
     ) -> None:
-        """The operations on ``model``, or on the base of an operated one.
+        """Carry out a plan, which was made and checked, on ``model`` or on its base.
 
-        ``known`` are values for parameters by name, instead of their initial ones. ``active`` are
-        the adapters that take part in a call: all of them unless given.
+        ``inputs`` are what the plan's operations change of the inputs.
         """
-        self._operations = tuple(operations)
-        check_fusions(self._operations)
-        self._known = dict(known or {})
-        self._selections: tuple[Selection, ...] = ()
-        self._selected: dict[int, Chosen] = {}
-        self._cuts: tuple[Cut, ...] = ()
-        self._copies = Copies()
-        self._store = Store()
-        self._resting: set[str] = set()
-        self._worked = frozenset(operation.name for operation in self._operations)
-        self._rewrites = Rewrites()
-        self._fronts = Fronts.of(self._operations, model.source.module)
-        super().__init__(model._captures, _frozen)
-        self._base = _Base(model.base if isinstance(model, OperatedModel) else model)
-        self._adopt(model)
-        self._choices = Choices()
-        self.lost: dict[str, float] = {}  # by adapter, of what it was combined of
+        super().__init__(model, plan)
+        self._rewriting = Rewriting(plan, inputs)
+        self._adapters = Adapters(plan, self._copies)
+        self._lost = dict(learnt.lost)
         with making():
-            self.settle(self._select(self._entered(self.base_capture)))
-        mode = mode_of(
-            self.adapters, self.adapters if active is None else active, left_out_of(model)
-        )
-        self._copies.place(self)
-        self._switch(mode)
-        keep_learnt(self)
+            if read_weights(plan.cuts, learnt.values):
+                self._bind_base()
+            dense = partial(self._read, ())
+            made = new_parameters(plan.cuts, learnt.values, dense, self.get_parameter, self.device)
+        for name, parameter in made.items():
+            add_parameter(self, name, parameter)
+        self._copies.give_names(self)
+        self._choose(self._adapters.mode_with(Mode(), learnt.active, learnt.left_out))
+        self._adapters.train(self, learnt.trains)
+        kind = OperatedModel  # asked by name: copies of the model are asked for what is theirs
+        keep_learnt(self, kind._fill, kind._names_of_base, kind._rename)
 
-    @property
-    def base(self) -> GraphModel:
-        """The captured model that the operations are on."""
-        return self._base.model
+    # What there is: operations, adapters, what they learnt.
 
     @property
     def operations(self) -> tuple[Operation, ...]:
         """The operations, in the order they were applied."""
-        return self._operations
+        return self._plan.operations
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
         """Every cut in the capture the rules were applied to."""
-        return self._cuts
+        return self._plan.cuts
 
     @property
     def report(self) -> Report:
         """What every rule matched, what it added, and what it nearly matched and why not."""
-        return Report(self)
-
-    def _adopt(self, model: GraphModel) -> None:
-        """Share the current tensors of ``model``, as cast and moved, and its train modes.
-
-        What ``model`` itself trained of the base is not the base's: those values come with the
-        operations. Buffers are copied, since training changes them in place.
-        """
-        copies = model._copies if isinstance(model, OperatedModel) else Copies()
-        parameters: dict[int, nn.Parameter] = {}
-        buffers: dict[int, torch.Tensor] = {}
-        for name in self._captures.tensors:
-            owner, _, leaf = name.rpartition(".")
-            mine = self.get_submodule(owner)
-            place, _, there = copies.base_name(name).rpartition(".")
-            tensor = getattr(model.get_submodule(place), there)
-            if leaf in mine._parameters:
-                mine._parameters[leaf] = parameters.setdefault(id(tensor), _frozen(tensor))
-            else:
-                mine._buffers[leaf] = buffers.setdefault(id(tensor), tensor.detach().clone())
-        for path, part in self.named_modules():
-            part.training = model.get_submodule(path).training
-        if isinstance(model, OperatedModel):
-            self._store.adopt(model._store)
-        self._bound = model._bound
-
-    def transform(self, capture: Capture, *choice: Mode) -> Capture:
-        """Replay on a capture the operations that take part in the mode given, or in this thread's.
-
-        PSG307 if it has sites the first one had not, PSG318 if it has lost some.
-        """
-        mode = next(iter(choice), self.mode)
-        chosen = self._select(capture)
-        check_reached(Chosen(self._cuts, self._selections), chosen, mode.takes_part)
-        cuts = taking_part(chosen.cuts, mode)
-        order = mode.names if mode.by_row else None
-        moved = self._copies.moved(mode.replacing, mode.by_row)
-        ready = self._rewrites.capture(capture, cuts, order, self._store.weights, moved)
-        return self._resized(capture, ready, cuts, mode)
-
-    def _cuts_in(self, capture: Capture, mode: Mode) -> list[Cut]:
-        return taking_part(self._select(capture).cuts, mode)
+        mode, packed = self._adapters.mode, dict(self.named_parameters(remove_duplicate=False))
+        # of the graph before any rewrite: what rules put in is not the model's to be read
+        notes = (*self.source.build.notes, *capture_notes(self.base_capture))
+        return Report(
+            self._plan,
+            {name: name in mode.names for name in self.adapters},
+            {name: self.get_parameter(name).shape for name in self._plan.added},
+            counted(self.parameters(), self._adapters.resting(self, mode)),
+            self._packed.hidden(packed),
+            (*notes, *notes_of(self.operations)),
+            self._lost,
+        )
 
     @property
-    def captures(self) -> tuple[Capture, ...]:
-        """The captures served so far in the mode of this thread, the first one first."""
-        return self._serving.captures(self.mode)
-
-    def _select(self, capture: Capture) -> Chosen:
-        """Where all operations cut in a capture, active or not, and the selections."""
-        if id(capture) in self._selected:
-            return self._selected[id(capture)]
-        with making():
-            cuts: list[Cut] = []
-            selections: list[Selection] = []
-            for operation in self._operations:
-                found, chosen = select_cuts(capture, operation, cuts)
-                cuts += found
-                selections += chosen
-            self._selected[id(capture)] = Chosen(tuple(cuts), tuple(selections))
-        return self._selected[id(capture)]
-
-    def settle(self, chosen: Chosen) -> None:
-        """Check the selections, add the parameters and free what the rules train."""
-        cuts, selections = chosen.cuts, chosen.selections
-        check_fused(self._operations, cuts)
-        for selection in selections:
-            selection.check()
-        check_free(cuts, (name for name, _ in self.named_parameters()))
-        check_lengthened(cuts, selections[0].sites if selections else ())
-        for cut in _one_for_each_place(cuts):
-            check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
-        self._cuts, self._selections = tuple(cuts), tuple(selections)
-        self._store.settle(self, cuts)
-        self._store.pack(self)
-        for cut in cuts:
-            self.add_parameters(cut)
-            if cut.rule.train and cut.placed.parameter is not None:
-                self.own(cut.placed.parameter, cut.operation.name)
-        self._known.clear()
-
-    def add_parameters(self, cut: Cut) -> None:
-        """Register the parameters of a cut, with their initial values."""
-        if not cut.rule.params:
-            return
-        holder = self.holder(join(cut.placed.block, cut.place))
-        if not cut.rule.params.keys() <= holder._parameters.keys():
-            for name, value in self.starts(cut).items():
-                param = cut.rule.params[name]
-                made = nn.Parameter(value, requires_grad=param.train)
-                if param.shared:
-                    made = self._share(cut.parameters[name], made)
-                register(holder, name, made)
-
-    def _share(self, name: str, made: nn.Parameter) -> nn.Parameter:
-        """The parameter that all sites of an operation have: the one made for the first of them."""
-        owner, _, leaf = name.rpartition(".")
-        holder = self.holder(owner)
-        if leaf not in holder._parameters:
-            register(holder, leaf, made)
-        return holder.get_parameter(leaf)
-
-    def starts(self, cut: Cut) -> dict[str, torch.Tensor]:
-        """Starting values of a cut's parameters: known values, or evaluated initial ones."""
-        known = {name: self.known(cut, name) for name in cut.parameters if self.knows(cut, name)}
-        unknown = [param for name, param in cut.rule.params.items() if name not in known]
-        env: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-        read = {n for param in unknown for n in weights_read(param, cut.rule, cut.numbers)}
-        env |= {name: self.weight(cut, name) for name in sorted(read)}
-        return initial_values(cut.rule, env, known, device=self.device_of(cut))
-
-    def knows(self, cut: Cut, name: str) -> bool:
-        """Whether there is a value for a cut's parameter."""
-        return cut.parameters[name] in self._known or self._is_shared(cut, name)
-
-    def _is_shared(self, cut: Cut, name: str) -> bool:
-        """Whether an earlier cut made a parameter that all of them share."""
-        holder: nn.Module | None = self if cut.rule.params[name].shared else None
-        for part in cut.parameters[name].split(".")[:-1]:
-            holder = None if holder is None else holder._modules.get(part)
-        return holder is not None and name in holder._parameters
-
-    def known(self, cut: Cut, name: str) -> torch.Tensor:
-        """The value there is for a cut's parameter. PSG308 if it has another shape."""
-        param, full = cut.rule.params[name], cut.parameters[name]
-        shape = shape_of(param, cut.rule, cut.numbers)
-        value = self.get_parameter(full) if self._is_shared(cut, name) else self._known[full]
-        if tuple(value.shape) != shape:
-            raise SurgeryError(
-                "PSG308", f"'{full}' has shape {list(value.shape)}, where {list(shape)} is needed"
-            )
-        return value.detach().to(device=self.device_of(cut), dtype=getattr(torch, param.dtype))
-
-    def holder(self, path: str) -> nn.Module:
-        """The module at a path, made of new parts where there is none. PSG304 if it is taken."""
-        module: nn.Module = self
-        for name in path.split("."):
-            if name not in module._modules:
-                if hasattr(module, name):
-                    hint = "apply under another name: apply(..., name='second')"
-                    raise SurgeryError("PSG304", f"'{path}' is not free: '{name}' is taken", hint)
-                part = Adapter(ModuleInfo("Adapter"))
-                part.training = self.training
-                module.add_module(name, part)
-            module = module.get_submodule(name)
-        return module
-
-    def weight(self, cut: Cut, name: str) -> Any:
-        """A weight of a cut's site as the rule sees it, for an initial value; 0.0 without one."""
-        node = cut.site.nodes.get(name)
-        if node is None:
-            return 0.0
-        self.bind()
-        return orient(self.dense(join(cut.placed.block, str(node.target))), cut.site, name)
-
-    def device_of(self, cut: Cut) -> torch.device:
-        """Where a cut's parameters belong: with the weight of its site, if that is anywhere yet."""
-        name = cut.placed.parameter
-        stored = None if name is None else self.get_parameter(name)
-        if stored is None:
-            stored = next(iter(self.parameters()), None)
-        return torch.device("cpu") if stored is None or stored.is_meta else stored.device
-
-    def own(self, name: str, adapter: str) -> None:
-        """Give an adapter its own, trainable copy of a parameter of the base.
-
-        A value that is known for the parameter itself is the adapter's too. PSG308 if it has
-        another shape.
-        """
-        home = self._copies.add(name, adapter)
-        mine = self.get_parameter(name)
-        value = self._known.get(home, self._known.get(name, mine)).detach()
-        if value.shape != mine.shape:
-            raise SurgeryError(
-                "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(mine.shape)}"
-            )
-        owner, _, leaf = home.rpartition(".")
-        # a value that is known waits for the base's weights where it is, others are read with them
-        device = value.device if mine.is_meta else mine.device
-        copied = value.to(device=device, dtype=mine.dtype, copy=True)
-        register(self.holder(owner), leaf, nn.Parameter(copied))
-
-    def _read_weights(self) -> None:
-        """Read the base's weights; those that the rules train are copied."""
-        with self._copies.put_back(self):
-            super()._read_weights()
-            for home, (name, _) in self._copies.made.items():
-                copied = self.get_parameter(home)
-                if copied.is_meta:
-                    value = self.get_parameter(name).detach().clone()
-                    trained = nn.Parameter(value, requires_grad=copied.requires_grad)
-                    torch.utils.swap_tensors(copied, trained)
-        if self._store.weights:
-            self._store.pack(self)
-            self.source.release()
-
-    def fill(self) -> None:
-        """Read the base's weights if rules train some of them, and there are any to read."""
-        copies = (self._learnt_parameter(home) for home in self._copies.made)
-        if self.source.is_readable and any(copy.is_meta for copy in copies):
-            self.bind()
-
-    def finished(self, outputs: Any, mode: Mode) -> Any:
-        """What the original returns; while training, a loss by name has the penalty added to it.
-
-        A loss in a tuple is the original's: add :meth:`penalty` to it.
-        """
-        if self.training and isinstance(outputs, dict):
-            loss = outputs.get("loss")
-            cuts = taking_part(self._cuts, mode)
-            if isinstance(loss, torch.Tensor) and any(cut.rule.penalty for cut in cuts):
-                added = penalty_of(self, cuts, mode.replacing)
-                outputs["loss"] = loss + added.to(loss.device)
-        return outputs
-
-    def penalty(self) -> torch.Tensor:
-        """Sum of the active rules' penalties, a scalar that is added to the loss; 0 for none."""
-        return penalty_of(self, self.active_cuts, self.mode.replacing)
-
-    def unread(self, name: str) -> list[str]:
-        """Aliases of a tied parameter that no program reads; they follow its replacements."""
-        read = {site.parameter for site in self.sites if site.kind == "parameter"}
-        return [alias for alias in self._captures.names[name] if alias not in read]
+    def adapters(self) -> tuple[str, ...]:
+        """The names of all adapters, in the order they were applied."""
+        return self._adapters.names
 
     @property
-    def sites(self) -> Sequence[Located]:
-        """All sites of the capture that the rules were applied to; none without a rule."""
-        return self._selections[0].sites if self._selections else ()
+    def active(self) -> tuple[str, ...]:
+        """The adapters that take part in a call, in the order they were applied."""
+        return self._adapters.mode.names
 
     @property
-    def active_cuts(self) -> tuple[Cut, ...]:
-        """The cuts of the adapters that take part in a call."""
-        return tuple(taking_part(self._cuts, self.mode))
-
-    @property
-    def base_names(self) -> frozenset[str]:
-        """Current names of the base's own tensors."""
-        return frozenset(map(self.base_name, self._captures.tensors))
+    def left_out(self) -> dict[str, list[int | str]]:
+        """The layers in which an adapter does nothing whenever it takes part, by its name."""
+        return {name: list(layers) for name, layers in self._adapters.mode.left_out}
 
     @property
     def trained(self) -> frozenset[str]:
         """The base's parameters that the active adapters train, each its own copy."""
-        return self._copies.trained(self.mode.replacing)
+        return self._copies.trained(self._adapters.mode.replacing)
 
-    def learnt(self, *adapters: str) -> dict[str, torch.Tensor]:
+    def dense(self, name: str) -> Tensor:
+        """What a call reads for a parameter of the base: an active adapter's copy, or its own.
+
+        Shape and dtype are those of the base; a packed weight is unpacked.
+        """
+        return self._read(self._adapters.mode.replacing, name).detach()
+
+    def learnt(self, *adapters: str) -> dict[str, Tensor]:
         """Parameters that adapters (all unless named) added or trained, by name.
 
         That is all that a saved surgery holds.
         """
-        return {self.name_of(name): value for name, value in self.values(*adapters).items()}
+        copies = self._copies
+        return {copies.name(name): value for name, value in self._values(*adapters).items()}
 
-    def values(self, *adapters: str) -> dict[str, torch.Tensor]:
+    def _values(self, *adapters: str) -> dict[str, Tensor]:
         """Parameters of :meth:`learnt`, under names independent of which adapters are active."""
-        self.fill()
+        self._fill()
         return {
-            name: self._learnt_parameter(name)
-            for name, owner in self._owners.items()
+            name: self._adapters.parameter(self, name)
+            for name, owner in self._adapters.owners.items()
             if not adapters or owner in adapters
         }
 
-    @cached_property
-    def _owners(self) -> Mapping[str, str]:
-        added = {n: cut.operation.name for cut in self._cuts for n in cut.parameters.values()}
-        return {**added, **{home: adapter for home, (_, adapter) in self._copies.made.items()}}
+    def _all_learnt(self) -> Learnt:
+        """All that goes on in a model that is made of this one."""
+        mode, trains = self._adapters.mode, self._adapters.trains(self)
+        return Learnt(self._values(), mode.names, dict(mode.left_out), trains, self._lost)
+
+    def penalty(self) -> Tensor:
+        """Sum of the active rules' penalties, a scalar that is added to the loss; 0 for none."""
+        added = self._penalty(self._adapters.mode)
+        return torch.zeros((), device=self.device) if added is None else added
 
     def save(self, path: str | Path, names: Collection[str] | None = None) -> None:
         """Write the rules, a manifest and what was learnt to the directory ``path``.
@@ -375,26 +168,176 @@ class OperatedModel(Fronted, Keeping):
         something else is, PSG207 if what is trained of the base was never anywhere.
         """
         self.check_in_place()
-        if any(value.is_meta for value in self.values().values()):
+        folder, saved = Path(path), self._adapters.to_save(names)
+        updated = folder if is_updated(folder, self.operations, saved) else None
+        check_places(self, *parts_of(folder), updated=updated)
+        if any(value.is_meta for value in self._values().values()):
             self.bind()
-        save_surgery(self, Path(path), names)
+        mode, trained = self._adapters.mode, self._copies.owners()
+        moved = moved_buffers(persistent_buffers(self), self._buffer_of_base)
+        own = mode.names, dict(mode.left_out), self._lost, trained, self.learnt(*saved), moved
+        write_surgery(folder, saved, Saved(self.source, self.operations, *own))
 
+    def _buffer_of_base(self, name: str) -> Tensor:
+        self.base.bind()
+        return self.base.get_buffer(name)
 
-@dataclass(frozen=True)
-class _Base:
-    """Holds the base without making it a part of the model."""
+    def read_from(self) -> Iterator[str | Path | None]:
+        """The places of the base and of what was put on it."""
+        yield from super().read_from()
+        for operation in self.operations:
+            yield operation.origin.folder
+            yield operation.file.place
 
-    model: GraphModel
+    def extra_repr(self) -> str:
+        """The adapters, and which of them are active."""
+        shown = (n if n in self.active else f"{n} (inactive)" for n in self.adapters)
+        return f"adapters: {', '.join(shown)}" if self.adapters else ""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
-        return self  # a copy of an operated model is on the same base
+    # What calls choose.
 
+    def activate(self, *names: str, leave_out: Iterable[int | str] = ()) -> None:
+        """Activate adapters, all if none is named. Raises PSG310, PSG312.
 
-def _one_for_each_place(cuts: Iterable[Cut]) -> list[Cut]:
-    """One cut for each site of a program: blocks of one shape class need checking once."""
-    return list({(cut.operation, id(cut.rule), cut.site): cut for cut in cuts}.values())
+        This is the model's own choice, for all threads, but for calls that choose by themselves.
+        The adapters do nothing in the layers to ``leave_out``, written as in a rule's `where` (0,
+        "..4"), until they are activated again: AdapterDrop (Rücklé et al., 2021, arXiv:2010.11918).
+        """
+        before = self._adapters.default
+        wanted = self._adapters.known(names) or self.adapters
+        left_out = dict.fromkeys(wanted, tuple(leave_out))
+        self._choose(self._adapters.mode_with(before, {*before.names, *wanted}, left_out))
 
+    def deactivate(self, *names: str) -> None:
+        """Deactivate adapters, all (so the base) if none is named. Raises PSG310.
 
-def _frozen(parameter: nn.Parameter) -> nn.Parameter:
-    """A parameter of one's own over the same memory, not trained."""
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+        As :meth:`activate`, for the model's own choice.
+        """
+        before = self._adapters.default
+        unwanted = self._adapters.known(names) or self.adapters
+        self._choose(self._adapters.mode_with(before, {*before.names}.difference(unwanted)))
+
+    def choose(self, *names: str) -> None:
+        """Activate exactly these adapters; none for the base. Raises PSG310, PSG312.
+
+        As :meth:`activate`, for the model's own choice, but layers that are left out stay left out.
+        """
+        self._choose(self._adapters.mode_with(self._adapters.default, names))
+
+    @contextmanager
+    def only(self, *names: str) -> Iterator[None]:
+        """Use exactly these adapters within the context; ``only()`` is the base. PSG310, PSG312.
+
+        That is so for calls of this thread, or of this async task, and for no others.
+        """
+        mode = self._adapters.mode_with(self._adapters.mode, names)
+        self._check(mode)
+        with self._adapters.choosing(self, mode):
+            yield
+
+    def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
+        """Use, within the context, the adapter named for each row of a batch; None is the base.
+
+        That is so for calls of this thread, or of this async task. Rows are those of the first
+        input's first axis. A batch of k times as many rows is taken for one in which each row was
+        repeated k times in a row, as ``generate`` repeats them for beams and samples; any other is
+        refused (PSG314). Which adapters are active makes no difference, and what is inactive is not
+        trained. PSG310 for an unknown name, PSG313 where an adapter changes what the rows share.
+        """
+        return self._adapters.choices.within(self._adapters.choice(names))
+
+    def _choose(self, mode: Mode) -> None:
+        """Let the model choose a mode from now on; nothing has changed if it cannot be."""
+        self._check(mode)
+        self._adapters.choose(self, mode)
+
+    def _check(self, mode: Mode) -> None:
+        """Refuse a mode that cannot be run. PSG312 for two copies of one parameter."""
+        self._copies.check(mode.replacing)
+        first = self.base_capture
+        changed = self._rewriting.inputs.changed_in(mode)
+        self._served(
+            self._rewriting.inputs.planned(first, self._captured) if changed else first, mode
+        )
+
+    # How calls are served.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model with the active adapters, or with those named for the batch's rows.
+
+        ``adapters=[...]`` names one for each row of the batch, None for the base, for this call
+        alone. ``adapter_names=[...]`` does the same in peft's words: the base is ``"__base__"``.
+        Either is the original's if its forward has an argument of that name. While training, a loss
+        by name has the penalty added to it; a loss in a tuple is the original's.
+        """
+        choice = self._adapters.take_choice(self.source.module, kwargs, repeated=False)
+        self.bind()
+        call = self.call_of(*args, **kwargs)
+        capture = self._find(call, choice.mode, choice.prepared)
+        values = self.run(capture, choice.leaves(capture, call))
+        outputs = pytree.tree_unflatten(values, capture.output)
+        if self.training and isinstance(outputs, dict):
+            loss, added = outputs.get("loss"), self._penalty(choice.mode)
+            if isinstance(loss, Tensor) and added is not None:
+                outputs["loss"] = loss + added.to(loss.device)
+        return outputs
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens with the original's ``generate``; adapters may change the inputs too.
+
+        Their part is done once, and the model goes on from what they made of the inputs.
+        ``adapters=[...]`` names one adapter for each prompt, as in a call, which its beams and
+        samples have too. PSG353 if an adapter changes the outputs as well.
+        """
+        check_generates(self.source.module)
+        choice = self._adapters.take_choice(self.source.module, kwargs, repeated=True)
+        if choice.rows is not None and choice is not self._adapters.choices.now:
+            check_prompts(choice.rows, args, kwargs)
+        if self._rewriting.inputs.changed_in(choice.mode):
+            check_outputs(taking_part(self.cuts, choice.mode))
+            args, kwargs, given = split_inputs(args, kwargs, self.generation_config)
+            with torch.no_grad():
+                kwargs |= given | self._change_inputs(choice.mode, given)
+            choice = replace(choice, prepared=True)
+        return self.writer(partial(self, adapters=choice)).generate(*args, **kwargs)
+
+    def _change_inputs(self, mode: Mode, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rewrite inputs by the active adapters; returns them by argument name."""
+        self.bind()
+        call = self.call_of(**given, use_cache=False)
+        names, graph = entries(self._find(call, mode).top.graph)
+        values = generate_forward(graph, "inputs")(self, *call.leaves)
+        return dict(zip(names, values, strict=True))
+
+    def _find(self, call: Call, mode: Mode | None = None, prepared: bool = False) -> Capture:
+        """The capture that serves a call. PSG352 if its inputs do not fit once they are changed.
+
+        ``prepared`` says that they are changed already.
+        """
+        mode = self._adapters.mode if mode is None else mode
+        capture = self._captured(call)
+        inputs = self._rewriting.inputs
+        if prepared or not inputs.changed_in(mode):
+            return self._served(capture, mode)
+        serve = partial(self._served, mode=mode)
+        changed = partial(self._rewriting.new_shapes, mode)
+        return inputs.fitting(capture, call, self.training, self._captured, serve, changed)
+
+    def _transformed(self, capture: Capture, mode: Mode) -> Capture:
+        """A capture with the cuts made that take part in a mode. PSG307, PSG318."""
+        moved = self._copies.moved(mode.replacing, mode.by_row)
+        return self._rewriting.rewritten(capture, mode, self._packed.weights, moved)
+
+    @property
+    def _active_cuts(self) -> list[Cut]:
+        """The cuts of the adapters that take part in a call."""
+        return taking_part(self.cuts, self._adapters.mode)
+
+    def _penalty(self, mode: Mode) -> Tensor | None:
+        cuts = taking_part(self.cuts, mode)
+        return penalty_of(cuts, partial(self._read, mode.replacing))
+
+    @property
+    def captures(self) -> tuple[Capture, ...]:
+        """The captures served so far in the mode of this thread, the first one first."""
+        return self._serving.captures(self._adapters.mode)

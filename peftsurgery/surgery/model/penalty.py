@@ -7,50 +7,44 @@ is called twice counts once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftsurgery.language import penalty, weights_in
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.layout import orient, wide
 
-if TYPE_CHECKING:
-    from peftsurgery.surgery.model.operated import OperatedModel
 
+def penalty_of(cuts: Iterable[Cut], read: Callable[[str], Tensor]) -> Tensor | None:
+    """The sum of the cuts' penalties, a tensor without dimensions; None if no rule has one.
 
-def penalty_of(model: OperatedModel, cuts: Iterable[Cut], active: Collection[str]) -> torch.Tensor:
-    """The sum of the cuts' penalties: a tensor without dimensions, 0.0 if none.
-
-    ``active`` are the adapters whose copies of the base's parameters are read in their place.
+    ``read`` gives what a call reads under the name of a parameter.
     """
     sites: dict[Any, Cut] = {}
     for cut in cuts:
         if cut.rule.penalty:
             weights = (*cut.weights.values(), cut.site.slice)
             sites[cut.operation, id(cut.rule), (*cut.parameters.values(), *weights)] = cut
-    total = torch.zeros((), device=next((p.device for p in model.parameters()), None))
-    groups: dict[tuple[str, str], list[torch.Tensor]] = {}
+    groups: dict[tuple[str, str], list[Tensor]] = {}
     for cut in sites.values():
-        for kind, value in penalty(cut.rule, _bindings(model, cut, active)).items():
-            number = torch.as_tensor(value).to(total.device)
-            groups.setdefault((cut.operation.name, kind), []).append(number)
+        for kind, value in penalty(cut.rule, _bindings(cut, read)).items():
+            groups.setdefault((cut.operation.name, kind), []).append(torch.as_tensor(value))
+    total: Tensor | None = None
     for (_, kind), values in groups.items():
-        together = torch.stack(values)
-        total = total + (together.mean() if kind == "mean" else together.sum())
+        together = torch.stack([value.to(values[0].device) for value in values])
+        added = together.mean() if kind == "mean" else together.sum()
+        total = added if total is None else total + added.to(total.device)
     return total
 
 
-def _bindings(model: OperatedModel, cut: Cut, active: Collection[str]) -> dict[str, Any]:
+def _bindings(cut: Cut, read: Callable[[str], Tensor]) -> dict[str, Any]:
     """The names a penalty may read: in fp32 or wider, whatever the model is in."""
     bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-    read = weights_in(cut.rule.penalty.values(), cut.rule, cut.numbers)
+    needed = weights_in(cut.rule.penalty.values(), cut.rule, cut.numbers)
     for name, full in cut.weights.items():
-        if name in read:
-            packed = full in model.stored
-            value = model.dense(full) if packed else model.read(full, active)
-            bound[name] = orient(wide(value), cut.site, name)
-    for name, full in cut.parameters.items():
-        bound[name] = wide(model.get_parameter(full))
-    return bound
+        if name in needed:
+            bound[name] = orient(wide(read(full)), cut.site, name)
+    return bound | {name: wide(read(full)) for name, full in cut.parameters.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -69,7 +69,7 @@ def _is_in(name: str | Path | None, folder: Path) -> bool:
     return name is not None and folder.resolve() in (p := Path(name).resolve(), *p.parents)
 
 
-def home_of(source: Source) -> Path | None:
+def base_folder(source: Source) -> Path | None:
     """The directory that a base came from, read by us or before it was given to us."""
     loaded = loaded_from(source)
     given = Path(loaded) if loaded is not None and os.path.isdir(loaded) else None
@@ -82,9 +82,9 @@ def operations_of(model: GraphModel) -> tuple[Operation, ...]:
     return found
 
 
-def notes_of(model: GraphModel) -> list[str]:
-    """What a reader should know of where the operations come from."""
-    found = (note for operation in operations_of(model) for note in operation.origin.notes)
+def notes_of(operations: Iterable[Operation]) -> list[str]:
+    """What a reader should know of where operations come from."""
+    found = (note for operation in operations for note in operation.origin.notes)
     return list(dict.fromkeys(found))
 
 
@@ -108,7 +108,7 @@ def fold_record(model: GraphModel) -> dict[str, Any]:
         "format": FORMAT,
         "base": source.origin,
         "fingerprint": None if weights is None else weights.fingerprint.summary(),
-        "folded": [*folded_into(home_of(source)), *(_entry(model, op) for op in mine)],
+        "folded": [*folded_into(base_folder(source)), *(_entry(model, op) for op in mine)],
         "versions": versions(),
         "date": now(),
     }
@@ -146,7 +146,7 @@ def _entry(model: GraphModel, operation: Operation) -> dict[str, Any]:
         "method": operation.file.name,
         "settings": operation.own_settings,
         "rules": dump_rules(operation.file),
-        "from": None if origin.place is None else str(origin.place),
+        "from": None if origin.folder is None else str(origin.folder),
         "content": origin.content,
         "seed": origin.seed,
         "other_base": origin.other_base,

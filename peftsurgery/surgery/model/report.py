@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, cast
+from types import MappingProxyType
+from typing import Any, cast
+
+from torch import nn
 
 from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.survey import unread_cores
@@ -14,36 +17,36 @@ from peftsurgery.language import Candidate, Selection
 from peftsurgery.language.selection import name_of
 from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
-from peftsurgery.surgery.model.provenance import notes_of
 from peftsurgery.surgery.plan.cut import Cut
-
-if TYPE_CHECKING:
-    from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.plan.plan import Plan
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Report:
-    """Report of an operated model: matches, parameters added, coverage and near misses."""
+    """What was done to an operated model, as text and as data.
 
-    def __init__(self, model: OperatedModel) -> None:
-        self._cuts, self._selections = model.cuts, model._selections
-        self.adapters = {name: name in model.active for name in model.adapters}
-        resting = set(model.adapters) - set(model.working)
-        rest = {id(value) for value in (model.learnt(*resting) if resting else {}).values()}
-        trained = [p for p in model.parameters() if p.requires_grad and id(p) not in rest]
-        self.trainable = sum(p.numel() for p in trained)
-        self.total = sum(p.numel() for p in model.parameters()) + model.hidden
-        # of the graph before any rewrite: what rules put in is not the model's to be read
-        of_capture = _notes(model.base_capture)
-        self.notes = (*model.source.build.notes, *of_capture, *notes_of(model))
-        self.lost = dict(model.lost)
-        """By adapter: the share of the changes it was combined of that it does not have."""
-        self.added = {
-            name: list(model.get_parameter(name).shape)
-            for cut in self._cuts
-            for name in cut.parameters.values()
-        }
+    ``adapters`` says of each whether it is active, ``added`` the shape of every parameter that
+    rules added; ``numbers`` are those of :func:`counted`, ``packed`` is how many elements packed
+    weights have more than bytes;
+    ``lost`` is, by adapter, the share of the changes it was combined of that it does not have.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        adapters: Mapping[str, bool],
+        added: Mapping[str, Sequence[int]],
+        numbers: tuple[int, int],
+        packed: int = 0,
+        notes: Iterable[str] = (),
+        lost: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self._cuts, self._selections = plan.cuts, plan.selections
+        self.adapters, self.lost = dict(adapters), dict(lost)
+        self.added = {name: list(shape) for name, shape in added.items()}
+        self.trainable, self.total = numbers[0], numbers[1] + packed
+        self.notes = tuple(notes)
 
     @cached_property
     def coverage(self) -> Coverage:
@@ -103,8 +106,15 @@ class Report:
         return "\n".join(lines)
 
 
-def _notes(capture: Capture) -> list[str]:
-    """Notes on what the capture specialised, and on attention cores that are no sites."""
+def counted(parameters: Iterable[nn.Parameter], resting: Iterable[nn.Parameter]) -> tuple[int, int]:
+    """The elements of the parameters that are trained, the resting ones aside, and of all."""
+    every, rest = list(parameters), {id(parameter) for parameter in resting}
+    trained = (p.numel() for p in every if p.requires_grad and id(p) not in rest)
+    return sum(trained), sum(parameter.numel() for parameter in every)
+
+
+def capture_notes(capture: Capture) -> list[str]:
+    """What was specialised when a model was captured, and what no rule can reach."""
     unread = (f"the attention core in '{module}' is no site" for module in unread_cores(capture))
     return [*capture.notes, *unread]
 

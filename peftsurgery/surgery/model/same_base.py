@@ -25,7 +25,7 @@ from peftsurgery.capture.fingerprint import (
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.places import everything_read
-from peftsurgery.surgery.model.provenance import FILE, folded_into, home_of
+from peftsurgery.surgery.model.provenance import FILE, base_folder, folded_into
 from peftsurgery.surgery.plan.origin import Origin
 
 HINT = "--allow-other-base, allow_other_base=True in Python, takes it all the same"
@@ -60,7 +60,7 @@ def compare_base(made: Made, source: Source) -> Origin:
         why, notes = [], ("the base's weights are not here, so they were not compared",)
     else:
         why, notes = _compare(made.fingerprint, weights, made.replaced)
-        earlier = folded_into(home_of(source)) if why else []
+        earlier = folded_into(base_folder(source)) if why else []
         why = [*_said_folded(earlier), *why]
     other = "; ".join(why) or None
     told = (f"'{made.path}' is on another base than it was made for: {other}",) if why else notes
@@ -70,7 +70,7 @@ def compare_base(made: Made, source: Source) -> Origin:
 def check_base(origin: Origin, source: Source, allow_other_base: bool) -> None:
     """Refuse a base that was found to be another one, unless that is allowed. PSG319."""
     if origin.other_base and not allow_other_base:
-        message = f"'{origin.place}' was made for another base than '{_name(source)}': "
+        message = f"'{origin.folder}' was made for another base than '{_name(source)}': "
         raise SurgeryError("PSG319", message + origin.other_base, _hint(source))
 
 
@@ -111,7 +111,7 @@ def _folded_before(made: Made, source: Source) -> list[str]:
 
     It may be, if the adapter names it and is not itself in it.
     """
-    home = home_of(source)
+    home = base_folder(source)
     earlier = folded_into(home)
     again = [entry for entry in earlier if entry.get("content") == made.content]
     named = everything_read([made.base])[:1]

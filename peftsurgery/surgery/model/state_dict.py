@@ -6,44 +6,39 @@ is no obstacle to writing it. Reading one leaves the base as it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from peftsurgery.surgery.model.operated import OperatedModel
+Prepare = Callable[[Any], None]
+Names = Callable[[Any], Collection[str]]
+Rename = Callable[[Any, dict[str, Tensor], str], None]
 
 
-def keep_learnt(model: OperatedModel) -> None:
-    """Leave the base's parameters out of the model's state dicts, written and read."""
-    model.register_state_dict_pre_hook(_fill)
-    model.register_state_dict_post_hook(_leave_out)
-    model.register_load_state_dict_pre_hook(_put_back)
+def keep_learnt(module: nn.Module, prepare: Prepare, of_base: Names, rename: Rename) -> None:
+    """Leave the base's parameters out of a module's state dicts, written and read.
 
-
-def _fill(module: nn.Module, *_: Any) -> None:
-    """What is trained of a base that was not read yet has no numbers to write, or to write over."""
-    cast("OperatedModel", module).fill()
-
-
-def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for name in _of_base(module):
-        state.pop(prefix + name, None)
-
-
-def _put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Base parameters stay the model's own, whether they are there or not.
-
-    Their memory is shared with the model that was captured: nothing may be copied into it.
+    All three are asked of the module, or of its copies: ``prepare`` reads weights, without which
+    what is trained of the base has no numbers to write, or to write over; ``of_base`` gives the
+    names of the base's parameters; ``rename`` gives what a state dict holds, beneath a prefix, the
+    names that the module has for it.
     """
-    _fill(module)
-    cast("OperatedModel", module).rename(state, prefix)
-    for name, parameter in _of_base(module).items():
-        state[prefix + name] = parameter
 
+    def own(module: nn.Module) -> dict[str, nn.Parameter]:
+        names, every = of_base(module), module.named_parameters(remove_duplicate=False)
+        return {name: parameter for name, parameter in every if name in names}
 
-def _of_base(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The base's own parameters, by the names they have now."""
-    names = cast("OperatedModel", module).base_names
-    parameters = module.named_parameters(remove_duplicate=False)
-    return {name: parameter for name, parameter in parameters if name in names}
+    def leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name in own(module):
+            state.pop(prefix + name, None)
+
+    def put_back(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        """Their memory is shared with the model that was captured: nothing is copied into it."""
+        prepare(module)
+        rename(module, state, prefix)
+        state.update({prefix + name: parameter for name, parameter in own(module).items()})
+
+    module.register_state_dict_pre_hook(lambda module, *_: prepare(module))
+    module.register_state_dict_post_hook(leave_out)
+    module.register_load_state_dict_pre_hook(put_back)

@@ -16,27 +16,24 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from peftsurgery import files
 from peftsurgery.capture.fingerprint import Fingerprint, content_digest, weights_of
+from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import dump_rules, load_rules, resolve_settings
 from peftsurgery.places import object_in
-from peftsurgery.surgery.model.moved_buffers import moved_buffers
-from peftsurgery.surgery.model.provenance import check_places, now, versions
+from peftsurgery.surgery.model.provenance import now, versions
 from peftsurgery.surgery.model.same_base import Made
 from peftsurgery.surgery.model.saved_build import ROWS, build_contents, tokenizer_files
-from peftsurgery.surgery.model.switching import check_name
 from peftsurgery.surgery.plan.cut import Operation, is_adapter_name
 from peftsurgery.surgery.plan.origin import Origin
-
-if TYPE_CHECKING:
-    from peftsurgery.surgery.model.operated import OperatedModel
 
 MANIFEST, TENSORS, RULES, FORMAT = "surgery.json", "adapter.safetensors", "rules", 1
 
@@ -46,71 +43,79 @@ WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.b
 KEPT = (*TRAINABLE, *WHOLE)
 
 
-def save_surgery(model: OperatedModel, path: Path, chosen: Collection[str] | None) -> None:
-    """Write these adapters, or all of them, to ``path``; see :meth:`OperatedModel.save`."""
-    names = _chosen(model, chosen)
-    updated = path if _is_updated(model, path, names) else None
-    check_places(model, path / MANIFEST, path / TENSORS, path / RULES, updated=updated)
-    saved = [operation for operation in model.operations if operation.name in names]
-    rules = [f"{RULES}/{n}_{operation.file.name}.yaml" for n, operation in enumerate(saved)]
-    manifest: dict[str, Any] = {
+@dataclass(frozen=True)
+class Saved:
+    """The adapters of a model, of which a surgery is to hold some.
+
+    ``source`` is that of their base, ``left_out`` the layers in which they do nothing, ``lost`` the
+    share that they lack of the changes they were combined of, ``trained`` the adapters by the
+    base's parameters that they train; ``learnt`` is what those that are saved added and trained,
+    ``moved`` the buffers that training moved, by their names in the model.
+    """
+
+    source: Source
+    operations: Sequence[Operation]
+    active: Sequence[str]
+    left_out: Mapping[str, Sequence[int | str]]
+    lost: Mapping[str, float]
+    trained: Mapping[str, str]
+    learnt: Mapping[str, torch.Tensor]
+    moved: Mapping[str, torch.Tensor]
+
+
+def write_surgery(path: Path, names: Collection[str], saved: Saved) -> None:
+    """Write the adapters of these names to ``path``, over the surgery that is there.
+
+    PSG604 if something else is there.
+    """
+    operations = [operation for operation in saved.operations if operation.name in names]
+    rules = [f"{RULES}/{n}_{op.file.name}.yaml" for n, op in enumerate(operations)]
+    entries = [_entry(*each, saved.lost) for each in zip(operations, rules, strict=True)]
+    built, more = build_contents(saved.source.build)
+    weights = weights_of(saved.source)
+    said = {
+        "trained": {name: owner for name, owner in saved.trained.items() if owner in names},
+        "buffers": [*saved.moved],
+        "left_out": {name: layers for name, layers in saved.left_out.items() if name in names},
+    }
+    manifest = {
         "format": FORMAT,
-        "base": model.source.origin,
-        "model": type(model.source.module).__name__,
-        "operations": [_entry(model, *each) for each in zip(saved, rules, strict=True)],
-        "active": [name for name in model.active if name in names],
+        "base": saved.source.origin,
+        "model": type(saved.source.module).__name__,
+        "operations": entries,
+        "active": [name for name in saved.active if name in names],
         "versions": versions(),
         "seed": torch.initial_seed(),
         "date": now(),
+        **built,
+        **{key: value for key, value in said.items() if value},
+        "fingerprint": None if weights is None else weights.fingerprint.to_dict(),
     }
-    built, more = build_contents(model.source.build)
-    moved = moved_buffers(model)
-    manifest |= built | _of_the_base(model, names, moved)
-    left_out = {name: layers for name, layers in model.left_out.items() if name in names}
-    if left_out:
-        manifest["left_out"] = left_out
-    weights = weights_of(model.source)
-    manifest["fingerprint"] = None if weights is None else weights.fingerprint.to_dict()
-    contents = more | {f: dump_rules(op.file).encode() for f, op in zip(rules, saved, strict=True)}
-    contents[TENSORS] = files.as_safetensors({**model.learnt(*names), **moved})
+    texts = zip(rules, operations, strict=True)
+    contents = more | {file: dump_rules(operation.file).encode() for file, operation in texts}
+    contents[TENSORS] = files.as_safetensors({**saved.learnt, **saved.moved})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     older = _of_build(path)
     files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")
     _remove_stale(path, older, [*rules, *contents])
 
 
-def _of_the_base(
-    model: OperatedModel, names: Collection[str], moved: Mapping[str, torch.Tensor]
-) -> dict[str, Any]:
-    """What the manifest says of tensors that are the base's: who trained them, which moved."""
-    copies = model._copies.made.items()
-    trained = {model.name_of(home): adapter for home, (_, adapter) in copies if adapter in names}
-    return ({"trained": trained} if trained else {}) | ({"buffers": [*moved]} if moved else {})
+def parts_of(path: Path) -> tuple[Path, ...]:
+    """Where a surgery in a directory is written."""
+    return path / MANIFEST, path / TENSORS, path / RULES
 
 
-def _is_updated(model: OperatedModel, path: Path, names: Collection[str]) -> bool:
-    """Whether ``path`` is the surgery that a model was loaded from, and all in it is saved again.
+def is_updated(path: Path, operations: Iterable[Operation], names: Collection[str]) -> bool:
+    """Whether ``path`` is a surgery that operations were read from, and all in it is saved again.
 
     So what was loaded, and trained further, goes back to its place; nothing there is lost.
     """
-    places = [op.origin.place for op in model.operations if op.origin.place is not None]
-    if not os.path.isdir(path) or path.resolve() not in [place.resolve() for place in places]:
+    folders = [op.origin.folder for op in operations if op.origin.folder is not None]
+    if not os.path.isdir(path) or path.resolve() not in [folder.resolve() for folder in folders]:
         return False
     entries = object_in(path / MANIFEST).get("operations")
     held = [entry.get("name") for entry in entries] if isinstance(entries, list) else []
     return bool(held) and all(name in names for name in held)
-
-
-def _chosen(model: OperatedModel, names: Collection[str] | None) -> list[str]:
-    """The adapters to save. PSG310 for one that is not there, or if there is to be none."""
-    if names is None:
-        return list(model.adapters)
-    chosen = [names] if isinstance(names, str) else list(names)
-    for name in chosen:
-        check_name(name, model.adapters)
-    if not chosen:
-        raise SurgeryError("PSG310", "no adapter is named to be saved", "names=None saves them all")
-    return chosen
 
 
 def _of_build(path: Path) -> list[Path]:
@@ -259,10 +264,13 @@ def check_learnt(
             raise SurgeryError("PSG606", message)
 
 
-def _entry(model: OperatedModel, operation: Operation, rules: str) -> dict[str, Any]:
+def _entry(operation: Operation, rules: str, lost: Mapping[str, float]) -> dict[str, Any]:
     """An operation as a manifest lists it; ``rules`` is the name of its rule file."""
     entry = {"name": operation.name, "rules": rules, "settings": operation.own_settings}
     origin = operation.origin
-    lost = model.lost.get(operation.name)
-    said = {"seed": origin.seed, "other_base": origin.other_base, "lost": lost}
+    said = {
+        "seed": origin.seed,
+        "other_base": origin.other_base,
+        "lost": lost.get(operation.name),
+    }
     return entry | {key: value for key, value in said.items() if value is not None}

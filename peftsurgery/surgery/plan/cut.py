@@ -61,8 +61,8 @@ class Cut:
         return self.placed.site
 
     @property
-    def place(self) -> str:
-        """The path, relative to the block, beneath which the cut's parameters live.
+    def holder(self) -> str:
+        """The path, relative to the block, of the module that holds the cut's parameters.
 
         Beneath the site's module and the adapter's name. A further part tells the sites of one
         module apart: the slice of a fused weight, a weight that is not called by its module's name
@@ -87,11 +87,11 @@ class Cut:
         One that all sites share is known by the adapter's name alone, one that a group of them
         shares by the group's number beneath it.
         """
-        path, root = join(self.placed.block, self.place), self.operation.name
+        own, root = join(self.placed.block, self.holder), self.operation.name
         names = {}
         for name, param in self.rule.params.items():
             group = group_of(param, self.rule, self.numbers) if param.shared else False
-            holder = path if group is False else root if group is True else join(root, str(group))
+            holder = own if group is False else root if group is True else join(root, str(group))
             names[name] = join(holder, name)
         return names
 
@@ -194,7 +194,7 @@ def is_adapter_name(name: Any) -> bool:
     return isinstance(name, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name) is not None
 
 
-def home_of(parameter: str, adapter: str) -> str:
+def copy_name(parameter: str, adapter: str) -> str:
     """The name of an adapter's copy of a parameter, unless it has the parameter's own."""
     owner, _, leaf = parameter.rpartition(".")
     return join(join(owner, adapter), leaf)

@@ -15,26 +15,19 @@ class Mode:
 
     ``by_row`` says that each row of the batch uses one of them, or none; ``left_out`` are the
     layers, as in a rule's `where`, in which an adapter does nothing whenever it takes part.
-    ``entered`` says that the inputs are what the adapters that change inputs have made of them
-    already.
     """
 
     names: tuple[str, ...] = ()
     by_row: bool = False
     left_out: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
-    entered: bool = False
 
     def takes_part(self, cut: Cut) -> bool:
         """Whether a cut is one of an active adapter's, and not in a layer left out."""
-        return cut.operation.name in self.names and not self.leaves_out(cut)
-
-    def leaves_out(self, cut: Cut) -> bool:
-        """Whether a cut is not made: its adapter does nothing in its layer, or is done with it."""
-        if self.entered and cut.rule.kind.resizes:
-            return True
-        ranges = [layer_range(item) for item in dict(self.left_out).get(cut.operation.name, ())]
-        layer = cut.placed.layer
-        return layer is not None and any(low <= layer <= high for low, high in ranges)
+        name, layer = cut.operation.name, cut.placed.layer
+        if name not in self.names or layer is None:
+            return name in self.names
+        ranges = map(layer_range, dict(self.left_out).get(name, ()))
+        return not any(low <= layer <= high for low, high in ranges)
 
     @property
     def replacing(self) -> tuple[str, ...]:

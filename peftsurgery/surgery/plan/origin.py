@@ -10,12 +10,12 @@ from pathlib import Path
 class Origin:
     """Where an operation came from.
 
-    ``place`` is the directory it was read from, ``content`` a hash of the tensors there, ``seed``
+    ``folder`` is the directory it was read from, ``content`` a hash of the tensors there, ``seed``
     torch's seed when it was applied first. ``other_base`` says, if it was put on another base than
     it was made for, how that differs; ``notes`` what a reader of the report should know besides.
     """
 
-    place: Path | None = None
+    folder: Path | None = None
     content: str | None = None
     seed: int | None = None
     other_base: str | None = None
@@ -24,7 +24,7 @@ class Origin:
     def read(self, found: Origin) -> Origin:
         """What was recorded of an origin, with what was found when it was read now."""
         return Origin(
-            found.place,
+            found.folder,
             found.content,
             self.seed,
             found.other_base or self.other_base,

@@ -1,4 +1,4 @@
-"""Reaching: that the rules cut in a further capture where they cut in the first.
+"""That the rules cut in a further capture where they cut in the first.
 
 Rules are applied once, to one capture, and done again to each that other inputs make. Where the two
 differ, the difference is either in the inputs (a decoder that is not run, a head that is not asked
@@ -9,43 +9,22 @@ addition in the same module, in a way that the rule did not leave alone before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Selection
 from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.plan.plan import Plan
 
-Place = tuple[str, str]
+Target = tuple[str, str]
+"""A weight, or a kind of site in a module: what is cut there, and where."""
 Manner = tuple[Any, ...]
+"""A kind of site, the part of a fused weight, and the facts that tell such sites apart."""
 
 
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """Where rules cut in one capture, and the selections that say so."""
-
-    cuts: Sequence[Cut]
-    selections: Sequence[Selection]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Chosen:
-        return self  # immutable: copies of a model share what was chosen
-
-    def manners(self) -> dict[Place, set[Manner]]:
-        """How each place is used: as what kinds of site, and which parts of a fused weight."""
-        sites = [s for each in self.selections for s in each.sites if isinstance(s, Placed)]
-        found: dict[Place, set[Manner]] = {}
-        for site in sites:
-            found.setdefault(_place(site), set()).add(_manner(site))
-        for site in sites:  # a weight that no site is about is read all the same
-            if site.kind == "parameter":
-                found.setdefault(("weight", str(site.parameter)), {_manner(site)})
-        return found
-
-
-def check_reached(first: Chosen, now: Chosen, is_made: Callable[[Cut], bool]) -> None:
+def check_reached(first: Plan, now: Plan, is_made: Callable[[Cut], bool]) -> None:
     """Refuse a capture that reaches more than the first (PSG307), or loses a cut (PSG318).
 
     ``is_made`` says of a cut whether it takes part in the call: what rests may be lost.
@@ -70,8 +49,8 @@ def check_reached(first: Chosen, now: Chosen, is_made: Callable[[Cut], bool]) ->
         )
 
 
-def lost_cuts(first: Chosen, now: Chosen) -> list[Cut]:
-    """The cuts that are not made again in a capture that reaches their places.
+def lost_cuts(first: Plan, now: Plan) -> list[Cut]:
+    """The cuts that are not made again in a capture that reaches their targets.
 
     A rule that rewrites nothing needs no cut: what it trains or stores is read by its name.
     """
@@ -79,29 +58,41 @@ def lost_cuts(first: Chosen, now: Chosen) -> list[Cut]:
     gone = [cut for cut in first.cuts if cut.rule.rewrite and _identity(cut) not in again]
     if not gone:
         return []
-    before, after = first.manners(), now.manners()
+    before, after = _manners(first), _manners(now)
     read = {name for kind, name in after if kind in ("weight", "parameter")}
     lost = []
     for cut in gone:
         if cut.placed.kind == "pattern":
             is_lost = bool(cut.weights) and read.issuperset(cut.weights.values())
         else:
-            place = _place(cut.placed)
-            left_alone = _uncut(before, first.cuts, cut, place)
-            left_alone -= _wholes(before[place])
-            is_lost = not _uncut(after, now.cuts, cut, place) <= left_alone
+            target = _target(cut.placed)
+            left_alone = _uncut(before, first.cuts, cut, target)
+            left_alone -= _wholes(before[target])
+            is_lost = not _uncut(after, now.cuts, cut, target) <= left_alone
         if is_lost:
             lost.append(cut)
     return lost
 
 
+def _manners(plan: Plan) -> dict[Target, set[Manner]]:
+    """How each target is used: as what kinds of site, and which parts of a fused weight."""
+    sites = [s for each in plan.selections for s in each.sites if isinstance(s, Placed)]
+    found: dict[Target, set[Manner]] = {}
+    for site in sites:
+        found.setdefault(_target(site), set()).add(_manner(site))
+    for site in sites:  # a weight that no site is about is read all the same
+        if site.kind == "parameter":
+            found.setdefault(("weight", str(site.parameter)), {_manner(site)})
+    return found
+
+
 def _uncut(
-    manners: dict[Place, set[Manner]], cuts: Iterable[Cut], lost: Cut, place: Place
+    manners: dict[Target, set[Manner]], cuts: Iterable[Cut], lost: Cut, target: Target
 ) -> set[Manner]:
-    """How a place is used besides where the rule of a cut cuts there."""
+    """How a target is used besides where the rule of a cut cuts there."""
     same = (cut for cut in cuts if cut.operation is lost.operation and cut.rule is lost.rule)
-    mine = {_manner(cut.placed) for cut in same if _place(cut.placed) == place}
-    return manners.get(place, set()) - mine
+    mine = {_manner(cut.placed) for cut in same if _target(cut.placed) == target}
+    return manners.get(target, set()) - mine
 
 
 def _wholes(manners: Iterable[Manner]) -> set[Manner]:
@@ -110,7 +101,7 @@ def _wholes(manners: Iterable[Manner]) -> set[Manner]:
     return {(kind, None, *rest) for kind, _, *rest in parts}
 
 
-def _place(site: Placed) -> Place:
+def _target(site: Placed) -> Target:
     """A weight, or, for what has none, a kind of site in a module."""
     if site.parameter is None:
         return site.kind, site.module
@@ -123,7 +114,7 @@ def _manner(site: Placed) -> Manner:
 
 
 def _path(cut: Cut) -> str:
-    return join(cut.placed.block, cut.place)
+    return join(cut.placed.block, cut.holder)
 
 
 def _identity(cut: Cut) -> tuple[Any, ...]:

@@ -237,7 +237,7 @@ class Rewriter:
         bound = {}
         dtypes = {dtype_of(node) for node in cut.site.nodes.values() if is_float(node)}
         for name, param in cut.rule.params.items():
-            node = self.graph.create_node("get_attr", join(cut.place, name))
+            node = self.graph.create_node("get_attr", join(cut.holder, name))
             own: torch.dtype = getattr(torch, param.dtype)
             value = fx.Proxy(node, self.tracer)
             bound[name] = value if dtypes <= {own} else value.to(compute_dtype(cut))
@@ -258,7 +258,7 @@ class Rewriter:
 
     def context(self, cut: Cut, replay: Replay | None = None) -> Context:
         """What a cut's text is read with: whether its module trains, what its site can do."""
-        owner = cut.place if cut.rule.params else cut.site.module
+        owner = cut.holder if cut.rule.params else cut.site.module
         flag = self.graph.create_node("get_attr", join(owner, "training"))
         functions = {} if replay is None else replay.functions
         return Context(fx.Proxy(flag, self.tracer), functions=functions)

@@ -22,7 +22,7 @@ from torch import fx
 from peftsurgery.capture import Program
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.plan.cut import Cut, home_of, in_order
+from peftsurgery.surgery.plan.cut import Cut, copy_name, in_order
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
 from peftsurgery.surgery.rewrite.program import Rewriter
 
@@ -62,7 +62,7 @@ class RowRewriter(Rewriter):
 
     def own(self, cut: Cut, parameter: str) -> None:
         """Let the rows of the cut's adapter see its own copy of a parameter."""
-        self.owned[parameter] = home = home_of(parameter, cut.operation.name)
+        self.owned[parameter] = home = copy_name(parameter, cut.operation.name)
         for node in self.graph.find_nodes(op="get_attr", target=parameter):
             with self.graph.inserting_before(node.next):
                 copied = self.graph.create_node("get_attr", home)

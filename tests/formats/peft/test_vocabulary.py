@@ -369,7 +369,7 @@ def test_what_a_combination_lost_is_still_told_on_another_vocabulary(
     trained(base, tmp_path / "adapter", "nothing but LoRA")
     tokenizer(base, NEW).save_pretrained(tmp_path / "adapter")
     model = ps.apply(captured(base), "lora_all_linear", name="a", rank=2)
-    model.lost["a"] = 0.25
+    model._lost["a"] = 0.25
     grown = ps.from_peft(model, tmp_path / "adapter", name="b")
     assert grown.source.build.vocabulary == NEW
     assert grown.report.lost == {"a": 0.25}

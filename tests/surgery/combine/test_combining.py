@@ -131,7 +131,7 @@ def test_bottlenecks_are_joined_to_one_that_adds_what_they_add(name: str) -> Non
     rules = ps.parse_rules(BOTTLENECK)
     model = made(name, (rules, {}), (rules, {"width": 2, "strength": 3.0}))
     combined = ps.combine(model, {"a": 1.0, "b": 1.0}, "new", "cat")
-    values, strength = combined.values("new"), combined.operations[-1].settings["strength"]
+    values, strength = combined.learnt("new"), combined.operations[-1].settings["strength"]
     for full, value in values.items():
         a, b = (model.get_parameter(full.replace(".new.", f".{n}.")) for n in "ab")
         if full.endswith(".c"):
@@ -153,7 +153,7 @@ def test_bottlenecks_are_joined_to_one_that_adds_what_they_add(name: str) -> Non
 def test_parameters_that_are_no_factors_are_averaged_as_they_are(rules: str) -> None:
     model = made("llama", (rules, {}), (rules, {}))
     combined = ps.combine(model, {"a": 0.25, "b": 0.75}, "new", "peft_linear")
-    for name, value in combined.values("new").items():
+    for name, value in combined.learnt("new").items():
         a, b = (model.get_parameter(name.replace(".new.", f".{n}.")) for n in "ab")
         torch.testing.assert_close(value, 0.25 * a + 0.75 * b)
 
@@ -213,7 +213,7 @@ def test_what_has_no_size_is_summed_where_the_change_is_linear_in_it() -> None:
     model = made("llama", (SHIFT, {}), (SHIFT, {"strength": 3.0}))
     combined = ps.combine(model, {"a": 0.5, "b": -2.0}, "new")
     strength = combined.operations[-1].settings["strength"]
-    for name, value in combined.values("new").items():
+    for name, value in combined.learnt("new").items():
         a, b = (model.get_parameter(name.replace(".new.", f".{n}.")) for n in "ab")
         torch.testing.assert_close(strength * value, 0.5 * a - 6 * b)
 

@@ -88,8 +88,8 @@ def test_threads_that_make_a_choice_first_get_what_each_gets_alone() -> None:
     torch.testing.assert_close(results[1], original(INPUTS).logits.detach())
     twin = model()
     with torch.no_grad():  # the same parameters in a model that was made by one thread
-        for name, value in graph.values().items():
-            value.copy_(twin.values()[name])
+        for name, value in graph.learnt().items():
+            value.copy_(twin.learnt()[name])
     for call in CALLS:
         torch.testing.assert_close(call(graph), call(twin), rtol=0, atol=1e-6)
 
@@ -153,10 +153,10 @@ def test_blocks_end_in_any_order_and_errors_leave_nothing_behind() -> None:
     second.close()
     assert graph.active == ("a",)
     with graph.only("b"), graph.rows(["c", None, None]):
-        assert graph.is_by_row
+        assert graph._adapters.mode.by_row
         with pytest.raises(ZeroDivisionError), graph.only("d"):
             raise ZeroDivisionError(graph.active)
-        assert graph.is_by_row
+        assert graph._adapters.mode.by_row
     handle = graph.register_forward_hook(lambda *_: 1 / 0)
     for given in ({}, {"adapters": ["b", None, "c"]}):
         with pytest.raises(ZeroDivisionError):
@@ -203,11 +203,11 @@ def test_what_a_block_names_is_trained_in_it_whatever_others_choose() -> None:
         return set()
 
     together(partial(trained, "b"), partial(trained, "c"), partial(trained, "c"))
-    reached = {name for name, value in graph.values().items() if value.grad is not None}
-    assert reached == set(graph.values("b", "c"))
+    reached = {name for name, value in graph.learnt().items() if value.grad is not None}
+    assert reached == set(graph.learnt("b", "c"))
     graph.zero_grad()
-    kept = {name for name, value in graph.values().items() if value.requires_grad}
-    assert kept == set(graph.values("a"))
+    kept = {name for name, value in graph.learnt().items() if value.requires_grad}
+    assert kept == set(graph.learnt("a"))
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def copied(base: Path, to: Path, **changes: torch.Tensor) -> Path:
 
 def told(model: ps.OperatedModel) -> list[str]:
     """What a report says of where the operations come from."""
-    found = notes_of(model)
+    found = notes_of(model.operations)
     assert set(found) <= set(model.report.notes)
     return found
 

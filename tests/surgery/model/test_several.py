@@ -133,15 +133,15 @@ def test_only_active_adapters_are_trained(four: OperatedModel) -> None:
 
 def test_an_optimizer_step_changes_the_active_adapter_alone(four: OperatedModel) -> None:
     four.activate("c")
-    before = {name: value.clone() for name, value in four.values().items()}
+    before = {name: value.clone() for name, value in four.learnt().items()}
     optimizer = torch.optim.AdamW((p for p in four.parameters() if p.requires_grad), lr=0.1)
     four(**ZOO["bert"].inputs(2, 6)).logits.square().mean().backward()
     optimizer.step()
     four.deactivate()
     changed = {
-        name for name, value in four.values().items() if not torch.equal(value, before[name])
+        name for name, value in four.learnt().items() if not torch.equal(value, before[name])
     }
-    assert changed == set(four.values("c"))
+    assert changed == set(four.learnt("c"))
     assert torch.equal(logits(four), logits(ps.eject(four)))
 
 
@@ -199,8 +199,8 @@ def test_a_state_dict_is_read_whatever_was_active(
     base = {name: value.clone() for name, value in captured("bert").named_parameters()}
     assert not torch.equal(logits(twin), logits(four))
     twin.load_state_dict(state)
-    for name, value in four.values().items():
-        assert torch.equal(twin.values()[name], value)
+    for name, value in four.learnt().items():
+        assert torch.equal(twin.learnt()[name], value)
     twin.load_state_dict({**state, **{name: value + 1 for name, value in base.items()}})
     assert all(torch.equal(captured("bert").get_parameter(name), base[name]) for name in base)
 

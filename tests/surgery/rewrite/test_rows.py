@@ -127,13 +127,13 @@ def test_rows_are_trained_each_by_its_own_adapter(name: str, checkpointing: bool
     model.activate("lora", "biases")
     model.train().gradient_checkpointing(checkpointing)
     model(**batch(3, 6), adapters=names).logits.square().sum().backward()
-    mixed = {name: value.grad for name, value in model.values("lora", "biases").items()}
+    mixed = {name: value.grad for name, value in model.learnt("lora", "biases").items()}
     for row, used in enumerate(names[:2]):
         model.zero_grad()
         with model.only(str(used)):
             result = model(**batch(3, 6)).logits
         result[row].square().sum().backward()  # where other copies are in place
-        for full, value in model.values(str(used)).items():
+        for full, value in model.learnt(str(used)).items():
             torch.testing.assert_close(mixed[full], value.grad, rtol=1e-5, atol=1e-6, msg=full)
     model.zero_grad()
     model.gradient_checkpointing(False)

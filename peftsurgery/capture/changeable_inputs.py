@@ -1,13 +1,13 @@
-"""Fronts: a capture whose inputs can be changed before the model sees them.
+"""Captures whose inputs can be changed before the model sees them.
 
 A model that takes embeddings as well as token ids has a capture of either kind. Put the embedding's
 own nodes, taken from the capture of ids, before the capture of embeddings, and the result takes ids
 again; but every size in it now follows from the embeddings, so that they may be made longer, and
 more of them, than the ids that were given.
 
-    ids capture          input_ids -> embedding -> sizes of input_ids, masks, layers
-    embeddings capture   inputs_embeds -> sizes of inputs_embeds, masks, layers
-    front                input_ids -> embedding -> (here) -> sizes of the embeddings, masks, layers
+    capture of ids          input_ids -> embedding -> sizes of input_ids, masks, layers
+    capture of embeddings   inputs_embeds -> sizes of inputs_embeds, masks, layers
+    changeable inputs       input_ids -> embedding -> (here) -> sizes of embeddings, masks, layers
 """
 
 from __future__ import annotations
@@ -27,53 +27,60 @@ from peftsurgery.capture.sizes import evaluate_sizes, shape_texts, with_shapes
 
 
 @dataclass(frozen=True, eq=False)
-class Front:
-    """A capture, and the values of its top graph that are the inputs of the model behind.
+class ChangeableInputs:
+    """A capture, and the nodes of its top graph that are the inputs of the model behind.
 
-    ``entries`` are these values by the names of the inputs, ``behind`` the conditions on their
-    sizes, ``outside`` those on what a call gives.
+    ``nodes`` are these by the names of the inputs, ``behind`` the conditions on their sizes,
+    ``outside`` those on what a call gives.
     """
 
     capture: Capture
-    entries: Mapping[str, fx.Node]
+    nodes: Mapping[str, fx.Node]
     behind: tuple[str, ...]
     outside: tuple[str, ...]
 
     def conditions(self, changed: Mapping[str, Sequence[Any]]) -> tuple[str, ...]:
-        """Conditions on a call's sizes when these entries are given other shapes.
+        """Conditions on a call's sizes when these inputs are given other shapes.
 
-        The shapes are in terms of the symbols that the entries of the graph have.
+        The shapes are in terms of the symbols that the graph's inputs have.
         """
-        return tuple(dict.fromkeys((*self.outside, *with_shapes(self.behind, self.texts(changed)))))
-
-    def texts(self, changed: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
-        """Sizes of every entry, as Python expressions over the call's inputs."""
-        graph = self.capture.top.graph
-        shapes = {
-            name: node.meta["val"].shape
-            for name, node in self.entries.items()
-            if isinstance(node.meta.get("val"), torch.Tensor)
-        }
-        return {name: shape_texts(graph, shape) for name, shape in {**shapes, **changed}.items()}
+        return tuple(
+            dict.fromkeys((*self.outside, *with_shapes(self.behind, self._texts(changed))))
+        )
 
     def sizes(
         self, changed: Mapping[str, Sequence[Any]], leaves: Sequence[Any]
     ) -> dict[str, tuple[int, ...]]:
-        """Sizes of every entry, in numbers, for a call with these values."""
+        """Sizes of every input, in numbers, for a call with these values."""
         return {
             name: evaluate_sizes(self.capture.names, texts, leaves)
-            for name, texts in self.texts(changed).items()
+            for name, texts in self._texts(changed).items()
         }
 
+    def _texts(self, changed: Mapping[str, Sequence[Any]]) -> dict[str, tuple[str, ...]]:
+        """Sizes of every input, as Python expressions over the call's values."""
+        graph = self.capture.top.graph
+        shapes = {
+            name: node.meta["val"].shape
+            for name, node in self.nodes.items()
+            if isinstance(node.meta.get("val"), torch.Tensor)
+        }
+        return {name: shape_texts(graph, shape) for name, shape in {**shapes, **changed}.items()}
 
-def as_it_is(capture: Capture) -> Front:
-    """Identity front: the inputs of the capture's top graph are the entries."""
-    entries = {node.name: node for node in capture.top.graph.find_nodes(op="placeholder")}
-    return Front(capture, entries, capture.conditions, ())
+
+def as_given(capture: Capture) -> ChangeableInputs:
+    """The inputs of a capture that are all given as the model takes them.
+
+    Its capture is another object, since it is run with changed inputs, and ``capture`` is not.
+    """
+    nodes = {node.name: node for node in capture.top.graph.find_nodes(op="placeholder")}
+    return ChangeableInputs(replace(capture), nodes, capture.conditions, ())
 
 
-def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -> Front:
-    """``behind``, for the inputs of ``given``.
+def computed_from(
+    given: Capture, behind: Capture, values: Mapping[str, fx.Node]
+) -> ChangeableInputs:
+    """The inputs of ``behind``, some of them computed from those of ``given``.
 
     ``values`` are nodes of ``given``'s top graph by the name of the input of ``behind`` that they
     are; the other inputs of ``behind`` are inputs of ``given`` too.
@@ -84,13 +91,13 @@ def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -
     for node in given.top.graph.nodes:
         if node.op == "placeholder" or node in needed:
             outer[node] = graph.node_copy(node, outer.__getitem__)
-    entries = {node.name: outer[node] for node in given.top.graph.find_nodes(op="placeholder")}
-    entries |= {name: outer[node] for name, node in values.items()}
+    known = {node.name: outer[node] for node in given.top.graph.find_nodes(op="placeholder")}
+    known |= {name: outer[node] for name, node in values.items()}
     inner: dict[fx.Node, fx.Node] = {}
     for node in behind.top.graph.nodes:
         if node.op == "placeholder":
-            inner[node] = entries[node.name]
-            hand_on(node, entries[node.name], (GIVEN,))
+            inner[node] = known[node.name]
+            hand_on(node, known[node.name], (GIVEN,))
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], inner.__getitem__))
         else:
@@ -106,12 +113,12 @@ def put_before(behind: Capture, given: Capture, values: Mapping[str, fx.Node]) -
         mode=given.mode if behind.mode is None else behind.mode,
         calls={**given.calls, **behind.calls},
     )
-    front = Front(capture, taken, behind.conditions, given.conditions)
-    return replace(front, capture=replace(capture, conditions=front.conditions({})))
+    made = ChangeableInputs(capture, taken, behind.conditions, given.conditions)
+    return replace(made, capture=replace(capture, conditions=made.conditions({})))
 
 
 def call_behind(given: Capture, values: Mapping[str, fx.Node], sources: Sequence[str]) -> Call:
-    """An example of the call that ``put_before`` puts the values into.
+    """An example of the call that ``values``, computed from ``given``, are inputs of.
 
     ``sources`` are the inputs of ``given`` that it does without. All tensors are on meta, and have
     the sizes that follow from this call: a program may be shared with another call's capture.

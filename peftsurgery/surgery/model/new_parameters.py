@@ -1,0 +1,109 @@
+"""What a plan adds to a model: parameters with initial or given values, and trained copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.capture.names import join
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language import initial_values, shape_of, weights_read
+from peftsurgery.surgery.plan.cut import Cut, copy_name
+from peftsurgery.surgery.rewrite.layout import orient
+
+
+def new_parameters(
+    cuts: Iterable[Cut],
+    given: Mapping[str, Tensor],
+    dense: Callable[[str], Tensor],
+    stored: Callable[[str], Tensor],
+    device: torch.device,
+) -> dict[str, nn.Parameter]:
+    """The parameters that cuts add and the copies that they train, by absolute name, in order.
+
+    A parameter that sites share is there under the name that it has in each of them too. ``given``
+    are values to take instead of initial ones; ``dense`` reads a weight of the base for initial
+    values, ``stored`` a tensor of it as it is, which may be on meta; ``device`` is for what belongs
+    to no weight. PSG308 for a given value of another shape.
+    """
+    made: dict[str, nn.Parameter] = {}
+    for cut in cuts:
+        own = join(cut.placed.block, cut.holder)
+        if not all(join(own, name) in made for name in cut.parameters):
+            for name, value in _starts(
+                cut, given, made, dense, _device(cut, stored, device)
+            ).items():
+                param = nn.Parameter(value, requires_grad=cut.rule.params[name].train)
+                made[join(own, name)] = made.setdefault(cut.parameters[name], param)
+        if cut.rule.train and cut.placed.parameter is not None:
+            home = copy_name(cut.placed.parameter, cut.operation.name)
+            made[home] = _copy(cut.placed.parameter, home, given, stored)
+    return made
+
+
+def read_weights(cuts: Iterable[Cut], given: Mapping[str, Tensor]) -> bool:
+    """Whether initial values of what is not ``given`` are made of the base's weights."""
+    return any(
+        not cut.site.nodes.keys().isdisjoint(weights_read(param, cut.rule, cut.numbers))
+        for cut in cuts
+        for name, param in cut.rule.params.items()
+        if cut.parameters[name] not in given
+    )
+
+
+def _starts(
+    cut: Cut,
+    given: Mapping[str, Tensor],
+    made: Mapping[str, Tensor],
+    dense: Callable[[str], Tensor],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """What a cut's parameters start with: values that there are for them, or initial ones."""
+    known = {}
+    for name, full in cut.parameters.items():
+        value = made.get(full, given.get(full))
+        if value is not None:
+            param = cut.rule.params[name]
+            _check_shape(full, value, shape_of(param, cut.rule, cut.numbers))
+            known[name] = value.detach().to(device=device, dtype=getattr(torch, param.dtype))
+    unknown = [param for name, param in cut.rule.params.items() if name not in known]
+    env: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
+    read = {name for param in unknown for name in weights_read(param, cut.rule, cut.numbers)}
+    env |= {name: site_weight(cut, name, dense) for name in sorted(read)}
+    return initial_values(cut.rule, env, known, device=device)
+
+
+def site_weight(cut: Cut, name: str, dense: Callable[[str], Tensor]) -> Any:
+    """A weight of a cut's site as its rule sees it, (out, in); 0.0 where the site has none."""
+    if name not in cut.site.nodes:
+        return 0.0
+    full = join(cut.placed.block, str(cut.site.nodes[name].target))
+    return orient(dense(full), cut.site, name)
+
+
+def _device(cut: Cut, stored: Callable[[str], Tensor], other: torch.device) -> torch.device:
+    """Where a cut's parameters belong: with the weight of its site, if that is anywhere yet."""
+    name = cut.placed.parameter
+    device = other if name is None else stored(name).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _copy(
+    name: str, home: str, given: Mapping[str, Tensor], stored: Callable[[str], Tensor]
+) -> nn.Parameter:
+    """A trainable copy of a parameter of the base; a value given for that is the copy's too."""
+    mine = stored(name)
+    value = given.get(home, given.get(name, mine)).detach()
+    _check_shape(name, value, mine.shape)
+    # a value that is given waits for the base's weights where it is, others are read with them
+    device = value.device if mine.is_meta else mine.device
+    return nn.Parameter(value.to(device=device, dtype=mine.dtype, copy=True))
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        message = f"'{name}' has shape {list(value.shape)}, where {list(shape)} is needed"
+        raise SurgeryError("PSG308", message)

@@ -1,0 +1,70 @@
+"""What operations make of a model's captures: a plan for each, and programs for each mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftsurgery.capture import Capture
+from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.model.changed_inputs import ChangedInputs
+from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.plan.fusion import taking_part
+from peftsurgery.surgery.plan.mode import Mode
+from peftsurgery.surgery.plan.plan import Plan, make_plan
+from peftsurgery.surgery.plan.same_places import check_reached
+from peftsurgery.surgery.rewrite.capture import Rewrites
+from peftsurgery.surgery.rewrite.inputs import new_shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Rewriting:
+    """The operations of a plan, done again in every capture.
+
+    ``first`` is the plan of the capture that the model was operated on in, ``inputs`` what its
+    operations change of the inputs.
+    """
+
+    first: Plan
+    inputs: ChangedInputs
+    _plans: dict[int, tuple[Capture, Plan]] = field(default_factory=dict)
+    _rewrites: Rewrites = field(default_factory=Rewrites)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
+        return self  # what it holds is immutable, and the same for a copy of the model
+
+    def plan_of(self, capture: Capture) -> Plan:
+        """Where the operations cut in a capture, active or not."""
+        known = self._plans.get(id(capture))
+        if known is None:
+            known = self._plans[id(capture)] = capture, make_plan(self.first.operations, capture)
+        return known[1]
+
+    def cuts_in(self, capture: Capture, mode: Mode) -> list[Cut]:
+        """The cuts that are made in a capture in a mode."""
+        cuts = taking_part(self.plan_of(capture).cuts, mode)
+        return [cut for cut in cuts if self.inputs.has_cut(capture, cut)]
+
+    def new_shapes(self, mode: Mode, capture: Capture) -> dict[str, tuple[Any, ...]]:
+        """The shapes of a capture's inputs once they are changed, by the arguments' names."""
+        return new_shapes(self.cuts_in(capture, mode))
+
+    def rewritten(
+        self, capture: Capture, mode: Mode, stored: Mapping[str, Stored], moved: Mapping[str, str]
+    ) -> Capture:
+        """A capture with the cuts made that take part in a mode.
+
+        ``stored`` are the weights that the model keeps packed, ``moved`` the names that parameters
+        have instead of their own. PSG307 if the capture has sites the first one had not, PSG318 if
+        it has lost some.
+        """
+
+        def is_made(cut: Cut) -> bool:
+            return mode.takes_part(cut) and self.inputs.has_cut(capture, cut)
+
+        check_reached(self.first, self.plan_of(capture), is_made)
+        cuts = self.cuts_in(capture, mode)
+        order = mode.names if mode.by_row else None
+        ready = self._rewrites.capture(capture, cuts, order, stored, moved)
+        return self.inputs.conditioned(capture, ready, cuts)

@@ -1,0 +1,129 @@
+"""Models over the tensors of another: shared with it and frozen, some packed, some copied.
+
+What is read by a name depends on the adapters that a call chooses: the base's own tensor, or the
+copy of it that one of them trains. A packed weight has the name that the weight had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from peftsurgery.capture import GraphModel
+from peftsurgery.capture.captures import Casts
+from peftsurgery.capture.threads import making
+from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.store import PackedWeights
+from peftsurgery.surgery.model.tensors import frozen, put, share
+from peftsurgery.surgery.model.trained_copies import TrainedCopies
+from peftsurgery.surgery.plan.plan import Plan
+
+
+class SharedModel(GraphModel):
+    """A captured model that has its base's tensors, as a plan needs them."""
+
+    def __init__(self, model: GraphModel, plan: Plan) -> None:
+        """Share the tensors that ``model`` has now, and keep packed what the plan stores.
+
+        What ``model`` itself trained of the base is not the base's, and is not shared.
+        """
+        before = model if isinstance(model, SharedModel) else None
+        self._plan, self._base = plan, _Base(base_of(model))
+        self._copies = TrainedCopies.of(plan.cuts)
+        self._packed = PackedWeights(None if before is None else before._packed)
+        super().__init__(model._captures, frozen)
+        names = str if before is None else before._copies.base_name
+        share(self, model, self._captures.tensors, names)
+        self._bound = model._bound
+        with making():
+            self._pack()
+
+    @property
+    def base(self) -> GraphModel:
+        """The captured model that the operations are on."""
+        return self._base.model
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """The base's weights that the model keeps packed, whichever adapters are active."""
+        return self._packed.weights
+
+    def _pack(self) -> None:
+        """Keep packed what the plan stores, and dense what only the model before had packed."""
+        infos, base = self._captures.tensors, self.base
+        for name in self._packed.settle(self._plan.cuts, infos, self.get_parameter):
+            self._replace(name, base.get_parameter(name))
+            self._bound = self._bound and base._bound
+        self._packed.pack(self.get_parameter, self._replace)
+
+    def _replace(self, name: str, value: Tensor) -> None:
+        """Replace a parameter's tensor under all of its names."""
+        put(self, (name, *self._unread(name)), value)
+
+    def _unread(self, name: str) -> list[str]:
+        """Aliases of a tied parameter that no program reads; they must follow every replacement."""
+        return [alias for alias in self._captures.names[name] if alias not in self._plan.read]
+
+    def _read(self, active: Collection[str], name: str) -> Tensor:
+        """What a call reads under a name if these adapters are active, unpacked."""
+        read = self._copies.read(name, active)
+        return self._packed.dense(name, self.get_parameter(read))
+
+    def _read_weights(self) -> None:
+        """Read the base's weights; those that the rules train are copied."""
+        with self._copies.all_at_home(self):
+            self._read_base()
+            self._copies.fill(self)
+
+    def _bind_base(self) -> None:
+        """Read the base's weights, before there are copies of them."""
+        if not self._bound:
+            self._read_base()
+            self._bound = True
+
+    def _read_base(self) -> None:
+        super()._read_weights()
+        if self._packed.weights:
+            self._packed.pack(self.get_parameter, self._replace)
+            self.source.release()
+
+    def _fill(self) -> None:
+        """Read the base's weights if rules train some of them, and there are any to read."""
+        copies = (self.get_parameter(self._copies.name(home)) for home in self._copies.made)
+        if self.source.is_readable and any(copy.is_meta for copy in copies):
+            self.bind()
+
+    def _rename(
+        self, state: dict[str, Tensor], prefix: str = "", adapters: Sequence[str] = ()
+    ) -> None:
+        """Give copies in a state dict, of these adapters or of all, the names they have here."""
+        self._copies.rename(state, prefix, adapters)
+
+    def _names_of_base(self) -> frozenset[str]:
+        """Current names of the base's own tensors."""
+        return frozenset(map(self._copies.base_name, self._captures.tensors))
+
+    def _casts(self) -> Casts:
+        return super()._casts() | self._packed.casts(self._captures.tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._packed.cast(fn)
+        return super()._apply(fn, recurse)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """Holds the base without making it a part of the model."""
+
+    model: GraphModel
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
+        return self  # a copy of an operated model is on the same base
+
+
+def base_of(model: GraphModel) -> GraphModel:
+    """The captured model that a model's operations are on, or itself."""
+    return model.base if isinstance(model, SharedModel) else model
