@@ -33,7 +33,7 @@ class SharedModel(GraphModel):
         before = model if isinstance(model, SharedModel) else None
         self._plan, self._base = plan, _Base(base_of(model))
         self._copies = TrainedCopies.of(plan.cuts)
-        self._packed = PackedWeights(None if before is None else before._packed)
+        self._packed: PackedWeights = PackedWeights(None if before is None else before._packed)
         super().__init__(model._captures, frozen)
         names = str if before is None else before._copies.base_name
         share(self, model, self._captures.tensors, names)
