@@ -187,7 +187,7 @@ class OperatedModel(SharedModel):
         yield from super().read_from()
         for operation in self.operations:
             yield operation.origin.folder
-            yield operation.file.place
+            yield from operation.file.sources
 
     def extra_repr(self) -> str:
         """The adapters, and which of them are active."""
