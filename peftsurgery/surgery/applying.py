@@ -28,7 +28,7 @@ from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.learnt import Learnt
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.provenance import operations_of
-from peftsurgery.surgery.model.shared import base_of
+from peftsurgery.surgery.model.shared import unoperated
 from peftsurgery.surgery.plan.cut import Operation, adapter_name
 from peftsurgery.surgery.plan.fusion import check_unused
 from peftsurgery.surgery.plan.origin import Origin
@@ -131,7 +131,7 @@ def eject(model: GraphModel, name: str | None = None) -> GraphModel:
         check_name(name, (operation.name for operation in operations))
     rest = [op for op in operations if name is not None and op.name != name]
     check_unused(str(name), rest)
-    return remade(model, rest) if rest and isinstance(model, OperatedModel) else base_of(model)
+    return remade(model, rest) if rest and isinstance(model, OperatedModel) else unoperated(model)
 
 
 def remade(model: OperatedModel, operations: Sequence[Operation]) -> OperatedModel:
@@ -160,7 +160,7 @@ def carried_out(
     """
     inputs = ChangedInputs.of(operations, model.source.module)
     plan = make_plan(operations, inputs.planned(model.base_capture, model._captured))
-    check_plan(plan, (name for name, _ in base_of(model).named_parameters()))
+    check_plan(plan, (name for name, _ in unoperated(model).named_parameters()))
     for cut in plan.distinct_cuts:
         check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
     return OperatedModel(model, plan, inputs, learnt)

@@ -67,7 +67,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class _Site:
+class _Ranked:
     """The parameters of one cut that have ranks: their names, and the dimension that counts them.
 
     The one that is set to zero comes first.
@@ -198,7 +198,7 @@ class RankAllocator:
         threshold = together.kthvalue(excess).values.item()
         return {name: score > threshold for name, score in scores.items()}
 
-    def _score(self, site: _Site) -> Tensor:
+    def _score(self, site: _Ranked) -> Tensor:
         """The importance of every rank of a site."""
         sensitivity, uncertainty = (self._running[key] for key in _RUNNING)
         scores = []
@@ -244,11 +244,11 @@ def _cuts(model: OperatedModel, name: str | None) -> list[Cut]:
     return [cut for cut in cuts if cut.operation.name == chosen]
 
 
-def _site(cut: Cut) -> _Site:
+def _site(cut: Cut) -> _Ranked:
     assert cut.rule.ranks is not None
     axes, zero = cut.rule.ranks.axes, cut.rule.ranks.zero
     order = sorted(axes, key=lambda name: name != zero)
-    return _Site({cut.parameters[name]: axes[name] for name in order}, cut.parameters[zero])
+    return _Ranked({cut.parameters[name]: axes[name] for name in order}, cut.parameters[zero])
 
 
 def _schedule(cuts: Iterable[Cut], total: int | None) -> Schedule:

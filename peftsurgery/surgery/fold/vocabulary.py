@@ -15,7 +15,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.applying import carried_out, learnt_by
 from peftsurgery.surgery.fold.folding import fold
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.shared import base_of
+from peftsurgery.surgery.model.shared import unoperated
 
 
 def built(model: GraphModel, build: Build) -> GraphModel:
@@ -25,7 +25,7 @@ def built(model: GraphModel, build: Build) -> GraphModel:
     have; PSG308 for one that is as large as the old vocabulary, PSG219 if the vocabulary cannot be
     changed.
     """
-    base = base_of(model)
+    base = unoperated(model)
     if build.vocabulary is None:
         return model
     if tokens_of(base.source.module) == build.vocabulary:

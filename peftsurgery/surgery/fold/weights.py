@@ -20,7 +20,7 @@ from peftsurgery.language import fold as folded
 from peftsurgery.language import names_in
 from peftsurgery.language.rule_algebra import rows_of, some_rows
 from peftsurgery.surgery.fold.readers import check_readers
-from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, in_order
@@ -162,7 +162,7 @@ def _check_foldable(cut: Cut) -> None:
 
 
 def _rounded(
-    name: str, exact: torch.Tensor, dtype: torch.dtype, stored: Stored | None
+    name: str, exact: torch.Tensor, dtype: torch.dtype, stored: PackedWeight | None
 ) -> tuple[torch.Tensor, Gap]:
     """Round a weight to its dtype; returns it with the error. Raises PSG402, PSG403."""
     rounded = exact if exact.dtype == dtype else torch.empty_like(exact, dtype=dtype)

@@ -113,7 +113,7 @@ def _scale_codes(device: torch.device) -> torch.Tensor:
     return codes.to(device)
 
 
-class Stored(NamedTuple):
+class PackedWeight(NamedTuple):
     """A packed weight: its recipe, the dtype its products are computed in, and who packed it."""
 
     recipe: Recipe

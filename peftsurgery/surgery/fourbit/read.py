@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from peftsurgery.surgery.fourbit.pack import Recipe, Stored, unpack
+from peftsurgery.surgery.fourbit.pack import PackedWeight, Recipe, unpack
 
 _ATEN = torch.ops.aten
 # Products of plain arguments, one of which is the weight.
@@ -27,7 +27,7 @@ PRODUCTS = frozenset(
 )
 
 
-def read_packed(graph: fx.Graph, stored: Mapping[str, Stored]) -> None:
+def read_packed(graph: fx.Graph, stored: Mapping[str, PackedWeight]) -> None:
     """Rewrite a graph to read these weights, by their names in it, in packed form."""
     for node in list(graph.find_nodes(op="get_attr")):
         if str(node.target) not in stored:

@@ -19,7 +19,7 @@ from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.fourbit.pack import Stored, bitsandbytes, pack, unpack
+from peftsurgery.surgery.fourbit.pack import PackedWeight, bitsandbytes, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Gap:
     count: int = 0
 
 
-def gap_between(exact: torch.Tensor, written: torch.Tensor, stored: Stored | None) -> Gap:
+def gap_between(exact: torch.Tensor, written: torch.Tensor, stored: PackedWeight | None) -> Gap:
     """The gap of a ``written`` weight, packed again first if it is ``stored`` in four bits."""
     if stored is not None:
         written = unpack(pack(written, stored.recipe), stored.recipe)
@@ -78,7 +78,7 @@ def error_of(gaps: Mapping[str, Gap]) -> FoldError:
     return FoldError(len(gaps), largest, worst, mean)
 
 
-def pack_layers(module: nn.Module, stored: Mapping[str, Stored]) -> None:
+def pack_layers(module: nn.Module, stored: Mapping[str, PackedWeight]) -> None:
     """Make the layers of these weights bitsandbytes' own, in place.
 
     A transformers model says so in its config too, so that ``save_pretrained`` writes what
@@ -97,7 +97,7 @@ def pack_layers(module: nn.Module, stored: Mapping[str, Stored]) -> None:
         _declare(module, stored)
 
 
-def _pack_layer(module: nn.Module, name: str, stored: Stored) -> None:
+def _pack_layer(module: nn.Module, name: str, stored: PackedWeight) -> None:
     path, _, leaf = name.rpartition(".")
     old = module.get_submodule(path)
     if not isinstance(old, nn.Linear | Conv1D) or leaf != "weight":
@@ -126,7 +126,7 @@ def _pack_layer(module: nn.Module, name: str, stored: Stored) -> None:
     setattr(module.get_submodule(parent), child, layer.train(old.training))
 
 
-def _declare(model: PreTrainedModel, stored: Mapping[str, Stored]) -> None:
+def _declare(model: PreTrainedModel, stored: Mapping[str, PackedWeight]) -> None:
     """Say in the model's config which of its layers are in four bits.
 
     The file holds the storage of each weight; the config has room for one dtype of products.

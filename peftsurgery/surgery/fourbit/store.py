@@ -9,7 +9,7 @@ import torch
 from peftsurgery.capture.program import TensorInfo
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.storage import storage_of
-from peftsurgery.surgery.fourbit.pack import PACKABLE, Stored, pack, recipe_of, unpack
+from peftsurgery.surgery.fourbit.pack import PACKABLE, PackedWeight, pack, recipe_of, unpack
 from peftsurgery.surgery.plan.cut import Cut
 
 Read = Callable[[str], torch.Tensor]
@@ -24,7 +24,7 @@ class PackedWeights:
 
     def __init__(self, other: PackedWeights | None = None) -> None:
         """As ``other``, whose tensors the model shares."""
-        self.weights: dict[str, Stored] = {} if other is None else dict(other.weights)
+        self.weights: dict[str, PackedWeight] = {} if other is None else dict(other.weights)
         self.packed: set[str] = set() if other is None else set(other.packed)
         self.dtypes: dict[str, torch.dtype] = {} if other is None else dict(other.dtypes)
 
@@ -88,9 +88,9 @@ def _stored_by(
     infos: Mapping[str, TensorInfo],
     packed: Mapping[str, torch.dtype],
     read: Read,
-) -> dict[str, Stored]:
+) -> dict[str, PackedWeight]:
     """What cuts store, by name; ``packed`` are the dtypes of weights that are bytes already."""
-    found: dict[str, Stored] = {}
+    found: dict[str, PackedWeight] = {}
     trained = set()
     for cut in cuts:
         if cut.rule.train:
@@ -103,7 +103,7 @@ def _stored_by(
             _check(cut, full, shape, dtype)
             recipe = recipe_of(storage, shape, dtype, name in cut.site.turned)
             compute = None if storage.compute is None else getattr(torch, storage.compute)
-            stored = Stored(recipe, compute, cut.operation.name)
+            stored = PackedWeight(recipe, compute, cut.operation.name)
             other = found.setdefault(full, stored)
             if other[:2] != stored[:2]:
                 raise _refuse(full, f"is stored in another way by '{other.adapter}'")

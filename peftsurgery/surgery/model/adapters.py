@@ -25,7 +25,7 @@ from peftsurgery.capture.tensors import parameters_of
 from peftsurgery.capture.watched import original_at
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.where import layer_range
-from peftsurgery.surgery.model.choices import Choice, Choices, rows_of
+from peftsurgery.surgery.model.choices import Choice, Choices, named_rows
 from peftsurgery.surgery.model.trained_copies import TrainedCopies
 from peftsurgery.surgery.plan.fusion import fused_names
 from peftsurgery.surgery.plan.mode import Mode, mode_of
@@ -107,7 +107,7 @@ class Adapters:
 
     def choice(self, names: Any, repeated: bool = True) -> Choice:
         """The choice of calls whose rows have these adapters, None the base. PSG310, PSG314."""
-        rows = rows_of(names, repeated)
+        rows = named_rows(names, repeated)
         mode = self.mode_with(self.mode, (name for name in rows.names if name is not None))
         return Choice(replace(mode, by_row=True), rows)
 
@@ -128,7 +128,7 @@ class Adapters:
             return named[0]
         if given.get("adapter_names") is None:
             return self.choice(named[0], repeated)
-        rows = rows_of(named[0])
+        rows = named_rows(named[0])
         return self.choice([None if name == BASE else name for name in rows.names], repeated)
 
     def working(self, mode: Mode) -> frozenset[str]:

@@ -52,7 +52,7 @@ class Rows:
         return times
 
 
-def rows_of(names: Any, repeated: bool = True) -> Rows:
+def named_rows(names: Any, repeated: bool = True) -> Rows:
     """The rows for which these adapters are named. PSG314 for what names no adapters of rows."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         hint = "name one for each row of the batch, as in ['law', None]; None is the base"

@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True)
-class Share:
+class Matched:
     """How many sites were cut, of how many there are."""
 
     matched: int
@@ -33,8 +33,8 @@ class Coverage:
     are no weight or bias of a site, so that rules reach them as bare parameters alone.
     """
 
-    roles: Mapping[str, Share]
-    kinds: Mapping[str, Share]
+    roles: Mapping[str, Matched]
+    kinds: Mapping[str, Matched]
     uncovered: tuple[str, ...]
 
     @staticmethod
@@ -56,7 +56,7 @@ class Coverage:
                 roles.setdefault(site.role, []).append(is_cut)
             if site.site.whole is None:
                 kinds.setdefault(site.kind, []).append(is_cut or any(mine))
-        return Coverage(_shares(roles), _shares(kinds), _uncovered(known))
+        return Coverage(_matched(roles), _matched(kinds), _uncovered(known))
 
     def to_dict(self) -> dict[str, Any]:
         """The shares as ``--json`` prints them, under the report's keys."""
@@ -88,8 +88,8 @@ def _key(site: Placed) -> tuple[str, int]:
     return site.block, id(site.site)
 
 
-def _shares(found: Mapping[str, Sequence[bool]]) -> dict[str, Share]:
-    return {name: Share(sum(cut), len(cut)) for name, cut in found.items()}
+def _matched(found: Mapping[str, Sequence[bool]]) -> dict[str, Matched]:
+    return {name: Matched(sum(cut), len(cut)) for name, cut in found.items()}
 
 
 def _uncovered(sites: Iterable[Placed]) -> tuple[str, ...]:
@@ -97,5 +97,5 @@ def _uncovered(sites: Iterable[Placed]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for name in names if name is not None))
 
 
-def _listed(shares: Mapping[str, Share]) -> str:
-    return ", ".join(f"{name} {share}" for name, share in shares.items())
+def _listed(counts: Mapping[str, Matched]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftsurgery.capture import Capture
-from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.plan.fusion import taking_part
@@ -51,7 +51,11 @@ class Rewriting:
         return new_shapes(self.cuts_in(capture, mode))
 
     def rewritten(
-        self, capture: Capture, mode: Mode, stored: Mapping[str, Stored], moved: Mapping[str, str]
+        self,
+        capture: Capture,
+        mode: Mode,
+        stored: Mapping[str, PackedWeight],
+        moved: Mapping[str, str],
     ) -> Capture:
         """A capture with the cuts made that take part in a mode.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.captures import Casts
 from peftsurgery.capture.threads import making
-from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.store import PackedWeights
 from peftsurgery.surgery.model.tensors import frozen, put, share
 from peftsurgery.surgery.model.trained_copies import TrainedCopies
@@ -31,7 +31,7 @@ class SharedModel(GraphModel):
         What ``model`` itself trained of the base is not the base's, and is not shared.
         """
         before = model if isinstance(model, SharedModel) else None
-        self._plan, self._base = plan, _Base(base_of(model))
+        self._plan, self._base = plan, _Base(unoperated(model))
         self._copies = TrainedCopies.of(plan.cuts)
         self._packed: PackedWeights = PackedWeights(None if before is None else before._packed)
         super().__init__(model._captures, frozen)
@@ -47,7 +47,7 @@ class SharedModel(GraphModel):
         return self._base.model
 
     @property
-    def stored(self) -> Mapping[str, Stored]:
+    def stored(self) -> Mapping[str, PackedWeight]:
         """The base's weights that the model keeps packed, whichever adapters are active."""
         return self._packed.weights
 
@@ -124,6 +124,6 @@ class _Base:
         return self  # a copy of an operated model is on the same base
 
 
-def base_of(model: GraphModel) -> GraphModel:
+def unoperated(model: GraphModel) -> GraphModel:
     """The captured model that a model's operations are on, or itself."""
     return model.base if isinstance(model, SharedModel) else model

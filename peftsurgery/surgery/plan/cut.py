@@ -141,7 +141,7 @@ def _step(cut: Cut) -> int:
     return 2 if names - {kind.result, kind.computes} else 3
 
 
-def check_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
+def check_names_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
     """Refuse two cuts that would share a parameter without sharing a weight. PSG304."""
     owners: dict[str, Cut] = {}
     occupied = set(taken)

@@ -15,7 +15,7 @@ from typing import Any
 from peftsurgery.capture import Capture
 from peftsurgery.capture.threads import making
 from peftsurgery.language import Located, Selection
-from peftsurgery.surgery.plan.cut import Cut, Operation, check_free, check_lengthened
+from peftsurgery.surgery.plan.cut import Cut, Operation, check_lengthened, check_names_free
 from peftsurgery.surgery.plan.fusion import check_fused, check_fusions
 from peftsurgery.surgery.plan.select import select_cuts
 
@@ -80,5 +80,5 @@ def check_plan(plan: Plan, taken: Iterable[str]) -> None:
     check_fused(plan.operations, plan.cuts)
     for selection in plan.selections:
         selection.check()
-    check_free(plan.cuts, taken)
+    check_names_free(plan.cuts, taken)
     check_lengthened(plan.cuts, plan.sites)

@@ -10,13 +10,13 @@ from torch import fx
 
 from peftsurgery.capture import Capture, Program
 from peftsurgery.capture.names import join
-from peftsurgery.surgery.fourbit.pack import Stored
+from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.read import read_packed
 from peftsurgery.surgery.plan.cut import Cut, in_order
 from peftsurgery.surgery.rewrite.batch_axis import batches
 from peftsurgery.surgery.rewrite.inputs import is_at_boundary, sew_inputs
 from peftsurgery.surgery.rewrite.program import Rewriter
-from peftsurgery.surgery.rewrite.rows import Choice, check_lengths, pass_rows, row_graph
+from peftsurgery.surgery.rewrite.rows import RowChoice, check_lengths, pass_rows, row_graph
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Edits:
 
     cuts: Sequence[Cut]
     calls: Mapping[str, str]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, PackedWeight]
     moved: Mapping[str, str]
-    choice: Choice | None
+    choice: RowChoice | None
 
     @property
     def is_nothing(self) -> bool:
@@ -72,7 +72,7 @@ class Rewrites:
         source: Capture,
         cuts: Sequence[Cut],
         rows: Sequence[str] | None = None,
-        stored: Mapping[str, Stored] | None = None,
+        stored: Mapping[str, PackedWeight] | None = None,
         moved: Mapping[str, str] | None = None,
     ) -> Capture:
         """``source`` with the cuts made. Inner blocks come first, since their callers name them.
@@ -133,11 +133,11 @@ class Rewrites:
         return program.rewritten(f"{label}.{number}" if number else label, graph)
 
 
-def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Program], Choice]:
+def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Program], RowChoice]:
     """What every program needs to know to choose by rows."""
     known = batches(source)
     return {
-        (path, program): Choice(tuple(adapters), known.get((path, program)), path == "")
+        (path, program): RowChoice(tuple(adapters), known.get((path, program)), path == "")
         for path, programs in source.programs.items()
         for program in programs
     }
@@ -168,7 +168,9 @@ def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
     return rewriter.graph
 
 
-def _read_by(path: str, program: Program, stored: Mapping[str, Stored]) -> dict[str, Stored]:
+def _read_by(
+    path: str, program: Program, stored: Mapping[str, PackedWeight]
+) -> dict[str, PackedWeight]:
     """The packed weights that a block's program reads, by their names in it."""
     nodes = program.graph.find_nodes(op="get_attr") if stored else ()
     names = dict.fromkeys(str(node.target) for node in nodes)

@@ -30,7 +30,7 @@ ATEN = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoice:
     """The adapters that the rows of a program's batch choose among, and where its batch is."""
 
     adapters: tuple[str, ...]
@@ -41,7 +41,7 @@ class Choice:
 class RowRewriter(Rewriter):
     """Sews cuts into a program so that each changes the rows of its own adapter alone."""
 
-    def __init__(self, program: Program, choice: Choice) -> None:
+    def __init__(self, program: Program, choice: RowChoice) -> None:
         super().__init__(program)
         self.batch, self.adapters = choice.batch or Batch(None), choice.adapters
         with self.graph.inserting_before(_after_inputs(self.graph)):
@@ -173,7 +173,7 @@ def check_lengths(cuts: Iterable[Cut]) -> None:
             )
 
 
-def row_graph(program: Program, cuts: Sequence[Cut], choice: Choice) -> fx.Graph:
+def row_graph(program: Program, cuts: Sequence[Cut], choice: RowChoice) -> fx.Graph:
     """The program's graph with one input more, the rows, and the cuts sewn in for their rows.
 
     PSG313 if the rows cannot be told apart where an adapter changes something.

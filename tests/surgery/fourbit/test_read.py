@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from peftsurgery.language.storage import Storage
-from peftsurgery.surgery.fourbit.pack import Stored, pack, recipe_of, unpack
+from peftsurgery.surgery.fourbit.pack import PackedWeight, pack, recipe_of, unpack
 from peftsurgery.surgery.fourbit.read import multiplied, read_packed, unpacked
 
 pytest.importorskip("bitsandbytes.functional")
@@ -44,7 +44,7 @@ def test_what_is_read_is_the_unpacked_weight(read: str, compute: torch.dtype | N
     dense = unpack(packed, recipe)
     traced = torch.export.export(module, (torch.randn(3, 64),)).module(check_guards=False)
     assert isinstance(traced, fx.GraphModule)
-    read_packed(traced.graph, {"W": Stored(recipe, compute, "t")})
+    read_packed(traced.graph, {"W": PackedWeight(recipe, compute, "t")})
     assert [n.target for n in traced.graph.nodes if n.target in (multiplied, unpacked)] == [reader]
     traced.W = nn.Parameter(packed, requires_grad=False)
     traced.recompile()
