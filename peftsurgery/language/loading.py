@@ -31,7 +31,7 @@ def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
 
 @checked
 def load_rules(name: str | Path) -> RuleFile:
-    """A shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 if there is none.
+    """Load a shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 for none.
 
     A file that stands on another is laid over it: PSG108 if it stands on itself, PSG109 for a
     change of a rule that its base does not have.

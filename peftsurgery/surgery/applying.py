@@ -154,7 +154,7 @@ def remade(model: OperatedModel, operations: Sequence[Operation]) -> OperatedMod
 def carried_out(
     model: GraphModel, operations: Sequence[Operation], learnt: Learnt
 ) -> OperatedModel:
-    """The operations, and no others, on ``model`` or on its base: planned, checked, made.
+    """Carry out exactly these operations on a model's base: plan, check, make.
 
     Raises what :func:`apply` raises of them.
     """
@@ -167,7 +167,7 @@ def carried_out(
 
 
 def learnt_by(model: GraphModel) -> Learnt:
-    """What goes on in a model that is made of ``model``: nothing, if that is as it was captured."""
+    """State to carry over into a model made of this one; empty for a captured model."""
     return model._all_learnt() if isinstance(model, OperatedModel) else Learnt()
 
 
@@ -221,7 +221,7 @@ def _own(name: str | None, file: RuleFile) -> str:
 
 
 def _merged(settings: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings and keywords as one. PSG121 for one given in both ways."""
+    """Merge settings and keywords. Raises PSG121 for one given in both ways."""
     if settings is None:
         return dict(keywords)
     check_argument("apply(settings=)", settings, Mapping, "a dict of settings by name")

@@ -1,4 +1,4 @@
-"""Adapters that change a model's inputs: their rules are applied to captures that allow it.
+"""Changed inputs: adapters that rewrite a model's inputs, and the captures that allow it.
 
 Such a capture (:mod:`peftsurgery.capture.changeable_inputs`) is that of embeddings with the
 embedding's own nodes before it. While an adapter that changes the inputs is active, every call is
@@ -37,7 +37,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(eq=False)
 class ChangedInputs:
-    """The captures with changeable inputs that a model runs, made when they are first needed.
+    """Captures with rewritable inputs, made when they are first needed.
 
     ``names`` are the inputs that the rules of the ``adapters`` rewrite or read; no adapter at all
     is the usual case. ``find``, where it is asked for, gives the capture that serves a call of the
@@ -52,7 +52,7 @@ class ChangedInputs:
 
     @classmethod
     def of(cls, operations: Iterable[Operation], module: nn.Module) -> ChangedInputs:
-        """What the operations change of the inputs of ``module``, the model itself."""
+        """Collect what operations change of the inputs of ``module``, the original model."""
         rules = [
             (operation.name, rule)
             for operation in operations
@@ -66,15 +66,15 @@ class ChangedInputs:
         return self  # what it holds is immutable, and the same for a copy of the model
 
     def changed_in(self, mode: Mode) -> bool:
-        """Whether an active adapter changes what the model is given."""
+        """Whether an active adapter rewrites the model's inputs."""
         return not self.adapters.isdisjoint(mode.names)
 
     def has_cut(self, capture: Capture, cut: Cut) -> bool:
-        """Whether a cut is made in a capture: in an ordinary one, inputs are as they come."""
+        """Whether a cut is made in a capture: in ordinary ones, inputs are not rewritten."""
         return not is_at_boundary(cut) or id(capture) in self._made
 
     def planned(self, capture: Capture, find: Find) -> Capture:
-        """The capture that rules are applied to: itself, if no adapter changes the inputs."""
+        """Capture that rules are applied to; itself, unless an adapter rewrites the inputs."""
         return self._versions_of(capture, find)[0].capture if self.adapters else capture
 
     def fitting(
@@ -86,7 +86,7 @@ class ChangedInputs:
         serve: Callable[[Capture], Capture],
         changed: Callable[[Capture], Shapes],
     ) -> Capture:
-        """What serves a call that ``capture`` would serve as it comes, in train mode or not.
+        """Find or make the version of ``capture`` that serves a call with rewritten inputs.
 
         ``serve`` makes a version runnable, ``changed`` gives the shapes that its inputs have then.
         PSG352 if the inputs do not fit once they are changed, PSG354 for a call that goes on from a
@@ -113,7 +113,7 @@ class ChangedInputs:
         return ready
 
     def _versions_of(self, capture: Capture, find: Find) -> list[ChangeableInputs]:
-        """The versions there are of a capture; at least one. PSG351 if it cannot have any."""
+        """Versions of a capture with rewritable inputs, at least one. Raises PSG351 for none."""
         if id(capture) not in self._versions:
             with making():
                 if id(capture) not in self._versions:  # another thread may have made it meanwhile
@@ -129,14 +129,14 @@ class ChangedInputs:
         return made
 
     def conditioned(self, capture: Capture, ready: Capture, cuts: Sequence[Cut]) -> Capture:
-        """``ready``, made of ``capture``, with conditions for the inputs' sizes before the cuts."""
+        """Restate the size conditions of ``ready`` for inputs before they are rewritten."""
         made = self._made.get(id(capture))
         if made is None:
             return ready
         return replace(ready, conditions=made.conditions(new_shapes(cuts)))
 
     def _make(self, capture: Capture, find: Find, shapes: Shapes) -> ChangeableInputs:
-        """The capture of embeddings that fits, with the embedding before it."""
+        """Make a capture of embeddings, with the embedding of tokens put before it."""
         values = self._embeddings(capture)
         replaced = [ids for ids, embeds in TOKENS.items() if embeds in values]
         behind = capture
@@ -145,7 +145,7 @@ class ChangedInputs:
         return computed_from(capture, behind, values) if values else as_given(behind)
 
     def _embeddings(self, capture: Capture) -> dict[str, fx.Node]:
-        """Where tokens are embedded, by the argument that takes embeddings instead of tokens."""
+        """Embedding nodes, by the argument that takes embeddings instead of tokens."""
         values = {}
         for ids, embeds in TOKENS.items():
             if ids not in capture.names or not self.names & _names_of(embeds):

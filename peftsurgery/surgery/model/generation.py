@@ -1,4 +1,4 @@
-"""Generation by a model whose adapters change its inputs: what is given, what is counted.
+"""Generation with rewritten inputs: which arguments are inputs, and how lengths count.
 
 The adapters' part is done once, before anything is generated; transformers goes on from what they
 made of the inputs.
@@ -44,7 +44,7 @@ def check_outputs(cuts: Iterable[Cut]) -> None:
 def split_inputs(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
-    """What ``generate`` gets, without the inputs of the model; and these, with a mask, by name.
+    """Split the arguments of ``generate`` into settings and model inputs, with a mask.
 
     ``config`` is the model's generation config. Lengths that count the text in become numbers of
     new tokens: what rules add to the inputs is not counted.
@@ -76,7 +76,7 @@ def _new_tokens(settings: dict[str, Any], config: Any, text: int) -> dict[str, i
 
 
 def _mask(given: Mapping[str, Tensor], settings: Mapping[str, Any], config: Any) -> Tensor:
-    """The mask of inputs without one: padding is told from text if it is no end of a text."""
+    """Attention mask for inputs given without one, from the padding token."""
     tokens = given.get("input_ids")
     if tokens is None:
         return torch.ones_like(given["inputs_embeds"][..., 0], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""What one model hands on to another that is made of it."""
+"""State that one model hands on to another made of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftsurgery.surgery.model.adapters import Layers
 
 @dataclass(frozen=True)
 class Learnt:
-    """What a model begins with: what another one, or a file, has learnt and chosen.
+    """State that a model starts with: learnt values and choices of a model or a file.
 
     ``values`` are those of parameters by names that are the same in all models; ``active`` the
     adapters that take part in a call, and ``left_out`` the layers in which they do nothing;

@@ -16,7 +16,7 @@ from peftsurgery.errors import SurgeryError
 
 
 def moved_buffers(mine: Mapping[str, Tensor], base: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Of these buffers, by name, those that differ from what ``base`` gives under their names.
+    """Buffers that differ from the base's, by name.
 
     What is on meta has not moved.
     """
@@ -28,7 +28,7 @@ def moved_buffers(mine: Mapping[str, Tensor], base: Callable[[str], Tensor]) -> 
 
 
 def put_buffers(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Give buffers the values under their names.
+    """Write values into buffers, by name.
 
     PSG308 for a shape, PSG606 for numbers that the buffer cannot hold.
     """
@@ -46,7 +46,7 @@ def put_buffers(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers that a module's state dict has, by name."""
+    """Persistent buffers of a module, by name."""
     return {
         join(path, name): buffer
         for path, part in module.named_modules()

@@ -1,4 +1,4 @@
-"""What a plan adds to a model: parameters with initial or given values, and trained copies."""
+"""New parameters of a plan: added ones with initial or given values, and trained copies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def new_parameters(
     stored: Callable[[str], Tensor],
     device: torch.device,
 ) -> dict[str, nn.Parameter]:
-    """The parameters that cuts add and the copies that they train, by absolute name, in order.
+    """Make the parameters that cuts add, and the copies that they train, by absolute name.
 
     A parameter that sites share is there under the name that it has in each of them too. ``given``
     are values to take instead of initial ones; ``dense`` reads a weight of the base for initial
@@ -45,7 +45,7 @@ def new_parameters(
 
 
 def read_weights(cuts: Iterable[Cut], given: Mapping[str, Tensor]) -> bool:
-    """Whether initial values of what is not ``given`` are made of the base's weights."""
+    """Whether initial values that are not ``given`` need the base's weights."""
     return any(
         not cut.site.nodes.keys().isdisjoint(weights_read(param, cut.rule, cut.numbers))
         for cut in cuts
@@ -61,7 +61,7 @@ def _starts(
     dense: Callable[[str], Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """What a cut's parameters start with: values that there are for them, or initial ones."""
+    """Starting values of a cut's parameters: given ones, or evaluated initial ones."""
     known = {}
     for name, full in cut.parameters.items():
         value = made.get(full, given.get(full))
@@ -77,7 +77,7 @@ def _starts(
 
 
 def site_weight(cut: Cut, name: str, dense: Callable[[str], Tensor]) -> Any:
-    """A weight of a cut's site as its rule sees it, (out, in); 0.0 where the site has none."""
+    """Weight of a cut's site in the rules' form, (out, in); 0.0 where there is none."""
     if name not in cut.site.nodes:
         return 0.0
     full = join(cut.placed.block, str(cut.site.nodes[name].target))
@@ -85,7 +85,7 @@ def site_weight(cut: Cut, name: str, dense: Callable[[str], Tensor]) -> Any:
 
 
 def _device(cut: Cut, stored: Callable[[str], Tensor], other: torch.device) -> torch.device:
-    """Where a cut's parameters belong: with the weight of its site, if that is anywhere yet."""
+    """Device of a cut's parameters: that of its site's weight, unless it is on meta."""
     name = cut.placed.parameter
     device = other if name is None else stored(name).device
     return torch.device("cpu") if device.type == "meta" else device
@@ -94,7 +94,7 @@ def _device(cut: Cut, stored: Callable[[str], Tensor], other: torch.device) -> t
 def _copy(
     name: str, home: str, given: Mapping[str, Tensor], stored: Callable[[str], Tensor]
 ) -> nn.Parameter:
-    """A trainable copy of a parameter of the base; a value given for that is the copy's too."""
+    """Trainable copy of a base parameter, with the value given for it, if any."""
     mine = stored(name)
     value = given.get(home, given.get(name, mine)).detach()
     _check_shape(name, value, mine.shape)

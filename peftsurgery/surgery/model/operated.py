@@ -151,7 +151,7 @@ class OperatedModel(SharedModel):
         }
 
     def _all_learnt(self) -> Learnt:
-        """All that goes on in a model that is made of this one."""
+        """State to carry over into a model that is made of this one."""
         mode, trains = self._adapters.mode, self._adapters.trains(self)
         return Learnt(self._values(), mode.names, dict(mode.left_out), trains, self._lost)
 
@@ -310,7 +310,7 @@ class OperatedModel(SharedModel):
         return dict(zip(names, values, strict=True))
 
     def _find(self, call: Call, mode: Mode | None = None, prepared: bool = False) -> Capture:
-        """The capture that serves a call. PSG352 if its inputs do not fit once they are changed.
+        """Find the capture that serves a call. Raises PSG352 for rewritten inputs that do not fit.
 
         ``prepared`` says that they are changed already.
         """
@@ -324,13 +324,13 @@ class OperatedModel(SharedModel):
         return inputs.fitting(capture, call, self.training, self._captured, serve, changed)
 
     def _transformed(self, capture: Capture, mode: Mode) -> Capture:
-        """A capture with the cuts made that take part in a mode. PSG307, PSG318."""
+        """Rewrite a capture by the cuts that take part in a mode. Raises PSG307, PSG318."""
         moved = self._copies.moved(mode.replacing, mode.by_row)
         return self._rewriting.rewritten(capture, mode, self._packed.weights, moved)
 
     @property
     def _active_cuts(self) -> list[Cut]:
-        """The cuts of the adapters that take part in a call."""
+        """Cuts of the active adapters."""
         return taking_part(self.cuts, self._adapters.mode)
 
     def _penalty(self, mode: Mode) -> Tensor | None:

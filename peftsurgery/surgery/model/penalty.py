@@ -19,7 +19,7 @@ from peftsurgery.surgery.rewrite.layout import orient, wide
 
 
 def penalty_of(cuts: Iterable[Cut], read: Callable[[str], Tensor]) -> Tensor | None:
-    """The sum of the cuts' penalties, a tensor without dimensions; None if no rule has one.
+    """Sum of the cuts' penalties, a scalar tensor; None if no rule has one.
 
     ``read`` gives what a call reads under the name of a parameter.
     """

@@ -24,7 +24,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Report:
-    """What was done to an operated model, as text and as data.
+    """Report of an operated model: matches, parameters added, coverage and near misses.
 
     ``adapters`` says of each whether it is active, ``added`` the shape of every parameter that
     rules added; ``numbers`` are those of :func:`counted`, ``packed`` is how many elements packed
@@ -107,7 +107,7 @@ class Report:
 
 
 def counted(parameters: Iterable[nn.Parameter], resting: Iterable[nn.Parameter]) -> tuple[int, int]:
-    """The elements of the parameters that are trained, the resting ones aside, and of all."""
+    """Element counts of the trained parameters, without resting ones, and of all."""
     every, rest = list(parameters), {id(parameter) for parameter in resting}
     trained = (p.numel() for p in every if p.requires_grad and id(p) not in rest)
     return sum(trained), sum(parameter.numel() for parameter in every)

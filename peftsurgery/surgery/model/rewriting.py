@@ -1,4 +1,4 @@
-"""What operations make of a model's captures: a plan for each, and programs for each mode."""
+"""Rewriting of a model's captures: a plan for each capture, programs for each mode."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftsurgery.surgery.rewrite.inputs import new_shapes
 
 @dataclass(frozen=True, eq=False)
 class Rewriting:
-    """The operations of a plan, done again in every capture.
+    """The operations of a plan, repeated in every further capture.
 
     ``first`` is the plan of the capture that the model was operated on in, ``inputs`` what its
     operations change of the inputs.
@@ -35,7 +35,7 @@ class Rewriting:
         return self  # what it holds is immutable, and the same for a copy of the model
 
     def plan_of(self, capture: Capture) -> Plan:
-        """Where the operations cut in a capture, active or not."""
+        """Plan of a capture, made once: cuts of all operations, active or not."""
         known = self._plans.get(id(capture))
         if known is None:
             known = self._plans[id(capture)] = capture, make_plan(self.first.operations, capture)
@@ -47,7 +47,7 @@ class Rewriting:
         return [cut for cut in cuts if self.inputs.has_cut(capture, cut)]
 
     def new_shapes(self, mode: Mode, capture: Capture) -> dict[str, tuple[Any, ...]]:
-        """The shapes of a capture's inputs once they are changed, by the arguments' names."""
+        """Shapes of a capture's inputs after rewriting, by argument name."""
         return new_shapes(self.cuts_in(capture, mode))
 
     def rewritten(
@@ -57,7 +57,7 @@ class Rewriting:
         stored: Mapping[str, PackedWeight],
         moved: Mapping[str, str],
     ) -> Capture:
-        """A capture with the cuts made that take part in a mode.
+        """Rewrite a capture by the cuts that take part in a mode.
 
         ``stored`` are the weights that the model keeps packed, ``moved`` the names that parameters
         have instead of their own. PSG307 if the capture has sites the first one had not, PSG318 if

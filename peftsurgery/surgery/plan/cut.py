@@ -123,7 +123,7 @@ class Cut:
 
 
 def in_order(cuts: Iterable[Cut]) -> list[Cut]:
-    """The cuts as they are made: what goes into a site is changed before what comes out of it.
+    """Sort cuts into the order in which they are made: inputs of a site before its outputs.
 
     First parameters, which several sites may read, then weights, then values, then results; of
     each, in the order of the operations. Programs and folds keep to it, so that they agree: what is
@@ -183,7 +183,7 @@ def _same_weight(cut: Cut, other: Cut) -> bool:
 
 
 def adapter_name(name: str) -> str:
-    """``name`` if it can be an adapter's, and so a part of parameters' names. PSG304 if not."""
+    """Check an adapter's name, which becomes part of parameter names. Raises PSG304."""
     if not is_adapter_name(name):
         raise SurgeryError("PSG304", f"'{name}' cannot be the name of an adapter")
     return name

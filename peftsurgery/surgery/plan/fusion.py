@@ -1,4 +1,4 @@
-"""Rules over other adapters: what those would have made of a value is bound, they do nothing else.
+"""Fusion: rules over other adapters, whose values they bind as ``outputs``.
 
     over: [a, b]        outputs = stack(a(y), b(y))        y as it was before a and b
 
@@ -84,7 +84,7 @@ def check_unused(name: str, operations: Iterable[Operation]) -> None:
 
 
 def common_spots(names: Sequence[str], earlier: Iterable[Cut]) -> dict[Spot, Fused]:
-    """Where all of the adapters cut: for each of them its cuts there.
+    """Sites where all of the adapters cut, with each adapter's cuts there.
 
     PSG341 if one of them rewrites something else than its site's result.
     """
@@ -108,13 +108,13 @@ def common_spots(names: Sequence[str], earlier: Iterable[Cut]) -> dict[Spot, Fus
 
 
 def taking_part(cuts: Iterable[Cut], mode: Mode) -> list[Cut]:
-    """The cuts that are made in a mode: not those inside a fusion, or in a layer left out."""
+    """Cuts that are made in a mode: none inside a fusion, none in a layer left out."""
     active = [cut for cut in cuts if cut.operation.name in mode.names]
     alone = active if mode.by_row else sewn(active)  # a row has the one or the other
     return [cut for cut in alone if mode.takes_part(cut)]
 
 
 def sewn(cuts: Sequence[Cut]) -> list[Cut]:
-    """The cuts that are made on their own: all but those made inside a fusion."""
+    """Cuts made by themselves: all but those evaluated inside a fusion."""
     inner = {part for cut in cuts for group in cut.over for part in group}
     return [cut for cut in cuts if cut not in inner]

@@ -1,4 +1,4 @@
-"""The adapters that take part in a call, and which of a plan's cuts those make."""
+"""Modes: the adapters that take part in a call, and the cuts that those make."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Mode:
 def mode_of(
     adapters: Iterable[str], names: Iterable[str], left_out: Mapping[str, tuple[int | str, ...]]
 ) -> Mode:
-    """The mode in which these of a model's ``adapters`` take part.
+    """Mode in which these adapters take part, in the order they were applied.
 
     What is left out of the others goes along, for when they take part again.
     """

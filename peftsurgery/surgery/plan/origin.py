@@ -1,4 +1,4 @@
-"""Where an operation came from, and how its base compares with the one it was made for."""
+"""Origin of an operation, and how its base compares with the one it was made for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Origin:
     notes: tuple[str, ...] = ()
 
     def read(self, found: Origin) -> Origin:
-        """What was recorded of an origin, with what was found when it was read now."""
+        """Merge a recorded origin with what was found on reading it now."""
         return Origin(
             found.folder,
             found.content,

@@ -1,4 +1,4 @@
-"""Plans: where operations cut in one capture, and what is checked before anything is changed.
+"""Plans: the cuts of operations in one capture, checked before anything is changed.
 
 The plan of the first capture says what a model gets: its parameters, what is trained and stored.
 Every further capture (of other inputs, in train mode) has a plan of its own, made of the same
@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def distinct_cuts(self) -> list[Cut]:
-        """One cut for each site of a program: blocks of one shape class need checking once."""
+        """One cut for each site of a program, so that equal blocks are checked once."""
         return list({(c.operation, id(c.rule), c.site): c for c in self.cuts}.values())
 
     @cached_property
@@ -53,7 +53,7 @@ class Plan:
 
 
 def make_plan(operations: Iterable[Operation], capture: Capture) -> Plan:
-    """Where all operations cut in a capture, active or not.
+    """Plan all operations, active or not, in a capture: their selections and cuts.
 
     Raises what selecting raises: PSG142, PSG145 and PSG303 for roles, rules and paths that are not
     there. What rules expect is for :func:`check_plan` to say.

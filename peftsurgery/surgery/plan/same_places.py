@@ -96,13 +96,13 @@ def _uncut(
 
 
 def _wholes(manners: Iterable[Manner]) -> set[Manner]:
-    """The uses as a whole of a fused weight whose parts are known: not what parts were chosen."""
+    """Uses as a whole of fused weights whose parts are sites of their own."""
     parts = [manner for manner in manners if manner[1] is not None]
     return {(kind, None, *rest) for kind, _, *rest in parts}
 
 
 def _target(site: Placed) -> Target:
-    """A weight, or, for what has none, a kind of site in a module."""
+    """Key of a site across captures: its weight, or kind and module where it has none."""
     if site.parameter is None:
         return site.kind, site.module
     return "parameter" if site.kind == "parameter" else "weight", site.parameter

@@ -1,4 +1,4 @@
-"""Selecting: where the rules of an operation cut in a capture, by what the survey found there."""
+"""Selection of cuts: where the rules of an operation cut in a capture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftsurgery.surgery.plan.fusion import common_spots
 def select_cuts(
     capture: Capture, operation: Operation, before: Iterable[Cut] = ()
 ) -> tuple[list[Cut], list[Selection]]:
-    """Where an operation cuts in a capture, and the selections that say so.
+    """Select the sites of an operation's rules in a capture; returns cuts and selections.
 
     ``before`` are the cuts of the operations that come first; the rules of a file know each other's
     too. A rule over adapters has only sites where all of them cut.

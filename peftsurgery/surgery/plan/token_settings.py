@@ -1,4 +1,4 @@
-"""Settings that are tokens, given as a text.
+"""Token settings given as text, converted with the base's tokenizer.
 
 A setting that ends in ``_tokens`` holds token ids. Under the same name with ``_text`` in its place
 it is given as a text, which the tokenizer in the model's directory turns into ids, the tokens that
@@ -20,7 +20,7 @@ from peftsurgery.language import tokens_setting
 def with_tokens(
     settings: Mapping[str, Any], known: Collection[str], source: Source
 ) -> dict[str, Any]:
-    """The settings with texts turned into the ids that the rules know. PSG126 if they cannot be."""
+    """Replace texts by token ids in settings. Raises PSG126 without a tokenizer."""
     made = dict(settings)
     for name in settings:
         tokens = tokens_setting(name, known)
