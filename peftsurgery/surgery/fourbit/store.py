@@ -1,4 +1,4 @@
-"""Weights that a model keeps packed, under the names that they had: which, and since when."""
+"""Packed weights of a model: which they are, and how they are packed and unpacked."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Read = Callable[[str], torch.Tensor]
 
 
 class PackedWeights:
-    """The packed weights of one model, by name.
+    """Packed weights of one model, by name.
 
     ``weights`` are those that rules store, ``packed`` those of them that are bytes by now, and
     ``dtypes`` what a cast of the model made of their dtypes.
     """
 
     def __init__(self, other: PackedWeights | None = None) -> None:
-        """As ``other``, whose tensors the model shares."""
+        """Start from ``other``, whose tensors the model shares."""
         self.weights: dict[str, PackedWeight] = {} if other is None else dict(other.weights)
         self.packed: set[str] = set() if other is None else set(other.packed)
         self.dtypes: dict[str, torch.dtype] = {} if other is None else dict(other.dtypes)
 
     def settle(self, cuts: Sequence[Cut], infos: Mapping[str, TensorInfo], read: Read) -> list[str]:
-        """Take over what the cuts store; the names of packed weights that are to be dense again.
+        """Take over what the cuts store; returns names of packed weights to be unpacked again.
 
         ``infos`` describe the base's tensors, ``read`` gives the model's. PSG325 for a weight that
         cannot be stored, or not in two ways.
@@ -56,17 +56,17 @@ class PackedWeights:
                 put(name, pack(weight.detach(), stored.recipe))
 
     def cast(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Note what a cast of the model makes of its weights: packed ones stay as they are."""
+        """Record the dtype of a cast of the model; packed weights stay as they are."""
         for name in self.weights:
             self.dtypes[name] = fn(torch.empty(0, dtype=self._dtype(name))).dtype
 
     def casts(self, infos: Mapping[str, TensorInfo]) -> frozenset[tuple[str, torch.dtype]]:
-        """The packed weights, with their dtypes, that are read in another dtype than ``infos``'."""
+        """Packed weights that are read in another dtype than ``infos``', with that dtype."""
         read = ((name, self._dtype(name)) for name in self.packed)
         return frozenset((name, dtype) for name, dtype in read if dtype != infos[name].dtype)
 
     def dense(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A weight, given the tensor of the model: unpacked if packed, in the dtype it is read in.
+        """Dense value of a weight, given the model's tensor, in the dtype in which it is read.
 
         Shape (out, in), or (in, out) where the base keeps it so.
         """
@@ -89,7 +89,7 @@ def _stored_by(
     packed: Mapping[str, torch.dtype],
     read: Read,
 ) -> dict[str, PackedWeight]:
-    """What cuts store, by name; ``packed`` are the dtypes of weights that are bytes already."""
+    """Packed weights that cuts ask for, by name; ``packed`` gives dtypes of bytes kept already."""
     found: dict[str, PackedWeight] = {}
     trained = set()
     for cut in cuts:
@@ -114,7 +114,7 @@ def _stored_by(
 
 
 def _check(cut: Cut, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Refuse what is no matrix of its own in a usual dtype. PSG325."""
+    """Refuse weights other than whole matrices in a usual dtype. Raises PSG325."""
     if cut.site.slice is not None:
         raise _refuse(name, "is one weight, of which this rule matches a part")
     if len(shape) != 2:

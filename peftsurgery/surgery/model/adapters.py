@@ -1,4 +1,4 @@
-"""The adapters of one model: their names, which of them a call chooses, and which are trained.
+"""Adapters of one model: names, the choice of calls, and which are trained.
 
 Every adapter stays in the model, and is saved with it, whether it is active or not. What a call
 chooses (:mod:`.choices`) is handed down to the programs that serve it, and nothing in the model
@@ -41,7 +41,7 @@ _TRAINING = threading.Lock()
 
 
 class Adapters:
-    """The adapters of one model, in the order they were applied.
+    """Adapters of one model, in the order they were applied.
 
     ``copies`` are those that they have of the base's parameters, ``choices`` says which of them
     take part in a call, ``owners`` is the adapter of every parameter that was added or copied: by
@@ -67,23 +67,23 @@ class Adapters:
 
     @property
     def mode(self) -> Mode:
-        """What a call chooses that names no adapters, in this thread or task."""
+        """Mode of a call that names no adapters, in this thread or task."""
         return self.choices.now.mode
 
     @property
     def default(self) -> Mode:
-        """What the model itself chooses, for all threads."""
+        """The model's own mode, for all threads."""
         return self.choices.default.mode
 
     def known(self, names: Iterable[str]) -> set[str]:
-        """These names of adapters. PSG310 for one that is none."""
+        """Validate names of adapters. Raises PSG310 for an unknown one."""
         found = set(names)
         for name in sorted(found):
             check_name(name, self.names)
         return found
 
     def to_save(self, names: Collection[str] | None) -> list[str]:
-        """The adapters to save: all, or those named. PSG310 for an unknown name, or for none."""
+        """Names of the adapters to save: all, or those given. Raises PSG310."""
         if names is None:
             return list(self.names)
         chosen = [names] if isinstance(names, str) else list(names)
@@ -95,7 +95,7 @@ class Adapters:
         return chosen
 
     def mode_with(self, before: Mode, names: Iterable[str], left_out: Layers = NOTHING) -> Mode:
-        """The mode in which just these take part, and nothing else changes but what is left out.
+        """Mode in which exactly these take part, with these layers left out.
 
         PSG310 for an unknown name, PSG106 for what is no layer.
         """
@@ -106,13 +106,13 @@ class Adapters:
         return mode_of(self.names, self.known(names), {**dict(before.left_out), **changed})
 
     def choice(self, names: Any, repeated: bool = True) -> Choice:
-        """The choice of calls whose rows have these adapters, None the base. PSG310, PSG314."""
+        """Choice that gives each row of a batch its adapter, None the base. PSG310, PSG314."""
         rows = named_rows(names, repeated)
         mode = self.mode_with(self.mode, (name for name in rows.names if name is not None))
         return Choice(replace(mode, by_row=True), rows)
 
     def take_choice(self, module: nn.Module, kwargs: dict[str, Any], repeated: bool) -> Choice:
-        """What a call of ``module`` with these arguments chooses, which leave them. PSG314."""
+        """Take the choice of adapters out of a call's arguments. Raises PSG314."""
         given = {
             name: kwargs.pop(name)
             for name in ("adapters", "adapter_names")
@@ -132,24 +132,24 @@ class Adapters:
         return self.choice([None if name == BASE else name for name in rows.names], repeated)
 
     def working(self, mode: Mode) -> frozenset[str]:
-        """The adapters that train in a mode: all but those that one of them is over."""
+        """Adapters that train in a mode: active ones, but for those inside a fusion."""
         fused = {name for owner, over in self._over if owner in mode.names for name in over}
         return frozenset(mode.names) - fused
 
     def resting(self, model: nn.Module, mode: Mode) -> list[nn.Parameter]:
-        """What the adapters have that do not work in a mode."""
+        """Parameters of the adapters that rest in a mode."""
         working = self.working(mode)
         rest = (name for name, adapter in self.owners.items() if adapter not in working)
         return [self.parameter(model, name) for name in rest]
 
     def choose(self, model: nn.Module, mode: Mode) -> None:
-        """Let the model choose a mode from now on, and train what works in it."""
+        """Set the model's own mode, and train what works in it."""
         self.choices.default = Choice(mode)
         self._wake(model, Counter())
 
     @contextmanager
     def choosing(self, model: nn.Module, mode: Mode) -> Iterator[None]:
-        """Within the context calls of this thread choose a mode, and what works in it trains."""
+        """Set the mode of this thread's calls within the context, and train what works in it."""
         working = Counter(self.working(mode))
         self._wake(model, working)
         try:
@@ -159,14 +159,14 @@ class Adapters:
             self._wake(model, Counter(dict.fromkeys(working, -1)))
 
     def trains(self, model: nn.Module) -> dict[str, bool]:
-        """Whether each parameter of the adapters is trained when its adapter works, by owners'."""
+        """Trainability of each adapter parameter while its adapter works, by name."""
         return {
             name: name in self._resting or self.parameter(model, name).requires_grad
             for name in self.owners
         }
 
     def train(self, model: nn.Module, trains: Mapping[str, bool]) -> None:
-        """Let parameters, of those that the adapters have, be trained whenever those work."""
+        """Set which adapter parameters are trained while their adapters work."""
         working = self.working(self.mode)
         for name in self.owners.keys() & trains.keys():
             works = self.owners[name] in working
@@ -176,7 +176,7 @@ class Adapters:
                 self._resting.add(name)
 
     def parameter(self, model: nn.Module, name: str) -> nn.Parameter:
-        """What an adapter has under a name of its owners', wherever that is in the model."""
+        """An adapter's parameter by its stable name, wherever the model holds it."""
         return model.get_parameter(self.copies.name(name))
 
     def _wake(self, model: nn.Module, adapters: Counter[str]) -> None:

@@ -34,13 +34,13 @@ class Rows:
     repeated: bool = True
 
     def numbers(self, adapters: Sequence[str], batch: torch.Tensor) -> torch.Tensor:
-        """For each row of ``batch`` its adapter's number among those, -1 without. PSG314."""
+        """Adapter number of each row of ``batch``, -1 for the base, as an int64 tensor. PSG314."""
         times = self.times(len(batch))
         of = [-1 if name is None else adapters.index(name) for name in self.names]
         return torch.tensor(of, device=batch.device).repeat_interleave(times)
 
     def times(self, size: int) -> int:
-        """How often each row is there in a batch of this size. PSG314 if not all are."""
+        """Repeats of each row in a batch of this size. Raises PSG314 if they are uneven."""
         named = len(self.names)
         times = size // named if named else 0
         if times < 1 or times * named != size or (times > 1 and not self.repeated):
@@ -53,7 +53,7 @@ class Rows:
 
 
 def named_rows(names: Any, repeated: bool = True) -> Rows:
-    """The rows for which these adapters are named. PSG314 for what names no adapters of rows."""
+    """Validate adapter names given for rows. Raises PSG314."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         hint = "name one for each row of the batch, as in ['law', None]; None is the base"
         raise SurgeryError("PSG314", f"{names!r:.60} names no adapter for each row", hint)
@@ -77,7 +77,7 @@ class Choice:
     prepared: bool = False
 
     def leaves(self, capture: Capture, call: Call) -> list[Any]:
-        """The values that a capture takes: a call's, and the numbers of the rows' adapters."""
+        """Input values of a capture: the call's, and the adapter number of each row."""
         if self.rows is None:
             return call.leaves
         batch = call.leaves[capture.names.index(batch_input(capture).name)]
@@ -86,7 +86,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """One open ``with`` block: whose choice it is, and what it chooses."""
+    """One open ``with`` block: its owner, and the choice it makes."""
 
     owner: Choices
     choice: Choice
@@ -96,7 +96,7 @@ _OPEN: ContextVar[tuple[_Entry, ...]] = ContextVar("the choices of open blocks",
 
 
 class Choices:
-    """The choice of calls of one model, here and now."""
+    """Current choices of one model's calls, by thread and task."""
 
     def __init__(self) -> None:
         self.default = Choice(Mode())
@@ -108,7 +108,7 @@ class Choices:
 
     @property
     def now(self) -> Choice:
-        """The choice of a call that names none."""
+        """Choice of a call that names no adapters."""
         for entry in reversed(_OPEN.get()):
             if entry.owner is self:
                 return entry.choice

@@ -1,4 +1,4 @@
-"""Models over the tensors of another: shared with it and frozen, some packed, some copied.
+"""Models that share and freeze another's tensors; some are packed, some copied to train.
 
 What is read by a name depends on the adapters that a call chooses: the base's own tensor, or the
 copy of it that one of them trains. A packed weight has the name that the weight had.
@@ -23,7 +23,7 @@ from peftsurgery.surgery.plan.plan import Plan
 
 
 class SharedModel(GraphModel):
-    """A captured model that has its base's tensors, as a plan needs them."""
+    """Captured model over its base's tensors: shared and frozen, packed or copied by plan."""
 
     def __init__(self, model: GraphModel, plan: Plan) -> None:
         """Share the tensors that ``model`` has now, and keep packed what the plan stores.
@@ -64,16 +64,16 @@ class SharedModel(GraphModel):
         put(self, (name, *self._unread(name)), value)
 
     def _unread(self, name: str) -> list[str]:
-        """Aliases of a tied parameter that no program reads; they must follow every replacement."""
+        """Aliases of a tied parameter that no program reads; they follow its replacements."""
         return [alias for alias in self._captures.names[name] if alias not in self._plan.read]
 
     def _read(self, active: Collection[str], name: str) -> Tensor:
-        """What a call reads under a name if these adapters are active, unpacked."""
+        """Tensor that a call reads under a name with these adapters active, unpacked."""
         read = self._copies.read(name, active)
         return self._packed.dense(name, self.get_parameter(read))
 
     def _read_weights(self) -> None:
-        """Read the base's weights; those that the rules train are copied."""
+        """Read the base's weights, and copy those that rules train."""
         with self._copies.all_at_home(self):
             self._read_base()
             self._copies.fill(self)
@@ -125,5 +125,5 @@ class _Base:
 
 
 def unoperated(model: GraphModel) -> GraphModel:
-    """The captured model that a model's operations are on, or itself."""
+    """The captured model beneath an operated one; a captured model itself."""
     return model.base if isinstance(model, SharedModel) else model
