@@ -129,6 +129,13 @@ def test_a_report_shows_every_cut(graph: ps.GraphModel) -> None:
     assert ["layers.3.inner", "it is (path matches .*3.inner)"] in page.rows
 
 
+def test_an_operated_model_shows_its_blocks_and_its_report(graph: ps.GraphModel) -> None:
+    operated = ps.apply(graph, RULE, name="one")
+    page = Page(operated._repr_html_())
+    assert ["blocks", "class", "count"] in page.rows
+    assert ["adapter", "role", "site", "added"] in page.rows
+
+
 def test_a_selection_shows_what_it_keeps_and_why_it_drops_the_rest(graph: ps.GraphModel) -> None:
     selection = select(survey(graph.base_capture), RULE)
     page = Page(selection._repr_html_())

@@ -189,6 +189,10 @@ class OperatedModel(SharedModel):
             yield operation.origin.folder
             yield from operation.file.sources
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the blocks, and the report."""
+        return super()._repr_html_() + self.report._repr_html_()
+
     def extra_repr(self) -> str:
         """The adapters, and which of them are active."""
         shown = (n if n in self.active else f"{n} (inactive)" for n in self.adapters)
