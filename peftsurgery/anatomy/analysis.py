@@ -12,16 +12,16 @@ from torch import fx
 from peftsurgery.anatomy.attention import find_cores
 from peftsurgery.anatomy.convs import find_convs
 from peftsurgery.anatomy.embeddings import find_embeddings
-from peftsurgery.anatomy.feedforward import feedforward_parts, open_parts
+from peftsurgery.anatomy.feedforward import feedforward_roles, open_roles
 from peftsurgery.anatomy.feeds import find_links
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.norms import find_norms
 from peftsurgery.anatomy.parameters import find_parameters
 from peftsurgery.anatomy.positions import find_positions
-from peftsurgery.anatomy.recurrence import recurrent_parts
+from peftsurgery.anatomy.recurrence import recurrent_roles
 from peftsurgery.anatomy.residual import Join, find_joins, residual_sites
-from peftsurgery.anatomy.roles import Part, attention_parts, with_role
-from peftsurgery.anatomy.routing import router_parts
+from peftsurgery.anatomy.roles import Assignment, attention_roles, with_role
+from peftsurgery.anatomy.routing import router_roles
 from peftsurgery.anatomy.site import Site
 from peftsurgery.capture import Program
 
@@ -64,14 +64,14 @@ def analyse(program: Program) -> Anatomy:
 def _analyse(program: Program) -> Anatomy:
     flow = Flow(program.graph, {n for n, info in program.tensors.items() if info.parameter})
     read, unread = find_cores(flow)
-    cores, parts = attention_parts(flow, read)
-    taken = [part.linear for part in parts]
+    cores, assigned = attention_roles(flow, read)
+    taken = [each.linear for each in assigned]
     joins = find_joins(flow)
-    parts += recurrent_parts(flow, joins, taken)
-    parts += router_parts(flow)
-    parts += feedforward_parts(flow, joins, [part.linear for part in parts])
-    more = open_parts(flow, [part.linear for part in parts])
-    linears = linear_sites(flow, parts)
+    assigned += recurrent_roles(flow, joins, taken)
+    assigned += router_roles(flow)
+    assigned += feedforward_roles(flow, joins, [each.linear for each in assigned])
+    more = open_roles(flow, [each.linear for each in assigned])
+    linears = linear_sites(flow, assigned)
     norms = find_norms(flow)
     tables = [*find_embeddings(flow), *find_convs(flow)]
     residuals = residual_sites(flow, joins, norms, by_output(linears))
@@ -79,7 +79,7 @@ def _analyse(program: Program) -> Anatomy:
     positions = find_positions(flow, tables, cores)
     rest = (*cores, *tables, *residuals, *norms, *parameters, *positions)
     sites = (*linears, *rest)
-    all_linears = linear_sites(flow, [*parts, *more]) if more else linears
+    all_linears = linear_sites(flow, [*assigned, *more]) if more else linears
     joined = (*all_linears, *rest) if more else sites
     roles = by_output(all_linears)
     ends = tuple(roles[linear.nodes["y"]] for node in flow.outputs for linear in flow.origin(node))
@@ -91,10 +91,10 @@ def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:
     return {site.nodes["y"]: site for site in linears if site.slice is None}
 
 
-def linear_sites(flow: Flow, parts: Sequence[Part]) -> list[Site]:
+def linear_sites(flow: Flow, assigned: Sequence[Assignment]) -> list[Site]:
     """The linears with their roles, each fused one followed by its slices."""
-    by_linear: dict[str, list[Part]] = {}
-    for part in parts:  # every use of a weight has the role of one of them
+    by_linear: dict[str, list[Assignment]] = {}
+    for part in assigned:  # every use of a weight has the role of one of them
         by_linear.setdefault(str(part.linear.parameter), []).append(part)
     sites = []
     for linear in flow.linears:

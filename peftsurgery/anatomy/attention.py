@@ -20,18 +20,14 @@ from typing import cast
 
 from torch import fx
 
-from peftsurgery.anatomy.flow import PRODUCTS, Flow, forward
-from peftsurgery.anatomy.ops import (
-    DROPOUT,
-    LAYOUT,
-    NORMS,
-    SCALING,
-    argument,
+from peftsurgery.anatomy.flow import LIGHT, Flow, forward
+from peftsurgery.anatomy.ops import Trait, has, meaning
+from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import (
     backward,
     fixed,
     is_swap,
     is_tensor,
-    op,
     operands,
     parameter_of,
     shape,
@@ -39,11 +35,7 @@ from peftsurgery.anatomy.ops import (
     strip,
     width,
 )
-from peftsurgery.anatomy.site import Site
-
-WAY_OUT = LAYOUT | DROPOUT | NORMS | SCALING
-REPEATS = ("expand", "broadcast_to", "unsqueeze")
-RESHAPES = ("view", "reshape", "_unsafe_view")
+from peftsurgery.capture.schemas import arguments, op
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,15 +93,13 @@ def _has_fixed_heads(node: fx.Node) -> bool:
 
 
 def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
-    name = op(node)
-    if "scaled_dot_product" in name:
-        q, k, v = (argument(node, i, part) for i, part in enumerate(("query", "key", "value")))
-        mask = argument(node, 3, "attn_mask")
-        causal = argument(node, 5, "is_causal", False) is True
-        mask = mask if isinstance(mask, fx.Node) else None
-        q, o = unpacked(q, node)
-        yield Core(q, k, v, o, mask, False, node, is_causal=causal)
-    elif name in ("softmax", "_softmax"):
+    if has(node, Trait.ATTENTION):
+        given = arguments(node)
+        mask = given["attn_mask"] if isinstance(given["attn_mask"], fx.Node) else None
+        q, o = unpacked(given["query"], node)
+        causal = given["is_causal"] is True
+        yield Core(q, given["key"], given["value"], o, mask, False, node, is_causal=causal)
+    elif has(node, Trait.SOFTMAX):
         product = _weighted_sum(flow, node)
         if product is not None:
             yield from _by_hand(flow, node, *product)
@@ -121,9 +111,10 @@ def unpacked(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     When there is one token, the queries that share keys are packed: they take the tokens' place,
     (batch, kv_heads, queries, head_dim), and are put back afterwards.
     """
-    if op(q) not in RESHAPES or op(next(iter(core.users), core)) not in RESHAPES:
+    result = next(iter(core.users), core)
+    if not (has(q, Trait.RESHAPE) and has(result, Trait.RESHAPE)):
         return q, core
-    source, result = q.all_input_nodes[0], next(iter(core.users))
+    source = q.all_input_nodes[0]
     if len(shape(source)) != 4 or len(shape(q)) != 4:
         return q, core
     batch, heads, tokens, _ = sizes(source)
@@ -135,7 +126,7 @@ def unpacked(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
 
 def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The product of the probabilities with v, and v."""
-    for probabilities in forward([softmax], LAYOUT | DROPOUT):
+    for probabilities in forward([softmax], Trait.LAYOUT | Trait.DROPOUT):
         for user in probabilities.users:
             pair = factors(flow, user)
             if pair is not None and pair[0] is probabilities:
@@ -145,11 +136,13 @@ def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | Non
 
 def factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """The two factors of a product of values, or None for another node."""
-    if op(node) not in PRODUCTS or node in flow.products:
+    if node in flow.products:
         return None
-    given = node.args[1:3] if op(node) == "baddbmm" else node.args[:2]
-    pair = given[1] if op(node) == "einsum" else given
-    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(is_tensor, pair)):
+    if op(node) == "einsum":
+        pair = arguments(node)["tensors"]
+    else:
+        pair = [node.args[i] for i in meaning(node).operands[:2] if meaning(node).turned]
+    if len(pair) != 2 or not all(map(is_tensor, pair)):
         return None
     if any(parameter_of(factor)[0] is not None for factor in pair):
         return None
@@ -168,8 +161,8 @@ def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[C
         products = [n for n in products if inputs & _inputs(flow, _factors(flow, n)[1])]
     for scores in products[:1]:
         pair = _factors(flow, scores)
-        swapped = strip(pair[1], SCALING | {"to", "contiguous", "clone"})
-        plain = is_swap(swapped) if op(swapped) in LAYOUT else False
+        swapped = strip(pair[1], Trait.SCALING | Trait.CAST)
+        plain = is_swap(swapped)
         k = swapped.all_input_nodes[0] if plain else pair[1]
         if plain and k in (pair[0], v):  # one tensor read in two layouts: cut where they part
             k, plain = pair[1], False
@@ -189,7 +182,7 @@ def visibility(mask: fx.Node) -> fx.Node:
 
     Other masks are what they are: added, or true for keys that are seen.
     """
-    inner = strip(mask, ("contiguous", "clone", "alias"))
+    inner = strip(mask, Trait.CAST)
     if op(inner) != "where":
         return mask
     shown, *others = operands(inner)
@@ -209,28 +202,30 @@ def _mask(softmax: fx.Node, scores: fx.Node) -> fx.Node | None:
             return None
         on_way = [n for n in inputs if n is scores or scores in backward([n])]
         others = [n for n in inputs if n not in on_way]
-        if others and op(node) in ("add", "add_", "masked_fill", "masked_fill_", "where"):
+        if others and has(node, Trait.ADDITION | Trait.FILL):
             return others[-1]
         if not on_way:
             return None
         node = on_way[0]
-    return cast("fx.Node", scores.args[0]) if op(scores) == "baddbmm" else None
+    return cast("fx.Node", scores.args[0]) if len(meaning(scores).operands) > 2 else None
 
 
 def before_repeat(node: fx.Node) -> fx.Node:
     """Keys or values before each head is repeated for the queries that share it."""
     if op(node) == "repeat_interleave":
         return node.all_input_nodes[0]
-    inner = strip(node, (*RESHAPES, "flatten", "contiguous", "clone", "alias"))
-    if op(inner) not in ("expand", "broadcast_to"):
+    inner = strip(node, Trait.RESHAPE | Trait.CAST)
+    if not has(inner, Trait.EXPANSION):
         return node
-    source = strip(inner, REPEATS)
+    source = inner
+    while has(source, Trait.EXPANSION) or op(source) == "unsqueeze":
+        source = source.all_input_nodes[0]
     return source if len(shape(source)) == len(shape(node)) else node
 
 
 def projection_out(flow: Flow, core: Core) -> Site | None:
     """The linear that projects what the core returns, or None."""
-    values = forward([core.o], WAY_OUT)
+    values = forward([core.o], LIGHT)
     readers = {site: None for value in values for site in flow.by_input.get(value, ())}
     return next(iter(readers)) if len(readers) == 1 else None
 
@@ -248,14 +243,12 @@ def depends_on_order(nodes: Iterable[fx.Node]) -> bool:
 
 def compares_order(node: fx.Node) -> bool:
     """Whether a node tells earlier from later positions."""
-    name = op(node)
-    if name in ("tril", "triu", "tril_", "triu_"):
+    if has(node, Trait.TRIANGLE):
         return True
-    inputs = operands(node)
-    compares = name in ("le", "lt", "ge", "gt") and len(inputs) == 2
-    return compares and all(is_position(n) for n in inputs)
+    both = operands(node)
+    return has(node, Trait.COMPARISON) and len(both) == 2 and all(map(is_position, both))
 
 
 def is_position(node: fx.Node) -> bool:
     """Whether a value is a position: it is computed from an arange."""
-    return any(op(found) == "arange" for found in backward([node]))
+    return any(has(found, Trait.COUNT) for found in backward([node]))

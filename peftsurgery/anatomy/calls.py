@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from peftsurgery.anatomy.ops import operands
+from peftsurgery.anatomy.values import operands
 from peftsurgery.capture import Program
 from peftsurgery.capture.names import join
 from peftsurgery.reach import reach

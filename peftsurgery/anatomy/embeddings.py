@@ -23,31 +23,15 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from peftsurgery.anatomy.arguments import ARGUMENTS, TOKENS
 from peftsurgery.anatomy.flow import Flow, forward
-from peftsurgery.anatomy.ops import (
-    ADDITION,
-    LAYOUT,
-    SCALING,
-    backward,
-    is_tensor,
-    op,
-    operands,
-    parameter_of,
-    shape,
-    words,
-)
+from peftsurgery.anatomy.model_arguments import ARGUMENTS, TOKENS
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.written_memory import made_of, plain
+from peftsurgery.anatomy.values import backward, is_tensor, operands, parameter_of, shape
+from peftsurgery.anatomy.written_memory import made_of
+from peftsurgery.capture.schemas import op
 
-KEEPS_IDS = words(
-    """view reshape _unsafe_view flatten unsqueeze squeeze expand contiguous clone to _to_copy slice
-    select clamp clamp_min where masked_fill add sub gather index lift_fresh_copy
-    broadcast_to alias detach narrow cat roll pad constant_pad_nd copy masked_scatter index_put
-    scatter index_copy slice_scatter select_scatter"""
-)
-COUNTS = words("arange iota cumsum")
-WAVES = words("cos sin")
+KEEPS_IDS = Trait.LAYOUT | Trait.ADDITION | Trait.PICK | Trait.FILL
 NAMED = {
     **dict.fromkeys(TOKENS, "embed.tokens"),
     ARGUMENTS["positions"]: "embed.positions",
@@ -135,14 +119,14 @@ def _has_row_for_each(table: _Table) -> bool:
 def _picked_by(ids: fx.Node) -> Iterable[fx.Node]:
     """Index values by which ids are picked out of another value."""
     for found in made_of(ids):
-        if plain(found) in ("gather", "index_select", "index"):
+        if has(found, Trait.PICK):
             yield from operands(found)[1:]
 
 
 def _given_roles(flow: Flow, tables: Sequence[_Table], known: Roles) -> Roles:
     """The roles of tables whose ids the model is given, by the sums that they are part of."""
     roles: Roles = {}
-    is_placed = "embed.positions" in known.values() or any(op(n) in WAVES for n in flow.nodes)
+    is_placed = "embed.positions" in known.values() or any(has(n, Trait.WAVE) for n in flow.nodes)
     heads = {str(linear.parameter) for linear in flow.linears}
     sizes = {int(linear.facts["out"]) for linear in flow.linears}
 
@@ -194,12 +178,12 @@ def _sums(tables: Sequence[_Table]) -> list[list[_Table]]:
 
 def _added(y: fx.Node) -> set[fx.Node]:
     """Values made of an embedding by scaling and adding alone."""
-    return set(forward([y], LAYOUT | SCALING | ADDITION))
+    return set(forward([y], Trait.LAYOUT | Trait.SCALING | Trait.ADDITION))
 
 
 def is_counted(node: fx.Node) -> bool:
     """Whether ids are computed from an arange or cumulative sum, rather than picked by one."""
-    return any(op(found) in COUNTS for found in made_of(node))
+    return any(has(found, Trait.COUNT | Trait.SCAN) for found in made_of(node))
 
 
 def is_held(node: fx.Node) -> bool:
@@ -210,7 +194,7 @@ def is_held(node: fx.Node) -> bool:
 
 def given_ids(node: fx.Node) -> fx.Node | None:
     """The model input behind ids, through views, shifts, fills and indexing."""
-    for found in made_of(node, lambda n: plain(n) in KEEPS_IDS):
+    for found in made_of(node, lambda n: has(n, KEEPS_IDS)):
         if found.op == "placeholder" and is_tensor(found):
             return found
     return None

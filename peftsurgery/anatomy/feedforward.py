@@ -17,26 +17,28 @@ from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import as_slice
-from peftsurgery.anatomy.ops import ACTIVATIONS, op, operands
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.recurrence import mixes_tokens
 from peftsurgery.anatomy.residual import Join
-from peftsurgery.anatomy.roles import Part
+from peftsurgery.anatomy.roles import Assignment
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import operands
+from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
 
 
-def feedforward_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Part]:
+def feedforward_roles(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Assignment]:
     """Which linears are gate, up and down of the residual branches of a program."""
     attention = set(taken)
-    parts: list[Part] = []
+    roles: list[Assignment] = []
     for join in joins:
         for leaf in join.leaves:
             for down in flow.origin(leaf) - attention:
-                parts += branch(flow, down, join.region)
-    return parts
+                roles += branch(flow, down, join.region)
+    return roles
 
 
-def open_parts(flow: Flow, taken: Iterable[Site]) -> list[Part]:
+def open_roles(flow: Flow, taken: Iterable[Site]) -> list[Assignment]:
     """Find gate, up and down of branches that leave the program before they join a stream.
 
     Whether they do is for the caller of the block to tell.
@@ -51,8 +53,8 @@ def open_parts(flow: Flow, taken: Iterable[Site]) -> list[Part]:
     ]
 
 
-def branch(flow: Flow, down: Site, region: frozenset[fx.Node]) -> list[Part]:
-    """The parts of the branch that ends with ``down``; none if it is no feed-forward."""
+def branch(flow: Flow, down: Site, region: frozenset[fx.Node]) -> list[Assignment]:
+    """The roles of the branch that ends with ``down``; none if it is no feed-forward."""
     if any(mixes_tokens(flow, node) for node in flow.upto_weights(down.nodes["x"])):
         return []
     reached = _activated(flow, down.nodes["x"])
@@ -63,12 +65,12 @@ def branch(flow: Flow, down: Site, region: frozenset[fx.Node]) -> list[Part]:
         return []
     gates = [site for site, ways in reached.items() if True in ways]
     ups = [site for site, ways in reached.items() if ways == {False}]
-    parts = []
+    roles = []
     if len(gates) == 1 and not ups:
-        parts = _single(flow, gates[0], down)
+        roles = _single(flow, gates[0], down)
     elif len(gates) == 1 and len(ups) == 1:
-        parts = [Part(gates[0], "ffn.gate"), Part(ups[0], "ffn.up")]
-    return [*parts, Part(down, "ffn.down")] if parts else []
+        roles = [Assignment(gates[0], "ffn.gate"), Assignment(ups[0], "ffn.up")]
+    return [*roles, Assignment(down, "ffn.down")] if roles else []
 
 
 def _activated(flow: Flow, start: fx.Node) -> dict[Site, set[bool]]:
@@ -77,7 +79,7 @@ def _activated(flow: Flow, start: fx.Node) -> dict[Site, set[bool]]:
     def sources(way: tuple[fx.Node, bool]) -> Iterator[tuple[fx.Node, bool]]:
         node, active = way
         for inner in operands(node):
-            yield inner, active or op(node) in ACTIVATIONS
+            yield inner, active or has(node, Trait.ACTIVATION)
             if op(node) == "glu":
                 yield inner, False
 
@@ -88,14 +90,14 @@ def _activated(flow: Flow, start: fx.Node) -> dict[Site, set[bool]]:
     return found
 
 
-def _single(flow: Flow, linear: Site, down: Site) -> list[Part]:
-    """The parts of one linear before the activation: an up, or gate and up in one."""
+def _single(flow: Flow, linear: Site, down: Site) -> list[Assignment]:
+    """The roles of one linear before the activation: an up, or gate and up in one."""
     rows = flow.rows(linear, down.nodes["x"])
     if rows is None or not rows[False] - rows[True]:
-        return [Part(linear, "ffn.up")]
+        return [Assignment(linear, "ffn.up")]
     whole = linear.facts["out"]
     cut = {"gate": as_slice(rows[True], whole), "up": as_slice(rows[False] - rows[True], whole)}
-    parts = [Part(linear, "ffn.gate_up")]
+    roles = [Assignment(linear, "ffn.gate_up")]
     if linear.kind == "linear" and all(cut.values()):
-        parts += [Part(linear, f"ffn.{n}", None, n, found) for n, found in cut.items()]
-    return parts
+        roles += [Assignment(linear, f"ffn.{n}", None, n, found) for n, found in cut.items()]
+    return roles

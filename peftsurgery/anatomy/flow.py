@@ -15,25 +15,16 @@ from torch import fx
 
 from peftsurgery.anatomy.fused_rows import OpaqueError, arriving
 from peftsurgery.anatomy.linears import find_linears
-from peftsurgery.anatomy.ops import (
-    ADDITION,
-    DROPOUT,
-    LAYOUT,
-    NORMS,
-    SCALING,
-    backward,
-    op,
-    operands,
-    value,
-)
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import backward, operands, value
 from peftsurgery.anatomy.written_memory import written
 from peftsurgery.reach import reach
 
 Origin = frozenset[Site]
 NONE: Origin = frozenset()
-PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "mm", "einsum"))
-OPAQUE = frozenset(("embedding", "softmax", "_softmax", "argmax", "topk", "sort", "cumsum"))
+LIGHT = Trait.LAYOUT | Trait.SCALING | Trait.DROPOUT | Trait.NORM
+"""What keeps a signal what it is."""
 
 
 class Flow:
@@ -115,8 +106,7 @@ class Flow:
             return
         if node.op != "call_function" or node in self._origins:
             return
-        name = op(node)
-        if name in OPAQUE or name in PRODUCTS or "attention" in name or "conv" in name:
+        if has(node, Trait.OPAQUE):
             return
         inputs = operands(node)
         known = [self._origins[n] for n in inputs if n in self._origins]
@@ -128,12 +118,11 @@ class Flow:
             self._origins[node] = NONE
 
     def _mixes(self, node: fx.Node, inputs: Sequence[fx.Node], known: Sequence[Origin]) -> bool:
-        name = op(node)
-        if name in LAYOUT:
+        if has(node, Trait.LAYOUT):
             return False  # a concatenation has all the origins of its pieces
         if len(set(known)) > 1:
             return True
-        if name not in ADDITION or not known:
+        if not has(node, Trait.ADDITION) or not known:
             return False
         return any(n not in self._origins and is_stream(n) for n in inputs)
 
@@ -143,16 +132,9 @@ def is_stream(node: fx.Node) -> bool:
     found = value(node)
     if not isinstance(found, torch.Tensor) or not found.is_floating_point() or found.dim() < 2:
         return False
-    return all(n.op != "get_attr" for n in backward([node], lambda n: not is_light(n)))
+    return all(n.op != "get_attr" for n in backward([node], lambda n: not has(n, LIGHT)))
 
 
-def is_light(node: fx.Node) -> bool:
-    """Whether a node keeps a signal what it is: layout, scaling, dropout, a norm."""
-    name = op(node)
-    return name in LAYOUT or name in SCALING or name in DROPOUT or name in NORMS
-
-
-def forward(start: Iterable[fx.Node], through: Iterable[str]) -> list[fx.Node]:
-    """The values computed from ``start`` by operators of these names alone, themselves included."""
-    accepted = frozenset(through)
-    return list(reach(start, lambda node: (n for n in node.users if op(n) in accepted)))
+def forward(start: Iterable[fx.Node], through: Trait) -> list[fx.Node]:
+    """The values computed from ``start`` by such operators alone, themselves included."""
+    return list(reach(start, lambda node: (n for n in node.users if has(n, through))))

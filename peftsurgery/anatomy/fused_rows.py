@@ -16,19 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from peftsurgery.anatomy.ops import (
-    ACTIVATIONS,
-    LAYOUT,
-    argument,
-    concrete,
-    fixed,
-    is_tensor,
-    op,
-    samples,
-    shape,
-    strip,
-)
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Slice
+from peftsurgery.anatomy.values import concrete, fixed, is_tensor, samples, shape, strip
+from peftsurgery.capture.schemas import arguments, op
 
 NO_ROW = -1
 LIMIT = 8  # alternatives kept at a node: a sum of two reorderings of the rows has two
@@ -86,9 +77,9 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return _glu(node, carried[inputs[0]])
     if is_depthwise(node):
         return [_along(node, numbers) for numbers in carried.get(node.all_input_nodes[0]) or []]
-    if name in LAYOUT or name in ("broadcast_to", "index"):
+    if has(node, Trait.LAYOUT | Trait.PICK):
         return _moved(node, inputs, carried)
-    if name in ("mean", "sum", "var", "amax", "amin", "linalg_vector_norm", "norm", "rsqrt"):
+    if has(node, Trait.REDUCTION) and not has(node, Trait.CHOICE):
         return None  # a statistic over rows is no row
     if not shape(node):
         raise OpaqueError(name)
@@ -97,7 +88,7 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
 
 def _entrywise(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]) -> Carried:
     sizes = [concrete(size) for size in shape(node)]
-    activated = op(node) in ACTIVATIONS
+    activated = has(node, Trait.ACTIVATION)
     result: Carried = []
     for numbers in (n for operand in inputs for n in carried[operand]):
         if numbers.rows.dim() > len(sizes):
@@ -122,7 +113,7 @@ def _distinct(carried: Iterable[Numbers]) -> Carried:
 
 def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]) -> Any:
     """Apply a layout operator to every alternative of row numbers."""
-    if op(node) in ("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach"):
+    if has(node, Trait.CAST):
         return carried[inputs[0]]
     ways = max(len(carried[operand]) for operand in inputs)
     result: list[Any] = []
@@ -156,7 +147,7 @@ def _longer(node: fx.Node, numbers: Numbers) -> Numbers:
 
 def is_depthwise(node: fx.Node) -> bool:
     """Whether a node is a convolution over tokens that leaves every channel by itself."""
-    if not op(node).startswith("conv") or len(node.all_input_nodes) < 2:
+    if not has(node, Trait.CONV) or len(node.all_input_nodes) < 2:
         return False
     signal, weight = (shape(n) for n in node.all_input_nodes[:2])
     return len(weight) == 3 and fixed(weight[1]) == 1 and fixed(weight[0]) == fixed(signal[-2])
@@ -170,7 +161,7 @@ def _along(node: fx.Node, numbers: Numbers) -> Numbers:
 
 def _constant(node: fx.Node) -> Tensor:
     """The value of a constant tensor that the model made in Python, such as an index of heads."""
-    inner = strip(node, ("lift_fresh_copy", "lift_fresh", "detach", "detach_", "alias"))
+    inner = strip(node, Trait.CAST)
     known = getattr(inner.meta.get("val"), "constant", None)
     if not isinstance(known, Tensor):
         raise OpaqueError("an index or a second operand that is not made of rows")
@@ -178,7 +169,7 @@ def _constant(node: fx.Node) -> Tensor:
 
 
 def _glu(node: fx.Node, carried: Carried) -> Carried:
-    dim = argument(node, 1, "dim", -1)
+    dim = arguments(node)["dim"]
     result = []
     for numbers in carried:
         linear, gate = numbers.rows.chunk(2, dim)

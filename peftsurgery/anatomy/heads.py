@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
-from peftsurgery.anatomy.ops import ACTIVATIONS, backward, op
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import backward
 
 
 def find_heads(flow: Flow, vocabularies: Iterable[int], taken: Iterable[Site]) -> dict[Site, str]:
@@ -32,4 +33,4 @@ def find_heads(flow: Flow, vocabularies: Iterable[int], taken: Iterable[Site]) -
 def _is_activated(linear: Site, output: fx.Node) -> bool:
     y = linear.nodes["y"]
     way = backward([output], lambda node: node is y)
-    return any(op(node) in ACTIVATIONS for node in way if node is not y)
+    return any(has(node, Trait.ACTIVATION) for node in way if node is not y)

@@ -22,16 +22,16 @@ from typing import Any, cast
 from torch import fx
 
 from peftsurgery.anatomy.analysis import analyse
-from peftsurgery.anatomy.arguments import ARGUMENTS, TOKENS
 from peftsurgery.anatomy.embeddings import given_ids
-from peftsurgery.anatomy.ops import is_ancestor, is_tensor, shape, sizes, width
+from peftsurgery.anatomy.model_arguments import ARGUMENTS, TOKENS
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import is_ancestor, is_tensor, shape, sizes, width
 from peftsurgery.capture import Capture
 from peftsurgery.capture.stack import stack_paths
 
 
-def find_boundary(capture: Capture) -> Site | None:
-    """The boundary of a model of tokens; None for a model that takes no tokens."""
+def find_inputs(capture: Capture) -> Site | None:
+    """The inputs of a model of tokens; None for a model that takes no tokens."""
     nodes: dict[str, fx.Node] = {}
     sequences = (("", "input_ids"), ("decoder_", "decoder_input_ids"))
     table = None

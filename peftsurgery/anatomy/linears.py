@@ -23,19 +23,17 @@ from typing import Any
 
 from torch import fx
 
-from peftsurgery.anatomy.ops import (
-    argument,
+from peftsurgery.anatomy.ops import Trait, has, meaning
+from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import (
     is_tensor,
-    op,
     operands,
     parameter_of,
     shape,
     sizes,
     value,
 )
-from peftsurgery.anatomy.site import Site
-
-VIEWS = frozenset(("view", "reshape", "_unsafe_view", "flatten"))
+from peftsurgery.capture.schemas import op
 
 
 def find_linears(graph: fx.Graph, parameters: Collection[str]) -> dict[fx.Node, Site]:
@@ -63,27 +61,23 @@ def _linear(node: fx.Node) -> Site | None:
         matrix, flipped = matrix_of(product.weight)
         if matrix is not None and len(shape(matrix)) == 2 and _is_value(product.x):
             return _site(node, product, matrix, flipped)
-    return _experts(node) if "mm" in op(node) or op(node) == "matmul" else None
+    return _experts(node) if has(node, Trait.PRODUCT) else None
 
 
 def _product(node: fx.Node) -> _Product | None:
     """An operator's operands by what they are in a product with a weight, if it is one."""
-    name, args = op(node), node.args
-    if name == "linear":
-        return _Product(args[0], args[1], argument(node, 2, "bias"))
-    if name in ("addmm", "baddbmm") and not node.kwargs:
-        return _Product(args[1], args[2], args[0], frozenset("W"))
-    if name in ("mm", "bmm", "matmul", "mv"):
-        first = matrix_of(args[0])[0] is not None
-        if not first:
-            return _Product(args[0], args[1], turned=frozenset("W"))
-        is_vector = len(getattr(value(args[1]), "shape", ())) == 1
-        return _Product(args[1], args[0], turned=frozenset("" if is_vector else "xy"))
-    if name == "inner":
-        return _Product(args[0], args[1])
-    if name == "tensordot":
-        return _tensordot(*args)
-    return _einsum(*args) if name == "einsum" else None
+    if op(node) == "tensordot":
+        return _tensordot(*node.args)
+    if op(node) == "einsum":
+        return _einsum(*node.args)
+    known = meaning(node)
+    if not known.operands or node.kwargs:  # a bias and a product that are scaled
+        return None
+    x, weight, *bias = (node.args[i] for i in known.operands if i < len(node.args))
+    if not bias and known.turned and matrix_of(x)[0] is not None:  # the weight comes first
+        is_vector = len(getattr(value(weight), "shape", ())) == 1
+        return _Product(weight, x, turned=frozenset("" if is_vector else "xy"))
+    return _Product(x, weight, bias[0] if bias else None, frozenset("W" if known.turned else ""))
 
 
 def _tensordot(x: Any, weight: Any, of_x: Any = None, of_weight: Any = None) -> _Product | None:
@@ -129,7 +123,7 @@ def matrix_of(node: Any) -> tuple[fx.Node | None, bool]:
 
     One matrix for all of a batch, with a leading axis that it is repeated along, is that matrix.
     """
-    while op(node) in ("unsqueeze", "expand") if isinstance(node, fx.Node) else False:
+    while isinstance(node, fx.Node) and (has(node, Trait.EXPANSION) or op(node) == "unsqueeze"):
         source = node.all_input_nodes[0]
         if sizes(source)[-2:] != sizes(node)[-2:] or len(shape(source)) < 2:
             return None, False
@@ -177,7 +171,7 @@ def _added_bias(product: fx.Node, rows: int, is_turned: bool) -> tuple[fx.Node |
     Beside a product that is turned it is a column.
     """
     users = list(product.users)
-    if len(users) == 1 and op(users[0]) in ("add", "add_"):
+    if len(users) == 1 and op(users[0]) == "add":
         for operand in operands(users[0]):
             is_column = sizes(operand) == (rows, 1)
             inner = operand.all_input_nodes[0] if is_turned and is_column else operand
@@ -189,10 +183,10 @@ def _added_bias(product: fx.Node, rows: int, is_turned: bool) -> tuple[fx.Node |
 
 def _outer(x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Replace x and y by the values outside a flatten/unflatten pair around the product."""
-    if op(x) not in VIEWS or len(shape(x)) != 2 or len(y.users) != 1:
+    if not has(x, Trait.RESHAPE) or len(shape(x)) != 2 or len(y.users) != 1:
         return x, y
     wide, back = x.all_input_nodes[0], next(iter(y.users))
-    same = op(back) in VIEWS and sizes(back)[:-1] == sizes(wide)[:-1]
+    same = has(back, Trait.RESHAPE) and sizes(back)[:-1] == sizes(wide)[:-1]
     if same and sizes(back)[-1:] == sizes(y)[-1:] and sizes(wide)[-1:] == sizes(x)[-1:]:
         return wide, back
     return x, y

@@ -12,26 +12,17 @@ from __future__ import annotations
 from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
-from peftsurgery.anatomy.ops import (
-    argument,
+from peftsurgery.anatomy.ops import Trait, has
+from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import (
     backward,
-    op,
     operands,
     parameter_of,
     strip,
     value,
     width,
 )
-from peftsurgery.anatomy.site import Site
-
-CASTS = ("to", "_to_copy", "type_as")
-AFFINE = {
-    "layer_norm": (2, 3),
-    "rms_norm": (2, None),
-    "group_norm": (2, 3),
-    "batch_norm": (1, 2),
-    "instance_norm": (1, 2),
-}
+from peftsurgery.capture.schemas import arguments, op
 
 
 def find_norms(flow: Flow) -> list[Site]:
@@ -41,21 +32,15 @@ def find_norms(flow: Flow) -> list[Site]:
 
 
 def _single(node: fx.Node) -> Site | None:
-    places = AFFINE.get(op(node))
-    if places is None:
+    if not has(node, Trait.NORM):
         return None
+    given = arguments(node)
     nodes = {"x": operands(node)[0], "y": node}
-    for name, label, place in zip("Wb", ("weight", "bias"), places, strict=True):
-        vector, _ = parameter_of(None if place is None else argument(node, place, label))
+    for name, label in (("W", "weight"), ("b", "bias")):
+        vector, _ = parameter_of(given.get(label))
         if vector is not None:
             nodes[name] = vector
-    return _site(nodes, op(node), _given_eps(node))
-
-
-def _given_eps(node: fx.Node) -> float | None:
-    """The last fractional argument: every norm of ATen puts eps last, after a momentum if any."""
-    given = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float)]
-    return given[-1] if given else None
+    return _site(nodes, op(node), given["eps"])
 
 
 def _spelled(node: fx.Node) -> Site | None:
@@ -76,16 +61,16 @@ def _spelled(node: fx.Node) -> Site | None:
         after = next(iter(y.users))
         if op(after) == "mul":
             weight = next((w for n in operands(after) if (w := _scale(n)) is not None), None)
-        if weight is None and op(after) not in CASTS:
+        if weight is None and not has(after, Trait.CAST):
             break
         y = after
-    nodes = {"x": strip(x, CASTS), "y": y}
+    nodes = {"x": strip(x, Trait.CAST), "y": y}
     if weight is not None:
         nodes["W"] = weight
         y = next(iter(y.users)) if _is_cast_back(y, nodes["x"]) else y
         nodes["y"] = y
     inner = node.all_input_nodes[0]
-    added = argument(inner, 1, "other")
+    added = arguments(inner).get("other")
     return _site(nodes, "rms_norm", added if isinstance(added, float) else None)
 
 
@@ -94,12 +79,12 @@ def _is_cast_back(y: fx.Node, x: fx.Node) -> bool:
     if len(y.users) != 1:
         return False
     after = next(iter(y.users))
-    return op(after) in CASTS and value(after).dtype == value(x).dtype
+    return has(after, Trait.CAST) and value(after).dtype == value(x).dtype
 
 
 def _scale(node: fx.Node) -> fx.Node | None:
     """The parameter of a factor W or 1 + W."""
-    inner = strip(node, CASTS)
+    inner = strip(node, Trait.CAST)
     if op(inner) == "add" and len(operands(inner)) == 1:
         inner = operands(inner)[0]
     return parameter_of(inner)[0]

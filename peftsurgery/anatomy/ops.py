@@ -1,206 +1,156 @@
-"""Graph walks and queries over ATen operators: names, shapes, operands, ancestors.
+"""The table of operators: what each means to the finders of sites, one row for all that mean alike.
 
-An operator is known by its name without overload (``linear``, ``view``, ``getitem``), whichever of
-the exporter's spellings it has. *Layout* operators only move entries; *transparent* operators act
-on entries one at a time or normalise them, so that a value behind them is still the same signal.
+torch's own tags and schemas come first: what is a view, works entry by entry or reduces is read
+there, for every operator there is. The table adds what they do not say. An operator that is neither
+described by torch nor listed here has no traits: values are not followed through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Flag, auto
 from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
-from peftsurgery.reach import reach
+from peftsurgery.capture.schemas import op, shares_memory, writes
 
 
-def words(text: str) -> frozenset[str]:
-    """The words of a text, as a set."""
-    return frozenset(text.split())
+class Trait(Flag):
+    """What an operator does with its operands."""
+
+    POINTWISE = auto()  # every entry by itself, says torch's tag
+    REDUCTION = auto()  # many entries make one, says torch's tag
+    VIEW = auto()  # the result shares the operand's memory, says the schema
+    LAYOUT = auto()  # entries are moved, and nothing else is done to them: by views, and by copies
+    CAST = auto()  # the same entries in the same places: of another dtype, in other memory
+    RESHAPE = auto()  # the same entries in the same order, under other axes
+    EXPANSION = auto()  # entries are repeated without a copy
+    PARTING = auto()  # entries are taken apart, or put in another order
+    PICK = auto()  # entries are taken by their indices
+    FILL = auto()  # some entries are replaced, the others stay
+    ADDITION = auto()
+    SCALING = auto()
+    COMPARISON = auto()  # which of two is greater
+    ACTIVATION = auto()
+    NORM = auto()
+    DROPOUT = auto()
+    SOFTMAX = auto()
+    PRODUCT = auto()  # of matrices
+    CONV = auto()
+    ATTENTION = auto()
+    CHOICE = auto()  # which entries are greatest
+    COUNT = auto()  # 0, 1, 2, ...
+    SCAN = auto()  # every entry is made of those before it
+    TOTAL = auto()  # entries are added up, or their squares
+    WAVE = auto()  # cosines and sines
+    TRIANGLE = auto()
+    LIKE = auto()  # a new tensor of an operand's shape and dtype, and of nothing in it
+    OPAQUE = auto()  # what comes out is no longer the signal that went in
 
 
-LAYOUT = words(
-    """view reshape _unsafe_view view_as reshape_as flatten unflatten transpose permute t swapaxes
-    movedim numpy_T matrix_H mT adjoint unsqueeze squeeze expand expand_as contiguous clone alias
-    detach select slice narrow split split_with_sizes chunk tensor_split unbind getitem to _to_copy
-    type_as lift_fresh repeat repeat_interleave cat stack concat roll flip with_past"""
-)
-DROPOUT = words("dropout dropout_ native_dropout feature_dropout bernoulli")
-NORMS = words("layer_norm rms_norm group_norm batch_norm instance_norm")
-ACTIVATIONS = words(
-    """gelu relu relu6 silu sigmoid tanh erf elu selu celu leaky_relu hardtanh hardswish
-    hardsigmoid mish softplus prelu rrelu relu_ silu_ gelu_ log_sigmoid glu"""
-)
-SCALING = words("mul div neg mul_ div_")
-ADDITION = words("add add_ sub")
+@dataclass(frozen=True)
+class Meaning:
+    """One row of the table.
+
+    ``neutral`` is the second operand that leaves the first as it is. Of a product with a weight,
+    ``operands`` are the positions of x, of the weight and, if it takes one, of the bias; ``turned``
+    says that the weight is multiplied as it stands, so that it is (in, out).
+    """
+
+    traits: Trait
+    neutral: int | None = None
+    operands: tuple[int, ...] = ()
+    turned: bool = False
+
+
+NO_TRAIT = Trait(0)
+_COPY, _PRODUCT = Trait.LAYOUT, Trait.PRODUCT | Trait.OPAQUE
+
+_ROWS: Mapping[str, Meaning] = {
+    # layout: views are known to be, so only copies are called so here
+    "clone _to_copy type_as lift_fresh_copy": Meaning(Trait.CAST | _COPY),
+    "to contiguous alias detach lift_fresh": Meaning(Trait.CAST),
+    "_unsafe_view": Meaning(Trait.RESHAPE | _COPY),
+    "view reshape view_as reshape_as flatten unflatten": Meaning(Trait.RESHAPE),
+    "expand expand_as broadcast_to": Meaning(Trait.EXPANSION),
+    "slice select narrow split split_with_sizes chunk tensor_split unbind": Meaning(Trait.PARTING),
+    "flip roll": Meaning(Trait.PARTING | _COPY),
+    "repeat repeat_interleave cat concat stack getitem with_past": Meaning(_COPY),
+    # entries by their indices
+    "gather index index_select": Meaning(Trait.PICK),
+    "where masked_scatter copy scatter index_put index_copy slice_scatter select_scatter": Meaning(
+        Trait.FILL
+    ),
+    "pad constant_pad_nd clamp clamp_min clamp_max": Meaning(Trait.FILL),
+    "masked_fill": Meaning(Trait.FILL, neutral=0),
+    # arithmetic
+    "add sub rsub": Meaning(Trait.ADDITION, neutral=0),
+    "mul div true_divide": Meaning(Trait.SCALING, neutral=1),
+    "neg": Meaning(Trait.SCALING),
+    "gt ge lt le greater greater_equal less less_equal": Meaning(Trait.COMPARISON),
+    "cos sin": Meaning(Trait.WAVE),
+    "sum norm linalg_vector_norm": Meaning(Trait.TOTAL),
+    "cumprod logcumsumexp": Meaning(Trait.SCAN),
+    "cumsum": Meaning(Trait.SCAN | Trait.OPAQUE),
+    "arange iota": Meaning(Trait.COUNT),
+    "tril triu": Meaning(Trait.TRIANGLE),
+    "topk sort argsort argmax": Meaning(Trait.CHOICE | Trait.OPAQUE),
+    "max": Meaning(Trait.CHOICE),
+    # layers
+    "gelu relu relu6 silu sigmoid tanh erf elu selu celu leaky_relu hardtanh hardswish": Meaning(
+        Trait.ACTIVATION
+    ),
+    "hardsigmoid mish softplus prelu rrelu log_sigmoid glu": Meaning(Trait.ACTIVATION),
+    "layer_norm rms_norm group_norm batch_norm instance_norm": Meaning(Trait.NORM),
+    "dropout native_dropout feature_dropout bernoulli": Meaning(Trait.DROPOUT),
+    "softmax _softmax": Meaning(Trait.SOFTMAX | Trait.OPAQUE),
+    "embedding": Meaning(Trait.OPAQUE),
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution": Meaning(
+        Trait.CONV | Trait.OPAQUE
+    ),
+    "scaled_dot_product_attention": Meaning(Trait.ATTENTION | Trait.OPAQUE),
+    # products
+    "linear": Meaning(_PRODUCT, operands=(0, 1, 2)),
+    "inner": Meaning(_PRODUCT, operands=(0, 1)),
+    "mm bmm matmul mv": Meaning(_PRODUCT, operands=(0, 1), turned=True),
+    "addmm baddbmm": Meaning(_PRODUCT, neutral=0, operands=(1, 2, 0), turned=True),
+    "einsum tensordot _grouped_mm grouped_mm_fallback": Meaning(_PRODUCT),
+    # new tensors
+    "empty_like full_like ones_like zeros_like rand_like randn_like randint_like": Meaning(
+        Trait.LIKE
+    ),
+    "new_empty new_empty_strided new_full new_ones new_zeros": Meaning(Trait.LIKE),
+}
+TABLE: Mapping[str, Meaning] = {name: row for names, row in _ROWS.items() for name in names.split()}
+"""The row of every operator that has one, by its name as ``op`` gives it."""
+
+
+def meaning(node: fx.Node) -> Meaning:
+    """The row of a node's operator; one without traits if the table has none."""
+    return TABLE.get(op(node), _NONE)
+
+
+_NONE = Meaning(NO_TRAIT)
+
+
+def has(node: fx.Node, some: Trait) -> bool:
+    """Whether a node's operator has some of these traits, by torch's word or by the table's."""
+    return node.op == "call_function" and bool(traits(node.target, op(node)) & some)
 
 
 @cache
-def _named(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
-        return target.overloadpacket.__name__
-    return getattr(target, "__name__", str(target))
-
-
-def op(node: fx.Node) -> str:
-    """The operator's name without namespace and overload; the empty string for other nodes."""
-    return _named(node.target) if node.op == "call_function" else ""
-
-
-def value(node: Any) -> Any:
-    """Fake tensor (or number) of a node; an argument that is no node as it is."""
-    return node.meta.get("val") if isinstance(node, fx.Node) else node
-
-
-def shape(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of the tensor a node stands for, symbols included; empty if it is no tensor."""
-    found = value(node)
-    return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
-
-
-def sizes(node: fx.Node) -> tuple[Any, ...]:
-    """The sizes of a tensor to compare: numbers, and arithmetic on symbols where a size varies.
-
-    Two sizes are equal if they are so for every input, whatever the example's were. Comparing the
-    symbols themselves would add guards to the capture.
-    """
-    return tuple(expression(size) for size in shape(node))
-
-
-def expression(size: Any) -> Any:
-    """A size as a number, or as arithmetic on symbols if it varies."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    found, ranges = size.node.expr, size.node.shape_env.var_to_range
-    known = {symbol: ranges[symbol] for symbol in found.free_symbols if symbol in ranges}
-    found = found.xreplace({s: r.lower for s, r in known.items() if r.is_singleton()})
-    return int(found) if found.is_number else found
-
-
-def fixed(size: Any) -> int | None:
-    """A size if it is the same for every input, else None."""
-    found = expression(size)
-    return found if isinstance(found, int) else None
-
-
-def width(node: fx.Node) -> int | None:
-    """The last size of a tensor if it is the same for every input."""
-    return fixed(shape(node)[-1]) if shape(node) else None
-
-
-def samples(node: fx.Node) -> tuple[int, ...]:
-    """Concrete example sizes of a tensor, to run operators on stand-ins of it."""
-    return tuple(concrete(size) for size in shape(node))
-
-
-def is_tensor(node: Any) -> bool:
-    """Whether the argument is a node that stands for a tensor."""
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node, in order; sizes and scalars are left out.
-
-    An operator that takes only the shape or the dtype of a tensor has none, nor is the device of a
-    tensor one; keys behind those that were remembered come from the new keys.
-    """
-    name = op(node)
-    if name == "with_past":
-        return node.all_input_nodes[:1]
-    if name.endswith("_like") or name.startswith("new_"):
-        return []
-    return [n for n in node.all_input_nodes if not is_size(n) and op(n) != "device_of"]
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node stands for a number: a symbolic size, a scalar, a flag."""
-    return isinstance(
-        node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
-    )
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, however it was passed."""
-    if len(node.args) > position:
-        return node.args[position]
-    return node.kwargs.get(name, default)
-
-
-def concrete(size: Any) -> int:
-    """A size as a number: a symbol counts as the size the capture's example had.
-
-    A symbol without an example becomes a small number that depends on its name only.
-    """
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    node = size.node
-    if node.has_hint():
-        return int(node.hint)
-    symbols = sorted(node.expr.free_symbols, key=str)
-    return int(node.expr.subs({s: 2 + sum(map(ord, str(s))) % 5 for s in symbols}))
-
-
-def strip(node: fx.Node, names: Iterable[str]) -> fx.Node:
-    """Follow unary operators of these names backwards; returns the first other value."""
-    accepted = frozenset(names)
-    while op(node) in accepted and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def backward(
-    start: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None
-) -> Iterator[fx.Node]:
-    """Yield ``start`` and every tensor that it is computed from, sizes excluded.
-
-    A node for which ``stop`` holds is given, but not what it is computed from.
-    """
-    return reach(start, operands, stop)
-
-
-def is_ancestor(node: fx.Node, of: fx.Node) -> bool:
-    """Whether ``of`` is computed from ``node``."""
-    return node is not of and node in backward([of])
-
-
-def parameter_of(node: Any) -> tuple[fx.Node | None, bool]:
-    """The ``get_attr`` node a weight operand reads, and whether it was transposed on the way.
-
-    Casts are looked through. The result is (None, False) for a value that is computed.
-    """
-    flipped = False
-    while isinstance(node, fx.Node):
-        if node.op == "get_attr":
-            return node, flipped
-        name = op(node)
-        if name in ("t", "numpy_T", "mT", "transpose", "permute"):
-            if not is_swap(node):
-                return None, False
-            flipped = not flipped
-        elif name not in ("to", "_to_copy", "alias", "detach", "contiguous", "clone", "type_as"):
-            return None, False
-        node = node.all_input_nodes[0]
-    return None, False
-
-
-def is_swap(node: fx.Node) -> bool:
-    """Whether a layout operator swaps the last two dims of its operand and nothing else."""
-    rank = len(shape(node))
-    name = op(node)
-    if rank < 2:
-        return False
-    if name in ("t", "numpy_T"):
-        return rank == 2
-    if name == "mT":
-        return True
-    last = {rank - 1, rank - 2}
-    if name in ("transpose", "swapaxes"):
-        dims = {int(argument(node, i, f"dim{i - 1}")) % rank for i in (1, 2)}
-        return dims == last
-    if name != "permute":
-        return False
-    order = [int(d) % rank for d in argument(node, 1, "dims")]
-    return order == [*range(rank - 2), rank - 1, rank - 2]
+def traits(target: Any, name: str) -> Trait:
+    """All traits of an operator of that name."""
+    found = TABLE.get(name, _NONE).traits
+    tags = getattr(target, "tags", ())
+    if torch.Tag.pointwise in tags:
+        found |= Trait.POINTWISE
+    if torch.Tag.reduction in tags:
+        found |= Trait.REDUCTION
+    if shares_memory(target) and not writes(target):
+        found |= Trait.VIEW | Trait.LAYOUT
+    return found

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
-from peftsurgery.anatomy.ops import op, shape
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import shape
 from peftsurgery.capture import TensorInfo
 
 
@@ -42,5 +43,6 @@ def find_parameters(
 def _kind(node: fx.Node) -> str:
     """Say bias for a vector that is added to something, else other."""
     users = list(node.users)
-    added = users and all(op(user) in ("add", "add_", "sub", "view", "to") for user in users)
-    return "bias" if added and len(shape(node)) == 1 else "other"
+    added = Trait.ADDITION | Trait.RESHAPE | Trait.CAST
+    is_added = users and all(has(user, added) for user in users)
+    return "bias" if is_added and len(shape(node)) == 1 else "other"

@@ -16,22 +16,19 @@ from torch import fx
 
 from peftsurgery.anatomy.embeddings import is_counted, is_held
 from peftsurgery.anatomy.flow import Flow
-from peftsurgery.anatomy.ops import (
+from peftsurgery.anatomy.ops import Trait, has
+from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import (
     backward,
     is_ancestor,
     is_tensor,
-    op,
     operands,
     shape,
     sizes,
     value,
 )
-from peftsurgery.anatomy.site import Site
+from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
-
-WAVES = ("cos", "sin")
-PICKS = ("gather", "index_select", "index")
-DIFFERENCES = ("sub", "rsub")
 
 
 def find_positions(flow: Flow, tables: Sequence[Site], cores: Sequence[Site]) -> list[Site]:
@@ -69,7 +66,7 @@ def _is_used_up(table: Site) -> bool:
 def _is_distance(node: fx.Node) -> bool:
     """Whether a node is the distance of every query to every key."""
     inputs = operands(node)
-    if op(node) not in DIFFERENCES or len(inputs) != 2 or not all(map(is_counted, inputs)):
+    if op(node) not in ("sub", "rsub") or len(inputs) != 2 or not all(map(is_counted, inputs)):
         return False
     return sizes(node) not in (sizes(inputs[0]), sizes(inputs[1]))
 
@@ -80,12 +77,12 @@ def _numbers(flow: Flow) -> Iterator[tuple[fx.Node, fx.Node, str, str]]:
         whole = [n for n in operands(node) if is_tensor(n) and _is_whole(n) and _is_open(n)]
         if len(whole) != 1 or not flow.is_signal(node) or op(node) == "embedding":
             continue
-        if op(node) in PICKS:
+        if has(node, Trait.PICK):
             if is_held(node.all_input_nodes[0]):
                 yield whole[0], node, "token", ""
             continue
-        later = _made_of(node)
-        if any(op(n) in WAVES for n in later):
+        later = _fractions_of(node)
+        if any(has(n, Trait.WAVE) for n in later):
             yield whole[0], node, "token", ""
         elif is_counted(whole[0]) and _biases(whole[0], later):
             yield whole[0], node, "key", ""
@@ -101,7 +98,7 @@ def _is_open(node: fx.Node) -> bool:
     return any(isinstance(size, torch.SymInt) for size in shape(node))
 
 
-def _made_of(node: fx.Node) -> list[fx.Node]:
+def _fractions_of(node: fx.Node) -> list[fx.Node]:
     """Fractional-valued descendants of a value, itself included."""
     return list(reach([node], lambda found: filter(_is_fraction, found.users)))
 

@@ -24,36 +24,35 @@ from torch import fx
 from peftsurgery.anatomy.attention import factors
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import is_depthwise
-from peftsurgery.anatomy.ops import ACTIVATIONS, backward, op, operands, shape, words
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.residual import Join
-from peftsurgery.anatomy.roles import Part, slices
+from peftsurgery.anatomy.roles import Assignment, slices
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import backward, operands, shape
+from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
-
-LENGTHS = words("sum linalg_vector_norm norm")
 
 
 def mixes_tokens(flow: Flow, node: fx.Node) -> bool:
     """Whether a node mixes tokens: a convolution over them, or a product of two values."""
-    name = op(node)
-    if name.startswith("conv") and len(node.all_input_nodes) > 1:
+    if has(node, Trait.CONV) and len(node.all_input_nodes) > 1:
         weight = shape(node.all_input_nodes[1])
         return len(weight) == 3 and int(weight[-1]) > 1
-    is_sum = name in ("cumsum", "cumprod", "logcumsumexp") and flow.is_signal(node)
-    return is_sum or (flow.is_signal(node) and factors(flow, node) is not None)
+    is_mixed = has(node, Trait.SCAN) or factors(flow, node) is not None
+    return flow.is_signal(node) and is_mixed
 
 
-def recurrent_parts(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Part]:
-    """The parts of every branch of a program that has a recurrence in it."""
+def recurrent_roles(flow: Flow, joins: Sequence[Join], taken: Iterable[Site]) -> list[Assignment]:
+    """The roles of every branch of a program that has a recurrence in it."""
     known = set(taken)
     streams = frozenset(node for join in joins for node in (join.x, join.y))
     leaves = [*(leaf for join in joins for leaf in join.leaves), *flow.outputs]
-    parts: list[Part] = []
+    roles: list[Assignment] = []
     for last in dict.fromkeys(site for leaf in leaves for site in flow.origin(leaf) - known):
         branch = _Branch.find(flow, last, streams)
         if branch is not None and not known & branch.linears.keys():
-            parts += branch.attention() if len(branch.normed) == 2 else branch.state_space()
-    return parts
+            roles += branch.attention() if len(branch.normed) == 2 else branch.state_space()
+    return roles
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +83,11 @@ class _Branch:
     @property
     def normed(self) -> list[fx.Node]:
         """Values normalised to Euclidean length one."""
-        found = {n: None for n in self.nodes if op(n) in ("mul", "div") and _is_normed(n)}
+        found = {n: None for n in self.nodes if has(n, Trait.SCALING) and _is_normed(n)}
         return sorted(found, key=self.flow.order.__getitem__)
 
-    def attention(self) -> list[Part]:
-        """The parts of a linear attention; none if its keys or values cannot be told."""
+    def attention(self) -> list[Assignment]:
+        """The roles of a linear attention; none if its keys or values cannot be told."""
         key = self._key()
         if key is None:
             return []
@@ -102,25 +101,25 @@ class _Branch:
             found["v"] = self._rows(site, convolved) - found["q"] - found["k"]
         if not all(any(found[part] for found in rows.values()) for part in "qkv"):
             return []
-        parts = [Part(self.last, "attn.o")]
+        roles = [Assignment(self.last, "attn.o")]
         for site, found in rows.items():
             letters = [part for part in "qkv" if found[part]]
-            parts += [Part(site, "attn." + "".join(letters))] if letters else []
+            roles += [Assignment(site, "attn." + "".join(letters))] if letters else []
             if len(letters) > 1:
-                parts += slices(site, {part: found[part] for part in letters}, None)
-        return parts
+                roles += slices(site, {part: found[part] for part in letters}, None)
+        return roles
 
-    def state_space(self) -> list[Part]:
-        """The parts of a state-space model."""
+    def state_space(self) -> list[Assignment]:
+        """The roles of a state-space model."""
         steps = {site for decay in self.decays for site in _steps(self.flow, decay)}
-        parts = [Part(self.last, "ssm.out")]
+        roles = [Assignment(self.last, "ssm.out")]
         for site, is_first in self.linears.items():
             if is_first:
                 beside = self._is_beside(site)
-                parts.append(Part(site, "ssm.gate" if beside else "ssm.in"))
+                roles.append(Assignment(site, "ssm.gate" if beside else "ssm.in"))
             else:
-                parts.append(Part(site, "ssm.dt" if site in steps else "ssm.x"))
-        return parts
+                roles.append(Assignment(site, "ssm.dt" if site in steps else "ssm.x"))
+        return roles
 
     def _rows(self, site: Site, targets: Collection[fx.Node]) -> set[int]:
         """The rows of a linear that arrive at some values."""
@@ -162,7 +161,7 @@ class _Branch:
         start = site.nodes["y"]
         way = set(reach([start], lambda node: self.nodes.intersection(node.users))) - {start}
         meets = any(mixes_tokens(self.flow, node) or node in self.decays for node in way)
-        return not meets and any(op(node) in ACTIVATIONS for node in way)
+        return not meets and any(has(node, Trait.ACTIVATION) for node in way)
 
 
 def _passes_on(flow: Flow, node: fx.Node) -> bool:
@@ -199,4 +198,4 @@ def _is_normed(node: fx.Node) -> bool:
     if op(node) == "mul" and op(length) != "rsqrt":
         return False
     way = list(backward([length], lambda n: n is value))
-    return value in way and any(op(n) in LENGTHS for n in way)
+    return value in way and any(has(n, Trait.TOTAL) for n in way)

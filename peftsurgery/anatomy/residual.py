@@ -12,26 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
-from peftsurgery.anatomy.ops import (
-    DROPOUT,
-    LAYOUT,
-    SCALING,
-    backward,
-    is_tensor,
-    op,
-    shape,
-    sizes,
-    width,
-)
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import backward, is_tensor, shape, sizes, strip, width
+from peftsurgery.capture.names import common
+from peftsurgery.capture.schemas import op
 
-JOINS = ("add", "add_")
+BETWEEN = Trait.LAYOUT | Trait.DROPOUT | Trait.SCALING  # a sublayer and its sum
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +57,7 @@ def find_joins(flow: Flow) -> list[Join]:
 
 
 def _join(flow: Flow, node: fx.Node) -> Join | None:
-    if op(node) not in JOINS:
+    if op(node) != "add":
         return None
     pair = [n for n in node.args[:2] if is_tensor(n) and isinstance(n, fx.Node)]
     if len(pair) != 2 or not flow.is_signal(node) or len(shape(node)) < 2:
@@ -96,21 +88,14 @@ def between(flow: Flow, x: fx.Node, h: fx.Node) -> frozenset[fx.Node] | None:
 
 def is_weighted(flow: Flow, node: fx.Node) -> bool:
     """Whether a node is more than arithmetic: a linear, a core, a convolution, a nested block."""
-    name = op(node)
-    return (
-        node in flow.products
-        or node.op == "call_module"
-        or name.startswith("conv")
-        or "scaled_dot_product" in name
-    )
+    is_layer = has(node, Trait.CONV | Trait.ATTENTION)
+    return node in flow.products or node.op == "call_module" or is_layer
 
 
 def _leaves(flow: Flow, x: fx.Node, h: fx.Node) -> Iterable[fx.Node]:
     """The outputs of sublayers that run side by side and are summed into h, or h alone."""
-    inner = h
-    while op(inner) in LAYOUT | DROPOUT | SCALING and inner.all_input_nodes:
-        inner = inner.all_input_nodes[0]
-    if op(inner) in JOINS:
+    inner = strip(h, BETWEEN)
+    if op(inner) == "add":
         pair = [n for n in inner.args[:2] if isinstance(n, fx.Node) and is_tensor(n)]
         beside = len(pair) == 2 and all(between(flow, x, n) is not None for n in pair)
         if beside and all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
@@ -154,13 +139,6 @@ def sublayer(last: Sequence[Site]) -> dict[str, str]:
     return {"after": "ffn" if "ffn.down" in roles else "other"}
 
 
-def common(paths: Sequence[str]) -> str:
-    """The path of the innermost module that holds all of these, or is the only one."""
-    parts = [path.split(".") for path in paths]
-    alike = takewhile(lambda names: len(set(names)) == 1, zip(*parts, strict=False))
-    return ".".join(names[0] for names in alike)
-
-
 def owner(node: fx.Node) -> str:
     """The module whose weight, or the block whose call, a value was last computed with."""
     while node.op == "call_function" and node.all_input_nodes:
@@ -173,8 +151,7 @@ def owner(node: fx.Node) -> str:
 
 def call_of(node: fx.Node) -> fx.Node | None:
     """The call of a nested block whose output a value is, through layout and dropout; or None."""
-    while op(node) in LAYOUT | DROPOUT | SCALING and node.all_input_nodes:
-        node = node.all_input_nodes[0]
+    node = strip(node, BETWEEN)
     return node if node.op == "call_module" else None
 
 

@@ -17,14 +17,15 @@ from peftsurgery.anatomy.attention import (
 )
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import as_slice
-from peftsurgery.anatomy.ops import backward, shape, width
 from peftsurgery.anatomy.site import Site, Slice
+from peftsurgery.anatomy.values import backward, shape, width
+from peftsurgery.capture.names import common
 
 PARTS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Assignment:
     """Role of a linear, or of a slice of it, with the attention core that it serves."""
 
     linear: Site
@@ -34,19 +35,19 @@ class Part:
     slice: Slice | None = None
 
 
-def attention_parts(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list[Part]]:
+def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list[Assignment]]:
     """Attention sites of cores, and the q, k, v and o projections around each."""
     sites: list[Site] = []
-    parts: list[Part] = []
+    roles: list[Assignment] = []
     for core in cores:
         feeders = _feeders(flow, core)
         out = projection_out(flow, core)
         site = _site(flow, core, feeders, out)
         sites.append(site)
-        parts += _projections(flow, core, site, feeders)
+        roles += _projections(flow, core, site, feeders)
         if out is not None:
-            parts.append(Part(out, "attn.o", site))
-    return sites, parts
+            roles.append(Assignment(out, "attn.o", site))
+    return sites, roles
 
 
 def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
@@ -59,23 +60,23 @@ def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
 
 def _projections(
     flow: Flow, core: Core, site: Site, feeders: Mapping[str, Sequence[Site]]
-) -> list[Part]:
-    """A part for every projection; for a fused one, the whole and its slices."""
+) -> list[Assignment]:
+    """The role of every projection; for a fused one, of the whole and of its slices."""
     shared: dict[Site, list[str]] = {}
     for part in PARTS:
         for linear in feeders[part]:
             shared.setdefault(linear, []).append(part)
     made = []
     for linear, letters in shared.items():
-        made.append(Part(linear, "attn." + "".join(letters), site))
+        made.append(Assignment(linear, "attn." + "".join(letters), site))
         if len(letters) > 1:
             rows = {p: _rows(flow, linear, getattr(core, p)) for p in letters}
             made += slices(linear, rows, site)
     return made
 
 
-def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> list[Part]:
-    """One part a slice, if the rows of each are regular and no two share a row.
+def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> list[Assignment]:
+    """The role of each slice, if the rows of each are regular and no two share a row.
 
     ``site`` is the core that they are for. What is held turned is not cut.
     """
@@ -85,7 +86,7 @@ def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> lis
     total = set().union(*rows.values())
     if any(s is None for s in cut.values()) or len(total) != sum(map(len, rows.values())):
         return []
-    return [Part(linear, f"attn.{p}", site, p, found) for p, found in cut.items()]
+    return [Assignment(linear, f"attn.{p}", site, p, found) for p, found in cut.items()]
 
 
 def _rows(flow: Flow, linear: Site, target: fx.Node) -> set[int]:
@@ -112,8 +113,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts["transposed"] = core.transposed
     if "x" in nodes and width(nodes["x"]) is not None:
         facts["width"] = width(nodes["x"])
-    around = [s for sites in feeders.values() for s in sites] + ([out] if out else [])
-    module = common(around)
+    module = _around([*(s for sites in feeders.values() for s in sites), *([out] if out else [])])
     return Site("attention", module, None, None, nodes, facts)
 
 
@@ -142,31 +142,23 @@ def _kind(feeders: Mapping[str, Sequence[Site]]) -> str:
     return "self" if queries & keys else "cross"
 
 
-def common(linears: Sequence[Site]) -> str:
+def _around(linears: Sequence[Site]) -> str:
     """The deepest module that all of these lie in; for one alone, the module around it."""
-    if not linears:
-        return ""
-    shared = []
-    for names in zip(*(site.module.split(".") for site in linears), strict=False):
-        if len(set(names)) > 1:
-            break
-        shared.append(names[0])
-    if len({site.parameter for site in linears}) == 1:
-        shared = shared[:-1]
-    return ".".join(shared)
+    path = common([site.module for site in linears])
+    return path.rpartition(".")[0] if len({site.parameter for site in linears}) == 1 else path
 
 
-def with_role(site: Site, part: Part, whole: Site | None = None) -> Site:
-    """The site of a part: the linear with its role, its core and its slice."""
+def with_role(site: Site, given: Assignment, whole: Site | None = None) -> Site:
+    """The linear with its role, its core and its slice."""
     facts = dict(site.facts)
-    if part.slice is not None:
-        facts["out"] = part.slice.rows
+    if given.slice is not None:
+        facts["out"] = given.slice.rows
     return replace(
         site,
-        role=part.role,
-        core=part.core,
+        role=given.role,
+        core=given.core,
         facts=facts,
-        slice=part.slice,
-        label=part.label,
+        slice=given.slice,
+        label=given.label,
         whole=whole,
     )

@@ -13,38 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
-from peftsurgery.anatomy.ops import (
-    argument,
-    backward,
-    fixed,
-    op,
-    operands,
-    parameter_of,
-    shape,
-    words,
-)
-from peftsurgery.anatomy.roles import Part
+from peftsurgery.anatomy.ops import Trait, has
+from peftsurgery.anatomy.roles import Assignment
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import backward, fixed, operands, parameter_of, shape
+from peftsurgery.capture.schemas import arguments, op
 from peftsurgery.reach import reach
 
-CHOICES = words("topk argmax sort argsort max")
-WEIGHINGS = words("mul mul_ where")
-PICKS = words("gather index index_select")
 
-
-def router_parts(flow: Flow) -> list[Part]:
+def router_roles(flow: Flow) -> list[Assignment]:
     """The routers of a program."""
     found = {router: None for node in flow.nodes for router in _routers(flow, node)}
-    return [Part(router, "moe.router") for router in found]
+    return [Assignment(router, "moe.router") for router in found]
 
 
 def _routers(flow: Flow, choice: fx.Node) -> Iterator[Site]:
     """The linear whose output a node chooses experts by, if it does."""
-    if op(choice) not in CHOICES or not flow.is_signal(choice.all_input_nodes[0]):
+    if not has(choice, Trait.CHOICE) or not flow.is_signal(choice.all_input_nodes[0]):
         return
     weighted = [
         n for n in backward(operands(choice)[:1], lambda n: _ends(flow, n)) if _ends(flow, n)
@@ -70,13 +58,8 @@ def _is_along_rows(choice: fx.Node, router: Site) -> bool:
 
 def _dim(choice: fx.Node) -> int | None:
     """The dim that a choice is along; None for one among all values, or between two tensors."""
-    if not isinstance(choice.target, torch._ops.OpOverload):
-        return None
-    for position, known in enumerate(choice.target._schema.arguments):
-        if known.name == "dim":
-            found = argument(choice, position, "dim", known.default_value)
-            return found if isinstance(found, int) else None
-    return None
+    found = arguments(choice).get("dim")
+    return found if isinstance(found, int) else None
 
 
 def _ends(flow: Flow, node: fx.Node) -> bool:
@@ -96,13 +79,14 @@ def _meets_experts(flow: Flow, choice: fx.Node, router: Site) -> bool:
 
     def is_lost(node: fx.Node) -> bool:
         """Whether the walk ends at a node: behind another linear, a choice is no longer visible."""
-        return node in flow.products or op(node) in ("embedding", "add", "add_")
+        return node in flow.products or op(node) in ("embedding", "add")
 
     for node in reach(users(choice), users, is_lost):
         site = flow.products.get(node)
         if node.op == "call_module" or (site is not None and site.kind == "experts"):
             return True
-        if site is None and op(node) in WEIGHINGS and _are_outputs(flow, node, chosen, router):
+        weighs = site is None and op(node) in ("mul", "where")
+        if weighs and _are_outputs(flow, node, chosen, router):
             return True
     return False
 
@@ -112,7 +96,7 @@ def _picks_tokens(node: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
 
     A table with a vector for each is one of codes, and not of experts.
     """
-    if op(node) not in PICKS or node.args[0] in chosen or not isinstance(node.args[0], fx.Node):
+    if not has(node, Trait.PICK) or node.args[0] in chosen or not isinstance(node.args[0], fx.Node):
         return False
     source, where = node.args[0], node.args[1]
     dims = (

@@ -17,7 +17,7 @@ from peftsurgery.anatomy.analysis import Anatomy, analyse
 from peftsurgery.anatomy.attention import compares_order
 from peftsurgery.anatomy.calls import Calls, Frame
 from peftsurgery.anatomy.heads import find_heads
-from peftsurgery.anatomy.inputs import find_boundary
+from peftsurgery.anatomy.inputs import find_inputs
 from peftsurgery.anatomy.residual import call_of, owner, sublayer
 from peftsurgery.anatomy.site import Placed, Relations, Site
 from peftsurgery.capture import Capture, Program
@@ -43,10 +43,10 @@ def survey(capture: Capture) -> Survey:
     surveyor = _Surveyor(Calls(capture.programs))
     found = [placed for frame in surveyor.calls.frames for placed in surveyor.place(frame)]
     surveyor.neighbours.know(found)
-    boundary = find_boundary(capture)
-    if boundary is not None:
+    inputs = find_inputs(capture)
+    if inputs is not None:
         kind = capture.top.kind
-        found.append(Placed(boundary, "", capture.top, type=kind, relations=surveyor.neighbours))
+        found.append(Placed(inputs, "", capture.top, type=kind, relations=surveyor.neighbours))
     return Survey(tuple(found))
 
 
@@ -115,7 +115,7 @@ class _Surveyor:
                 site,
                 path,
                 program,
-                layer_of(join(path, site.module), self.lists),
+                layer_index(join(path, site.module), self.lists),
                 type_of(program, site),
                 attention_of(site, path),
                 self.extra(frame, site, heads),
@@ -217,7 +217,7 @@ class _Surveyor:
         return {linear.nodes["y"]: role for linear, role in found.items()}
 
 
-def layer_of(path: str, lists: frozenset[str]) -> int | None:
+def layer_index(path: str, lists: frozenset[str]) -> int | None:
     """The index of the list element that a module lies in; of the outermost if lists are nested."""
     names = path.split(".")
     for place, name in enumerate(names):

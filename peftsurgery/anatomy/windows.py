@@ -10,18 +10,19 @@ texts longer than the captured one has it in no graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 
 import torch
 from torch import Tensor, fx
 
 from peftsurgery.anatomy.attention import is_position
-from peftsurgery.anatomy.ops import LAYOUT, op, operands, words
+from peftsurgery.anatomy.ops import Trait, has
+from peftsurgery.anatomy.values import operands
 from peftsurgery.capture import Capture
 from peftsurgery.capture.names import join
+from peftsurgery.capture.schemas import op
 
-ORDER, EQUAL = words("gt ge lt le"), words("eq")
-MOVES, CHUNKS = words("add sub"), words("div floor_divide")
+MOVES, CHUNKS = ("add", "sub"), ("div", "floor_divide")
 TRUTHS = (torch.bool, torch.uint8)
 
 
@@ -43,21 +44,22 @@ def windows(capture: Capture, tensor: Callable[[str], Tensor | None]) -> set[int
 def _compared(node: fx.Node) -> Iterator[int]:
     """The window of a comparison of positions, if it is one that has any."""
     both = operands(node)
-    if op(node) not in ORDER | EQUAL or len(both) != 2 or not all(map(is_position, both)):
+    orders = has(node, Trait.COMPARISON)
+    if not (orders or op(node) == "eq") or len(both) != 2 or not all(map(is_position, both)):
         return
-    steps = [_step(each, MOVES if op(node) in ORDER else CHUNKS) for each in both]
-    if op(node) in ORDER:
+    steps = [_step(each, MOVES if orders else CHUNKS) for each in both]
+    if orders:
         yield from (abs(step) for step in steps if step)
     elif None not in steps and steps[0] == steps[1]:
         yield from (step for step in steps[:1] if step)
 
 
-def _step(node: fx.Node, ops: frozenset[str]) -> int | None:
+def _step(node: fx.Node, names: Container[str]) -> int | None:
     """The constant that positions were moved or divided by, behind changes of their layout."""
-    while op(node) in LAYOUT and operands(node):
+    while has(node, Trait.LAYOUT) and operands(node):
         node = operands(node)[0]
     constants = [each for each in node.args[1:] if isinstance(each, int)]
-    return constants[0] if op(node) in ops and constants else None
+    return constants[0] if op(node) in names and constants else None
 
 
 def _seen(table: Tensor | None) -> Iterator[int]:

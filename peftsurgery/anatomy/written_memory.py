@@ -16,29 +16,23 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 
-from peftsurgery.anatomy.ops import op, operands, words
+from peftsurgery.anatomy.values import operands
+from peftsurgery.capture.schemas import arguments, op, overwritten, shares_memory
 from peftsurgery.reach import reach
 
-PLACES = words("index indices mask condition")
+POSITIONS = {"index", "indices", "mask", "condition"}
 """What operators call the arguments that say where entries are, and not which."""
-
-
-def plain(node: fx.Node) -> str:
-    """The operator's name, without the underscore of one that writes in place."""
-    name = op(node)
-    return name.removesuffix("_") if not name.endswith("__") else name
 
 
 def contents(node: fx.Node) -> list[fx.Node]:
     """Operands from which an operator's entries come: all but masks and indices."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return operands(node)
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    if plain(node) == "copy":
+    given = arguments(node)
+    if op(node) == "copy":
         del given["self"]
     kept: set[fx.Node] = set()
-    fx.map_arg({name: given[name] for name in given.keys() - PLACES}, kept.add)
+    fx.map_arg({name: given[name] for name in given.keys() - POSITIONS}, kept.add)
     return [value for value in operands(node) if value in kept]
 
 
@@ -46,7 +40,7 @@ def written(node: fx.Node) -> list[fx.Node]:
     """The values that are written in place into a tensor, or into a view of it."""
     # a write returns what it wrote to, so it is a view too
     parts = reach([node], lambda part: (user for user in part.users if _views(user, part)))
-    writes = ((part, user) for part in parts for user in part.users if _writes(user, part))
+    writes = ((part, user) for part in parts for user in part.users if part in overwritten(user))
     return [value for part, user in writes for value in contents(user) if value is not part]
 
 
@@ -63,18 +57,7 @@ def made_of(node: fx.Node, through: Callable[[fx.Node], bool] | None = None) -> 
     return reach([node], sources)
 
 
-def _writes(user: fx.Node, part: fx.Node) -> bool:
-    """Whether an operator writes into a value, its first argument."""
-    return user.args[:1] == (part,) and bool(getattr(_alias(user), "is_write", False))
-
-
 def _views(user: fx.Node, part: fx.Node) -> bool:
     """Whether an operator's result may share the memory of its first argument."""
-    return user.args[:1] == (part,) and (op(user) == "getitem" or _alias(user) is not None)
-
-
-def _alias(node: fx.Node) -> object | None:
-    """What the operator's schema says of the memory of its first argument."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
-        return None
-    return node.target._schema.arguments[0].alias_info
+    shares = op(user) == "getitem" or bool(shares_memory(user.target))
+    return shares and user.args[:1] == (part,)

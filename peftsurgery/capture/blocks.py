@@ -101,7 +101,7 @@ def describe(graph: fx.Graph) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Region:
+class Stretch:
     """A stretch of the flat graph: ``path`` is the block whose call made it ("" for the model)."""
 
     path: str
@@ -129,39 +129,41 @@ class Splitter:
         """The top program of ``graph``; its output is a flat tuple."""
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
         outputs = cast("Sequence[Any]", graph.output_node().args[0])
-        region = Region("", nodes, graph.find_nodes(op="placeholder"), outputs, single=False)
-        return self.build(region)
+        stretch = Stretch("", nodes, graph.find_nodes(op="placeholder"), outputs, single=False)
+        return self.build(stretch)
 
-    def build(self, region: Region) -> Program:
-        """The program of a region; nested regions become calls."""
+    def build(self, stretch: Stretch) -> Program:
+        """The program of a stretch; nested stretches become calls."""
         graph = fx.Graph()
         value_of: dict[fx.Node, fx.Node] = {}
-        for node in region.inputs:
+        for node in stretch.inputs:
             value_of[node] = graph.placeholder(node.name)
             value_of[node].meta.update(node.meta)
-        copier = Copier(graph, value_of, region.path)
-        for child, run in self.runs(region):
+        copier = Copier(graph, value_of, stretch.path)
+        for child, run in self.runs(stretch):
             if child is None:
                 for node in run:
                     copier.copy(node)
             else:
-                inner = self.region(child, run)
+                inner = self.stretch(child, run)
                 copier.call(inner, self.build(inner))
-        results = fx.map_arg(tuple(region.outputs), copier.value)
-        graph.output(results[0] if region.single else results)
-        program = self.library.intern(graph, *self.describe_block(region.path, graph), region.path)
-        known = self.programs.setdefault(region.path, [])
+        results = fx.map_arg(tuple(stretch.outputs), copier.value)
+        graph.output(results[0] if stretch.single else results)
+        program = self.library.intern(
+            graph, *self.describe_block(stretch.path, graph), stretch.path
+        )
+        known = self.programs.setdefault(stretch.path, [])
         if program not in known:
             known.append(program)
         return program
 
-    def runs(self, region: Region) -> list[tuple[str | None, list[fx.Node]]]:
-        """The region's nodes as runs in order, each of one nested block call or of no block."""
-        owners = [self.owner(node, region.path) for node in region.nodes]
+    def runs(self, stretch: Stretch) -> list[tuple[str | None, list[fx.Node]]]:
+        """The stretch's nodes as runs in order, each of one nested block call or of no block."""
+        owners = [self.owner(node, stretch.path) for node in stretch.nodes]
         runs = [
             (owner, [node for _, node in items])
             for owner, items in groupby(
-                zip(owners, region.nodes, strict=True), key=lambda item: item[0]
+                zip(owners, stretch.nodes, strict=True), key=lambda item: item[0]
             )
         ]
         seen = [owner for owner, _ in runs if owner is not None]
@@ -181,8 +183,8 @@ class Splitter:
                 return key, inner
         return None
 
-    def region(self, path: str, nodes: list[fx.Node]) -> Region:
-        """The region of a nested call: what it takes from outside, what outside takes from it."""
+    def stretch(self, path: str, nodes: list[fx.Node]) -> Stretch:
+        """The stretch of a nested call: what it takes from outside, what outside takes from it."""
         inside = set(nodes)
         inputs: dict[fx.Node, None] = {}
         for node in nodes:
@@ -190,7 +192,7 @@ class Splitter:
                 if source not in inside and not _is_own(source, path):
                     inputs[source] = None
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-        return Region(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
+        return Stretch(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
 
     def describe_block(
         self, path: str, graph: fx.Graph
@@ -234,21 +236,21 @@ class Copier:
             self.value(source)
         self.value_of[node] = self.graph.node_copy(node, self.value)
 
-    def call(self, region: Region, program: Program) -> None:
+    def call(self, stretch: Stretch, program: Program) -> None:
         """Insert the call of a nested block, and the picks of its outputs if it has several."""
-        inputs = tuple(self.value(node) for node in region.inputs)
-        target = region.path.removeprefix(self.prefix)
+        inputs = tuple(self.value(node) for node in stretch.inputs)
+        target = stretch.path.removeprefix(self.prefix)
         call = self.graph.create_node(
             "call_module", target, inputs, {"program": program.label}, name=target.replace(".", "_")
         )
-        values = tuple(node.meta.get("val") for node in region.outputs)
-        call.meta["val"] = values[0] if region.single else values
-        call.meta["nn_module_stack"] = _outer_stack(region)
-        if region.single:
-            hand_on(region.outputs[0], call)
-            self.value_of[region.outputs[0]] = call
+        values = tuple(node.meta.get("val") for node in stretch.outputs)
+        call.meta["val"] = values[0] if stretch.single else values
+        call.meta["nn_module_stack"] = _outer_stack(stretch)
+        if stretch.single:
+            hand_on(stretch.outputs[0], call)
+            self.value_of[stretch.outputs[0]] = call
             return
-        for number, node in enumerate(region.outputs):
+        for number, node in enumerate(stretch.outputs):
             pick = self.graph.call_function(operator.getitem, (call, number))
             pick.meta["val"] = node.meta.get("val")
             inherit(pick, call)
@@ -256,6 +258,6 @@ class Copier:
             self.value_of[node] = pick
 
 
-def _outer_stack(region: Region) -> dict[str, tuple[str, str]]:
-    stack: dict[str, tuple[str, str]] = region.nodes[0].meta.get("nn_module_stack") or {}
-    return {key: entry for key, entry in stack.items() if not _is_inside(entry[0], [region.path])}
+def _outer_stack(stretch: Stretch) -> dict[str, tuple[str, str]]:
+    stack: dict[str, tuple[str, str]] = stretch.nodes[0].meta.get("nn_module_stack") or {}
+    return {key: entry for key, entry in stack.items() if not _is_inside(entry[0], [stretch.path])}

@@ -21,6 +21,7 @@ from peftsurgery.capture.module_calls import hand_on
 from peftsurgery.capture.names import join
 from peftsurgery.capture.operands import part_operands
 from peftsurgery.capture.randomness import RATE, TRAIN_FLAGS, is_random
+from peftsurgery.capture.schemas import shares_memory, writes
 from peftsurgery.capture.stack import inherit, stack_paths
 
 aten = torch.ops.aten
@@ -112,7 +113,7 @@ def make_functional(graph: fx.Graph) -> None:
         target = node.args[0] if node.args else None
         if ordinary is None or not isinstance(target, fx.Node):
             continue
-        made_here = target.op == "call_function" and not _shares_memory(target)
+        made_here = target.op == "call_function" and shares_memory(target.target) is False
         if made_here and set(target.users) == {node} and _agrees(node, ordinary):
             node.target = ordinary
 
@@ -141,13 +142,6 @@ def _ordinary_form(node: fx.Node) -> Callable[..., object] | None:
         return None
     packet = getattr(aten, name.removesuffix("_"), None)
     return getattr(packet, node.target._overloadname, None) if packet is not None else None
-
-
-def _shares_memory(node: fx.Node) -> bool:
-    """Whether the value may be a view of another, as its schema says (reshape, contiguous too)."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True
-    return any(result.alias_info is not None for result in node.target._schema.returns)
 
 
 def follow_training(graph: fx.Graph, counters: frozenset[str], dropouts: frozenset[str]) -> None:
@@ -302,7 +296,6 @@ def _has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nothing uses its value."""
     if node.op in ("placeholder", "output"):
         return True
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable
-    return target in (ops.count, ops.remember) or target in AUTOCAST
+    return (
+        writes(node.target) or node.target in (ops.count, ops.remember) or node.target in AUTOCAST
+    )

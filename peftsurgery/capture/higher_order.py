@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
+from peftsurgery.capture.schemas import writes
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
 
@@ -55,12 +56,12 @@ def inline_regions(module: fx.GraphModule) -> None:
 def _inline_gradient(graph: fx.Graph, call: fx.Node, inner: fx.Graph) -> None:
     enabled, _, *inputs = call.args
     # A region that writes in place must not see values with gradients; others are detached behind.
-    writes = any(_writes(node) for node in inner.nodes)
+    is_writing = any(writes(node.target) for node in inner.nodes)
     with graph.inserting_before(call):
-        if not enabled and writes:
+        if not enabled and is_writing:
             inputs = [_detached(graph, cast("fx.Node", value), call) for value in inputs]
         results = _copy(graph, inner, inputs)
-        if not enabled and not writes:
+        if not enabled and not is_writing:
             results = [_detached(graph, result, call) for result in results]
     _replace(graph, call, results)
 
@@ -101,7 +102,3 @@ def _detached(graph: fx.Graph, node: fx.Node, call: fx.Node) -> fx.Node:
     inherit(detached, call)
     detached.meta["val"] = node.meta["val"]
     return detached
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable

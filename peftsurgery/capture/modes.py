@@ -48,14 +48,14 @@ def noted_reads() -> Iterator[Reads]:
     equal values (a rate of 0 in either mode).
     """
     reads = Reads()
-    type.__setattr__(nn.Module, "training", _Watched(reads))
+    type.__setattr__(nn.Module, "training", _TrainingFlag(reads))
     try:
         yield reads
     finally:
         type.__delattr__(nn.Module, "training")
 
 
-class _Watched:
+class _TrainingFlag:
     """Stands for ``training`` of all modules: it is kept where it was, and reads are noted."""
 
     def __init__(self, reads: Reads) -> None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from peftsurgery.capture.schemas import op
 from peftsurgery.capture.stack import inherit
 
-aten = torch.ops.aten
-_PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.mm.default)
+PARTED = ("matmul", "bmm", "baddbmm", "mm", "scaled_dot_product_attention")
 
 
 def part_operands(graph: fx.Graph) -> None:
     """Give each operand of a product or an attention core a name, where two of them are one."""
     for node in list(graph.nodes):
-        if node.op == "call_function" and _multiplies(node):
+        if op(node) in PARTED:
             seen: set[fx.Node] = set()
             for place, operand in enumerate(node.args):
                 if not isinstance(operand, fx.Node):
@@ -29,13 +29,9 @@ def part_operands(graph: fx.Graph) -> None:
                 seen.add(operand)
 
 
-def _multiplies(node: fx.Node) -> bool:
-    return node.target in _PRODUCTS or "scaled_dot_product" in str(node.target)
-
-
 def _renamed(graph: fx.Graph, user: fx.Node, operand: fx.Node) -> fx.Node:
     with graph.inserting_before(user):
-        made = graph.call_function(aten.alias.default, (operand,))
+        made = graph.call_function(torch.ops.aten.alias.default, (operand,))
     made.meta["val"] = operand.meta.get("val")
     inherit(made, user)
     return made

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from peftsurgery.capture.schemas import bind
+
 # The names that ATen schemas give to a train flag, and to the dropout of an attention core.
 TRAIN_FLAGS = frozenset({"train", "training", "use_input_stats", "dropout_p"})
 RATE = "p"  # of a dropout, in ATen's schemas and in torch's modules
@@ -27,10 +29,8 @@ def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bo
     """Whether a call of an operator draws random numbers: attention without dropout does not."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
-    names = [argument.name for argument in target._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    defaults = {a.name: a.default_value for a in target._schema.arguments if a.has_default_value()}
-    flags = [given.get(name, defaults.get(name)) for name in train_flags(target)]
+    given = bind(target, args, kwargs)
+    flags = [given[name] for name in train_flags(target)]
     return torch.Tag.nondeterministic_seeded in target.tags and (not flags or any(flags))
 
 

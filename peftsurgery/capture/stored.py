@@ -21,7 +21,7 @@ _LARGEST_HEADER = 100 * 2**20  # what the safetensors library itself takes
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file: ``size`` bytes from ``start`` on; ``dtype`` as the format calls it."""
 
     file: Path
@@ -47,7 +47,7 @@ class Stored:
         return b"".join(parts)
 
 
-def tensors_in(folder: Path) -> dict[str, Stored]:
+def tensors_in(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a model's directory by name, from the files that transformers would read.
 
     Nothing if the weights are not there, or not all of them. PSG207 for a file that is damaged, and
@@ -67,7 +67,7 @@ def tensors_in(folder: Path) -> dict[str, Stored]:
     return {name: headers[shard][name] for name, shard in where.items()}
 
 
-def header_of(file: Path, code: str = "PSG207") -> dict[str, Stored]:
+def header_of(file: Path, code: str = "PSG207") -> dict[str, StoredTensor]:
     """The tensors of one file by name; refused with ``code`` if it is damaged."""
     try:
         if not file.is_file():  # opening a FIFO may never return
@@ -89,12 +89,12 @@ def header_of(file: Path, code: str = "PSG207") -> dict[str, Stored]:
     return found
 
 
-def _entry(file: Path, entry: Mapping[str, Any], offset: int) -> Stored:
+def _entry(file: Path, entry: Mapping[str, Any], offset: int) -> StoredTensor:
     shape = tuple(int(size) for size in entry["shape"])
     start, end = (int(each) for each in entry["data_offsets"])
     if not 0 <= start <= end or any(size < 0 for size in shape):
         raise ValueError("a tensor has a negative size")
-    return Stored(file, str(entry["dtype"]), shape, offset + start, end - start)
+    return StoredTensor(file, str(entry["dtype"]), shape, offset + start, end - start)
 
 
 def _index(file: Path) -> dict[str, str]:

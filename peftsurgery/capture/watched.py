@@ -16,7 +16,7 @@ _CONSTANTS = (bool, int, float, str)
 _LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class Notes(Protocol):
+class Listener(Protocol):
     """Receiver of paths of parts that must be called."""
 
     def note(self, path: str) -> None:
@@ -26,12 +26,12 @@ class Notes(Protocol):
 class Watched(nn.Module):
     """A module that notes hooks, a forward of its own and modules put in its parts' places."""
 
-    _watching: Notes | None = None
+    _watching: Listener | None = None
     _path: str = ""
 
-    def watch(self, notes: Notes, path: str) -> None:
+    def watch(self, listener: Listener, path: str) -> None:
         """Note from now on, for the part at ``path``, what makes it called; "" is the model."""
-        vars(self)["_watching"], vars(self)["_path"] = notes, path
+        vars(self)["_watching"], vars(self)["_path"] = listener, path
         vars(self)["_originals"] = dict(self._modules)
 
     @property

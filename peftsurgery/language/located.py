@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 
-class Part(Protocol):
+class FusedPart(Protocol):
     """The site as its program has it: whether it is a part of a fused weight, and which."""
 
     @property
@@ -25,7 +25,7 @@ class Located(Protocol):
     """A site in one block of a model, under its absolute names."""
 
     @property
-    def site(self) -> Part:
+    def site(self) -> FusedPart:
         """The site in its program; blocks of one structure share it."""
 
     @property

@@ -15,18 +15,14 @@ from typing import Any
 
 from torch import fx
 
-from peftsurgery.anatomy.ops import parameter_of, shape
+from peftsurgery.anatomy.ops import Trait, has, meaning
+from peftsurgery.anatomy.values import parameter_of, shape
+from peftsurgery.capture.schemas import op, writes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import Expression, check_calls, spelling
 from peftsurgery.language.operators import OPERATORS, Operator
 
 MAX_STEPS = 200_000
-
-# what keeps every number (to rounding), so that a pattern need not know of it
-_CASTS = frozenset(("_to_copy", "to", "alias", "contiguous", "clone", "detach"))
-
-# a product with a weight, as other operations spell it: where (x, W, b) are in their arguments
-_LINEARS: Mapping[str, tuple[int, ...]] = {"addmm": (1, 2, 0), "mm": (0, 1), "matmul": (0, 1)}
 
 _SIGNS: Mapping[type[ast.AST], str] = {
     ast.Add: "add",
@@ -56,11 +52,11 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Call:
+class Applied:
     """An operator applied to patterns, by position."""
 
     operator: Operator
-    arguments: tuple[Name | Number | Call, ...]
+    arguments: tuple[Name | Number | Applied, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +71,11 @@ class Match:
     turned: frozenset[str] = frozenset()
 
 
-def compile_pattern(expression: Expression) -> Call:
+def compile_pattern(expression: Expression) -> Applied:
     """Compile an expression into a pattern. Raises PSG114, PSG115 or PSG144 if it is none."""
     check_calls(expression, OPERATORS)
     pattern = _compile(expression, expression.tree)
-    if not isinstance(pattern, Call):
+    if not isinstance(pattern, Applied):
         raise _refuse(expression, "it must be an operator at its root")
     if "y" in expression.names:
         raise _refuse(expression, "'y' is the value of the whole pattern; use another name")
@@ -94,7 +90,7 @@ def find_pattern(expression: Expression, graph: fx.Graph) -> list[Match]:
     pattern = compile_pattern(expression)
     matches = []
     for node in graph.nodes:
-        if _name(node) not in _CASTS and "surgery" not in node.meta:
+        if not has(node, Trait.CAST) and "surgery" not in node.meta:
             found = next(_Search(expression).match(pattern, node, {}), None)
             if found is not None:
                 turned = frozenset(n for n, value in found.items() if isinstance(value, _Turned))
@@ -117,7 +113,7 @@ class _Search:
         self.expression, self.steps = expression, 0
 
     def match(
-        self, pattern: Name | Number | Call, value: Any, bound: Bindings
+        self, pattern: Name | Number | Applied, value: Any, bound: Bindings
     ) -> Iterator[Bindings]:
         """Every way to bind the names of ``pattern`` so that it is ``value``."""
         self.steps += 1
@@ -142,7 +138,7 @@ class _Search:
             yield from self.match_all(patterns[1:], values[1:], further)
 
 
-def _spellings(pattern: Call, value: Any) -> Iterator[tuple[Any, ...]]:
+def _spellings(pattern: Applied, value: Any) -> Iterator[tuple[Any, ...]]:
     """The argument lists by which ``value`` is a call of the pattern's operator."""
     wanted = len(pattern.arguments)
     for node in _through_casts(value):
@@ -157,13 +153,14 @@ def _spellings(pattern: Call, value: Any) -> Iterator[tuple[Any, ...]]:
 
 def _arguments(operator: Operator, node: fx.Node) -> tuple[Any, ...] | None:
     """A node's arguments in the operator's order, if the operator can stand for it."""
-    name = _name(node)
-    if any(value not in (None, 1, False, "none") for value in node.kwargs.values()):
+    if writes(node.target) or any(
+        value not in (None, 1, False, "none") for value in node.kwargs.values()
+    ):
         return None  # a variant, such as gelu by tanh or an addition scaled by alpha
-    if name in operator.aten:
+    if op(node) in operator.aten:
         return tuple(node.args)
-    if "linear" in operator.aten and name in _LINEARS:
-        x, weight, *bias = (node.args[i] for i in _LINEARS[name])
+    if "linear" in operator.aten and meaning(node).turned:
+        x, weight, *bias = (node.args[i] for i in meaning(node).operands)
         matrix, flipped = parameter_of(weight)
         if matrix is not None and len(shape(matrix)) == 2:
             return (x, matrix if flipped else _Turned(matrix), *bias)
@@ -187,19 +184,12 @@ def _through_casts(value: Any) -> Iterator[fx.Node]:
     """A node, and what it is a cast of."""
     while isinstance(value, fx.Node):
         yield value
-        if _name(value) not in _CASTS or not value.args:
+        if not has(value, Trait.CAST) or not value.args:
             return
         value = value.args[0]
 
 
-def _name(node: fx.Node) -> str:
-    """The name of the operation, without its overload: ``linear`` for aten.linear.default."""
-    if node.op != "call_function":
-        return ""
-    return str(getattr(getattr(node.target, "overloadpacket", node.target), "__name__", ""))
-
-
-def _compile(expression: Expression, node: ast.expr) -> Name | Number | Call:
+def _compile(expression: Expression, node: ast.expr) -> Name | Number | Applied:
     if isinstance(node, ast.Name):
         return Name(spelling(node))
     if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
@@ -214,7 +204,7 @@ def _compile(expression: Expression, node: ast.expr) -> Name | Number | Call:
         raise _refuse(expression, f"{type(node).__name__.lower()} cannot be looked for")
     if not operator.aten:
         raise _refuse(expression, f"'{operator.name}' stands for no single operation of a graph")
-    return Call(operator, tuple(_compile(expression, part) for part in arguments))
+    return Applied(operator, tuple(_compile(expression, part) for part in arguments))
 
 
 def _positional(expression: Expression, operator: Operator, node: ast.Call) -> list[ast.expr]:

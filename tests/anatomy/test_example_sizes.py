@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.anatomy import analysis, survey
+from peftsurgery.anatomy import analysis, survey, values
 from peftsurgery.anatomy import fused_rows as rows
-from peftsurgery.anatomy import ops as values
 from peftsurgery.capture import Capture
 from tests.models.captured import captured
 from tests.models.zoo import ZOO

@@ -14,8 +14,9 @@ from typing import Any
 from torch import fx
 
 from peftsurgery.anatomy import Placed
-from peftsurgery.anatomy.ops import LAYOUT, backward, is_tensor, op
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import backward, is_tensor
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Located
 from peftsurgery.reach import reach
@@ -65,7 +66,7 @@ def _others(read: Placed, sites: Collection[Site]) -> Iterator[fx.Node]:
     reads = read.program.graph.find_nodes(op="get_attr", target=read.site.parameter)
 
     def is_reader(node: fx.Node) -> bool:
-        return op(node) not in LAYOUT and node not in reads
+        return not has(node, Trait.LAYOUT) and node not in reads
 
     way = reach(reads, lambda node: (n for n in node.users if n not in own), is_reader)
     return (node for node in filter(is_reader, way) if is_tensor(node) or node.op == "output")

@@ -12,19 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
+from peftsurgery.anatomy.ops import Trait, has
+from peftsurgery.capture.schemas import op
 from peftsurgery.surgery.fourbit.pack import PackedWeight, Recipe, unpack
-
-_ATEN = torch.ops.aten
-# Products of plain arguments, one of which is the weight.
-PRODUCTS = frozenset(
-    (
-        *(_ATEN.linear.default, _ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default),
-        *(_ATEN.embedding.default, F.linear),
-    )
-)
 
 
 def read_packed(graph: fx.Graph, stored: Mapping[str, PackedWeight]) -> None:
@@ -50,8 +42,9 @@ def read_packed(graph: fx.Graph, stored: Mapping[str, PackedWeight]) -> None:
 
 
 def _is_product(user: fx.Node, weight: fx.Node) -> bool:
-    plain = not user.kwargs and user.args.count(weight) == 1
-    return user.op == "call_function" and user.target in PRODUCTS and plain
+    """Whether a node takes the weight, once and plainly, for a product or a look-up."""
+    is_one = has(user, Trait.PRODUCT) or op(user) == "embedding"
+    return is_one and not user.kwargs and user.args.count(weight) == 1
 
 
 def unpacked(packed: torch.Tensor, recipe: tuple[Any, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from peftsurgery.anatomy.arguments import ARGUMENTS, TOKENS
 from peftsurgery.anatomy.inputs import embedded
+from peftsurgery.anatomy.model_arguments import ARGUMENTS, TOKENS
 from peftsurgery.capture import Capture
 from peftsurgery.capture.changeable_inputs import (
     ChangeableInputs,

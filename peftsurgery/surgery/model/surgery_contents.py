@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.capture.fingerprint import Fingerprint
-from peftsurgery.capture.stored import Stored, header_of
+from peftsurgery.capture.stored import StoredTensor, header_of
 from peftsurgery.surgery.model.surgery_files import (
     TENSORS,
     read_active,
@@ -33,7 +33,7 @@ class Size:
     bytes: int
 
     @staticmethod
-    def of(tensors: Iterable[Stored]) -> Size:
+    def of(tensors: Iterable[StoredTensor]) -> Size:
         """The size of all of them together."""
         found = list(tensors)
         numbers = sum(math.prod(tensor.shape) for tensor in found)
@@ -113,7 +113,7 @@ class Contents:
     path: Path
     manifest: Mapping[str, Any]
     adapters: tuple[Held, ...]
-    of_the_base: Mapping[str, Stored]
+    of_the_base: Mapping[str, StoredTensor]
     fingerprint: Fingerprint | None
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,17 +23,16 @@ import torch
 from torch import fx
 
 from peftsurgery.anatomy import Site, analyse
-from peftsurgery.anatomy.ops import op, shape, words
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import ATEN
+from peftsurgery.anatomy.values import shape
 from peftsurgery.capture import Capture, Program
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 
-VIEWS = words("view reshape _unsafe_view flatten unflatten contiguous clone")
-ROW_BY_ROW = words(
-    """linear addmm mm matmul conv1d layer_norm rms_norm dropout softmax _softmax log_softmax
-    contiguous clone to _to_copy"""
-)
+BY_ROW = Trait.POINTWISE | Trait.CAST | Trait.RESHAPE | Trait.PRODUCT | Trait.CONV
+BY_ROW |= Trait.NORM | Trait.DROPOUT | Trait.SOFTMAX
+"""What leaves the rows of the first axis where they are, if there are as many as before."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,9 @@ class Batch:
         while node.op == "call_function":
             sources = [n for n in node.all_input_nodes if shape(n)]
             held = [n for n in sources if expression(shape(n)[0]) == size]
-            if held and (op(node) in VIEWS | ROW_BY_ROW or _is_pointwise(node)):
+            if held and has(node, BY_ROW):
                 node = held[0]
-            elif sources and op(node) in VIEWS:
+            elif sources and has(node, Trait.RESHAPE):
                 return self.flattened(sources[0], size)
             else:
                 return None
@@ -159,10 +158,6 @@ def _sizes(node: fx.Node) -> list[Any]:
     """The sizes of a tensor, or the one number that a node stands for."""
     value = node.meta.get("val")
     return [expression(s) for s in ([value] if isinstance(value, torch.SymInt) else shape(node))]
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    return torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def expression(size: Any) -> Any:

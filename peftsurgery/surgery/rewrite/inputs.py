@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftsurgery.anatomy.arguments import ARGUMENTS
+from peftsurgery.anatomy.model_arguments import ARGUMENTS
 from peftsurgery.capture import Capture
 from peftsurgery.capture.module_calls import GIVEN, take_place
 from peftsurgery.capture.signature import Call

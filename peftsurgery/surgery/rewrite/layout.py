@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from peftsurgery.anatomy.ops import sizes
 from peftsurgery.anatomy.site import ATEN, Site
+from peftsurgery.anatomy.values import sizes
 
 HEADS = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
 

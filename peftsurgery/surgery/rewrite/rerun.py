@@ -11,41 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from peftsurgery.anatomy.ops import (
-    ACTIVATIONS,
-    ADDITION,
-    DROPOUT,
-    LAYOUT,
-    SCALING,
-    argument,
-    concrete,
-    op,
-    samples,
-    sizes,
-    value,
-    words,
-)
+from peftsurgery.anatomy.ops import Trait, has, meaning
 from peftsurgery.anatomy.site import ATEN, Site
+from peftsurgery.anatomy.values import sample, samples, sizes, value
+from peftsurgery.capture.schemas import arguments, op
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.reach import reach
 from peftsurgery.surgery.rewrite.layout import tokens_dim
 
-VIEWS = words("view reshape _unsafe_view")
-EXPANSIONS = words("expand broadcast_to")
-ENTRYWISE = words(
-    """where masked_fill masked_fill_ softmax _softmax matmul bmm baddbmm einsum maximum amax exp
-    clamp pow sum max logsumexp scaled_dot_product_attention"""
-)
-GROWABLE = (LAYOUT | SCALING | ADDITION | ACTIVATIONS | DROPOUT | ENTRYWISE) - words(
-    "slice select narrow split split_with_sizes chunk tensor_split unbind flip roll"
-)
-HIDERS = words("masked_fill masked_fill_")
+GROWABLE = Trait.LAYOUT | Trait.POINTWISE | Trait.REDUCTION | Trait.ACTIVATION | Trait.DROPOUT
+GROWABLE |= Trait.SOFTMAX | Trait.PRODUCT | Trait.ATTENTION
 INPUTS = ("q", "k", "v", "mask")
 MORE = 3  # how many more keys there are when a region is tried; any number would do
 
@@ -119,7 +100,7 @@ def core_region(site: Site) -> Region:
         tried[node] = torch.empty(grown, dtype=value(node).dtype, device="meta")
     for node in region.nodes:
         longer = _grown_inputs(node, tried)
-        if longer and op(node) not in GROWABLE and not _keeps(node, longer):
+        if longer and not _grows(node) and not _keeps(node, longer):
             raise _refuse(node, "it takes tokens apart")
         _fit(region, node, longer, tried)
         _try(region, node, tried)
@@ -166,31 +147,16 @@ def _core_nodes(site: Site) -> Region:
 def _masked(core: fx.Node) -> tuple[Any, Any]:
     """The arguments of a core that had no mask, with a stand-in for one."""
     mask = fx.Graph().placeholder("mask")
-    rest = {k: v for k, v in core.kwargs.items() if k not in ("attn_mask", "is_causal")}
-    dropout = rest.pop("dropout_p", argument(core, 4, "dropout_p", 0.0))
-    return (*core.args[:3], mask, dropout), rest
+    rest = {
+        k: v for k, v in core.kwargs.items() if k not in ("attn_mask", "is_causal", "dropout_p")
+    }
+    return (*core.args[:3], mask, arguments(core)["dropout_p"]), rest
 
 
 def padded(short: Any, beside: Any, dim: int, filling: int) -> Any:
     """``short`` with a number on the left of ``dim``, to be as long there as ``beside``."""
     more = ATEN.sym_size.int(beside, dim) - ATEN.sym_size.int(short, dim)
     return ATEN.constant_pad_nd.default(short, [0, 0] * (-dim - 1) + [more, 0], filling)
-
-
-def sample(node: fx.Node) -> Any:
-    """A stand-in for the value of a node: on the meta device, of the example's sizes."""
-    found = value(node)
-    if isinstance(found, list | tuple):
-        return [_sample(item) for item in found]
-    return _sample(found)
-
-
-def _sample(found: Any) -> Any:
-    if isinstance(found, torch.Tensor):
-        return torch.empty([concrete(s) for s in found.shape], dtype=found.dtype, device="meta")
-    if isinstance(found, torch.SymInt):
-        return concrete(found)
-    return 0 if found is None else found  # a flag of the mode, a rate: off
 
 
 def _grown_inputs(node: fx.Node, tried: Values) -> dict[fx.Node, dict[int, tuple[int, int]]]:
@@ -201,9 +167,9 @@ def _grown_inputs(node: fx.Node, tried: Values) -> dict[fx.Node, dict[int, tuple
 
 def _fit(region: Region, node: fx.Node, grown: Mapping[fx.Node, Any], tried: Values) -> None:
     """Note what must change for a node to run on values with more tokens."""
-    name = op(node)
-    if grown and name in VIEWS | EXPANSIONS:
-        refit = _viewed if name in VIEWS else _expanded
+    takes_sizes = len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
+    if grown and takes_sizes and has(node, Trait.RESHAPE | Trait.EXPANSION):
+        refit = _viewed if has(node, Trait.RESHAPE) else _expanded
         wanted = refit(node, tried[node.all_input_nodes[0]])
         region.calls[node] = ((node.args[0], wanted, *node.args[2:]), node.kwargs)
     for source in node.all_input_nodes:
@@ -221,14 +187,12 @@ def _vary(source: fx.Node, beside: fx.Node, dim: int) -> bool:
 
 def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
     """What ``source`` has to hold for a node to leave what is in ``beside`` as it is. PSG320."""
-    name = op(node)
-    if name in words("mul mul_ div div_ true_divide"):
-        return 1
-    if name == "where":
+    if op(node) == "where":
         return int(node.args[0] is source and node.args[1] is beside)
-    if name in ADDITION | HIDERS | words("sub_ rsub baddbmm addmm"):
-        return 0
-    raise _refuse(node, f"'{source.name}' is about the keys that there were")
+    neutral = meaning(node).neutral
+    if neutral is None:
+        raise _refuse(node, f"'{source.name}' is about the keys that there were")
+    return neutral
 
 
 def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
@@ -240,21 +204,27 @@ def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
     return {dim: (before[dim], now[dim]) for dim in places if before[dim] != now[dim]}
 
 
+def _grows(node: fx.Node) -> bool:
+    """Whether an operator may be run on more tokens as it was on fewer."""
+    is_known = has(node, GROWABLE) or meaning(node).neutral is not None
+    return is_known and not has(node, Trait.PARTING)
+
+
 def _keeps(node: fx.Node, grown: Mapping[fx.Node, Mapping[int, Any]]) -> bool:
     """Whether a slice leaves tokens whole: it is of another dimension, or counts from the end."""
     if op(node) not in ("slice", "select"):
         return False
-    source = node.all_input_nodes[0]
-    dim = int(argument(node, 1, "dim", 0))
+    source, given = node.all_input_nodes[0], arguments(node)
+    dim = int(given["dim"])
     dim = dim if dim < 0 else dim - len(samples(source))
-    start, end = argument(node, 2, "start"), argument(node, 3, "end")
+    start, end = given.get("start"), given.get("end")
     to_end = op(node) == "slice" and start in (None, 0) and isinstance(end, int) and end < 0
     return dim not in grown.get(source, {}) or to_end
 
 
 def _expanded(node: fx.Node, tried: torch.Tensor) -> list[Any]:
     """The sizes of an expansion, with those that the value has already left to torch."""
-    wanted: Any = list(argument(node, 1, "size"))
+    wanted: Any = [*cast("list[Any]", node.args[1])]
     for dim in range(-1, -tried.dim() - 1, -1):
         if tried.shape[dim] != 1:
             wanted[dim] = -1
@@ -266,7 +236,7 @@ def _viewed(node: fx.Node, tried: torch.Tensor) -> list[Any]:
     source = node.all_input_nodes[0]
     axis = [d for d, (a, b) in enumerate(zip(samples(source), tried.shape, strict=True)) if a != b]
     dim = _followed(samples(source), axis[0], samples(node)) if len(axis) == 1 else None
-    wanted: Any = list(argument(node, 1, "size"))
+    wanted: Any = [*cast("list[Any]", node.args[1])]
     if dim is None:
         raise _refuse(node, "it mixes tokens with something else")
     for place, size in enumerate(wanted):

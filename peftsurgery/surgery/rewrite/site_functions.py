@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftsurgery.anatomy.ops import argument, concrete, op, sizes, value
 from peftsurgery.anatomy.site import ATEN, Placed, Site
+from peftsurgery.anatomy.values import concrete, sizes, value
+from peftsurgery.capture.schemas import arguments, op
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Operator, site_function
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.site_functions.sites import KEYS, tokens
 from peftsurgery.surgery.rewrite.batch_axis import token_mean
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, is_regular
-from peftsurgery.surgery.rewrite.rerun import HIDERS, INPUTS, Region, core_region, find_region
+from peftsurgery.surgery.rewrite.rerun import INPUTS, Region, core_region, find_region
 
 Outside = Callable[[fx.Node], Any]
 
@@ -175,7 +176,7 @@ def check_lengths(k: Any, mask: Any) -> None:
 
 def is_causal(site: Site) -> bool:
     """Whether a core without a mask is told to hide later tokens from earlier ones."""
-    return "mask" not in site.nodes and argument(site.nodes["o"], 5, "is_causal", False) is True
+    return "mask" not in site.nodes and arguments(site.nodes["o"]).get("is_causal") is True
 
 
 def sees(site: Site) -> int:
@@ -184,7 +185,7 @@ def sees(site: Site) -> int:
     if value(mask).dtype != torch.bool:
         return 0
     for user in mask.users:
-        if op(user) in HIDERS:
+        if op(user) == "masked_fill":
             return 0
         if op(user) == "where":
             return int(not is_constant(user.args[1]))

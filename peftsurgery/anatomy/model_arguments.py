@@ -24,4 +24,4 @@ ARGUMENTS: Mapping[str, str] = MappingProxyType(
         "answer": "labels",
     }
 )
-"""The argument that each name bound at the model's boundary is."""
+"""The argument that each name bound at the site of the inputs is."""
