@@ -82,11 +82,12 @@ _ROWS: Mapping[str, Meaning] = {
     "repeat repeat_interleave cat concat stack getitem with_past": Meaning(_COPY),
     # entries by their indices
     "gather index index_select": Meaning(Trait.PICK),
-    "where masked_scatter copy scatter index_put index_copy slice_scatter select_scatter": Meaning(
+    "masked_scatter copy scatter index_put index_copy slice_scatter select_scatter": Meaning(
         Trait.FILL
     ),
     "pad constant_pad_nd clamp clamp_min clamp_max": Meaning(Trait.FILL),
-    "masked_fill": Meaning(Trait.FILL, neutral=0),
+    "where": Meaning(Trait.FILL | Trait.POINTWISE),  # torch tags some of its overloads alone
+    "masked_fill": Meaning(Trait.FILL | Trait.POINTWISE, neutral=0),
     # arithmetic
     "add sub rsub": Meaning(Trait.ADDITION, neutral=0),
     "mul div true_divide": Meaning(Trait.SCALING, neutral=1),

@@ -206,8 +206,7 @@ def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
 
 def _grows(node: fx.Node) -> bool:
     """Whether an operator may be run on more tokens as it was on fewer."""
-    is_known = has(node, GROWABLE) or meaning(node).neutral is not None
-    return is_known and not has(node, Trait.PARTING)
+    return has(node, GROWABLE) and not has(node, Trait.PARTING)
 
 
 def _keeps(node: fx.Node, grown: Mapping[fx.Node, Mapping[int, Any]]) -> bool:
