@@ -61,7 +61,7 @@ def _linear(node: fx.Node) -> Site | None:
         matrix, flipped = matrix_of(product.weight)
         if matrix is not None and len(shape(matrix)) == 2 and _is_value(product.x):
             return _site(node, product, matrix, flipped)
-    return _experts(node) if has(node, Trait.PRODUCT) else None
+    return _experts(node) if meaning(node).turned else None
 
 
 def _product(node: fx.Node) -> _Product | None:

@@ -117,9 +117,11 @@ _ROWS: Mapping[str, Meaning] = {
     # products
     "linear": Meaning(_PRODUCT, operands=(0, 1, 2)),
     "inner": Meaning(_PRODUCT, operands=(0, 1)),
-    "mm bmm matmul mv": Meaning(_PRODUCT, operands=(0, 1), turned=True),
+    "mm bmm matmul mv _grouped_mm grouped_mm_fallback": Meaning(
+        _PRODUCT, operands=(0, 1), turned=True
+    ),
     "addmm baddbmm": Meaning(_PRODUCT, neutral=0, operands=(1, 2, 0), turned=True),
-    "einsum tensordot _grouped_mm grouped_mm_fallback": Meaning(_PRODUCT),
+    "einsum tensordot": Meaning(_PRODUCT),
     # new tensors
     "empty_like full_like ones_like zeros_like rand_like randn_like randint_like": Meaning(
         Trait.LIKE
