@@ -21,7 +21,7 @@ from peftsurgery.capture.module_calls import hand_on
 from peftsurgery.capture.names import join
 from peftsurgery.capture.operands import part_operands
 from peftsurgery.capture.randomness import RATE, TRAIN_FLAGS, is_random
-from peftsurgery.capture.schemas import shares_memory, writes
+from peftsurgery.capture.schemas import arguments, shares_memory, writes
 from peftsurgery.capture.stack import inherit, stack_paths
 
 aten = torch.ops.aten
@@ -84,11 +84,9 @@ def drop_idle_casts(graph: fx.Graph) -> None:
 
 def _same_kind(node: fx.Node, source: fx.Node) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
-    assert isinstance(node.target, torch._ops.OpOverload)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
-    names = [argument.name for argument in node.target._schema.arguments]
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = arguments(node)
     copies = given.get("copy") or given.get("memory_format") is not None
     return bool(not copies and before.dtype == after.dtype and before.device == after.device)
 
@@ -96,10 +94,9 @@ def _same_kind(node: fx.Node, source: fx.Node) -> bool:
 def _is_full_slice(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
-    start = node.args[2] if len(node.args) > 2 else None
-    end = node.args[3] if len(node.args) > 3 else None
-    step = node.args[4] if len(node.args) > 4 else 1
-    return bool(start in (None, 0) and step == 1 and (end is None or _is_unbounded(end)))
+    given = arguments(node)
+    is_to_end = given["end"] is None or _is_unbounded(given["end"])
+    return given["start"] in (None, 0) and given["step"] == 1 and is_to_end
 
 
 def _is_unbounded(end: object) -> bool:
@@ -165,8 +162,8 @@ def follow_training(graph: fx.Graph, counters: frozenset[str], dropouts: frozens
 
 def _has_no_statistics(node: fx.Node) -> bool:
     """Whether a norm keeps no running statistics: it takes the batch's in eval mode too."""
-    norms = (aten.batch_norm.default, aten.instance_norm.default)
-    return node.target in norms and node.args[3] is None
+    given = arguments(node)
+    return "running_mean" in given and given["running_mean"] is None
 
 
 def _follow_argument(

@@ -20,18 +20,15 @@ RATE = "p"  # of a dropout, in ATen's schemas and in torch's modules
 
 def train_flags(target: Any) -> frozenset[str]:
     """The names of the operator's arguments that tell training from evaluation."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return frozenset()
-    return TRAIN_FLAGS & {argument.name for argument in target._schema.arguments}
+    return TRAIN_FLAGS.intersection(bind(target, (), {}))
 
 
 def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call of an operator draws random numbers: attention without dropout does not."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
     given = bind(target, args, kwargs)
     flags = [given[name] for name in train_flags(target)]
-    return torch.Tag.nondeterministic_seeded in target.tags and (not flags or any(flags))
+    draws = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    return draws and (not flags or any(flags))
 
 
 # Both Python and numpy draw from a Mersenne twister. A word of all zeros or of all ones is what it
