@@ -34,7 +34,7 @@ class Flow:
         """``parameters`` are the names of the tensors that may be weights; others are constants."""
         self.graph = graph
         self.nodes: Sequence[fx.Node] = tuple(graph.nodes)
-        self.order = {node: place for place, node in enumerate(self.nodes)}
+        self.order = {node: index for index, node in enumerate(self.nodes)}
         self.products: dict[fx.Node, Site] = find_linears(graph, parameters)
         self.linears = list(self.products.values())
         self._origins: dict[fx.Node, Origin] = {}
@@ -68,7 +68,7 @@ class Flow:
         return sorted(found, key=self.order.__getitem__)
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
-        """Direct sources of a value: its operands, and values written into it in place."""
+        """Direct sources of a value: its operands, and values written into it in index."""
         if node not in self._sources:
             self._sources[node] = [*operands(node), *written(node)]
         return self._sources[node]

@@ -151,9 +151,9 @@ def _outputs(capture: Capture) -> dict[str, fx.Node]:
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
         return {}
     values = cast("list[Any]", capture.top.graph.output_node().args[0])
-    found, place = {}, 0
+    found, position = {}, 0
     for key, child in zip(keys, children, strict=True):
-        if child.num_leaves == 1 and is_tensor(values[place]):
-            found[key] = values[place]
-        place += child.num_leaves
+        if child.num_leaves == 1 and is_tensor(values[position]):
+            found[key] = values[position]
+        position += child.num_leaves
     return found

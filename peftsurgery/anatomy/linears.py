@@ -1,4 +1,4 @@
-"""Linear sites: every place where a signal is multiplied by a weight matrix, however it is spelled.
+"""Linear sites: wherever a signal is multiplied by a weight matrix, however it is spelled.
 
     linear(x, W, b)                 W is (out, in)
     addmm(b, x, W), mm(x, W)        W is (in, out)          it is ``turned``
@@ -96,10 +96,10 @@ def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
     axes = texts.split(",")
     if not result or len(axes) != 2 or len(factors) != 2:
         return None
-    place = next((i for i in (0, 1) if matrix_of(factors[i])[0] is not None), None)
-    if place is None or len(axes[place]) != 2:
+    index = next((i for i in (0, 1) if matrix_of(factors[i])[0] is not None), None)
+    if index is None or len(axes[index]) != 2:
         return None
-    weight, given = axes[place], axes[1 - place]
+    weight, given = axes[index], axes[1 - index]
     within, out = sorted(weight, key=lambda axis: axis in result)
     if within in result or within not in given or out in given or out not in result:
         return None
@@ -110,7 +110,7 @@ def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
             turned.add(name)
         elif found != around + axis:
             return None
-    return _Product(factors[1 - place], factors[place], turned=frozenset(turned))
+    return _Product(factors[1 - index], factors[index], turned=frozenset(turned))
 
 
 def _is_value(x: Any) -> bool:

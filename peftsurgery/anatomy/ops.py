@@ -26,7 +26,7 @@ class Trait(Flag):
     REDUCTION = auto()  # many entries make one, says torch's tag
     VIEW = auto()  # the result shares the operand's memory, says the schema
     LAYOUT = auto()  # entries are moved, and nothing else is done to them: by views, and by copies
-    CAST = auto()  # the same entries in the same places: of another dtype, in other memory
+    CAST = auto()  # the same entries where they were: of another dtype, in other memory
     RESHAPE = auto()  # the same entries in the same order, under other axes
     EXPANSION = auto()  # entries are repeated without a copy
     PARTING = auto()  # entries are taken apart, or put in another order

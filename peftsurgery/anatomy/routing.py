@@ -51,8 +51,8 @@ def _routers(flow: Flow, choice: fx.Node) -> Iterator[Site]:
 
 def _is_along_rows(choice: fx.Node, router: Site) -> bool:
     """Whether it chooses among a linear's rows, or among groups of them: not among tokens."""
-    places, dim = shape(choice.all_input_nodes[0]), _dim(choice)
-    size = fixed(places[dim]) if dim is not None and -len(places) <= dim < len(places) else None
+    sizes, dim = shape(choice.all_input_nodes[0]), _dim(choice)
+    size = fixed(sizes[dim]) if dim is not None and -len(sizes) <= dim < len(sizes) else None
     return size is not None and size > 1 and int(router.facts["out"]) % size == 0
 
 

@@ -1,4 +1,4 @@
-"""Sites: the places of a graph that have a meaning, and the rows of a fused weight.
+"""Sites: what in a graph has a meaning, and the rows of a fused weight.
 
 A :class:`Site` is found once per program and binds names to graph values; a :class:`Placed` is that
 site in one block of one model. A :class:`Slice` says which rows of a fused weight are one of its
@@ -94,7 +94,7 @@ class Slice:
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """A place in a program's graph with a meaning.
+    """What has a meaning in a program's graph.
 
     ``nodes`` binds the names a rule may use to graph values; see the module that finds each kind.
     ``facts`` holds sizes and properties, ``turned`` the names of weights

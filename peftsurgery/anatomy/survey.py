@@ -41,7 +41,7 @@ class Survey:
 def survey(capture: Capture) -> Survey:
     """The sites of a capture. A program is analysed once, however many blocks run it."""
     surveyor = _Surveyor(Calls(capture.programs))
-    found = [placed for frame in surveyor.calls.frames for placed in surveyor.place(frame)]
+    found = [placed for frame in surveyor.calls.frames for placed in surveyor.sites_of(frame)]
     surveyor.neighbours.know(found)
     inputs = find_inputs(capture)
     if inputs is not None:
@@ -104,7 +104,7 @@ class _Surveyor:
                 found |= {name for name, info in infos.items() if info.type == "ModuleList"}
         return frozenset(found)
 
-    def place(self, frame: Frame) -> list[Placed]:
+    def sites_of(self, frame: Frame) -> list[Placed]:
         """The sites of a frame with what its callers add to them."""
         path, program = frame.path, frame.program
         anatomy = analyse(program)
@@ -220,8 +220,8 @@ class _Surveyor:
 def layer_index(path: str, lists: frozenset[str]) -> int | None:
     """The index of the list element that a module lies in; of the outermost if lists are nested."""
     names = path.split(".")
-    for place, name in enumerate(names):
-        if name.isdigit() and ".".join(names[:place]) in lists:
+    for depth, name in enumerate(names):
+        if name.isdigit() and ".".join(names[:depth]) in lists:
             return int(name)
     return None
 

@@ -57,8 +57,8 @@ class PartCall:
         """
         part = holder.original_part(self.name)
         leaves = [
-            leaf.constant if place is None else values[place]
-            for leaf, place in zip(self.call.given, self.given, strict=True)
+            leaf.constant if position is None else values[position]
+            for leaf, position in zip(self.call.given, self.given, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(leaves, self.call.arguments)
         with _running(part, self, values) as running:

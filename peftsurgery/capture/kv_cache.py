@@ -152,8 +152,8 @@ class Traced:
         cache.layers = [self._stand_in(index, symbols) for index in range(len(self.layers))]
         outputs = forward(**tensors, **{self.past.name: cache}, **flags)
         leaves, spec = pytree.tree_flatten(outputs, is_leaf=lambda value: value is cache)
-        places = [place for place, leaf in enumerate(leaves) if leaf is cache]
-        self.returned = places[0] if places else None
+        numbers = [number for number, leaf in enumerate(leaves) if leaf is cache]
+        self.returned = numbers[0] if numbers else None
         return pytree.tree_unflatten([0 if leaf is cache else leaf for leaf in leaves], spec)
 
     def _stand_in(self, index: int, symbols: Mapping[int, tuple[int, int, int]]) -> Any:
@@ -356,9 +356,9 @@ def _hand_over(graph: fx.Graph, node: fx.Node, cache: fx.Node) -> None:
         both = graph.call_function(ops.remember, (layer, keys, values, withheld))
     inherit(both, node)
     for pick in list(node.users):
-        place = cast("int", pick.args[1])
+        number = cast("int", pick.args[1])
         with graph.inserting_before(pick):
-            longer = graph.call_function(ops.with_past, ((keys, values)[place], both, place))
+            longer = graph.call_function(ops.with_past, ((keys, values)[number], both, number))
         longer.meta.update(pick.meta)
         inherit(longer, node)
         pick.replace_all_uses_with(longer)

@@ -94,13 +94,13 @@ class _Read:
 
     ``values`` compute that expression in train mode and in eval mode, ``chooses`` is whether it is
     ``a if b else c``, and ``called`` the function that is given the read itself as an argument, at
-    a ``place`` or by a name. ``names`` are the others in the expression, with their attributes.
+    a ``position`` or by a name. ``names`` are the others in the expression, with their attributes.
     """
 
     values: tuple[CodeType, CodeType]
     chooses: bool
     called: CodeType | None
-    place: int | str | None
+    position: int | str | None
     names: tuple[str, ...]
 
     def is_flag(self, frame: FrameType) -> bool:
@@ -109,7 +109,7 @@ class _Read:
         if not inspect.isfunction(found) or found.__module__ != nn.functional.__name__:
             return False
         names = dict(enumerate(inspect.signature(found).parameters))
-        name = names.get(self.place) if isinstance(self.place, int) else self.place
+        name = names.get(self.position) if isinstance(self.position, int) else self.position
         return name in TRAIN_FLAGS
 
     def is_idle(self, frame: FrameType) -> bool:
@@ -158,7 +158,7 @@ def _described(node: ast.expr, outer: dict[ast.AST, ast.AST]) -> _Read:
         cast("tuple[CodeType, CodeType]", values),
         isinstance(whole, ast.IfExp),
         _compiled(cast("ast.expr", called)) if named else None,
-        _place(node, call) if isinstance(call, ast.Call) and named else None,
+        _position(node, call) if isinstance(call, ast.Call) and named else None,
         tuple(_names(whole, node)),
     )
 
@@ -184,13 +184,13 @@ def _is_simple(name: str, frame: FrameType) -> bool:
     return type(value) in (bool, int, float, str, NoneType)
 
 
-def _place(node: ast.expr, call: ast.Call) -> int | str | None:
+def _position(node: ast.expr, call: ast.Call) -> int | str | None:
     """Position or keyword of the argument in the call; None if it cannot be determined."""
     if node not in call.args:
         return next(keyword.arg for keyword in call.keywords if keyword.value is node)
-    place = call.args.index(node)
-    is_open = any(isinstance(argument, ast.Starred) for argument in call.args[:place])
-    return None if is_open else place
+    position = call.args.index(node)
+    is_open = any(isinstance(argument, ast.Starred) for argument in call.args[:position])
+    return None if is_open else position
 
 
 def _is_argument(node: ast.expr, call: ast.Call) -> bool:

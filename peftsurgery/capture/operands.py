@@ -1,6 +1,6 @@
 """A product's operands as values of their own: a tensor given twice is given under two names.
 
-An attention core whose keys are its values too has two places to cut at; a rule that changes one of
+An attention core whose keys are its values too can be cut at twice; a rule that changes one of
 them must not change the other.
 """
 
@@ -20,12 +20,12 @@ def part_operands(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if op(node) in PARTED:
             seen: set[fx.Node] = set()
-            for place, operand in enumerate(node.args):
+            for position, operand in enumerate(node.args):
                 if not isinstance(operand, fx.Node):
                     continue
                 if operand in seen:
                     operand = _renamed(graph, node, operand)
-                    node.update_arg(place, operand)
+                    node.update_arg(position, operand)
                 seen.add(operand)
 
 

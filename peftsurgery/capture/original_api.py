@@ -72,8 +72,8 @@ class Likeness(Part):
         directory = Path(save_directory)
         check_apart(directory / SAFE_WEIGHTS_NAME, self.read_from())
         state = self.state_dict() if state_dict is None else state_dict
-        first = {_place(tensor): name for name, tensor in reversed(list(state.items()))}
-        once = {name: t for name, t in state.items() if first[_place(t)] == name}
+        first = {_memory(tensor): name for name, tensor in reversed(list(state.items()))}
+        once = {name: t for name, t in state.items() if first[_memory(t)] == name}
         uses = Counter(tensor.untyped_storage().data_ptr() for tensor in once.values())
         tensors = {
             # a file has no tensors that overlap: each is a copy there
@@ -94,11 +94,11 @@ class Likeness(Part):
     ) -> Any:
         """As any module's; one name is enough for a tensor that has several."""
         own = self.state_dict()
-        given = {_place(own[name]): value for name, value in state_dict.items() if name in own}
+        given = {_memory(own[name]): value for name, value in state_dict.items() if name in own}
         tied = {
-            name: given[_place(tensor)]
+            name: given[_memory(tensor)]
             for name, tensor in own.items()
-            if name not in state_dict and _place(tensor) in given
+            if name not in state_dict and _memory(tensor) in given
         }
         if not tied:
             return super().load_state_dict(state_dict, strict, assign)
@@ -166,7 +166,7 @@ class Likeness(Part):
     gradient_checkpointing_disable = activation_checkpointing_disable
 
 
-def _place(tensor: torch.Tensor) -> Hashable:
+def _memory(tensor: torch.Tensor) -> Hashable:
     """Hashable identity of a tensor: equal for two objects over the same memory."""
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.is_meta or not tensor.numel():
         return id(tensor)

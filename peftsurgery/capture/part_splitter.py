@@ -111,7 +111,7 @@ class PartSplitter:
         nodes = [self.given((path, number, index)) for index in numbers]
         if not nodes:
             raise unfit(path, "it computes nothing")
-        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        order = {node: position for position, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_after(max(nodes, key=order.__getitem__)):
             made = self.graph.call_function(pass_on, (nodes[0],))
         around = (o for o in self._owners.get(nodes[0], ()) if part.startswith(f"{o.part}."))
@@ -183,7 +183,7 @@ class PartSplitter:
         beside = [node for node in made.inputs if node not in given]
         values = list(dict.fromkeys(node for node in (*given, *beside) if node is not None))
         results = [self._returned.get((home, owner.number, i)) for i in range(len(call.returned))]
-        outputs = [None if n is None else made.place(n) for n in results]
+        outputs = [None if n is None else made.position(n) for n in results]
         through = [_passed(call, given, number, node) for number, node in enumerate(results)]
         for leaf, output, passed in zip(call.returned, outputs, through, strict=True):
             if leaf.kind == "opaque" or (leaf.kind == "node" and output is None and passed is None):
@@ -250,7 +250,7 @@ class _Stretch:
     outputs: Sequence[fx.Node | None]
     single: bool
 
-    def place(self, node: fx.Node) -> int | None:
+    def position(self, node: fx.Node) -> int | None:
         """Which of the outputs a node is."""
         return self.outputs.index(node) if node in self.outputs else None
 

@@ -184,12 +184,12 @@ class Watch(TorchFunctionMode):
 
     def step(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         """Record of one torch call: function, arguments and train flags, in comparable form."""
-        places = _flag_places(name)
-        flags = {places[i]: value for i, value in enumerate(args) if i in places}
+        positions = _flag_positions(name)
+        flags = {positions[i]: value for i, value in enumerate(args) if i in positions}
         flags |= {key: value for key, value in kwargs.items() if key in TRAIN_FLAGS}
         if _has_no_statistics(name, args, kwargs):
             flags = {}
-        rest = tuple(None if i in places else value for i, value in enumerate(args))
+        rest = tuple(None if i in positions else value for i, value in enumerate(args))
         others = {key: value for key, value in kwargs.items() if key not in TRAIN_FLAGS}
         state = (torch.is_grad_enabled(), torch._C._is_any_autocast_enabled())
         return Step(func, self.plain((rest, others)), tuple(sorted(flags.items())), state)
@@ -219,15 +219,15 @@ def _has_no_statistics(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
 
 
 @lru_cache(maxsize=1024)
-def _flag_places(name: str) -> dict[int, str]:
-    """The places of train flags among the arguments of the operators of that name."""
+def _flag_positions(name: str) -> dict[int, str]:
+    """The positions of train flags among the arguments of the operators of that name."""
     packet = getattr(torch.ops.aten, name, None) if name else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return {}
     schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
     return {
-        place: argument.name
+        position: argument.name
         for schema in schemas
-        for place, argument in enumerate(schema.arguments)
+        for position, argument in enumerate(schema.arguments)
         if argument.name in TRAIN_FLAGS
     }

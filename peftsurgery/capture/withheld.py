@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from peftsurgery.errors import SurgeryError
 
-POSITIONAL = "*"  # stands for the name of an argument that is given by its place
+POSITIONAL = "*"  # stands for the name of an argument that is given by position
 
 
 def refused(why: str) -> SurgeryError:
@@ -32,8 +32,8 @@ def names_of(more: Sequence[Any], named: Mapping[str, Any]) -> str:
 def stand_ins(names: str) -> tuple[list[Any], dict[str, Any]]:
     """Stand-ins for those arguments, positional and named, that raise PSG210 when read."""
     given = names.split(",") if names else []
-    places = [Withheld() for name in given if name == POSITIONAL]
-    return places, {name: Withheld() for name in given if name != POSITIONAL}
+    positional = [Withheld() for name in given if name == POSITIONAL]
+    return positional, {name: Withheld() for name in given if name != POSITIONAL}
 
 
 class Withheld(dict[str, Any]):
