@@ -10,7 +10,9 @@ from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.site import Site
 from peftsurgery.reach import reach
 
-SOURCES = ("linear", "embedding", "experts", "conv", "attention")
+WEIGHTED = ("linear", "embedding", "experts", "conv")
+MET = {**dict.fromkeys((*WEIGHTED, "norm", "residual"), ("y",)), "attention": ("scores", "o")}
+"""What a value meets a site of each kind at: one of these nodes."""
 
 
 def find_links(flow: Flow, sites: Iterable[Site]) -> dict[Site, tuple[Site, ...]]:
@@ -19,45 +21,23 @@ def find_links(flow: Flow, sites: Iterable[Site]) -> dict[Site, tuple[Site, ...]
     A value is followed through every operator without a weight of its own, through norms and
     attention cores, up to the next linear, convolution or block, or to the sum with the stream.
     """
-    known = [site for site in sites if site.kind != "parameter"]
+    known = [site for site in sites if site.kind in MET]
     at: dict[fx.Node, list[Site]] = {}
-    ends: set[fx.Node] = set()
     for site in known:
-        if site.kind in ("linear", "experts", "conv", "embedding"):
-            _note(at, site.nodes["y"], site)
-            ends.add(site.nodes["y"])
-        elif site.kind == "norm":
-            _note(at, site.nodes["y"], site)
-        elif site.kind == "attention":
-            _note(at, site.nodes.get("scores", site.nodes["o"]), site)
-            _note(at, site.nodes["o"], site)
-        elif site.kind == "residual":
-            _note(at, site.nodes["y"], site)
-            ends.add(site.nodes["y"])
+        for name in site.nodes.keys() & MET[site.kind]:
+            at.setdefault(site.nodes[name], []).append(site)
+    ends = {site.nodes["y"] for site in known if site.kind in (*WEIGHTED, "residual")}
     for product, linear in flow.products.items():
         if product is not linear.nodes["y"]:
             at[product] = at.get(linear.nodes["y"], [])
             ends.add(product)
-    return {
-        site: tuple(_reached(start, at, ends))
-        for site in known
-        if (start := _start(site)) is not None
-    }
 
-
-def _start(site: Site) -> fx.Node | None:
-    if site.kind == "attention":
-        return site.nodes["o"]
-    return site.nodes.get("y") if site.kind in SOURCES else None
-
-
-def _note(at: dict[fx.Node, list[Site]], node: fx.Node, site: Site) -> None:
-    at.setdefault(node, []).append(site)
-
-
-def _reached(start: fx.Node, at: dict[fx.Node, list[Site]], ends: set[fx.Node]) -> list[Site]:
     def stop(node: fx.Node) -> bool:
         return node in ends or node.op == "call_module"
 
-    way = reach(start.users, lambda node: node.users, stop)
-    return list(dict.fromkeys(site for node in way for site in at.get(node, ())))
+    found: dict[Site, tuple[Site, ...]] = {}
+    for site in known:
+        if site.kind in (*WEIGHTED, "attention"):
+            way = reach(site.nodes[MET[site.kind][-1]].users, lambda node: node.users, stop)
+            found[site] = tuple(dict.fromkeys(met for node in way for met in at.get(node, ())))
+    return found

@@ -26,6 +26,7 @@ from peftsurgery.anatomy.values import (
     shape,
     sizes,
     value,
+    width,
 )
 from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
@@ -110,11 +111,5 @@ def _is_fraction(node: fx.Node) -> bool:
 def _biases(p: fx.Node, later: Iterable[fx.Node]) -> bool:
     """Whether a block receives a value made of these positions, with tokens on its last axis."""
     passed = [n for n in later if any(user.op == "call_module" for user in n.users)]
-    return any(shape(n) and _is_same(shape(n)[-1], shape(p)[-1]) for n in passed)
-
-
-def _is_same(one: object, other: object) -> bool:
-    """Whether two sizes are the same symbol; comparing them would add a guard to the capture."""
-    if not isinstance(one, torch.SymInt) or not isinstance(other, torch.SymInt):
-        return False
-    return bool(one.node.expr == other.node.expr)
+    tokens = sizes(p)[-1:]
+    return width(p) is None and any(sizes(n)[-1:] == tokens for n in passed)
