@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsurgery.anatomy.arguments import ARGUMENTS, TOKENS
+from peftsurgery.anatomy.model_arguments import ARGUMENTS, TOKENS
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.model.choices import Rows
 from peftsurgery.surgery.plan.cut import Cut
