@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from peftsurgery.formats.pretrained import fold_to_directory
     from peftsurgery.language import Rule, check_rules, load_rules, operator, parse_rules, role
     from peftsurgery.surgery.applying import apply, eject
+    from peftsurgery.surgery.asking import sites, why
     from peftsurgery.surgery.combine.combining import combine
     from peftsurgery.surgery.fold.flattening import flatten
     from peftsurgery.surgery.fold.folding import fold, fold_error
@@ -57,8 +58,10 @@ __all__ = [
     "operator",
     "parse_rules",
     "role",
+    "sites",
     "to_adapterhub",
     "to_peft",
+    "why",
 ]
 
 _HOME = {
@@ -87,8 +90,10 @@ _HOME = {
     "operator": "language",
     "parse_rules": "language",
     "role": "language",
+    "sites": "surgery.asking",
     "to_adapterhub": "formats.adapterhub.directory",
     "to_peft": "formats.peft.directory",
+    "why": "surgery.asking",
 }
 
 

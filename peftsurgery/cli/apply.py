@@ -28,6 +28,9 @@ SEEDS = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 @click.argument("rules", metavar="RULE...", nargs=-1, required=True)
 @output_option
 @set_option
+@click.option("--layers", metavar="N..M", help="Only in these layers: 3, 4.. or 0..2,5.")
+@click.option("--roles", metavar="ROLE,...", help="Only sites of these roles: attn.q, ffn.*.")
+@click.option("--path", metavar="RE", help="Only modules whose whole path this matches.")
 @name_option("The adapter's name; the rule's unless given.")
 @click.option("--seed", type=SEEDS, help="Torch's seed for the initial values; recorded.")
 @other_base_option
@@ -39,6 +42,9 @@ def apply(
     rules: tuple[str, ...],
     out: Path | None,
     overrides: tuple[str, ...],
+    layers: str | None,
+    roles: str | None,
+    path: str | None,
     name: str | None,
     seed: int | None,
     allow_other_base: bool,
@@ -48,6 +54,7 @@ def apply(
 ) -> None:
     """Apply each RULE to MODEL in turn and save the surgery to OUT.
 
+    --layers, --roles and --path narrow every rule to some of the sites that it is about.
     What is saved is the rules, a manifest and the parameters that the rules added; the model itself
     is not copied.
     """
@@ -57,6 +64,7 @@ def apply(
         raise click.UsageError("--name is for one RULE; several would have the same name")
     from peftsurgery.language import check_settings, load_rules, parse_overrides
     from peftsurgery.surgery.plan.cut import adapter_name
+    from peftsurgery.surgery.plan.narrowing import where_given
 
     # before the model: what is misspelt is known at once
     files = [load_rules(rule) for rule in rules]
@@ -64,7 +72,9 @@ def apply(
     check_settings(files, settings)
     if name is not None:
         adapter_name(name)
-    options = {"name": name, "settings": settings}
+    given = {"layers": _listed(layers), "role": _listed(roles), "path": path}
+    where = where_given({key: value for key, value in given.items() if value is not None})
+    options = {"name": name, "settings": settings, "where": where}
     if out is None:
         operated = _operate(model, allow_other_base, seed, files, options)
     else:
@@ -78,6 +88,10 @@ def apply(
     else:
         click.echo(clean(str(operated.report)))
         click.echo("nothing was written" if out is None else f"saved to {out}")
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [item.strip() for item in text.split(",")]
 
 
 def _operate(

@@ -51,6 +51,8 @@ def inspect(model: str, as_json: bool) -> None:
 
 
 def _document(model: str, capture: Capture, found: Survey) -> dict[str, Any]:
+    from peftsurgery.language.selection import site_dict
+
     return {
         "model": model,
         "type": capture.top.kind,
@@ -60,20 +62,7 @@ def _document(model: str, capture: Capture, found: Survey) -> dict[str, Any]:
             for path, programs in capture.programs.items()
             if path
         ],
-        "sites": [
-            {
-                "kind": site.kind,
-                "role": site.role,
-                "module": site.module,
-                "parameter": site.parameter,
-                "slice": site.site.label,
-                "block": site.block,
-                "layer": site.layer,
-                "type": site.type,
-                "facts": dict(site.facts),
-            }
-            for site in found
-        ],
+        "sites": [site_dict(site) for site in found],
     }
 
 

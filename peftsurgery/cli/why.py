@@ -22,9 +22,9 @@ def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: b
     In a saved surgery, RULE may be an adapter's name; a rule that was applied there is meant as it
     was applied, with its settings and its narrowing. Its base's weights are not looked at.
     """
-    from peftsurgery.cli.model import base_of, selections
+    from peftsurgery.cli.model import base_of
     from peftsurgery.language import check_settings, load_rules, parse_overrides, resolve_settings
-    from peftsurgery.language import why as explain
+    from peftsurgery.surgery.asking import explained
     from peftsurgery.surgery.model.surgery_files import saved_operations
     from peftsurgery.surgery.plan.cut import Operation
 
@@ -35,23 +35,6 @@ def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: b
         file = load_rules(rule)
         meant = operations = [Operation(file, resolve_settings(file), file.name)]
     check_settings([operation.file for operation in meant], settings)
-    chosen = selections(base_of(model), operations, meant, settings)
-    answers = [(selection, explain(selection, path)) for selection in chosen]
-    if as_json:
-        print_json(
-            [
-                {
-                    "rule": selection.name,
-                    "path": path,
-                    "kept": any(path in (site.module, site.parameter) for site in selection.kept),
-                    "why": answer,
-                    "counts": dict(selection.counts()),
-                }
-                for selection, answer in answers
-            ]
-        )
-        return
-    for selection, answer in answers:
-        click.echo(f"{selection.name}\n{clean(answer)}")
-        for text, count in selection.counts():
-            click.echo(f"{count:5d}  {text}")
+    found = explained(base_of(model).base_capture, operations, meant, path, settings)
+    verdicts = found.to_dict()["rules"]
+    print_json(verdicts) if as_json else click.echo(clean(str(found)))

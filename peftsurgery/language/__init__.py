@@ -30,7 +30,7 @@ from peftsurgery.language.reserved import takes_settings
 from peftsurgery.language.roles import role
 from peftsurgery.language.rule_file import RuleFile, json_schema
 from peftsurgery.language.schema import Expect, Param, Pattern, Rule
-from peftsurgery.language.selection import Candidate, Selection, select, why
+from peftsurgery.language.selection import Candidate, Selection, select, verdict
 from peftsurgery.language.settings import (
     check_settings,
     parse_override,
@@ -98,7 +98,7 @@ __all__ = [
     "standard",
     "takes_settings",
     "tokens_setting",
+    "verdict",
     "weights_in",
     "weights_read",
-    "why",
 ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from peftsurgery.language.expression import Expression
 from peftsurgery.language.located import Located
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.roles import Roles
@@ -24,6 +25,9 @@ class Clause:
     reason: Callable[[Located], str]
 
 
+LACKS = "lacks"
+"""The fact of a site that is nearly an occurrence of a pattern: what it lacks."""
+
 # The key of the clause for `role: []`: a setting left the rule out, and nothing is to be matched.
 NOBODY = "nobody"
 
@@ -39,6 +43,17 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
 def compile_where(where: Where, roles: Roles) -> tuple[Clause, ...]:
     """The clauses of a ``where`` whose settings are bound. Raises PSG141, PSG142."""
     return tuple(_clauses(where, roles))
+
+
+def occurs(pattern: Expression) -> Clause:
+    """The clause that a site is an occurrence of a pattern, and not the nearest miss of it."""
+    text = f"pattern: {pattern}"
+    return Clause("pattern", text, lambda s: LACKS not in s.facts, lambda s: str(s.facts[LACKS]))
+
+
+def of_kind(kinds: Iterable[str]) -> Clause:
+    """The clause that a site is of one of these kinds: linear, attention, ..."""
+    return _choice("kind of site", kinds, lambda site: site.kind)
 
 
 def address(site: Located) -> str:

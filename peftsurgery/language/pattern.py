@@ -43,12 +43,18 @@ class Name:
 
     name: str
 
+    def __str__(self) -> str:
+        return self.name
+
 
 @dataclass(frozen=True)
 class Number:
     """One number, as a constant of the graph."""
 
     value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,15 @@ class Applied:
 
     operator: Operator
     arguments: tuple[Name | Number | Applied, ...]
+
+    def __str__(self) -> str:
+        return f"{self.operator.name}({', '.join(map(str, self.arguments))})"
+
+    def parts(self) -> Iterator[Name | Number | Applied]:
+        """The pattern and all that it is made of, in the order in which they are looked for."""
+        yield self
+        for argument in self.arguments:
+            yield from argument.parts() if isinstance(argument, Applied) else (argument,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +114,31 @@ def find_pattern(expression: Expression, graph: fx.Graph) -> list[Match]:
     return matches
 
 
+def nearest_miss(expression: Expression, graph: fx.Graph) -> tuple[fx.Node, str] | None:
+    """Node that computes most of the pattern, and what it lacks; None if nothing is near.
+
+    Nearest is where the search went furthest through the parts of the pattern, from the left.
+    """
+    pattern = compile_pattern(expression)
+    order = {id(part): number for number, part in enumerate(pattern.parts())}
+    best, found = 0, None
+    for node in graph.nodes:
+        search = _Search(expression, order)
+        if "surgery" in node.meta or next(search.match(pattern, node, {}), None) is not None:
+            continue
+        if search.furthest > best:
+            best, (part, value) = search.furthest, search.failed
+            found = node, f"'{part}' of the pattern is {_described(value)} there"
+    return found
+
+
+def _described(value: Any) -> str:
+    """A value of a graph in a few words."""
+    if not isinstance(value, fx.Node):
+        return f"{value!r:.40}"
+    return op(value) or {"get_attr": "a parameter"}.get(value.op, "a value from outside")
+
+
 @dataclass(frozen=True)
 class _Turned:
     """A weight of a linear, held as (in, out)."""
@@ -107,10 +147,16 @@ class _Turned:
 
 
 class _Search:
-    """One search from one root, bounded in steps."""
+    """One search from one root, bounded in steps.
 
-    def __init__(self, expression: Expression) -> None:
-        self.expression, self.steps = expression, 0
+    ``order`` numbers the parts of the pattern, by identity; the furthest of those that failed, with
+    the value that it is not, is kept.
+    """
+
+    def __init__(self, expression: Expression, order: Mapping[int, int] | None = None) -> None:
+        self.expression, self.steps, self.order = expression, 0, order or {}
+        self.furthest = 0
+        self.failed: tuple[Any, Any] = None, None
 
     def match(
         self, pattern: Name | Number | Applied, value: Any, bound: Bindings
@@ -119,6 +165,9 @@ class _Search:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise _refuse(self.expression, "it takes too many steps to search for")
+        reached = self.order.get(id(pattern), 0)
+        if reached > self.furthest:
+            self.furthest, self.failed = reached, (pattern, value)
         if isinstance(pattern, Name):
             yield from _bind(pattern.name, value, bound)
         elif isinstance(pattern, Number):

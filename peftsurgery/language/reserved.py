@@ -16,7 +16,7 @@ from peftsurgery.language.strict import position_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-RESERVED = frozenset({"model", "rules", "name", "train", "settings"})
+RESERVED = frozenset({"model", "rules", "name", "train", "settings", "where", "by"})
 
 
 def takes_settings(function: Function) -> Function:

@@ -1,24 +1,38 @@
-"""Selection: which sites a rule is about, and for every other site why it is not.
+"""Selection: which sites are meant, and for every other site why it is not.
 
-A selection is a value: count it, ask it :func:`why`, check it against what the rule expects, and
-only then cut.
+A selection is a value: count it, narrow it, ask it for its :func:`verdict` on a site, check it
+against what its rule expects, and only then cut.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.clauses import NOBODY, Clause, address, compile_where, failures, passes
+from peftsurgery.language.clauses import (
+    LACKS,
+    NOBODY,
+    Clause,
+    address,
+    compile_where,
+    failures,
+    occurs,
+    of_kind,
+    passes,
+)
+from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.located import Located
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.schema import Rule
-from peftsurgery.language.where import Where
+from peftsurgery.language.where import EVERYWHERE, Where, where_of
 from peftsurgery.notebook import shown, table
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,13 +53,28 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Sites chosen by a rule, with every clause's verdict on every candidate."""
+    """Chosen sites, with every clause's verdict on every candidate.
+
+    ``rule`` is the rule that chose, None for a selection that is made by hand. ``sites`` are all
+    that there are in the model, ``candidates`` those of the rule's kind. ``unnarrowed`` is what the
+    rule chose before a user narrowed it: what the rule expects is said of that.
+    """
 
     name: str
-    rule: Rule
+    rule: Rule | None
     sites: tuple[Located, ...]
     clauses: tuple[Clause, ...]
     candidates: tuple[Candidate, ...]
+    unnarrowed: Selection | None = None
+
+    def __iter__(self) -> Iterator[Located]:
+        return iter(self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
         return self  # immutable: copies of a model share what was chosen
@@ -63,11 +92,61 @@ class Selection:
     def counts(self) -> list[tuple[str, int]]:
         """How many sites survived each clause, in order; the first entry is all of the kind."""
         left = list(self.candidates)
-        rows = [(f"{self.rule.kind.name} sites", len(left))]
+        rows = [(self._noun, len(left))]
         for clause in self.clauses:
             left = [c for c in left if clause not in c.failed]
             rows.append((clause.text, len(left)))
         return rows
+
+    @property
+    def _noun(self) -> str:
+        return "sites" if self.rule is None else f"{self.rule.kind.name} sites"
+
+    def where(self, **clauses: Any) -> Selection:
+        """Narrow the selection by the clauses that rules have under ``where``, all of which hold.
+
+        ``role``, ``path`` (a regular expression for the whole path), ``layers`` (3, "4..") and the
+        others; ``kind`` is also the kind of site (linear, attention). Raises PSG105 and PSG106 for
+        what is no clause, PSG142 for a role that no site could have.
+        """
+        kinds = [one for one in _listed(clauses.get("kind")) if one in KINDS]
+        if kinds:
+            clauses = {key: value for key, value in clauses.items() if key != "kind"}
+        more = compile_where(where_of(clauses, "where()"), Roles.among(self.sites))
+        more = (*([of_kind(kinds)] if kinds else ()), *more)
+        candidates = [
+            Candidate(c.site, (*c.failed, *failures(more, c.site))) for c in self.candidates
+        ]
+        return replace(self, clauses=(*self.clauses, *more), candidates=tuple(candidates))
+
+    def assert_count(self, count: int) -> Selection:
+        """The selection itself, if it has so many sites; else PSG302, with the nearest miss."""
+        if len(self) != count:
+            message = f"{self.name}: {len(self)} sites are chosen, expected {count}"
+            raise SurgeryError("PSG302", message, self.trail())
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The selection as ``--json`` prints it: its sites, and how many each clause left."""
+        return {
+            "name": self.name,
+            "sites": [site_dict(site) for site in self.kept],
+            "counts": [{"clause": text, "left": count} for text, count in self.counts()],
+            "near_misses": [
+                {"site": name_of(miss.site), "reasons": miss.reasons} for miss in self.near_misses()
+            ],
+        }
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, ...], list[str]] = {}
+        for site in self.kept:
+            name = name_of(site) or "(itself)"
+            key = (site.kind, site.role or "", NUMBER.sub("*", name))
+            groups.setdefault(key, []).append(name)
+        lines = [f"{self.name}: {len(self)} of {len(self.candidates)} {self._noun}"]
+        for (kind, role, _), names in groups.items():
+            lines.append(f"{len(names):5d}  {kind}{f' {role}' if role else ''}  {joined(names)}")
+        return "\n".join([*lines, *(() if self else [f"  {self.trail()}"])])
 
     def near_misses(self, limit: int = 3) -> list[Candidate]:
         """The dropped sites that failed the fewest clauses."""
@@ -93,16 +172,24 @@ class Selection:
         return "\n  ".join([*lines, *(f"nearest miss: {miss}" for miss in misses)])
 
     def check(self) -> None:
-        """Refuse a selection that is not what the rule expects: PSG301 or PSG302."""
+        """Refuse a selection that is not what the rule expects: PSG301 or PSG302.
+
+        Narrowed by a user, what it was before must be that.
+        """
+        if self.unnarrowed is not None:
+            return self.unnarrowed.check()
         is_left_out = any(clause.key == NOBODY for clause in self.clauses)
         complaint = None if is_left_out else self._complaint()
         if complaint is not None:
             code = "PSG302" if self.kept else "PSG301"
             raise SurgeryError(code, f"{self.name}: {complaint}", self.trail())
+        return None
 
     def _complaint(self) -> str | None:
+        if self.rule is None:
+            return None
         expect, count = self.rule.expect, len(self.kept)
-        matched = f"matched {count} {self.rule.kind.name} sites, expected"
+        matched = f"matched {count} {self._noun}, expected"
         if expect.exactly is not None and count != expect.exactly:
             return f"{matched} {expect.exactly}"
         if expect.at_least is not None and count < expect.at_least:
@@ -158,11 +245,13 @@ def select(
     roles: Mapping[str, Where] | None = None,
     name: str = "the rule",
     matched: Mapping[str, frozenset[str]] | None = None,
+    narrowing: Where = EVERYWHERE,
 ) -> Selection:
     """Select the sites of a model that a rule's clauses keep.
 
     ``roles`` are those that the rule file defines; each may use the ones before it. ``matched`` are
-    the modules that earlier rules cut, by name. Raises PSG142 for a role, PSG145 for an earlier
+    the modules that earlier rules cut, by name. ``narrowing`` are clauses that a user adds: what
+    the rule expects is not said of them. Raises PSG142 for a role, PSG145 for an earlier
     rule and PSG303 for a path that does not exist; what the rule expects is for
     :meth:`Selection.check` to say.
     """
@@ -172,26 +261,29 @@ def select(
         known = _define(known, word, where.bind(values))
     where = rule.where.bind(values)
     clauses = compile_where(where, known)
-    of_kind = [site for site in placed if site.kind == rule.kind.name]
-    _check_paths(where, of_kind)
-    candidates = [Candidate(site, tuple(failures(clauses, site))) for site in of_kind]
-    covered = _covered(candidates)
-    if covered is not None:
-        clauses = (*clauses, covered)
-        candidates = [c if c.failed else _recheck(c, covered) for c in candidates]
-    return Selection(name, rule, placed, clauses, tuple(candidates))
+    _check_paths(where, [site for site in placed if site.kind == rule.kind.name])
+    chosen = _chosen(name, rule, placed, clauses)
+    if not narrowing.given():
+        return chosen
+    narrowed = _chosen(name, rule, placed, (*clauses, *compile_where(narrowing, known)))
+    return replace(narrowed, unnarrowed=chosen)
 
 
-def why(selection: Selection, path: str) -> str:
+def every_site(sites: Iterable[Located]) -> Selection:
+    """The selection of all sites there are, to be narrowed."""
+    placed = tuple(sites)
+    return Selection("sites", None, placed, (), tuple(Candidate(site, ()) for site in placed))
+
+
+def verdict(selection: Selection, path: str) -> str:
     """Explain why a module or parameter was kept or dropped, one line for each of its sites."""
     at = [c for c in selection.candidates if path in (c.site.module, c.site.parameter)]
     if at:
         return "\n".join(str(candidate) for candidate in at)
     others = [s for s in selection.sites if path in (s.module, s.parameter)]
-    wanted = selection.rule.kind.name
     if others:
         kinds = ", ".join(sorted({site.kind for site in others}))
-        return f"{path}: it is {kinds}, and the rule matches {wanted} sites"
+        return f"{path}: it is {kinds}, and the rule matches {selection._noun}"
     known = {address(site) for site in selection.sites}
     raise SurgeryError("PSG303", f"there is no site at '{path}'", did_you_mean(path, known))
 
@@ -200,6 +292,53 @@ def name_of(site: Located) -> str:
     """A site as messages name it: its address, and which part of a fused weight it is."""
     label = f"[{site.site.label}]" if site.site.label else ""
     return f"{address(site)}{label}"
+
+
+def site_dict(site: Located) -> dict[str, Any]:
+    """A site as ``--json`` prints it."""
+    named = ("kind", "role", "module", "parameter")
+    return {
+        **{key: getattr(site, key) for key in named},
+        "slice": site.site.label,
+        **{key: getattr(site, key) for key in ("block", "layer", "type")},
+        "facts": dict(site.facts),
+    }
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names that differ in numbers between dots alone, as one: ``layers.{0..3}.k_proj``."""
+    text = NUMBER.sub("*", names[0])
+    for numbers in zip(*(NUMBER.findall(name) for name in names), strict=True):
+        known = list(dict.fromkeys(numbers))
+        text = text.replace("*", known[0] if len(known) == 1 else f"{{{_span(known)}}}", 1)
+    return text
+
+
+def _span(numbers: Sequence[str]) -> str:
+    """Numbers as a range, if they are one; few of them otherwise."""
+    whole = [int(number) for number in numbers]
+    if whole == list(range(whole[0], whole[0] + len(whole))):
+        return f"{whole[0]}..{whole[-1]}"
+    return ",".join(numbers[:4]) + (",…" if len(numbers) > 4 else "")
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple | set) else [value]
+
+
+def _chosen(
+    name: str, rule: Rule, sites: tuple[Located, ...], clauses: tuple[Clause, ...]
+) -> Selection:
+    """What clauses keep of the sites of a rule's kind; parts give way to wholes that are kept."""
+    near = [site for site in sites if site.kind == rule.kind.name]
+    if rule.pattern is not None and any(LACKS in site.facts for site in near):
+        clauses = (occurs(rule.pattern), *clauses)
+    candidates = [Candidate(site, tuple(failures(clauses, site))) for site in near]
+    covered = _covered(candidates)
+    if covered is not None:
+        clauses = (*clauses, covered)
+        candidates = [c if c.failed else _recheck(c, covered) for c in candidates]
+    return Selection(name, rule, sites, clauses, tuple(candidates))
 
 
 def _define(roles: Roles, name: str, where: Where) -> Roles:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, StrictInt
+from pydantic import BeforeValidator, Field, StrictInt, ValidationError
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.strict import Strict, Word, position_of
@@ -111,9 +111,30 @@ class Where(Strict):
         values = {f.alias or name: getattr(self, name) for name, f in fields.items()}
         return {name: value for name, value in values.items() if value is not None}
 
+    def as_data(self) -> dict[str, Any]:
+        """The clauses as JSON and YAML hold them."""
+        return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+
     def settings(self) -> list[str]:
         """The settings that the clauses refer to, as texts that know their position."""
         return references(self.given())
+
+
+EVERYWHERE = Where()
+"""No clauses: every site satisfies them."""
+
+
+def where_of(clauses: Any, argument: str) -> Where:
+    """Clauses that were given in Python: a mapping, or a Where. PSG105 and PSG106 for no clauses.
+
+    ``argument`` is what they were given as, which errors name.
+    """
+    try:
+        return Where.model_validate(clauses)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        path = ".".join(map(str, first["loc"]))
+        raise SurgeryError("PSG106", f"{argument}: {path}: {first['msg']}") from None
 
 
 def substitute(value: Any, settings: Mapping[str, Any]) -> Any:

@@ -31,6 +31,7 @@ from peftsurgery.surgery.model.provenance import operations_of
 from peftsurgery.surgery.model.shared import unoperated
 from peftsurgery.surgery.plan.cut import Operation, adapter_name
 from peftsurgery.surgery.plan.fusion import check_unused
+from peftsurgery.surgery.plan.narrowing import by_given, check_narrowed, narrowed, where_given
 from peftsurgery.surgery.plan.origin import Origin
 from peftsurgery.surgery.plan.plan import check_plan, make_plan
 from peftsurgery.surgery.plan.token_settings import with_tokens
@@ -48,6 +49,8 @@ def apply(
     *,
     train: str | Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    where: Mapping[str, Any] | Where | None = None,
+    by: Sequence[Mapping[str, Any]] = (),
     **keywords: Any,
 ) -> OperatedModel:
     """Apply rules to a model, and return the operated model; ``model`` itself is unchanged.
@@ -57,9 +60,13 @@ def apply(
     adapter is called (the rule file's name unless given). ``train`` names modules or parameters of
     the model, by the ends of their paths, that are trained whole besides, such as a new head; they
     belong to the last adapter. A setting that holds tokens (``init_tokens``) may be given as a text
-    (``init_text``). Raises PSG301 or PSG302 if a rule matches nothing or not what it expects,
-    PSG120 for a setting no rule has, PSG121 for a setting's value, PSG126 for a text without a
-    tokenizer, PSG304 if the name is taken, PSG904 for an argument of the wrong type.
+    (``init_text``). ``where`` narrows every rule to some of its sites, by the clauses that rule
+    files have (``{"layers": "4..", "role": ["attn.q"]}``); ``by`` gives other settings at some:
+    ``[{"where": {"layers": "0..3"}, "rank": 16}]``, the first entry that fits a site. What rules
+    expect is said of them before they are narrowed. Raises PSG301 or PSG302 if a rule matches
+    nothing or not what it expects, or if narrowing leaves nothing, PSG120 for a setting no rule
+    has, PSG121 for a setting's value, PSG126 for a text without a tokenizer, PSG304 if the name is
+    taken, PSG904 for an argument of the wrong type.
     """
     if not isinstance(model, GraphModel):
         raise SurgeryError(
@@ -68,28 +75,24 @@ def apply(
             "capture it first: apply(capture(model), rules)",
         )
     check_argument("apply(name=)", name, (str, type(None)), "the name of an adapter")
-    many = rules if isinstance(rules, list | tuple) else [rules]
-    files = [_rule_file(each) for each in many]
-    known = {name for file in files for name in file.with_}
+    files = [_rule_file(each) for each in (rules if isinstance(rules, list | tuple) else [rules])]
     values = _merged(settings, keywords)
     check_settings(files, values)
-    values = with_tokens(values, known, model.source)
+    values = with_tokens(values, {name for file in files for name in file.with_}, model.source)
+    place, entries = where_given(where), by_given(by, files)
     origin = Origin(seed=torch.initial_seed())
-    operations = [
-        Operation(
-            file,
-            resolve_settings(file, settings_of(file, values)),
-            adapter_name(_own(name, file)),
-            origin,
-        )
-        for file in files
-    ]
-    parts = _names_of(train)
-    if parts:
+    whole = [_operation(file, name, values, origin) for file in files]
+    groups = [narrowed(operation, place, entries) for operation in whole]
+    operations = [operation for group in groups for operation in group]
+    if parts := _names_of(train):
         file = _training(parts)
-        owner = operations[-1].name if operations else adapter_name(_own(name, file))
+        owner = (
+            operations[-1].name if operations else adapter_name(file.name if name is None else name)
+        )
         operations.append(Operation(file, {}, owner, origin))
-    return operate(model, operations)
+    operated = operate(model, operations)
+    check_narrowed(groups, operated.cuts, operated.base_capture)
+    return operated
 
 
 def operate(
@@ -216,8 +219,12 @@ def _rule_file(rules: Any) -> RuleFile:
     return load_rules(rules)
 
 
-def _own(name: str | None, file: RuleFile) -> str:
-    return file.name if name is None else name
+def _operation(
+    file: RuleFile, name: str | None, values: Mapping[str, Any], origin: Origin
+) -> Operation:
+    """A rule file under an adapter's name, its own unless given, with the settings that it has."""
+    settings = resolve_settings(file, settings_of(file, values))
+    return Operation(file, settings, adapter_name(file.name if name is None else name), origin)
 
 
 def _merged(settings: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:

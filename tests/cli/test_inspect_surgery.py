@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import peftsurgery as ps
-from peftsurgery.surgery import applying
+from peftsurgery.surgery import loading
 
 NARROW = """
 name: narrow
@@ -109,8 +109,8 @@ def test_a_surgery_is_shown_without_a_capture(
     def never(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a model was opened")
 
-    monkeypatch.setattr(applying, "capture", never)
-    monkeypatch.setattr(applying, "open_model", never)
+    monkeypatch.setattr(loading, "capture", never)
+    monkeypatch.setattr(loading, "open_model", never)
     assert run("inspect", surgery).code == 0
 
 

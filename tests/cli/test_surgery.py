@@ -45,6 +45,24 @@ def randomise(surgery: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def test_apply_narrows_every_rule_by_layers_roles_and_path(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    narrowing = ("--layers", "1..", "--roles", "attn.q,attn.v", "--path", r".*(query|q_proj)")
+    line = ("apply", bert, "lora_qv", *narrowing, "-o", tmp_path / "narrow", "--json")
+    (match,) = run(*line).json["matches"]
+    assert match["role"] == "attn.q"
+    assert ".1." in match["module"]
+    printed = run("inspect", tmp_path / "narrow").out
+    assert "only where role attn.q or attn.v and path .*(query|q_proj) and layers 1.." in printed
+    answer = run("why", tmp_path / "narrow", "lora_qv", match["module"].replace(".1.", ".0."))
+    assert "layer 0" in answer.out
+    refused = run("apply", bert, "lora_qv", "--layers", "90..", "--dry-run", "--json")
+    assert (refused.code, refused.json["error"]["code"]) == (1, "PSG301")
+    wrong = run("apply", "no/model", "lora_qv", "--layers", "x", "--dry-run", "--json")
+    assert wrong.json["error"]["code"] == "PSG106", "before the model is looked for"
+
+
 def test_a_dry_run_reports_and_writes_nothing(run: Any, bert: Path, tmp_path: Path) -> None:
     outcome = run("apply", bert, "lora_qv", "--dry-run", "--json")
     assert outcome.code == 0, outcome.out

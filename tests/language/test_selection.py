@@ -5,7 +5,7 @@ import time
 import pytest
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import parse_rules, role, select, why
+from peftsurgery.language import parse_rules, role, select, verdict
 from peftsurgery.language.roles import VOCABULARY
 from tests.language.sites import Site, decoder, fused
 
@@ -87,11 +87,11 @@ def test_every_dropped_site_says_which_clause_dropped_it():
     selection = chosen("{role: [attn.q, attn.v], layers: '2..'}")
     assert len(selection.kept) + len(selection.dropped) == 25
     assert all(candidate.reasons for candidate in selection.dropped)
-    text = why(selection, "model.layers.2.attn.o_proj")
+    text = verdict(selection, "model.layers.2.attn.o_proj")
     assert "role is attn.o, not one of attn.q, attn.v" in text
-    assert "in layer 0" in why(selection, "model.layers.0.attn.q_proj")
-    assert "kept" in why(selection, "model.layers.3.attn.v_proj")
-    assert "attention" in why(selection, "model.layers.3.attn")
+    assert "in layer 0" in verdict(selection, "model.layers.0.attn.q_proj")
+    assert "kept" in verdict(selection, "model.layers.3.attn.v_proj")
+    assert "attention" in verdict(selection, "model.layers.3.attn")
 
 
 def test_counts_fall_clause_by_clause():
@@ -106,7 +106,7 @@ def test_the_nearest_miss_failed_the_fewest_clauses():
 
 def test_why_of_an_unknown_path_names_the_nearest():
     with pytest.raises(SurgeryError) as caught:
-        why(chosen("{}"), "model.layers.0.attn.q_prj")
+        verdict(chosen("{}"), "model.layers.0.attn.q_prj")
     assert caught.value.code == "PSG303"
     assert "q_proj" in caught.value.hint
 
@@ -181,7 +181,7 @@ def test_a_core_whose_projections_were_not_recognised_is_not_passed_over():
 def test_parts_of_a_fused_weight_give_way_to_the_whole_if_both_are_chosen():
     both = chosen("{}", fused())
     assert [site.role for site in both.kept] == ["attn.qkv"] * 2
-    assert "the whole fused weight is chosen" in why(both, "h.0.c_attn")
+    assert "the whole fused weight is chosen" in verdict(both, "h.0.c_attn")
     parts = chosen("{role: [attn.q, attn.v]}", fused(), expect="{per_attention: 2}")
     parts.check()
     assert len(parts.kept) == 4

@@ -145,6 +145,7 @@ def _entry(model: GraphModel, operation: Operation) -> dict[str, Any]:
         "adapter": operation.name,
         "method": operation.file.name,
         "settings": operation.own_settings,
+        **({"where": operation.where.as_data()} if operation.where.given() else {}),
         "rules": dump_rules(operation.file),
         "from": None if origin.folder is None else str(origin.folder),
         "content": origin.content,

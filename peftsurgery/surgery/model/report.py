@@ -153,7 +153,7 @@ def _lines(selection: Selection) -> list[str]:
     """A rule's matches counted by role, and its nearest misses."""
     roles: dict[str, int] = {}
     for site in selection.kept:
-        name = site.role or selection.rule.kind.name
+        name = site.role or site.kind
         roles[name] = roles.get(name, 0) + 1
     counted = ", ".join(f"{count} {role}" for role, count in roles.items())
     lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]

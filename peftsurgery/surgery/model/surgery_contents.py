@@ -10,6 +10,7 @@ from typing import Any
 
 from peftsurgery.capture.fingerprint import Fingerprint
 from peftsurgery.capture.stored import StoredTensor, header_of
+from peftsurgery.language.describe import describe_where
 from peftsurgery.surgery.model.surgery_files import (
     TENSORS,
     read_active,
@@ -70,6 +71,7 @@ class Held:
                     "method": operation.file.name,
                     "about": operation.file.about,
                     "settings": operation.own_settings,
+                    "where": operation.where.as_data(),
                     "rules": len(operation.file.rules),
                     "seed": operation.origin.seed,
                     "other_base": operation.origin.other_base,
@@ -88,6 +90,8 @@ class Held:
         for operation in self.operations:
             settings = ", ".join(f"{k}={_shown(v)}" for k, v in operation.own_settings.items())
             lines.append(f"  {operation.file.name}({settings})")
+            if operation.where.given():
+                lines.append(f"  only where {describe_where(operation.where)}")
             if operation.origin.other_base:
                 lines.append(
                     f"  on another base than it was made for: {operation.origin.other_base}"

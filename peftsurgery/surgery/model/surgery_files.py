@@ -28,6 +28,7 @@ from peftsurgery.capture.fingerprint import Fingerprint, content_digest, weights
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import dump_rules, load_rules, resolve_settings
+from peftsurgery.language.where import Where, where_of
 from peftsurgery.places import object_in
 from peftsurgery.surgery.model.provenance import now, versions
 from peftsurgery.surgery.model.same_base import Made
@@ -173,8 +174,17 @@ def read_operations(path: Path, manifest: Mapping[str, Any]) -> list[Operation]:
         file = load_rules(path / relative)
         settings = resolve_settings(file, entry["settings"])
         origin = Origin(path, seed=entry.get("seed"), other_base=entry.get("other_base"))
-        operations.append(Operation(file, settings, entry["name"], origin))
+        operations.append(Operation(file, settings, entry["name"], origin, _where(path, entry)))
     return operations
+
+
+def _where(path: Path, entry: Mapping[str, Any]) -> Where:
+    """The clauses that narrowed an operation. PSG605 if they are none."""
+    try:
+        return where_of(entry.get("where", {}), "where")
+    except SurgeryError as error:
+        message = f"{path / MANIFEST} narrows '{entry['name']}' by no clauses: {error.message}"
+        raise SurgeryError("PSG605", message) from None
 
 
 def saved_operations(path: Path) -> list[Operation]:
@@ -267,6 +277,7 @@ def check_learnt(
 def _entry(operation: Operation, rules: str, lost: Mapping[str, float]) -> dict[str, Any]:
     """An operation as a manifest lists it; ``rules`` is the name of its rule file."""
     entry = {"name": operation.name, "rules": rules, "settings": operation.own_settings}
+    entry |= {"where": operation.where.as_data()} if operation.where.given() else {}
     origin = operation.origin
     said = {
         "seed": origin.seed,

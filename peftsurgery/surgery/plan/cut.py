@@ -18,6 +18,7 @@ from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Rule, RuleFile, group_of
 from peftsurgery.language.kinds import sizes_of
+from peftsurgery.language.where import EVERYWHERE, Where
 from peftsurgery.surgery.plan.origin import Origin
 
 
@@ -29,6 +30,8 @@ class Operation:
     settings: Mapping[str, Any]
     name: str
     origin: Origin = field(default_factory=Origin)
+    where: Where = EVERYWHERE
+    """Clauses that a user added to every rule of the file."""
 
     @property
     def own_settings(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import fx
@@ -12,7 +12,9 @@ from peftsurgery.anatomy.site import Site
 from peftsurgery.capture import Capture
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.language import Rule, Selection, select
-from peftsurgery.language.pattern import Match, find_pattern
+from peftsurgery.language.clauses import LACKS
+from peftsurgery.language.expression import Expression
+from peftsurgery.language.pattern import Match, find_pattern, nearest_miss
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.fusion import common_spots
 
@@ -40,7 +42,15 @@ def select_cuts(
         if rule.over:
             candidates = [placed for placed in candidates if (placed.block, placed.site) in spots]
         matched = _modules([*earlier, *cuts])
-        chosen = select(candidates, rule, operation.settings, operation.file.roles, name, matched)
+        chosen = select(
+            candidates,
+            rule,
+            operation.settings,
+            operation.file.roles,
+            name,
+            matched,
+            operation.where,
+        )
         selections.append(chosen)
         cuts += [
             Cut(operation, rule, placed, spots.get((placed.block, placed.site), ()))
@@ -63,24 +73,40 @@ def _placed(sites: Iterable[Any]) -> list[Placed]:
 
 
 def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
-    """A site for every occurrence of the rule's pattern, in every block."""
-    assert rule.pattern is not None
+    """A site for every occurrence of the rule's pattern, in every block.
+
+    If there is none, the nearest in each program, with what it lacks as a fact: no rule keeps it.
+    """
+    pattern = rule.pattern
+    assert pattern is not None
+    found = _in_blocks(sites, lambda graph: [(match, {}) for match in find_pattern(pattern, graph)])
+    return found or _in_blocks(sites, lambda graph: _nearest(pattern, graph))
+
+
+def _nearest(pattern: Expression, graph: fx.Graph) -> list[tuple[Match, dict[str, Any]]]:
+    miss = nearest_miss(pattern, graph)
+    return [] if miss is None else [(Match(miss[0], {}), {LACKS: miss[1]})]
+
+
+def _in_blocks(
+    sites: Survey, find: Callable[[fx.Graph], list[tuple[Match, dict[str, Any]]]]
+) -> list[Placed]:
+    """What is found in the graph of each program, as sites in every block that has it."""
     found: dict[Any, list[Site]] = {}
     placed = []
     frames = {(site.block, site.program): site for site in sites}
     for (block, program), neighbour in frames.items():
         if program not in found:
             alike = [path for path, other in frames if other is program]
-            found[program] = [
-                _pattern_site(match, alike) for match in find_pattern(rule.pattern, program.graph)
-            ]
+            matches = find(program.graph)
+            found[program] = [_pattern_site(match, facts, alike) for match, facts in matches]
         placed += [
             Placed(site, block, program, neighbour.layer, program.kind) for site in found[program]
         ]
     return placed
 
 
-def _pattern_site(match: Match, blocks: Sequence[str]) -> Site:
+def _pattern_site(match: Match, facts: Mapping[str, Any], blocks: Sequence[str]) -> Site:
     """The site of one match. Its module is where the root was computed, relative to its block.
 
     The graph remembers the path in the block it was traced in, which is one of ``blocks``.
@@ -92,4 +118,4 @@ def _pattern_site(match: Match, blocks: Sequence[str]) -> Site:
             module = module[len(block) + 1 :]
             break
     nodes = {name: node for name, node in match.bindings.items() if isinstance(node, fx.Node)}
-    return Site("pattern", module, None, None, nodes, {}, turned=match.turned)
+    return Site("pattern", module, None, None, nodes, facts, turned=match.turned)
