@@ -136,7 +136,7 @@ def matrix_of(node: Any) -> tuple[fx.Node | None, bool]:
 def _site(node: fx.Node, product: _Product, matrix: fx.Node, flipped: bool) -> Site:
     """The site of a product with a matrix, which is transposed on its way there if ``flipped``."""
     turned = product.turned ^ frozenset("W" if flipped else "")
-    rows = _sizes(matrix, "W" in turned)[0]
+    rows = _out_in(matrix, "W" in turned)[0]
     vector, _ = parameter_of(product.bias)
     if product.bias is None:
         vector, node = _added_bias(node, rows, "y" in turned)
@@ -153,13 +153,13 @@ def make(
     """The site whose weight is the node ``W``, which is (in, out) if it is ``turned``."""
     matrix = nodes["W"]
     name = str(matrix.target)
-    rows, columns = _sizes(matrix, "W" in turned)
+    rows, columns = _out_in(matrix, "W" in turned)
     about = {"in": columns, "out": rows, "op": op(nodes["y"]), "dtype": matrix.meta["val"].dtype}
     module = name.rpartition(".")[0]
     return Site(kind, module, None, name, dict(nodes), {**about, **facts}, turned=turned)
 
 
-def _sizes(matrix: fx.Node, turned: bool) -> tuple[int, int]:
+def _out_in(matrix: fx.Node, turned: bool) -> tuple[int, int]:
     """(out, in) of a weight: its last two sizes."""
     first, second = (int(size) for size in shape(matrix)[-2:])
     return (second, first) if turned else (first, second)

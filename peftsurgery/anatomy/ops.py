@@ -1,8 +1,11 @@
 """The table of operators: what each means to the finders of sites, one row for all that mean alike.
 
 torch's own tags and schemas come first: what is a view, works entry by entry or reduces is read
-there, for every operator there is. The table adds what they do not say. An operator that is neither
-described by torch nor listed here has no traits: values are not followed through it.
+there, for every operator there is. The table adds what they do not say.
+
+Three traits are told apart that are easily all called a view. VIEW is about memory: what is written
+there is written here. RESHAPE is about axes: entries keep their order under others, in a copy too,
+so rows of a matrix can be followed. CAST is about neither: sizes stay, and so do the numbers.
 """
 
 from __future__ import annotations

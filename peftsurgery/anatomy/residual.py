@@ -53,10 +53,10 @@ class Join:
 
 def find_joins(flow: Flow) -> list[Join]:
     """The residual additions of a program, in its order."""
-    return [join for node in flow.nodes if (join := _join(flow, node)) is not None]
+    return [join for node in flow.nodes if (join := _join_at(flow, node)) is not None]
 
 
-def _join(flow: Flow, node: fx.Node) -> Join | None:
+def _join_at(flow: Flow, node: fx.Node) -> Join | None:
     if op(node) != "add":
         return None
     pair = [n for n in node.args[:2] if is_tensor(n) and isinstance(n, fx.Node)]

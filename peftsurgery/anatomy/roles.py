@@ -104,7 +104,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     read = {site.nodes["x"] for site in feeders["q"]}
     nodes |= {"x": read.pop()} if len(read) == 1 else {}
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
-    facts |= _sizes(flow, core, feeders)
+    facts |= _head_sizes(flow, core, feeders)
     facts["kind"] = _kind(feeders)
     inside = mask_nodes(flow, core)
     facts["causal"] = core.is_causal or depends_on_order(inside) or remembers(flow, core)
@@ -123,7 +123,7 @@ def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
     return set(backward(start, lambda node: node is core.scores or node in flow.products))
 
 
-def _sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
+def _head_sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
     """heads, kv_heads and head_dim."""
     size = int(shape(core.q)[-1])
     counts: dict[str, int] = {}

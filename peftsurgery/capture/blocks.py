@@ -101,8 +101,8 @@ def describe(graph: fx.Graph) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A stretch of the flat graph: ``path`` is the block whose call made it ("" for the model)."""
+class Span:
+    """A span of the flat graph: ``path`` is the block whose call made it ("" for the model)."""
 
     path: str
     nodes: Sequence[fx.Node]
@@ -129,41 +129,39 @@ class Splitter:
         """The top program of ``graph``; its output is a flat tuple."""
         nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output", "get_attr")]
         outputs = cast("Sequence[Any]", graph.output_node().args[0])
-        stretch = Stretch("", nodes, graph.find_nodes(op="placeholder"), outputs, single=False)
-        return self.build(stretch)
+        span = Span("", nodes, graph.find_nodes(op="placeholder"), outputs, single=False)
+        return self.build(span)
 
-    def build(self, stretch: Stretch) -> Program:
-        """The program of a stretch; nested stretches become calls."""
+    def build(self, span: Span) -> Program:
+        """The program of a span; nested spans become calls."""
         graph = fx.Graph()
         value_of: dict[fx.Node, fx.Node] = {}
-        for node in stretch.inputs:
+        for node in span.inputs:
             value_of[node] = graph.placeholder(node.name)
             value_of[node].meta.update(node.meta)
-        copier = Copier(graph, value_of, stretch.path)
-        for child, run in self.runs(stretch):
+        copier = Copier(graph, value_of, span.path)
+        for child, run in self.runs(span):
             if child is None:
                 for node in run:
                     copier.copy(node)
             else:
-                inner = self.stretch(child, run)
+                inner = self.span(child, run)
                 copier.call(inner, self.build(inner))
-        results = fx.map_arg(tuple(stretch.outputs), copier.value)
-        graph.output(results[0] if stretch.single else results)
-        program = self.library.intern(
-            graph, *self.describe_block(stretch.path, graph), stretch.path
-        )
-        known = self.programs.setdefault(stretch.path, [])
+        results = fx.map_arg(tuple(span.outputs), copier.value)
+        graph.output(results[0] if span.single else results)
+        program = self.library.intern(graph, *self.describe_block(span.path, graph), span.path)
+        known = self.programs.setdefault(span.path, [])
         if program not in known:
             known.append(program)
         return program
 
-    def runs(self, stretch: Stretch) -> list[tuple[str | None, list[fx.Node]]]:
-        """The stretch's nodes as runs in order, each of one nested block call or of no block."""
-        owners = [self.owner(node, stretch.path) for node in stretch.nodes]
+    def runs(self, span: Span) -> list[tuple[str | None, list[fx.Node]]]:
+        """The span's nodes as runs in order, each of one nested block call or of no block."""
+        owners = [self.owner(node, span.path) for node in span.nodes]
         runs = [
             (owner, [node for _, node in items])
             for owner, items in groupby(
-                zip(owners, stretch.nodes, strict=True), key=lambda item: item[0]
+                zip(owners, span.nodes, strict=True), key=lambda item: item[0]
             )
         ]
         seen = [owner for owner, _ in runs if owner is not None]
@@ -183,8 +181,8 @@ class Splitter:
                 return key, inner
         return None
 
-    def stretch(self, path: str, nodes: list[fx.Node]) -> Stretch:
-        """The stretch of a nested call: what it takes from outside, what outside takes from it."""
+    def span(self, path: str, nodes: list[fx.Node]) -> Span:
+        """The span of a nested call: what it takes from outside, what outside takes from it."""
         inside = set(nodes)
         inputs: dict[fx.Node, None] = {}
         for node in nodes:
@@ -192,7 +190,7 @@ class Splitter:
                 if source not in inside and not _is_own(source, path):
                     inputs[source] = None
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
-        return Stretch(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
+        return Span(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
 
     def describe_block(
         self, path: str, graph: fx.Graph
@@ -236,21 +234,21 @@ class Copier:
             self.value(source)
         self.value_of[node] = self.graph.node_copy(node, self.value)
 
-    def call(self, stretch: Stretch, program: Program) -> None:
+    def call(self, span: Span, program: Program) -> None:
         """Insert the call of a nested block, and the picks of its outputs if it has several."""
-        inputs = tuple(self.value(node) for node in stretch.inputs)
-        target = stretch.path.removeprefix(self.prefix)
+        inputs = tuple(self.value(node) for node in span.inputs)
+        target = span.path.removeprefix(self.prefix)
         call = self.graph.create_node(
             "call_module", target, inputs, {"program": program.label}, name=target.replace(".", "_")
         )
-        values = tuple(node.meta.get("val") for node in stretch.outputs)
-        call.meta["val"] = values[0] if stretch.single else values
-        call.meta["nn_module_stack"] = _outer_stack(stretch)
-        if stretch.single:
-            hand_on(stretch.outputs[0], call)
-            self.value_of[stretch.outputs[0]] = call
+        values = tuple(node.meta.get("val") for node in span.outputs)
+        call.meta["val"] = values[0] if span.single else values
+        call.meta["nn_module_stack"] = _outer_stack(span)
+        if span.single:
+            hand_on(span.outputs[0], call)
+            self.value_of[span.outputs[0]] = call
             return
-        for number, node in enumerate(stretch.outputs):
+        for number, node in enumerate(span.outputs):
             pick = self.graph.call_function(operator.getitem, (call, number))
             pick.meta["val"] = node.meta.get("val")
             inherit(pick, call)
@@ -258,6 +256,6 @@ class Copier:
             self.value_of[node] = pick
 
 
-def _outer_stack(stretch: Stretch) -> dict[str, tuple[str, str]]:
-    stack: dict[str, tuple[str, str]] = stretch.nodes[0].meta.get("nn_module_stack") or {}
-    return {key: entry for key, entry in stack.items() if not _is_inside(entry[0], [stretch.path])}
+def _outer_stack(span: Span) -> dict[str, tuple[str, str]]:
+    stack: dict[str, tuple[str, str]] = span.nodes[0].meta.get("nn_module_stack") or {}
+    return {key: entry for key, entry in stack.items() if not _is_inside(entry[0], [span.path])}

@@ -34,7 +34,7 @@ from peftsurgery.capture.kv_cache import Past
 from peftsurgery.capture.modules import Block, mirror, own
 from peftsurgery.capture.original_api import Likeness, forward_like, loaded_from
 from peftsurgery.capture.serving import Serving
-from peftsurgery.capture.signature import Call, bind_call, takes, with_past
+from peftsurgery.capture.signature import Call, bind_call, takes, with_cache
 from peftsurgery.capture.sources import Source, check_plain, open_source
 from peftsurgery.capture.surroundings import outside, surroundings
 from peftsurgery.capture.tensors import named_tensors, parameters_of, tensor_at
@@ -125,7 +125,7 @@ class GraphModel(Likeness):
             flags = {name: flag for name, flag in call.flags.items() if name != "use_cache"}
             return replace(call, flags=flags, past=None)
         if call.past is None:
-            call = with_past(call, Past(own, new_cache(module)))
+            call = with_cache(call, Past(own, new_cache(module)))
             return replace(call, flags={**call.flags, "use_cache": True})
         return call
 

@@ -91,10 +91,10 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     tensors = {name: value for name, value in named.items() if _has_tensor(value)}
     flags = {name: value for name, value in named.items() if name not in tensors}
     call = Call(dict(sorted(tensors.items())), flags)
-    return with_past(call, pasts[0]) if pasts else call
+    return with_cache(call, pasts[0]) if pasts else call
 
 
-def with_past(call: Call, past: Past) -> Call:
+def with_cache(call: Call, past: Past) -> Call:
     """The call with a cache, and without a mask that masks nothing.
 
     Models look whether it does, and compute in another way then; a capture cannot look.
