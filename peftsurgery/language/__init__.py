@@ -4,6 +4,7 @@ from peftsurgery.language import activations
 from peftsurgery.language import builtin_operators as standard
 from peftsurgery.language.checking import CheckReport, check_rules
 from peftsurgery.language.describe import describe_rules
+from peftsurgery.language.environment import Environment, mapped
 from peftsurgery.language.evaluation import Context, evaluate
 from peftsurgery.language.expression import Expression, check_calls, check_names, parse
 from peftsurgery.language.initial import INITIALISERS, initial
@@ -49,6 +50,7 @@ __all__ = [
     "Candidate",
     "CheckReport",
     "Context",
+    "Environment",
     "Expect",
     "Expression",
     "Kind",
@@ -78,6 +80,7 @@ __all__ = [
     "initial_values",
     "json_schema",
     "load_rules",
+    "mapped",
     "maths",
     "names_in",
     "operator",

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.consistency import OUTPUTS
+from peftsurgery.language.environment import mapped
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.loading import load_rules
@@ -173,7 +174,7 @@ def _check(
     generator: torch.Generator,
 ) -> Check:
     title = f"rule {number} ({rule.kind.name}) at {specimen.title}"
-    env = {**settings, **specimen.bindings}
+    env = specimen.environment(settings)
     initial_values(rule, env, {}, generator=generator)
     shapes = {name: shape_of(param, rule, env) for name, param in rule.params.items()}
     for name, shape in shapes.items():
@@ -234,7 +235,7 @@ def _check_traces(title: str, rule: Rule, env: Mapping[str, Any]) -> None:
 def _fake(rule: Rule, env: Mapping[str, Any], context: Context) -> dict[str, Any]:
     """Read the rewrite over fake tensors: shapes alone."""
     with FakeTensorMode() as mode:
-        fakes = {n: mode.from_tensor(v) if isinstance(v, Tensor) else v for n, v in env.items()}
+        fakes = mapped(env, lambda v: mode.from_tensor(v) if isinstance(v, Tensor) else v)
         return rewrite(rule, fakes, context)
 
 

@@ -36,6 +36,12 @@ class Environment(Mapping[str, Any]):
         """Give a name a value, for names that are made from here on."""
         self._values[name] = value
 
+    def looked_up(self) -> Environment:
+        """The environment, with every value made now, in order."""
+        for name in self:
+            self[name]
+        return self
+
     def __contains__(self, name: object) -> bool:
         return name in self._values or name in self._known or name in self._made
 

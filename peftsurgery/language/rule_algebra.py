@@ -20,7 +20,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language.environment import Environment
 from peftsurgery.language.readings import fold, initial_values, rewrite, shape_of, weights_read
 from peftsurgery.language.schema import Rule
-from peftsurgery.language.specimens import variants
+from peftsurgery.language.specimens import Specimen, variants
 
 TOLERANCE = 1e-8
 MOST_PARAMETERS = 6
@@ -31,25 +31,26 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """The change that a rule makes of one specimen; ``bindings`` are the specimen's."""
+    """The change that a rule makes of one specimen."""
 
     rule: Rule
-    bindings: Mapping[str, Any]
+    specimen: Specimen
 
     def of(self, settings: Settings, params: Params) -> Tensor:
         """Change of the rewritten values, flattened into one vector."""
-        new = rewrite(self.rule, {**settings, **self.bindings, **params})
-        return torch.cat([(new[name] - self.bindings[name]).flatten() for name in sorted(new)])
+        old = self.specimen.bindings
+        new = rewrite(self.rule, self.specimen.environment(settings, params))
+        return torch.cat([(new[name] - old[name]).flatten() for name in sorted(new)])
 
     def weight(self, settings: Settings, params: Params, W: Tensor) -> Tensor:
         """What the folded weight differs from ``W`` by."""
-        bound = {**settings, **self.bindings, **params, "W": W}
+        bound = self.specimen.environment(settings, {**params, "W": W})
         difference: Tensor = fold(self.rule, bound)["W"] - W
         return difference
 
     def shapes(self, settings: Settings) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters at this specimen."""
-        env = {**settings, **self.bindings}
+        env = self.specimen.environment(settings)
         return {name: shape_of(param, self.rule, env) for name, param in self.rule.params.items()}
 
     def random(self, settings: Settings, seed: int = 0) -> dict[str, Tensor]:
@@ -88,7 +89,7 @@ class Effect:
         mixed = {name: 2 * one[name] - 3 * two[name] + 2 * three[name] for name in one}
         parts = [self.of(settings, params) for params in (one, two, three)]
         whole = 2 * parts[0] - 3 * parts[1] + 2 * parts[2]
-        start = initial_values(self.rule, {**settings, **self.bindings}, {})
+        start = initial_values(self.rule, self.specimen.environment(settings), {})
         doubles = {name: value.double() for name, value in start.items()}
         return near(self.of(settings, mixed), whole) and not self.of(settings, doubles).any()
 
@@ -117,11 +118,10 @@ def effects(rule: Rule, numbers: Mapping[str, Any]) -> Iterator[Effect]:
     generator = torch.Generator().manual_seed(0)
     for variant in variants(rule.kind.name):
         for specimen in variant.specimens(generator):
-            kept = specimen.bindings
             # the groups of a convolution divide its sizes: a specimen with others tells nothing
-            if kept.get("groups") != numbers.get("groups"):
+            if specimen.bindings.get("groups") != numbers.get("groups"):
                 continue
-            effect = Effect(rule, kept)
+            effect = Effect(rule, specimen)
             try:
                 effect.of(numbers, effect.random(numbers))
             except SurgeryError:
@@ -154,7 +154,10 @@ def rows_of(rule: Rule, numbers: Settings) -> str | None:
     Rows are the entries of a weight's first axis. None if they are mixed, or if that cannot be
     tried; ``numbers`` are the settings and a real site's sizes.
     """
-    tried = [{**numbers, **e.bindings, **e.random(numbers)} for e in effects(rule, numbers)]
+    tried = [
+        effect.specimen.environment(numbers, effect.random(numbers))
+        for effect in effects(rule, numbers)
+    ]
     for size in rule.kind.sizes if tried and "W" in rule.kind.weights else ():
         if all(_is_by_rows(rule, env, size) for env in tried):
             return size

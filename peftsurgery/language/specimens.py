@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,6 +40,12 @@ class Specimen:
     bindings: Mapping[str, Any]
     operation: Operation | None
     functions: Mapping[str, Operator] = field(default_factory=dict)
+
+    def environment(
+        self, settings: Mapping[str, Any], params: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """What the names of a rule stand for here, with these settings and parameters."""
+        return {**settings, **self.bindings, **params}
 
 
 @dataclass(frozen=True, eq=False)

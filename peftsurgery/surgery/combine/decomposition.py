@@ -23,6 +23,7 @@ from peftsurgery.surgery.combine.strategies import (
     with_size,
 )
 from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.rewrite.environment import Tensors, environment
 from peftsurgery.surgery.rewrite.layout import wide
 
 # Singular values that are smaller, as shares of the largest, are rounding, and need no rank.
@@ -99,9 +100,12 @@ def _weight_change(share: Share) -> Tensor:
 
     In double precision until it is known, since it may be the small difference of large ones.
     """
-    params = {name: value.double() for name, value in share.params.items()}
-    bound = {**share.cut.numbers, **params, "W": _nothing(share)}
-    change: Tensor = fold(share.cut.rule, bound)["W"]
+    cut, device = share.cut, next(iter(share.params.values())).device
+    known = {cut.parameters[name]: value.double() for name, value in share.params.items()}
+    shape = cut.site.nodes["W"].meta["val"].shape
+    known[cut.weights["W"]] = torch.zeros(shape, dtype=torch.float64, device=device)
+    names = environment(cut, Tensors(known.__getitem__))
+    change: Tensor = fold(cut.rule, names)["W"]
     return change.to(wide(next(iter(share.params.values()))).dtype)
 
 
@@ -110,24 +114,12 @@ def _turned(cut: Cut, weight: Tensor) -> Tensor:
     return weight.transpose(-1, -2).contiguous() if "W" in cut.site.turned else weight
 
 
-def _nothing(share: Share) -> Tensor:
-    """A weight of zeros, as a rule sees it."""
-    value = next(iter(share.params.values()))
-    node = share.cut.site.nodes["W"]
-    shape = list(node.meta["val"].shape)
-    if "W" in share.cut.site.turned:
-        shape = shape[::-1]
-    if share.cut.site.slice is not None:
-        shape[0] = share.cut.site.slice.rows
-    return torch.zeros(shape, dtype=torch.float64, device=value.device)
-
-
 def _factors_of_weight(structure: Structure) -> tuple[str, str, float]:
     """Two parameters whose product is the change of the weight, and the scale. PSG316."""
     change, cut = structure.change, structure.cut
     if change is None or set(cut.rule.fold) != {"W"}:
         raise untrue(cut, "it does not fold into a weight alone")
-    numbers, W = cut.numbers, change.bindings["W"]
+    numbers, W = cut.numbers, change.specimen.bindings["W"]
     params = change.random(numbers)
     if not near(change.weight(numbers, params, W), change.weight(numbers, params, 2 * W)):
         raise untrue(cut, "what it adds to a weight depends on the weight")

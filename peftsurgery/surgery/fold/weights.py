@@ -24,7 +24,8 @@ from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, in_order
-from peftsurgery.surgery.rewrite.layout import disorient, orient, wide_dtype
+from peftsurgery.surgery.rewrite.environment import Tensors, environment
+from peftsurgery.surgery.rewrite.layout import disorient, wide_dtype
 
 BLOCKS = 64  # of a large weight; each needs a few times its own memory while it is computed
 SMALL = 2**18  # elements that are computed at once, whatever the weight
@@ -96,11 +97,15 @@ def _by_weight(
 def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, str | None]) -> None:
     """Apply one cut's fold to the ``exact`` weights, in place."""
     names, rule = cut.weights, cut.rule
-    seen = {name: orient(exact[full], cut.site, name) for name, full in names.items()}
-    dtype = next(iter(seen.values())).dtype
-    env: dict[str, Any] = {**dict.fromkeys(rule.kind.weights, 0.0), **cut.numbers, **seen}
-    for name, full in cut.parameters.items():
-        env[name] = check_finite(full, model.get_parameter(full).detach()).to(dtype)
+    dtype = next(exact[full].dtype for full in names.values())
+
+    def read(full: str) -> torch.Tensor:
+        if full in exact:
+            return exact[full]
+        return check_finite(full, model.get_parameter(full).detach()).to(dtype)
+
+    env = environment(cut, Tensors(read))
+    seen = {name: env[name] for name in names}
     for rows, part in _blocks(cut, env, seen, sizes):
         for name, value in folded(rule, part).items():
             if name in names:

@@ -18,10 +18,12 @@ from peftsurgery.capture.module_calls import GIVEN, take_place
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Rule, rewrite, shape_of
+from peftsurgery.language import Rule, rewrite
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.program import Rewriter, cast, compute_dtype, dtype_of
+from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of
+from peftsurgery.surgery.rewrite.environment import Fakes, environment
+from peftsurgery.surgery.rewrite.program import Proxies, Rewriter
 
 Find = Callable[[Call], Capture]
 
@@ -47,29 +49,15 @@ def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
     model: another width, another number of dimensions.
     """
     _check_given(cut)
-    kind, nodes = cut.rule.kind, cut.site.nodes
-    given: dict[str, Any] = dict.fromkeys(kind.values)
-    given |= {name: known.get(name, _value(nodes, name)) for name in bound_names(cut.rule)}
-    dtype, some = compute_dtype(cut), next(value for value in given.values() if value is not None)
-    with some.fake_mode:
-        bound: dict[str, Any] = {**dict.fromkeys(kind.weights, 0.0), **cut.numbers}
-        for name, value in given.items():
-            if value is not None and value.is_floating_point() and name not in kind.outputs:
-                value = value.to(dtype)
-            bound[name] = value
-        for name, param in cut.rule.params.items():
-            bound[name] = torch.empty(
-                shape_of(param, cut.rule, cut.numbers), dtype=dtype, device=some.device
-            )
-        found = rewrite(_only(cut, _entering(cut)), bound)
-        _check_absent(cut, bound)
+    given = {name: known.get(name, node.meta["val"]) for name, node in cut.site.nodes.items()}
+    fake_mode = next(value.fake_mode for value in given.values() if hasattr(value, "fake_mode"))
+    with fake_mode:
+        names = environment(cut, Fakes(known))
+        found = rewrite(_only(cut, _entering(cut)), names)
+        _check_absent(cut, names)
     for name, value in found.items():
         _check_entry(cut, name, value, given[name])
     return found
-
-
-def _value(nodes: Mapping[str, fx.Node], name: str) -> Any:
-    return nodes[name].meta["val"] if name in nodes else None
 
 
 def _check_entry(cut: Cut, name: str, value: Any, old: Any) -> None:
@@ -129,9 +117,9 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
     last = max((*entering.values(), *placeholders), key=order.__getitem__)
     before = set(graph.nodes)
     with graph.inserting_before(last.next):
-        bound = _bindings(rewriter, cut, entering)
-        context = rewriter.context(cut)
-        new = rewrite(_only(cut, _entering(cut)), bound, context)
+        proxies = Proxies(rewriter, cut)
+        names, context = environment(cut, proxies), proxies.context(cut)
+        new = rewrite(_only(cut, _entering(cut)), names, context)
         ends = {name: _finished(cut, name, value).node for name, value in new.items()}
     mine = {node for node in graph.nodes if node not in before}
     for name, node in entering.items():
@@ -146,8 +134,9 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
     leaving = {name: old[name] for name in cut.rule.kind.outputs if name in cut.rule.rewrite}
     end = graph.output_node()
     with graph.inserting_before(end):
-        bound |= _values(rewriter, cut, leaving)
-        for name, value in rewrite(_only(cut, list(leaving)), bound, context).items():
+        for name in leaving:
+            names.bind(name, proxies.cast(cut, name, proxies.value(cut, name)))
+        for name, value in rewrite(_only(cut, list(leaving)), names, context).items():
             end.replace_input_with(leaving[name], _finished(cut, name, value).node)
     for node in graph.nodes:
         if node not in before:
@@ -172,21 +161,6 @@ def entries(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in ends))
     return [node.meta["entry"] for node in ends], part
-
-
-def _bindings(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:
-    kind = cut.rule.kind
-    bound: dict[str, Any] = {**dict.fromkeys(kind.values), **cut.numbers}
-    bound |= {name: rewriter.weight(cut, name, compute_dtype(cut)) for name in kind.weights}
-    return {**bound, **_values(rewriter, cut, given), **rewriter.parameters(cut)}
-
-
-def _values(rewriter: Rewriter, cut: Cut, given: Mapping[str, fx.Node]) -> dict[str, Any]:
-    dtype = compute_dtype(cut)
-    return {
-        name: cast(fx.Proxy(node, rewriter.tracer), dtype_of(cut.site.nodes[name]), dtype)
-        for name, node in given.items()
-    }
 
 
 def _finished(cut: Cut, name: str, value: Any) -> Any:

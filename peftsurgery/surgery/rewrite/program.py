@@ -7,6 +7,7 @@ the value they replace, keep that node's origin, and carry ``meta["surgery"]``.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from peftsurgery.capture.names import join
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import Context, fold, names_in, rewrite
-from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.layout import as_held, as_seen, disorient, orient
+from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of, is_float
+from peftsurgery.surgery.rewrite.environment import Domain, environment
+from peftsurgery.surgery.rewrite.layout import as_held, disorient
 from peftsurgery.surgery.rewrite.rerun import calls_for_more
 from peftsurgery.surgery.rewrite.site_functions import Replay
 
@@ -78,10 +80,11 @@ class Rewriter:
         with self.graph.inserting_before(place):
             replay = self.replay(cut, place)
             read = names_in([rule.rewrite[name], *rule.fold.values()], rule, cut.numbers)
-            bindings = self.bindings(cut, replay, read)
+            proxies = Proxies(self, cut, replay, read)
+            names = environment(cut, proxies)
             # first, since a later cut is inserted right after the new value
-            folded = self.folded(cut, bindings) if is_last else {}
-            value = rewrite(rule, bindings, self.context(cut, replay))[name]
+            folded = self.folded(cut, names) if is_last else {}
+            value = rewrite(rule, names, proxies.context(cut))[name]
             new = self.finish(cut, name, value)
         inserted = {node for node in self.graph.nodes if node not in before}
         for node in inserted:
@@ -194,6 +197,10 @@ class Rewriter:
         )
         return [node for node in self.graph.nodes if node in start.users and node in reaches]
 
+    def attribute(self, name: str) -> fx.Proxy:
+        """A tensor or a flag of the model, read here."""
+        return fx.Proxy(self.graph.create_node("get_attr", name), self.tracer)
+
     def proxy(self, original: fx.Node) -> fx.Proxy:
         """What stands for a node of the program now, to be computed with."""
         return fx.Proxy(self.node(original), self.tracer)
@@ -202,74 +209,6 @@ class Rewriter:
         """What stands for a node of the program now."""
         copy = self.copies[original]
         return self.latest.get(copy, copy)
-
-    def bindings(self, cut: Cut, replay: Replay, read: Collection[str] = ()) -> dict[str, Any]:
-        """The rule's names: values, weights and parameters as proxies, sizes and settings plain.
-
-        Those that are ``read`` are there where the replay's nodes are inserted.
-        """
-        site, kind = cut.site, cut.rule.kind
-        dtype = compute_dtype(cut)
-        bound: dict[str, Any] = dict(cut.numbers)
-        for name in kind.values:
-            if name in site.nodes:
-                node = site.nodes[name]
-                value = replay.outside(node) if name in read else self.proxy(node)
-                if site.slice is not None and name == kind.result:
-                    value = site.slice.take(value, -1)
-                value = as_seen(site, name, value)
-                bound[name] = cast(value, dtype_of(site.nodes[name]), dtype)
-            elif name in kind.optional:
-                bound[name] = replay.mask()
-        for name in kind.weights:
-            bound[name] = self.weight(cut, name, dtype)
-        bound |= self.parameters(cut)
-        if cut.over:
-            made: Any = [self.output(group, replay, dtype) for group in cut.over]
-            bound[OUTPUTS] = torch.stack(made, -2)
-        return bound
-
-    def parameters(self, cut: Cut) -> dict[str, Any]:
-        """The parameters of a cut, in the dtype that it computes in.
-
-        Beside values in another dtype they may have been cast with the whole model since.
-        """
-        bound = {}
-        dtypes = {dtype_of(node) for node in cut.site.nodes.values() if is_float(node)}
-        for name, param in cut.rule.params.items():
-            node = self.graph.create_node("get_attr", join(cut.holder, name))
-            own: torch.dtype = getattr(torch, param.dtype)
-            value = fx.Proxy(node, self.tracer)
-            bound[name] = value if dtypes <= {own} else value.to(compute_dtype(cut))
-        return bound
-
-    def output(self, cuts: Sequence[Cut], replay: Replay, dtype: torch.dtype) -> Any:
-        """What the cuts of one adapter make of their site's result, none of them being sewn in."""
-        value = None
-        for cut in cuts:
-            result = str(cut.rule.kind.result)
-            mine = replay.computing_in(compute_dtype(cut))
-            bindings = self.bindings(cut, mine)
-            if value is not None:
-                bindings[result] = cast(value, dtype, compute_dtype(cut))
-            value = rewrite(cut.rule, bindings, self.context(cut, mine))[result]
-            value = cast(value, compute_dtype(cut), dtype)
-        return value
-
-    def context(self, cut: Cut, replay: Replay | None = None) -> Context:
-        """What a cut's text is read with: whether its module trains, what its site can do."""
-        owner = cut.holder if cut.rule.params else cut.site.module
-        flag = self.graph.create_node("get_attr", join(owner, "training"))
-        functions = {} if replay is None else replay.functions
-        return Context(fx.Proxy(flag, self.tracer), functions=functions)
-
-    def weight(self, cut: Cut, name: str, dtype: torch.dtype) -> Any:
-        """A weight as rules see it: (out, in), the slice alone, with earlier cuts folded in."""
-        original = cut.site.nodes.get(name)
-        if original is None:
-            return 0.0
-        oriented = orient(self.stored(cut, name), cut.site, name)
-        return cast(oriented, dtype_of(original), dtype)
 
     def stored(self, cut: Cut, name: str) -> fx.Proxy:
         """A weight as the model stores it, with earlier cuts folded in."""
@@ -320,35 +259,53 @@ class Rewriter:
                 self.graph.erase_node(node)
 
 
-def compute_dtype(cut: Cut) -> torch.dtype:
-    """The dtype a cut computes in: the widest of its parameters' and its values'.
+class Proxies(Domain):
+    """Proxies of a program's nodes as they are now; what is read of them inserts nodes.
 
-    A model in half precision trains its adapters in full precision.
+    The names ``read`` are there where the replay's nodes are inserted.
     """
-    dtypes = [getattr(torch, param.dtype) for param in cut.rule.params.values()]
-    dtypes += [dtype_of(node) for node in cut.site.nodes.values() if is_float(node)]
-    dtype: torch.dtype = dtypes[0] if dtypes else torch.float32
-    for other in dtypes:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
 
+    is_eager = True  # nodes are in one order, whatever is read first
 
-def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
-    """A value in another dtype, if both are known and hold floating-point numbers."""
-    if source is None or target is None or source == target:
-        return value
-    if not source.is_floating_point or not target.is_floating_point:
-        return value
-    return value.to(target)
+    def __init__(
+        self,
+        rewriter: Rewriter,
+        cut: Cut,
+        replay: Replay | None = None,
+        read: Collection[str] = (),
+    ) -> None:
+        self.rewriter, self.cut, self.read, self.own = rewriter, cut, read, replay
 
+    def weight(self, cut: Cut, name: str) -> fx.Proxy:
+        """A weight, with earlier cuts folded in."""
+        return self.rewriter.stored(cut, name)
 
-def dtype_of(node: fx.Node) -> torch.dtype | None:
-    """The dtype of the tensor that a node stands for."""
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, torch.Tensor) else None
+    def value(self, cut: Cut, name: str) -> fx.Proxy:
+        """A value, computed again if it is too late."""
+        node = cut.site.nodes[name]
+        replay = self.own if cut is self.cut and name in self.read else None
+        found: fx.Proxy = self.rewriter.proxy(node) if replay is None else replay.outside(node)
+        return found
 
+    def parameter(self, cut: Cut, name: str) -> fx.Proxy:
+        """A parameter, in the dtype that the cut computes in.
 
-def is_float(node: fx.Node) -> bool:
-    """Whether a node stands for a tensor of floating-point numbers."""
-    dtype = dtype_of(node)
-    return dtype is not None and dtype.is_floating_point
+        Beside values in another dtype it may have been cast with the whole model since.
+        """
+        value = self.rewriter.attribute(join(cut.holder, name))
+        own: torch.dtype = getattr(torch, cut.rule.params[name].dtype)
+        dtypes = {dtype_of(node) for node in cut.site.nodes.values() if is_float(node)}
+        return value if dtypes <= {own} else value.to(compute_dtype(cut))
+
+    def replay(self, cut: Cut) -> Replay | None:
+        """The site's functions over proxies: for a cut that this one is over, in its own dtype."""
+        if self.own is None or cut is self.cut:
+            return self.own
+        return self.own.computing_in(compute_dtype(cut))
+
+    def context(self, cut: Cut) -> Context:
+        """What a cut's text is read with: whether its module trains, what its site can do."""
+        owner = cut.holder if cut.rule.params else cut.site.module
+        return replace(
+            super().context(cut), training=self.rewriter.attribute(join(owner, "training"))
+        )

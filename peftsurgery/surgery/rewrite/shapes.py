@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
-from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Context, rewrite, shape_of
-from peftsurgery.language.consistency import OUTPUTS
+from peftsurgery.language import rewrite
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.layout import as_seen, orient
-from peftsurgery.surgery.rewrite.program import compute_dtype, is_float
-from peftsurgery.surgery.rewrite.site_functions import Replay
+from peftsurgery.surgery.rewrite.environment import Fakes, environment
+from peftsurgery.surgery.rewrite.layout import as_seen
 
 
 def check_shapes(cut: Cut) -> None:
@@ -30,10 +24,12 @@ def check_shapes(cut: Cut) -> None:
                 f"{cut.operation.name} rewrites '{name}', and {cut.placed.module} has none",
                 "leave such sites out with `where:`",
             )
-    for name, value in fake_rewrite(cut).items():
+    for name, value in _fake_rewrite(cut).items():
         if cut.rule.kind.lengthens:
             continue
-        expected = as_seen(cut.site, name, _fake(cut, name))
+        expected = as_seen(cut.site, name, cut.site.nodes[name].meta["val"])
+        if cut.site.slice is not None and name == cut.rule.kind.result:
+            expected = cut.site.slice.take(expected, -1)
         if tuple(value.shape) != tuple(expected.shape):
             raise SurgeryError(
                 "PSG306",
@@ -42,60 +38,13 @@ def check_shapes(cut: Cut) -> None:
             )
 
 
-def fake_rewrite(cut: Cut, result: Any = None) -> dict[str, Any]:
-    """The values a cut computes, as fake tensors; ``result`` is what its site gave so far."""
-    fakes = [node.meta["val"] for node in cut.site.nodes.values()]
-    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+def _fake_rewrite(cut: Cut) -> dict[str, torch.Tensor]:
+    """The values a cut computes, as fake tensors."""
+    fakes = (node.meta["val"] for node in cut.site.nodes.values())
+    mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
     if mode is None:
         return {}
-    dtype = compute_dtype(cut)
+    domain = Fakes()
     with mode, enable_python_dispatcher():  # which operators of symbolic sizes go through
-        bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-        replay = Replay(cut.placed, _value, dtype)
-        bound |= {name: replay.mask() for name in cut.rule.kind.optional}
-        for name in sorted(cut.site.nodes.keys() & cut.rule.kind.names):
-            node = cut.site.nodes[name]
-            value = node.meta["val"]
-            if name in cut.rule.kind.weights:
-                value = orient(value, cut.site, name)
-            elif name != cut.rule.kind.result:
-                value = as_seen(cut.site, name, value)
-            else:
-                value = as_seen(cut.site, name, _fake(cut, name) if result is None else result)
-            bound[name] = value.to(dtype) if is_float(node) else value
-        for name, param in cut.rule.params.items():
-            shape = shape_of(param, cut.rule, cut.numbers)
-            bound[name] = torch.empty(shape, dtype=dtype, device=_device(fakes))
-        if cut.over:
-            bound[OUTPUTS] = torch.stack([fake_output(c).to(dtype) for c in cut.over], -2)
-        context = Context(functions=replay.functions)
-        return {
-            name: value
-            for name, value in rewrite(cut.rule, bound, context).items()
-            if isinstance(value, torch.Tensor)
-        }
-
-
-def fake_output(cuts: Iterable[Cut]) -> Any:
-    """What the cuts of one adapter make of their site's result, as a fake tensor."""
-    value = None
-    for cut in cuts:
-        value = fake_rewrite(cut, value)[str(cut.rule.kind.result)]
-    return value
-
-
-def _fake(cut: Cut, name: str) -> Any:
-    value = cut.site.nodes[name].meta["val"]
-    if cut.site.slice is not None and name == cut.rule.kind.result:
-        return cut.site.slice.take(value, -1)
-    return value
-
-
-def _value(node: fx.Node) -> Any:
-    """The fake value of a node; a flag of the mode, or a rate that depends on it, is off."""
-    value = node.meta.get("val")
-    return 0 if value is None else value
-
-
-def _device(fakes: Iterable[Any]) -> torch.device:
-    return next(f.device for f in fakes if isinstance(f, torch.Tensor))
+        values = rewrite(cut.rule, environment(cut, domain), domain.context(cut))
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}

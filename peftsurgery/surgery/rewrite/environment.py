@@ -1,0 +1,159 @@
+"""The environment of a cut: what the names of its rule stand for, in the domain of one reading.
+
+A rule is read (:mod:`peftsurgery.language.readings`) over proxies, which inserts nodes, over fake
+tensors, which tells shapes, and over tensors: to fold, to add a penalty, to start training. These
+domains differ in where they find what a name stands for; how a rule sees it is the same in all.
+Sizes and settings are numbers. Weights are (out, in), weights and results the slice alone, values
+in the layout of :mod:`.layout`, and all of them in the dtype that the cut computes in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from peftsurgery.language import Context, Environment, rewrite, shape_of
+from peftsurgery.language.consistency import OUTPUTS
+from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of
+from peftsurgery.surgery.rewrite.layout import as_seen, orient
+from peftsurgery.surgery.rewrite.site_functions import Replay
+
+
+class Domain(ABC):
+    """Where a reading finds what the names of a cut's rule stand for, as the model has it."""
+
+    has_values = True
+    """Whether what flows through the site can be read; if not, what it is told of weights can."""
+
+    is_eager = False
+    """Whether all names are looked up at once, in order."""
+
+    @abstractmethod
+    def weight(self, cut: Cut, name: str) -> Any:
+        """A weight of the cut's site."""
+
+    @abstractmethod
+    def parameter(self, cut: Cut, name: str) -> Any:
+        """A parameter that the cut adds."""
+
+    def value(self, cut: Cut, name: str) -> Any:
+        """What flows through the cut's site under this name."""
+        raise NotImplementedError
+
+    def replay(self, cut: Cut) -> Replay | None:
+        """What the site's functions are there, if they are others than their plain definitions."""
+        return None
+
+    def cast(self, cut: Cut, name: str, value: Any) -> Any:
+        """A value or a weight in the dtype that the cut computes in."""
+        return cast(value, dtype_of(cut.site.nodes[name]), compute_dtype(cut))
+
+    def context(self, cut: Cut) -> Context:
+        """What the cut's text is read with beside its environment."""
+        replay = self.replay(cut)
+        return Context(functions={} if replay is None else replay.functions)
+
+
+def environment(cut: Cut, domain: Domain) -> Environment:
+    """The names that a cut's rule reads, each looked up in the domain when it is first read."""
+    site, kind = cut.site, cut.rule.kind
+
+    def value(name: str) -> Any:
+        if name not in site.nodes:
+            replay = domain.replay(cut)
+            return None if replay is None else replay.mask()
+        found = domain.value(cut, name)
+        if site.slice is not None and name == kind.result:
+            found = site.slice.take(found, -1)
+        return domain.cast(cut, name, as_seen(site, name, found))
+
+    def weight(name: str) -> Any:
+        if name not in site.nodes:
+            return 0.0
+        return domain.cast(cut, name, orient(domain.weight(cut, name), site, name))
+
+    def outputs(name: str) -> Any:
+        return torch.stack([output(group, domain, compute_dtype(cut)) for group in cut.over], -2)
+
+    bound = {*site.nodes, *kind.optional} if not kind.resizes else {*kind.values}
+    values = [name for name in kind.values if name in bound] if domain.has_values else []
+    weights = kind.weights if domain.has_values else {*kind.weights, *cut.weights}
+    made: dict[str, Callable[[str], Any]] = dict.fromkeys(values, value)
+    made |= dict.fromkeys(weights, weight)
+    made |= dict.fromkeys(cut.rule.params, lambda name: domain.parameter(cut, name))
+    if cut.over:
+        made[OUTPUTS] = outputs
+    names = Environment(cut.numbers, made)
+    return names.looked_up() if domain.is_eager else names
+
+
+def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
+    """What the cuts of one adapter make of their site's result, in ``dtype``."""
+    value = None
+    for cut in cuts:
+        mine, result = compute_dtype(cut), str(cut.rule.kind.result)
+        env = environment(cut, domain)
+        if value is not None:
+            env.bind(result, cast(value, dtype, mine))
+        value = cast(rewrite(cut.rule, env, domain.context(cut))[result], mine, dtype)
+    return value
+
+
+class Tensors(Domain):
+    """Tensors, which ``read`` gives by the names that the model has for them."""
+
+    has_values = False
+
+    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
+        self.read = read
+
+    def weight(self, cut: Cut, name: str) -> torch.Tensor:
+        """A weight as it is read."""
+        return self.read(cut.weights[name])
+
+    def parameter(self, cut: Cut, name: str) -> torch.Tensor:
+        """A parameter as it is read."""
+        return self.read(cut.parameters[name])
+
+    def cast(self, cut: Cut, name: str, value: Any) -> Any:
+        """The tensor: ``read`` has given it the right dtype."""
+        return value
+
+
+class Fakes(Domain):
+    """Fake tensors, those of the capture or ``known`` ones; to be read in their fake mode."""
+
+    def __init__(self, known: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.known = known
+
+    def weight(self, cut: Cut, name: str) -> Any:
+        """A weight."""
+        return self.value(cut, name)
+
+    def value(self, cut: Cut, name: str) -> Any:
+        """A value."""
+        return self.known.get(name, cut.site.nodes[name].meta["val"])
+
+    def parameter(self, cut: Cut, name: str) -> torch.Tensor:
+        """An empty tensor of the parameter's shape."""
+        values = (node.meta["val"] for node in cut.site.nodes.values())
+        device = next(value.device for value in values if isinstance(value, torch.Tensor))
+        shape = shape_of(cut.rule.params[name], cut.rule, cut.numbers)
+        return torch.empty(shape, dtype=compute_dtype(cut), device=device)
+
+    def replay(self, cut: Cut) -> Replay | None:
+        """The site's functions on fake tensors."""
+        if cut.rule.kind.resizes:
+            return None
+        return Replay(cut.placed, _fake, compute_dtype(cut))
+
+
+def _fake(node: Any) -> Any:
+    """The fake value of a node; a flag of the mode, or a rate that depends on it, is off."""
+    value = node.meta.get("val")
+    return 0 if value is None else value
