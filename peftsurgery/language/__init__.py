@@ -24,7 +24,6 @@ from peftsurgery.language.readings import (
     penalty,
     rewrite,
     shape_of,
-    weights_in,
     weights_read,
 )
 from peftsurgery.language.reserved import takes_settings
@@ -102,6 +101,5 @@ __all__ = [
     "takes_settings",
     "tokens_setting",
     "verdict",
-    "weights_in",
     "weights_read",
 ]

@@ -178,14 +178,7 @@ def weights_read(
 
     ``env`` binds sizes and settings, which decide what is chosen between.
     """
-    return weights_in([param.init], rule, env)
-
-
-def weights_in(
-    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
-) -> frozenset[str]:
-    """The weights that expressions of a rule read, through ``let`` names too."""
-    return frozenset(rule.kind.weights) & names_in(expressions, rule, env)
+    return frozenset(rule.kind.weights) & names_in([param.init], rule, env)
 
 
 def names_in(

@@ -23,9 +23,9 @@ import torch
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.config import FORMAT
 from peftsurgery.language import Rule, fold, initial_value, resolve_settings, weights_read
-from peftsurgery.surgery.model.new_parameters import site_weight
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 
 Tensors = dict[str, torch.Tensor]
 # relative to the weight: parameters made from it (a norm of its rows) are rounded to fp32
@@ -46,7 +46,8 @@ def fuse(model: OperatedModel, cuts: Sequence[Cut]) -> tuple[Cut, Tensors]:
     operation = Operation(first.operation.file, settings, first.operation.name)
     cut = Cut(operation, first.rule, whole)
     model.bind()
-    values = {name: site_weight(cut, name, model.dense) for name in _needed(first.rule)}
+    names = environment(cut, TensorDomain(model.dense))
+    values = {name: names[name] for name in _needed(first.rule)}
     tensors = {name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)}
     _check(model, cut, cuts, tensors, values)
     return cut, tensors

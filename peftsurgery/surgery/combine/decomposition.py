@@ -23,7 +23,7 @@ from peftsurgery.surgery.combine.strategies import (
     with_size,
 )
 from peftsurgery.surgery.plan.cut import Cut, Operation
-from peftsurgery.surgery.rewrite.environment import Tensors, environment
+from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 from peftsurgery.surgery.rewrite.layout import wide
 
 # Singular values that are smaller, as shares of the largest, are rounding, and need no rank.
@@ -104,7 +104,7 @@ def _weight_change(share: Share) -> Tensor:
     known = {cut.parameters[name]: value.double() for name, value in share.params.items()}
     shape = cut.site.nodes["W"].meta["val"].shape
     known[cut.weights["W"]] = torch.zeros(shape, dtype=torch.float64, device=device)
-    names = environment(cut, Tensors(known.__getitem__))
+    names = environment(cut, TensorDomain(known.__getitem__))
     change: Tensor = fold(cut.rule, names)["W"]
     return change.to(wide(next(iter(share.params.values()))).dtype)
 

@@ -19,7 +19,7 @@ from peftsurgery.language import RuleFile, evaluate, flat_values, load_rules, re
 from peftsurgery.surgery.applying import remade
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
-from peftsurgery.surgery.rewrite.environment import Tensors, environment
+from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 
 
 @checked
@@ -81,7 +81,7 @@ def _fill(
     for cut, source in zip(cuts, sources, strict=True):
         flat = source.operation.file.flat
         assert flat is not None
-        env = environment(source, Tensors(model.get_parameter))
+        env = environment(source, TensorDomain(model.get_parameter))
         for name, value in flat_values(flat, source.rule, env).items():
             parameter = made.get_parameter(cut.parameters[name])
             if parameter.shape != value.shape:

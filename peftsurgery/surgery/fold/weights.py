@@ -24,7 +24,7 @@ from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, in_order
-from peftsurgery.surgery.rewrite.environment import Tensors, environment
+from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 from peftsurgery.surgery.rewrite.layout import disorient, wide_dtype
 
 BLOCKS = 64  # of a large weight; each needs a few times its own memory while it is computed
@@ -104,7 +104,7 @@ def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, s
             return exact[full]
         return check_finite(full, model.get_parameter(full).detach()).to(dtype)
 
-    env = environment(cut, Tensors(read))
+    env = environment(cut, TensorDomain(read))
     seen = {name: env[name] for name in names}
     for rows, part in _blocks(cut, env, seen, sizes):
         for name, value in folded(rule, part).items():

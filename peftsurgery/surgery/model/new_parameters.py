@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import initial_values, shape_of, weights_read
 from peftsurgery.surgery.plan.cut import Cut, copy_name
-from peftsurgery.surgery.rewrite.layout import orient
+from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 
 
 def new_parameters(
@@ -69,19 +68,7 @@ def _starts(
             param = cut.rule.params[name]
             _check_shape(full, value, shape_of(param, cut.rule, cut.numbers))
             known[name] = value.detach().to(device=device, dtype=getattr(torch, param.dtype))
-    unknown = [param for name, param in cut.rule.params.items() if name not in known]
-    env: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-    read = {name for param in unknown for name in weights_read(param, cut.rule, cut.numbers)}
-    env |= {name: site_weight(cut, name, dense) for name in sorted(read)}
-    return initial_values(cut.rule, env, known, device=device)
-
-
-def site_weight(cut: Cut, name: str, dense: Callable[[str], Tensor]) -> Any:
-    """Weight of a cut's site in the rules' form, (out, in); 0.0 where there is none."""
-    if name not in cut.site.nodes:
-        return 0.0
-    full = join(cut.placed.block, str(cut.site.nodes[name].target))
-    return orient(dense(full), cut.site, name)
+    return initial_values(cut.rule, environment(cut, TensorDomain(dense)), known, device=device)
 
 
 def _device(cut: Cut, stored: Callable[[str], Tensor], other: torch.device) -> torch.device:

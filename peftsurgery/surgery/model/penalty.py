@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsurgery.language import penalty, weights_in
+from peftsurgery.language import penalty
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.layout import orient, wide
+from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
+from peftsurgery.surgery.rewrite.layout import wide
 
 
 def penalty_of(cuts: Iterable[Cut], read: Callable[[str], Tensor]) -> Tensor | None:
@@ -28,9 +29,12 @@ def penalty_of(cuts: Iterable[Cut], read: Callable[[str], Tensor]) -> Tensor | N
         if cut.rule.penalty:
             weights = (*cut.weights.values(), cut.site.slice)
             sites[cut.operation, id(cut.rule), (*cut.parameters.values(), *weights)] = cut
+    widely = TensorDomain(
+        lambda name: wide(read(name))
+    )  # in fp32 or wider, whatever the model is in
     groups: dict[tuple[str, str], list[Tensor]] = {}
     for cut in sites.values():
-        for kind, value in penalty(cut.rule, _bindings(cut, read)).items():
+        for kind, value in penalty(cut.rule, environment(cut, widely)).items():
             groups.setdefault((cut.operation.name, kind), []).append(torch.as_tensor(value))
     total: Tensor | None = None
     for (_, kind), values in groups.items():
@@ -38,13 +42,3 @@ def penalty_of(cuts: Iterable[Cut], read: Callable[[str], Tensor]) -> Tensor | N
         added = together.mean() if kind == "mean" else together.sum()
         total = added if total is None else total + added.to(total.device)
     return total
-
-
-def _bindings(cut: Cut, read: Callable[[str], Tensor]) -> dict[str, Any]:
-    """The names a penalty may read: in fp32 or wider, whatever the model is in."""
-    bound: dict[str, Any] = {**dict.fromkeys(cut.rule.kind.weights, 0.0), **cut.numbers}
-    needed = weights_in(cut.rule.penalty.values(), cut.rule, cut.numbers)
-    for name, full in cut.weights.items():
-        if name in needed:
-            bound[name] = orient(wide(read(full)), cut.site, name)
-    return bound | {name: wide(read(full)) for name, full in cut.parameters.items()}

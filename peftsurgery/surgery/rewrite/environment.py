@@ -104,7 +104,7 @@ def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
     return value
 
 
-class Tensors(Domain):
+class TensorDomain(Domain):
     """Tensors, which ``read`` gives by the names that the model has for them."""
 
     has_values = False
@@ -125,7 +125,7 @@ class Tensors(Domain):
         return value
 
 
-class Fakes(Domain):
+class FakeDomain(Domain):
     """Fake tensors, those of the capture or ``known`` ones; to be read in their fake mode."""
 
     def __init__(self, known: Mapping[str, Any] = MappingProxyType({})) -> None:

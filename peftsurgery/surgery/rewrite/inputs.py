@@ -22,8 +22,8 @@ from peftsurgery.language import Rule, rewrite
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of
-from peftsurgery.surgery.rewrite.environment import Fakes, environment
-from peftsurgery.surgery.rewrite.program import Proxies, Rewriter
+from peftsurgery.surgery.rewrite.environment import FakeDomain, environment
+from peftsurgery.surgery.rewrite.program import ProxyDomain, Rewriter
 
 Find = Callable[[Call], Capture]
 
@@ -52,7 +52,7 @@ def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: known.get(name, node.meta["val"]) for name, node in cut.site.nodes.items()}
     fake_mode = next(value.fake_mode for value in given.values() if hasattr(value, "fake_mode"))
     with fake_mode:
-        names = environment(cut, Fakes(known))
+        names = environment(cut, FakeDomain(known))
         found = rewrite(_only(cut, _entering(cut)), names)
         _check_absent(cut, names)
     for name, value in found.items():
@@ -117,7 +117,7 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
     last = max((*entering.values(), *placeholders), key=order.__getitem__)
     before = set(graph.nodes)
     with graph.inserting_before(last.next):
-        proxies = Proxies(rewriter, cut)
+        proxies = ProxyDomain(rewriter, cut)
         names, context = environment(cut, proxies), proxies.context(cut)
         new = rewrite(_only(cut, _entering(cut)), names, context)
         ends = {name: _finished(cut, name, value).node for name, value in new.items()}

@@ -80,7 +80,7 @@ class Rewriter:
         with self.graph.inserting_before(place):
             replay = self.replay(cut, place)
             read = names_in([rule.rewrite[name], *rule.fold.values()], rule, cut.numbers)
-            proxies = Proxies(self, cut, replay, read)
+            proxies = ProxyDomain(self, cut, replay, read)
             names = environment(cut, proxies)
             # first, since a later cut is inserted right after the new value
             folded = self.folded(cut, names) if is_last else {}
@@ -259,7 +259,7 @@ class Rewriter:
                 self.graph.erase_node(node)
 
 
-class Proxies(Domain):
+class ProxyDomain(Domain):
     """Proxies of a program's nodes as they are now; what is read of them inserts nodes.
 
     The names ``read`` are there where the replay's nodes are inserted.

@@ -8,7 +8,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language import rewrite
 from peftsurgery.surgery.plan.cut import Cut
-from peftsurgery.surgery.rewrite.environment import Fakes, environment
+from peftsurgery.surgery.rewrite.environment import FakeDomain, environment
 from peftsurgery.surgery.rewrite.layout import as_seen
 
 
@@ -44,7 +44,7 @@ def _fake_rewrite(cut: Cut) -> dict[str, torch.Tensor]:
     mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
     if mode is None:
         return {}
-    domain = Fakes()
+    domain = FakeDomain()
     with mode, enable_python_dispatcher():  # which operators of symbolic sizes go through
         values = rewrite(cut.rule, environment(cut, domain), domain.context(cut))
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
