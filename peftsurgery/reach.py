@@ -1,4 +1,4 @@
-"""Walks: what is reached from some things by going on from each of them, each thing once."""
+"""Graph walks: everything reached from some nodes, each once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def reach(
     following: Callable[[T], Iterable[T]],
     stop: Callable[[T], bool] | None = None,
 ) -> Iterator[T]:
-    """Yield ``start`` and all that ``following`` leads to from there, depth first, each once.
+    """Yield ``start`` and all that ``following`` leads to, depth first, each once.
 
     What ``stop`` holds for is yielded, but not gone on from. Nothing is looked at before it is
     asked for: a search ends with the first that is wanted.

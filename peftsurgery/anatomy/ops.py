@@ -1,4 +1,4 @@
-"""The table of operators: what each means to the finders of sites, one row for all that mean alike.
+"""Operator table: the traits of ATen operators, one row for all that behave alike.
 
 torch's own tags and schemas come first: what is a view, works entry by entry or reduces is read
 there, for every operator there is. The table adds what they do not say.
@@ -23,7 +23,7 @@ from peftsurgery.capture.schemas import op, shares_memory, writes
 
 
 class Trait(Flag):
-    """What an operator does with its operands."""
+    """Traits of an operator: what it does with its operands."""
 
     POINTWISE = auto()  # every entry by itself, says torch's tag
     REDUCTION = auto()  # many entries make one, says torch's tag
@@ -57,7 +57,7 @@ class Trait(Flag):
 
 @dataclass(frozen=True)
 class Meaning:
-    """One row of the table.
+    """Meaning of operators: one row of the table.
 
     ``neutral`` is the second operand that leaves the first as it is. Of a product with a weight,
     ``operands`` are the positions of x, of the weight and, if it takes one, of the bias; ``turned``
@@ -136,7 +136,7 @@ TABLE: Mapping[str, Meaning] = {name: row for names, row in _ROWS.items() for na
 
 
 def meaning(node: fx.Node) -> Meaning:
-    """The row of a node's operator; one without traits if the table has none."""
+    """Look up the row of a node's operator; a row without traits if there is none."""
     return TABLE.get(op(node), _NONE)
 
 
@@ -144,7 +144,7 @@ _NONE = Meaning(NO_TRAIT)
 
 
 def has(node: fx.Node, some: Trait) -> bool:
-    """Whether a node's operator has some of these traits, by torch's word or by the table's."""
+    """Whether a node's operator has any of these traits, by torch's schema or the table."""
     return node.op == "call_function" and bool(traits(node.target, op(node)) & some)
 
 
