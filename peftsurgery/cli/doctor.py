@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import click
 
 from peftsurgery.cli.kit import json_option, print_json
 from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.installed import Package, extras_of, machine, packages_needed
 from peftsurgery.version import __version__
 
 CORE = ("torch", "transformers")  # without them nothing is captured, and nothing to be tried
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package that this one asks for: the versions that were tested, and the one that is here.
-
-    ``state`` is ok, missing, newer or older (than what was tested); ``extra`` is None if it is
-    always needed.
-    """
-
-    name: str
-    extra: str | None
-    tested: str
-    version: str | None
-    state: str
-
-    def __str__(self) -> str:
-        if self.version is None:
-            return "MISSING"
-        if self.state == "ok":
-            return self.version
-        return f"{self.version}  {self.state.upper()} than what was tested ({self.tested})"
 
 
 @click.command()
@@ -58,9 +35,9 @@ def doctor(as_json: bool) -> int:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": needed,
-        "extras": _extras(packages),
+        "extras": extras_of(packages),
         "untested": [asdict(p) for p in packages if p.state in ("newer", "older")],
-        "machine": _machine(present),
+        "machine": machine(present),
         "capture_seconds": seconds,
         "capture_error": error,
     }
@@ -69,81 +46,6 @@ def doctor(as_json: bool) -> int:
     else:
         _print(report, packages)
     return 0 if error is None else 3
-
-
-def packages_needed() -> Iterator[Package]:
-    """The packages that the installed metadata of this one names, those for development left out.
-
-    There is none if this package runs from a directory without having been installed.
-    """
-    from importlib import metadata  # slow to import, and every `--help` would
-
-    from packaging.requirements import Requirement
-
-    try:
-        lines = metadata.requires("peftsurgery") or []
-        extras = metadata.metadata("peftsurgery").get_all("Provides-Extra") or []
-    except metadata.PackageNotFoundError:
-        return
-    for line in lines:
-        requirement = Requirement(line)
-        marker = requirement.marker
-        wanted = [e for e in extras if marker and marker.evaluate({"extra": e})]
-        extra = None if marker is None or marker.evaluate({"extra": ""}) else "".join(wanted[:1])
-        if extra != "dev":
-            version = _version(requirement.name)
-            state = "missing" if version is None else _state(requirement.specifier, version)
-            yield Package(requirement.name, extra, str(requirement.specifier), version, state)
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _state(tested: Any, version: str) -> str:
-    """Whether a version is among those of a specifier (ok), or newer or older."""
-    if tested.contains(version, prereleases=True):
-        return "ok"
-    above = [bound for bound in tested if bound.operator in ("<", "<=")]
-    return "newer" if any(not b.contains(version, prereleases=True) for b in above) else "older"
-
-
-def _extras(packages: list[Package]) -> dict[str, dict[str, str | None]]:
-    found: dict[str, dict[str, str | None]] = {}
-    for package in packages:
-        if package.extra is not None:
-            found.setdefault(package.extra, {})[package.name] = package.version
-    return found
-
-
-def _machine(with_torch: bool) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "cores": os.cpu_count(),
-        "threads": None,
-        "memory_gib": _gib("SC_PHYS_PAGES"),
-        "free_gib": _gib("SC_AVPHYS_PAGES"),
-        "accelerator": None,
-    }
-    if with_torch:
-        import torch
-
-        found["threads"] = torch.get_num_threads()
-        if torch.cuda.is_available():
-            found["accelerator"] = torch.cuda.get_device_name()
-    return found
-
-
-def _gib(pages: str) -> float | None:
-    """So many pages of memory in GiB, where the system tells."""
-    try:
-        return round(os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def _trial() -> tuple[float | None, str | None]:

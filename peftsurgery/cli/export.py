@@ -7,9 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftsurgery.cli.kit import clean, json_option, name_option, print_json
-from peftsurgery.cli.output import check_free, force_option, fresh, other_base_option, output_option
+from peftsurgery.cli.kit import (
+    clean,
+    force_option,
+    json_option,
+    name_option,
+    other_base_option,
+    output_option,
+    print_json,
+)
 from peftsurgery.cli.progress import doing
+from peftsurgery.outputs import check_free, fresh
 
 if TYPE_CHECKING:
     from peftsurgery.surgery.model.operated import OperatedModel

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -30,6 +31,20 @@ EXTRAS = {
     "bitsandbytes": "quantise",
 }
 
+output_option = click.option(
+    "-o",
+    "--output",
+    "out",
+    metavar="OUT",
+    type=click.Path(path_type=Path),
+    help="The directory to write; it must not exist.",
+)
+other_base_option = click.option(
+    "--allow-other-base",
+    is_flag=True,
+    help="Take a base with other weights than the adapter was made for, and say so.",
+)
+force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

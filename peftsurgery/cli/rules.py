@@ -9,8 +9,8 @@ from pathlib import Path
 import click
 
 from peftsurgery.cli.apply import set_option
-from peftsurgery.cli.kit import Group, json_option, print_json
-from peftsurgery.cli.output import force_option, fresh
+from peftsurgery.cli.kit import Group, force_option, json_option, print_json
+from peftsurgery.outputs import fresh
 
 
 @click.group(cls=Group)

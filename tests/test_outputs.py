@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from peftsurgery.cli.output import fresh
 from peftsurgery.errors import SurgeryError
+from peftsurgery.outputs import fresh
 
 
 def write(folder: Path, text: str = "new") -> None:

@@ -1,8 +1,7 @@
 """Output that is there whole or not at all.
 
-A command writes to a hidden sibling of what it was asked for, which takes the name when the command
-has succeeded and is removed when it has not. What is read is never touched: see
-:mod:`peftsurgery.places`.
+It is written to a hidden sibling of what was asked for, which takes the name when all has succeeded
+and is removed when it has not. What is read is never touched: see :mod:`peftsurgery.places`.
 """
 
 from __future__ import annotations
@@ -14,25 +13,8 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-import click
-
 from peftsurgery.errors import SurgeryError
 from peftsurgery.places import check_apart
-
-output_option = click.option(
-    "-o",
-    "--output",
-    "out",
-    metavar="OUT",
-    type=click.Path(path_type=Path),
-    help="The directory to write; it must not exist.",
-)
-other_base_option = click.option(
-    "--allow-other-base",
-    is_flag=True,
-    help="Take a base with other weights than the adapter was made for, and say so.",
-)
-force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 
 
 @contextmanager
