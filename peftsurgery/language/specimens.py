@@ -169,8 +169,8 @@ def _conv_of(
 
 def _conv(env: Mapping[str, Any]) -> Tensor:
     bias = env["b"] if isinstance(env["b"], Tensor) else None
-    places = (env[name] for name in ("stride", "padding", "dilation", "groups"))
-    return F.conv2d(env["x"], env["W"], bias, *places)
+    window = (env[name] for name in ("stride", "padding", "dilation", "groups"))
+    return F.conv2d(env["x"], env["W"], bias, *window)
 
 
 # More than the rules that put tokens of their own in the place of others take away.

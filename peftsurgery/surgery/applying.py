@@ -35,7 +35,7 @@ from peftsurgery.surgery.plan.narrowing import by_given, check_narrowed, narrowe
 from peftsurgery.surgery.plan.origin import Origin
 from peftsurgery.surgery.plan.plan import check_plan, make_plan
 from peftsurgery.surgery.plan.token_settings import with_tokens
-from peftsurgery.surgery.rewrite.inputs import check_inputs, is_at_boundary
+from peftsurgery.surgery.rewrite.inputs import changes_inputs, check_inputs
 from peftsurgery.surgery.rewrite.shapes import check_shapes
 
 Rules = RuleFile | Rule | str | Path
@@ -165,7 +165,7 @@ def carried_out(
     plan = make_plan(operations, inputs.planned(model.base_capture, model._captured))
     check_plan(plan, (name for name, _ in unoperated(model).named_parameters()))
     for cut in plan.distinct_cuts:
-        check_inputs(cut) if is_at_boundary(cut) else check_shapes(cut)
+        check_inputs(cut) if changes_inputs(cut) else check_shapes(cut)
     return OperatedModel(model, plan, inputs, learnt)
 
 

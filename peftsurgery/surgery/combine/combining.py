@@ -109,7 +109,7 @@ def form_named(
 
 @dataclass(frozen=True)
 class Row:
-    """One place: the cut of the adapter that covers all places, and every adapter's share."""
+    """One site: the cut of the adapter that covers all sites, and every adapter's share."""
 
     cut: Cut
     shares: tuple[Share, ...]
@@ -142,12 +142,12 @@ def _counting(weights: Mapping[str, float]) -> Mapping[str, float]:
 
 
 def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
-    """Rows of the adapter that cuts at every place, in its order. Raises PSG315 if none does."""
+    """Rows of the adapter that cuts at every site, in its order. Raises PSG315 if none does."""
     for other in weights:
         check_left_out(model.left_out, other, "PSG316")
-    places = {other: _places(model, other) for other in weights}
-    every = {key for cuts in places.values() for key in cuts}
-    widest = next((other for other, cuts in places.items() if cuts.keys() == every), None)
+    sites = {other: _sites(model, other) for other in weights}
+    every = {key for cuts in sites.values() for key in cuts}
+    widest = next((other for other, cuts in sites.items() if cuts.keys() == every), None)
     if widest is None:
         raise SurgeryError(
             "PSG315",
@@ -155,8 +155,8 @@ def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
             "combine adapters of which one covers the others",
         )
     rows = []
-    for key, cut in places[widest].items():
-        cuts = {other: found[key] for other, found in places.items() if key in found}
+    for key, cut in sites[widest].items():
+        cuts = {other: found[key] for other, found in sites.items() if key in found}
         for other, found in cuts.items():
             if _method(found.rule) != _method(cut.rule):
                 raise SurgeryError(
@@ -168,7 +168,7 @@ def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
     return rows
 
 
-def _places(model: OperatedModel, adapter: str) -> dict[Any, Cut]:
+def _sites(model: OperatedModel, adapter: str) -> dict[Any, Cut]:
     """An adapter's cuts by what they cut. PSG315 if it cuts something twice."""
     found: dict[Any, Cut] = {}
     for cut in model.cuts:
@@ -199,7 +199,7 @@ def _params(model: OperatedModel, cut: Cut) -> dict[str, Tensor]:
 def _values(
     model: OperatedModel, form: Form, cut: Cut, row: Row, known: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The combination's values at one place, by their names in the new model."""
+    """The combination's values at one site, by their names in the new model."""
     names, values = cut.parameters, dict[str, Tensor]()
     new = {n for n, full in names.items() if full not in known}  # sites may share parameters
     if new:

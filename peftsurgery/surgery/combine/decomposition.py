@@ -42,13 +42,13 @@ class Factored(Form):
     def __init__(self, merge: Merge, rank: int | None, clamp: float | None) -> None:
         super().__init__()
         self.merge, self.rank, self.clamp = merge, rank, clamp
-        self.halves: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of a place's shares
+        self.halves: dict[int, tuple[Tensor, Tensor]] = {}  # by the identity of a site's shares
         self.norms: list[tuple[float, float]] = []
 
-    def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
-        """The size is the given rank, or the largest that a place needs."""
-        size = one_size(operation, places)
-        for shares in places:
+    def settings(self, operation: Operation, sites: Sequence[Sequence[Share]]) -> dict[str, Any]:
+        """The size is the given rank, or the largest that a site needs."""
+        size = one_size(operation, sites)
+        for shares in sites:
             self.halves[id(shares)] = self.taken_apart(shares[0].cut, shares)
         needed = max(V.shape[0] for _, V in self.halves.values())
         return with_size(operation, size, self.rank or max(needed, 1))

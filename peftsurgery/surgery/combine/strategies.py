@@ -35,9 +35,9 @@ class Form(ABC):
 
     @abstractmethod
     def values(self, cut: Cut, shares: Sequence[Share]) -> dict[str, Tensor]:
-        """The parameters of the combination at one place; ``cut`` is the combination's."""
+        """The parameters of the combination at one site; ``cut`` is the combination's."""
 
-    def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
+    def settings(self, operation: Operation, sites: Sequence[Sequence[Share]]) -> dict[str, Any]:
         """The settings of the combination, which does what ``operation`` does."""
         return dict(operation.settings)
 
@@ -150,10 +150,10 @@ class Merged(Form):
 class Joined(Form):
     """Concatenate parameters along the axes whose size one setting gives."""
 
-    def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
+    def settings(self, operation: Operation, sites: Sequence[Sequence[Share]]) -> dict[str, Any]:
         """The size is the sum of the adapters', where there are most; elsewhere some is unused."""
-        size = one_size(operation, places)
-        sums = [sum(share.cut.numbers[size] for share in shares) for shares in places]
+        size = one_size(operation, sites)
+        sums = [sum(share.cut.numbers[size] for share in shares) for shares in sites]
         return with_size(operation, size, max(sums))
 
     def values(self, cut: Cut, shares: Sequence[Share]) -> dict[str, Tensor]:
@@ -221,11 +221,11 @@ class Summed(Joined):
     from it; one adapter with weight 1 is copied.
     """
 
-    def settings(self, operation: Operation, places: Sequence[Sequence[Share]]) -> dict[str, Any]:
+    def settings(self, operation: Operation, sites: Sequence[Sequence[Share]]) -> dict[str, Any]:
         """The joined size, for changes that are joined and have one."""
-        if all(_is_copy(shares) for shares in places) or not _is_sized(operation, places):
+        if all(_is_copy(shares) for shares in sites) or not _is_sized(operation, sites):
             return dict(operation.settings)
-        return super().settings(operation, places)
+        return super().settings(operation, sites)
 
     def values(self, cut: Cut, shares: Sequence[Share]) -> dict[str, Tensor]:
         """The parameters whose change is the sum. PSG316 if there are none of this rule."""
@@ -253,9 +253,9 @@ class Summed(Joined):
         return torch.stack([weight * change for change, weight in pairs]).sum(0)
 
 
-def one_size(operation: Operation, places: Sequence[Sequence[Share]]) -> str:
+def one_size(operation: Operation, sites: Sequence[Sequence[Share]]) -> str:
     """The one setting that is a size of an operation's parameters. PSG316 if it is not one."""
-    shares = [share for each in places for share in each]
+    shares = [share for each in sites for share in each]
     sizes = {size for s in shares for size in sizes_said(s.cut.rule, operation.file.with_)}
     if len(sizes) != 1:
         named = f"{len(sizes)} settings are sizes" if sizes else "no setting is the size"
@@ -274,9 +274,9 @@ def _is_copy(shares: Sequence[Share]) -> bool:
     return len(shares) == 1 and shares[0].weight == 1
 
 
-def _is_sized(operation: Operation, places: Sequence[Sequence[Share]]) -> bool:
+def _is_sized(operation: Operation, sites: Sequence[Sequence[Share]]) -> bool:
     """Whether parameters have sizes that are settings."""
-    shares = [share for each in places for share in each]
+    shares = [share for each in sites for share in each]
     return any(sizes_said(share.cut.rule, operation.file.with_) for share in shares)
 
 

@@ -70,13 +70,13 @@ def _fill(
     made: OperatedModel, cuts: Sequence[Cut], model: OperatedModel, sources: Sequence[Cut]
 ) -> None:
     """Give the flat parameters the values that the method computes for them."""
-    places = [[cut.placed.module for cut in each] for each in (cuts, sources)]
-    if places[0] != places[1]:
+    modules = [[cut.placed.module for cut in each] for each in (cuts, sources)]
+    if modules[0] != modules[1]:
         name = sources[0].operation.name if sources else cuts[0].operation.name
         raise SurgeryError(
             "PSG330",
-            f"'{name}' was applied at {len(places[1])} places, and its flat rules match "
-            f"{len(places[0])} others",
+            f"'{name}' was applied at {len(modules[1])} places, and its flat rules match "
+            f"{len(modules[0])} others",
         )
     for cut, source in zip(cuts, sources, strict=True):
         flat = source.operation.file.flat

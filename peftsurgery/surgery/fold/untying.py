@@ -39,15 +39,15 @@ def untie(plain: PreTrainedModel, tied: Collection[str]) -> None:
 
 def _separate(plain: nn.Module) -> None:
     """Copy what has several names; a module that has several keeps its one tensor."""
-    places: dict[int, tuple[nn.Module, str]] = {}
+    slots: dict[int, tuple[nn.Module, str]] = {}
     for name, tensor in named_tensors(plain):
         owner, _, leaf = name.rpartition(".")
-        place = plain.get_submodule(owner), leaf
-        if places.setdefault(id(tensor), place) == place:
+        slot = plain.get_submodule(owner), leaf
+        if slots.setdefault(id(tensor), slot) == slot:
             continue
         copy = tensor.detach().clone()
         is_parameter = isinstance(tensor, nn.Parameter)
-        setattr(*place, nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy)
+        setattr(*slot, nn.Parameter(copy, tensor.requires_grad) if is_parameter else copy)
 
 
 def _say_untied(plain: PreTrainedModel) -> None:

@@ -94,8 +94,8 @@ class _Multiplied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *call: Any) -> torch.Tensor:
         ctx.call = [None if isinstance(value, torch.Tensor) else value for value in call]
-        ctx.places = [i for i, value in enumerate(call) if isinstance(value, torch.Tensor)]
-        ctx.save_for_backward(*(call[i] for i in ctx.places))
+        ctx.tensors = [i for i, value in enumerate(call) if isinstance(value, torch.Tensor)]
+        ctx.save_for_backward(*(call[i] for i in ctx.tensors))
         kind = call[5 + call[1]].device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return _multiply(*call)
@@ -105,14 +105,14 @@ class _Multiplied(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         call = list(ctx.call)
         wanted = {}
-        for place, value in zip(ctx.places, ctx.saved_tensors, strict=True):
-            needed = ctx.needs_input_grad[place]
-            call[place] = value.detach().requires_grad_() if needed else value
+        for position, value in zip(ctx.tensors, ctx.saved_tensors, strict=True):
+            needed = ctx.needs_input_grad[position]
+            call[position] = value.detach().requires_grad_() if needed else value
             if needed:
-                wanted[place] = call[place]
+                wanted[position] = call[position]
         with torch.enable_grad(), torch.autocast(*ctx.autocast):
             result = _multiply(*call)
         found = dict(
             zip(wanted, torch.autograd.grad(result, [*wanted.values()], gradient), strict=True)
         )
-        return tuple(found.get(place) for place in range(len(call)))
+        return tuple(found.get(position) for position in range(len(call)))

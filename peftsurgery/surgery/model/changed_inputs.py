@@ -29,7 +29,7 @@ from peftsurgery.capture.threads import making
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.mode import Mode
-from peftsurgery.surgery.rewrite.inputs import bound_names, is_at_boundary, new_shapes
+from peftsurgery.surgery.rewrite.inputs import bound_names, changes_inputs, new_shapes
 
 Find = Callable[[Call], Capture]
 Shapes = Mapping[str, Sequence[int]]
@@ -71,7 +71,7 @@ class ChangedInputs:
 
     def has_cut(self, capture: Capture, cut: Cut) -> bool:
         """Whether a cut is made in a capture: in ordinary ones, inputs are not rewritten."""
-        return not is_at_boundary(cut) or id(capture) in self._made
+        return not changes_inputs(cut) or id(capture) in self._made
 
     def planned(self, capture: Capture, find: Find) -> Capture:
         """Capture that rules are applied to; itself, unless an adapter rewrites the inputs."""

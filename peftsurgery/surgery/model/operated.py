@@ -48,7 +48,7 @@ from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.fusion import taking_part
 from peftsurgery.surgery.plan.mode import Mode
 from peftsurgery.surgery.plan.plan import Plan
-from peftsurgery.surgery.rewrite.inputs import entries
+from peftsurgery.surgery.rewrite.inputs import new_inputs
 
 
 class OperatedModel(SharedModel):
@@ -309,7 +309,7 @@ class OperatedModel(SharedModel):
         """Rewrite inputs by the active adapters; returns them by argument name."""
         self.bind()
         call = self.call_of(**given, use_cache=False)
-        names, graph = entries(self._find(call, mode).top.graph)
+        names, graph = new_inputs(self._find(call, mode).top.graph)
         values = generate_forward(graph, "inputs")(self, *call.leaves)
         return dict(zip(names, values, strict=True))
 

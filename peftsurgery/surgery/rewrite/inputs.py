@@ -1,4 +1,4 @@
-"""Cuts at the model's boundary: new inputs between the embedding and all else, new outputs last.
+"""Cuts at the model's inputs: new ones between the embedding and all else, new outputs last.
 
 They are made in a front (:mod:`peftsurgery.capture.fronts`), so every size behind them is that of
 the longer sequence.
@@ -28,7 +28,7 @@ from peftsurgery.surgery.rewrite.program import ProxyDomain, Rewriter
 Find = Callable[[Call], Capture]
 
 
-def is_at_boundary(cut: Cut) -> bool:
+def changes_inputs(cut: Cut) -> bool:
     """Whether a cut is at the model's inputs and may change their sizes."""
     return cut.rule.kind.resizes
 
@@ -37,7 +37,7 @@ def new_shapes(cuts: Iterable[Cut]) -> dict[str, tuple[Any, ...]]:
     """The shapes of the model's inputs after these cuts, by the names of its arguments."""
     values: dict[str, Any] = {}
     for cut in cuts:
-        if is_at_boundary(cut):
+        if changes_inputs(cut):
             values |= fake_inputs(cut, values)
     return {ARGUMENTS[name]: tuple(value.shape) for name, value in values.items()}
 
@@ -56,11 +56,11 @@ def fake_inputs(cut: Cut, known: Mapping[str, Any]) -> dict[str, Any]:
         found = rewrite(_only(cut, _entering(cut)), names)
         _check_absent(cut, names)
     for name, value in found.items():
-        _check_entry(cut, name, value, given[name])
+        _check_input(cut, name, value, given[name])
     return found
 
 
-def _check_entry(cut: Cut, name: str, value: Any, old: Any) -> None:
+def _check_input(cut: Cut, name: str, value: Any, old: Any) -> None:
     if not isinstance(value, torch.Tensor):
         raise SurgeryError("PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}")
     if value.dim() != old.dim() or (old.dim() > 2 and value.shape[2:] != old.shape[2:]):
@@ -123,8 +123,8 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
         ends = {name: _finished(cut, name, value).node for name, value in new.items()}
     mine = {node for node in graph.nodes if node not in before}
     for name, node in entering.items():
-        node.meta.pop("entry", None)
-        ends.get(name, node).meta["entry"] = ARGUMENTS[name]
+        node.meta.pop("input", None)
+        ends.get(name, node).meta["input"] = ARGUMENTS[name]
     # the embedding itself goes by the text as it is given
     behind = {node for node, number in order.items() if number > order[last]}
     for name, node in ends.items():
@@ -144,13 +144,13 @@ def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
             node.meta["surgery"] = cut.operation.name
 
 
-def entries(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
-    """The arguments that go into the model behind its boundary, and what computes them.
+def new_inputs(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
+    """The arguments that go into the model behind its new inputs, and what computes them.
 
-    The graph is the part of ``graph`` before the boundary, and takes what ``graph`` takes.
+    The graph is the part of ``graph`` that computes them, and takes what ``graph`` takes.
     """
     part = fx.Graph()
-    ends = [node for node in graph.nodes if "entry" in node.meta]
+    ends = [node for node in graph.nodes if "input" in node.meta]
     needed = {
         *graph.find_nodes(op="placeholder"),
         *reach(ends, lambda node: node.all_input_nodes),
@@ -160,7 +160,7 @@ def entries(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
         if node in needed:
             copies[node] = part.node_copy(node, copies.__getitem__)
     part.output(tuple(copies[node] for node in ends))
-    return [node.meta["entry"] for node in ends], part
+    return [node.meta["input"] for node in ends], part
 
 
 def _finished(cut: Cut, name: str, value: Any) -> Any:

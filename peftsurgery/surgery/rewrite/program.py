@@ -45,7 +45,7 @@ class Rewriter:
         self.tracer = GraphAppendingTracer(self.graph)
         self.latest: MutableMapping[fx.Node, fx.Node] = {}
         # The folded weight so far, by the weight's node and the site's result: a later cut at the
-        # same place sees what earlier ones made of it.
+        # same site sees what earlier ones made of it.
         self.weights: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
         # The weight that a site reads now, likewise.
         self.taken: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
@@ -64,7 +64,7 @@ class Rewriter:
 
     def sew(self, cut: Cut) -> None:
         """Insert one cut: what it does to a value before what it does to those made of it."""
-        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        order = {node: number for number, node in enumerate(self.graph.nodes)}
         names = sorted(cut.rule.rewrite, key=lambda name: order[self.copies[cut.site.nodes[name]]])
         for name in names:
             self.sew_value(cut, name, is_last=name == names[-1])
@@ -75,10 +75,10 @@ class Rewriter:
         old = self.taken.get(spot) or self.node(cut.site.nodes[name])
         readers = self.readers(cut, name, old)
         rule = cut.rule.model_copy(update={"rewrite": {name: cut.rule.rewrite[name]}})
-        before, place = set(self.graph.nodes), old.next if readers is None else readers[0]
+        before, point = set(self.graph.nodes), old.next if readers is None else readers[0]
         # fx inserts "after" in reverse order, so new nodes go before what comes next
-        with self.graph.inserting_before(place):
-            replay = self.replay(cut, place)
+        with self.graph.inserting_before(point):
+            replay = self.replay(cut, point)
             read = names_in([rule.rewrite[name], *rule.fold.values()], rule, cut.numbers)
             proxies = ProxyDomain(self, cut, replay, read)
             names = environment(cut, proxies)
@@ -89,7 +89,7 @@ class Rewriter:
         inserted = {node for node in self.graph.nodes if node not in before}
         for node in inserted:
             # what is made of an input is made where it is read, as if its reader did it
-            inherit(node, old if readers is None else place)
+            inherit(node, old if readers is None else point)
             node.meta["surgery"] = cut.operation.name
         is_everywhere = readers is None
         if readers is None:
@@ -148,10 +148,10 @@ class Rewriter:
             self.latest[self.copies[cut.site.nodes[name]]] = new
             take_place(old, new)
 
-    def replay(self, cut: Cut, place: fx.Node) -> Replay:
-        """The site's functions over proxies, for nodes that are inserted before ``place``."""
+    def replay(self, cut: Cut, point: fx.Node) -> Replay:
+        """The site's functions over proxies, for nodes that are inserted before ``point``."""
         late = set[fx.Node]()
-        node = place
+        node = point
         while node.op != "root":
             late.add(node)
             node = node.next
@@ -235,7 +235,7 @@ class Rewriter:
         return results
 
     def finish(self, cut: Cut, name: str, value: Any) -> fx.Node:
-        """The rewritten value in the dtype and place of the one it replaces."""
+        """The rewritten value in the dtype and layout of the one it replaces."""
         if not isinstance(value, fx.Proxy):
             raise SurgeryError(
                 "PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}"

@@ -200,8 +200,8 @@ def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
     if not isinstance(tried[node], torch.Tensor):
         return {}
     before, now = samples(node), tuple(tried[node].shape)
-    places = range(-1, -len(now) - 1, -1)
-    return {dim: (before[dim], now[dim]) for dim in places if before[dim] != now[dim]}
+    dims = range(-1, -len(now) - 1, -1)
+    return {dim: (before[dim], now[dim]) for dim in dims if before[dim] != now[dim]}
 
 
 def _grows(node: fx.Node) -> bool:
@@ -238,12 +238,12 @@ def _viewed(node: fx.Node, tried: torch.Tensor) -> list[Any]:
     wanted: Any = [*cast("list[Any]", node.args[1])]
     if dim is None:
         raise _refuse(node, "it mixes tokens with something else")
-    for place, size in enumerate(wanted):
-        if size == -1 and place != dim:
-            known = value(node).shape[place]
+    for other, size in enumerate(wanted):
+        if size == -1 and other != dim:
+            known = value(node).shape[other]
             if not isinstance(known, int):
                 raise _refuse(node, "two of its sizes are open")
-            wanted[place] = known
+            wanted[other] = known
     wanted[dim] = -1
     return wanted
 
@@ -260,7 +260,7 @@ def _followed(before: Sequence[int], axis: int, after: Sequence[int]) -> int | N
             else:
                 right, j = right * after[j], j + 1
         if first <= axis < i:
-            same = [place for place in range(start, j) if after[place] == before[axis]]
+            same = [other for other in range(start, j) if after[other] == before[axis]]
             return start if j - start == 1 else same[0] if len(same) == 1 else None
     return None
 

@@ -129,12 +129,12 @@ class RowRewriter(Rewriter):
             # an earlier choice is a user of the node, and is made after this one
             self.chosen.setdefault(node, chosen)
 
-    def choose(self, cut: Cut, axis: Axis, new: fx.Node, old: fx.Node, place: fx.Node) -> fx.Node:
+    def choose(self, cut: Cut, axis: Axis, new: fx.Node, old: fx.Node, point: fx.Node) -> fx.Node:
         """The new value in the adapter's rows, the old one in the others."""
         before = set(self.graph.nodes)
         mask = self.mask(cut.operation.name)
         dims = len(old.meta["val"].shape)
-        with self.graph.inserting_before(place):
+        with self.graph.inserting_before(point):
             call = self.graph.call_function
             if axis.together is not None:
                 long, short = (call(ATEN.sym_size.int, (n, 0)) for n in (old, mask))
