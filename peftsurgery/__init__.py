@@ -15,6 +15,7 @@ from peftsurgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel, capture
+    from peftsurgery.diff.comparison import diff
     from peftsurgery.errors import SurgeryError
     from peftsurgery.formats.adapterhub.directory import from_adapterhub, to_adapterhub
     from peftsurgery.formats.onnx import export_onnx
@@ -44,6 +45,7 @@ __all__ = [
     "capture",
     "check_rules",
     "combine",
+    "diff",
     "eject",
     "export_onnx",
     "flatten",
@@ -76,6 +78,7 @@ _HOME = {
     "capture": "capture",
     "check_rules": "language",
     "combine": "surgery.combine.combining",
+    "diff": "diff.comparison",
     "eject": "surgery.applying",
     "export_onnx": "formats.onnx",
     "flatten": "surgery.fold.flattening",

@@ -9,6 +9,7 @@ from types import FrameType
 import click
 
 from peftsurgery.cli.apply import apply
+from peftsurgery.cli.diff import diff
 from peftsurgery.cli.doctor import doctor
 from peftsurgery.cli.explain import explain
 from peftsurgery.cli.export import export
@@ -33,7 +34,7 @@ def root() -> None:
     """Operate on models as graphs: rules say where to cut, what to sew in and how it folds back."""
 
 
-for command in (apply, fold, export, inspect, why, rules, explain, doctor):
+for command in (apply, fold, export, diff, inspect, why, rules, explain, doctor):
     root.add_command(command)
 
 

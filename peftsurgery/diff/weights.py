@@ -1,0 +1,130 @@
+"""compare_weights: what became of every tensor, read one at a time from files or from memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from peftsurgery.capture.fingerprint import DTYPES, Sampled
+from peftsurgery.diff.names import without_numbers
+from peftsurgery.diff.tensor_change import Change, measure_change
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+Entry = tuple[str, str, str, str]
+
+
+@dataclass(frozen=True)
+class TensorChange:
+    """A tensor under its names in both models, and what became of it; None: it is in one only.
+
+    ``source`` is the tensor of the first model that has this content, if that is another one.
+    """
+
+    before: str | None
+    after: str | None
+    dtypes: tuple[str, str]
+    change: Change | None
+    source: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The change as JSON has it."""
+        measures = {} if self.change is None else self.change.to_dict()
+        dtypes = list(self.dtypes)
+        return {
+            "a": self.before,
+            "b": self.after,
+            "dtypes": dtypes,
+            "source": self.source,
+            **measures,
+        }
+
+
+def compare_weights(
+    a: Mapping[str, Sampled], b: Mapping[str, Sampled], names: Mapping[str, str | None]
+) -> list[TensorChange]:
+    """The changes of all tensors; ``names`` are those of ``a`` that ``b`` calls otherwise.
+
+    Two tensors are in memory at a time.
+    """
+    made, seen = [], set()
+    for name, old in a.items():
+        other = names.get(name, name)
+        new = None if other is None else b.get(other)
+        if new is None:
+            made.append(TensorChange(name, None, (old.dtype, ""), None))
+            continue
+        seen.add(other)
+        made.append(TensorChange(name, other, (old.dtype, new.dtype), _change(old, new)))
+    made += [TensorChange(None, n, ("", t.dtype), None) for n, t in b.items() if n not in seen]
+    return list(_with_sources(made, a, b))
+
+
+def _change(old: Sampled, new: Sampled) -> Change:
+    if old.shape != new.shape:
+        return Change("reshaped")
+    one, other = old.read([(0, old.count)]), new.read([(0, new.count)])
+    if old.dtype == new.dtype and one == other:
+        return Change("identical")
+    if not one or not {old.dtype, new.dtype} <= _TORCH.keys():
+        return Change("dense")
+    return measure_change(*(_read(data, kind) for data, kind in ((one, old), (other, new))))
+
+
+def _read(data: bytes, kind: Sampled) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=_TORCH[kind.dtype]).reshape(kind.shape)
+
+
+def _with_sources(
+    made: list[TensorChange], a: Mapping[str, Sampled], b: Mapping[str, Sampled]
+) -> Iterator[TensorChange]:
+    """Changes with the tensor that the content came from: known by fingerprints, where alone."""
+    changed = [e for e in made if e.change is not None and e.change.verdict == "dense"]
+    prints: dict[str, list[str]] = {}
+    for each in changed:
+        prints.setdefault(str(a[str(each.before)].print()), []).append(str(each.before))
+    for each in made:
+        found = prints.get(str(b[str(each.after)].print()), []) if each in changed else []
+        source = found[0] if len(found) == 1 else None
+        yield TensorChange(each.before, each.after, each.dtypes, each.change, source)
+
+
+def weight_entries(changes: Sequence[TensorChange]) -> Iterator[Entry]:
+    """(part, sign, name, text) for every tensor that changed; alike ones have one text."""
+    largest: dict[tuple[str, str], float] = {}
+    for each in changes:
+        if each.change is not None:
+            key = _alike(each)
+            largest[key] = max(largest.get(key, 0.0), each.change.relative)
+    for each in changes:
+        change = each.change
+        if change is None:
+            sign, name = ("+", each.after) if each.before is None else ("-", each.before)
+            yield "weight", sign, str(name), "only there"
+        elif change.verdict != "identical" or each.dtypes[0] != each.dtypes[1]:
+            yield "weight", "~", str(each.after), _text(each, change, largest[_alike(each)])
+
+
+def _alike(each: TensorChange) -> tuple[str, str]:
+    change = each.change
+    assert change is not None
+    return without_numbers(str(each.after)), f"{change.verdict} {change.rank}"
+
+
+def _text(each: TensorChange, change: Change, largest: float) -> str:
+    words = {
+        "identical": "identical values",
+        "rounding": "a rounding",
+        "low-rank": f"low-rank (rank {change.rank}), probably a folded adapter",
+        "dense": "dense change",
+        "reshaped": "another shape",
+        "not finite": f"NaN or Inf: {change.not_finite[0]} → {change.not_finite[1]}",
+    }
+    text = words[change.verdict]
+    if each.source is not None:
+        return f"is what {each.source} was"
+    if each.dtypes[0] != each.dtypes[1]:
+        text += f", {each.dtypes[0]} → {each.dtypes[1]}"
+    return text + (f", up to {100 * largest:.2g} % of the norm" if largest else "")

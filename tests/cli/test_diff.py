@@ -1,0 +1,111 @@
+"""The command diff: what it prints, what it writes, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import small_bert
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The BERT of the other tests with another activation, seed and dropout."""
+    path = small_bert(tmp_path_factory.mktemp("wider") / "bert", width=32)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "hidden_act": "relu"}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def adapted(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved surgery of the BERT."""
+    import peftsurgery as ps
+
+    path = tmp_path_factory.mktemp("adapted") / "lora"
+    ps.apply(ps.capture(str(bert)), "lora_qv").save(path)
+    return path
+
+
+def test_a_model_against_itself_is_no_difference_and_no_failure(run: Any, bert: Path) -> None:
+    outcome = run("diff", bert, bert, "--weights")
+    assert outcome.code == 0, outcome.err
+    assert "no difference" in outcome.out
+
+
+def test_a_surgery_is_what_it_adds_to_its_base(run: Any, bert: Path, adapted: Path) -> None:
+    outcome = run("diff", bert, adapted)
+    assert outcome.code == 1, outcome.err
+    line = "+ encoder.layer.{0..1}.attention.self.query: +lora_qv(rank 8) on attn.q ×2"
+    assert line in outcome.out
+    found = run("diff", bert, adapted, "--json")
+    assert found.code == 1
+    assert found.json["schema"] == "peftsurgery.diff/1"
+    assert found.json["differs"] == {"structure": True, "config": False, "weights": False}
+    added = found.json["headline"]
+    assert added["b"]["parameters"] - added["a"]["parameters"] == 2 * 2 * 2 * 8 * 32
+
+
+def test_a_peft_adapter_is_what_it_adds_to_its_base(
+    run: Any, bert: Path, adapted: Path, tmp_path: Path
+) -> None:
+    import peftsurgery as ps
+
+    ps.to_peft(ps.load(adapted), tmp_path / "peft")
+    outcome = run("diff", bert, tmp_path / "peft", "--base", bert)
+    assert outcome.code == 1, outcome.err
+    assert "+ encoder.layer.{0..1}.attention.self.query: +" in outcome.out
+
+
+def test_only_what_is_asked_for_fails(run: Any, bert: Path, wider: Path) -> None:
+    assert run("diff", bert, wider).code == 1
+    assert run("diff", bert, wider, "--fail-on", "config").code == 1
+    assert run("diff", bert, wider, "--weights", "--fail-on", "weights").code == 0
+    outcome = run("diff", bert, wider, "--fail-on", "weights")
+    assert (outcome.code, "PSG901" in outcome.err) == (2, True)
+
+
+def test_it_is_written_where_it_is_asked_for(
+    run: Any, bert: Path, wider: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "change.md"
+    outcome = run("diff", bert, wider, "--format", "md", "-o", out)
+    assert (outcome.code, outcome.out) == (1, "")
+    text = out.read_text(encoding="utf-8")
+    assert text.startswith("### ")
+    assert "- `~` `config.hidden_act` `gelu → relu`" in text
+    assert "- `~` `encoder.layer.{0..1}.intermediate.intermediate_act_fn` `gelu → relu` ×2" in text
+    assert run("diff", bert, wider, "--format", "md", "-o", out).code == 3
+    assert run("diff", bert, wider, "--format", "md", "-o", bert / "config.json").code == 3
+
+
+def test_git_shows_it(bert: Path, tmp_path: Path) -> None:
+    """The recipe of README, in a real repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    git("init", "-q")
+    (tmp_path / ".gitattributes").write_text("*.safetensors diff=peftsurgery\n")
+    converter = f"{sys.executable} -m peftsurgery diff --describe"
+    git("config", "diff.peftsurgery.textconv", converter)
+    small = tmp_path / "model.safetensors"
+    small.write_bytes((bert / "model.safetensors").read_bytes())
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    other = small_bert(tmp_path.with_name("other"), width=16)
+    small.write_bytes((other / "model.safetensors").read_bytes())
+    shown = git("diff")
+    assert "-embeddings.word_embeddings.weight F32[99,32] " in shown
+    assert "+embeddings.word_embeddings.weight F32[99,16] " in shown

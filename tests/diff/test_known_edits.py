@@ -1,0 +1,177 @@
+"""What was done to a model by hand is what the difference says, in the headline and the changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import peftsurgery as ps
+from peftsurgery.diff.comparison import Diff, diff
+from tests.diff.models import HEADS, WIDTH, Layer, Recipe, build, captured
+
+PLAIN = Layer()
+MIDDLE = {
+    "act": (replace(PLAIN, act="gelu"), ["~ layers.1.mlp.act: silu → gelu"]),
+    "width": (replace(PLAIN, hidden=20), [
+        "~ layers.1.mlp.up: linear: out 12 → 20",
+        "~ layers.1.mlp.down: linear: in 12 → 20",
+        "~ layers.1: 2 nodes (linear, silu) of another size",
+        "~ layers.1.mlp.up.weight: [12, 8] → [20, 8]",
+        "~ layers.1.mlp.up.bias: [12] → [20]",
+        "~ layers.1.mlp.down.weight: [8, 12] → [8, 20]",
+    ]),
+    "no norm": (replace(PLAIN, norm="none"), [
+        "- layers.1.ln: norm",
+        "~ layers.1.attn.o: residual after attention: norm pre → -",
+        "- layers.1.ln: 1 node (layer_norm)",
+        "~ layers.1.attn.q: other operands: linear",
+        "~ layers.1.attn.k: other operands: linear",
+        "~ layers.1.attn.v: other operands: linear",
+        "- layers.1.ln.weight: parameter float32[8]",
+        "- layers.1.ln.bias: parameter float32[8]",
+    ]),
+}  # fmt: skip
+
+
+def changed(middle: Layer) -> Recipe:
+    return Recipe((PLAIN, middle, PLAIN))
+
+
+def told(found: Diff) -> list[str]:
+    return [str(line) for line in found.summary.lines]
+
+
+@pytest.mark.parametrize("what", MIDDLE)
+def test_a_change_of_one_layer_is_told_of_that_layer(what: str) -> None:
+    layer, expected = MIDDLE[what]
+    found = diff(captured(), captured(changed(layer)))
+    assert sorted(told(found)) == sorted(expected)
+    assert found.differs == {"structure": True, "config": False, "weights": False}
+
+
+def test_a_wider_layer_costs_what_arithmetic_says() -> None:
+    found = diff(captured(), captured(changed(replace(PLAIN, hidden=20))))
+    a, b = found.figures
+    more = 20 - 12
+    assert b.parameters - a.parameters == more * (2 * WIDTH + 1)
+    tokens = 2 * 5
+    assert b.flops is not None
+    assert a.flops is not None
+    assert b.flops - a.flops == 2 * tokens * WIDTH * more * 2
+    assert b.activation_bytes - a.activation_bytes == 4 * tokens * more * 2  # type: ignore[operator]
+
+
+def test_flops_and_parameters_are_those_of_the_textbook() -> None:
+    figures = diff(captured(), captured()).figures[0]
+    tokens, seq = 10, 5
+    linears = 4 * WIDTH * WIDTH + 2 * 12 * WIDTH
+    attention = 2 * 2 * (2 * HEADS * seq * seq * (WIDTH // HEADS))
+    assert figures.flops == 3 * (2 * tokens * linears + attention) + 2 * tokens * WIDTH * 11
+    assert figures.parameters == sum(p.numel() for p in build().parameters())
+
+
+def test_a_moved_norm_is_moved_and_not_new() -> None:
+    lines = told(diff(captured(), captured(changed(replace(PLAIN, norm="after")))))
+    assert lines
+    assert not [line for line in lines if line[0] in "+-"]
+    assert "~ layers.1.ln: other operands: layer_norm" in lines
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_layer_put_in_is_one_insertion(place: int) -> None:
+    layers = [PLAIN] * 3
+    layers.insert(place, replace(PLAIN, act="gelu"))
+    found = diff(captured(), captured(Recipe(tuple(layers))))
+    blocks = [line for line in found.summary.lines if line.part == "block"]
+    added = [line.where for line in blocks if line.sign == "+"]
+    assert added == [f"layers.{place}"]
+    moved = [line for line in blocks if line.sign == ">"]
+    assert sum(line.count for line in moved) == 3 - place
+    assert {line.text for line in moved} <= {"moved by +1"}
+    assert len(found.summary.lines) == len(blocks)
+    assert not [line for line in found.summary.lines if line.sign == "-"]
+
+
+def test_a_layer_taken_out_mirrors_one_put_in() -> None:
+    more = Recipe((PLAIN, replace(PLAIN, act="gelu"), PLAIN, PLAIN))
+    there, back = diff(captured(), captured(more)), diff(captured(more), captured())
+    signs = {"+": "-", "-": "+", "~": "~", ">": ">"}
+    assert sorted(signs[line.sign] for line in there.summary.lines) == sorted(
+        line.sign for line in back.summary.lines
+    )
+
+
+def test_a_duplicated_layer_is_one_more() -> None:
+    found = diff(captured(), captured(Recipe((PLAIN,) * 4)))
+    blocks = [str(line) for line in found.summary.lines if line.part == "block"]
+    assert blocks == told(found) == ["+ layers.3: block Block (35 nodes)"]
+
+
+def test_an_untied_head_is_told() -> None:
+    found = diff(captured(), captured(Recipe(tied=False)))
+    assert told(found) == ["~ head.weight: untied: a weight of its own"]
+    assert found.figures[1].parameters - found.figures[0].parameters == 11 * WIDTH
+
+
+def test_a_mask_that_went_missing_is_told() -> None:
+    lines = told(diff(captured(), captured(changed(replace(PLAIN, causal=False)))))
+    assert any("scaled_dot_product_attention" in line for line in lines)
+    assert any("causal True → False" in line for line in lines)
+    assert all("layers.1.attn" in line for line in lines)
+
+
+def test_a_fused_projection_that_was_split_is_told_by_its_sites() -> None:
+    fused = Recipe((replace(PLAIN, fused=True),) * 3)
+    found = diff(captured(fused), captured())
+    sites = [str(line) for line in found.summary.lines if line.part == "site"]
+    for part in "qkv":
+        assert f"+ layers.{{0..2}}.attn.{part}: linear attn.{part} ×3" in sites
+    assert found.figures[0].parameters == found.figures[1].parameters
+    assert [line for line in told(found) if line[0] in "+-" and "parameter" in line] == []
+    assert "~ layers.{0..2}.attn.qkv.weight: split into q, k, v ×3" in told(found)
+    assert "~ layers.{0..2}.attn.qkv.weight: made of q, k, v ×3" in told(
+        diff(captured(), captured(fused))
+    )
+
+
+def test_another_dtype_is_told_of_every_tensor_and_of_nothing_else() -> None:
+    lines = diff(captured(), captured(Recipe(dtype=torch.bfloat16))).summary.lines
+    tensors = [line for line in lines if line.part == "tensor"]
+    assert {line.text for line in tensors} == {"float32 → bfloat16"}
+    assert sum(line.count for line in tensors) == len(list(build().state_dict()))
+    assert not [line for line in lines if line.sign != "~"]
+
+
+def test_an_adapter_in_all_layers_but_one_names_the_exception() -> None:
+    graph = captured(Recipe((PLAIN,) * 6))
+    rule = """
+name: thin
+with: {rank: 2}
+rules:
+  - match: linear
+    where: {role: attn.q, any: [{layers: "0..2"}, {layers: "4.."}]}
+    params: {A: {shape: [rank, in]}, B: {shape: [out, rank], init: zeros}}
+    rewrite: y + linear(linear(x, A), B)
+"""
+    lines = told(diff(graph, ps.apply(graph, ps.parse_rules(rule))))
+    assert "+ layers.{0..2,4..5}.attn.q: +thin(rank 2) on attn.q ×5" in lines
+
+
+def test_renaming_all_modules_changes_names_only() -> None:
+    layer = replace(PLAIN, names=("first", "second", "third"))
+    other = Recipe((layer,) * 3, names=("table", "stack", "out"))
+    found = diff(captured(), captured(other))
+    assert {line.sign for line in found.summary.lines} == {">"}
+    assert {kind for each in found.script.graphs for e in each.edits for kind in e.kinds} == {
+        "renamed"
+    }
+    a, b = (replace(figures, at="") for figures in found.figures)
+    assert a == b
+
+
+def test_an_ejected_model_is_the_one_it_was() -> None:
+    graph = captured()
+    assert not diff(graph, ps.eject(ps.apply(graph, "lora_qv")))
+    assert not diff(graph, captured())

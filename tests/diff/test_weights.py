@@ -1,0 +1,94 @@
+"""What weights became, against numpy and against what was done to them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import peftsurgery as ps
+from peftsurgery.diff.comparison import diff
+from peftsurgery.diff.tensor_change import measure_change
+from tests.diff.models import Recipe, build
+
+INPUTS = {"ids": torch.arange(10).reshape(2, 5)}
+
+
+def test_the_measures_are_those_of_numpy() -> None:
+    a, b = torch.randn(40, 24), torch.randn(40, 24)
+    found = measure_change(a, b)
+    one, other = a.double().numpy(), b.double().numpy()
+    values = np.linalg.svd(other - one, compute_uv=False)
+    assert found.verdict == "dense"
+    assert found.relative == pytest.approx(
+        np.linalg.norm(other - one) / np.linalg.norm(one), rel=1e-5
+    )
+    assert found.largest == pytest.approx(np.abs(other - one).max(), rel=1e-6)
+    assert found.sign_flips == pytest.approx((np.sign(one) != np.sign(other)).mean())
+    ulps = np.abs(other - one) / np.spacing(np.maximum(abs(one), abs(other)).astype(np.float32))
+    assert found.ulps == pytest.approx(ulps.max(), rel=1e-4)
+    assert found.top_share == pytest.approx(values[0] ** 2 / (values**2).sum(), rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rank", [1, 4, 24])
+def test_a_folded_adapter_has_its_rank(rank: int, dtype: torch.dtype) -> None:
+    weight = (0.1 * torch.randn(160, 128)).to(dtype)
+    update = torch.randn(160, rank) @ torch.randn(rank, 128) / 100
+    found = measure_change(weight, (weight.float() + update).to(dtype))
+    assert (found.verdict, found.rank) == ("low-rank", rank)
+
+
+def test_a_rounding_is_no_change_of_meaning() -> None:
+    weight = torch.randn(64, 48)
+    assert measure_change(weight, weight.clone()).verdict == "identical"
+    assert measure_change(weight, weight.bfloat16()).verdict == "rounding"
+    near = torch.nextafter(weight, torch.tensor(9.0))
+    assert measure_change(weight, near).ulps == 1
+    assert measure_change(weight.bfloat16(), weight.bfloat16().float()).verdict == "identical"
+
+
+def test_nan_and_inf_are_counted() -> None:
+    weight = torch.randn(8, 8)
+    broken = weight.clone()
+    broken[0, :2], broken[1, 1] = float("nan"), float("inf")
+    found = measure_change(weight, broken)
+    assert (found.verdict, found.not_finite) == ("not finite", (0, 3))
+
+
+def told(a: nn.Module, b: nn.Module) -> list[str]:
+    one, other = (ps.capture(model, inputs=INPUTS) for model in (a, b))
+    found = diff(one, other, weights=True)
+    assert bool(found) == bool(found.summary.lines)
+    assert not found.differs["structure"]
+    return [str(line) for line in found.summary.lines]
+
+
+def test_layers_made_anew_swapped_and_left_alone_are_told_apart() -> None:
+    plain, fresh, swapped = (build(Recipe()) for _ in range(3))
+    assert told(plain, build(Recipe())) == []
+    with torch.no_grad():
+        fresh.layers[1].mlp.up.weight.normal_()
+    (line,) = told(plain, fresh)
+    assert line.startswith("~ layers.1.mlp.up.weight: dense change")
+    swapped.layers = nn.ModuleList([swapped.layers[i] for i in (1, 0, 2)])
+    lines = told(plain, swapped)
+    assert "~ layers.0.attn.q.weight: is what layers.1.attn.q.weight was" in lines
+    assert "~ layers.1.attn.q.weight: is what layers.0.attn.q.weight was" in lines
+    assert not [line for line in lines if "layers.2" in line]
+
+
+def test_a_fold_of_an_adapter_is_low_rank_where_it_was() -> None:
+    plain = build(Recipe())
+    graph = ps.capture(plain, inputs=INPUTS)
+    operated = ps.apply(graph, "lora_qv", rank=1)
+    with torch.no_grad():
+        for name, parameter in operated.named_parameters():
+            if "lora_qv" in name:
+                parameter.normal_()
+    lines = told(plain, ps.fold(operated))
+    assert len(lines) == 2
+    for part, line in zip("qv", lines, strict=True):
+        assert line.startswith(f"~ layers.{{0..2}}.attn.{part}.weight: low-rank (rank 1)")
+        assert line.endswith("×3")
