@@ -61,7 +61,8 @@ def diff(
     """Say what is different between the models A and B; exit with 1 if anything is.
 
     A and B are what MODEL is elsewhere: model directories, hub ids, package.module:factory, saved
-    surgeries, and directories of peft and AdapterHub adapters. Without --weights none are read.
+    surgeries; directories of peft and AdapterHub adapters; or two rule files, or two safetensors
+    files. Without --weights no weights are read.
     `diff --describe A` is for git's textconv.
     """
     if describe:
@@ -75,14 +76,15 @@ def diff(
 
     with doing(f"comparing {a} and {b}"):
         one, other = (_opened(each, base) for each in (a, b))
-        found = replace(compared(one, other, weights=weights, shape=shape), names=(a, b))
+        found = compared(one, other, weights=weights, shape=shape)
+        found = replace(found, summary=replace(found.summary, names=(a, b)))
     shown = _shown(found, "json" if as_json else form, to_terminal=out is None)
     if out is None:
         click.echo(shown)
     else:
         with fresh(out, [a, b], force) as part:
             part.write_text(shown + "\n", encoding="utf-8")
-    return int(any(found.differs[part] for part in fatal or PARTS))
+    return int(any(found.summary.differs[part] for part in fatal or PARTS))
 
 
 def _opened(spec: str, base: str | None) -> GraphModel | str:

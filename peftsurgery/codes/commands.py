@@ -20,6 +20,12 @@ CODES = {
         "function's docstring (`help(peftsurgery.apply)`) lists all of them.",
         USAGE,
     ),
+    "PSG905": CodeInfo(
+        "Two things of different kinds cannot be compared",
+        "`diff` compares two models, two rule files or two safetensors files. A model may be a "
+        "directory, a hub id, a factory, a saved surgery or an adapter's directory.",
+        USAGE,
+    ),
     "PSG903": CodeInfo(
         "There is no such error code",
         "`peftsurgery explain` without a code lists all of them.",

@@ -1,10 +1,9 @@
-"""diff: two captured models, and the :class:`Diff` that says what is different."""
+"""diff: two models or two files, and the :class:`Diff` that says what is different."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,11 @@ from torch import nn
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel, capture
-from peftsurgery.capture.fingerprint import weights_of
+from peftsurgery.capture.fingerprint import Sampled, weights_of
 from peftsurgery.diff.describing import describe
 from peftsurgery.diff.description import Description
-from peftsurgery.diff.figures import Figures, measure
+from peftsurgery.diff.figures import measure
+from peftsurgery.diff.files import are_files, compare_files
 from peftsurgery.diff.lines import folded_lines, lines
 from peftsurgery.diff.markdown import markdown
 from peftsurgery.diff.page import page
@@ -30,32 +30,18 @@ from peftsurgery.surgery.loading import open_model
 
 @dataclass(frozen=True)
 class Diff:
-    """What is different between two models; true if anything is."""
+    """What is different between two models, true if anything is.
 
-    names: tuple[str, str]
-    a: Description
-    b: Description
-    figures: tuple[Figures, Figures]
-    script: Script
-    weights: Sequence[TensorChange] | None = None
+    ``script`` makes the second one's description of the first one's, ``models``; both are None
+    for files, which have no graph.
+    """
 
-    @cached_property
-    def summary(self) -> Summary:
-        """The difference as all formats show it: changes with equal blocks folded into one."""
-        changes = lines(self.script, self.a, self.b)
-        changes += folded_lines(weight_entries(self.weights or ()))
-        return Summary(self.names, self.figures, changes, self.differs, self.weights)
-
-    @property
-    def differs(self) -> dict[str, bool]:
-        """Whether structure, config and weights differ; weights that were not read do not."""
-        script = self.script
-        tables = (script.blocks, script.tensors, script.sites, script.insertions)
-        weights = any(weight_entries(self.weights or ()))
-        return {"structure": any(tables), "config": bool(script.config), "weights": weights}
+    summary: Summary
+    models: tuple[Description, Description] | None = None
+    script: Script | None = None
 
     def __bool__(self) -> bool:
-        return any(self.differs.values())
+        return any(self.summary.differs.values())
 
     def __str__(self) -> str:
         return rendered(self.summary, width=100)
@@ -70,7 +56,7 @@ class Diff:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The difference as one page that works offline; written to ``path`` if that is given."""
-        made = page(self.summary, self.b)
+        made = page(self.summary, self.models and self.models[1])
         if path is not None:
             Path(path).write_text(made, encoding="utf-8")
         return made
@@ -79,7 +65,7 @@ class Diff:
         rows = [(e.sign, e.where, e.text, e.count) for e in self.summary.lines]
         head = ("", "where", "what", "places")
         figures = table(("", "a", "b", "change"), self.summary.headline())
-        heading = f"{self.names[0]} → {self.names[1]}: {self.summary.sentence()}"
+        heading = f"{' → '.join(self.summary.names)}: {self.summary.sentence()}"
         return shown(heading, figures, table(head, rows))
 
 
@@ -90,33 +76,46 @@ def diff(
     weights: bool = False,
     shape: tuple[int, int] | None = None,
 ) -> Diff:
-    """What is different between two models.
+    """What is different between two models, two rule files or two safetensors files.
 
     ``a`` and ``b`` are captured or operated models, models to capture, or what the command line
     takes for MODEL. An operated model is what it is with the adapters that are active now.
     ``weights`` compares the base's weights too, tensor by tensor, as they lie in files or in
     memory. ``shape`` is (batch, tokens) of the forward whose cost is counted, instead of the
-    example that each model was captured with. Raises what opening and capturing raise, and PSG207
-    if weights that are to be compared are not there.
+    example that each model was captured with. Raises what opening and capturing raise, PSG207 if
+    weights that are to be compared are not there, and PSG905 for a file beside a model.
     """
-    names = _names(a, b)
-    models = _opened(a), _opened(b)
-    described = [describe(model) for model in models]
-    figures = [measure(m, each, shape) for m, each in zip(models, described, strict=True)]
-    first, second = described
+    paths = [each for each in (a, b) if isinstance(each, str | Path)]
+    if len(paths) == 2 and are_files(*paths):
+        return Diff(compare_files(Path(paths[0]), Path(paths[1]), weights))
+    one, other = _opened(a), _opened(b)
+    first, second = describe(one), describe(other)
     script = compare(first, second)
-    changes = _weights(*models, script) if weights else None
-    return Diff(names, first, second, (figures[0], figures[1]), script, changes)
+    changes = _weights(one, other, script) if weights else None
+    changed = folded_lines(weight_entries(changes or ()))
+    tables = (script.blocks, script.tensors, script.sites, script.insertions)
+    differs = {
+        "structure": any(tables),
+        "config": bool(script.config),
+        "weights": bool(changed),
+    }
+    figures = measure(one, first, shape), measure(other, second, shape)
+    told = [*lines(script, first, second), *changed]
+    summary = Summary(_names(a, b), figures, told, differs, changes)
+    return Diff(summary, (first, second), script)
 
 
 def _weights(a: GraphModel, b: GraphModel, script: Script) -> list[TensorChange]:
-    found = [weights_of(model.source) for model in (a, b)]
-    for model, each in zip((a, b), found, strict=True):
-        if each is None:
-            raise SurgeryError("PSG207", f"{model.base_capture.top.kind} has no weights to compare")
-    one, other = ({} if each is None else each.tensors for each in found)
+    one, other = (_tensors(model) for model in (a, b))
     names = {str(edit.before): edit.after for edit in script.tensors if edit.before is not None}
     return compare_weights(one, other, names)
+
+
+def _tensors(model: GraphModel) -> Mapping[str, Sampled]:
+    weights = weights_of(model.source)
+    if weights is None:
+        raise SurgeryError("PSG207", f"{model.base_capture.top.kind} has no weights to compare")
+    return weights.tensors
 
 
 def _opened(model: GraphModel | nn.Module | str | Path) -> GraphModel:

@@ -20,7 +20,7 @@ from peftsurgery.diff.tree import Part, module_tree
 _WORDS = {"+": "added", "-": "removed", "~": "changed", ">": "renamed"}
 
 
-def page(summary: Summary, after: Description) -> str:
+def page(summary: Summary, after: Description | None = None) -> str:
     """The whole file; ``after`` is the second model, whose modules are shown."""
     first, second = (escape(name) for name in summary.names)
     changes = {id(line): f"c{number}" for number, line in enumerate(summary.lines)}
@@ -34,9 +34,7 @@ def page(summary: Summary, after: Description) -> str:
         " <span id=found role=status></span></p>",
         *(_changes(title, found, changes) for title, found in summary.parts()),
         heat_map(summary.weights or ()),
-        "<section><h2>Modules</h2>",
-        "".join(_tree(module_tree(after, summary.lines), changes, "")),
-        "</section>",
+        "" if after is None else _modules(after, summary, changes),
     ])  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -45,6 +43,11 @@ def page(summary: Summary, after: Description) -> str:
         f"<title>{first} → {second}</title>\n<style>{STYLE}</style></head>\n"
         f"<body><main>\n{body}\n</main>\n<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def _modules(after: Description, summary: Summary, changes: dict[int, str]) -> str:
+    tree = "".join(_tree(module_tree(after, summary.lines), changes, ""))
+    return f"<section><h2>Modules</h2>\n{tree}</section>"
 
 
 def _headline(summary: Summary) -> str:

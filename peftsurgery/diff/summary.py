@@ -12,6 +12,7 @@ from peftsurgery.diff.weights import TensorChange
 
 SCHEMA = "peftsurgery.diff/1"
 PARTS = {
+    "rule": "Rules",
     "config": "Config",
     "block": "Blocks",
     "insertion": "Adapters",

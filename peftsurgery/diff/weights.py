@@ -92,24 +92,26 @@ def _with_sources(
 
 
 def weight_entries(changes: Sequence[TensorChange]) -> Iterator[Entry]:
-    """(part, sign, name, text) for every tensor that changed; alike ones have one text."""
+    """(part, sign, name, text) for every tensor that is in both and has other values.
+
+    Tensors that are alike but for the layer have one text, with the largest of their changes.
+    """
     largest: dict[tuple[str, str], float] = {}
-    for each in changes:
-        if each.change is not None:
-            key = _alike(each)
-            largest[key] = max(largest.get(key, 0.0), each.change.relative)
-    for each in changes:
-        change = each.change
-        if change is None:
-            sign, name = ("+", each.after) if each.before is None else ("-", each.before)
-            yield "weight", sign, str(name), "only there"
-        elif change.verdict != "identical" or each.dtypes[0] != each.dtypes[1]:
-            yield "weight", "~", str(each.after), _text(each, change, largest[_alike(each)])
+    changed = [
+        (each, each.change)
+        for each in changes
+        if each.change is not None and each.change.verdict != "reshaped"
+    ]
+    for each, change in changed:
+        key = _alike(each, change)
+        largest[key] = max(largest.get(key, 0.0), change.relative)
+    for each, change in changed:
+        if change.verdict != "identical" or each.dtypes[0] != each.dtypes[1]:
+            text = _text(each, change, largest[_alike(each, change)])
+            yield "weight", "~", str(each.after), text
 
 
-def _alike(each: TensorChange) -> tuple[str, str]:
-    change = each.change
-    assert change is not None
+def _alike(each: TensorChange, change: Change) -> tuple[str, str]:
     return without_numbers(str(each.after)), f"{change.verdict} {change.rank}"
 
 
@@ -119,7 +121,6 @@ def _text(each: TensorChange, change: Change, largest: float) -> str:
         "rounding": "a rounding",
         "low-rank": f"low-rank (rank {change.rank}), probably a folded adapter",
         "dense": "dense change",
-        "reshaped": "another shape",
         "not finite": f"NaN or Inf: {change.not_finite[0]} → {change.not_finite[1]}",
     }
     text = words[change.verdict]

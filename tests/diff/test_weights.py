@@ -61,7 +61,7 @@ def told(a: nn.Module, b: nn.Module) -> list[str]:
     one, other = (ps.capture(model, inputs=INPUTS) for model in (a, b))
     found = diff(one, other, weights=True)
     assert bool(found) == bool(found.summary.lines)
-    assert not found.differs["structure"]
+    assert not found.summary.differs["structure"]
     return [str(line) for line in found.summary.lines]
 
 
