@@ -15,15 +15,15 @@ from peftsurgery.diff.description import Node
 from peftsurgery.diff.hashes import (
     Label,
     Nodes,
-    Numbers,
+    SharedNumbers,
     balls,
+    bare_operator,
     both,
     down,
-    named,
-    operator,
-    unnamed,
     up,
     users,
+    with_names,
+    without_names,
 )
 
 Pairs = dict[str, str]
@@ -34,19 +34,19 @@ RADIUS = 2
 def align(a: Nodes, b: Nodes) -> Pairs:
     """The nodes of ``a`` and what each is in ``b``; a node without a partner is left out."""
     matching = _Matching(a, b)
-    numbers = Numbers()
-    _by_trees(matching, named, numbers)
-    matching.pair_equal(*(_labels(nodes, named) for nodes in (a, b)))
+    numbers = SharedNumbers()
+    _by_trees(matching, with_names, numbers)
+    matching.pair_equal(*(_labels(nodes, with_names) for nodes in (a, b)))
     matching.spread(lambda one, other: one.op == other.op and one.module == other.module)
     matching.pair_equal(*(_labels(nodes, _located) for nodes in (a, b)))
-    _by_trees(matching, unnamed, numbers)
+    _by_trees(matching, without_names, numbers)
     matching.spread(lambda one, other: one.op == other.op)
-    matching.pair_equal(*(balls(nodes, operator, numbers, RADIUS) for nodes in (a, b)))
+    matching.pair_equal(*(balls(nodes, bare_operator, numbers, RADIUS) for nodes in (a, b)))
     matching.spread(_may_be_retyped)
     return matching.pairs
 
 
-def _by_trees(matching: _Matching, label: Label, numbers: Numbers) -> None:
+def _by_trees(matching: _Matching, label: Label, numbers: SharedNumbers) -> None:
     ups = [up(nodes, label, numbers) for nodes in (matching.a, matching.b)]
     downs = [down(nodes, label, numbers) for nodes in (matching.a, matching.b)]
     matching.pair_equal(*(both(*each) for each in zip(ups, downs, strict=True)))

@@ -12,7 +12,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 
 from peftsurgery.capture.names import join
 from peftsurgery.diff.description import Description, graph_form
-from peftsurgery.diff.hashes import unnamed
+from peftsurgery.diff.hashes import without_names
 
 BlockPairs = dict[str, str]
 GAP = 0.5
@@ -32,7 +32,7 @@ def align_blocks(a: Description, b: Description) -> BlockPairs:
     return pairs
 
 
-def translate(path: str, pairs: Mapping[str, str]) -> str | None:
+def translated_path(path: str, pairs: Mapping[str, str]) -> str | None:
     """A path of ``a`` as it is in ``b``, by the innermost block around it; None if that is gone."""
     names = path.split(".")
     for end in range(len(names), 0, -1):
@@ -74,7 +74,7 @@ class Classes:
         key = side, labels
         if key not in self._counted:
             nodes = (n for x in labels for n in self.sides[side].classes[x].nodes.values())
-            self._counted[key] = Counter(unnamed(node) for node in nodes)
+            self._counted[key] = Counter(without_names(node) for node in nodes)
         return self._counted[key]
 
     def edits(self, left: Sequence[str], right: Sequence[str]) -> BlockPairs:
@@ -147,7 +147,7 @@ def _paired_lists(
     mine: Sequence[str], theirs: Sequence[str], pairs: BlockPairs
 ) -> Iterator[tuple[str, str]]:
     """Lists of one depth: those of one path, then what is left beneath the same block, in order."""
-    wanted = {path: translate(path, pairs) for path in mine}
+    wanted = {path: translated_path(path, pairs) for path in mine}
     found = {path: other for path, other in wanted.items() if other in theirs}
     yield from ((path, str(other)) for path, other in found.items())
     taken, there = set(found.values()), set(pairs.values())

@@ -12,7 +12,7 @@ from torch import nn
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel, capture
 from peftsurgery.capture.fingerprint import Sampled, weights_of
-from peftsurgery.diff.describing import describe
+from peftsurgery.diff.describing import describe_model
 from peftsurgery.diff.description import Description
 from peftsurgery.diff.figures import measure
 from peftsurgery.diff.files import are_files, compare_files
@@ -89,7 +89,7 @@ def diff(
     if len(paths) == 2 and are_files(*paths):
         return Diff(compare_files(Path(paths[0]), Path(paths[1]), weights))
     one, other = _opened(a), _opened(b)
-    first, second = describe(one), describe(other)
+    first, second = describe_model(one), describe_model(other)
     script = compare(first, second)
     changes = _weights(one, other, script) if weights else None
     changed = folded_lines(weight_entries(changes or ()))

@@ -1,4 +1,4 @@
-"""describe: a captured or operated model as a description."""
+"""describe_model: a captured or operated model as a description."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftsurgery.diff.description import (
     Node,
     ShapeClass,
     SiteFacts,
-    Tensor,
+    TensorFacts,
 )
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, copy_name
@@ -30,7 +30,7 @@ from peftsurgery.surgery.plan.cut import Cut, copy_name
 ASIDE = {"_name_or_path", "transformers_version", "_attn_implementation_internal"}
 
 
-def describe(model: GraphModel) -> Description:
+def describe_model(model: GraphModel) -> Description:
     """What a model is: as it is called now, with the adapters that are active."""
     capture = served(model)
     programs = {p.label: p for several in capture.programs.values() for p in several}
@@ -109,7 +109,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensors(model: GraphModel) -> dict[str, Tensor]:
+def _tensors(model: GraphModel) -> dict[str, TensorFacts]:
     names = tensor_names(model)
     found = {}
     for path, part in model.named_modules(remove_duplicate=False):
@@ -123,8 +123,10 @@ def _tensors(model: GraphModel) -> dict[str, Tensor]:
     return found
 
 
-def _tensor(tensor: torch.Tensor, kind: str, tied: str) -> Tensor:
-    return Tensor(dtype_name(tensor.dtype), tuple(tensor.shape), kind, tensor.requires_grad, tied)
+def _tensor(tensor: torch.Tensor, kind: str, tied: str) -> TensorFacts:
+    return TensorFacts(
+        dtype_name(tensor.dtype), tuple(tensor.shape), kind, tensor.requires_grad, tied
+    )
 
 
 def _site_name(placed: Placed) -> str:

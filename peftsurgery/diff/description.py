@@ -34,7 +34,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Tensor:
+class TensorFacts:
     """A parameter or persistent buffer: ``tied`` is the first of the names it has."""
 
     dtype: str
@@ -95,7 +95,7 @@ class Description:
     kind: str
     classes: Mapping[str, ShapeClass] = field(default_factory=dict)
     blocks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, TensorFacts] = field(default_factory=dict)
     sites: Mapping[str, SiteFacts] = field(default_factory=dict)
     insertions: Mapping[str, Insertion] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)

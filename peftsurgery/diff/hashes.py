@@ -15,7 +15,7 @@ Nodes = Mapping[str, Node]
 Label = Callable[[Node], Hashable]
 
 
-class Numbers:
+class SharedNumbers:
     """Gives equal things equal numbers."""
 
     def __init__(self) -> None:
@@ -35,23 +35,23 @@ def users(nodes: Nodes) -> dict[str, list[tuple[str, int]]]:
     return found
 
 
-def named(node: Node) -> Hashable:
+def with_names(node: Node) -> Hashable:
     """A node with the names of its module and its tensor."""
     return node.op, node.module, node.form
 
 
-def unnamed(node: Node) -> Hashable:
+def without_names(node: Node) -> Hashable:
     """A node without names: a tensor that is read is known by its shape."""
     known_by_shape = node.op in ("read", "input")
     return node.op, node.shape if known_by_shape else node.form
 
 
-def operator(node: Node) -> Hashable:
+def bare_operator(node: Node) -> Hashable:
     """What a node does, whatever its constants."""
     return node.op
 
 
-def up(nodes: Nodes, label: Label, numbers: Numbers) -> dict[str, int]:
+def up(nodes: Nodes, label: Label, numbers: SharedNumbers) -> dict[str, int]:
     """A number for the tree that each node is computed by."""
     found: dict[str, int] = {}
     for key, node in nodes.items():
@@ -60,7 +60,7 @@ def up(nodes: Nodes, label: Label, numbers: Numbers) -> dict[str, int]:
     return found
 
 
-def down(nodes: Nodes, label: Label, numbers: Numbers) -> dict[str, int]:
+def down(nodes: Nodes, label: Label, numbers: SharedNumbers) -> dict[str, int]:
     """A number for all that is computed from each node."""
     found: dict[str, int] = {}
     used = users(nodes)
@@ -70,7 +70,7 @@ def down(nodes: Nodes, label: Label, numbers: Numbers) -> dict[str, int]:
     return found
 
 
-def balls(nodes: Nodes, label: Label, numbers: Numbers, radius: int) -> dict[str, int]:
+def balls(nodes: Nodes, label: Label, numbers: SharedNumbers, radius: int) -> dict[str, int]:
     """A number for what is within so many steps of each node."""
     used = users(nodes)
     found = {key: numbers.of(("ball", label(node))) for key, node in nodes.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsurgery.capture.names import join
-from peftsurgery.diff.description import Description, Insertion, Node, SiteFacts, Tensor
+from peftsurgery.diff.description import Description, Insertion, Node, SiteFacts, TensorFacts
 from peftsurgery.diff.names import folded
 from peftsurgery.diff.script import Edit, GraphEdits, Script
 
@@ -235,7 +235,7 @@ def _names(edits: list[Edit], limit: int = 6) -> str:
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if names[limit:] else "")
 
 
-_WORDS: tuple[tuple[str, Callable[[Tensor, Tensor], str]], ...] = (
+_WORDS: tuple[tuple[str, Callable[[TensorFacts, TensorFacts], str]], ...] = (
     ("reshaped", lambda old, new: f"{list(old.shape)} → {list(new.shape)}"),
     ("recast", lambda old, new: f"{old.dtype} → {new.dtype}"),
     ("retyped", lambda old, new: f"{old.kind} → {new.kind}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peftsurgery.diff.summary import Summary
-from peftsurgery.diff.text import plain
+from peftsurgery.diff.text import printable
 
 SHOWN = 30
 """How many lines of a part stand there at once; the others fold away."""
@@ -42,7 +42,7 @@ def _lines(summary: Summary) -> Iterator[str]:
 
 def code(text: str) -> str:
     """``text`` as code, whatever backquotes are in it."""
-    shown = plain(text)
+    shown = printable(text)
     longest = max((len(run) for run in _runs(shown)), default=0)
     fence = "`" * (longest + 1)
     inner = f" {shown} " if shown.startswith("`") or shown.endswith("`") else shown

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 
 from peftsurgery.capture.names import join
-from peftsurgery.diff.blocks import translate
+from peftsurgery.diff.blocks import translated_path
 from peftsurgery.diff.description import Node
 
 _NUMBER = re.compile(r"(?<![^. ])\d+(?=[. ]|$)")
@@ -41,7 +41,7 @@ class Renaming:
         if any(path == block or path.startswith(f"{block}.") for block in self.gone):
             return None
         known = self.modules.get(path)
-        return translate(path, self.blocks) if known is None else known
+        return translated_path(path, self.blocks) if known is None else known
 
     def tensor(self, name: str) -> str | None:
         """A tensor's name in the other model."""

@@ -15,7 +15,7 @@ from peftsurgery.diff.heat import heat_map
 from peftsurgery.diff.lines import Line
 from peftsurgery.diff.page_parts import POLICY, SCRIPT, STYLE
 from peftsurgery.diff.summary import Summary
-from peftsurgery.diff.tree import Part, module_tree
+from peftsurgery.diff.tree import ModuleEntry, module_tree
 
 _WORDS = {"+": "added", "-": "removed", "~": "changed", ">": "renamed"}
 
@@ -78,7 +78,7 @@ def _change(line: Line, address: str) -> str:
     )
 
 
-def _tree(part: Part, changes: dict[int, str], indent: str) -> Iterator[str]:
+def _tree(part: ModuleEntry, changes: dict[int, str], indent: str) -> Iterator[str]:
     """A module and those in it; open where something beneath it changed, but not into blocks."""
     marks = " ".join(
         f'<a class="{_WORDS[line.sign]}" href="#{changes[id(line)]}" '

@@ -12,8 +12,8 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from peftsurgery.diff.align import Pairs, align
-from peftsurgery.diff.blocks import BlockPairs, Classes, align_blocks, translate
-from peftsurgery.diff.description import Description, Insertion, Node, ShapeClass, Tensor
+from peftsurgery.diff.blocks import BlockPairs, Classes, align_blocks
+from peftsurgery.diff.description import Description, Insertion, Node, ShapeClass, TensorFacts
 from peftsurgery.diff.names import Renaming
 
 
@@ -239,7 +239,7 @@ def _table(
 
 
 def _tensor_kinds(names: Mapping[str, str | None]) -> Any:
-    def kinds(old: Tensor, new: Tensor) -> tuple[str, ...]:
+    def kinds(old: TensorFacts, new: TensorFacts) -> tuple[str, ...]:
         found = {
             "reshaped": old.shape != new.shape,
             "recast": old.dtype != new.dtype,
@@ -263,6 +263,3 @@ def _insertion_kinds(renaming: Renaming) -> Any:
         return () if moved == new else ("changed",)
 
     return kinds
-
-
-__all__ = ["Edit", "GraphEdits", "Script", "compare", "follow", "translate"]

@@ -24,7 +24,9 @@ def rendered(summary: Summary, width: int | None = None, colour: bool = False) -
         no_color=not colour,
         highlight=False,
     )
-    console.print(Text(f"{plain(summary.names[0])} → {plain(summary.names[1])}", style="bold"))
+    console.print(
+        Text(f"{printable(summary.names[0])} → {printable(summary.names[1])}", style="bold")
+    )
     console.print(summary.sentence())
     if summary.lines:
         console.print(Padding(_headline(summary), (0, 0, 0, 2)))
@@ -38,7 +40,7 @@ def rendered(summary: Summary, width: int | None = None, colour: bool = False) -
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     """``text`` with control characters spelt out: names from a file must not drive a terminal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
@@ -58,7 +60,7 @@ def _changes(found: list[Line]) -> Table:
     table.add_column(overflow="fold", ratio=1)
     for line in found:
         times = f" ×{line.count}" if line.count > 1 else ""
-        where = f"{plain(line.where) or '(model)'}: "
-        body = Text.assemble((where, "bold"), plain(line.text), (times, "dim"))
+        where = f"{printable(line.where) or '(model)'}: "
+        body = Text.assemble((where, "bold"), printable(line.text), (times, "dim"))
         table.add_row(Text(line.sign, style=_STYLES.get(line.sign, "")), body)
     return table

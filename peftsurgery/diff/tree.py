@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from peftsurgery.diff.description import Description, Tensor
+from peftsurgery.diff.description import Description, TensorFacts
 from peftsurgery.diff.lines import Line
 from peftsurgery.diff.names import expanded
 
 
 @dataclass
-class Part:
+class ModuleEntry:
     """A module: ``lines`` are the changes at it, ``beneath`` counts those in its parts.
 
     ``count`` equal neighbours are one part, named ``0..11``.
@@ -21,7 +21,7 @@ class Part:
     size: str = ""
     count: int = 1
     lines: list[Line] = field(default_factory=list)
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ModuleEntry] = field(default_factory=list)
 
     @property
     def beneath(self) -> int:
@@ -35,10 +35,10 @@ class Part:
         return self.size, tuple(id(line) for line in self.lines), inner
 
 
-def module_tree(description: Description, lines: Sequence[Line]) -> Part:
+def module_tree(description: Description, lines: Sequence[Line]) -> ModuleEntry:
     """The modules that have tensors or changes."""
-    top = Part(description.kind)
-    known: dict[str, Part] = {"": top}
+    top = ModuleEntry(description.kind)
+    known: dict[str, ModuleEntry] = {"": top}
     for name, tensor in description.tensors.items():
         _at(known, name).size = _size(tensor)
     for line in lines:
@@ -49,21 +49,21 @@ def module_tree(description: Description, lines: Sequence[Line]) -> Part:
     return top
 
 
-def _at(known: dict[str, Part], path: str) -> Part:
+def _at(known: dict[str, ModuleEntry], path: str) -> ModuleEntry:
     if path not in known:
         owner, _, leaf = path.rpartition(".")
-        known[path] = Part(leaf)
+        known[path] = ModuleEntry(leaf)
         _at(known, owner).parts.append(known[path])
     return known[path]
 
 
-def _size(tensor: Tensor) -> str:
+def _size(tensor: TensorFacts) -> str:
     return f"{tensor}{'' if tensor.trained else ' frozen'}"
 
 
-def _merge(part: Part) -> None:
+def _merge(part: ModuleEntry) -> None:
     """Make one of neighbours that differ by their number alone."""
-    merged: list[Part] = []
+    merged: list[ModuleEntry] = []
     firsts: list[str] = []
     for inner in part.parts:
         _merge(inner)

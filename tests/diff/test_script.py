@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import peftsurgery as ps
-from peftsurgery.diff.describing import describe
+from peftsurgery.diff.describing import describe_model
 from peftsurgery.diff.description import Description, Node, ShapeClass, canonical
 from peftsurgery.diff.lines import lines
 from peftsurgery.diff.script import Script, compare, follow
@@ -111,7 +111,7 @@ def test_the_edits_name_what_the_report_says_was_inserted(rule: Path) -> None:
     if isinstance(operated, ps.SurgeryError):
         assert operated.code in ("PSG301", "PSG340"), str(operated)
         return
-    a, b = describe(graph), describe(operated)
+    a, b = describe_model(graph), describe_model(operated)
     script = compare(a, b)
     report = operated.report
     told = sorted((edit.new.adapter, edit.new.module) for edit in script.insertions)
@@ -125,4 +125,4 @@ def test_the_edits_name_what_the_report_says_was_inserted(rule: Path) -> None:
     assert {line.part for line in told} == {"insertion"}
     assert {kind for edit in script.insertions for kind in edit.kinds} <= {"added"}
     assert canonical(follow(a, script, b.kind)) == canonical(b)
-    assert not compare(b, describe(operated))
+    assert not compare(b, describe_model(operated))
