@@ -103,9 +103,7 @@ def _spectrum(delta: Tensor, noise: float) -> tuple[int | None, float]:
         floor = max(apart, float(values[0]) * 1e-5)
         rank = int((values > floor).sum())
         if rank < width or width == smaller:
-            complete = whole - held <= max(noise**2, 1e-6 * whole)
-            low = complete and rank <= LOW * smaller
-            return (rank if low else None), float(values[0])
+            return (rank if rank <= LOW * smaller else None), float(values[0])
         if held < 4 * whole * width / smaller or width > LOW * smaller:
             return None, float(values[0])
         width = min(4 * width, smaller)
