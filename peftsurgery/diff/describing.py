@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from peftsurgery.anatomy import Placed, survey
-from peftsurgery.anatomy.ops import fixed, op
+from peftsurgery.anatomy.values import fixed
 from peftsurgery.capture import Capture, GraphModel, Program
 from peftsurgery.capture.names import join
+from peftsurgery.capture.schemas import op
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.diff.description import (
