@@ -13,7 +13,6 @@ from peftsurgery.anatomy import Placed, survey
 from peftsurgery.anatomy.values import fixed
 from peftsurgery.capture import Capture, GraphModel, Program
 from peftsurgery.capture.names import join
-from peftsurgery.capture.schemas import op
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.diff.description import (
@@ -67,7 +66,7 @@ def _node(node: fx.Node, program: Program, given: str) -> Node:
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), numbered)
     kinds = {"placeholder": "input", "get_attr": "read", "call_module": "call", "output": "output"}
-    kind = kinds.get(node.op) or op(node) or str(node.target)
+    kind = kinds.get(node.op) or _operator(node)
     if kind in ("read", "call"):
         form, module = (repr(args) if kind == "call" else ""), str(node.target)
     else:
@@ -76,6 +75,13 @@ def _node(node: fx.Node, program: Program, given: str) -> Node:
         module = _module(node, program)
     surgery = str(node.meta.get("surgery") or "")
     return Node(kind, module, tuple(n.name for n in operands), form, _shape(node), surgery)
+
+
+def _operator(node: fx.Node) -> str:
+    """What a node calls, without namespace and overload; in place or not is a difference."""
+    target: Any = node.target
+    packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    return str(getattr(packet, "__name__", packet))
 
 
 class _Shown(str):
