@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from peftsurgery.cli.kit import clean, json_option
-from peftsurgery.cli.output import force_option, fresh
+from peftsurgery.cli.kit import clean, force_option, json_option
 from peftsurgery.cli.progress import doing
+from peftsurgery.outputs import fresh
 
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel
