@@ -123,16 +123,17 @@ def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, s
 
 def _blocks(
     cut: Cut, env: Mapping[str, Any], seen: Weights, sizes: dict[Any, str | None]
-) -> Iterator[tuple[slice, Mapping[str, Any]]]:
+) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Split a cut's weights into row blocks, each with the environment its fold reads."""
     largest = max(seen.values(), key=torch.numel)
-    rows, count = len(largest), min(BLOCKS, largest.numel() // SMALL)
+    count = min(BLOCKS, largest.numel() // SMALL)
     key = (cut.operation, id(cut.rule), cut.numbers.get("groups"))
     if count > 1 and key not in sizes:
         sizes[key] = rows_of(cut.rule, cut.numbers)
     size = sizes[key] if count > 1 else None
-    if size is None or cut.numbers[size] != rows or any(len(w) != rows for w in seen.values()):
-        yield slice(None), env
+    rows = None if size is None else cut.numbers.get(size)
+    if size is None or rows is None or any(weight.shape[0] != rows for weight in seen.values()):
+        yield ..., env
         return
     step = -(-rows // count)
     for start in range(0, rows, step):

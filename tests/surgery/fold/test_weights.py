@@ -54,3 +54,24 @@ def test_every_changed_weight_comes_once() -> None:
     found = folded_weights(operated)
     names = [name for weight in found for name in weight.names]
     assert len(names) == len(set(names)) == len(operated.report.matches)
+
+
+def test_a_parameter_without_dimensions_is_folded() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.scale
+
+    rule = """
+name: shifted
+rules:
+  - match: parameter
+    params: {s: {shape: [], init: "0.5"}}
+    rewrite: {W: W + s}
+    fold: {W: W + s}
+"""
+    operated = ps.apply(ps.capture(Scaled(), inputs=(torch.ones(2, 3),)), ps.parse_rules(rule))
+    assert ps.fold(operated).get_parameter("scale").item() == 2.5
