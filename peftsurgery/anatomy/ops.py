@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftsurgery.capture.schemas import op, shares_memory, writes
+from peftsurgery.capture.schemas import name_of, op, shares_memory, writes
 
 
 class Trait(Flag):
@@ -145,13 +145,13 @@ _NONE = Meaning(NO_TRAIT)
 
 def has(node: fx.Node, some: Trait) -> bool:
     """Whether a node's operator has any of these traits, by torch's schema or the table."""
-    return node.op == "call_function" and bool(traits(node.target, op(node)) & some)
+    return node.op == "call_function" and bool(traits(node.target) & some)
 
 
 @cache
-def traits(target: Any, name: str) -> Trait:
-    """All traits of an operator of that name."""
-    found = TABLE.get(name, _NONE).traits
+def traits(target: Any) -> Trait:
+    """All traits of an operator."""
+    found = TABLE.get(name_of(target), _NONE).traits
     tags = getattr(target, "tags", ())
     if torch.Tag.pointwise in tags:
         found |= Trait.POINTWISE

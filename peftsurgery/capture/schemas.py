@@ -19,11 +19,12 @@ def op(node: fx.Node) -> str:
 
     Without namespace and overload, and without the underscore of one that writes in place.
     """
-    return _named(node.target) if node.op == "call_function" else ""
+    return name_of(node.target) if node.op == "call_function" else ""
 
 
 @cache
-def _named(target: Any) -> str:
+def name_of(target: Any) -> str:
+    """The name of an operator, as ``op`` gives it."""
     packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     name = str(getattr(packet, "__name__", packet))
     return name if name.endswith("__") else name.removesuffix("_")

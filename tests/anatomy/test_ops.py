@@ -45,14 +45,14 @@ def test_a_row_calls_layout_what_no_schema_says_is_a_view() -> None:
 
 def test_what_moves_entries_is_layout_by_the_schema_or_by_the_row() -> None:
     for name, _ in rows(MOVES):
-        known = [traits(found, name) for found in overloads(name) if "str" not in str(found)]
+        known = [traits(found) for found in overloads(name) if "str" not in str(found)]
         assert any(found & Trait.LAYOUT for found in known), name
 
 
 def test_nothing_that_changes_entries_is_layout() -> None:
     for name in ATEN:
         if not TABLE[name].traits & (MOVES | Trait.LAYOUT):
-            assert not any(traits(found, name) & Trait.LAYOUT for found in overloads(name)), name
+            assert not any(traits(found) & Trait.LAYOUT for found in overloads(name)), name
 
 
 def test_activations_are_pointwise_by_torchs_tag_but_for_those_without_one() -> None:
