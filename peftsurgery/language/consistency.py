@@ -22,6 +22,10 @@ from peftsurgery.language.strict import position_of
 OUTPUTS = "outputs"
 """What a rule `over` other adapters calls their values."""
 
+MODEL_FACTS = ("paired", "sites")
+"""What an implied setting may read: whether the model is an encoder and a decoder, and at how many
+sites the method adds parameters."""
+
 
 def check_rule(rule: Rule, numbers: Collection[str]) -> None:
     """Check one rule, given the settings and numbers of its file."""

@@ -14,15 +14,17 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from peftsurgery.language.base import OnBase
 from peftsurgery.language.consistency import (
+    MODEL_FACTS,
     check_expression,
     check_keys,
     check_rule,
     check_words,
     within,
 )
+from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.reserved import check_reachable
 from peftsurgery.language.schema import WITH, ExpressionField, Flat, Rule, Setting
-from peftsurgery.language.strict import Strict, Word
+from peftsurgery.language.strict import Strict, Word, position_of
 from peftsurgery.language.where import Where, check_references
 
 
@@ -47,7 +49,9 @@ class RuleFile(Strict):
     """What the method is once it is trained, if a network makes its parameters until then."""
     checkpoint: dict[Word, dict[Word, Setting | dict[Word, Setting]]] = Field(default_factory=dict)
     """For each file format: the config values that identify this method. A value that is the name
-    of a setting carries that setting; under `with` are settings that every such file means."""
+    of a setting carries that setting; under `with` are settings that every such file means, a text
+    there being an expression over the number of `sites` and whether the model is `paired`, an
+    encoder and a decoder."""
 
     _sources: tuple[Path, ...] = PrivateAttr(default=())
 
@@ -74,9 +78,15 @@ class RuleFile(Strict):
         return {key: value for key, value in named.items() if key != WITH}
 
     def implied(self, format_name: str) -> dict[str, Any]:
-        """The settings that an adapter has in a file format whatever its config says."""
+        """The settings that an adapter has in a file format whatever its config says.
+
+        Those that depend on the model are expressions over `sites` and `paired`.
+        """
         found: Any = self.checkpoint.get(format_name, {}).get(WITH, {})
-        return dict(found)
+        return {
+            setting: parse(value, position_of(value)) if isinstance(value, str) else value
+            for setting, value in found.items()
+        }
 
     def carried(self, format_name: str) -> dict[str, str]:
         """The config keys that carry a setting in a file format, and the setting's name."""
@@ -111,7 +121,11 @@ def check_file(file: RuleFile) -> None:
     for expression in file.flat.settings.values() if file.flat is not None else ():
         check_expression(expression, numbers)
     for name in file.checkpoint:
-        check_keys(file.implied(name), file.with_, f"`checkpoint: {name}` implies")
+        implied = file.implied(name)
+        check_keys(implied, file.with_, f"`checkpoint: {name}` implies")
+        for value in implied.values():
+            if isinstance(value, Expression):
+                check_expression(value, MODEL_FACTS)
     for rule in file.rules:
         check_references(rule.over, file.with_, "over")
         check_rule(rule, numbers)

@@ -172,9 +172,9 @@ class Rule(Strict):
     ranks: Ranks | None = None
     """What a rank allocator may take away while training, and when."""
     checkpoint: dict[Word, dict[Word, Word]] = Field(default_factory=dict)
-    """For each file format, the key suffix of each parameter, or under `table` the name of a table
-    of the format's own; and under `modules`, the config key that lists the modules of this rule, if
-    the format has one."""
+    """For each file format, the key suffix of each parameter, after a / the key of a tensor of the
+    whole model, or under `table` the name of a table of the format's own; and under `modules`, the
+    config key that lists the modules of this rule, if the format has one."""
 
     @model_validator(mode="before")
     @classmethod

@@ -26,10 +26,10 @@ from peftsurgery.formats.adapterhub.library import (
     architectures,
     completed,
     flattened,
-    hub_rule_files,
     parts,
 )
 from peftsurgery.formats.adapterhub.sites import MATRICES
+from peftsurgery.formats.exchange import forms
 from peftsurgery.language import RuleFile
 
 # Before this version the library scaled by alpha where it should have by alpha / r.
@@ -63,7 +63,7 @@ class HubConfig:
     def readings(self) -> list[ConfigReading]:
         """The rule files that the config can be; PSG504 if it comes near some but is none."""
         found = []
-        for file in hub_rule_files():
+        for file in forms(FORMAT):
             flat = next((flat for flat in self._alike(file) if not strangers(flat, file)), None)
             if flat is not None:
                 found.append(ConfigReading(file, _settings(flat, file), _where(flat)))
@@ -129,7 +129,7 @@ class HubConfig:
         return [flat for flat in self.flats if architectures(flat) == wanted]
 
     def _refuse(self) -> list[ConfigReading]:
-        near = [strangers(flat, file) for file in hub_rule_files() for flat in self._alike(file)]
+        near = [strangers(flat, file) for file in forms(FORMAT) for flat in self._alike(file)]
         if not near:
             names = ", ".join(architectures(self.flats[0]).values())
             raise SurgeryError("PSG502", f"no shipped rule is made of these configs: {names}")

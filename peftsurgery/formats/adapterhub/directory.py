@@ -12,14 +12,12 @@ way or the other, is refused by name; nothing is skipped.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
-from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import remove
 from peftsurgery.formats.adapter_files import write_adapter_files
 from peftsurgery.formats.adapterhub.config import HubConfig
@@ -40,13 +38,20 @@ from peftsurgery.formats.adapterhub.fusion_setup import (
     read_setup,
     setup_content,
 )
-from peftsurgery.formats.adapterhub.head import check_head, head_config, train_head
-from peftsurgery.formats.adapterhub.reading import Importer, Plan
+from peftsurgery.formats.adapterhub.head import check_head, head_config
+from peftsurgery.formats.adapterhub.library import LIBRARY
+from peftsurgery.formats.adapterhub.reading import hub_plan
+from peftsurgery.formats.adapterhub.sites import HubSites
 from peftsurgery.formats.adapterhub.writing import Written, written_adapter
-from peftsurgery.surgery.applying import check_taken, operate
+from peftsurgery.formats.exchange import (
+    AdapterPlan,
+    check_captured,
+    chosen_adapter,
+    installed,
+    training,
+)
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.provenance import check_places, clear_export_record, export_record
-from peftsurgery.surgery.model.same_base import check_adapter_base
 from peftsurgery.surgery.plan.cut import adapter_name
 from peftsurgery.surgery.plan.fusion import fused_names
 
@@ -70,21 +75,15 @@ def from_adapterhub(
     PSG514 for a head that has no place in the model, PSG319 for a base that something was folded
     into, unless the adapter names it or ``allow_other_base`` is given.
     """
-    if not isinstance(model, GraphModel):
-        message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
-        raise SurgeryError("PSG309", message, "capture it first: from_adapterhub(capture(model))")
-    folder = Path(directory)
-    importer = Importer(model, head)
+    check_captured(model, "from_adapterhub")
+    folder, sites = Path(directory), HubSites(model)
     if is_setup(folder):
-        plan = _fusion(importer, folder, adapter_name(name or FUSED_NAME))
+        plan = _fusion(model, sites, folder, adapter_name(name or FUSED_NAME), head)
     else:
-        plan = _adapter(importer, folder, name)
+        plan = _adapter(model, sites, folder, name, head)
     inner = folder / read_setup(folder)[-1] if is_setup(folder) else folder
     base = read_hub_config(inner).get("model_name")
-    origin = check_adapter_base(folder, base, plan.known, model.source, allow_other_base)
-    operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
-    check_taken(str(folder), operated, model, plan.operations, plan.known)
-    return operated
+    return installed(model, folder, plan, base, plan.known, allow_other_base)
 
 
 @checked_but("model")
@@ -96,7 +95,7 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     places, PSG511 if it is not clear which adapter is meant, PSG601 and PSG603 if the directory
     cannot be written.
     """
-    chosen = _choose(model, name)
+    chosen = chosen_adapter(model, name, LIBRARY)
     fused = [n for op in model.operations if op.name == chosen for n in fused_names(op)]
     if not fused:
         files = _contents(model, _written(model, chosen)) | export_record(model, chosen)
@@ -123,51 +122,38 @@ def _write(model: GraphModel, folder: Path, files: Mapping[str, bytes], marker: 
     clear_export_record(folder, files)
 
 
-def _adapter(importer: Importer, folder: Path, name: str | None) -> Plan:
-    """What one adapter's directory is on the importer's model."""
-    config = HubConfig(read_hub_config(folder), importer.model_config)
+def _adapter(
+    model: GraphModel, sites: HubSites, folder: Path, name: str | None, with_head: bool
+) -> AdapterPlan:
+    """What one adapter's directory is on a model."""
+    config = HubConfig(read_hub_config(folder), sites.config)
     name = adapter_name(name or config.name)
-    plan = importer.plan(config, name, _plain(importer, read_hub_tensors(folder)))
-    head = read_head(folder) if importer.with_head else {}
-    check_head(importer.model, head)
+    plan = hub_plan(model, sites, config, name, _plain(sites, read_hub_tensors(folder)))
+    head = read_head(folder) if with_head else {}
+    check_head(model, head)
     if head:
-        plan.operations.append(train_head(head, name))
-        plan.known.update(head)
+        about = "A head that came with an AdapterHub adapter."
+        plan.add(AdapterPlan([training(head, "head", about, name)], [], head))
     return plan
 
 
-def _fusion(importer: Importer, folder: Path, name: str) -> Plan:
+def _fusion(
+    model: GraphModel, sites: HubSites, folder: Path, name: str, with_head: bool
+) -> AdapterPlan:
     """What a setup's directory is: the adapters, and the fusion over them."""
     names = read_setup(folder)
-    plan = Plan()
+    plan = AdapterPlan()
     for adapter in names:
-        plan.add(_adapter(importer, folder / adapter, adapter))
+        plan.add(_adapter(model, sites, folder / adapter, adapter, with_head))
     last = read_hub_config(folder / names[-1]).get("config")
-    values = fusion_config(folder, names, dict(last or {}))
-    config = HubConfig(values, importer.model_config)
-    tensors = _plain(importer, read_hub_tensors(folder / ",".join(names), FUSION))
-    plan.add(importer.plan(config, name, tensors, plan.cuts))
+    config = HubConfig(fusion_config(folder, names, dict(last or {})), sites.config)
+    tensors = _plain(sites, read_hub_tensors(folder / ",".join(names), FUSION))
+    plan.add(hub_plan(model, sites, config, name, tensors, plan.cuts))
     return plan
 
 
-def _plain(importer: Importer, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {importer.sites.plain(key): value for key, value in tensors.items()}
-
-
-def _choose(model: OperatedModel, name: str | None) -> str:
-    """The adapter that is meant. PSG511."""
-    operations = model.operations if isinstance(model, OperatedModel) else ()
-    names = list(dict.fromkeys(operation.name for operation in operations))
-    if not names:
-        raise SurgeryError("PSG511", "the model has no adapters", "apply rules to it first")
-    fused = {inner for operation in operations for inner in fused_names(operation)}
-    outer = [known for known in names if known not in fused]
-    if name is None and len(outer) > 1:
-        message = f"the model has {len(outer)} adapters, and a directory of AdapterHub's holds one"
-        raise SurgeryError("PSG511", message, f"choose by name: {', '.join(names)}")
-    if name is not None and name not in names:
-        raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(name, names))
-    return outer[0] if name is None else name
+def _plain(sites: HubSites, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {sites.plain(key): value for key, value in tensors.items()}
 
 
 def _written(model: OperatedModel, name: str) -> Written:

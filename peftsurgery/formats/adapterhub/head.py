@@ -11,9 +11,8 @@ from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.adapterhub.library import version
 from peftsurgery.formats.adapterhub.sites import HubSites
-from peftsurgery.language import Rule, RuleFile, Where
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.plan.cut import Cut
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -28,13 +27,6 @@ def check_head(model: GraphModel, tensors: Tensors) -> None:
         if value.shape != parameters[key].shape:
             shapes = f"{list(value.shape)}, where {list(parameters[key].shape)} is needed"
             raise SurgeryError("PSG514", f"the head's tensor '{key}' has shape {shapes}")
-
-
-def train_head(names: Iterable[str], name: str) -> Operation:
-    """The operation that trains a head's parameters, for an adapter of this name."""
-    rule = Rule(match="parameter", where=Where(paths=tuple(names)), train=True)
-    about = "A head that came with an AdapterHub adapter."
-    return Operation(RuleFile(name="head", about=about, rules=(rule,)), {}, name)
 
 
 def trained_head(

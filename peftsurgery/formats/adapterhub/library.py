@@ -13,12 +13,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language import Rule, RuleFile, load_rules, shipped
+from peftsurgery.formats.exchange import words_of
+from peftsurgery.language import Rule
 
-FORMAT = "adapterhub"
+FORMAT, LIBRARY = "adapterhub", "AdapterHub"
 BOTTLENECK, UNION, FUSED = "bottleneck", "union", "fusion"
 MAX_UNION = 4  # parts are tried in every order
 
@@ -53,11 +52,8 @@ class Layout:
     output: str
 
 
-@cache
 def _table() -> dict[str, Any]:
-    text = Path(__file__).with_name("library.yaml").read_text(encoding="utf-8")
-    table: dict[str, Any] = yaml.safe_load(text)
-    return table
+    return words_of(Path(__file__).with_name("library.yaml"))
 
 
 def version() -> str:
@@ -92,13 +88,6 @@ def named(rule: Rule) -> dict[str, str]:
     pool = f"/{_table()['pool']}"
     names = {name: text for name, text in known[table].items() if name in rule.params}
     return {n: f"{pool}.{text[1:]}" if text[0] == "/" else text for n, text in names.items()}
-
-
-@cache
-def hub_rule_files() -> tuple[RuleFile, ...]:
-    """The shipped rule files of methods that the library has too."""
-    files = (load_rules(name) for name in shipped())
-    return tuple(file for file in files if file.checkpoint.get(FORMAT))
 
 
 def architectures(flat: Mapping[str, Any]) -> dict[str, str]:

@@ -74,6 +74,11 @@ class HubSites:
             return join(placed.block, self.layout.prefix)
         return placed.module
 
+    def key(self, placed: Placed, suffix: str, name: str) -> str:
+        """The key of a tensor of a site, without the base model's name; see ``library.yaml``."""
+        holder = "" if suffix.startswith("/") else self.plain(self.holder(placed))
+        return join(holder, suffix.lstrip("/").replace("*", name))
+
     def plain(self, key: str) -> str:
         """A tensor's name without the name of the base model: classes with heads put it before."""
         return key.removeprefix(self.prefix)

@@ -9,18 +9,20 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapterhub.config import expected
 from peftsurgery.formats.adapterhub.head import about, trained_head
 from peftsurgery.formats.adapterhub.library import (
     FORMAT,
+    LIBRARY,
     Flat,
     architectures,
+    completed,
     named,
     parts,
     unflattened,
 )
+from peftsurgery.formats.adapterhub.reading import hub_tensors
 from peftsurgery.formats.adapterhub.sites import HubSites
-from peftsurgery.formats.adapterhub.tensors import joined_tensors
+from peftsurgery.formats.exchange import check_implied, config_of
 from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
@@ -57,7 +59,7 @@ def written_adapter(model: OperatedModel, name: str) -> Written:
     called = ",".join(fused_names(operation)) or name
     tensors = {
         sites.full(key): joined.join(values)
-        for key, joined in joined_tensors(added, sites, called).items()
+        for key, joined in hub_tensors(added, sites, called).items()
     }
     config = {"config": unflattened(flat), "name": called, **about(model)}
     return Written(config, tensors, trained_head(model, sites, cuts))
@@ -65,13 +67,8 @@ def written_adapter(model: OperatedModel, name: str) -> Written:
 
 def _flat(operation: Operation, sites: HubSites, cuts: Sequence[Cut]) -> Flat:
     """The config of an operation. PSG512 for settings that the library cannot have."""
-    for setting, value in operation.file.implied(FORMAT).items():
-        if operation.settings[setting] != value:
-            raise _refuse(f"'{setting}' is not {value!r}, which it always is in the library")
-    carried = operation.file.carried(FORMAT)
-    flat = expected(operation.file) | {
-        key: operation.settings[setting] for key, setting in carried.items()
-    }
+    check_implied(operation, FORMAT, LIBRARY, "PSG512")
+    flat = completed(config_of(operation, operation.file, FORMAT))
     for prefix, architecture in architectures(flat).items():
         part = parts()[architecture]
         adapted = dict.fromkeys(c.placed for c in cuts if c.rule.kind.name == part.kind)

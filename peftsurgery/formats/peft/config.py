@@ -1,69 +1,22 @@
 """peft's adapter_config.json: which keys say what, and which would change what the adapter does.
 
 The keys that identify a method and those that carry its settings are in the rule files, under
-``checkpoint: peft``. Here are the keys that are peft's own: where an adapter goes, what depends on
-the module, and what has no effect on an adapter that has been trained. A key that is none of these
-and has a value is refused by name, so a switch that peft adds tomorrow is not ignored today.
+``checkpoint: peft``; peft's own are in ``library.yaml``. A key that is none of these and has a
+value is refused by name, so a switch that peft adds tomorrow is not ignored today.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NoReturn
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.adapter_files import shown
-from peftsurgery.language import RuleFile, load_rules, shipped
+from peftsurgery.formats.exchange import forms
+from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, words
+from peftsurgery.language import RuleFile
 from peftsurgery.language.paths import full_match
-
-FORMAT = "peft"
-
-# Keys whose value may differ from module to module, and the key that says so.
-PATTERNS: Mapping[str, str] = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}
-
-# What is read besides the keys that the rules name.
-READ = frozenset(
-    (
-        *("peft_type", "target_modules", "exclude_modules", "modules_to_save", "bias"),
-        *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-        *("num_transformer_submodules", "ensure_weight_tying", "task_type", "auto_mapping"),
-    )
-)
-
-# Where an adapter comes from, what its tensors say already, and settings that matter only together
-# with a key that is refused or while an adapter is being made.
-WITHOUT_EFFECT = frozenset(
-    (
-        *("peft_version", "base_model_name_or_path", "revision"),
-        *("inference_mode", "r", "megatron_core", "qalora_group_size", "runtime_config"),
-        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "init_ia3_weights"),
-        *("token_dim", "num_attention_heads", "num_layers"),
-        *("prompt_tuning_init", "prompt_tuning_init_text"),
-        *("tokenizer_name_or_path", "tokenizer_kwargs"),
-        *("encoder_reparameterization_type", "encoder_hidden_size"),
-        *("encoder_num_layers", "encoder_dropout", "prefix_projection", "init_weights"),
-    )
-)
-
-# How an adapter was started. The others (pissa, olora, corda, loftq, ...) start it by taking
-# something out of the base's weights, so the adapter alone does not say what the model is.
-CHOICES: Mapping[str, tuple[Any, ...]] = {
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-    "fan_in_fan_out": (True, False, None),  # the graph tells how a weight lies in memory
-    "bias": ("none", "all", "lora_only"),
-}
-
-# What a key means where it is missing; a number that every adapter needs has no such meaning.
-ABSENT: Mapping[str, Any] = {
-    "lora_dropout": 0.0,
-    "use_rslora": False,
-    "use_dora": False,
-    "num_transformer_submodules": 1,
-}
-
-# Values that count something.
-COUNTS = ("r", "num_virtual_tokens", "num_transformer_submodules")
 
 
 class AdapterConfig:
@@ -78,11 +31,11 @@ class AdapterConfig:
     def _methods(self) -> tuple[RuleFile, ...]:
         """The shipped rule files that this config identifies."""
         kind = self.values.get("peft_type")
-        known = {str(file.identifying(FORMAT)["peft_type"]) for file in peft_rule_files()}
+        known = {str(file.identifying(FORMAT)["peft_type"]) for file in forms(FORMAT)}
         if not isinstance(kind, str) or kind not in known:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
             raise SurgeryError("PSG502", f"the adapter's peft_type is {shown(kind)}", hint)
-        of_kind = [f for f in peft_rule_files() if f.identifying(FORMAT)["peft_type"] == kind]
+        of_kind = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] == kind]
         for key, wanted in {
             k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
         }.items():
@@ -103,20 +56,21 @@ class AdapterConfig:
     def value(self, key: str) -> Any:
         """The value of a key, or what peft takes it to be where it is missing."""
         value = self.values.get(key)
-        return ABSENT.get(key) if value is None else value
+        return words().absent.get(key) if value is None else value
 
     def _check_keys(self) -> None:
         carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
-        known = {*READ, *WITHOUT_EFFECT, *CHOICES, *carried, *listings(self.files)}
+        read, choices = {*words().read, *words().without_effect}, words().choices
+        known = {*read, *choices, *carried, *listings(self.files)}
         for key, value in self.values.items():
-            if key in CHOICES and not any(value is c or value == c for c in CHOICES[key]):
-                allowed = ", ".join(repr(choice) for choice in CHOICES[key] if choice is not None)
+            if key in choices and not any(value is c or value == c for c in choices[key]):
+                allowed = ", ".join(repr(choice) for choice in choices[key] if choice is not None)
                 message = f"the adapter's {key} is {value!r}, which is not honoured"
                 raise SurgeryError("PSG504", message, f"honoured: {allowed}")
             if key not in known and value not in (None, False, "", [], {}):
                 message = f"the adapter's config has {key} = {shown(value)}, which is not honoured"
                 raise SurgeryError("PSG504", message, _near(key, known))
-        for key in ("rank_pattern", "alpha_pattern"):
+        for key in words().patterns.values():
             if not isinstance(self.pattern(key), dict):
                 raise SurgeryError("PSG503", f"the adapter's {key} is no object")
 
@@ -138,9 +92,9 @@ class AdapterConfig:
         settings = {}
         for key, setting in file.carried(FORMAT).items():
             source, value = key, self.value(key)
-            for pattern, special in self.pattern(PATTERNS.get(key, "")).items():
+            for pattern, special in self.pattern(words().patterns.get(key, "")).items():
                 if pattern_matches(pattern, module):
-                    source, value = f"{PATTERNS[key]}['{pattern}']", special
+                    source, value = f"{words().patterns[key]}['{pattern}']", special
                     break
             _check_value(key, source, value, file.with_[setting])
             settings[setting] = value
@@ -150,45 +104,11 @@ class AdapterConfig:
         """Refuse a pattern that matches no adapted module: peft would ignore it. PSG508."""
         modules = list(modules)
         carried = {key for file in self.files for key in file.carried(FORMAT)}
-        for key in (pattern for key, pattern in PATTERNS.items() if key in carried):
+        for key in (pattern for key, pattern in words().patterns.items() if key in carried):
             for pattern in self.pattern(key):
                 if not any(pattern_matches(pattern, module) for module in modules):
                     message = f"{key} names '{pattern}', and no adapted module is called that"
                     raise SurgeryError("PSG508", message, did_you_mean(pattern, leaves(modules)))
-
-
-def flat_form(file: RuleFile) -> RuleFile:
-    """The rules whose parameters peft saves, identified as the method itself."""
-    if file.flat is None:
-        return file
-    flat = load_rules(file.flat.rule)
-    table = {**flat.checkpoint.get(FORMAT, {}), **file.identifying(FORMAT)}
-    return flat.model_copy(update={"checkpoint": {**flat.checkpoint, FORMAT: table}})
-
-
-@cache
-def peft_rule_files() -> tuple[RuleFile, ...]:
-    """The shipped rule files of methods that peft has too."""
-    files = (load_rules(name) for name in shipped())
-    return tuple(file for file in files if "peft_type" in file.identifying(FORMAT))
-
-
-def all_suffixes() -> frozenset[str]:
-    """Every ending of a tensor's name that the shipped rules give a meaning."""
-    return frozenset(
-        suffix
-        for file in peft_rule_files()
-        for rule in file.rules
-        for suffix in rule.suffixes(FORMAT).values()
-    )
-
-
-def listings(files: Iterable[RuleFile]) -> set[str]:
-    """The keys that list the modules of one of the rules, in these methods."""
-    kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
-    alike = [f for f in peft_rule_files() if f.identifying(FORMAT)["peft_type"] in kinds]
-    keys = (rule.listing(FORMAT) for file in alike for rule in file.rules)
-    return {key for key in keys if key is not None}
 
 
 def pattern_matches(pattern: str, module: str) -> bool:
@@ -215,7 +135,7 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
         fits = fits and 0 <= value < 2**63
     else:
         fits = isinstance(value, type(default))
-    if key in COUNTS:
+    if key in words().counts:
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if key.endswith("dropout"):
         fits = fits and value < 1

@@ -8,31 +8,24 @@ What cannot be honoured, one way or the other, is refused by name; nothing is sk
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
-from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.formats.exchange import check_captured, chosen_adapter, installed
 from peftsurgery.formats.peft.adapter import read_adapter
-from peftsurgery.formats.peft.config import FORMAT
 from peftsurgery.formats.peft.files import BASE, CONFIG, TENSORS, write_adapter
-from peftsurgery.formats.peft.needed_base import saved_tables, with_vocabulary
-from peftsurgery.formats.peft.prefix import KIND, LENGTH, export_prefix, is_prefix
-from peftsurgery.formats.peft.prompts import export_prompt, is_prompt
-from peftsurgery.formats.peft.reading import Importer
-from peftsurgery.formats.peft.tensor_keys import without_wrapper
+from peftsurgery.formats.peft.library import LIBRARY
+from peftsurgery.formats.peft.needed_base import with_vocabulary
+from peftsurgery.formats.peft.reading import peft_plan
+from peftsurgery.formats.peft.whole_model import prefix_length
 from peftsurgery.formats.peft.window_notes import window_notes
-from peftsurgery.formats.peft.writing import wrapped_adapter
-from peftsurgery.surgery.applying import check_taken, operate
-from peftsurgery.surgery.fold.flattening import flatten
+from peftsurgery.formats.peft.writing import peft_contents
 from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.provenance import check_places, clear_export_record, export_record
-from peftsurgery.surgery.model.same_base import check_adapter_base
 from peftsurgery.surgery.model.saved_build import own_tokenizer
-from peftsurgery.surgery.plan.cut import Operation, adapter_name
+from peftsurgery.surgery.plan.cut import adapter_name
 
 
 @checked_but("model")
@@ -51,27 +44,15 @@ def from_peft(
     was folded into, unless the adapter names it or ``allow_other_base`` is given; PSG219 for a base
     whose vocabulary cannot be changed.
     """
-    if not isinstance(model, GraphModel):
-        message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
-        raise SurgeryError("PSG309", message, "capture it first: from_peft(capture(model), ...)")
+    check_captured(model, "from_peft")
     folder = Path(directory)
     adapter, chosen = read_adapter(folder), adapter_name(name)
     model = with_vocabulary(model, adapter)
-    plan = Importer(model, adapter, chosen).plan()
+    plan = peft_plan(model, adapter, chosen)
+    length = prefix_length(plan.cuts)
+    notes = () if length is None else window_notes(model, length)
     base = adapter.config.values.get(BASE)
-    origin = check_adapter_base(folder, base, adapter.tensors, model.source, allow_other_base)
-    notes = (*origin.notes, *_notes(model, plan.operations))
-    origin = replace(origin, notes=notes)
-    operated = operate(model, [replace(op, origin=origin) for op in plan.operations], plan.known)
-    check_taken(str(folder), operated, model, plan.operations, plan.known)
-    return operated
-
-
-def _notes(model: GraphModel, operations: Sequence[Operation]) -> tuple[str, ...]:
-    """Notes on what peft computes otherwise than the adapter as it was read."""
-    prefixes = (op for op in operations if any(r.kind.name == KIND for r in op.file.rules))
-    lengths = (op.settings[op.file.carried(FORMAT)[LENGTH]] for op in prefixes)
-    return tuple(note for length in lengths for note in window_notes(model, length))
+    return installed(model, folder, plan, base, adapter.tensors, allow_other_base, notes)
 
 
 @checked_but("model")
@@ -86,33 +67,13 @@ def to_peft(
     Raises PSG510 for what peft has no form for, PSG511 if it is not clear which adapter is meant,
     PSG601 and PSG603 if the directory cannot be written.
     """
-    operations = model.operations if isinstance(model, OperatedModel) else ()
-    names = list(dict.fromkeys(operation.name for operation in operations))
-    if not names:
-        raise SurgeryError("PSG511", "the model has no adapters", "apply rules to it first")
-    if name is None and len(names) > 1:
-        message = f"the model has {len(names)} adapters, and a directory of peft's holds one"
-        raise SurgeryError("PSG511", message, f"choose by name: {', '.join(names)}")
-    chosen = names[0] if name is None else name
-    if chosen not in names:
-        raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(chosen, names))
+    chosen = chosen_adapter(model, name, LIBRARY)
     check_left_out(model.left_out, chosen, "PSG510")
     folder, others = Path(directory), own_tokenizer(model.source.build)
     check_places(model, *(folder / file for file in (CONFIG, TENSORS, *others)))
     with model.only(chosen):
-        cuts = [cut for cut in model.cuts if cut.operation.name == chosen]
-        if is_prompt(model, chosen):
-            wraps, (config, tensors) = False, export_prompt(model, chosen)
-        else:
-            flat = flatten(model)
-            cuts = [cut for cut in flat.cuts if cut.operation.name == chosen]
-            wraps = not is_prefix(cuts)
-            config, tensors = (wrapped_adapter if wraps else export_prefix)(flat, chosen)
-        adapted = {cut.placed.module for cut in cuts if wraps and cut.rule.params}
-        tables = saved_tables(model, adapted)
-    if not wraps:
-        tables = {without_wrapper(key): value for key, value in tables.items()}
+        config, tensors, notes = peft_contents(model, chosen)
     others |= export_record(model, chosen)
-    write_adapter(folder, config, tables | tensors, others)
+    write_adapter(folder, config, tensors, others)
     clear_export_record(folder, others)
-    return window_notes(model, config[LENGTH]) if is_prefix(cuts) else ()
+    return notes

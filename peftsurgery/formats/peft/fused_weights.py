@@ -21,8 +21,10 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.config import FORMAT
-from peftsurgery.language import Rule, fold, initial_value, resolve_settings, weights_read
+from peftsurgery.formats.joined_tensors import growing_dim
+from peftsurgery.formats.peft.library import FORMAT, words
+from peftsurgery.language import Rule, RuleFile, fold, initial_value, resolve_settings, weights_read
+from peftsurgery.surgery.model.new_parameters import site_weight
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
@@ -64,7 +66,7 @@ def _settings(cuts: Sequence[Cut]) -> dict[str, Any]:
     """Settings of the whole: ranks add up, and the numbers of the rule file stay what they are."""
     first = cuts[0]
     file = first.operation.file
-    rank, alpha = (file.carried(FORMAT).get(key) for key in ("r", "lora_alpha"))
+    rank, alpha = _summed(file), file.carried(FORMAT).get(words().parts["scaled"])
     own = {name: first.operation.settings[name] for name in file.with_}
     for cut in cuts:
         for name in {*file.with_, *file.let} - {rank, alpha}:
@@ -81,15 +83,18 @@ def _settings(cuts: Sequence[Cut]) -> dict[str, Any]:
     return resolve_settings(file, own)
 
 
+def _summed(file: RuleFile) -> str | None:
+    """The setting that adds up over the parts: the rank."""
+    return file.carried(FORMAT).get(words().parts["added"])
+
+
 def _fused(
     model: OperatedModel, whole: Cut, cuts: Sequence[Cut], name: str, values: Mapping[str, Any]
 ) -> torch.Tensor:
     """A parameter of the whole: the parts where their shapes say, initial values elsewhere."""
     param = whole.rule.params[name]
-    rank = whole.operation.file.carried(FORMAT).get("r")
-    sizes = [expression.text.strip() for expression in param.shape]
-    stacked = sizes.index(rank) if rank in sizes else None
-    rows = sizes.index("out") if "out" in sizes else None
+    stacked = growing_dim(param, whole, _summed(whole.operation.file))
+    rows = growing_dim(param, whole, "out")
     fused = initial_value(param, whole.rule, {**whole.numbers, **values})
     offset = 0
     for cut in cuts:

@@ -20,30 +20,20 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from peftsurgery.capture import GraphModel, Source, open_source
 from peftsurgery.capture.builds import FILES, Build, class_named, labels_for, tables, tokens_of
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.adapter import PeftAdapter
-from peftsurgery.formats.peft.config import FORMAT, AdapterConfig
+from peftsurgery.formats.peft.config import AdapterConfig
+from peftsurgery.formats.peft.library import FORMAT, classes_of
 from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.fold.vocabulary import built
 from peftsurgery.surgery.loading import open_built
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.saved_build import MOST, tokenizer_files
 from peftsurgery.surgery.model.surgery_files import is_surgery
-
-# The classes for each of peft's tasks, by transformers' own lists.
-TASKS: Mapping[str, Any] = {
-    "CAUSAL_LM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_2_SEQ_LM": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "SEQ_CLS": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "TOKEN_CLS": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "QUESTION_ANS": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "FEATURE_EXTRACTION": modeling_auto.MODEL_MAPPING_NAMES,
-}
 
 
 def open_peft_base(
@@ -82,8 +72,7 @@ def said_class(values: Mapping[str, Any], config: PreTrainedConfig) -> str | Non
     mapping = values.get("auto_mapping")
     if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
         return _known(mapping["base_model_class"], config)
-    classes = TASKS.get(str(values.get("task_type")), {})
-    name = classes.get(config.model_type)
+    name = classes_of(str(values.get("task_type"))).get(config.model_type)
     return _known(name[0] if isinstance(name, tuple | list) else name, config)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.formats.peft.config import FORMAT, AdapterConfig
+from peftsurgery.formats.peft.config import AdapterConfig
+from peftsurgery.formats.peft.library import FORMAT
 from peftsurgery.formats.peft.tensor_keys import Names
 from peftsurgery.language import Rule, evaluate
 from peftsurgery.surgery.plan.cut import Cut

@@ -92,6 +92,15 @@ def ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
+def nearest(name: str, known: Collection[str]) -> str:
+    """Hint with the nearest names, exact paths under another prefix first."""
+    ending = [other for other in known if ends(other, name) or ends(name, other)]
+    if ending:
+        return f"did you mean '{max(ending, key=len)}'? the adapter was made for another class"
+    hint = did_you_mean(name, known)
+    return hint if hint.startswith("did you mean") else "the adapter was made for another base"
+
+
 def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
     """Whether a module is in one of the layers_to_transform, if the config names any."""
     layers = config.values.get("layers_to_transform")

@@ -36,12 +36,16 @@ class Names:
     frozen: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(keys: Collection[str], suffixes: Collection[str]) -> Names:
-    """Split the keys of a file. PSG504 for a wrapper in a wrapper, PSG506 without the prefix."""
+def sort_keys(
+    keys: Collection[str], suffixes: Collection[str], whole: Collection[str] = ()
+) -> Names:
+    """Split the keys of a file. PSG504 for a wrapper in a wrapper, PSG506 without the prefix.
+
+    ``suffixes`` follow a module's path, ``whole`` are tensors of no module.
+    """
     names = Names()
     longest_first = sorted(suffixes, key=len, reverse=True)
-    whole = {key for key in keys if key in suffixes}
-    prefix = UNWRAPPED if whole else PREFIX
+    prefix = PREFIX if set(whole).isdisjoint(keys) else UNWRAPPED
     for key in sorted(keys):
         if key in whole:
             names.added.setdefault("", {})[key] = key

@@ -1,8 +1,9 @@
 """Writing of peft adapters: from operations to config and tensors.
 
-Every cut of the adapter becomes a module's tensors; parts of a fused weight become one adapter of
-the whole. Where modules differ in rank or alpha, patterns say so. Parameters of the model that were
-trained become ``bias`` and ``modules_to_save``.
+A method without modules is one tensor, see ``whole_model.py``. Of others, every cut of the adapter
+becomes a module's tensors; parts of a fused weight become one adapter of the whole. Where modules
+differ in rank or alpha, patterns say so. Parameters of the model that were trained become ``bias``
+and ``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -18,15 +19,19 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.config import ABSENT, FORMAT, PATTERNS, listings
+from peftsurgery.formats.exchange import config_of
 from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.fused_weights import fuse
-from peftsurgery.formats.peft.needed_base import class_said
+from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, words
+from peftsurgery.formats.peft.needed_base import class_said, saved_tables
 from peftsurgery.formats.peft.rank_patterns import PATTERN, check_total, gather
 from peftsurgery.formats.peft.target_modules import say_listed, say_targets, unlike
-from peftsurgery.formats.peft.tensor_keys import added_key
+from peftsurgery.formats.peft.tensor_keys import added_key, without_wrapper
 from peftsurgery.formats.peft.trained_modules import Trained, say_trained
-from peftsurgery.language import Rule
+from peftsurgery.formats.peft.whole_model import is_whole, prefix_length, whole_files
+from peftsurgery.formats.peft.window_notes import window_notes
+from peftsurgery.language import Rule, RuleFile
+from peftsurgery.surgery.fold.flattening import flatten
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
 
@@ -43,11 +48,35 @@ class Adapted:
     rule: Rule
 
 
-def wrapped_adapter(
+def peft_contents(
     model: OperatedModel, name: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], tuple[str, ...]]:
+    """The config and the tensors of an adapter as peft saves it, and notes for the reader.
+
+    With the tables of a base that has another vocabulary than its files. PSG510 for what peft has
+    no form for.
+    """
+    forms = [flat_form(operation.file) for operation in model.operations if operation.name == name]
+    flat = flatten(model)
+    cuts = [cut for cut in flat.cuts if cut.operation.name == name]
+    added = [cut for cut in cuts if cut.rule.params]
+    form = next((form for form in forms if is_whole(form.rules)), None)
+    if form is None:
+        config, tensors = _wrapped(flat, cuts, name)
+        return config, saved_tables(model, {cut.placed.module for cut in added}) | tensors, ()
+    for cut in added:
+        _check_form(cut, form)
+    config, tensors = whole_files(flat, cuts, form)
+    tables = {without_wrapper(key): value for key, value in saved_tables(model, ()).items()}
+    length = prefix_length(cuts)
+    notes = () if length is None else window_notes(model, length)
+    return config, tables | tensors, notes
+
+
+def _wrapped(
+    model: OperatedModel, cuts: Sequence[Cut], name: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The config and the tensors of an adapter. PSG510 for what peft has no form for."""
-    cuts = [cut for cut in model.cuts if cut.operation.name == name]
+    """The config and the tensors of an adapter of modules."""
     adapted = [_adapted(model, group) for group in _by_module(cuts) if group[0].rule.params]
     if not adapted:
         raise SurgeryError("PSG510", f"'{name}' adds no parameters, and peft has no such method")
@@ -91,7 +120,8 @@ def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
     """Translate one module's cuts into peft's form."""
     first = cuts[0]
     for cut in cuts:
-        _check_form(cut)
+        _check_form(cut, cut.operation.file)
+        check_total(cut)
     _check_module(model.source.module, first)
     if all(cut.site.slice is not None for cut in cuts):
         whole, values = fuse(model, cuts)
@@ -100,25 +130,21 @@ def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
         values = {n: model.get_parameter(full) for n, full in first.parameters.items()}
     else:
         raise _refuse(first, "is adapted more than once under this name")
-    file, table = whole.operation.file, whole.rule.suffixes(FORMAT)
-    keys = file.identifying(FORMAT) | {
-        key: whole.operation.settings[setting] for key, setting in file.carried(FORMAT).items()
-    }
+    table = whole.rule.suffixes(FORMAT)
+    keys = config_of(whole.operation, whole.operation.file, FORMAT)
     tensors = {table[n]: value for n, value in values.items()}
     return Adapted(first.placed.module, keys, tensors, whole.rule)
 
 
-def _check_form(cut: Cut) -> None:
+def _check_form(cut: Cut, form: RuleFile) -> None:
     """Refuse a rule for whose parameters the rule file lists no names in peft."""
     table = cut.rule.suffixes(FORMAT)
-    identifying = cut.operation.file.identifying(FORMAT)
-    if not cut.rule.params or set(table) != set(cut.rule.params) or not identifying:
+    if not cut.rule.params or set(table) != set(cut.rule.params) or not form.identifying(FORMAT):
         raise SurgeryError(
             "PSG510",
             f"the rule file '{cut.operation.file.name}' has no form in peft",
             "it says so under `checkpoint: peft`; save the surgery itself with save()",
         )
-    check_total(cut)
 
 
 def _check_module(base: nn.Module, cut: Cut) -> None:
@@ -142,16 +168,17 @@ def _check_module(base: nn.Module, cut: Cut) -> None:
 def _merge(name: str, adapted: Sequence[Adapted]) -> dict[str, Any]:
     """One config for all modules: patterns where it may differ, else one value. PSG510."""
     config: dict[str, Any] = {}
+    patterns = words().patterns
     for key in dict.fromkeys(key for one in adapted for key in one.keys):
         # a switch that a rule file does not mention is off
-        off = {key: False} if ABSENT.get(key) is False else {}
+        off = {key: False} if words().absent.get(key) is False else {}
         given = {one.module: {**off, **one.keys} for one in adapted}
         values = {module: keys[key] for module, keys in given.items() if key in keys}
         usual = Counter(values.values()).most_common(1)[0][0]
         config[key] = usual
         odd = {module: value for module, value in values.items() if value != usual}
-        if odd and key in PATTERNS:
-            config[PATTERNS[key]] = {
+        if odd and key in patterns:
+            config[patterns[key]] = {
                 f"^{re.escape(module)}": value for module, value in odd.items()
             }
         elif odd:

@@ -1,0 +1,197 @@
+"""What the exchange of adapters with every other library has in common.
+
+A library is a table of its words (``library.yaml``), what the rule files say of it under
+``checkpoint``, and a translation of its config and of its tensors' names. The rest is here: which
+operations an adapter is, what its config implies and carries, how it is put on a model, and which
+of a model's adapters is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from peftsurgery.anatomy import Placed
+from peftsurgery.capture import GraphModel
+from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.language import (
+    Expression,
+    Rule,
+    RuleFile,
+    Where,
+    evaluate,
+    load_rules,
+    resolve_settings,
+    shipped,
+)
+from peftsurgery.surgery.applying import check_taken, operate
+from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.model.same_base import check_adapter_base
+from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.plan.fusion import fused_names
+from peftsurgery.surgery.plan.select import select_cuts
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The operations that an adapter is, their cuts, and the values of parameters by name."""
+
+    operations: list[Operation] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
+    known: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, other: AdapterPlan) -> None:
+        """Take over what another plan holds, after what is there. PSG514 if two heads differ."""
+        for name in other.known.keys() & self.known.keys():
+            if not torch.equal(self.known[name], other.known[name]):
+                raise SurgeryError("PSG514", f"two adapters come with a '{name}' of their own")
+        self.operations.extend(other.operations)
+        self.cuts.extend(other.cuts)
+        self.known.update(other.known)
+
+
+@cache
+def words_of(table: Path) -> dict[str, Any]:
+    """A library's words: what the YAML file ``table`` holds."""
+    found: dict[str, Any] = yaml.safe_load(table.read_text(encoding="utf-8"))
+    return found
+
+
+@cache
+def forms(format_name: str) -> tuple[RuleFile, ...]:
+    """The shipped rule files of methods that a format has too."""
+    files = (load_rules(name) for name in shipped())
+    return tuple(file for file in files if file.identifying(format_name))
+
+
+def check_captured(model: object, function: str) -> None:
+    """Refuse to put an adapter on anything but a captured model. PSG309."""
+    if not isinstance(model, GraphModel):
+        message = f"an adapter is put on a captured model, not on a {type(model).__name__}"
+        raise SurgeryError("PSG309", message, f"capture it first: {function}(capture(model), ...)")
+
+
+def installed(
+    model: GraphModel,
+    folder: Path,
+    plan: AdapterPlan,
+    base: Any,
+    tensors: Mapping[str, torch.Tensor],
+    allow_other_base: bool,
+    notes: Iterable[str] = (),
+) -> OperatedModel:
+    """``model`` with an adapter, as its plan has it; ``model`` itself stays as it was.
+
+    ``base`` is what the adapter says of its base, ``tensors`` are its own, which tell whether it
+    was folded into this one; ``notes`` are for the report. Raises PSG319 for another base.
+    """
+    origin = check_adapter_base(folder, base, tensors, model.source, allow_other_base)
+    origin = replace(origin, notes=(*origin.notes, *notes))
+    operations = [replace(operation, origin=origin) for operation in plan.operations]
+    operated = operate(model, operations, plan.known)
+    check_taken(str(folder), operated, model, plan.operations, plan.known)
+    return operated
+
+
+def chosen_adapter(model: object, name: str | None, library: str) -> str:
+    """The adapter to write: ``name``, or the only one that no other is over. PSG511."""
+    operations = model.operations if isinstance(model, OperatedModel) else ()
+    names = list(dict.fromkeys(operation.name for operation in operations))
+    if not names:
+        raise SurgeryError("PSG511", "the model has no adapters", "apply rules to it first")
+    fused = {inner for operation in operations for inner in fused_names(operation)}
+    outer = [known for known in names if known not in fused]
+    if name is None and len(outer) > 1:
+        message = f"the model has {len(outer)} adapters, and a directory of {library}'s holds one"
+        raise SurgeryError("PSG511", message, f"choose by name: {', '.join(names)}")
+    if name is not None and name not in names:
+        raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(name, names))
+    return outer[0] if name is None else name
+
+
+def is_paired(model: GraphModel) -> bool:
+    """Whether a model is an encoder and a decoder."""
+    config = getattr(model.source.module, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def meant_operation(
+    model: GraphModel,
+    file: RuleFile,
+    carried: Mapping[str, Any],
+    name: str,
+    format_name: str,
+    before: Iterable[Cut] = (),
+) -> tuple[Operation, list[Cut]]:
+    """What an adapter of a format is on a model, and its cuts that have parameters.
+
+    ``carried`` are the settings that its config carries; others are implied, see
+    :meth:`RuleFile.implied`. ``before`` are the cuts of adapters that it may be over.
+    """
+    known: dict[str, Any] = {"paired": is_paired(model)}
+    while True:
+        settings = {**carried, **_implied(file, format_name, known)}
+        operation = Operation(file, resolve_settings(file, settings), name)
+        cuts = select_cuts(model.base_capture, operation, before)[0]
+        cuts = [cut for cut in cuts if cut.rule.params]
+        if "sites" in known:
+            return operation, cuts
+        known["sites"] = len(cuts)
+
+
+def _implied(file: RuleFile, format_name: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The implied settings that can be told of what is known of the model."""
+    values = file.implied(format_name).items()
+    return {
+        name: evaluate(value, known) if isinstance(value, Expression) else value
+        for name, value in values
+        if not isinstance(value, Expression) or set(value.names) <= known.keys()
+    }
+
+
+def check_implied(operation: Operation, format_name: str, library: str, code: str) -> None:
+    """Refuse settings other than those that every adapter of a format has."""
+    for setting, implied in operation.file.implied(format_name).items():
+        value = operation.settings[setting]
+        if not isinstance(implied, Expression) and value != implied:
+            raise not_known(operation, setting, implied, library, code)
+
+
+def not_known(
+    operation: Operation, setting: str, usual: Any, library: str, code: str
+) -> SurgeryError:
+    """The refusal of a setting that a library has only at its usual value."""
+    value = operation.settings[setting]
+    message = f"'{operation.name}' has {setting} = {value!r}, and {library} knows only {usual!r}"
+    return SurgeryError(code, message, "save the surgery itself with save(), or fold it")
+
+
+def config_of(operation: Operation, form: RuleFile, format_name: str) -> dict[str, Any]:
+    """The config keys that say the method, and those that carry its settings."""
+    carried = form.carried(format_name).items()
+    return form.identifying(format_name) | {key: operation.settings[name] for key, name in carried}
+
+
+def training(parameters: Iterable[str], method: str, about: str, name: str) -> Operation:
+    """The operation that trains parameters of the model, for the adapter ``name``."""
+    rule = Rule(match="parameter", where=Where(paths=tuple(parameters)), train=True)
+    return Operation(RuleFile(name=method, about=about, rules=(rule,)), {}, name)
+
+
+def exactly(sites: Sequence[Placed]) -> Where:
+    """The clauses that choose these sites: their modules, and for parts of a weight their roles."""
+    choices: list[dict[str, Any]] = []
+    whole = [site.module for site in sites if site.slice is None]
+    parts = [site for site in sites if site.slice is not None]
+    if whole:
+        choices.append({"paths": list(dict.fromkeys(whole))})
+    if parts:
+        paths = list(dict.fromkeys(site.module for site in parts))
+        choices.append({"paths": paths, "role": sorted({str(site.role) for site in parts})})
+    return Where.model_validate(choices[0] if len(choices) == 1 else {"any": choices})

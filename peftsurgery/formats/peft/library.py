@@ -1,0 +1,94 @@
+"""peft's words, from the table ``library.yaml``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto import modeling_auto
+
+from peftsurgery.formats.exchange import forms, words_of
+from peftsurgery.language import RuleFile, load_rules
+
+FORMAT, LIBRARY = "peft", "peft"
+
+
+@dataclass(frozen=True)
+class PeftTask:
+    """A task: the name of transformers' list of its classes, and what their heads are called."""
+
+    classes: str
+    heads: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class WholeMethod:
+    """What the config of a method without modules says of the model; see ``library.yaml``."""
+
+    compared: Mapping[str, Any] = field(default_factory=dict)
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PeftWords:
+    """The table; see there what each part means."""
+
+    patterns: Mapping[str, str]
+    parts: Mapping[str, str]
+    read: Collection[str]
+    without_effect: Collection[str]
+    choices: Mapping[str, Collection[Any]]
+    absent: Mapping[str, Any]
+    counts: Collection[str]
+    tasks: Mapping[str, PeftTask]
+    whole: Mapping[str, WholeMethod]
+
+
+@cache
+def words() -> PeftWords:
+    """The table, read once."""
+    table = words_of(Path(__file__).with_name("library.yaml"))
+    tasks = {name: PeftTask(**entry) for name, entry in table["tasks"].items()}
+    whole = {name: WholeMethod(**entry) for name, entry in table["whole"].items()}
+    return PeftWords(**{**table, "tasks": tasks, "whole": whole})
+
+
+def classes_of(task: str) -> Mapping[str, Any]:
+    """The classes for a task by the type of model, as transformers lists them; none for others."""
+    known = words().tasks.get(task)
+    return {} if known is None else getattr(modeling_auto, known.classes)
+
+
+def flat_form(file: RuleFile) -> RuleFile:
+    """The rules whose parameters peft saves, identified as the method itself."""
+    if file.flat is None:
+        return file
+    flat = load_rules(file.flat.rule)
+    table = {**flat.checkpoint.get(FORMAT, {}), **file.identifying(FORMAT)}
+    return flat.model_copy(update={"checkpoint": {**flat.checkpoint, FORMAT: table}})
+
+
+def all_suffixes() -> frozenset[str]:
+    """Every ending of a tensor's name that the shipped rules give a meaning, after a module's."""
+    return frozenset(name for name in _names() if name[0] != "/")
+
+
+def whole_names() -> frozenset[str]:
+    """The names of tensors that the shipped rules give a meaning for the whole model."""
+    return frozenset(name[1:] for name in _names() if name[0] == "/")
+
+
+def _names() -> set[str]:
+    rules = (rule for file in forms(FORMAT) for rule in file.rules)
+    return {name for rule in rules for name in rule.suffixes(FORMAT).values()}
+
+
+def listings(files: Iterable[RuleFile]) -> set[str]:
+    """The keys that list the modules of one of the rules, in these methods."""
+    kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
+    alike = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] in kinds]
+    keys = (rule.listing(FORMAT) for file in alike for rule in file.rules)
+    return {key for key in keys if key is not None}
