@@ -130,7 +130,8 @@ CODES = {
     ),
     "PSG324": CodeInfo(
         "no parameter has that name",
-        "Parameters are chosen by the names that the rules give them, such as A and B.",
+        "Parameters are chosen by the names that the rules give them, such as A and B, or, where "
+        "none are given, by their shapes: those with an axis of the outputs and one of ranks.",
     ),
     "PSG325": CodeInfo(
         "a weight cannot be stored in four bits",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language import Param, Rule, group_of, shape_of
+from peftsurgery.language import Rule, group_of, shape_of
 from peftsurgery.surgery.plan.cut import Cut
 
 Shape = tuple[int, ...]
@@ -138,12 +138,3 @@ def values_of(
             message = f"the tensor '{key}' has no place: the adapter's config does not mean it"
             raise SurgeryError("PSG506", message, did_you_mean(key, wanted))
     return known
-
-
-def growing_dim(param: Param, cut: Cut, number: str | None) -> int | None:
-    """The dimension of a parameter that grows with a size or a setting; None if none does."""
-    if number not in cut.numbers:
-        return None
-    larger = {**cut.numbers, number: 2 * cut.numbers[number]}
-    sizes = (shape_of(param, cut.rule, numbers) for numbers in (cut.numbers, larger))
-    return next((dim for dim, (a, b) in enumerate(zip(*sizes, strict=True)) if a != b), None)

@@ -56,6 +56,32 @@ def test_lora_plus_has_every_trained_parameter_once() -> None:
         ps.lora_plus(model, 1e-3, faster=["C"])
 
 
+NAMED = """
+name: named
+with: {rank: 2}
+rules:
+  - match: linear
+    where: {role: attn.q}
+    params:
+      Down: {shape: [rank, in], init: normal(1)}
+      Up: {shape: [out, rank], init: zeros}
+    rewrite: y + linear(linear(x, Down), Up)
+"""
+
+
+@pytest.mark.parametrize(("rule", "fast"), [("dora", "B"), ("adalora", "B"), (NAMED, "Up")])
+def test_lora_plus_finds_the_factor_that_leads_to_the_outputs(rule: str, fast: str) -> None:
+    model = ps.apply(captured("llama"), ps.parse_rules(rule) if "\n" in rule else rule)
+    _, group = ps.lora_plus(model, 1e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)].rpartition(".")[2] for p in group["params"]} == {fast}
+
+
+def test_lora_plus_says_that_there_is_no_such_factor() -> None:
+    with pytest.raises(ps.SurgeryError, match=r"PSG324.*no rule has a parameter from its ranks"):
+        ps.lora_plus(ps.apply(captured("llama"), "ia3"), 1e-3)
+
+
 class Features(nn.Module):
     """A model that gives features, and no loss."""
 

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, closest, did_you_mean
 from peftsurgery.formats.adapter_files import shown
+from peftsurgery.formats.adapterhub.layout import MATRICES
 from peftsurgery.formats.adapterhub.library import (
     FORMAT,
     MAX_UNION,
@@ -28,7 +29,6 @@ from peftsurgery.formats.adapterhub.library import (
     flattened,
     parts,
 )
-from peftsurgery.formats.adapterhub.sites import MATRICES
 from peftsurgery.formats.exchange import forms
 from peftsurgery.language import RuleFile
 
@@ -68,6 +68,12 @@ class HubConfig:
             if flat is not None:
                 found.append(ConfigReading(file, _settings(flat, file), _where(flat)))
         return found or self._refuse()
+
+    def asked(self, parts: Iterable[str]) -> list[str]:
+        """Those of the linears' words for which a config has its flag set."""
+        flat = self.flats[0]
+        set_ = {key.rpartition(".")[2] for key, value in flat.items() if value is True}
+        return [part for part in parts if f"{part}_lora" in set_]
 
     def _text(self, key: str) -> str:
         value = self.values.get(key)

@@ -41,17 +41,6 @@ class ConfigKind:
     inherited: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the library calls the parts of a layer, relative to it; see ``library.yaml``."""
-
-    attention: str
-    ffn: str
-    prefix: str
-    intermediate: str
-    output: str
-
-
 def _table() -> dict[str, Any]:
     return words_of(Path(__file__).with_name("library.yaml"))
 
@@ -67,10 +56,16 @@ def parts() -> dict[str, ConfigKind]:
     return {name: ConfigKind(**entry) for name, entry in _table()["configs"].items()}
 
 
-@cache
-def layouts() -> dict[str, Layout]:
+def layouts() -> Mapping[str, Mapping[str, str]]:
     """What the parts of a layer are called, by the type of the model."""
-    return {name: Layout(**entry) for name, entry in _table()["layouts"].items()}
+    found: Mapping[str, Mapping[str, str]] = _table()["layouts"]
+    return found
+
+
+def sublayers() -> Mapping[str, Collection[str]]:
+    """The words in the names of modules that tell a sublayer, by what it is."""
+    found: Mapping[str, Collection[str]] = _table()["sublayers"]
+    return found
 
 
 def named(rule: Rule) -> dict[str, str]:

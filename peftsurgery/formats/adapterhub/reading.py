@@ -15,6 +15,7 @@ from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.adapterhub.config import ConfigReading, HubConfig
+from peftsurgery.formats.adapterhub.layout import LINEARS
 from peftsurgery.formats.adapterhub.library import FORMAT, named
 from peftsurgery.formats.adapterhub.sites import HubSites, odd_one
 from peftsurgery.formats.exchange import AdapterPlan, exactly, meant_operation
@@ -49,11 +50,13 @@ def hub_plan(
 ) -> AdapterPlan:
     """An adapter under a name; ``earlier`` are the cuts of adapters that it may be over.
 
-    Raises PSG504 for what no rule file is, PSG506 for another model, PSG507 for other tensors.
+    Raises PSG504 for what no rule file is, PSG506 for another model, PSG507 for other tensors,
+    PSG513 where neither the table nor the tensors' names tell what a part of a layer is called.
     """
     if config.model_type != sites.model_type:
         message = f"the adapter is for a '{config.model_type}'"
         raise SurgeryError("PSG506", f"{message}, not for a '{sites.model_type}'")
+    sites = sites.told(tensors, config.asked(LINEARS))
     candidates = [_candidate(reading, sites) for reading in config.readings()]
     best = min(candidates, key=lambda candidate: candidate.order).reading
     operation, cuts = meant_operation(model, best.file, best.settings, name, FORMAT, earlier)

@@ -8,35 +8,59 @@ all of them             but for the layers in leave_out
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 from peftsurgery.anatomy import Placed, survey
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.names import join
-from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.formats.adapterhub.library import Layout, layouts
-
-MATRICES = ("q", "k", "v")
+from peftsurgery.errors import SurgeryError
+from peftsurgery.formats.adapterhub.layout import (
+    INPUTS,
+    LINEARS,
+    MATRICES,
+    found_layout,
+    is_input,
+    listed_layout,
+)
+from peftsurgery.formats.adapterhub.library import layouts
 
 
 class HubSites:
     """The sites of a model that the library can put something at, under its names for them."""
 
     def __init__(self, model: GraphModel) -> None:
-        """PSG513 for a model of which the library's names are not known here."""
+        """The sites with the names that the table has; others are told by what is read."""
         module: Any = model.source.module
         self.config = getattr(module, "config", None)
         self.model_type = str(getattr(self.config, "model_type", type(module).__name__))
-        known = layouts()
-        if self.model_type not in known:
-            message = f"AdapterHub's names for the places of a '{self.model_type}' are not known"
-            raise SurgeryError("PSG513", message, did_you_mean(self.model_type, known))
-        self.layout: Layout = known[self.model_type]
         self.prefix = f"{getattr(module, 'base_model_prefix', '')}."
         self.headed = hasattr(module, self.prefix[:-1])
         self.every = list(survey(model.base_capture))
         self.layers = sorted({site.layer for site in self.every if site.layer is not None})
+        self.layout = listed_layout(self.model_type)
+
+    def told(self, keys: Iterable[str], flags: Collection[str]) -> HubSites:
+        """The same with the names that the keys of an adapter tell, if the table has none.
+
+        ``flags`` are the linears that the adapter's config asks for. PSG513 where a key tells none.
+        """
+        if self.model_type in layouts():
+            return self
+        blocks = {self.plain(s.block): s.block for s in self.every if s.layer is not None}
+        told = copy(self)
+        told.layout = found_layout(keys, self.every, blocks, flags)
+        return told
+
+    def called(self, part: str) -> str:
+        """The library's name for a part of a layer. PSG513 if it is not known."""
+        name: str | None = getattr(self.layout, part)
+        if name is None:
+            message = f"AdapterHub's name for the {part} of a layer of a '{self.model_type}'"
+            hint = f"no tensor names it, and known are those of {', '.join(layouts())}"
+            raise SurgeryError("PSG513", f"{message} is not known", hint)
+        return name
 
     def meant(self, kind: str, keys: Mapping[str, Any]) -> list[Placed]:
         """The sites of a kind that config keys mean."""
@@ -54,7 +78,7 @@ class HubSites:
         if kind == "linear":
             matrices = [name for name in MATRICES if f"attn.{name}" in here]
             keys |= {"selfattn_lora": bool(matrices), "attn_matrices": matrices}
-            keys |= {f"{name}_lora": name in here for name in ("intermediate", "output")}
+            keys |= {f"{name}_lora": name in here for name in LINEARS}
         if kind == "residual":
             keys |= {"mh_adapter": "attention" in here, "output_adapter": "ffn" in here}
         meant = self.meant(kind, keys)
@@ -68,10 +92,10 @@ class HubSites:
     def holder(self, placed: Placed) -> str:
         """The module that holds the library's tensors for a site."""
         if placed.kind == "residual":
-            name = self.layout.attention if self._is("attention", placed) else self.layout.ffn
-            return join(placed.block, name)
+            part = "attention" if self._is("attention", placed) else "ffn"
+            return join(placed.block, self.called(part))
         if placed.kind == "attention":
-            return join(placed.block, self.layout.prefix)
+            return join(placed.block, self.called("prefix"))
         return placed.module
 
     def key(self, placed: Placed, suffix: str, name: str) -> str:
@@ -90,7 +114,7 @@ class HubSites:
     def _test(self, kind: str, keys: Mapping[str, Any]) -> Callable[[Placed], bool]:
         parts: set[str] = set(self._parts(kind))
         if kind == "linear":
-            flags = {name for name in ("intermediate", "output") if keys.get(f"{name}_lora")}
+            flags = {name for name in LINEARS if keys.get(f"{name}_lora")}
             matrices = keys.get("attn_matrices") if keys.get("selfattn_lora") else ()
             parts = flags | {f"attn.{name}" for name in matrices or ()}
         if kind == "residual":
@@ -101,15 +125,15 @@ class HubSites:
     def _parts(self, kind: str) -> Sequence[str]:
         """The words for the sites of a kind in a layer."""
         if kind == "linear":
-            return (*(f"attn.{name}" for name in MATRICES), "intermediate", "output")
+            return (*INPUTS, *LINEARS)
         return ("attention", "ffn") if kind == "residual" else ("self",)
 
     def _is(self, part: str, site: Placed) -> bool:
         """Whether a site is what a word means in its layer."""
-        if site.kind == "linear" and part in ("intermediate", "output"):
-            return site.module == join(site.block, getattr(self.layout, part))
-        if site.kind == "linear":
+        if site.kind == "linear" and (part in INPUTS or is_input(site)):
             return site.role == part
+        if site.kind == "linear":
+            return site.module == join(site.block, self.called(part))
         if site.kind == "residual":
             return site.facts.get("after") == part and site.facts.get("kind", "self") == "self"
         return site.facts.get("kind") == part

@@ -21,10 +21,9 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.joined_tensors import growing_dim
 from peftsurgery.formats.peft.library import FORMAT, words
 from peftsurgery.language import Rule, RuleFile, fold, initial_value, resolve_settings, weights_read
-from peftsurgery.surgery.model.new_parameters import site_weight
+from peftsurgery.language.rule_algebra import axes_of
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
@@ -93,8 +92,9 @@ def _fused(
 ) -> torch.Tensor:
     """A parameter of the whole: the parts where their shapes say, initial values elsewhere."""
     param = whole.rule.params[name]
-    stacked = growing_dim(param, whole, _summed(whole.operation.file))
-    rows = growing_dim(param, whole, "out")
+    rank = _summed(whole.operation.file)
+    stacked = next(iter(axes_of(whole.rule, name, [rank] if rank else [])), None)
+    rows = next(iter(axes_of(whole.rule, name, ["out"])), None)
     fused = initial_value(param, whole.rule, {**whole.numbers, **values})
     offset = 0
     for cut in cuts:

@@ -276,9 +276,9 @@ def test_what_the_library_has_no_form_for_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_that_the_library_does_not_know_is_refused(adapter: Adapter) -> None:
+def test_an_adapter_of_a_type_that_the_model_is_not_of_is_refused(adapter: Adapter) -> None:
     model = ps.capture(nn.Sequential(nn.Linear(3, 3)), (torch.ones(2, 3),))
-    with pytest.raises(SurgeryError, match="PSG513"):
+    with pytest.raises(SurgeryError, match=r"PSG506: .*for a 'bert', not for a 'Sequential'"):
         ps.from_adapterhub(model, adapter.folder)
 
 
