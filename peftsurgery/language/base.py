@@ -44,7 +44,7 @@ class OnBase(Strict):
 
 
 def on_base(document: Document) -> OnBase | None:
-    """What a file says of its base; None if it stands by itself. PSG106 for what no base is."""
+    """Read what a file says of its base; None if it stands by itself. Raises PSG106."""
     said = {key: value for key, value in document.data.items() if key in OnBase.model_fields}
     if "base" not in said:
         return None
@@ -55,7 +55,7 @@ def on_base(document: Document) -> OnBase | None:
 
 
 def laid_over(base: Document, own: Document, said: OnBase) -> Document:
-    """The whole of a file that stands on ``base``; every value keeps its position.
+    """Lay a file over its base; every value keeps its position.
 
     PSG109 for a change of a rule that the base does not have.
     """

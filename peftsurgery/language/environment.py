@@ -1,4 +1,4 @@
-"""Environments: what the names of a rule stand for while it is read.
+"""Environments: values of a rule's names during one reading.
 
 The readings (:mod:`.readings`) evaluate a rule's expressions over an environment. It binds sizes
 and settings, what the match binds, and the parameters: as proxies, fake tensors, tensors or
@@ -20,7 +20,7 @@ Made = Mapping[str, Callable[[str], Any]]
 
 
 class Environment(Mapping[str, Any]):
-    """Names that are ``known``, and names whose values are ``made`` when they are first read."""
+    """Lazy mapping of names: ``known`` values, and ones ``made`` when first read."""
 
     def __init__(self, known: Mapping[str, Any], made: Made = MappingProxyType({})) -> None:
         self._known, self._made = known, made
@@ -33,11 +33,11 @@ class Environment(Mapping[str, Any]):
         return self._values[name]
 
     def bind(self, name: str, value: Any) -> None:
-        """Give a name a value, for names that are made from here on."""
+        """Bind a name for values that are made from here on."""
         self._values[name] = value
 
     def looked_up(self) -> Environment:
-        """The environment, with every value made now, in order."""
+        """Make every value now, in order; returns the environment."""
         for name in self:
             self[name]
         return self
@@ -68,5 +68,5 @@ def with_lets(
 
 
 def mapped(env: Mapping[str, Any], change: Callable[[Any], Any]) -> Environment:
-    """The same names, each value changed: to another dtype, to a fake tensor, to some rows."""
+    """Map every value of an environment, lazily."""
     return Environment({}, dict.fromkeys(env, lambda name: change(env[name])))

@@ -41,7 +41,7 @@ def load_rules(name: str | Path) -> RuleFile:
 
 
 def page_of(name: str | Path) -> str:
-    """A rule file as text that stands by itself: as it is written, or whole if it has a base."""
+    """Text of a rule file that stands by itself, with its base's rules if it has one."""
     path = shipped().get(str(name), Path(name))
     if on_base(_read(path, str(name))) is not None:
         return dump_rules(load_rules(name), compact=True)
@@ -68,7 +68,7 @@ def shipped() -> dict[str, Path]:
 
 
 def _rule_file(document: Document, folder: Path, sources: tuple[Path, ...]) -> RuleFile:
-    """The rules that a document says, laid over those that it stands on."""
+    """Parse a document's rules, laid over its base's."""
     whole, sources = _whole(document, folder, sources)
     try:
         return RuleFile.model_validate(whole.data).read_from(sources)
@@ -93,7 +93,7 @@ def _whole(
 
 
 def _read(path: Path, name: str, where: str | None = None) -> Document:
-    """The document in a rule file that is asked for by ``name``, at ``where``. PSG107."""
+    """Read the document of a rule file by ``name``. Raises PSG107 if there is none."""
     try:
         if path.is_file():
             with path.open("rb") as file:

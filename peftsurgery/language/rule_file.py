@@ -62,7 +62,7 @@ class RuleFile(Strict):
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """The files it was read from, its own and its bases'; none if it was made from text."""
+        """Files that it was read from, its own and its bases'; empty if made from text."""
         return self._sources
 
     def read_from(self, sources: Iterable[Path]) -> RuleFile:

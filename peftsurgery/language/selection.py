@@ -120,7 +120,7 @@ class Selection:
         return replace(self, clauses=(*self.clauses, *more), candidates=tuple(candidates))
 
     def assert_count(self, count: int) -> Selection:
-        """The selection itself, if it has so many sites; else PSG302, with the nearest miss."""
+        """Check the number of sites; returns the selection. Raises PSG302 with the nearest miss."""
         if len(self) != count:
             message = f"{self.name}: {len(self)} sites are chosen, expected {count}"
             raise SurgeryError("PSG302", message, self.trail())
@@ -270,7 +270,7 @@ def select(
 
 
 def every_site(sites: Iterable[Located]) -> Selection:
-    """The selection of all sites there are, to be narrowed."""
+    """Select all sites, to be narrowed."""
     placed = tuple(sites)
     return Selection("sites", None, placed, (), tuple(Candidate(site, ()) for site in placed))
 
@@ -306,7 +306,7 @@ def site_dict(site: Located) -> dict[str, Any]:
 
 
 def joined(names: Sequence[str]) -> str:
-    """Names that differ in numbers between dots alone, as one: ``layers.{0..3}.k_proj``."""
+    """Join names that differ only in numbers between dots: ``layers.{0..3}.k_proj``."""
     text = NUMBER.sub("*", names[0])
     for numbers in zip(*(NUMBER.findall(name) for name in names), strict=True):
         known = list(dict.fromkeys(numbers))
@@ -329,7 +329,7 @@ def _listed(value: Any) -> list[Any]:
 def _chosen(
     name: str, rule: Rule, sites: tuple[Located, ...], clauses: tuple[Clause, ...]
 ) -> Selection:
-    """What clauses keep of the sites of a rule's kind; parts give way to wholes that are kept."""
+    """Apply clauses to the sites of a rule's kind; slices give way to chosen wholes."""
     near = [site for site in sites if site.kind == rule.kind.name]
     if rule.pattern is not None and any(LACKS in site.facts for site in near):
         clauses = (occurs(rule.pattern), *clauses)

@@ -1,4 +1,4 @@
-"""sites and why: what a model offers to rules, and what rules make of one place in it."""
+"""sites and why: the sites of a model, and a rule file's verdict on one of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from peftsurgery.surgery.plan.select import select_cuts
 
 @dataclass(frozen=True)
 class Why:
-    """What every clause of some rules says of one module or parameter."""
+    """Verdict of every clause of some rules on one module or parameter."""
 
     path: str
     verdicts: tuple[tuple[Selection, str], ...]
@@ -95,7 +95,7 @@ def explained(
     path: str,
     settings: Mapping[str, Any],
 ) -> Why:
-    """What the rules of the operations that are ``meant`` say of a site, with ``settings``.
+    """Explain what the rules of the operations that are ``meant`` say of a site.
 
     The others are those before and after them, to whose cuts a rule may refer.
     """

@@ -31,7 +31,7 @@ class Entry:
 
 
 def where_given(where: Any, argument: str = "apply(where=)") -> Where:
-    """The clauses given to narrow rules. PSG904 for no mapping, PSG105 and PSG106 for others."""
+    """Validate the clauses that narrow rules. Raises PSG904, PSG105 or PSG106."""
     if where is None:
         return EVERYWHERE
     check_argument(argument, where, (Mapping, Where), "a dict of clauses")
@@ -39,7 +39,7 @@ def where_given(where: Any, argument: str = "apply(where=)") -> Where:
 
 
 def by_given(by: Any, files: Sequence[RuleFile]) -> list[Entry]:
-    """The entries of ``by``. PSG904 for others; PSG120 and PSG121 for settings that rules lack."""
+    """Validate the entries of ``by``. Raises PSG904, PSG120 or PSG121."""
     wanted = "a list of dicts, each with `where` and settings"
     check_argument("apply(by=)", by, (list, tuple), wanted)
     entries = []
@@ -56,7 +56,7 @@ def by_given(by: Any, files: Sequence[RuleFile]) -> list[Entry]:
 
 
 def narrowed(operation: Operation, where: Where, by: Sequence[Entry]) -> list[Operation]:
-    """The operations that one becomes: one for each entry of ``by``, and one for all other sites.
+    """Split an operation: one for each entry of ``by``, and one for all other sites.
 
     An entry whose settings the rule file does not have is not about its sites.
     """
@@ -92,7 +92,7 @@ def check_narrowed(
 
 
 def _all(wheres: Sequence[Where], nots: Sequence[Where]) -> Where:
-    """The sites that satisfy all of some clauses, and none of others."""
+    """Clauses: all of some, and none of others."""
     parts = [where for where in wheres if where.given()]
     parts += [Where.model_validate({"not": where}) for where in nots]
     return parts[0] if len(parts) == 1 else Where(all=tuple(parts)) if parts else EVERYWHERE

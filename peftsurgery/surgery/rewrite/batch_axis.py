@@ -1,4 +1,4 @@
-"""Which axis of a value is the batch: told by its symbolic size, never by its position.
+"""Batch axes of values, recognised by symbolic size and never by position.
 
 The batch of a capture is the first axis of its first tensor input. A value has it if one of its
 axes has that very size. An axis that holds the batch and others flattened into one (GPT-2 views
@@ -37,7 +37,7 @@ BY_ROW |= Trait.NORM | Trait.DROPOUT | Trait.SOFTMAX
 
 @dataclass(frozen=True)
 class Axis:
-    """Where the batch is in a value: an axis, which may hold other axes too.
+    """Position of the batch in a value: an axis, possibly flattened with others.
 
     ``together`` says of such an axis whether the entries of one element of the batch are neighbours
     or a batch apart; it is None where the axis is the batch alone.
@@ -49,12 +49,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Batch:
-    """The size that the batch has in one program, as its graph writes it."""
+    """Batch size of one program, as a symbolic expression of its graph."""
 
     size: Any
 
     def axis(self, node: fx.Node) -> Axis | None:
-        """The axis of a node's value that is the batch, or None if it is not to be told."""
+        """Batch axis of a node's value; None if it cannot be determined."""
         sizes = [expression(size) for size in shape(node)]
         if self.size == 1:
             return Axis(0)  # of a batch of one everything belongs to the one row
@@ -67,11 +67,11 @@ class Batch:
         return None if together is None else Axis(0, together)
 
     def is_multiple(self, size: Any) -> bool:
-        """Whether a size is the batch's, times something."""
+        """Whether a size is a multiple of the batch size."""
         return self.size in sympy.Mul.make_args(size)
 
     def together(self, node: fx.Node, size: Any) -> bool | None:
-        """Whether the entries of an element are neighbours on a flattened first axis."""
+        """Whether entries of one batch element are adjacent on a flattened first axis."""
         while node.op == "call_function":
             sources = [n for n in node.all_input_nodes if shape(n)]
             held = [n for n in sources if expression(shape(n)[0]) == size]
@@ -84,7 +84,7 @@ class Batch:
         return None
 
     def flattened(self, source: fx.Node, size: Any) -> bool | None:
-        """How the first axes of ``source`` become one of this size: the batch outermost, or not."""
+        """How the first axes of ``source`` are flattened into this size: batch outermost or not."""
         product: Any = sympy.Integer(1)
         for dim, each in enumerate(shape(source)):
             product *= expression(each)
@@ -95,7 +95,7 @@ class Batch:
 
 
 def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
-    """The batch of every program of a capture, by block and program.
+    """Find the batch of every program of a capture, by block and program.
 
     A program that no batch reaches is left out, and all are if the batch has a fixed size other
     than one. PSG313 if no input has an axis.
@@ -108,7 +108,7 @@ def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
 
 
 def _reached(capture: Capture, size: Any) -> dict[tuple[str, Program], Batch]:
-    """The programs that a size of the model's input reaches, and what they call it."""
+    """Programs that an input size reaches, with the symbol it has in each."""
     if size == 1:
         return {(path, p): Batch(size) for path, all_ in capture.programs.items() for p in all_}
     if size.is_number:
@@ -122,7 +122,7 @@ def _reached(capture: Capture, size: Any) -> dict[tuple[str, Program], Batch]:
 
 
 def batch_input(capture: Capture) -> fx.Node:
-    """An input whose first axis is the batch: the first that is a tensor with axes. PSG313."""
+    """First tensor input, whose first axis is the batch. Raises PSG313 if there is none."""
     for node in _tensor_inputs(capture):
         return node
     raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
@@ -135,7 +135,7 @@ def _tensor_inputs(capture: Capture) -> list[fx.Node]:
 def _inner(
     capture: Capture, path: str, program: Program, batch: Batch
 ) -> Mapping[tuple[str, Program], Batch]:
-    """The batch of the programs that one program calls: what they name the caller's size."""
+    """Batches of called programs: the symbols that they have for the caller's batch size."""
     found: dict[tuple[str, Program], Batch] = {}
     for call in program.graph.find_nodes(op="call_module"):
         inner = join(path, str(call.target))
@@ -155,7 +155,7 @@ def _inner(
 
 
 def _sizes(node: fx.Node) -> list[Any]:
-    """The sizes of a tensor, or the one number that a node stands for."""
+    """Sizes of a tensor; of a node that stands for a number, that number."""
     value = node.meta.get("val")
     return [expression(s) for s in ([value] if isinstance(value, torch.SymInt) else shape(node))]
 
@@ -169,7 +169,7 @@ Outside = Callable[[fx.Node], Any]
 
 
 def token_mean(v: Any, site: Site, program: Program, outside: Outside) -> Any:
-    """The mean of v over the tokens of its sequence; v has the axes of the site's x.
+    """Mean of v over the tokens of its sequence; v has the axes of the site's x.
 
     It goes with v in the shape that it has. At an attention core, whose values have a layout of
     their own, it is (batch, 1, features). PSG327 if it is not to be told what one sequence is.
@@ -194,7 +194,7 @@ def token_mean(v: Any, site: Site, program: Program, outside: Outside) -> Any:
 
 
 def _batch(program: Program) -> Batch:
-    """The batch of a program, as its first attention core has it; of no size without one."""
+    """Batch of a program as its first attention core has it; without a size if it has none."""
     for site in analyse(program).sites:
         if site.kind == "attention":
             sizes = shape(site.nodes["q"])
@@ -204,7 +204,7 @@ def _batch(program: Program) -> Batch:
 
 
 def _axis(x: fx.Node, batch: Batch) -> Axis | None:
-    """Where the sequences of x are; on the first axis of several if the batch is not in sight."""
+    """Axis of x that holds the sequences; the first one if the batch is not recognisable."""
     sizes = [expression(size) for size in shape(x)]
     is_in_sight = batch.size in sizes or len(sizes) < 3
     if not is_in_sight:

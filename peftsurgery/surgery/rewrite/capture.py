@@ -1,4 +1,4 @@
-"""Rewriting a whole capture: each block that is cut gets a program, blocks cut alike the same."""
+"""Rewriting of a capture: one new program for all blocks of a class that are cut alike."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftsurgery.surgery.rewrite.rows import RowChoice, check_lengths, pass_rows
 
 @dataclass(frozen=True)
 class Edits:
-    """What is done to one program.
+    """All changes of one program, applied together.
 
     ``calls`` are the new labels of the inner programs that it calls, by the name of the call;
     ``stored`` the packed weights that it reads, ``moved`` the names under which it finds other
@@ -36,13 +36,13 @@ class Edits:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether the program stays as it is."""
+        """Whether the program is unchanged."""
         passes_rows = self.choice is not None and self.choice.is_top
         return not (self.cuts or self.calls or self.stored or self.moved or passes_rows)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Equal for programs that become the same."""
+        """Hashable identity of the edits: equal for programs that become the same."""
         done = tuple(cut.done for cut in self.cuts)
         maps = (self.calls, self.stored, self.moved)
         return (done, *(tuple(each.items()) for each in maps), self.choice)
@@ -59,7 +59,7 @@ class Edits:
 
 @dataclass(frozen=True)
 class Rewrites:
-    """The rewritten programs of a model, in all its captures, and how often a label is used."""
+    """Cache of a model's rewritten programs, shared by all of its captures."""
 
     made: dict[Any, Program] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Rewrites:
         stored: Mapping[str, PackedWeight] | None = None,
         moved: Mapping[str, str] | None = None,
     ) -> Capture:
-        """``source`` with the cuts made. Inner blocks come first, since their callers name them.
+        """Rewrite a capture: inner blocks first, since their callers name their programs.
 
         With ``rows``, the names of adapters, the rows of a batch choose among them, and the
         programs take one input more: the number of each row's adapter. ``stored`` are the weights,
@@ -105,7 +105,7 @@ class Rewrites:
         return replace(source, programs={path: programs[path] for path in source.programs})
 
     def program(self, program: Program, edits: Edits) -> Program:
-        """A program with its cuts made; the same object if nothing in it changes."""
+        """Rewrite a program, or look it up; the same object if nothing changes."""
         if edits.is_nothing:
             return program
         key = (program, *edits.key)
@@ -114,7 +114,7 @@ class Rewrites:
         return self.made[key]
 
     def rewrite(self, program: Program, edits: Edits) -> Program:
-        """A new program, under a label that says what was done."""
+        """Rewrite a program; its label names the adapters."""
         cuts, choice = edits.cuts, edits.choice
         graph = (
             rewritten_graph(program, cuts) if choice is None else row_graph(program, cuts, choice)
@@ -134,7 +134,7 @@ class Rewrites:
 
 
 def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Program], RowChoice]:
-    """What every program needs to know to choose by rows."""
+    """Row choices by program: adapters and the batch's position."""
     known = batches(source)
     return {
         (path, program): RowChoice(tuple(adapters), known.get((path, program)), path == "")
@@ -146,7 +146,7 @@ def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Progra
 def _renamed_calls(
     path: str, program: Program, renamed: Mapping[tuple[str, str], str]
 ) -> dict[str, str]:
-    """The calls of inner blocks whose programs have other labels now, by the node's name."""
+    """Renamed programs that a program calls, by the call's node."""
     calls = {}
     for node in program.graph.find_nodes(op="call_module"):
         label = str(node.kwargs["program"])
@@ -157,7 +157,7 @@ def _renamed_calls(
 
 
 def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
-    """The program's graph with the cuts sewn in, in order; those of the inputs come last.
+    """Rewrite a program's graph: insert the cuts in order, those of the inputs last.
 
     What else is done to the embeddings is done to those of the text alone.
     """
@@ -178,7 +178,7 @@ def _read_by(
 
 
 def _moved_in(path: str, program: Program, moved: Mapping[str, str]) -> dict[str, str]:
-    """What of a block's parameters its program finds under other names, all beneath the block."""
+    """Renamed parameters that a block's program reads, by their names within the block."""
     nodes = program.graph.find_nodes(op="get_attr") if moved else ()
     read = {join(path, str(node.target)) for node in nodes}
     above = f"{path}." if path else ""

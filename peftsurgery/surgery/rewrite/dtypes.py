@@ -11,7 +11,7 @@ from peftsurgery.surgery.plan.cut import Cut
 
 
 def compute_dtype(cut: Cut) -> torch.dtype:
-    """The dtype a cut computes in: the widest of its parameters' and its values'.
+    """Dtype a cut computes in: the widest of its parameters' and values'.
 
     A model in half precision trains its adapters in full precision.
     """
@@ -24,7 +24,7 @@ def compute_dtype(cut: Cut) -> torch.dtype:
 
 
 def cast(value: Any, source: torch.dtype | None, target: torch.dtype | None) -> Any:
-    """A value in another dtype, if both are known and hold floating-point numbers."""
+    """Cast a value between floating-point dtypes; other dtypes stay."""
     if source is None or target is None or source == target:
         return value
     if not source.is_floating_point or not target.is_floating_point:

@@ -1,4 +1,4 @@
-"""The environment of a cut: what the names of its rule stand for, in the domain of one reading.
+"""Environment of a cut: values of its rule's names, in the domain of one reading.
 
 A rule is read (:mod:`peftsurgery.language.readings`) over proxies, which inserts nodes, over fake
 tensors, which tells shapes, and over tensors: to fold, to add a penalty, to start training. These
@@ -25,7 +25,7 @@ from peftsurgery.surgery.rewrite.site_functions import Replay
 
 
 class Domain(ABC):
-    """Where a reading finds what the names of a cut's rule stand for, as the model has it."""
+    """Domain of a reading: where values, weights and parameters of a cut come from."""
 
     has_values = True
     """Whether what flows through the site can be read; if not, what it is told of weights can."""
@@ -42,11 +42,11 @@ class Domain(ABC):
         """A parameter that the cut adds."""
 
     def value(self, cut: Cut, name: str) -> Any:
-        """What flows through the cut's site under this name."""
+        """A value that flows through the cut's site."""
         raise NotImplementedError
 
     def replay(self, cut: Cut) -> Replay | None:
-        """What the site's functions are there, if they are others than their plain definitions."""
+        """Site functions in this domain; None for their plain definitions."""
         return None
 
     def cast(self, cut: Cut, name: str, value: Any) -> Any:
@@ -54,13 +54,13 @@ class Domain(ABC):
         return cast(value, dtype_of(cut.site.nodes[name]), compute_dtype(cut))
 
     def context(self, cut: Cut) -> Context:
-        """What the cut's text is read with beside its environment."""
+        """Context for evaluating the cut's expressions in this domain."""
         replay = self.replay(cut)
         return Context(functions={} if replay is None else replay.functions)
 
 
 def environment(cut: Cut, domain: Domain) -> Environment:
-    """The names that a cut's rule reads, each looked up in the domain when it is first read."""
+    """Bind the names of a cut's rule; each is looked up in the domain when first read."""
     site, kind = cut.site, cut.rule.kind
 
     def value(name: str) -> Any:
@@ -93,7 +93,7 @@ def environment(cut: Cut, domain: Domain) -> Environment:
 
 
 def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
-    """What the cuts of one adapter make of their site's result, in ``dtype``."""
+    """Value that one adapter's cuts make of their site's result, in ``dtype``."""
     value = None
     for cut in cuts:
         mine, result = compute_dtype(cut), str(cut.rule.kind.result)
@@ -105,7 +105,7 @@ def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
 
 
 class TensorDomain(Domain):
-    """Tensors, which ``read`` gives by the names that the model has for them."""
+    """Domain of real tensors, read by their names in the model."""
 
     has_values = False
 
@@ -121,12 +121,12 @@ class TensorDomain(Domain):
         return self.read(cut.parameters[name])
 
     def cast(self, cut: Cut, name: str, value: Any) -> Any:
-        """The tensor: ``read`` has given it the right dtype."""
+        """Return the tensor: ``read`` casts already."""
         return value
 
 
 class FakeDomain(Domain):
-    """Fake tensors, those of the capture or ``known`` ones; to be read in their fake mode."""
+    """Domain of fake tensors: those of the capture, or ``known`` ones."""
 
     def __init__(self, known: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.known = known

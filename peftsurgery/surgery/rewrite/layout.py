@@ -18,7 +18,7 @@ HEADS = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
 
 
 def as_seen(site: Site, name: str, value: Any) -> Any:
-    """A value of the site, as the model has it, in the layout that rules see."""
+    """Convert a site's value from the model's layout to the rules'."""
     if name in site.turned:
         return value.transpose(-1, -2)
     if not _is_laid_out(site, name):
@@ -29,7 +29,7 @@ def as_seen(site: Site, name: str, value: Any) -> Any:
 
 
 def as_held(site: Site, name: str, value: Any) -> Any:
-    """A value in the layout that rules see, as the model has it: undoes :func:`as_seen`."""
+    """Convert a value from the rules' layout to the model's: the inverse of :func:`as_seen`."""
     if name in site.turned:
         return value.transpose(-1, -2)
     if not _is_laid_out(site, name):
@@ -70,20 +70,20 @@ def _is_turned(site: Site, name: str) -> bool:
 
 
 def orient(value: Any, site: Site, name: str) -> Any:
-    """A stored weight as rules see it: (out, in), and the slice alone."""
+    """Convert a stored weight to the rules' form: (out, in), the slice alone."""
     value = as_seen(site, name, value)
     return value if site.slice is None else site.slice.take(value, 0)
 
 
 def disorient(whole: Any, site: Site, name: str, value: Any) -> Any:
-    """``value`` put back where :func:`orient` took it from in the stored weight ``whole``."""
+    """Write a weight in the rules' form back into the stored weight ``whole``."""
     if site.slice is not None:
         value = site.slice.put(as_seen(site, name, whole), 0, value)
     return as_held(site, name, value)
 
 
 def wide(value: torch.Tensor) -> torch.Tensor:
-    """A weight in the dtype that weights are added in: at least fp32."""
+    """Cast a weight to the dtype in which updates are added: at least fp32."""
     return value.to(wide_dtype(value.dtype))
 
 

@@ -1,4 +1,4 @@
-"""Regions: the nodes of a graph from some values to another, ready to be run again.
+"""Regions: stretches of a graph that can be run again with other values.
 
 A region is run again with other values at its start. Where those have more tokens than there were,
 two things in the middle would not fit: sizes that were written down (of views), and what the model
@@ -35,7 +35,7 @@ Values = Mapping[fx.Node, Any]
 
 @dataclass(frozen=True)
 class Region:
-    """What is computed from ``starts`` on the way to ``end``, in the graph's order.
+    """Nodes between ``starts`` and ``end``, in the graph's order.
 
     ``calls`` are the arguments of nodes whose own would not fit more tokens; ``pads`` say which
     value from outside is short of tokens at a node: beside which operand, along which dimension
@@ -49,7 +49,7 @@ class Region:
     pads: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, int, int]] = field(default_factory=dict)
 
     def run(self, given: Values, outside: Callable[[fx.Node], Any]) -> Any:
-        """The value of ``end`` where the starts have the ``given`` values.
+        """Compute ``end`` from ``given`` values of the starts.
 
         ``outside`` gives the values of other nodes. Values may be tensors, fake ones or proxies.
         """
@@ -59,7 +59,7 @@ class Region:
         return values[self.end]
 
     def step(self, node: fx.Node, values: Values, outside: Callable[[fx.Node], Any]) -> Any:
-        """The value of one node of the region."""
+        """Compute one node of the region."""
 
         def read(source: fx.Node) -> Any:
             if source in values:
@@ -76,7 +76,7 @@ class Region:
 
 
 def find_region(starts: Sequence[fx.Node], end: fx.Node) -> Region:
-    """The region between some values and a later one."""
+    """Find the region between some values and a later one."""
     first = frozenset(starts)
     behind = set(reach([end], lambda node: node.all_input_nodes, first.__contains__))
     inside = dict.fromkeys(first)
@@ -87,7 +87,7 @@ def find_region(starts: Sequence[fx.Node], end: fx.Node) -> Region:
 
 
 def core_region(site: Site) -> Region:
-    """The region of an attention core, made fit for more keys. PSG320 if it cannot be."""
+    """Make an attention core's region, adapted to more keys. Raises PSG320 if it cannot be."""
     region = _core_nodes(site)
     tried: dict[fx.Node, Any] = {}
     for name in INPUTS:
@@ -119,7 +119,7 @@ def _try(region: Region, node: fx.Node, tried: dict[fx.Node, Any]) -> None:
 
 
 def calls_for_more(p: fx.Node, y: fx.Node, cores: Iterable[Site]) -> dict[fx.Node, Any]:
-    """The calls that must change where the positions ``p``, of which y is made, become more.
+    """Refitted calls for more positions ``p``, of which y is computed, by node.
 
     Up to where the ``cores`` of the program, or the blocks that it calls, take what is made of
     them. PSG320 if that meets something on the way that does not become longer with it.
@@ -166,7 +166,7 @@ def _grown_inputs(node: fx.Node, tried: Values) -> dict[fx.Node, dict[int, tuple
 
 
 def _fit(region: Region, node: fx.Node, grown: Mapping[fx.Node, Any], tried: Values) -> None:
-    """Note what must change for a node to run on values with more tokens."""
+    """Record refitted arguments and padding for a node that gets more tokens."""
     takes_sizes = len(node.args) > 1 and isinstance(node.args[1], (list, tuple))
     if grown and takes_sizes and has(node, Trait.RESHAPE | Trait.EXPANSION):
         refit = _viewed if has(node, Trait.RESHAPE) else _expanded
@@ -186,7 +186,7 @@ def _vary(source: fx.Node, beside: fx.Node, dim: int) -> bool:
 
 
 def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
-    """What ``source`` has to hold for a node to leave what is in ``beside`` as it is. PSG320."""
+    """Neutral padding of ``source`` at a node, beside ``beside``. Raises PSG320 for none."""
     if op(node) == "where":
         return int(node.args[0] is source and node.args[1] is beside)
     neutral = meaning(node).neutral
@@ -196,7 +196,7 @@ def _neutral(node: fx.Node, source: fx.Node, beside: fx.Node) -> int:
 
 
 def _grown(node: fx.Node, tried: Values) -> dict[int, tuple[int, int]]:
-    """The dimensions, from the last, in which a value has another size than it had: both sizes."""
+    """Grown dimensions of a value, counted from the last, with both sizes."""
     if not isinstance(tried[node], torch.Tensor):
         return {}
     before, now = samples(node), tuple(tried[node].shape)
@@ -249,7 +249,7 @@ def _viewed(node: fx.Node, tried: torch.Tensor) -> list[Any]:
 
 
 def _followed(before: Sequence[int], axis: int, after: Sequence[int]) -> int | None:
-    """The dimension of a view that a dimension of its operand goes to; None if it is split."""
+    """Target dimension of an operand's dimension under a view; None if it is split."""
     i = j = 0
     while i < len(before) and j < len(after):
         first, start = i, j

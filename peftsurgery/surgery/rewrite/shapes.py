@@ -1,4 +1,4 @@
-"""What a cut computes, over fake tensors: its shapes, before anything is sewn in."""
+"""Shape checks: cuts evaluated over fake tensors, before any rewriting."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_shapes(cut: Cut) -> None:
 
 
 def _fake_rewrite(cut: Cut) -> dict[str, torch.Tensor]:
-    """The values a cut computes, as fake tensors."""
+    """Evaluate a cut's rewrite over fake tensors."""
     fakes = (node.meta["val"] for node in cut.site.nodes.values())
     mode = next((fake.fake_mode for fake in fakes if hasattr(fake, "fake_mode")), None)
     if mode is None:

@@ -1,4 +1,4 @@
-"""Replays: what a site offers a rule to call, done by the site's own nodes.
+"""Replays: site functions computed by the site's own nodes.
 
     attention(q, k, v, mask)    the core: repeated heads, scores, biases, caps, softmax, dropout
     extend(mask, length)        the mask in the model's own kind: added, True to see, True to hide
@@ -89,14 +89,14 @@ class Replay:
 
     @cached_property
     def inputs(self) -> dict[str, fx.Node]:
-        """The core's inputs by name; where it had no mask, the stand-in for the one it gets."""
+        """Inputs of the core by name, with a stand-in for the mask of a core that has none."""
         found = {name: self.site.nodes[name] for name in INPUTS if name in self.site.nodes}
         if "mask" not in found and self.site.facts["op"] == "sdpa":
             found["mask"] = self.region.calls[self.region.end][0][3]
         return found
 
     def held(self, name: str, given: Any) -> Any:
-        """A value that a rule made, in the layout and dtype of the model's."""
+        """Convert a rule's value to the model's layout and dtype."""
         node = self.site.nodes.get(name)
         if node is None or given is None:
             return given
@@ -175,12 +175,12 @@ def check_lengths(k: Any, mask: Any) -> None:
 
 
 def is_causal(site: Site) -> bool:
-    """Whether a core without a mask is told to hide later tokens from earlier ones."""
+    """Whether a core without a mask is called with ``is_causal``."""
     return "mask" not in site.nodes and arguments(site.nodes["o"]).get("is_causal") is True
 
 
 def sees(site: Site) -> int:
-    """What a mask holds for a key that is seen: 0 if it is added or hides, 1 if it shows."""
+    """Mask value of a visible key: 0 for additive or hiding masks, 1 for showing ones."""
     mask = site.nodes["mask"]
     if value(mask).dtype != torch.bool:
         return 0
