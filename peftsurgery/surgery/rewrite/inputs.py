@@ -83,7 +83,7 @@ def _check_given(cut: Cut) -> None:
 
 
 def _check_absent(cut: Cut, bound: Mapping[str, Any]) -> None:
-    """Of what is not given, a rule may only say that it stays so."""
+    """Refuse a rule that makes a value of an input which is not given."""
     for name in cut.rule.rewrite.keys() - cut.site.nodes.keys():
         try:
             value = rewrite(_only(cut, [name]), bound)[name]
@@ -164,7 +164,7 @@ def new_inputs(graph: fx.Graph) -> tuple[list[str], fx.Graph]:
 
 
 def _finished(cut: Cut, name: str, value: Any) -> Any:
-    """A new value in the dtype of the one it replaces; whole numbers are what they are."""
+    """Cast a new value to the dtype of the one it replaces; whole numbers stay."""
     dtype = dtype_of(cut.site.nodes[name])
     floats = dtype is not None and dtype.is_floating_point
     return cast(value, compute_dtype(cut), dtype) if floats else value

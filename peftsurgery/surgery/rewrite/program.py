@@ -1,4 +1,4 @@
-"""Rewriting one program: a copy of its graph with every cut's expression sewn in.
+"""Rewriting of one program: a copy of its graph with every cut's expression inserted.
 
 A rule's text is read over fx proxies, so evaluating it inserts nodes. They are inserted right after
 the value they replace, keep that node's origin, and carry ``meta["surgery"]``.
@@ -32,7 +32,7 @@ from peftsurgery.surgery.rewrite.site_functions import Replay
 
 
 class Rewriter:
-    """Sews cuts into a copy of a program's graph, in order; ``graph`` is the result."""
+    """Inserts cuts into a copy of a program's graph, in order; ``graph`` is the result."""
 
     def __init__(self, program: Program) -> None:
         self.graph = fx.Graph()
@@ -53,7 +53,7 @@ class Rewriter:
         self.retired: set[fx.Node] = set()
 
     def merge_reads(self) -> None:
-        """Let a tensor be read by one node, so that what replaces it is one node too."""
+        """Merge repeated reads of a tensor into one node, so that one node can replace it."""
         first: dict[Any, fx.Node] = {}
         for original, copy in self.copies.items():
             one = first.setdefault(copy.target, copy) if copy.op == "get_attr" else copy
@@ -63,14 +63,14 @@ class Rewriter:
                 self.copies[original] = one
 
     def sew(self, cut: Cut) -> None:
-        """Insert one cut: what it does to a value before what it does to those made of it."""
+        """Insert one cut: earlier values of the site before those computed from them."""
         order = {node: number for number, node in enumerate(self.graph.nodes)}
         names = sorted(cut.rule.rewrite, key=lambda name: order[self.copies[cut.site.nodes[name]]])
         for name in names:
             self.sew_value(cut, name, is_last=name == names[-1])
 
     def sew_value(self, cut: Cut, name: str, is_last: bool) -> None:
-        """Insert the expression for one of the cut's new values, and let it be used."""
+        """Insert the expression of one new value, and redirect its readers."""
         spot = self.copies[cut.site.nodes[name]], self.result(cut)
         old = self.taken.get(spot) or self.node(cut.site.nodes[name])
         readers = self.readers(cut, name, old)
@@ -103,7 +103,7 @@ class Rewriter:
             self.lengthen(cut, name)
 
     def readers(self, cut: Cut, name: str, old: fx.Node) -> list[fx.Node] | None:
-        """The users through which a value goes into what its site computes; None for all of them.
+        """Users through which a value enters its site's computation; None for all of them.
 
         All are meant of the site's result, of what it computes, and of a parameter by itself.
         PSG305 if the site does not read the value.
@@ -123,7 +123,7 @@ class Rewriter:
         return found
 
     def lengthen(self, cut: Cut, name: str) -> None:
-        """Let what is computed from a value on its way to the cores be longer, if it is now."""
+        """Refit views and expands between longer position ids and the attention cores."""
         if cut.site.facts.get("kind") != "key":
             return
         sites = analyse(cut.placed.program).sites
@@ -141,7 +141,7 @@ class Rewriter:
         users: Sequence[fx.Node],
         is_everywhere: bool,
     ) -> None:
-        """Let the users of a value, and later cuts if those are all of them, see the new one."""
+        """Redirect users to a new value, and later cuts too if all users are meant."""
         for user in users:
             user.replace_input_with(old, new)
         if is_everywhere:
@@ -157,7 +157,7 @@ class Rewriter:
             node = node.next
 
         def early(node: fx.Node) -> fx.Node:
-            """What stands for a node, computed again if that is too late."""
+            """Replacement of a node, recomputed if it stands too late in the graph."""
             return self.graph.node_copy(node, early) if node in late else node
 
         def outside(original: fx.Node) -> fx.Proxy:
@@ -167,7 +167,7 @@ class Rewriter:
         return Replay(cut.placed, outside, compute_dtype(cut), mask)
 
     def retire(self, cut: Cut, replay: Replay, value: Any) -> None:
-        """If the new value is the core run again, later cuts find there what it was given."""
+        """Rebind a core's operands for later cuts, where the new value is the core run again."""
         if replay.result is None:
             return
         self.retired.update(self.copies[node] for node in replay.region.nodes)
@@ -187,7 +187,7 @@ class Rewriter:
     def between(
         self, start: fx.Node, end: fx.Node, beside: Collection[fx.Node] = ()
     ) -> list[fx.Node]:
-        """The users of ``start`` through which it reaches ``end``, in the graph's order.
+        """Users of ``start`` on paths to ``end``, in the graph's order.
 
         Not those through which it is in the values ``beside`` it.
         """
@@ -202,16 +202,16 @@ class Rewriter:
         return fx.Proxy(self.graph.create_node("get_attr", name), self.tracer)
 
     def proxy(self, original: fx.Node) -> fx.Proxy:
-        """What stands for a node of the program now, to be computed with."""
+        """Proxy of a node's current replacement."""
         return fx.Proxy(self.node(original), self.tracer)
 
     def node(self, original: fx.Node) -> fx.Node:
-        """What stands for a node of the program now."""
+        """Current replacement of a node of the program."""
         copy = self.copies[original]
         return self.latest.get(copy, copy)
 
     def stored(self, cut: Cut, name: str) -> fx.Proxy:
-        """A weight as the model stores it, with earlier cuts folded in."""
+        """Stored weight, with earlier cuts folded in."""
         original = cut.site.nodes[name]
         copy = self.copies[original]
         known = self.weights.get((copy, self.result(cut)), self.latest.get(copy))
@@ -223,7 +223,7 @@ class Rewriter:
     def folded(
         self, cut: Cut, bindings: Mapping[str, Any]
     ) -> dict[tuple[fx.Node, fx.Node | None], fx.Node]:
-        """Each weight of the site with this cut folded in, for a later cut that reads it."""
+        """Fold this cut into each weight of the site, for later cuts that read it."""
         results = {}
         for name, value in fold(cut.rule, bindings).items():
             original = cut.site.nodes.get(name)
@@ -253,14 +253,14 @@ class Rewriter:
         return value.node
 
     def drop_unused(self) -> None:
-        """Remove what nothing uses: bindings that were not read, cores that were run again."""
+        """Remove inserted nodes without users, and cores that were run again."""
         for node in reversed(self.graph.nodes):
             if ("surgery" in node.meta or node in self.retired) and not node.users:
                 self.graph.erase_node(node)
 
 
 class ProxyDomain(Domain):
-    """Proxies of a program's nodes as they are now; what is read of them inserts nodes.
+    """Domain of fx proxies of a program's current nodes; reading inserts nodes.
 
     The names ``read`` are there where the replay's nodes are inserted.
     """
@@ -281,7 +281,7 @@ class ProxyDomain(Domain):
         return self.rewriter.stored(cut, name)
 
     def value(self, cut: Cut, name: str) -> fx.Proxy:
-        """A value, computed again if it is too late."""
+        """A value, recomputed where its node stands too late in the graph."""
         node = cut.site.nodes[name]
         replay = self.own if cut is self.cut and name in self.read else None
         found: fx.Proxy = self.rewriter.proxy(node) if replay is None else replay.outside(node)
@@ -304,7 +304,7 @@ class ProxyDomain(Domain):
         return self.own.computing_in(compute_dtype(cut))
 
     def context(self, cut: Cut) -> Context:
-        """What a cut's text is read with: whether its module trains, what its site can do."""
+        """Context of a cut: the train flag of its module, and its site's functions."""
         owner = cut.holder if cut.rule.params else cut.site.module
         return replace(
             super().context(cut), training=self.rewriter.attribute(join(owner, "training"))

@@ -1,4 +1,4 @@
-"""Rows of one batch that use different adapters: every new value is chosen row by row.
+"""Row-wise rewriting: each row of a batch uses its own adapter.
 
     y   ->   where(rows == number of the adapter, what its rule makes of y, y)
 
@@ -31,7 +31,7 @@ ATEN = torch.ops.aten
 
 @dataclass(frozen=True)
 class RowChoice:
-    """The adapters that the rows of a program's batch choose among, and where its batch is."""
+    """Row choice of one program: the adapters, and the position of the batch."""
 
     adapters: tuple[str, ...]
     batch: Batch | None
@@ -39,7 +39,7 @@ class RowChoice:
 
 
 class RowRewriter(Rewriter):
-    """Sews cuts into a program so that each changes the rows of its own adapter alone."""
+    """Inserts cuts so that each changes only the rows of its own adapter."""
 
     def __init__(self, program: Program, choice: RowChoice) -> None:
         super().__init__(program)
@@ -61,7 +61,7 @@ class RowRewriter(Rewriter):
         super().sew(cut)
 
     def own(self, cut: Cut, parameter: str) -> None:
-        """Let the rows of the cut's adapter see its own copy of a parameter."""
+        """Make the rows of the cut's adapter read its own copy of a parameter."""
         self.owned[parameter] = home = copy_name(parameter, cut.operation.name)
         for node in self.graph.find_nodes(op="get_attr", target=parameter):
             with self.graph.inserting_before(node.next):
@@ -85,7 +85,7 @@ class RowRewriter(Rewriter):
         users: Sequence[fx.Node],
         is_everywhere: bool,
     ) -> None:
-        """Let the rows of the cut's adapter see the new value, and the others the old one."""
+        """Make the rows of the cut's adapter read the new value, others the old one."""
         original = cut.site.nodes[name]
         axis = self.batch.axis(original)
         if axis is None:
@@ -100,7 +100,7 @@ class RowRewriter(Rewriter):
             self.chosen[self.copies[original]] = self.latest.pop(self.copies[original])
 
     def spread(self, cut: Cut, old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
-        """Compute what is made of a value from the new one too, until rows can be told apart."""
+        """Duplicate the computation for the new value, up to where rows can be told apart."""
         twins, first = {old: new}, set(users)
         for node in list(self.graph.nodes):
             if node not in first and not any(
@@ -130,7 +130,7 @@ class RowRewriter(Rewriter):
             self.chosen.setdefault(node, chosen)
 
     def choose(self, cut: Cut, axis: Axis, new: fx.Node, old: fx.Node, point: fx.Node) -> fx.Node:
-        """The new value in the adapter's rows, the old one in the others."""
+        """Select by row: the new value for the adapter's rows, the old one elsewhere."""
         before = set(self.graph.nodes)
         mask = self.mask(cut.operation.name)
         dims = len(old.meta["val"].shape)
@@ -152,7 +152,7 @@ class RowRewriter(Rewriter):
         return chosen
 
     def mask(self, adapter: str) -> fx.Node:
-        """Which rows use an adapter, [batch], made once in a program."""
+        """Boolean mask (batch,) of the rows that use an adapter, made once in a program."""
         if adapter not in self.masks_of_rows:
             number = self.adapters.index(adapter)
             with self.graph.inserting_before(_after_inputs(self.graph)):
@@ -174,7 +174,7 @@ def check_lengths(cuts: Iterable[Cut]) -> None:
 
 
 def row_graph(program: Program, cuts: Sequence[Cut], choice: RowChoice) -> fx.Graph:
-    """The program's graph with one input more, the rows, and the cuts sewn in for their rows.
+    """Rewrite a program's graph row by row: one more input, each row's adapter number.
 
     PSG313 if the rows cannot be told apart where an adapter changes something.
     """
@@ -193,7 +193,7 @@ def row_graph(program: Program, cuts: Sequence[Cut], choice: RowChoice) -> fx.Gr
 
 
 def pass_rows(call: fx.Node) -> None:
-    """Give the rows on to a block that takes them."""
+    """Pass the rows' adapter numbers on to a called block."""
     call.args = (*call.args, call.graph.find_nodes(op="placeholder")[-1])
 
 
