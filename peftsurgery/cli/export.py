@@ -55,7 +55,7 @@ def export(
     check_free(out, inputs, force)
     with doing(f"opening {surgery}"):
         from peftsurgery.surgery.loading import load
-        from peftsurgery.surgery.model.provenance import notes_of
+        from peftsurgery.surgery.plan.cut import notes_of
 
         operated = load(surgery, base, allow_other_base)
         if name is not None and to == "onnx":

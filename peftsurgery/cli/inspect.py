@@ -31,10 +31,10 @@ def inspect(model: str, as_json: bool) -> None:
     Of a saved surgery, show what it holds: adapters with their rules, settings and sizes, its base
     and the fingerprint of that. The base is not opened, and need not be there.
     """
-    from peftsurgery.surgery.model.surgery_files import is_surgery
+    from peftsurgery.surgery.model.saved.manifest import is_surgery
 
     if is_surgery(Path(model)):
-        from peftsurgery.surgery.model.surgery_contents import contents_of
+        from peftsurgery.surgery.model.saved.contents import contents_of
 
         contents = contents_of(Path(model))
         print_json(contents.to_dict()) if as_json else click.echo(clean(str(contents)))

@@ -25,7 +25,7 @@ def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: b
     from peftsurgery.cli.model import base_of
     from peftsurgery.language import check_settings, load_rules, parse_overrides, resolve_settings
     from peftsurgery.surgery.asking import explained
-    from peftsurgery.surgery.model.surgery_files import saved_operations
+    from peftsurgery.surgery.model.saved.manifest import saved_operations
     from peftsurgery.surgery.plan.cut import Operation
 
     # before the model: what is misspelt is known at once

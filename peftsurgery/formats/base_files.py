@@ -9,7 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from peftsurgery.surgery.model.saved_build import is_tokenizer_file
+from peftsurgery.surgery.model.saved.build import is_tokenizer_file
 
 # What the files of a model's weights are called, in any format; they are of the model before.
 _WEIGHT_FILES = (

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.provenance import FILE, as_json, base_folder, fold_record
+from peftsurgery.surgery.model.fold_record import FILE, as_json, base_folder, fold_record
+from peftsurgery.surgery.model.operated import OperatedModel, active_operations
 
 CARD = "README.md"
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")
@@ -45,7 +45,7 @@ def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:
 
 def write_record(folder: Path, model: OperatedModel) -> None:
     """Write what is folded into a model, and its card unless the base has one of its own."""
-    record, base = fold_record(model), base_folder(model.source)
+    record, base = fold_record(model.source, active_operations(model)), base_folder(model.source)
     (folder / FILE).write_bytes(as_json(record))
     if base is None or not (base / CARD).exists():
         text = card_of(record, isinstance(model.source.module, PreTrainedModel))

@@ -41,7 +41,9 @@ from peftsurgery.formats.trial_inputs import (
     unseen_inputs,
 )
 from peftsurgery.surgery.fold.folding import fold
-from peftsurgery.surgery.model.provenance import FILE, as_json, check_places, fold_record
+from peftsurgery.surgery.model.fold_record import FILE, as_json, fold_record
+from peftsurgery.surgery.model.operated import active_operations
+from peftsurgery.surgery.model.writable import check_places
 
 TOLERANCE = 1e-5
 # protobuf ends at 2 GiB; the graph itself needs some of it
@@ -107,7 +109,8 @@ def write_onnx(model: GraphModel, plain: nn.Module, path: Path) -> OnnxFile:
     folder.mkdir()
     try:
         graph = _export(model, plain)
-        graph.metadata_props[FILE] = as_json(fold_record(model)).decode()
+        record = fold_record(model.source, active_operations(model))
+        graph.metadata_props[FILE] = as_json(record).decode()
         part = folder / path.name
         data = _save(graph, part)
         apart = check_onnx(model, plain, part)

@@ -41,9 +41,10 @@ from peftsurgery.surgery.fold.vocabulary import missing_values
 from peftsurgery.surgery.fourbit.requantise import FoldError, pack_layers
 from peftsurgery.surgery.loading import load_on
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.provenance import check_places, notes_of
-from peftsurgery.surgery.model.saved_build import tokenizer_files
-from peftsurgery.surgery.model.surgery_files import is_surgery
+from peftsurgery.surgery.model.saved.build import tokenizer_files
+from peftsurgery.surgery.model.saved.manifest import is_surgery
+from peftsurgery.surgery.model.writable import check_places
+from peftsurgery.surgery.plan.cut import notes_of
 
 WEIGHTS = "model.safetensors"
 

@@ -27,8 +27,7 @@ from peftsurgery.surgery.model.adapters import Layers, check_name
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.learnt import Learnt
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.provenance import operations_of
-from peftsurgery.surgery.model.shared import unoperated
+from peftsurgery.surgery.model.shared import operations_of, unoperated
 from peftsurgery.surgery.plan.cut import Operation, adapter_name
 from peftsurgery.surgery.plan.fusion import check_unused
 from peftsurgery.surgery.plan.narrowing import by_given, check_narrowed, narrowed, where_given

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,11 @@ from peftsurgery.surgery.fold.vocabulary import built
 from peftsurgery.surgery.model.moved_buffers import persistent_buffers, put_buffers
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.same_base import check_base, compare_base
-from peftsurgery.surgery.model.saved_build import read_build
-from peftsurgery.surgery.model.surgery_files import (
+from peftsurgery.surgery.model.saved.manifest import (
+    Manifest,
     check_learnt,
     is_surgery,
-    read_active,
-    read_left_out,
-    read_lost,
-    read_made,
     read_manifest,
-    read_operations,
     read_tensors,
 )
 
@@ -58,23 +52,19 @@ def load_on(
     kind: str | None = None,
 ) -> OperatedModel:
     """:func:`load`, with the base in the class ``kind`` of transformers instead of its own."""
-    manifest = read_manifest(folder)
-    tensors = read_tensors(folder)
-    operations = read_operations(folder, manifest)
-    build = read_build(folder, manifest)
-    if kind is not None:
-        build = replace(build, kind=kind)
-    graph = _base(folder, manifest, base, build, allow_other_base)
-    names = {operation.name for operation in operations}
-    taken = names & set(graph.adapters) if isinstance(graph, OperatedModel) else set()
+    manifest, tensors = read_manifest(folder), read_tensors(folder)
+    build = manifest.build if kind is None else replace(manifest.build, kind=kind)
+    graph = _base(manifest, base, build, allow_other_base)
+    names = manifest.adapters
+    taken = {*names}.intersection(graph.adapters) if isinstance(graph, OperatedModel) else ()
     if taken:
         hint = f"take the old one out first: eject(model, '{min(taken)}')"
         raise SurgeryError("PSG304", f"the model has an adapter '{min(taken)}' already", hint)
-    compared = compare_base(read_made(folder, manifest, tensors), graph.source)
-    operations = [replace(op, origin=op.origin.read(compared)) for op in operations]
-    active, left_out = read_active(folder, manifest), read_left_out(folder, manifest)
-    operated = operate(graph, operations, tensors, active, left_out, read_lost(manifest))
-    operated._rename(tensors, adapters=tuple(names))
+    compared = compare_base(manifest.made_for(tensors), graph.source)
+    operations = [replace(op, origin=op.origin.read(compared)) for op in manifest.operations]
+    given = tensors, manifest.active, manifest.left_out, manifest.lost
+    operated = operate(graph, operations, *given)
+    operated._rename(tensors, adapters=names)
     buffers = {name: tensors.pop(name) for name in persistent_buffers(operated) if name in tensors}
     if buffers:
         operated.bind()
@@ -86,13 +76,12 @@ def load_on(
     return operated
 
 
-def _base(
-    path: Path, manifest: Mapping[str, Any], given: Any, build: Build, allow_other_base: bool
-) -> GraphModel:
-    """Base of a surgery: the given one, or that of the manifest. Raises PSG311 for neither."""
-    named = manifest.get("base") if given is None else given
+def _base(manifest: Manifest, given: Any, build: Build, allow_other_base: bool) -> GraphModel:
+    """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
+    named = manifest.base if given is None else given
     if named is None:
-        raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give base=")
+        message = f"'{manifest.path}' does not say what it was made for"
+        raise SurgeryError("PSG311", message, "give base=")
     if isinstance(named, str | Path):
         return open_built(str(named), build, allow_other_base)
     return built(named if isinstance(named, GraphModel) else capture(named), build)
@@ -128,4 +117,4 @@ def open_base(spec: str) -> GraphModel:
     if not is_surgery(path):
         return capture(spec)
     manifest = read_manifest(path)
-    return _base(path, manifest, None, read_build(path, manifest), True)
+    return _base(manifest, None, manifest.build, True)

@@ -25,7 +25,7 @@ from peftsurgery.files import FLOATS, as_safetensors, read_tensors, write_whole
 from peftsurgery.language import evaluate
 from peftsurgery.language.schema import Ranks
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.provenance import check_places
+from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import Cut
 
 STATE = "ranks.safetensors"

@@ -50,8 +50,9 @@ from peftsurgery.formats.exchange import (
     installed,
     training,
 )
+from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.provenance import check_places, clear_export_record, export_record
+from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import adapter_name
 from peftsurgery.surgery.plan.fusion import fused_names
 
@@ -96,12 +97,13 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     cannot be written.
     """
     chosen = chosen_adapter(model, name, LIBRARY)
-    fused = [n for op in model.operations if op.name == chosen for n in fused_names(op)]
+    mine = [operation for operation in model.operations if operation.name == chosen]
+    fused = [name for operation in mine for name in fused_names(operation)]
     if not fused:
-        files = _contents(model, _written(model, chosen)) | export_record(model, chosen)
+        files = _contents(model, _written(model, chosen)) | export_record(model.source, mine)
         _write(model, Path(directory), files, ADAPTER.config)
         return
-    files = {SETUP: setup_content(fused)} | export_record(model, chosen)
+    files = {SETUP: setup_content(fused)} | export_record(model.source, mine)
     for adapter in fused:
         files |= _contents(model, _written(model, adapter), adapter)
     fusion = _written(model, chosen)

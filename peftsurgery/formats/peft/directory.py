@@ -22,9 +22,10 @@ from peftsurgery.formats.peft.whole_model import prefix_length
 from peftsurgery.formats.peft.window_notes import window_notes
 from peftsurgery.formats.peft.writing import peft_contents
 from peftsurgery.surgery.model.adapters import check_left_out
+from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.provenance import check_places, clear_export_record, export_record
 from peftsurgery.surgery.model.saved_build import own_tokenizer
+from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import adapter_name
 
 
@@ -73,7 +74,8 @@ def to_peft(
     check_places(model, *(folder / file for file in (CONFIG, TENSORS, *others)))
     with model.only(chosen):
         config, tensors, notes = peft_contents(model, chosen)
-    others |= export_record(model, chosen)
+    mine = [operation for operation in model.operations if operation.name == chosen]
+    others |= export_record(model.source, mine)
     write_adapter(folder, config, tensors, others)
     clear_export_record(folder, others)
     return notes

@@ -32,8 +32,8 @@ from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.fold.vocabulary import built
 from peftsurgery.surgery.loading import open_built
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.saved_build import MOST, tokenizer_files
-from peftsurgery.surgery.model.surgery_files import is_surgery
+from peftsurgery.surgery.model.saved.build import MOST, tokenizer_files
+from peftsurgery.surgery.model.saved.manifest import is_surgery
 
 
 def open_peft_base(

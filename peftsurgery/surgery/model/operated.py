@@ -38,13 +38,13 @@ from peftsurgery.surgery.model.learnt import Learnt
 from peftsurgery.surgery.model.moved_buffers import moved_buffers, persistent_buffers
 from peftsurgery.surgery.model.new_parameters import new_parameters, read_weights
 from peftsurgery.surgery.model.penalty import penalty_of
-from peftsurgery.surgery.model.provenance import check_places, notes_of
 from peftsurgery.surgery.model.report import Report, capture_notes, counted
 from peftsurgery.surgery.model.rewriting import Rewriting
-from peftsurgery.surgery.model.shared import SharedModel
+from peftsurgery.surgery.model.saved.writing import Saved, is_updated, parts_of, write_surgery
+from peftsurgery.surgery.model.shared import SharedModel, operations_of
 from peftsurgery.surgery.model.state_dict import keep_learnt
-from peftsurgery.surgery.model.surgery_files import Saved, is_updated, parts_of, write_surgery
-from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.model.writable import check_places
+from peftsurgery.surgery.plan.cut import Cut, Operation, notes_of
 from peftsurgery.surgery.plan.fusion import taking_part
 from peftsurgery.surgery.plan.mode import Mode
 from peftsurgery.surgery.plan.plan import Plan
@@ -345,3 +345,9 @@ class OperatedModel(SharedModel):
     def captures(self) -> tuple[Capture, ...]:
         """The captures served so far in the mode of this thread, the first one first."""
         return self._serving.captures(self._adapters.mode)
+
+
+def active_operations(model: GraphModel) -> list[Operation]:
+    """The operations of a model's active adapters; none if it is as it was captured."""
+    active = model.active if isinstance(model, OperatedModel) else ()
+    return [operation for operation in operations_of(model) if operation.name in active]

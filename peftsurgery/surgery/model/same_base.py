@@ -25,7 +25,7 @@ from peftsurgery.capture.fingerprint import (
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.places import everything_read
-from peftsurgery.surgery.model.provenance import FILE, base_folder, folded_into
+from peftsurgery.surgery.model.fold_record import FILE, base_folder, folded_into
 from peftsurgery.surgery.plan.origin import Origin
 
 HINT = "--allow-other-base, allow_other_base=True in Python, takes it all the same"

@@ -19,6 +19,7 @@ from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.store import PackedWeights
 from peftsurgery.surgery.model.tensors import frozen, put, share
 from peftsurgery.surgery.model.trained_copies import TrainedCopies
+from peftsurgery.surgery.plan.cut import Operation
 from peftsurgery.surgery.plan.plan import Plan
 
 
@@ -122,6 +123,11 @@ class _Base:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
         return self  # a copy of an operated model is on the same base
+
+
+def operations_of(model: GraphModel) -> tuple[Operation, ...]:
+    """What was done to a model; nothing, if it is as it was captured."""
+    return model._plan.operations if isinstance(model, SharedModel) else ()
 
 
 def unoperated(model: GraphModel) -> GraphModel:

@@ -125,6 +125,12 @@ class Cut:
         return {**self.operation.settings, **self.sizes}
 
 
+def notes_of(operations: Iterable[Operation]) -> list[str]:
+    """What a reader should know of where operations come from."""
+    found = (note for operation in operations for note in operation.origin.notes)
+    return list(dict.fromkeys(found))
+
+
 def in_order(cuts: Iterable[Cut]) -> list[Cut]:
     """Sort cuts into the order in which they are made: inputs of a site before its outputs.
 

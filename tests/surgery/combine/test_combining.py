@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.surgery_contents import contents_of
+from peftsurgery.surgery.model.saved.contents import contents_of
 from tests.parity.models import batch, captured
 from tests.surgery.reference import randomise
 

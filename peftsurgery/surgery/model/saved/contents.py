@@ -8,20 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.capture.fingerprint import Fingerprint
 from peftsurgery.capture.stored import StoredTensor, header_of
 from peftsurgery.language.describe import describe_where
-from peftsurgery.surgery.model.surgery_files import (
-    TENSORS,
-    read_active,
-    read_buffers,
-    read_fingerprint,
-    read_left_out,
-    read_lost,
-    read_manifest,
-    read_operations,
-    read_trained,
-)
+from peftsurgery.surgery.model.saved.manifest import TENSORS, Manifest, read_manifest
 from peftsurgery.surgery.plan.cut import Operation
 
 
@@ -114,19 +103,17 @@ class Contents:
     were trained whole of a surgery that does not say by which adapter.
     """
 
-    path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     adapters: tuple[Held, ...]
     of_the_base: Mapping[str, StoredTensor]
-    fingerprint: Fingerprint | None
 
     def to_dict(self) -> dict[str, Any]:
         """The contents as ``--json`` prints them."""
         said = ("base", "model", "versions", "seed", "date")
-        print_ = self.fingerprint
+        print_ = self.manifest.fingerprint
         return {
-            "surgery": str(self.path),
-            **{key: self.manifest.get(key) for key in said},
+            "surgery": str(self.manifest.path),
+            **{key: self.manifest.said.get(key) for key in said},
             "fingerprint": print_ and {**print_.summary(), "tensors": len(print_.tensors)},
             "adapters": [adapter.to_dict() for adapter in self.adapters],
             "active": [adapter.name for adapter in self.adapters if adapter.active],
@@ -137,14 +124,14 @@ class Contents:
         }
 
     def __str__(self) -> str:
-        given = self.manifest
-        lines = [f"{self.path}: a surgery on a {given.get('model') or 'model'}"]
+        given, print_ = self.manifest.said, self.manifest.fingerprint
+        lines = [f"{self.manifest.path}: a surgery on a {given.get('model') or 'model'}"]
         lines.append(f"  base: {given.get('base') or 'a model in memory'}")
-        if self.fingerprint is None:
+        if print_ is None:
             lines.append("  no fingerprint of the base's weights")
         else:
-            count = len(self.fingerprint.tensors)
-            lines.append(f"  fingerprint {self.fingerprint.digest} of its {count} tensors")
+            count = len(print_.tensors)
+            lines.append(f"  fingerprint {print_.digest} of its {count} tensors")
         versions = given.get("versions")
         if isinstance(versions, dict):
             made = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -161,30 +148,27 @@ def contents_of(path: Path) -> Contents:
     PSG605 and PSG606 for files that are damaged.
     """
     manifest = read_manifest(path)
-    operations = read_operations(path, manifest)
     tensors = header_of(path / TENSORS, "PSG606")
-    names = list(dict.fromkeys(operation.name for operation in operations))
-    trained, moved = read_trained(path, manifest), read_buffers(path, manifest)
+    names, trained = manifest.adapters, manifest.trained
     owners = {tensor: trained.get(tensor) or _owner(tensor, names) for tensor in tensors}
-    owners |= dict.fromkeys(moved)
-    active, left_out = read_active(path, manifest), read_left_out(path, manifest)
-    lost, adapters = read_lost(manifest), []
+    owners |= dict.fromkeys(manifest.buffers)
+    adapters = []
     for name in names:
         mine = [tensor for key, tensor in tensors.items() if owners[key] == name]
         adapters.append(
             Held(
                 name,
-                tuple(operation for operation in operations if operation.name == name),
-                active is None or name in active,
-                tuple(left_out.get(name, ())),
+                tuple(operation for operation in manifest.operations if operation.name == name),
+                manifest.active is None or name in manifest.active,
+                tuple(manifest.left_out.get(name, ())),
                 Size.of(mine),
                 tuple(sorted({tensor.dtype for tensor in mine})),
                 tuple(sorted(key for key, owner in trained.items() if owner == name)),
-                lost.get(name),
+                manifest.lost.get(name),
             )
         )
     rest = {key: tensor for key, tensor in tensors.items() if owners[key] is None}
-    return Contents(path, manifest, tuple(adapters), rest, read_fingerprint(path, manifest))
+    return Contents(manifest, tuple(adapters), rest)
 
 
 def _owner(tensor: str, names: Iterable[str]) -> str | None:

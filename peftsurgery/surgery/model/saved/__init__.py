@@ -1,0 +1,1 @@
+"""Saved surgeries: how a directory with adapters is written, read and described."""
