@@ -245,7 +245,7 @@ def test_what_a_rank_loses_is_told_as_a_share_of_the_change(tmp_path: Path) -> N
         saved = ps.load(tmp_path / "saved", model.base)
         assert saved.report.lost == combined.report.lost
         (held, other) = contents_of(tmp_path / "saved").adapters
-        assert (held.lost, other.lost) == (combined.lost["new"], None)
+        assert (held.lost, other.lost) == (combined.report.lost["new"], None)
         rest = ps.eject(again, "new")
         assert isinstance(rest, OperatedModel)
         assert rest.report.lost == {}
