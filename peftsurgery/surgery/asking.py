@@ -19,7 +19,7 @@ from peftsurgery.language import (
     settings_of,
 )
 from peftsurgery.language.selection import every_site, verdict
-from peftsurgery.surgery.model.provenance import operations_of
+from peftsurgery.surgery.model.shared import operations_of
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts
 

@@ -327,10 +327,14 @@ def wayward() -> nn.Module:
 
 
 def test_a_factory_makes_the_same_base_again_or_is_told_that_it_must(tmp_path: Path) -> None:
-    ps.apply(ps.capture("tests.surgery.test_bases:factory"), "lora_qv").save(tmp_path / "same")
+    ps.apply(ps.capture("tests.surgery.model.test_same_base:factory"), "lora_qv").save(
+        tmp_path / "same"
+    )
     torch.manual_seed(99)
     torch.randn(7)
     assert not told(ps.load(tmp_path / "same"))
-    ps.apply(ps.capture("tests.surgery.test_bases:wayward"), "lora_qv").save(tmp_path / "other")
+    ps.apply(ps.capture("tests.surgery.model.test_same_base:wayward"), "lora_qv").save(
+        tmp_path / "other"
+    )
     with pytest.raises(ps.SurgeryError, match=r"PSG319(.|\n)*same weights at every call"):
         ps.load(tmp_path / "other")
