@@ -24,7 +24,7 @@ from peftsurgery.formats.peft.writing import peft_contents
 from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.saved_build import own_tokenizer
+from peftsurgery.surgery.model.saved.build import own_tokenizer
 from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import adapter_name
 

@@ -219,7 +219,7 @@ def test_a_folded_directory_says_what_is_in_it_and_has_a_card(
     record = json.loads((tmp_path / "out/peftsurgery.json").read_text())
     (entry,) = record["folded"]
     assert (entry["adapter"], entry["method"]) == ("lora_qv", "lora_qv")
-    assert entry["settings"] == {"rank": 8, "alpha": 16, "dropout": 0.0}
+    assert entry["settings"] == {"rank": 8, "alpha": 16, "dropout": 0.0, "stabilised": False}
     assert ps.parse_rules(entry["rules"]).name == "lora_qv"
     manifest = json.loads((surgery / "surgery.json").read_text())
     assert record["fingerprint"]["digest"] == manifest["fingerprint"]["digest"]
@@ -267,7 +267,8 @@ def test_an_export_on_the_right_base_says_nothing_of_an_earlier_one(
     right = ps.apply(ps.capture(str(base)), "lora_qv")
     wrong = ps.apply(ps.capture(str(base)), "lora_qv")
     (operation,) = wrong.operations
-    wrong._operations = (replace(operation, origin=replace(operation.origin, other_base="other")),)
+    changed = replace(operation, origin=replace(operation.origin, other_base="other"))
+    wrong._plan = replace(wrong._plan, operations=(changed,))
     for export in (ps.to_peft, ps.to_adapterhub):
         out = tmp_path / export.__name__
         export(wrong, out)
@@ -327,14 +328,10 @@ def wayward() -> nn.Module:
 
 
 def test_a_factory_makes_the_same_base_again_or_is_told_that_it_must(tmp_path: Path) -> None:
-    ps.apply(ps.capture("tests.surgery.model.test_same_base:factory"), "lora_qv").save(
-        tmp_path / "same"
-    )
+    ps.apply(ps.capture(f"{__name__}:factory"), "lora_qv").save(tmp_path / "same")
     torch.manual_seed(99)
     torch.randn(7)
     assert not told(ps.load(tmp_path / "same"))
-    ps.apply(ps.capture("tests.surgery.model.test_same_base:wayward"), "lora_qv").save(
-        tmp_path / "other"
-    )
+    ps.apply(ps.capture(f"{__name__}:wayward"), "lora_qv").save(tmp_path / "other")
     with pytest.raises(ps.SurgeryError, match=r"PSG319(.|\n)*same weights at every call"):
         ps.load(tmp_path / "other")
