@@ -60,9 +60,12 @@ CODES = {
         "it is. Save the surgery itself, or fold it.",
     ),
     "PSG513": CodeInfo(
-        "AdapterHub's names for the places of a model are not known",
-        "The library names them for each architecture in its own way; those that are known here "
-        "are in peftsurgery/formats/adapterhub/library.yaml.",
+        "AdapterHub's names for the parts of a model's layers are not known",
+        "The library names them for each architecture in its own way. Those in "
+        "peftsurgery/formats/adapterhub/library.yaml are known; of others, an adapter that is read "
+        "tells them by its tensors' names (the path of a linear, a module that ends a sublayer, or "
+        "words such as attention and output), and what is added to queries, keys and values needs "
+        "none to be written.",
     ),
     "PSG514": CodeInfo(
         "the head that was saved with an adapter has no place in the model",

@@ -52,7 +52,7 @@ def write_adapter_files(folder: Path, contents: Mapping[str, bytes], marker: str
     files.write_files(folder, contents, marker, "PSG601", "an adapter's directory")
 
 
-def shown(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value of a config inside a message."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

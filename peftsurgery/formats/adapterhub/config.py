@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, closest, did_you_mean
-from peftsurgery.formats.adapter_files import shown
+from peftsurgery.formats.adapter_files import brief
 from peftsurgery.formats.adapterhub.layout import MATRICES
 from peftsurgery.formats.adapterhub.library import (
     FORMAT,
@@ -84,7 +84,7 @@ class HubConfig:
     def _config(self) -> Mapping[str, Any]:
         config = self.values.get("config")
         if not isinstance(config, dict):
-            message = f"the adapter's config is {shown(config)}, not an object with all its values"
+            message = f"the adapter's config is {brief(config)}, not an object with all its values"
             raise SurgeryError("PSG503", message, "save it again with adapters 1.1 or newer")
         members = config.get("configs") if config.get("architecture") == UNION else [config]
         if not isinstance(members, list) or not all(isinstance(part, dict) for part in members):
@@ -99,7 +99,7 @@ class HubConfig:
             known = parts()
             architecture = part.get("architecture")
             if architecture is not None and str(architecture) not in known:
-                message = f"the adapter's architecture is {shown(architecture)}"
+                message = f"the adapter's architecture is {brief(architecture)}"
                 raise SurgeryError("PSG502", message, did_you_mean(str(architecture), known))
         return config
 
@@ -124,7 +124,7 @@ class HubConfig:
                     continue
                 name = key.removeprefix(prefix)
                 if "." not in name and name != "architecture" and name not in known:
-                    message = f"the adapter's config has {name} = {shown(value)}"
+                    message = f"the adapter's config has {name} = {brief(value)}"
                     hint = f"the library's keys: {', '.join(known)}"
                     hint = did_you_mean(name, known) if closest(name, known) else hint
                     raise SurgeryError("PSG504", f"{message}, which is not honoured", hint)
@@ -141,7 +141,7 @@ class HubConfig:
             raise SurgeryError("PSG502", f"no shipped rule is made of these configs: {names}")
         odd = min(near, key=len)
         flat = self.flats[0]
-        listed = ", ".join(f"{key} = {shown(flat.get(key))}" for key in odd)
+        listed = ", ".join(f"{key} = {brief(flat.get(key))}" for key in odd)
         raise SurgeryError("PSG504", f"no shipped rule is this method with {listed}")
 
 
@@ -185,7 +185,7 @@ def _settings(flat: Flat, file: RuleFile) -> dict[str, Any]:
         if setting in counts:
             fits = type(value) is int and value > 0
         if not fits:
-            raise SurgeryError("PSG503", f"the adapter's {key} cannot be {shown(value)}")
+            raise SurgeryError("PSG503", f"the adapter's {key} cannot be {brief(value)}")
         settings[setting] = value
     return settings
 
@@ -210,4 +210,4 @@ def _check_place(key: str, value: Any, default: Any) -> None:
     else:
         fits = isinstance(value, list) and all(type(item) is int for item in value)
     if not fits:
-        raise SurgeryError("PSG503", f"the adapter's {key} cannot be {shown(value)}")
+        raise SurgeryError("PSG503", f"the adapter's {key} cannot be {brief(value)}")

@@ -25,7 +25,7 @@ from peftsurgery.surgery.plan.cut import Cut
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Placement:
     """A config as one rule file's, which is at the sites that the config means.
 
     ``moved`` is how many of its rules had to be told where.
@@ -57,8 +57,8 @@ def hub_plan(
         message = f"the adapter is for a '{config.model_type}'"
         raise SurgeryError("PSG506", f"{message}, not for a '{sites.model_type}'")
     sites = sites.told(tensors, config.asked(LINEARS))
-    candidates = [_candidate(reading, sites) for reading in config.readings()]
-    best = min(candidates, key=lambda candidate: candidate.order).reading
+    placements = [_placement(reading, sites) for reading in config.readings()]
+    best = min(placements, key=lambda placement: placement.order).reading
     operation, cuts = meant_operation(model, best.file, best.settings, name, FORMAT, earlier)
     wanted = hub_tensors(cuts, sites, config.name)
     return AdapterPlan([operation], cuts, values_of(wanted, tensors))
@@ -69,7 +69,7 @@ def hub_tensors(cuts: Iterable[Cut], sites: HubSites, name: str) -> dict[str, Jo
     return joined_tensors(cuts, named, lambda cut, suffix: sites.key(cut.placed, suffix, name))
 
 
-def _candidate(reading: ConfigReading, sites: HubSites) -> Candidate:
+def _placement(reading: ConfigReading, sites: HubSites) -> Placement:
     """A rule file at the sites that a reading of the config means. PSG504 if there are none.
 
     Rules without parameters go along with the others.
@@ -90,7 +90,7 @@ def _candidate(reading: ConfigReading, sites: HubSites) -> Candidate:
     if not any(rule.params for rule in rules):
         raise SurgeryError("PSG504", "the adapter's config means no place in the model")
     file = reading.file.model_copy(update={"rules": tuple(rules)})
-    return Candidate(replace(reading, file=file), moved)
+    return Placement(replace(reading, file=file), moved)
 
 
 def _meant(rule: Rule, reading: ConfigReading, sites: HubSites) -> list[Placed]:

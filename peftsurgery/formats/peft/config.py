@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.formats.adapter_files import shown
+from peftsurgery.formats.adapter_files import brief
 from peftsurgery.formats.exchange import forms
-from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, words
+from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
 from peftsurgery.language import RuleFile
 from peftsurgery.language.paths import full_match
 
@@ -34,7 +34,7 @@ class AdapterConfig:
         known = {str(file.identifying(FORMAT)["peft_type"]) for file in forms(FORMAT)}
         if not isinstance(kind, str) or kind not in known:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
-            raise SurgeryError("PSG502", f"the adapter's peft_type is {shown(kind)}", hint)
+            raise SurgeryError("PSG502", f"the adapter's peft_type is {brief(kind)}", hint)
         of_kind = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] == kind]
         for key, wanted in {
             k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
@@ -56,11 +56,11 @@ class AdapterConfig:
     def value(self, key: str) -> Any:
         """The value of a key, or what peft takes it to be where it is missing."""
         value = self.values.get(key)
-        return words().absent.get(key) if value is None else value
+        return peft_words().absent.get(key) if value is None else value
 
     def _check_keys(self) -> None:
         carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
-        read, choices = {*words().read, *words().without_effect}, words().choices
+        read, choices = {*peft_words().read, *peft_words().without_effect}, peft_words().choices
         known = {*read, *choices, *carried, *listings(self.files)}
         for key, value in self.values.items():
             if key in choices and not any(value is c or value == c for c in choices[key]):
@@ -68,9 +68,9 @@ class AdapterConfig:
                 message = f"the adapter's {key} is {value!r}, which is not honoured"
                 raise SurgeryError("PSG504", message, f"honoured: {allowed}")
             if key not in known and value not in (None, False, "", [], {}):
-                message = f"the adapter's config has {key} = {shown(value)}, which is not honoured"
+                message = f"the adapter's config has {key} = {brief(value)}, which is not honoured"
                 raise SurgeryError("PSG504", message, _near(key, known))
-        for key in words().patterns.values():
+        for key in peft_words().patterns.values():
             if not isinstance(self.pattern(key), dict):
                 raise SurgeryError("PSG503", f"the adapter's {key} is no object")
 
@@ -92,9 +92,9 @@ class AdapterConfig:
         settings = {}
         for key, setting in file.carried(FORMAT).items():
             source, value = key, self.value(key)
-            for pattern, special in self.pattern(words().patterns.get(key, "")).items():
+            for pattern, special in self.pattern(peft_words().patterns.get(key, "")).items():
                 if pattern_matches(pattern, module):
-                    source, value = f"{words().patterns[key]}['{pattern}']", special
+                    source, value = f"{peft_words().patterns[key]}['{pattern}']", special
                     break
             _check_value(key, source, value, file.with_[setting])
             settings[setting] = value
@@ -104,7 +104,7 @@ class AdapterConfig:
         """Refuse a pattern that matches no adapted module: peft would ignore it. PSG508."""
         modules = list(modules)
         carried = {key for file in self.files for key in file.carried(FORMAT)}
-        for key in (pattern for key, pattern in words().patterns.items() if key in carried):
+        for key in (pattern for key, pattern in peft_words().patterns.items() if key in carried):
             for pattern in self.pattern(key):
                 if not any(pattern_matches(pattern, module) for module in modules):
                     message = f"{key} names '{pattern}', and no adapted module is called that"
@@ -135,7 +135,7 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
         fits = fits and 0 <= value < 2**63
     else:
         fits = isinstance(value, type(default))
-    if key in words().counts:
+    if key in peft_words().counts:
         fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
     if key.endswith("dropout"):
         fits = fits and value < 1
@@ -144,7 +144,7 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
 
 
 def _refuse_value(source: str, value: Any) -> NoReturn:
-    raise SurgeryError("PSG503", f"the adapter's {source} cannot be {shown(value)}")
+    raise SurgeryError("PSG503", f"the adapter's {source} cannot be {brief(value)}")
 
 
 def _near(key: str, known: Iterable[str]) -> str | None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.peft.library import FORMAT, words
+from peftsurgery.formats.peft.library import FORMAT, peft_words
 from peftsurgery.language import Rule, RuleFile, fold, initial_value, resolve_settings, weights_read
 from peftsurgery.language.rule_algebra import axes_of
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -65,7 +65,7 @@ def _settings(cuts: Sequence[Cut]) -> dict[str, Any]:
     """Settings of the whole: ranks add up, and the numbers of the rule file stay what they are."""
     first = cuts[0]
     file = first.operation.file
-    rank, alpha = _summed(file), file.carried(FORMAT).get(words().parts["scaled"])
+    rank, alpha = _summed(file), file.carried(FORMAT).get(peft_words().parts["scaled"])
     own = {name: first.operation.settings[name] for name in file.with_}
     for cut in cuts:
         for name in {*file.with_, *file.let} - {rank, alpha}:
@@ -84,7 +84,7 @@ def _settings(cuts: Sequence[Cut]) -> dict[str, Any]:
 
 def _summed(file: RuleFile) -> str | None:
     """The setting that adds up over the parts: the rank."""
-    return file.carried(FORMAT).get(words().parts["added"])
+    return file.carried(FORMAT).get(peft_words().parts["added"])
 
 
 def _fused(

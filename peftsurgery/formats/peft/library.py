@@ -48,7 +48,7 @@ class PeftWords:
 
 
 @cache
-def words() -> PeftWords:
+def peft_words() -> PeftWords:
     """The table, read once."""
     table = words_of(Path(__file__).with_name("library.yaml"))
     tasks = {name: PeftTask(**entry) for name, entry in table["tasks"].items()}
@@ -58,7 +58,7 @@ def words() -> PeftWords:
 
 def classes_of(task: str) -> Mapping[str, Any]:
     """The classes for a task by the type of model, as transformers lists them; none for others."""
-    known = words().tasks.get(task)
+    known = peft_words().tasks.get(task)
     return {} if known is None else getattr(modeling_auto, known.classes)
 
 

@@ -20,7 +20,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import AdapterPlan, training
 from peftsurgery.formats.joined_tensors import JoinedTensor
 from peftsurgery.formats.peft.adapter import PeftAdapter
-from peftsurgery.formats.peft.library import words
+from peftsurgery.formats.peft.library import peft_words
 from peftsurgery.formats.peft.target_modules import nearest, saved_whole
 from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -125,7 +125,7 @@ def trained_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterP
 
 def _check_covered(model: nn.Module, adapter: PeftAdapter) -> None:
     """Refuse a module that is to be saved whole and of which there is no tensor. PSG508."""
-    task = words().tasks.get(str(adapter.config.values.get("task_type")))
+    task = peft_words().tasks.get(str(adapter.config.values.get("task_type")))
     owners = {name.rpartition(".")[0] for name in adapter.names.own}
     modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for name in adapter.config.names("modules_to_save"):

@@ -35,7 +35,7 @@ from peftsurgery.formats.joined_tensors import JoinedTensor, joined_tensors, val
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.config import AdapterConfig
 from peftsurgery.formats.peft.files import BASE
-from peftsurgery.formats.peft.library import FORMAT, LIBRARY, WholeMethod, classes_of, words
+from peftsurgery.formats.peft.library import FORMAT, LIBRARY, WholeMethod, classes_of, peft_words
 from peftsurgery.formats.peft.tensor_keys import without_wrapper
 from peftsurgery.formats.peft.trained_modules import say_trained
 from peftsurgery.language import Rule, RuleFile, evaluate, parse
@@ -108,7 +108,7 @@ def whole_files(
 
 def _method(form: RuleFile) -> WholeMethod:
     kind = str(form.identifying(FORMAT).get("peft_type"))
-    return words().whole.get(kind, WholeMethod())
+    return peft_words().whole.get(kind, WholeMethod())
 
 
 def _said_of(model: GraphModel, cuts: Sequence[Cut], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def _meant_tensors(model: OperatedModel, cuts: Sequence[Cut]) -> dict[str, torch
 def _task_of(name: str, base: nn.Module) -> str:
     """What peft calls the task of a model, by its class. PSG510 if it is none of peft's."""
     kind = type(base).__name__
-    for task in words().tasks:
+    for task in peft_words().tasks:
         if kind in classes_of(task).values():
             return task
     raise _refuse(name, f"is on a {kind}, and peft has virtual tokens for no such task")

@@ -22,7 +22,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import config_of
 from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.fused_weights import fuse
-from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, words
+from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
 from peftsurgery.formats.peft.needed_base import class_said, saved_tables
 from peftsurgery.formats.peft.rank_patterns import PATTERN, check_total, gather
 from peftsurgery.formats.peft.target_modules import say_listed, say_targets, unlike
@@ -168,10 +168,10 @@ def _check_module(base: nn.Module, cut: Cut) -> None:
 def _merge(name: str, adapted: Sequence[Adapted]) -> dict[str, Any]:
     """One config for all modules: patterns where it may differ, else one value. PSG510."""
     config: dict[str, Any] = {}
-    patterns = words().patterns
+    patterns = peft_words().patterns
     for key in dict.fromkeys(key for one in adapted for key in one.keys):
         # a switch that a rule file does not mention is off
-        off = {key: False} if words().absent.get(key) is False else {}
+        off = {key: False} if peft_words().absent.get(key) is False else {}
         given = {one.module: {**off, **one.keys} for one in adapted}
         values = {module: keys[key] for module, keys in given.items() if key in keys}
         usual = Counter(values.values()).most_common(1)[0][0]
