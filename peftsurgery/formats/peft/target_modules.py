@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,6 +22,7 @@ from peftsurgery.language.paths import full_match
 
 ALL_LINEAR = "all-linear"
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
+IN_LIST = re.compile(r"(?:.*?\.)?([^.]*)\.(\d+)\.")
 
 
 def check_targets(config: AdapterConfig, model: nn.Module, covered: Collection[str]) -> None:
@@ -109,15 +111,15 @@ def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
     wanted = [layers] if isinstance(layers, int) else layers
     if not isinstance(wanted, list) or not all(isinstance(layer, int) for layer in wanted):
         raise SurgeryError("PSG503", "the adapter's layers_to_transform are no numbers")
-    lists = config.names("layers_pattern")
+    return lambda path: _is_in_layers(path, wanted, config.names("layers_pattern"))
 
-    def in_layers(path: str) -> bool:
-        patterns = [re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.") for name in lists]
-        found = (pattern.match(path) for pattern in patterns or [LAYER])
-        first = next((match for match in found if match), None)
-        return first is not None and int(first[1]) in wanted
 
-    return in_layers
+def _is_in_layers(path: str, layers: Collection[int], lists: Collection[str]) -> bool:
+    """Whether a module is in one of these layers of the lists of these names, or of any list."""
+    patterns = [re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.") for name in lists]
+    found = (pattern.match(path) for pattern in patterns or [LAYER])
+    first = next((match for match in found if match), None)
+    return first is not None and int(first[1]) in layers
 
 
 def unlike(model: nn.Module, path: str) -> str | None:
@@ -203,14 +205,24 @@ def say_listed(
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
-def say_targets(paths: Collection[str], modules: Collection[str]) -> list[str] | str:
-    """A ``target_modules`` that means exactly these paths among a model's modules.
+def say_targets(paths: Collection[str], modules: Collection[str], layered: bool) -> dict[str, Any]:
+    """The keys that mean exactly these paths among a model's modules.
 
-    The last names if they are enough, else the paths, else a regular expression: peft takes every
-    name of a list for an ending.
+    ``target_modules`` are the last names if they are enough, or in some layers if the method is
+    ``layered``, else the paths, else a regular expression: peft takes every name of a list for an
+    ending.
     """
-    for names in (leaves(paths), set(paths)):
-        meant = {m for m in modules if any(ends(m, name) for name in names)}
-        if meant == set(paths):
-            return sorted(names)
-    return "|".join(re.escape(path) for path in sorted(paths))
+    names = leaves(paths)
+    inside = [match for path in paths if (match := IN_LIST.match(path))]
+    layers, lists = {int(match[2]) for match in inside}, {match[1] for match in inside}
+    by_name = {m for m in modules if any(ends(m, name) for name in names)}
+    if by_name == set(paths):
+        return {"target_modules": sorted(names)}
+    meant = {m for m in by_name if m in names or _is_in_layers(m, layers, lists)}
+    if layered and layers and meant == set(paths):
+        said = {"layers_to_transform": sorted(layers), "layers_pattern": sorted(lists)}
+        return {"target_modules": sorted(names), **said}
+    by_path = {m for m in modules if any(ends(m, path) for path in paths)}
+    if by_path == set(paths):
+        return {"target_modules": sorted(paths)}
+    return {"target_modules": "|".join(re.escape(path) for path in sorted(paths))}

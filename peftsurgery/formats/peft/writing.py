@@ -84,7 +84,8 @@ def _wrapped(
     base = model.source.module
     modules = [path for path, _ in base.named_modules() if path]
     config = _merge(name, adapted)
-    config["target_modules"] = targets = say_targets(paths, modules)
+    config |= say_targets(paths, modules, bool(peft_words().patterns.keys() & config.keys()))
+    targets = config["target_modules"]
     listed = {one.module: one.rule.listing(FORMAT) for one in adapted}
     for key in sorted(listings(cut.operation.file for cut in cuts)):
         config[key] = say_listed([path for path in paths if listed[path] == key], paths, targets)
