@@ -1,4 +1,4 @@
-"""Output that is there whole or not at all.
+"""Outputs that are written whole or not at all.
 
 It is written to a hidden sibling of what was asked for, which takes the name when all has succeeded
 and is removed when it has not. What is read is never touched: see :mod:`peftsurgery.places`.

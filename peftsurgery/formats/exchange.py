@@ -1,4 +1,4 @@
-"""What the exchange of adapters with every other library has in common.
+"""Exchange of adapters with other libraries: what reading and writing have in common.
 
 A library is a table of its words (``library.yaml``), what the rule files say of it under
 ``checkpoint``, and a translation of its config and of its tensors' names. The rest is here: which
@@ -40,7 +40,7 @@ from peftsurgery.surgery.plan.select import select_cuts
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """The operations that an adapter is, their cuts, and the values of parameters by name."""
+    """Operations that an adapter file amounts to, their cuts, and parameter values by name."""
 
     operations: list[Operation] = field(default_factory=list)
     cuts: list[Cut] = field(default_factory=list)
@@ -58,7 +58,7 @@ class AdapterPlan:
 
 @cache
 def words_of(table: Path) -> dict[str, Any]:
-    """A library's words: what the YAML file ``table`` holds."""
+    """Load a library's word table, a YAML file."""
     found: dict[str, Any] = yaml.safe_load(table.read_text(encoding="utf-8"))
     return found
 
@@ -86,7 +86,7 @@ def installed(
     allow_other_base: bool,
     notes: Iterable[str] = (),
 ) -> OperatedModel:
-    """``model`` with an adapter, as its plan has it; ``model`` itself stays as it was.
+    """Put a planned adapter on a model; returns a new model.
 
     ``base`` is what the adapter says of its base, ``tensors`` are its own, which tell whether it
     was folded into this one; ``notes`` are for the report. Raises PSG319 for another base.
@@ -100,7 +100,7 @@ def installed(
 
 
 def chosen_adapter(model: object, name: str | None, library: str) -> str:
-    """The adapter to write: ``name``, or the only one that no other is over. PSG511."""
+    """Choose the adapter to write: ``name``, or the only one. Raises PSG511 if unclear."""
     operations = model.operations if isinstance(model, OperatedModel) else ()
     names = list(dict.fromkeys(operation.name for operation in operations))
     if not names:
@@ -129,7 +129,7 @@ def meant_operation(
     format_name: str,
     before: Iterable[Cut] = (),
 ) -> tuple[Operation, list[Cut]]:
-    """What an adapter of a format is on a model, and its cuts that have parameters.
+    """Build the operation of a format's adapter on a model, with its cuts that have parameters.
 
     ``carried`` are the settings that its config carries; others are implied, see
     :meth:`RuleFile.implied`. ``before`` are the cuts of adapters that it may be over.
@@ -146,7 +146,7 @@ def meant_operation(
 
 
 def _implied(file: RuleFile, format_name: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The implied settings that can be told of what is known of the model."""
+    """Implied settings that can be evaluated from what is known of the model."""
     values = file.implied(format_name).items()
     return {
         name: evaluate(value, known) if isinstance(value, Expression) else value
@@ -166,26 +166,26 @@ def check_implied(operation: Operation, format_name: str, library: str, code: st
 def not_known(
     operation: Operation, setting: str, usual: Any, library: str, code: str
 ) -> SurgeryError:
-    """The refusal of a setting that a library has only at its usual value."""
+    """Error for a setting that a library has only at its usual value."""
     value = operation.settings[setting]
     message = f"'{operation.name}' has {setting} = {value!r}, and {library} knows only {usual!r}"
     return SurgeryError(code, message, "save the surgery itself with save(), or fold it")
 
 
 def config_of(operation: Operation, form: RuleFile, format_name: str) -> dict[str, Any]:
-    """The config keys that say the method, and those that carry its settings."""
+    """Config of an operation: keys that identify the method, and those that carry settings."""
     carried = form.carried(format_name).items()
     return form.identifying(format_name) | {key: operation.settings[name] for key, name in carried}
 
 
 def training(parameters: Iterable[str], method: str, about: str, name: str) -> Operation:
-    """The operation that trains parameters of the model, for the adapter ``name``."""
+    """Make the operation that trains parameters of the model, for the adapter ``name``."""
     rule = Rule(match="parameter", where=Where(paths=tuple(parameters)), train=True)
     return Operation(RuleFile(name=method, about=about, rules=(rule,)), {}, name)
 
 
 def exactly(sites: Sequence[Placed]) -> Where:
-    """The clauses that choose these sites: their modules, and for parts of a weight their roles."""
+    """Clauses that choose exactly these sites, by module paths, and roles for parts of weights."""
     choices: list[dict[str, Any]] = []
     whole = [site.module for site in sites if site.slice is None]
     parts = [site for site in sites if site.slice is not None]

@@ -87,7 +87,7 @@ def joined_tensors(
     key_of: Callable[[Cut, str], str],
     flat: int = 0,
 ) -> dict[str, JoinedTensor]:
-    """The tensors that the parameters of cuts are in a file, by their keys there.
+    """Tensors that hold the parameters of cuts in a file, by key.
 
     ``named`` gives a rule's parameters their names in the file, and ``key_of`` the whole key of a
     cut's. A parameter that a group of sites shares has the group's position. PSG507 if parameters

@@ -34,7 +34,7 @@ WEIGHTED = ("linear", "embedding", "conv", "experts")
 
 @dataclass(frozen=True)
 class Option:
-    """A rule of a file that may be meant at a module."""
+    """Candidate: one rule of a file for the tensors at a module."""
 
     file: RuleFile
     rule: Rule
@@ -59,7 +59,7 @@ class Option:
 
 
 def peft_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterPlan:
-    """The plan for an adapter. PSG504, PSG506, PSG507 and PSG508 for what does not fit."""
+    """Plan a peft adapter on a model. Raises PSG504, PSG506, PSG507, PSG508."""
     if any(is_whole(file.rules) for file in adapter.config.files):
         plan = whole_plan(model, adapter, name)
     else:
@@ -173,7 +173,7 @@ def _best(
     settings: Mapping[str, Any],
     wanted: Sequence[Placed],
 ) -> Option:
-    """Of rules that do the same, the one that would choose these very modules, or the first."""
+    """Best of equivalent rules: one that would choose exactly these modules, or the first."""
     modules = {site.module for site in wanted}
     for option in options:
         given = resolve_settings(option.file, settings)
