@@ -77,7 +77,7 @@ def load_on(
 
 
 def _base(manifest: Manifest, given: Any, build: Build, allow_other_base: bool) -> GraphModel:
-    """What a surgery is put on: what is given, or what the manifest names. PSG311 without both."""
+    """Base of a surgery: the given one, or that of the manifest. Raises PSG311 for neither."""
     named = manifest.base if given is None else given
     if named is None:
         message = f"'{manifest.path}' does not say what it was made for"
