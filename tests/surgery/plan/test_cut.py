@@ -8,7 +8,7 @@ import pytest
 
 import peftsurgery as ps
 from peftsurgery.language import resolve_settings
-from peftsurgery.surgery.plan.cut import Cut, Operation, home_of, in_order, is_adapter_name
+from peftsurgery.surgery.plan.cut import Cut, Operation, copy_name, in_order, is_adapter_name
 from peftsurgery.surgery.plan.select import select_cuts
 from tests.models.captured import captured
 
@@ -85,4 +85,4 @@ def test_an_adapter_s_name_can_be_part_of_a_parameter_s(name: Any, fits: bool) -
 
 
 def test_a_copy_of_a_parameter_has_a_name_beneath_its_module() -> None:
-    assert home_of("model.norm.weight", "one") == "model.norm.one.weight"
+    assert copy_name("model.norm.weight", "one") == "model.norm.one.weight"
