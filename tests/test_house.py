@@ -7,8 +7,10 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import networkx as nx
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
@@ -27,19 +29,30 @@ METHODS = {path.stem for path in RULES} | {
 }
 ARCHITECTURES = {name.lower() for name in CONFIG_MAPPING_NAMES}
 
-# Which rooms a room may look into: down the list only.
-BELOW = {
-    "cli": {"formats", "diff", "checkpoint", "training", "surgery", "language", "anatomy"},
-    "formats": {"training", "surgery", "language", "anatomy"},
-    "diff": {"surgery", "language", "anatomy"},
-    "checkpoint": {"surgery", "language", "anatomy"},
-    "training": {"surgery", "language", "anatomy"},
-    "surgery": {"language", "anatomy"},
-    "language": {"anatomy"},
-    "anatomy": set[str](),
-    "capture": set[str](),
-    "codes": set[str](),
-}
+# Where the package's files are, from the lowest to the highest: a file may import what is in its
+# own room and in those before it. Rooms of surgery are listed by themselves.
+ORDER = (
+    *("version", "reach", "codes", "errors", "installed", "quiet", "notebook"),
+    *("files", "places", "outputs", "arguments"),
+    *("capture", "anatomy", "language"),
+    *("surgery.plan", "surgery.fourbit", "surgery.rewrite", "surgery.model", "surgery.applying"),
+    *("surgery.asking", "surgery.fold", "surgery.combine", "surgery.loading"),
+    *("training", "formats", "diff", "cli", "__init__", "__main__"),
+)
+# Rooms that are beside each other, and do not look into one another.
+APART = {("surgery.combine", "surgery.fold"), ("diff", "formats"), ("diff", "training")}
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    """A module's code."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All of a module's code, node by node."""
+    return tuple(ast.walk(parsed(path)))
 
 
 @pytest.mark.parametrize("path", RULES, ids=lambda path: path.stem)
@@ -49,7 +62,7 @@ def test_a_method_is_one_page(path: Path) -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_nothing_is_decided_by_the_name_of_a_method_or_an_architecture(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     names = {name.lower() for name in decided_by(tree)}
     assert not names & (METHODS | ARCHITECTURES)
 
@@ -77,31 +90,87 @@ def texts(*nodes: ast.AST) -> Iterator[str]:
                 yield part.value
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_a_room_looks_only_into_rooms_below_it(path: Path) -> None:
-    room = path.relative_to(PACKAGE).parts[0]
-    if room not in BELOW:
-        return  # the package's own files: the public table and the errors
-    allowed = {room, "capture", "codes"} | BELOW[room]
-    seen = {target for target in imported(path) if (PACKAGE / target).is_dir()}
-    assert seen <= allowed
+def test_a_room_looks_only_into_rooms_below_it() -> None:
+    """Whatever is imported, for types alone and inside functions too."""
+    places = {room_of(name) for name in GRAPH}
+    assert places == set(ORDER)  # every file has its place, and every place has files
+    for name, other in GRAPH.edges:
+        room, seen = room_of(name), room_of(other)
+        assert ORDER.index(seen) <= ORDER.index(room), f"{name} imports {other}"
+        assert (room, seen) not in APART, f"{name} imports {other}"
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The rooms that a module imports from."""
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.level == depth and node.module:
-            yield node.module.partition(".")[0]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftsurgery."):
-            yield str(node.module).split(".")[1]
+def test_no_modules_import_each_other() -> None:
+    circles = [sorted(part) for part in nx.strongly_connected_components(GRAPH) if len(part) > 1]
+    assert circles == []
+    assert not list(nx.selfloop_edges(GRAPH))
+
+
+def test_imports_name_the_whole_path() -> None:
+    """So a file can be found from any other, and moved."""
+    for path in MODULES:
+        for node in nodes(path):
+            assert not (isinstance(node, ast.ImportFrom) and node.level), path
+
+
+def test_no_two_classes_have_one_name() -> None:
+    found: dict[str, list[str]] = {}
+    for path in MODULES:
+        for node in nodes(path):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name.lstrip("_"), []).append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+def named(path: Path) -> str:
+    """A module's name in the package."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts if parts == ("__init__",) else (p for p in parts if p != "__init__"))
+
+
+def room_of(name: str) -> str:
+    """The place of a module in ORDER."""
+    first, _, rest = name.partition(".")
+    if first != "surgery":
+        return first
+    return f"surgery.{rest.partition('.')[0]}" if rest else "surgery.plan"
+
+
+def import_graph() -> nx.DiGraph[str]:
+    """Which module of the package imports from which, at any depth of its code."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    names = {named(path) for path in MODULES}
+    graph.add_nodes_from(names)
+    for path in MODULES:
+        for node in nodes(path):
+            for target in targets(node, names):
+                graph.add_edge(named(path), target)
+    return graph
+
+
+def targets(node: ast.AST, names: set[str]) -> Iterator[str]:
+    """The modules of the package that a statement imports from."""
+    prefix = f"{PACKAGE.name}."
+    match node:
+        case ast.Import(names=aliases):
+            yield from (a.name.removeprefix(prefix) for a in aliases if a.name.startswith(prefix))
+        case ast.ImportFrom(module=str(module), names=aliases) if module == PACKAGE.name:
+            yield from (a.name if a.name in names else "__init__" for a in aliases)
+        case ast.ImportFrom(module=str(module), names=aliases) if module.startswith(prefix):
+            base = module.removeprefix(prefix)
+            inner = [f"{base}.{alias.name}" for alias in aliases]
+            yield from ((name if name in names else base) for name in inner)
+        case _:
+            pass
+
+
+GRAPH = import_graph()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_holds_one_idea(path: Path) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 400
-    for node in ast.walk(ast.parse("\n".join(lines))):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno <= 50, f"{node.name} is long"
@@ -132,20 +201,21 @@ def test_what_is_imported_is_declared(path: Path) -> None:
         assert package in always or (package in extras and not at_the_top), name
 
 
-def third_parties(path: Path) -> Iterator[tuple[str, bool]]:
+@cache
+def third_parties(path: Path) -> tuple[tuple[str, bool], ...]:
     """The packages that a module imports, and whether it does so when it is imported itself."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     inside = {
         node
-        for function in ast.walk(tree)
+        for function in nodes(path)
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
         for node in ast.walk(function)
     }
-    for node in ast.walk(tree):
-        for name in named_by(node):
-            top = name.partition(".")[0]
-            if top not in sys.stdlib_module_names and top != PACKAGE.name:
-                yield top, node not in inside
+    found = ((name.partition(".")[0], node) for node in nodes(path) for name in named_by(node))
+    return tuple(
+        (top, node not in inside)
+        for top, node in found
+        if top not in sys.stdlib_module_names and top != PACKAGE.name
+    )
 
 
 def named_by(node: ast.AST) -> Iterator[str]:

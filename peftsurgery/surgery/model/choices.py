@@ -85,14 +85,14 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class _Entry:
+class _OpenBlock:
     """One open ``with`` block: its owner, and the choice it makes."""
 
     owner: Choices
     choice: Choice
 
 
-_OPEN: ContextVar[tuple[_Entry, ...]] = ContextVar("the choices of open blocks", default=())
+_OPEN: ContextVar[tuple[_OpenBlock, ...]] = ContextVar("the choices of open blocks", default=())
 
 
 class Choices:
@@ -117,7 +117,7 @@ class Choices:
     @contextmanager
     def within(self, choice: Choice) -> Iterator[None]:
         """Make calls of this thread or task use this choice within the context."""
-        entry = _Entry(self, choice)
+        entry = _OpenBlock(self, choice)
         _OPEN.set((*_OPEN.get(), entry))
         try:
             yield
