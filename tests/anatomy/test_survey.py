@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import peftsurgery as ps
 from peftsurgery.anatomy import Placed, survey
-from peftsurgery.anatomy.survey import layer_of
+from peftsurgery.anatomy.survey import layer_index
 
 HEADS = 2
 
@@ -67,7 +67,7 @@ def test_a_weight_has_the_name_and_the_class_that_the_original_gives_it() -> Non
     assert {site.type for site in linears} == {"Linear"}
 
 
-def test_a_site_is_in_a_block_and_a_layer_of_the_outermost_list() -> None:
+def test_a_site_is_in_a_block_and_a_layer_index_the_outermost_list() -> None:
     for site in sites():
         parts = site.module.split(".")
         if parts[0] != "stages":
@@ -76,8 +76,8 @@ def test_a_site_is_in_a_block_and_a_layer_of_the_outermost_list() -> None:
         assert site.module.startswith(site.block)
         assert site.layer == int(parts[1])
     lists = frozenset({"stages", "stages.0.layers"})
-    assert layer_of("stages.1.layers.0.up", lists) == 1
-    assert layer_of("head", lists) is None
+    assert layer_index("stages.1.layers.0.up", lists) == 1
+    assert layer_index("head", lists) is None
 
 
 def test_equal_blocks_share_their_sites() -> None:

@@ -93,7 +93,7 @@ def test_what_is_not_read_is_not_there() -> None:
         (("{x: 2 * x, y: y + x}",), lambda x, W, b: 2 * x @ W.T + b + x),
         (("'linear(x, W @ W, b) + y'",), lambda x, W, b: x @ (W @ W).T + b + x @ W.T + b),
     ],
-    ids=str,
+    ids=lambda value: "; ".join(value) if isinstance(value, tuple) else "by_hand",
 )
 def test_a_cut_sees_what_those_before_it_made(
     rewrites: tuple[str, ...], by_hand: Callable[..., Tensor]
