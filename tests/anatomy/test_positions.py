@@ -25,11 +25,11 @@ SITES = {
 }
 SHIFTED = """
 name: shifted
-with: {by: 5}
+with: {steps: 5}
 rules:
   - match: positions
     where: {kind: token}
-    rewrite: {p: p + by}
+    rewrite: {p: p + steps}
 """
 
 
