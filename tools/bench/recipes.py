@@ -103,6 +103,7 @@ RECIPES: Mapping[str, Recipe] = {
 ELSEWHERE = {
     "lora_conv": "MiniLM has no convolutions",
     "adalora_conv": "MiniLM has no convolutions",
+    "lora": "it is lora_qv with its default roles",
     "nf4": "it trains nothing by itself: see qlora",
 }
 """Shipped rules that the table has no row for."""
