@@ -16,6 +16,7 @@ LACKING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LACKING)
 def test_the_shipped_rules_work_on_encoders_decoders_and_both_or_name_what_is_missing(
     name: str,

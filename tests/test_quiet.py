@@ -65,6 +65,7 @@ def ran(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_commands_that_succeed_leave_stderr_empty(llama: Path, tmp_path: Path) -> None:
     """Weights are read for pissa's start; a fold reads, writes and reads back."""
     applied = ran("apply", llama, "pissa", "-o", tmp_path / "surgery", "--set", "rank=2")
@@ -73,6 +74,7 @@ def test_commands_that_succeed_leave_stderr_empty(llama: Path, tmp_path: Path) -
     assert (folded.returncode, folded.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_command_that_fails_says_one_thing(llama: Path, tmp_path: Path) -> None:
     rule = tmp_path / "unfit.yaml"
     rule.write_text(UNFIT, encoding="utf-8")

@@ -13,6 +13,7 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(README) if kind == language]
 
 
+@pytest.mark.slow
 def test_the_snippets_run_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

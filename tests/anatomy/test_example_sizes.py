@@ -36,6 +36,7 @@ def test_sites_roles_and_facts_are_those_of_any_example(name: str) -> None:
     assert made[0] == made[1] == made[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_a_graph_is_read_alike_whatever_its_example_measured(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -14,6 +14,7 @@ from tests.models.remembering import LEFT_PADDED, PAST, WAYS, original, prompts,
 from tests.models.zoo import ZOO, ids
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_it_gives_the_originals_tokens(name: str) -> None:
     for settings in WAYS.values():

@@ -63,6 +63,7 @@ def _text_and_image(batch: int, seq: int, padding: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_left_out_if_it_masks_nothing_is_decided_at_every_call() -> None:
     both = _paligemma()
     for batch, seq, padding in ((3, 11, 0), (3, 11, 2), (2, 8, 0), (2, 12, 3)):
@@ -93,6 +94,7 @@ def test_a_mask_that_makes_no_difference_makes_no_capture(name: str) -> None:
     assert len(both.graph.captures) == 1
 
 
+@pytest.mark.slow
 def test_masks_made_axis_by_axis_leave_no_tensor_of_a_transform_behind() -> None:
     torch.manual_seed(0)
     text = {**TEXT, "sliding_window": 8}

@@ -50,6 +50,7 @@ def test_threads_that_call_a_signature_first_share_one_capture() -> None:
     assert len(model.captures) == len(calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5"])
 def test_calls_go_on_while_another_thread_captures(name: str) -> None:
     """T5's table is shared by two modules, which torch.export looks for in whatever is called."""
@@ -79,6 +80,7 @@ def test_calls_go_on_while_another_thread_captures(name: str) -> None:
     assert code == [[p.code for p in each] for each in alone.captures[0].programs.values()]
 
 
+@pytest.mark.slow
 def test_what_a_call_reads_of_the_original_is_its_own_during_a_capture() -> None:
     """While the original is traced, its forward takes what the traced call gave, and no more."""
     original = base("llama")

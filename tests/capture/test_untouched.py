@@ -147,6 +147,7 @@ def test_notes_and_tables_of_a_forward_are_not_kept_and_not_refused() -> None:
     assert_same(*Pair(module, graph).run(torch.randn(5, 4)))
 
 
+@pytest.mark.slow
 def test_a_model_that_rescales_its_weights_once_is_captured_once_it_has() -> None:
     torch.manual_seed(0)
     settings = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "rescale_every": 1}

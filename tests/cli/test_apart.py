@@ -118,6 +118,7 @@ def test_what_appears_while_a_command_works_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_nothing_in_python_writes_where_its_model_was_read(made: Place) -> None:
     before = made.content()
     on_surgery = ps.load(made.surgery)

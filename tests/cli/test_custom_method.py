@@ -33,6 +33,7 @@ def test_the_file_is_checked_and_explained(run: Run, method: Path) -> None:
     assert "attn.q" in shown
 
 
+@pytest.mark.slow
 def test_it_is_applied_trained_saved_and_folded_without_python_of_its_own(
     run: Run, method: Path, bert: Path, tmp_path: Path
 ) -> None:

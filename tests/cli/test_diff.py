@@ -39,6 +39,7 @@ def test_a_model_against_itself_is_no_difference_and_no_failure(run: Any, bert: 
     assert "no difference" in outcome.out
 
 
+@pytest.mark.slow
 def test_a_surgery_is_what_it_adds_to_its_base(run: Any, bert: Path, adapted: Path) -> None:
     outcome = run("diff", bert, adapted)
     assert outcome.code == 1, outcome.err
@@ -52,6 +53,7 @@ def test_a_surgery_is_what_it_adds_to_its_base(run: Any, bert: Path, adapted: Pa
     assert added["b"]["parameters"] - added["a"]["parameters"] == 2 * 2 * 2 * 8 * 32
 
 
+@pytest.mark.slow
 def test_a_peft_adapter_is_what_it_adds_to_its_base(
     run: Any, bert: Path, adapted: Path, tmp_path: Path
 ) -> None:
@@ -63,6 +65,7 @@ def test_a_peft_adapter_is_what_it_adds_to_its_base(
     assert "+ encoder.layer.{0..1}.attention.self.query: +" in outcome.out
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for_fails(run: Any, bert: Path, wider: Path) -> None:
     assert run("diff", bert, wider).code == 1
     assert run("diff", bert, wider, "--fail-on", "config").code == 1
@@ -71,6 +74,7 @@ def test_only_what_is_asked_for_fails(run: Any, bert: Path, wider: Path) -> None
     assert (outcome.code, "PSG901" in outcome.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_it_is_written_where_it_is_asked_for(
     run: Any, bert: Path, wider: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +89,7 @@ def test_it_is_written_where_it_is_asked_for(
     assert run("diff", bert, wider, "--format", "md", "-o", bert / "config.json").code == 3
 
 
+@pytest.mark.slow
 def test_git_shows_it(bert: Path, tmp_path: Path) -> None:
     """The recipe of README, in a real repository."""
 

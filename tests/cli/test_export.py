@@ -46,6 +46,7 @@ def test_an_adapter_is_written_under_the_names_of_its_library(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_checked_and_written(run: Any, surgery: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     outcome = run("export", surgery, "--to", "onnx", "-o", file, "--json")

@@ -125,6 +125,7 @@ def test_a_damaged_surgery_is_refused(run: Any, surgery: Path, tmp_path: Path, d
     assert outcome.json["error"]["code"] == code
 
 
+@pytest.mark.slow
 def test_why_speaks_of_a_rule_as_it_was_applied(run: Any, bert: Path, tmp_path: Path) -> None:
     rule, surgery = tmp_path / "narrow.yaml", tmp_path / "surgery"
     rule.write_text(NARROW)

@@ -36,6 +36,7 @@ def test_the_package_is_a_module_to_run() -> None:
     assert done.stdout.startswith("Usage: peftsurgery ")
 
 
+@pytest.mark.slow
 def test_public_functions_keep_their_meaning_once_subpackages_are_imported() -> None:
     script = (
         "import peftsurgery as ps, peftsurgery.capture, peftsurgery.language.loading\n"

@@ -169,6 +169,7 @@ def test_the_model_is_not_written_into(run: Any, bert: Path, place: str) -> None
     assert digest(bert) == before
 
 
+@pytest.mark.slow
 def test_an_onnx_file_may_lie_in_the_folded_directory(run: Any, bert: Path, tmp_path: Path) -> None:
     surgery, folded = tmp_path / "surgery", tmp_path / "folded"
     run("apply", bert, "lora_qv", "-o", surgery)
@@ -180,6 +181,7 @@ def test_an_onnx_file_may_lie_in_the_folded_directory(run: Any, bert: Path, tmp_
     assert file.is_file()
 
 
+@pytest.mark.slow
 def test_one_of_several_adapters_is_folded_by_name(run: Any, bert: Path, tmp_path: Path) -> None:
     surgery, folded = tmp_path / "surgery", tmp_path / "folded"
     run("apply", bert, "lora_qv", "lora_embedding", "-o", surgery)
@@ -193,6 +195,7 @@ def test_one_of_several_adapters_is_folded_by_name(run: Any, bert: Path, tmp_pat
     assert outcome.json["error"]["code"] == "PSG310"
 
 
+@pytest.mark.slow
 def test_layers_stay_left_out_of_an_adapter_that_a_command_names(
     run: Any, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +225,7 @@ def quantised(weight: torch.Tensor) -> torch.Tensor:
     return dense
 
 
+@pytest.mark.slow
 def test_four_bits_are_folded_into_full_precision_or_four_bits_again(
     run: Any, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def operated(name: str, rule: str = "lora_qv") -> Any:
     return randomise(ps.apply(captured(name), rule), scale=0.05).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "opt", "vit"])
 def test_onnxruntime_computes_the_original_with_its_adapters(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -67,6 +68,7 @@ def test_a_module_of_ones_own_is_exported_too(
             torch.testing.assert_close(found, original(**inputs), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_fused_projection_is_exported_with_its_slices(tmp_path: Path) -> None:
     model = operated("gpt2", "lora_all_linear")
     ps.export_onnx(model, tmp_path / "model.onnx")
@@ -76,6 +78,7 @@ def test_a_fused_projection_is_exported_with_its_slices(tmp_path: Path) -> None:
     torch.testing.assert_close(run(tmp_path / "model.onnx", inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_minilm_is_exported_with_batch_and_sequence_by_name(tmp_path: Path) -> None:
     model = randomise(ps.apply(ps.capture(str(minilm())), "lora_qv"), scale=0.02)
     result = ps.export_onnx(model, tmp_path / "model.onnx")
@@ -89,6 +92,7 @@ def test_minilm_is_exported_with_batch_and_sequence_by_name(tmp_path: Path) -> N
     torch.testing.assert_close(run(tmp_path / "model.onnx", inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_bf16_model_is_written_in_fp32_with_the_rounded_weights(tmp_path: Path) -> None:
     model = model_directory("llama", tmp_path / "model", torch.bfloat16)
     model = randomise(ps.apply(ps.capture(str(model)), "lora_qv"), scale=0.05)

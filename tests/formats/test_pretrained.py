@@ -39,6 +39,7 @@ def command(*arguments: Any) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt"])
 def test_plain_transformers_loads_the_operated_model(name: str, tmp_path: Path) -> None:
     model = model_directory(name, tmp_path / "model")
@@ -106,6 +107,7 @@ def test_a_broken_tie_stays_broken_in_the_directory(tmp_path: Path) -> None:
     assert not torch.equal(again.model.embed_tokens.weight, tied.lm_head.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, False])
 def test_every_weight_of_a_broken_tie_is_in_the_directory(verify: bool, tmp_path: Path) -> None:
     model = model_directory("bart", tmp_path / "model")
@@ -151,6 +153,7 @@ def test_a_peft_directory_folds_to_what_peft_merges(tmp_path: Path) -> None:
         torch.testing.assert_close(again[name], value, atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_minilm_comes_with_its_tokenizer_and_pipeline_and_without_its_card(tmp_path: Path) -> None:
     surgery = saved_surgery(minilm(), tmp_path / "surgery")
     code, _, errors = command("fold", surgery, "-o", tmp_path / "out", "--verify")

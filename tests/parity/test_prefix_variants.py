@@ -184,6 +184,7 @@ def test_cross_attention_sees_a_prefix(name: str, monkeypatch: pytest.MonkeyPatc
     assert (result - logits(zoo(name), inputs)).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_prefix_generates_what_peft_generates(tmp_path: Path) -> None:
     model = plain("gpt2")
     theirs = peft_model(deepcopy(model))
@@ -239,7 +240,9 @@ def test_a_prefix_that_peft_has_not_is_refused(
 
 def test_adapterhub_has_no_prefix_that_moves_positions(tmp_path: Path) -> None:
     ours = ps.apply(graph("bert-classifier"), "prefix_tuning", length=LENGTH, shift=True)
-    with pytest.raises(ps.SurgeryError, match="has shift = True, and AdapterHub knows only False") as caught:
+    with pytest.raises(
+        ps.SurgeryError, match="has shift = True, and AdapterHub knows only False"
+    ) as caught:
         ps.to_adapterhub(ours, tmp_path / "adapter")
     assert caught.value.code == "PSG512"
 

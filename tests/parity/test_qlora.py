@@ -218,6 +218,7 @@ def rule(text: str) -> Any:
     return ps.parse_rules(f"name: t\nrules:\n  - {{{text}}}\n")
 
 
+@pytest.mark.slow
 def test_weights_that_have_no_four_bit_form_are_refused() -> None:
     gpt2, bert = captured("gpt2"), captured("bert")
     part = rule("match: linear, where: {role: attn.q}, store: nf4()")

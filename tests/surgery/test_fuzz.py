@@ -262,6 +262,7 @@ def test_whatever_a_rule_file_says_ends_in_a_result_or_a_code() -> None:
     assert len(reached) > 4, f"the files are all alike: {reached}"
 
 
+@pytest.mark.slow
 def test_whatever_keeps_the_shape_of_what_it_rewrites_is_mostly_applied() -> None:
     reached = tried(files(sound_rules()), 20)
     assert reached["applied"] >= 12, reached

@@ -59,6 +59,7 @@ def test_a_cache_makes_no_difference_to_prefixes(name: str) -> None:
     assert not torch.equal(tokens(operated), tokens(original(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama"])
 def test_prompts_generate_as_in_peft(name: str, tmp_path: Path) -> None:
     """The original goes on in the same way from the prompt's vectors and the text's.
@@ -81,6 +82,7 @@ def test_prompts_generate_as_in_peft(name: str, tmp_path: Path) -> None:
     assert not torch.equal(made, original(name).generate(**given, max_new_tokens=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama"])
 def test_prompts_are_not_put_before_a_text_twice(name: str) -> None:
     prompted = ps.apply(remembering(name), "prompt_tuning", length=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import LlamaConfig
 
@@ -20,6 +21,7 @@ def wide_llama(layers: int) -> ps.GraphModel:
     return ps.capture(build_on_meta(config))
 
 
+@pytest.mark.slow
 def test_a_rule_on_a_wide_llama_finds_its_sites_and_materialises_nothing_of_the_base() -> None:
     graph = wide_llama(LAYERS)
     base = {name for name, _ in graph.named_parameters()}
@@ -46,6 +48,7 @@ def test_equal_layers_of_a_wide_llama_share_one_program_before_and_after() -> No
         assert len(layers) == 1
 
 
+@pytest.mark.slow
 def test_a_70b_llama_is_operated_on_in_less_than_one_and_a_half_gib() -> None:
     row = measured("operate", "measure", "Llama 70B, meta")
     assert row["parameters"] > 68e9

@@ -98,6 +98,7 @@ def test_a_part_that_is_not_there_is_refused() -> None:
         ps.apply(captured(), "lora_qv", train=["classifier", "clasifier"])
 
 
+@pytest.mark.slow
 def test_modules_to_save_are_pefts(tmp_path: Path) -> None:
     config = LoraConfig(
         r=4, lora_alpha=6, target_modules=["query", "value"], modules_to_save=["classifier"]

@@ -75,6 +75,7 @@ def adapted(name: str = "gpt2", rules: str = "lora_qv", **settings: Any) -> Oper
     return ps.apply(graph, rules, **settings)
 
 
+@pytest.mark.slow
 def test_losses_are_pefts_in_the_same_trainer(tmp_path: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=6, target_modules=list(SMALL["llama"].targets))
     theirs = get_peft_model(base("llama"), config)
@@ -92,6 +93,7 @@ def test_losses_are_pefts_in_the_same_trainer(tmp_path: Path) -> None:
     assert len(evaluated[1]) == 2
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_was_trained_and_is_resumed_exactly(tmp_path: Path) -> None:
     model = adapted()
     whole = trainer(model, tmp_path)
@@ -124,6 +126,7 @@ def test_a_state_dict_is_read_strictly_and_leaves_the_base_alone() -> None:
         other.load_state_dict(dict(list(state.items())[1:]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old", [False, True])
 def test_gradient_checkpointing_gives_the_same_training(old: bool, tmp_path: Path) -> None:
     key = "gradient_checkpointing" if old else "activation_checkpointing"
@@ -151,6 +154,7 @@ def test_gradient_checkpointing_as_transformers_asks_for_it() -> None:
         model.gradient_checkpointing_enable({"use_reentrant": True})
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_nearly_the_same(tmp_path: Path) -> None:
     runs = [
         trainer(adapted("llama"), tmp_path / "full"),
@@ -162,6 +166,7 @@ def test_mixed_precision_trains_nearly_the_same(tmp_path: Path) -> None:
     assert {p.dtype for p in runs[1].model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_ranks_are_allocated_by_a_callback_and_resumed_in_the_middle(tmp_path: Path) -> None:
     settings = {"rank": 4, "target": 2, "initial_steps": 1, "final_steps": 2}
     model = adapted("llama", "adalora", **settings)

@@ -7,11 +7,12 @@ python tools/bench/capture.py llama-70b    one of them
 from __future__ import annotations
 
 import json
-import resource
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SIZES: Mapping[str, Mapping[str, Any]] = {
@@ -68,8 +69,14 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def peak_gb() -> float:
-    """The most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """The most memory this process has held so far, in GiB.
+
+    Not ``ru_maxrss``: a process has the peak of the one that started it there, from before it was
+    a program of its own.
+    """
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(peak) / 2**20
 
 
 def main(names: list[str]) -> int:

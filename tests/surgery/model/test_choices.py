@@ -66,6 +66,7 @@ CALLS: list[Callable[[OperatedModel], Tensor]] = [
 ]
 
 
+@pytest.mark.slow
 def test_eight_threads_of_different_choices_get_what_each_gets_alone() -> None:
     graph = model()
     alone = [call(graph) for call in CALLS]
@@ -79,6 +80,7 @@ def test_eight_threads_of_different_choices_get_what_each_gets_alone() -> None:
     assert graph.active == ("a",)
 
 
+@pytest.mark.slow
 def test_threads_that_make_a_choice_first_get_what_each_gets_alone() -> None:
     """Nothing is ready: neither the signature nor the programs of any choice."""
     original = base("gpt2")

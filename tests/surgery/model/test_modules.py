@@ -261,6 +261,7 @@ def test_gradients_pass_backward_hooks_as_in_the_original() -> None:
     assert torch.allclose(*gradients, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_hooks_steer_generation_and_are_gone_once_they_are_removed() -> None:
     original = base("llama")
     original.config.use_cache = True

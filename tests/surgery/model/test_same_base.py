@@ -73,6 +73,7 @@ def test_the_manifest_has_fingerprint_versions_seed_and_date(base: Path, tmp_pat
         assert recorded[name].startswith(f"F32[{shape}] ")
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_or_was_sharded_or_is_in_memory_is_the_same(
     base: Path, surgery: Path, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_base_that_moved_or_was_sharded_or_is_in_memory_is_the_same(
             assert not told(ps.load(saved, base=again))
 
 
+@pytest.mark.slow
 def test_a_base_with_other_values_is_refused_or_let_through_and_said(
     base: Path, surgery: Path, tmp_path: Path
 ) -> None:
@@ -110,6 +112,7 @@ def test_a_base_with_other_values_is_refused_or_let_through_and_said(
     assert refused(tmp_path / "again", str(base))
 
 
+@pytest.mark.slow
 def test_a_base_in_another_dtype_is_compared_by_a_cast_or_refused_by_its_dtype(
     base: Path, surgery: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +128,7 @@ def test_a_base_in_another_dtype_is_compared_by_a_cast_or_refused_by_its_dtype(
     assert "other values" in refused(tmp_path / "on_half", str(other))
 
 
+@pytest.mark.slow
 def test_a_head_that_the_surgery_trained_may_start_from_anything(tmp_path: Path) -> None:
     model: Any = ZOO["bert"].build()
     operated = ps.apply(ps.capture(model), "lora_qv", train=["classifier"])
@@ -136,6 +140,7 @@ def test_a_head_that_the_surgery_trained_may_start_from_anything(tmp_path: Path)
     assert "'bert.pooler.dense.weight' first" in refused(tmp_path, ps.capture(again))
 
 
+@pytest.mark.slow
 def test_ties_that_are_stored_once_or_twice_are_the_same(tmp_path: Path) -> None:
     config = ZOO["llama"].build().config
     config.tie_word_embeddings = True
@@ -176,6 +181,7 @@ def adapter_for(base: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_nothing_is_folded_twice(base: Path, surgery: Path, tmp_path: Path) -> None:
     adapter = adapter_for(base, tmp_path / "adapter")
     ps.fold_to_directory(surgery, tmp_path / "first", base=str(base))
@@ -197,6 +203,7 @@ def test_nothing_is_folded_twice(base: Path, surgery: Path, tmp_path: Path) -> N
     assert [bool(entry["other_base"]) for entry in record["folded"]] == [False, True]
 
 
+@pytest.mark.slow
 def test_what_is_made_for_a_folded_base_goes_on_it(
     base: Path, surgery: Path, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ RULES: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES)
 def test_labels_reach_what_the_ids_they_are_shifted_to_reach(rules: str) -> None:
     sound, labels, ids = speech()

@@ -63,6 +63,7 @@ def test_tokens_on_one_axis_with_the_batch() -> None:
         torch.testing.assert_close(ours(**inputs)[0], module(**inputs)[0], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["unipelt", "mam_adapter"])
 def test_composed_methods_do_the_same_whichever_axis_comes_first(rule: str) -> None:
     made = []
@@ -75,6 +76,7 @@ def test_composed_methods_do_the_same_whichever_axis_comes_first(rule: str) -> N
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_all_tokens_of_a_batch_of_one_are_one_sequence_s() -> None:
     ours = randomise(ps.apply(captured("llama"), "unipelt")).eval()
     tokens = ZOO["llama"].inputs(1, 6)["input_ids"]

@@ -91,6 +91,7 @@ def test_virtual_tokens_are_at_their_places_and_labels_move_with_the_text() -> N
     torch.testing.assert_close(actual.loss, expected.loss, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_mask_moves_with_the_text_and_positions_count_on() -> None:
     ids = batch(2, 6)["input_ids"]
@@ -142,6 +143,7 @@ def test_an_ensemble_is_its_prompts_run_one_by_one(vote: bool) -> None:
     torch.testing.assert_close(actual.loss, losses.mean(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["bert", "bart"])
 def test_an_ensemble_repeats_the_answers_and_what_the_decoder_is_given(name: str) -> None:
@@ -167,6 +169,7 @@ def test_an_ensemble_repeats_the_answers_and_what_the_decoder_is_given(name: str
         assert ours(input_ids=same, labels=same).loss.isfinite(), "one tensor for two inputs"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "bloom"])
 def test_a_prompt_before_texts_of_other_sizes_than_were_captured(name: str) -> None:
@@ -192,6 +195,7 @@ def test_a_prompt_starts_as_the_embeddings_of_tokens_or_of_the_vocabulary() -> N
         assert (table == row).all(1).any()
 
 
+@pytest.mark.slow
 def test_a_prompt_starts_as_a_text_if_there_is_a_tokenizer(tmp_path: Path) -> None:
     words = Tokenizer(WordLevel({"[UNK]": 0, "good": 5, "bad": 6}, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
@@ -255,6 +259,7 @@ def test_a_window_that_the_prompt_fills_is_captured_with_the_longer_text() -> No
     torch.testing.assert_close(ours(**given).logits, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gemma2", "opt", "bart"])
 def test_other_embeddings_sizes_and_decoders_are_left_alone(name: str) -> None:
@@ -285,6 +290,7 @@ rules:
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_rule_of_ones_own_puts_tokens_before_the_decoders_text_too() -> None:
     given = batch(2, 5)
@@ -326,6 +332,7 @@ def refusal(action: Any) -> SurgeryError:
     return caught.value
 
 
+@pytest.mark.slow
 def test_what_cannot_be_lengthened_is_refused_by_name() -> None:
     ids = torch.ones(2, 4, dtype=torch.long)
     tokens = ps.capture(Takesless(), inputs={"input_ids": ids})
@@ -352,6 +359,7 @@ def test_peft_has_no_form_for_places_and_ensembles(tmp_path: Path) -> None:
     assert (error.code, "BertForMaskedLM" in error.message) == ("PSG510", True)
 
 
+@pytest.mark.slow
 def test_generation_with_a_prompt_is_the_originals_after_it() -> None:
     torch.manual_seed(0)
     settings = {

@@ -100,6 +100,7 @@ def test_a_rows_context_serves_batches_whose_rows_are_repeated() -> None:
     assert model.active == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beams", [1, 2])
 def test_rows_generate_what_their_adapters_alone_generate(beams: int) -> None:
     model, rows = several("llama"), ["lora", None, "dora"]

@@ -83,6 +83,7 @@ TRAINED_OF_THE_BASE: dict[str, dict[str, list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", TRAINED_OF_THE_BASE)
 def test_what_is_trained_of_a_base_in_a_directory_comes_back(rule: str, tmp_path: Path) -> None:
     ZOO["bert"].build().save_pretrained(tmp_path / "base")
