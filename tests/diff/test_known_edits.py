@@ -60,7 +60,9 @@ def test_a_wider_layer_costs_what_arithmetic_says() -> None:
     assert b.flops is not None
     assert a.flops is not None
     assert b.flops - a.flops == 2 * tokens * WIDTH * more * 2
-    assert b.activation_bytes - a.activation_bytes == 4 * tokens * more * 2  # type: ignore[operator]
+    assert b.activation_bytes is not None
+    assert a.activation_bytes is not None
+    assert b.activation_bytes - a.activation_bytes == 4 * tokens * more * 2
 
 
 def test_flops_and_parameters_are_those_of_the_textbook() -> None:
