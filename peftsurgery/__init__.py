@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from peftsurgery.formats.onnx import export_onnx
     from peftsurgery.formats.peft.directory import from_peft, to_peft
     from peftsurgery.formats.pretrained import fold_to_directory
-    from peftsurgery.language import Rule, check_rules, load_rules, operator, parse_rules, role
+    from peftsurgery.language.checking import check_rules
+    from peftsurgery.language.loading import load_rules, parse_rules
+    from peftsurgery.language.operators import operator
+    from peftsurgery.language.roles import role
+    from peftsurgery.language.schema import Rule
     from peftsurgery.surgery.applying import apply, eject
     from peftsurgery.surgery.asking import sites, why
     from peftsurgery.surgery.combine.combining import combine
@@ -72,11 +76,11 @@ _HOME = {
     "OperatedModel": "surgery.model.operated",
     "RankAllocator": "training",
     "Report": "surgery.model.report",
-    "Rule": "language",
+    "Rule": "language.schema",
     "SurgeryError": "errors",
     "apply": "surgery.applying",
     "capture": "capture",
-    "check_rules": "language",
+    "check_rules": "language.checking",
     "combine": "surgery.combine.combining",
     "diff": "diff.comparison",
     "eject": "surgery.applying",
@@ -88,11 +92,11 @@ _HOME = {
     "from_adapterhub": "formats.adapterhub.directory",
     "from_peft": "formats.peft.directory",
     "load": "surgery.loading",
-    "load_rules": "language",
+    "load_rules": "language.loading",
     "lora_plus": "training",
-    "operator": "language",
-    "parse_rules": "language",
-    "role": "language",
+    "operator": "language.operators",
+    "parse_rules": "language.loading",
+    "role": "language.roles",
     "sites": "surgery.asking",
     "to_adapterhub": "formats.adapterhub.directory",
     "to_peft": "formats.peft.directory",

@@ -10,7 +10,8 @@ from torch import nn
 
 import peftsurgery as ps
 from peftsurgery.anatomy import survey
-from peftsurgery.language import Rule, select
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.selection import select
 from peftsurgery.notebook import SHOWN, notes, shown, table
 
 VOID = {"br", "hr"}

@@ -11,10 +11,13 @@ import yaml
 
 import peftsurgery as ps
 from peftsurgery.anatomy import survey
-from peftsurgery.language import KINDS, Rule, RuleFile, Where, select
 from peftsurgery.language.base import OnBase
-from peftsurgery.language.schema import Expect, Flat, Param, Ranks
+from peftsurgery.language.kinds import KINDS
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Expect, Flat, Param, Ranks, Rule
+from peftsurgery.language.selection import select
 from peftsurgery.language.storage import STORES
+from peftsurgery.language.where import Where
 from tests.models.captured import captured
 from tools import reference
 

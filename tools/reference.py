@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsurgery.language import INITIALISERS, KINDS, OPERATORS, Operator, initial, json_schema
 from peftsurgery.language.activations import ACTIVATIONS
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import parse
-from peftsurgery.language.initial import FROM_WEIGHTS
+from peftsurgery.language.initial import FROM_WEIGHTS, INITIALISERS, initial
+from peftsurgery.language.kinds import KINDS
+from peftsurgery.language.operators import OPERATORS, Operator
 from peftsurgery.language.roles import VOCABULARY
+from peftsurgery.language.rule_file import json_schema
 from peftsurgery.language.storage import STORES, storage_of
 from tools.reference_examples import (
     FACTS,

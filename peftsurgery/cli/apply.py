@@ -21,7 +21,7 @@ from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import fresh
 
 if TYPE_CHECKING:
-    from peftsurgery.language import RuleFile
+    from peftsurgery.language.rule_file import RuleFile
     from peftsurgery.surgery.model.operated import OperatedModel
 
 set_option = click.option(
@@ -70,7 +70,8 @@ def apply(
         raise click.UsageError("give either --output OUT or --dry-run")
     if name is not None and len(rules) > 1:
         raise click.UsageError("--name is for one RULE; several would have the same name")
-    from peftsurgery.language import check_settings, load_rules, parse_overrides
+    from peftsurgery.language.loading import load_rules
+    from peftsurgery.language.settings import check_settings, parse_overrides
     from peftsurgery.surgery.plan.cut import adapter_name
     from peftsurgery.surgery.plan.narrowing import where_given
 
@@ -80,8 +81,7 @@ def apply(
     check_settings(files, settings)
     if name is not None:
         adapter_name(name)
-    given = {"layers": _listed(layers), "role": _listed(roles), "path": path}
-    where = where_given({key: value for key, value in given.items() if value is not None})
+    where = where_given({"layers": _listed(layers), "role": _listed(roles), "path": path})
     options = {"name": name, "settings": settings, "where": where}
     if out is None:
         operated = _operate(model, allow_other_base, seed, files, options)

@@ -22,7 +22,7 @@ def rules() -> None:
 @json_option
 def ls(as_json: bool) -> None:
     """List the shipped rules."""
-    from peftsurgery.language import load_rules, shipped
+    from peftsurgery.language.loading import load_rules, shipped
 
     files = [load_rules(name) for name in shipped()]
     if as_json:
@@ -39,9 +39,8 @@ def ls(as_json: bool) -> None:
 @json_option
 def show(rule: str, as_yaml: bool, as_json: bool) -> None:
     """Print what the rule file RULE does, in words and maths."""
-    from peftsurgery.language import load_rules
     from peftsurgery.language.describe import describe_rules
-    from peftsurgery.language.loading import page_of
+    from peftsurgery.language.loading import load_rules, page_of
 
     file, text = load_rules(rule), page_of(rule)
     description = describe_rules(file)
@@ -72,8 +71,9 @@ def check(
     must equal the rewritten one to 1e-9 in double precision. Sizes that a rule is not for are
     passed over for larger ones, unless --size says what they are.
     """
-    from peftsurgery.language import load_rules, parse_overrides
     from peftsurgery.language.checking import check_rules
+    from peftsurgery.language.loading import load_rules
+    from peftsurgery.language.settings import parse_overrides
 
     files = [load_rules(rule) for rule in rules]
     settings = parse_overrides(overrides)
@@ -96,8 +96,7 @@ def cp(rule: str, out: Path, force: bool, as_json: bool) -> None:
     One that stands on another is copied whole. A page of `base: RULE` and what is to be other is
     often all that one needs instead.
     """
-    from peftsurgery.language import load_rules
-    from peftsurgery.language.loading import page_of
+    from peftsurgery.language.loading import load_rules, page_of
 
     file = load_rules(rule)  # a misspelt name is refused with the nearest right one
     target = out / f"{file.sources[0].stem}.yaml" if out.is_dir() else out
@@ -145,7 +144,7 @@ def words(as_json: bool) -> None:
 @json_option
 def schema(as_json: bool) -> None:
     """Print the JSON schema of rule files, for editors."""
-    from peftsurgery.language import json_schema
+    from peftsurgery.language.rule_file import json_schema
 
     print_json(json_schema())
 

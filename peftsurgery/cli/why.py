@@ -23,7 +23,8 @@ def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: b
     was applied, with its settings and its narrowing. Its base's weights are not looked at.
     """
     from peftsurgery.cli.model import base_of
-    from peftsurgery.language import check_settings, load_rules, parse_overrides, resolve_settings
+    from peftsurgery.language.loading import load_rules
+    from peftsurgery.language.settings import check_settings, parse_overrides, resolve_settings
     from peftsurgery.surgery.asking import explained
     from peftsurgery.surgery.model.saved.manifest import saved_operations
     from peftsurgery.surgery.plan.cut import Operation

@@ -12,8 +12,8 @@ from peftsurgery.diff.lines import Line, folded_lines
 from peftsurgery.diff.summary import Summary
 from peftsurgery.diff.weights import Entry, compare_weights, weight_entries
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import load_rules
 from peftsurgery.language.describe import describe_rules
+from peftsurgery.language.loading import load_rules
 
 RULES, TENSORS = (".yaml", ".yml"), (".safetensors",)
 

@@ -20,16 +20,13 @@ import yaml
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language import (
-    Expression,
-    Rule,
-    RuleFile,
-    Where,
-    evaluate,
-    load_rules,
-    resolve_settings,
-    shipped,
-)
+from peftsurgery.language.evaluation import evaluate
+from peftsurgery.language.expression import Expression
+from peftsurgery.language.loading import load_rules, shipped
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.settings import resolve_settings
+from peftsurgery.language.where import Where
 from peftsurgery.surgery.applying import check_taken, operate
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.same_base import check_adapter_base

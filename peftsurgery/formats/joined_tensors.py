@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language import Rule, group_of, shape_of
+from peftsurgery.language.readings import group_of, shape_of
+from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.plan.cut import Cut
 
 Shape = tuple[int, ...]

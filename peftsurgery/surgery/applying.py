@@ -13,16 +13,12 @@ import torch
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, check_argument
-from peftsurgery.language import (
-    Rule,
-    RuleFile,
-    Where,
-    check_settings,
-    load_rules,
-    resolve_settings,
-    settings_of,
-    takes_settings,
-)
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.reserved import takes_settings
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.settings import check_settings, resolve_settings, settings_of
+from peftsurgery.language.where import Where
 from peftsurgery.surgery.model.adapters import Layers, check_name
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.learnt import Learnt

@@ -10,15 +10,10 @@ from typing import Any
 from peftsurgery.anatomy import survey
 from peftsurgery.arguments import checked
 from peftsurgery.capture import Capture, GraphModel
-from peftsurgery.language import (
-    RuleFile,
-    Selection,
-    check_settings,
-    load_rules,
-    resolve_settings,
-    settings_of,
-)
-from peftsurgery.language.selection import every_site, verdict
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.selection import Selection, every_site, verdict
+from peftsurgery.language.settings import check_settings, resolve_settings, settings_of
 from peftsurgery.surgery.model.shared import operations_of
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts

@@ -22,7 +22,7 @@ from torch import Tensor
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import FLOATS, as_safetensors, read_tensors, write_whole
-from peftsurgery.language import evaluate
+from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.schema import Ranks
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.writable import check_places

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from peftsurgery.codes import CODES
-from peftsurgery.language import dump_rules, load_rules
+from peftsurgery.language.loading import dump_rules, load_rules
 
 SHIPPED = Path(__file__).resolve().parents[2] / "rules"
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))

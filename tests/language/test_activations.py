@@ -6,8 +6,10 @@ from torch import fx
 from transformers.activations import ACT2FN
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import evaluate, maths, parse
 from peftsurgery.language.activations import ACTIVATIONS
+from peftsurgery.language.evaluation import evaluate
+from peftsurgery.language.expression import parse
+from peftsurgery.language.maths import maths
 
 X = torch.linspace(-4, 4, 33)
 

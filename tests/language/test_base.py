@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import peftsurgery as ps
-from peftsurgery.language import RuleFile, dump_rules, json_schema, load_rules, parse_rules, shipped
-from peftsurgery.language.loading import page_of
+from peftsurgery.language.loading import dump_rules, load_rules, page_of, parse_rules, shipped
+from peftsurgery.language.rule_file import RuleFile, json_schema
 
 BASE = """
 name: under

@@ -3,7 +3,9 @@
 import pytest
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import check_rules, load_rules, operator, parse_rules, shipped
+from peftsurgery.language.checking import check_rules
+from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.operators import operator
 
 RIGHT = {
     "match: linear, rewrite: y * s, fold: {W: 'W * s[:, None]', b: b * s}, "

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language import Where
 from peftsurgery.language.clauses import compile_where, failures, in_words, passes, weight_shape
 from peftsurgery.language.roles import Roles
+from peftsurgery.language.where import Where
 from tests.language.sites import Site, decoder
 
 SITES = {f"{site.module}:{site.kind}": site for site in decoder(2)}

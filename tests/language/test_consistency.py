@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language import RuleFile, parse
 from peftsurgery.language.consistency import within
+from peftsurgery.language.expression import parse
+from peftsurgery.language.rule_file import RuleFile
 
 BASE: dict[str, Any] = {
     "match": "linear",

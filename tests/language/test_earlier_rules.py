@@ -3,7 +3,8 @@
 import pytest
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import parse_rules, select
+from peftsurgery.language.loading import parse_rules
+from peftsurgery.language.selection import select
 from tests.language.sites import decoder
 
 TEXT = """

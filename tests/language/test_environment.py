@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peftsurgery.language import Environment, mapped
+from peftsurgery.language.environment import Environment, mapped
 
 
 def test_a_value_is_made_when_it_is_first_read_and_kept() -> None:

@@ -11,7 +11,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Context, evaluate, parse
+from peftsurgery.language.evaluation import Context, evaluate
+from peftsurgery.language.expression import parse
 
 LORA = "y + (alpha / rank) * linear(linear(dropout(x, p), A), B)"
 

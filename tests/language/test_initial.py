@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import INITIALISERS, initial, initial_value, parse, parse_rules
-from peftsurgery.language.readings import weights_read
+from peftsurgery.language.expression import parse
+from peftsurgery.language.initial import INITIALISERS, initial
+from peftsurgery.language.loading import parse_rules
+from peftsurgery.language.readings import initial_value, weights_read
 
 ORACLES = {
     "kaiming_uniform(sqrt(5))": lambda t: torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5)),

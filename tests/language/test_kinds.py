@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftsurgery.language import KINDS, sizes_of
-from peftsurgery.language.kinds import pattern_kind
+from peftsurgery.language.kinds import KINDS, pattern_kind, sizes_of
 
 
 @pytest.mark.parametrize("name", KINDS)

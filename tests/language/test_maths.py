@@ -4,7 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftsurgery.language import describe_rules, load_rules, maths, parse, shipped
+from peftsurgery.language.describe import describe_rules
+from peftsurgery.language.expression import parse
+from peftsurgery.language.loading import load_rules, shipped
+from peftsurgery.language.maths import maths
 
 SETTINGS = {"alpha": 16, "rank": 8, "dropout": 0.0}
 

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import find_pattern, parse
+from peftsurgery.language.expression import parse
+from peftsurgery.language.pattern import find_pattern
 
 GATED = "mul(silu(linear(x, gate)), linear(x, up))"
 

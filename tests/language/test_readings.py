@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import fold, parse_rules, rewrite, shape_of
+from peftsurgery.language.loading import parse_rules
+from peftsurgery.language.readings import fold, rewrite, shape_of
 
 
 def rule_of(body, head=""):
@@ -18,7 +19,7 @@ def test_a_fold_does_not_touch_what_is_about_activations():
 
 def test_a_let_value_is_computed_once():
     rule = rule_of("let: {d: 'dropout(x, 0.5)'}, rewrite: d - d")
-    from peftsurgery.language import Context
+    from peftsurgery.language.evaluation import Context
 
     x = torch.ones(1000)
     assert not rewrite(rule, {"x": x, "y": x}, Context(training=True))["y"].any()

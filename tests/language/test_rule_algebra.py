@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from peftsurgery.language import load_rules, parse_rules, resolve_settings
+from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.rule_algebra import rows_of
+from peftsurgery.language.settings import resolve_settings
 
 
 @pytest.mark.parametrize(

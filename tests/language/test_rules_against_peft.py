@@ -5,7 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peftsurgery.language import Context, fold, initial_value, load_rules, resolve_settings, rewrite
+from peftsurgery.language.evaluation import Context
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.readings import fold, initial_value, rewrite
+from peftsurgery.language.settings import resolve_settings
 
 
 class One(nn.Module):

@@ -8,7 +8,9 @@ import pytest
 import yaml
 
 import peftsurgery as ps
-from peftsurgery.language import Rule, json_schema, shipped
+from peftsurgery.language.loading import shipped
+from peftsurgery.language.rule_file import json_schema
+from peftsurgery.language.schema import Rule
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import time
 import pytest
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import parse_rules, role, select, verdict
-from peftsurgery.language.roles import VOCABULARY
+from peftsurgery.language.loading import parse_rules
+from peftsurgery.language.roles import VOCABULARY, role
+from peftsurgery.language.selection import select, verdict
 from tests.language.sites import Site, decoder, fused
 
 

@@ -8,14 +8,12 @@ import torch
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import (
+from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.settings import (
     check_settings,
-    load_rules,
     parse_override,
     parse_overrides,
-    parse_rules,
     resolve_settings,
-    shipped,
 )
 
 FILE = parse_rules(

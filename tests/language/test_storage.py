@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language import parse
+from peftsurgery.language.expression import parse
 from peftsurgery.language.storage import Storage, storage_of
 
 SETTINGS = {"block": 128, "double": False, "compute": "bfloat16", "nothing": None}

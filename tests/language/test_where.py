@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language import Where
-from peftsurgery.language.where import check_references, layer_range, references, substitute
+from peftsurgery.language.where import Where, check_references, layer_range, references, substitute
 
 
 @pytest.mark.parametrize(

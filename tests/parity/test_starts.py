@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import peftsurgery as ps
-from peftsurgery.language import Where
+from peftsurgery.language.where import Where
 from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import SMALL, base, batch, captured
 from tests.parity.training import both_train, logits

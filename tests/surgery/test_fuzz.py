@@ -22,17 +22,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.language import (
-    INITIALISERS,
-    KINDS,
-    OPERATORS,
-    Expect,
-    Operator,
-    Param,
-    Rule,
-    Where,
-)
+from peftsurgery.language.initial import INITIALISERS
+from peftsurgery.language.kinds import KINDS
+from peftsurgery.language.operators import OPERATORS, Operator
 from peftsurgery.language.roles import VOCABULARY
+from peftsurgery.language.schema import Expect, Param, Rule
+from peftsurgery.language.where import Where
 
 
 class Tiny(nn.Module):

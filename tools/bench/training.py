@@ -12,7 +12,7 @@ from transformers import AutoModel, BitsAndBytesConfig
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import RuleFile
+from peftsurgery.language.rule_file import RuleFile
 from tools.bench.capture import peak_gb
 from tools.bench.recipes import FULL, RECIPES, Recipe
 from tools.bench.task import STEPS, Task, Trained

@@ -30,7 +30,7 @@ from peftsurgery.formats.adapterhub.library import (
     parts,
 )
 from peftsurgery.formats.exchange import forms
-from peftsurgery.language import RuleFile
+from peftsurgery.language.rule_file import RuleFile
 
 # Before this version the library scaled by alpha where it should have by alpha / r.
 SCALED = (1, 1, 0)

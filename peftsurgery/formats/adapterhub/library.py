@@ -15,7 +15,7 @@ from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.exchange import words_of
-from peftsurgery.language import Rule
+from peftsurgery.language.schema import Rule
 
 FORMAT, LIBRARY = "adapterhub", "AdapterHub"
 BOTTLENECK, UNION, FUSED = "bottleneck", "union", "fusion"

@@ -20,7 +20,10 @@ from peftsurgery.formats.adapterhub.library import FORMAT, named
 from peftsurgery.formats.adapterhub.sites import HubSites, odd_one
 from peftsurgery.formats.exchange import AdapterPlan, exactly, meant_operation
 from peftsurgery.formats.joined_tensors import JoinedTensor, joined_tensors, values_of
-from peftsurgery.language import Expect, Rule, RuleFile, resolve_settings, select
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Expect, Rule
+from peftsurgery.language.selection import select
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.plan.cut import Cut
 
 

@@ -15,8 +15,8 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.adapter_files import brief
 from peftsurgery.formats.exchange import forms
 from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
-from peftsurgery.language import RuleFile
 from peftsurgery.language.paths import full_match
+from peftsurgery.language.rule_file import RuleFile
 
 
 class AdapterConfig:

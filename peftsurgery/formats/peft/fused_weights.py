@@ -22,8 +22,11 @@ import torch
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.library import FORMAT, peft_words
-from peftsurgery.language import Rule, RuleFile, fold, initial_value, resolve_settings, weights_read
+from peftsurgery.language.readings import fold, initial_value, weights_read
 from peftsurgery.language.rule_algebra import axes_of
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment

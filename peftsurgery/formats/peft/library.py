@@ -11,7 +11,8 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 from peftsurgery.formats.exchange import forms, words_of
-from peftsurgery.language import RuleFile, load_rules
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.rule_file import RuleFile
 
 FORMAT, LIBRARY = "peft", "peft"
 

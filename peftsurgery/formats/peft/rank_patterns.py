@@ -19,7 +19,8 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.config import AdapterConfig
 from peftsurgery.formats.peft.library import FORMAT
 from peftsurgery.formats.peft.tensor_keys import Names
-from peftsurgery.language import Rule, evaluate
+from peftsurgery.language.evaluation import evaluate
+from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.plan.cut import Cut
 
 PATTERN = "rank_pattern"

@@ -25,7 +25,11 @@ from peftsurgery.formats.peft.rank_patterns import spread
 from peftsurgery.formats.peft.target_modules import check_listed, check_targets, nearest, unlike
 from peftsurgery.formats.peft.trained_modules import trained_plan
 from peftsurgery.formats.peft.whole_model import is_whole, whole_plan
-from peftsurgery.language import Expect, Rule, RuleFile, Where, resolve_settings, select
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Expect, Rule
+from peftsurgery.language.selection import select
+from peftsurgery.language.settings import resolve_settings
+from peftsurgery.language.where import Where
 from peftsurgery.surgery.plan.cut import Cut, Operation
 
 # The kinds of site that have a weight of their own for a method to change.

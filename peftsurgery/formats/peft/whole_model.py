@@ -38,7 +38,10 @@ from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.library import FORMAT, LIBRARY, WholeMethod, classes_of, peft_words
 from peftsurgery.formats.peft.tensor_keys import without_wrapper
 from peftsurgery.formats.peft.trained_modules import say_trained
-from peftsurgery.language import Rule, RuleFile, evaluate, parse
+from peftsurgery.language.evaluation import evaluate
+from peftsurgery.language.expression import parse
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
 

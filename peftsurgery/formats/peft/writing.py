@@ -30,7 +30,8 @@ from peftsurgery.formats.peft.tensor_keys import added_key, without_wrapper
 from peftsurgery.formats.peft.trained_modules import Trained, say_trained
 from peftsurgery.formats.peft.whole_model import is_whole, prefix_length, whole_files
 from peftsurgery.formats.peft.window_notes import window_notes
-from peftsurgery.language import Rule, RuleFile
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.fold.flattening import flatten
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut

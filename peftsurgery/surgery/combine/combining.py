@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language import Rule
+from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.applying import operate
 from peftsurgery.surgery.combine.decomposition import Factored
 from peftsurgery.surgery.combine.merge_tensors import MERGES, Majority, is_number, merge_named

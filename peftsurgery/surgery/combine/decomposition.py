@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftsurgery.language import fold, shape_of
+from peftsurgery.language.readings import fold, shape_of
 from peftsurgery.language.rule_algebra import axes_of, near
 from peftsurgery.surgery.combine.merge_tensors import Merge
 from peftsurgery.surgery.combine.strategies import (

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Rule, initial_values, resolve_settings, shape_of
+from peftsurgery.language.readings import initial_values, shape_of
 from peftsurgery.language.rule_algebra import Effect, axes_of, effects, near, sizes_said
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.combine.merge_tensors import Merge
 from peftsurgery.surgery.plan.cut import Cut, Operation
 

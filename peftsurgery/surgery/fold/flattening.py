@@ -15,7 +15,11 @@ import torch
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import RuleFile, evaluate, flat_values, load_rules, resolve_settings
+from peftsurgery.language.evaluation import evaluate
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.readings import flat_values
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.applying import remade
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation

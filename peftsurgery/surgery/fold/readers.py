@@ -18,7 +18,7 @@ from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import backward, is_tensor
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Located
+from peftsurgery.language.located import Located
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 

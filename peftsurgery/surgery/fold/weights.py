@@ -16,8 +16,8 @@ import torch
 
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import fold as folded
-from peftsurgery.language import names_in
+from peftsurgery.language.readings import fold as folded
+from peftsurgery.language.readings import names_in
 from peftsurgery.language.rule_algebra import rows_of, some_rows
 from peftsurgery.surgery.fold.readers import check_readers
 from peftsurgery.surgery.fourbit.pack import PackedWeight

@@ -17,7 +17,7 @@ from peftsurgery.capture.original_api import loaded_from
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object, remove
-from peftsurgery.language import dump_rules
+from peftsurgery.language.loading import dump_rules
 from peftsurgery.places import object_in
 from peftsurgery.surgery.model.made_with import now, versions
 from peftsurgery.surgery.plan.cut import Operation

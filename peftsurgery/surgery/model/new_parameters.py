@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import initial_values, shape_of, weights_read
+from peftsurgery.language.readings import initial_values, shape_of, weights_read
 from peftsurgery.surgery.plan.cut import Cut, copy_name
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsurgery.language import penalty
+from peftsurgery.language.readings import penalty
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 from peftsurgery.surgery.rewrite.layout import wide

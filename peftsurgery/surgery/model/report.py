@@ -13,8 +13,7 @@ from torch import nn
 from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
-from peftsurgery.language import Candidate, Selection
-from peftsurgery.language.selection import name_of
+from peftsurgery.language.selection import Candidate, Selection, name_of
 from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
 from peftsurgery.surgery.plan.cut import Cut

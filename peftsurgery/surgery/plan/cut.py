@@ -16,8 +16,10 @@ from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.site import Site
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Rule, RuleFile, group_of
 from peftsurgery.language.kinds import sizes_of
+from peftsurgery.language.readings import group_of
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Rule
 from peftsurgery.language.where import EVERYWHERE, Where
 from peftsurgery.surgery.plan.origin import Origin
 

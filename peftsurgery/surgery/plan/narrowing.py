@@ -15,8 +15,9 @@ from typing import Any
 
 from peftsurgery.capture import Capture
 from peftsurgery.errors import SurgeryError, check_argument
-from peftsurgery.language import RuleFile, check_settings, resolve_settings, settings_of
 from peftsurgery.language.describe import describe_where
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.settings import check_settings, resolve_settings, settings_of
 from peftsurgery.language.where import EVERYWHERE, Where, where_of
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts

@@ -14,7 +14,8 @@ from typing import Any
 
 from peftsurgery.capture import Capture
 from peftsurgery.capture.threads import making
-from peftsurgery.language import Located, Selection
+from peftsurgery.language.located import Located
+from peftsurgery.language.selection import Selection
 from peftsurgery.surgery.plan.cut import Cut, Operation, check_lengthened, check_names_free
 from peftsurgery.surgery.plan.fusion import check_fused, check_fusions
 from peftsurgery.surgery.plan.select import select_cuts

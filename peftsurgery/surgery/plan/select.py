@@ -11,10 +11,11 @@ from peftsurgery.anatomy import Placed, Survey, survey
 from peftsurgery.anatomy.site import Site
 from peftsurgery.capture import Capture
 from peftsurgery.capture.stack import stack_paths
-from peftsurgery.language import Rule, Selection, select
 from peftsurgery.language.clauses import LACKS
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.pattern import Match, find_pattern, nearest_miss
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.selection import Selection, select
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.fusion import common_spots
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from peftsurgery.capture import Source
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.language import tokens_setting
+from peftsurgery.language.settings import tokens_setting
 
 
 def with_tokens(

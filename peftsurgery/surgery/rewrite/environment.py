@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from peftsurgery.language import Context, Environment, rewrite, shape_of
 from peftsurgery.language.consistency import OUTPUTS
+from peftsurgery.language.environment import Environment
+from peftsurgery.language.evaluation import Context
+from peftsurgery.language.readings import rewrite, shape_of
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of
 from peftsurgery.surgery.rewrite.layout import as_seen, orient

@@ -18,7 +18,8 @@ from peftsurgery.capture.module_calls import GIVEN, take_place
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Rule, rewrite
+from peftsurgery.language.readings import rewrite
+from peftsurgery.language.schema import Rule
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of

@@ -6,7 +6,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import rewrite
+from peftsurgery.language.readings import rewrite
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.environment import FakeDomain, environment
 from peftsurgery.surgery.rewrite.layout import as_seen

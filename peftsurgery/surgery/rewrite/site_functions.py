@@ -21,9 +21,9 @@ from peftsurgery.anatomy.site import ATEN, Placed, Site
 from peftsurgery.anatomy.values import concrete, sizes, value
 from peftsurgery.capture.schemas import arguments, op
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Operator, site_function
 from peftsurgery.language.kinds import KINDS
-from peftsurgery.language.site_functions.sites import KEYS, tokens
+from peftsurgery.language.operators import Operator
+from peftsurgery.language.site_functions.sites import KEYS, site_function, tokens
 from peftsurgery.surgery.rewrite.batch_axis import token_mean
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, is_regular
 from peftsurgery.surgery.rewrite.rerun import INPUTS, Region, core_region, find_region

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Expect, Rule, RuleFile, Where
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.schema import Expect, Rule
+from peftsurgery.language.where import Where
 from tests.formats.golden import GOLDEN, captured
 
 NAME = "bert"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftsurgery as ps
 from peftsurgery import files
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import RuleFile
+from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import randomise
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.language import resolve_settings
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.fourbit.store import PackedWeights
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts

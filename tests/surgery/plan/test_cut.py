@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language import resolve_settings
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.plan.cut import Cut, Operation, copy_name, in_order, is_adapter_name
 from peftsurgery.surgery.plan.select import select_cuts
 from tests.models.captured import captured

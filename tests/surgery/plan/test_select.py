@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import peftsurgery as ps
-from peftsurgery.language import resolve_settings
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.plan.cut import Operation
 from peftsurgery.surgery.plan.select import select_cuts
 from tests.models.captured import captured

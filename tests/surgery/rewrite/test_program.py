@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 import peftsurgery as ps
 from peftsurgery.capture import Program
-from peftsurgery.language import RuleFile, resolve_settings
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts
 from peftsurgery.surgery.rewrite.capture import rewritten_graph

@@ -24,7 +24,8 @@ from peftsurgery import files
 from peftsurgery.capture.builds import Build
 from peftsurgery.capture.fingerprint import Fingerprint, content_digest
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import load_rules, resolve_settings
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where, where_of
 from peftsurgery.surgery.model.same_base import Made
 from peftsurgery.surgery.model.saved.build import read_build

@@ -15,7 +15,7 @@ import torch
 from peftsurgery import files
 from peftsurgery.capture.fingerprint import weights_of
 from peftsurgery.capture.sources import Source
-from peftsurgery.language import dump_rules
+from peftsurgery.language.loading import dump_rules
 from peftsurgery.places import object_in
 from peftsurgery.surgery.model.made_with import now, versions
 from peftsurgery.surgery.model.saved.build import ROWS, build_contents, tokenizer_files
