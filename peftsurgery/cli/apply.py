@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from peftsurgery.cli.diff import shown
 from peftsurgery.cli.kit import (
     clean,
     force_option,
@@ -21,6 +23,8 @@ from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import fresh
 
 if TYPE_CHECKING:
+    from peftsurgery.capture import GraphModel
+    from peftsurgery.diff.comparison import Diff
     from peftsurgery.language.rule_file import RuleFile
     from peftsurgery.surgery.model.operated import OperatedModel
 
@@ -43,6 +47,10 @@ SEEDS = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 @click.option("--seed", type=SEEDS, help="Torch's seed for the initial values; recorded.")
 @other_base_option
 @click.option("--dry-run", is_flag=True, help="Print the report and write nothing.")
+@click.option(
+    "--diff", "with_diff", is_flag=True,
+    help="Print too, before anything is written, what is different from MODEL then.",
+)  # fmt: skip
 @force_option
 @json_option
 def apply(
@@ -57,6 +65,7 @@ def apply(
     seed: int | None,
     allow_other_base: bool,
     dry_run: bool,
+    with_diff: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -83,19 +92,35 @@ def apply(
         adapter_name(name)
     where = where_given({"layers": _listed(layers), "role": _listed(roles), "path": path})
     options = {"name": name, "settings": settings, "where": where}
-    if out is None:
-        operated = _operate(model, allow_other_base, seed, files, options)
-    else:
-        read: list[str | Path] = [model, *(path for file in files for path in file.sources)]
-        with fresh(out, read, force) as part:
-            operated = _operate(model, allow_other_base, seed, files, options)
+    read: list[str | Path] = [model, *(path for file in files for path in file.sources)]
+    with nullcontext() if out is None else fresh(out, read, force) as part:
+        before, operated = _operate(model, allow_other_base, seed, files, options)
+        found = _difference(before, operated, model) if with_diff else None
+        if found is not None and not as_json:
+            click.echo(f"{shown(found, 'text')}\n")
+        if part is not None:
             with doing(f"saving {out}"):
                 operated.save(part)
+    _print(operated, found, out, as_json)
+
+
+def _print(operated: OperatedModel, found: Diff | None, out: Path | None, as_json: bool) -> None:
+    """Print the report; the difference only as JSON, since as text it came before."""
     if as_json:
-        print_json({**operated.report.to_dict(), "out": None if out is None else str(out)})
+        difference = {} if found is None else {"diff": found.to_dict()}
+        written = None if out is None else str(out)
+        print_json({**operated.report.to_dict(), **difference, "out": written})
     else:
         click.echo(clean(str(operated.report)))
         click.echo("nothing was written" if out is None else f"saved to {out}")
+
+
+def _difference(before: GraphModel, operated: OperatedModel, spec: str) -> Diff:
+    """What the operated model has other than the one that was opened."""
+    from peftsurgery.diff.comparison import diff
+
+    with doing(f"comparing {spec} before and after"):
+        return diff(before, operated).named(spec, f"{spec} with {', '.join(operated.active)}")
 
 
 def _listed(text: str | None) -> list[str] | None:
@@ -108,7 +133,8 @@ def _operate(
     seed: int | None,
     files: Sequence[RuleFile],
     options: Mapping[str, Any],
-) -> OperatedModel:
+) -> tuple[GraphModel, OperatedModel]:
+    """The model as it was opened, and operated on."""
     import torch
 
     from peftsurgery.cli.model import open_model
@@ -118,4 +144,4 @@ def _operate(
     if seed is not None:
         torch.manual_seed(seed)
     with doing(f"applying {', '.join(file.name for file in files)}"):
-        return apply(model, files, **options)
+        return model, apply(model, files, **options)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,13 +76,13 @@ def diff(
     with doing(f"comparing {a} and {b}"):
         one, other = (_opened(each, base) for each in (a, b))
         found = compared(one, other, weights=weights, shape=shape)
-        found = replace(found, summary=replace(found.summary, names=(a, b)))
-    shown = _shown(found, "json" if as_json else form, to_terminal=out is None)
+        found = found.named(a, b)
+    text = shown(found, "json" if as_json else form, to_terminal=out is None)
     if out is None:
-        click.echo(shown)
+        click.echo(text)
     else:
         with fresh(out, [a, b], force) as part:
-            part.write_text(shown + "\n", encoding="utf-8")
+            part.write_text(text + "\n", encoding="utf-8")
     return int(any(found.summary.differs[part] for part in fatal or PARTS))
 
 
@@ -107,7 +106,8 @@ def _describe(file: Path) -> None:
         click.echo(f"{clean(name)} {tensor.print()}")
 
 
-def _shown(found: Diff, form: str, to_terminal: bool) -> str:
+def shown(found: Diff, form: str, to_terminal: bool = True) -> str:
+    """A difference in one of :data:`FORMATS`; text for a terminal folds to its width."""
     if form == "json":
         return json.dumps(found.to_dict(), indent=2, ensure_ascii=False, default=str)
     if form == "md":

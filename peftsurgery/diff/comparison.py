@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,10 @@ class Diff:
 
     def __str__(self) -> str:
         return rendered(self.summary, width=100)
+
+    def named(self, a: str, b: str) -> Diff:
+        """The same difference, with the two models called ``a`` and ``b`` in what it prints."""
+        return replace(self, summary=replace(self.summary, names=(a, b)))
 
     def to_dict(self) -> dict[str, Any]:
         """The difference as ``--json`` prints it."""

@@ -117,6 +117,25 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _tensors(model: GraphModel) -> dict[str, TensorFacts]:
+    """The facts of every tensor but those of adapters that are not active."""
+    found = _all_tensors(model)
+    if not isinstance(model, OperatedModel):
+        return found
+    parts: tuple[set[str], set[str]] = (set(), set())
+    for cut in model.cuts:
+        parts[cut.operation.name in model.active].update(_added(cut))
+    resting, active = parts
+    return {name: each for name, each in found.items() if name in active or name not in resting}
+
+
+def _added(cut: Cut) -> list[str]:
+    """The names of what a cut adds: of its parameters, and of its copy of what it trains."""
+    own = cut.placed.parameter if cut.rule.train else None
+    copied = [] if own is None else [copy_name(own, cut.operation.name)]
+    return [*cut.parameters.values(), *copied]
+
+
+def _all_tensors(model: GraphModel) -> dict[str, TensorFacts]:
     names = tensor_names(model)
     found = {}
     for path, part in model.named_modules(remove_duplicate=False):
@@ -173,13 +192,12 @@ def _insertion(cut: Cut) -> Insertion:
     }
     numbers: Mapping[str, Any] = cut.numbers
     own = cut.placed.parameter if cut.rule.train else None
-    trained = [] if own is None else [own, copy_name(own, cut.operation.name)]
     return Insertion(
         cut.operation.name,
         cut.placed.module,
         cut.placed.role or cut.placed.kind,
         tuple((name, str(numbers[name])) for name in sorted(read)),
-        (*cut.parameters.values(), *trained),
+        (*([] if own is None else [own]), *_added(cut)),
     )
 
 

@@ -73,6 +73,26 @@ def test_a_dry_run_reports_and_writes_nothing(run: Any, bert: Path, tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_rule_will_do_is_shown_before_it_is_written(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    line = "+ encoder.layer.{0..1}.attention.self.query: +lora_qv(rank 4) on attn.q ×2"
+    command = ("apply", bert, "lora_qv", "--set", "rank=4", "--diff")
+    outcome = run(*command, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith(f"{bert} → {bert} with lora_qv\n")
+    assert outcome.out.index(line) < outcome.out.index("nothing was written")
+    document = run(*command, "-o", tmp_path / "out", "--json").json
+    assert document["out"] == str(tmp_path / "out")
+    assert (tmp_path / "out").is_dir()
+    found = document["diff"]
+    assert found["schema"] == "peftsurgery.diff/1"
+    added = [each["where"] for each in found["changes"] if each["part"] == "insertion"]
+    assert added == [f"encoder.layer.{{0..1}}.attention.self.{part}" for part in ("query", "value")]
+    more = found["headline"]["b"]["parameters"] - found["headline"]["a"]["parameters"]
+    assert more == document["trainable"]
+
+
 @pytest.mark.parametrize("seed", [2**70, 2**64, -(2**63) - 1])
 def test_a_seed_that_torch_does_not_take_is_refused_before_the_capture(
     run: Any, bert: Path, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -172,6 +172,18 @@ def test_renaming_all_modules_changes_names_only() -> None:
     assert a == b
 
 
+def test_an_operated_model_compares_itself_with_its_base() -> None:
+    graph = captured()
+    operated = ps.apply(ps.apply(graph, "lora_qv"), "ia3")
+    assert told(operated.diff()) == told(diff(graph, operated))
+    assert any("+ia3 on" in line for line in told(operated.diff()))
+    operated.choose("lora_qv")
+    assert told(operated.diff()) == told(diff(graph, ps.apply(graph, "lora_qv")))
+    operated.choose()
+    (line,) = told(operated.diff())
+    assert line.startswith("~ (model): frozen: all")
+
+
 def test_an_ejected_model_is_the_one_it_was() -> None:
     graph = captured()
     assert not diff(graph, ps.eject(ps.apply(graph, "lora_qv")))

@@ -14,6 +14,7 @@ How a call is served, top-down:
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -177,6 +178,14 @@ class OperatedModel(SharedModel):
         moved = moved_buffers(persistent_buffers(self), self._buffer_of_base)
         own = mode.names, dict(mode.left_out), self._lost, trained, self.learnt(*saved), moved
         write_surgery(folder, saved, Saved(self.source, self.operations, *own))
+
+    def diff(self, weights: bool = False, shape: tuple[int, int] | None = None) -> Any:
+        """What is different from the base with the adapters that are active now, as a ``Diff``.
+
+        That is ``peftsurgery.diff(o.base, o, weights, shape)``, and raises what that raises.
+        """
+        public = importlib.import_module("peftsurgery")  # what compares models is made of them
+        return public.diff(self.base, self, weights, shape)
 
     def _buffer_of_base(self, name: str) -> Tensor:
         self.base.bind()
