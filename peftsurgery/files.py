@@ -1,37 +1,29 @@
 """Files that others may have made: read with suspicion, and written whole or not at all.
 
-A JSON object has no key twice, no NaN and no infinity. Tensors are finite numbers of a dtype that
-can be computed with, in safetensors. Only regular files are read: opening a FIFO or a device may
-never return. What reads takes the code that its caller refuses with; what the system does not let
-be written is PSG603.
+A JSON object has no key twice, no NaN and no infinity. Only regular files are read: opening a FIFO
+or a device may never return. What reads takes the code that its caller refuses with; what the
+system does not let be written is PSG603.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 from peftsurgery.errors import SurgeryError
 
 # A rank pattern has an entry for each module at most, a fingerprint 100 bytes for each tensor.
 MAX_JSON = 64 * 2**20
 
-# What parameters can be; the eight-bit floats are for storage, and nothing is computed in them.
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
 
 def read_object(file: Path, code: str) -> dict[str, Any]:
     """The JSON object in a file; refused if it is none, or holds a key twice, NaN or infinity."""
     try:
-        _check_regular(file)
+        check_regular(file)
         with file.open("rb") as stream:
             content = stream.read(MAX_JSON + 1)
         if len(content) > MAX_JSON:
@@ -44,41 +36,6 @@ def read_object(file: Path, code: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise SurgeryError(code, f"{file} holds no JSON object")
     return found
-
-
-def read_tensors(
-    file: Path, code: str, dtypes: Collection[torch.dtype] = FLOATS
-) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, in memory of their own; refused if they cannot be used."""
-    try:
-        _check_regular(file)
-        # copies, since arithmetic rounds otherwise where memory is aligned as in the file
-        tensors = {name: value.clone() for name, value in load_file(file).items()}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise SurgeryError(code, f"{file} cannot be read: {error}") from None
-    check_tensors(file, tensors, code, dtypes)
-    return tensors
-
-
-def check_tensors(
-    file: Path,
-    tensors: Mapping[str, torch.Tensor],
-    code: str,
-    dtypes: Collection[torch.dtype] = FLOATS,
-) -> None:
-    """Refuse tensors of other dtypes, and numbers that are not finite."""
-    for name, value in tensors.items():
-        if value.dtype not in dtypes:
-            needed = "float16, bfloat16, float32 or float64 is needed"
-            raise SurgeryError(code, f"{file}: '{name}' holds {value.dtype}, where {needed}")
-        if not torch.isfinite(value).all():
-            raise SurgeryError(code, f"{file}: '{name}' holds NaN or infinity")
-
-
-def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Tensors as the content of a safetensors file."""
-    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    return save(plain, metadata={"format": "pt"})
 
 
 def write_files(
@@ -159,7 +116,8 @@ def _clear(parts: Iterable[Path], folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def _check_regular(file: Path) -> None:
+def check_regular(file: Path) -> None:
+    """Refuse what is there and no regular file. ValueError."""
     if file.exists() and not file.is_file():
         raise ValueError("it is not a regular file")
 

@@ -33,8 +33,8 @@ ARCHITECTURES = {name.lower() for name in CONFIG_MAPPING_NAMES}
 # own room and in those before it. Rooms of surgery are listed by themselves.
 ORDER = (
     *("version", "reach", "codes", "errors", "installed", "quiet", "notebook"),
-    *("files", "places", "outputs", "arguments"),
-    *("capture", "anatomy", "language"),
+    *("files", "finite_tensors", "places", "outputs", "arguments"),
+    *("capture", "anatomy", "language", "checkpoint"),
     *("surgery.plan", "surgery.fourbit", "surgery.rewrite", "surgery.model", "surgery.applying"),
     *("surgery.asking", "surgery.fold", "surgery.combine", "surgery.loading"),
     *("training", "formats", "diff", "cli", "__init__", "__main__"),

@@ -14,6 +14,7 @@ import torch
 
 from peftsurgery import files
 from peftsurgery.errors import SurgeryError
+from peftsurgery.finite_tensors import check_tensors, read_tensors
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -23,7 +24,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, in memory of their own. PSG505 if it is damaged or not finite."""
-    tensors = files.read_tensors(file, "PSG505")
+    tensors = read_tensors(file, "PSG505")
     _check_any(file, tensors)
     return tensors
 
@@ -31,7 +32,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 def check_adapter_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Refuse a file without tensors, or with some that hold no finite numbers. PSG505."""
     _check_any(file, tensors)
-    files.check_tensors(file, tensors, "PSG505")
+    check_tensors(file, tensors, "PSG505")
 
 
 def _check_any(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:

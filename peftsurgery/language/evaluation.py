@@ -12,9 +12,7 @@ import math
 import operator as python
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
+from typing import Any, SupportsIndex
 
 from peftsurgery.errors import SurgeryError, did_you_mean, first_line
 from peftsurgery.language.expression import MAX_EXPONENT, Expression, check_names, spelling
@@ -174,11 +172,7 @@ class _Reading:
             parts = (node.lower, node.upper, node.step)
             return slice(*(None if p is None else self.index(p) for p in parts))
         value = self.value(node)
-        if (
-            value is None
-            or value is Ellipsis
-            or isinstance(self.context.decide(value), int | torch.SymInt)
-        ):
+        if value is None or value is Ellipsis or _is_whole(self.context.decide(value)):
             return value
         raise self.refuse("PSG116", node, "an index is a whole number, a slice or None")
 
@@ -223,6 +217,11 @@ class _Reading:
         return SurgeryError(code, part, hint, self.expression.where(getattr(node, "col_offset", 0)))
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether a value is a whole number: Python's, or a symbolic one of torch's."""
+    return isinstance(value, SupportsIndex) and not hasattr(value, "shape")
+
+
 def _written(node: ast.expr) -> str:
     """A part of an expression in its own words."""
     names = {name.id: spelling(name) for name in ast.walk(node) if isinstance(name, ast.Name)}
@@ -235,6 +234,6 @@ def _written(node: ast.expr) -> str:
 def describe_value(value: Any) -> str:
     """A value as an error shows it: a tensor by its shape, a number as it is."""
     shape = getattr(value, "shape", None)
-    if isinstance(value, torch.Tensor) and shape is not None:
+    if isinstance(shape, tuple):
         return "[" + ", ".join(str(size) for size in shape) + "]"
     return str(value)[:60]

@@ -8,10 +8,10 @@ for when an expression is a pattern to find.
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from peftsurgery.arguments import checked
@@ -19,8 +19,27 @@ from peftsurgery.errors import SurgeryError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+# Where the shipped operators are. They are imported when the table is first looked into, since they
+# need torch, and what reads expressions over other numbers does not.
+_SHIPPED = ("peftsurgery.language.builtin_operators", "peftsurgery.language.activations")
+
 _table: dict[str, Operator] = {}
-OPERATORS: Mapping[str, Operator] = MappingProxyType(_table)
+
+
+class _Operators(Mapping[str, "Operator"]):
+    """The table, with the shipped operators in it."""
+
+    def __getitem__(self, name: str) -> Operator:
+        return _known()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_known())
+
+    def __len__(self) -> int:
+        return len(_known())
+
+
+OPERATORS: Mapping[str, Operator] = _Operators()
 """Every operator by name: the shipped ones and those registered with :func:`operator`."""
 
 
@@ -70,7 +89,7 @@ def operator(
     """
 
     def register(function: Function) -> Function:
-        known = _table.get(name)
+        known = (_table if function.__module__ in _SHIPPED else _known()).get(name)
         if known is not None and not is_same(known.function, function):
             raise SurgeryError("PSG143", f"there is already an operator '{name}': {known.usage}")
         if not name.isidentifier() or not name.isascii() or name.startswith("__"):
@@ -82,6 +101,12 @@ def operator(
         return function
 
     return register
+
+
+def _known() -> dict[str, Operator]:
+    for module in _SHIPPED:
+        importlib.import_module(module)
+    return _table
 
 
 def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

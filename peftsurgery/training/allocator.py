@@ -21,7 +21,8 @@ from torch import Tensor
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.files import FLOATS, as_safetensors, read_tensors, write_whole
+from peftsurgery.files import write_whole
+from peftsurgery.finite_tensors import FLOATS, as_safetensors, read_tensors
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.schema import Ranks
 from peftsurgery.surgery.model.operated import OperatedModel

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-import peftsurgery.language as language
 from peftsurgery.errors import SurgeryError
+from peftsurgery.language import builtin_operators
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import parse
 from peftsurgery.language.operators import OPERATORS, operator
@@ -100,7 +100,7 @@ def test_an_operator_reads_as_graph_nodes(text):
 def test_every_shipped_operator_is_tested_and_documented():
     tested = {text.partition("(")[0] for text in ORACLES}
     shipped = {
-        n for n, o in OPERATORS.items() if o.function.__module__ == language.builtin_operators.__name__
+        n for n, o in OPERATORS.items() if o.function.__module__ == builtin_operators.__name__
     }
     assert shipped == tested
     assert all(OPERATORS[name].doc for name in shipped)

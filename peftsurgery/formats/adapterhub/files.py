@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.files import as_safetensors
+from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.formats.adapter_files import (
     check_adapter_tensors,
     config_bytes,

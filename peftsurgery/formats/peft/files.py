@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.files import as_safetensors
+from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.formats.adapter_files import (
     config_bytes,
     nearby,

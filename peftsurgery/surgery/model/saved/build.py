@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peftsurgery import files
 from peftsurgery.capture.builds import FACTS, FILES, Build
 from peftsurgery.errors import SurgeryError
+from peftsurgery.finite_tensors import as_safetensors, read_tensors
 
 ROWS = "base.safetensors"
 MOST = 2**24  # more tokens, or labels, than any model has
@@ -50,7 +50,7 @@ def build_contents(build: Build) -> tuple[dict[str, Any], dict[str, bytes]]:
     """What a manifest says of a build, and the files that belong to it."""
     contents = own_tokenizer(build)
     if build.rows:
-        contents[ROWS] = files.as_safetensors(build.rows)
+        contents[ROWS] = as_safetensors(build.rows)
     return ({"build": build.to_dict()} if build else {}), contents
 
 
@@ -61,7 +61,7 @@ def read_build(path: Path, manifest: Mapping[str, Any]) -> Build:
         raise SurgeryError("PSG605", f"{path}: 'build' does not say how a base is built")
     if ("vocabulary" in said) != ("stored" in said):
         raise SurgeryError("PSG605", f"{path}: 'build' gives one vocabulary of two")
-    rows = files.read_tensors(path / ROWS, "PSG606") if (path / ROWS).exists() else {}
+    rows = read_tensors(path / ROWS, "PSG606") if (path / ROWS).exists() else {}
     lacking = tuple(said.get("lacking", ()))
     has_tokenizer = bool(said) and (path / "tokenizer_config.json").is_file()
     build = Build(**{**said, "lacking": lacking}, rows=rows)

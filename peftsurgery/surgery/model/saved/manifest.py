@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from peftsurgery import files
+from peftsurgery import files, finite_tensors
 from peftsurgery.capture.builds import Build
 from peftsurgery.capture.fingerprint import Fingerprint, content_digest
 from peftsurgery.errors import SurgeryError
@@ -35,7 +35,7 @@ from peftsurgery.surgery.plan.origin import Origin
 MANIFEST, TENSORS, RULES, FORMAT = "surgery.json", "adapter.safetensors", "rules", 1
 
 # A base may have complex parameters, and rules may train them; its buffers may count and mark.
-TRAINABLE = (*files.FLOATS, torch.complex64, torch.complex128)
+TRAINABLE = (*finite_tensors.FLOATS, torch.complex64, torch.complex128)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 KEPT = (*TRAINABLE, *WHOLE)
 
@@ -159,14 +159,14 @@ def saved_operations(path: Path) -> list[Operation]:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """What was learnt, and buffers. PSG606 if the file is damaged or holds what is not finite."""
-    return files.read_tensors(path / TENSORS, "PSG606", KEPT)
+    return finite_tensors.read_tensors(path / TENSORS, "PSG606", KEPT)
 
 
 def check_learnt(
     path: Path, tensors: Mapping[str, torch.Tensor], learnt: Mapping[str, torch.Tensor]
 ) -> None:
     """Refuse counts for a parameter, and complex numbers for a real one. PSG606."""
-    files.check_tensors(path / TENSORS, tensors, "PSG606", TRAINABLE)
+    finite_tensors.check_tensors(path / TENSORS, tensors, "PSG606", TRAINABLE)
     for name, value in tensors.items():
         if value.is_complex() and not learnt[name].is_complex():
             message = f"{path / TENSORS}: '{name}' holds {value.dtype}, and the parameter is real"

@@ -15,6 +15,7 @@ import torch
 from peftsurgery import files
 from peftsurgery.capture.fingerprint import weights_of
 from peftsurgery.capture.sources import Source
+from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.language.loading import dump_rules
 from peftsurgery.places import object_in
 from peftsurgery.surgery.model.made_with import now, versions
@@ -73,7 +74,7 @@ def write_surgery(path: Path, names: Collection[str], saved: Saved) -> None:
     }
     texts = zip(rules, operations, strict=True)
     contents = more | {file: dump_rules(operation.file).encode() for file, operation in texts}
-    contents[TENSORS] = files.as_safetensors({**saved.learnt, **saved.moved})
+    contents[TENSORS] = as_safetensors({**saved.learnt, **saved.moved})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     older = _of_build(path)
     files.write_files(path, contents, MANIFEST, "PSG604", "a saved surgery")

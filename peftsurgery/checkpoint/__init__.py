@@ -1,0 +1,1 @@
+"""Checkpoints: models as files, changed without being built (no torch and no transformers here)."""

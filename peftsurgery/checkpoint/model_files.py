@@ -1,0 +1,61 @@
+"""The weights of a model's directory: one file, or shards that an index lists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, read_header
+from peftsurgery.errors import SurgeryError
+from peftsurgery.files import read_object
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of a model's weights, in the order of their names, and what their index says.
+
+    ``index`` is None for a single file.
+    """
+
+    folder: Path
+    files: tuple[TensorFile, ...]
+    index: Mapping[str, Any] | None
+
+    @property
+    def tensors(self) -> dict[str, tuple[TensorFile, Tensor]]:
+        """Every tensor by its name, with the file that it is in."""
+        return {n: (file, tensor) for file in self.files for n, tensor in file.tensors.items()}
+
+
+def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
+    """Read the headers of a model's weights, as transformers would find them.
+
+    Raises SurgeryError with ``code`` if there are none, a shard is missing, damaged or outside the
+    directory, or index and shards do not list the same tensors.
+    """
+    if (folder / SINGLE).exists():
+        return ModelFiles(folder, (read_header(folder / SINGLE, code),), None)
+    if not (folder / INDEX).exists():
+        hint = "weights are read from safetensors only"
+        raise SurgeryError(code, f"'{folder}' holds neither {SINGLE} nor {INDEX}", hint)
+    index = read_object(folder / INDEX, code)
+    where = index.get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise SurgeryError(code, f"{folder / INDEX} has no 'weight_map'")
+    for name, shard in where.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
+            message = f"{folder / INDEX} has '{name}' in {shard!r:.80}, which is no file beside it"
+            raise SurgeryError(code, message)
+    files = tuple(read_header(folder / shard, code) for shard in sorted(set(where.values())))
+    held = {name: file.path.name for file in files for name in file.tensors}
+    if sum(len(file.tensors) for file in files) != len(held):
+        raise SurgeryError(code, f"two shards of '{folder}' hold a tensor of one name")
+    for name in sorted(held.keys() | where.keys()):
+        if held.get(name) != where.get(name):
+            message = f"{folder / INDEX} has '{name}' in {where.get(name)}, and it is in"
+            raise SurgeryError(code, f"{message} {held.get(name, 'none of the shards')}")
+    return ModelFiles(folder, files, index)

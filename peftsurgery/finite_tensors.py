@@ -1,0 +1,54 @@
+"""Tensors in safetensors that others may have made: finite numbers that can be computed with.
+
+What reads takes the code that its caller refuses with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.files import check_regular
+
+# What parameters can be; the eight-bit floats are for storage, and nothing is computed in them.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_tensors(
+    file: Path, code: str, dtypes: Collection[torch.dtype] = FLOATS
+) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in memory of their own; refused if they cannot be used."""
+    try:
+        check_regular(file)
+        # copies, since arithmetic rounds otherwise where memory is aligned as in the file
+        tensors = {name: value.clone() for name, value in load_file(file).items()}
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SurgeryError(code, f"{file} cannot be read: {error}") from None
+    check_tensors(file, tensors, code, dtypes)
+    return tensors
+
+
+def check_tensors(
+    file: Path,
+    tensors: Mapping[str, torch.Tensor],
+    code: str,
+    dtypes: Collection[torch.dtype] = FLOATS,
+) -> None:
+    """Refuse tensors of other dtypes, and numbers that are not finite."""
+    for name, value in tensors.items():
+        if value.dtype not in dtypes:
+            needed = "float16, bfloat16, float32 or float64 is needed"
+            raise SurgeryError(code, f"{file}: '{name}' holds {value.dtype}, where {needed}")
+        if not torch.isfinite(value).all():
+            raise SurgeryError(code, f"{file}: '{name}' holds NaN or infinity")
+
+
+def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Tensors as the content of a safetensors file."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    return save(plain, metadata={"format": "pt"})
