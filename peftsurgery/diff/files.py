@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from peftsurgery.capture.fingerprint import Sampled
 from peftsurgery.capture.stored import header_of
-from peftsurgery.diff.lines import Line, folded_lines
+from peftsurgery.diff.lines import folded_lines
+from peftsurgery.diff.rules import rule_entries
 from peftsurgery.diff.summary import Summary
 from peftsurgery.diff.weights import Entry, compare_weights, weight_entries
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.loading import load_rules
 
 RULES, TENSORS = (".yaml", ".yml"), (".safetensors",)
@@ -36,7 +35,7 @@ def compare_files(a: Path, b: Path, weights: bool = False) -> Summary:
     """
     names = str(a), str(b)
     if _kind(a) == "a rule file":
-        lines = _rule_lines(a, b)
+        lines = folded_lines(rule_entries(load_rules(a), load_rules(b)))
         return Summary(names, None, lines, _differs(bool(lines), False))
     one, other = (_tensors(path) for path in (a, b))
     changes = compare_weights(one, other, {}) if weights else None
@@ -55,17 +54,6 @@ def _kind(path: Path) -> str | None:
 
 def _differs(structure: bool, weights: bool) -> dict[str, bool]:
     return {"structure": structure, "config": False, "weights": weights}
-
-
-def _rule_lines(a: Path, b: Path) -> list[Line]:
-    """What the rules do otherwise, in the words and the maths of ``rules show``."""
-    one, other = (describe_rules(load_rules(path)).splitlines() for path in (a, b))
-    made = []
-    for what, first, end, start, last in SequenceMatcher(None, one, other, False).get_opcodes():
-        if what != "equal":
-            made += [Line("rule", "-", str(a.name), text.strip(), 1) for text in one[first:end]]
-            made += [Line("rule", "+", str(b.name), text.strip(), 1) for text in other[start:last]]
-    return [line for line in made if line.text]
 
 
 def _tensors(path: Path) -> dict[str, Sampled]:

@@ -13,6 +13,7 @@ from peftsurgery.diff.weights import TensorChange
 SCHEMA = "peftsurgery.diff/1"
 PARTS = {
     "rule": "Rules",
+    "algebra": "On random tensors",
     "config": "Config",
     "block": "Blocks",
     "insertion": "Adapters",

@@ -29,7 +29,7 @@ from peftsurgery.language.readings import fold, initial_values, penalty, rewrite
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.language.specimens import Specimen, check_sizes_wanted, variants
+from peftsurgery.language.specimens import Operation, Specimen, check_sizes_wanted, variants
 
 TOLERANCE = 1e-9
 
@@ -180,7 +180,7 @@ def _check(
     for name, shape in shapes.items():
         env[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
     if rule.over:
-        env[OUTPUTS] = _outputs(env[str(rule.kind.result)], generator)
+        env[OUTPUTS] = random_outputs(env[str(rule.kind.result)], generator)
     penalty(rule, env)
     context = Context(functions=specimen.functions)
     values = rewrite(rule, env, context)
@@ -193,8 +193,8 @@ def _check(
     return Check(number, specimen.title, True, difference)
 
 
-def _outputs(result: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Random stand-ins for adapters' values: (..., adapters, features)."""
+def random_outputs(result: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
+    """Random stand-ins for what ``count`` adapters make of a result: (..., adapters, features)."""
     shape = (*result.shape[:-1], count, result.shape[-1])
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -255,12 +255,7 @@ def _difference(
         if isinstance(was, torch.Size) and was != weight.shape:
             message = f"{title}: {name} has shape {_sizes(was)}, the fold {_sizes(weight.shape)}"
             raise SurgeryError("PSG131", message, where=rule.fold[name].where())
-    result = rule.kind.result or "y"
-    changed = {name: value for name, value in rewritten.items() if name != result}
-    # what goes in may be another, and so may be what the result is made of
-    expected = specimen.operation({**specimen.bindings, **changed})
-    if result in rewritten:
-        expected = rewrite(rule, {**env, **changed, result: expected})[result]
+    expected = site_result(rule, specimen.operation, env, rewritten)
     actual = specimen.operation({**specimen.bindings, **folded})
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
     if not difference <= TOLERANCE:
@@ -269,6 +264,23 @@ def _difference(
         where = next(iter(rule.fold.values())).where()
         raise SurgeryError("PSG130", message, f"tolerance {TOLERANCE:.0e}, relative", where)
     return difference
+
+
+def site_result(
+    rule: Rule, operation: Operation, env: Mapping[str, Any], rewritten: Mapping[str, Any]
+) -> Tensor:
+    """What a site computes once some of its bindings are rewritten: inputs first, then the result.
+
+    ``env`` binds the site's values and the rule's parameters; ``rewritten`` is what
+    :func:`rewrite` makes of them.
+    """
+    result = rule.kind.result or "y"
+    changed = {name: value for name, value in rewritten.items() if name != result}
+    # what goes in may be another, and so may be what the result is made of
+    found = operation({**env, **changed})
+    return (
+        rewrite(rule, {**env, **changed, result: found})[result] if result in rewritten else found
+    )
 
 
 def _sizes(shape: Any) -> str:

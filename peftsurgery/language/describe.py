@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from peftsurgery.language.consistency import within
 from peftsurgery.language.maths import maths
@@ -54,37 +54,47 @@ def _lines(file: RuleFile) -> Iterator[str]:
 
 
 def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]:
+    yield f"{number}. {describe_sites(rule)}"
+    yield from (f"   {name} {text}" for name, text in rule_facts(rule, settings))
+
+
+def describe_sites(rule: Rule) -> str:
+    """The kind of site that a rule matches, and which of them, in words."""
     pattern = f" {rule.match.pattern}" if isinstance(rule.match, Pattern) else ""
-    yield f"{number}. {rule.kind.name}{pattern}: {describe_where(rule.where)}"
+    return f"{rule.kind.name}{pattern}: {describe_where(rule.where)}"
+
+
+def rule_facts(rule: Rule, settings: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """What a rule does at its sites: for each fact what it is about, and the words or maths."""
     if rule.when is not None:
-        yield f"   only if {rule.when}"
-    yield f"   expects {describe_expect(rule.expect)}"
+        yield "only if", f"{rule.when}"
+    yield "expects", describe_expect(rule.expect)
     if rule.over:
-        yield f"   over the adapters {' and '.join(rule.over)}, whose values are `outputs`"
+        yield "over the adapters", f"{' and '.join(rule.over)}, whose values are `outputs`"
     for name, param in rule.params.items():
         shape = ", ".join(str(size) for size in param.shape)
         kept = "" if param.train else ", and not trained"
         groups = "all sites" if param.shared is True else f"all sites of equal {param.shared}"
         kept += f", one for {groups}" if param.shared else ""
-        yield f"   adds {name} [{shape}], initially {param.init}{kept}"
+        yield f"adds {name}", f"[{shape}], initially {param.init}{kept}"
     if rule.params:
-        yield f"   parameters at each site: {parameter_count(rule)}"
+        yield "parameters at each site:", parameter_count(rule)
     functions = rule.kind.functions
     scalars = within(rule.let, {*settings, *rule.kind.sizes})
     for name, expression in rule.let.items():
-        yield f"   with {name} = {maths(expression, settings, scalars, functions)}"
+        yield f"with {name} =", maths(expression, settings, scalars, functions)
     for name, expression in rule.rewrite.items():
-        yield f"   {name} ← {maths(expression, settings, scalars, functions)}"
+        yield f"{name} ←", maths(expression, settings, scalars, functions)
     for name, expression in rule.fold.items():
-        yield f"   folds into {name} ← {maths(expression, settings, scalars)}"
+        yield f"folds into {name} ←", maths(expression, settings, scalars)
     for name, expression in rule.penalty.items():
-        yield f"   adds to the loss the {name} of {maths(expression, settings, scalars)}"
+        yield f"adds to the loss the {name} of", maths(expression, settings, scalars)
     if rule.ranks is not None:
-        yield f"   ranks may be taken away: those that lose are zero in {rule.ranks.zero}"
+        yield "ranks may be taken away:", f"those that lose are zero in {rule.ranks.zero}"
     for name, expression in rule.store.items():
-        yield f"   keeps {name} as {expression}"
+        yield f"keeps {name} as", f"{expression}"
     if rule.train:
-        yield "   trains the model's own parameters there"
+        yield "trains", "the model's own parameters there"
 
 
 def _clauses(where: Where) -> Iterator[str]:
