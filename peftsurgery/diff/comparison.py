@@ -60,7 +60,7 @@ class Diff:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The difference as one page that works offline; written to ``path`` if that is given."""
-        made = page(self.summary, self.models and self.models[1])
+        made = page(self.summary, self.models, self.script)
         if path is not None:
             Path(path).write_text(made, encoding="utf-8")
         return made

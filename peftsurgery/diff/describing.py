@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from peftsurgery.diff.description import (
     SiteFacts,
     TensorFacts,
 )
+from peftsurgery.diff.source_line import source_line
+from peftsurgery.language.describe import describe_sites, rule_facts
+from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, copy_name
 
@@ -40,7 +43,7 @@ def describe_model(model: GraphModel) -> Description:
         blocks={path: tuple(p.label for p in each) for path, each in capture.programs.items()},
         tensors=_tensors(model),
         sites={_site_name(each): _facts(each) for each in survey(model.base_capture)},
-        insertions=dict(_insertions(model)),
+        insertions=insertions(_active_cuts(model)),
         config=_config(getattr(model, "config", None)),
     )
 
@@ -55,7 +58,8 @@ def _shape_class(program: Program) -> ShapeClass:
     inputs = list(program.graph.find_nodes(op="placeholder"))
     named = {node: f"{number}" if program.home else node.name for number, node in enumerate(inputs)}
     nodes = {n.name: _node(n, program, named.get(n, "")) for n in program.graph.nodes}
-    return ShapeClass(program.kind, nodes)
+    types = {path: each.type for path, each in program.modules.items() if path}
+    return ShapeClass(program.kind, nodes, types)
 
 
 def _node(node: fx.Node, program: Program, given: str) -> Node:
@@ -74,7 +78,8 @@ def _node(node: fx.Node, program: Program, given: str) -> Node:
         form = given or f"{args!r}{shown!r}" if node.op != "output" else repr(args)
         module = _module(node, program)
     surgery = str(node.meta.get("surgery") or "")
-    return Node(kind, module, tuple(n.name for n in operands), form, _shape(node), surgery)
+    names = tuple(n.name for n in operands)
+    return Node(kind, module, names, form, _shape(node), surgery, source_line(node))
 
 
 def _operator(node: fx.Node) -> str:
@@ -168,21 +173,40 @@ def _facts(placed: Placed) -> SiteFacts:
         for name, value in placed.facts.items()
         if isinstance(value, str | int | float | bool) and name != "role"
     }
-    return SiteFacts(placed.kind, placed.role or "", tuple(sorted(facts.items())))
+    bindings = {name: node.name for name, node in placed.site.nodes.items()}
+    return SiteFacts(
+        placed.kind, placed.role or "", tuple(sorted(facts.items())), tuple(bindings.items())
+    )
 
 
-def _insertions(model: GraphModel) -> Iterator[tuple[str, Insertion]]:
+def _active_cuts(model: GraphModel) -> list[Cut]:
     if not isinstance(model, OperatedModel):
-        return
+        return []
+    return [cut for cut in model.cuts if cut.operation.name in model.active]
+
+
+def insertions(cuts: Iterable[Cut]) -> dict[str, Insertion]:
+    """What cuts put where, by site and adapter."""
     seen: Counter[str] = Counter()
-    for cut in model.cuts:
-        if cut.operation.name in model.active:
-            key = f"{_site_name(cut.placed)} {cut.operation.name}"
-            seen[key] += 1  # several rules of one adapter may meet at one site
-            yield (f"{key} {seen[key]}" if seen[key] > 1 else key), _insertion(cut)
+    said: dict[tuple[int, int], tuple[str, ...]] = {}
+    found = {}
+    for cut in cuts:
+        rule, settings = cut.rule, cut.operation.settings
+        of = id(rule), id(settings)
+        said[of] = said.get(of) or _said(rule, settings)
+        key = f"{_site_name(cut.placed)} {cut.operation.name}"
+        seen[key] += 1  # several rules of one adapter may meet at one site
+        found[f"{key} {seen[key]}" if seen[key] > 1 else key] = _insertion(cut, said[of])
+    return found
 
 
-def _insertion(cut: Cut) -> Insertion:
+def _said(rule: Rule, settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a rule matches, then what it does there, in words and maths."""
+    facts = (f"{name} {text}" for name, text in rule_facts(rule, settings))
+    return (describe_sites(rule), *facts)
+
+
+def _insertion(cut: Cut, said: tuple[str, ...]) -> Insertion:
     read = {
         name
         for param in cut.rule.params.values()
@@ -198,6 +222,7 @@ def _insertion(cut: Cut) -> Insertion:
         cut.placed.role or cut.placed.kind,
         tuple((name, str(numbers[name])) for name in sorted(read)),
         (*([] if own is None else [own]), *_added(cut)),
+        said,
     )
 
 

@@ -22,7 +22,8 @@ class Node:
     ``op`` is an operator's name, or one of input, read, call, output. ``module`` is the path of the
     module whose forward made it; of a read the tensor's name, of a call the called block.
     ``operands`` are the keys of the nodes it takes; ``form`` are its arguments with ``%0``, ``%1``
-    in the operands' places. ``surgery`` names the adapter that put it in.
+    in the operands' places. ``surgery`` names the adapter that put it in, ``code`` the line of the
+    model's source that it was captured from, which makes no difference.
     """
 
     op: str
@@ -31,6 +32,7 @@ class Node:
     form: str
     shape: str
     surgery: str = ""
+    code: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,16 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class SiteFacts:
-    """What is known of a site: its kind, role, and facts, in words."""
+    """What is known of a site: its kind, role, and facts, in words.
+
+    ``bindings`` are the names a rule may use there and the nodes of its graph that they stand for,
+    whose names make no difference.
+    """
 
     kind: str
     role: str
     facts: tuple[tuple[str, str], ...] = ()
+    bindings: tuple[tuple[str, str], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class Insertion:
     """What an adapter put at one site; ``sizes`` are the settings that its parameters' shapes read.
 
     ``module`` owns the site; ``parameters`` are the names of what was added, and of what is trained
-    there, under its own name and under that of the adapter's copy.
+    there, under its own name and under that of the adapter's copy. ``rule`` says what the rule
+    matches, adds and computes, line by line.
     """
 
     adapter: str
@@ -74,6 +82,7 @@ class Insertion:
     role: str
     sizes: tuple[tuple[str, str], ...]
     parameters: tuple[str, ...]
+    rule: tuple[str, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         inner = ", ".join(f"{name} {value}" for name, value in self.sizes)
@@ -82,10 +91,14 @@ class Insertion:
 
 @dataclass(frozen=True)
 class ShapeClass:
-    """The graph that blocks of one structure share, with the class name of their module."""
+    """The graph that blocks of one structure share, with the class name of their module.
+
+    ``types`` are the class names of the modules in it, which make no difference by themselves.
+    """
 
     kind: str
     nodes: Mapping[str, Node]
+    types: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

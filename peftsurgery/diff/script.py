@@ -7,7 +7,7 @@ first model; those that it has not are called ``+`` and their key in the second.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from typing import Any
 
@@ -42,6 +42,8 @@ class GraphEdits:
     edits: tuple[Edit, ...]
     places: tuple[tuple[str, str], ...] = ()
     """The blocks of both models that these edits are made in."""
+    keys: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """What the second model calls a node, and what the first one calls it."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _compared(
     back = {other: one for one, other in pairs.items()}
     edits = list(_node_edits(nodes, target.nodes, back))
     edits += [Edit(("removed",), k, None, nodes[k], None) for k in nodes if k not in pairs]
-    return GraphEdits(start, label, target.kind, tuple(edits)), pairs
+    return GraphEdits(start, label, target.kind, tuple(edits), keys=back), pairs
 
 
 def _node_edits(
