@@ -15,30 +15,17 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsIndex
 
 from peftsurgery.errors import SurgeryError, did_you_mean, first_line
-from peftsurgery.language.expression import MAX_EXPONENT, Expression, check_names, spelling
+from peftsurgery.language.expression import (
+    ARITHMETIC,
+    MAX_EXPONENT,
+    Expression,
+    check_names,
+    spelling,
+)
 from peftsurgery.language.operators import OPERATORS, Operator
 from peftsurgery.quiet import unlogged
 
 MAX_INTEGER = 2**63
-
-_ARITHMETIC: dict[type[ast.AST], Callable[..., Any]] = {
-    ast.Add: python.add,
-    ast.Sub: python.sub,
-    ast.Mult: python.mul,
-    ast.Div: python.truediv,
-    ast.FloorDiv: python.floordiv,
-    ast.Mod: python.mod,
-    ast.MatMult: python.matmul,
-    ast.Pow: python.pow,
-    ast.USub: python.neg,
-    ast.UAdd: python.pos,
-    ast.Lt: python.lt,
-    ast.LtE: python.le,
-    ast.Gt: python.gt,
-    ast.GtE: python.ge,
-    ast.Eq: python.eq,
-    ast.NotEq: python.ne,
-}
 
 
 def call_function(operator: Operator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -122,12 +109,12 @@ class _Reading:
             case ast.Tuple() | ast.List():
                 return tuple(self.value(item) for item in node.elts)
             case ast.UnaryOp():
-                return self.apply(node, _ARITHMETIC[type(node.op)], self.value(node.operand))
+                return self.apply(node, ARITHMETIC[type(node.op)], self.value(node.operand))
             case ast.BinOp():
                 return self.binary(node)
             case ast.Compare():
                 left, right = self.value(node.left), self.value(node.comparators[0])
-                return self.apply(node, _ARITHMETIC[type(node.ops[0])], left, right)
+                return self.apply(node, ARITHMETIC[type(node.ops[0])], left, right)
             case ast.IfExp():
                 return self.value(node.body if self.decided(node.test) else node.orelse)
             case ast.Subscript():
@@ -156,7 +143,7 @@ class _Reading:
                 raise self.refuse("PSG112", node, f"an exponent of {right}")
             if isinstance(left, int) and left.bit_length() * abs(right) > 512:
                 raise self.refuse("PSG112", node, f"{left} to the power {right}")
-        return self.apply(node, _ARITHMETIC[type(node.op)], left, right)
+        return self.apply(node, ARITHMETIC[type(node.op)], left, right)
 
     def decided(self, node: ast.expr) -> bool:
         # the choice is made once, when the rule is read: a graph has no branch to take later

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import ast
 import keyword
+import operator as python
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.position import Position, Text
@@ -50,24 +52,26 @@ _NODES = (
     ast.Compare,
     ast.IfExp,
 )
-_OPERATORS = (
-    ast.Add,
-    ast.Sub,
-    ast.Mult,
-    ast.Div,
-    ast.FloorDiv,
-    ast.Mod,
-    ast.MatMult,
-    ast.Pow,
-    ast.USub,
-    ast.UAdd,
-    ast.Lt,
-    ast.LtE,
-    ast.Gt,
-    ast.GtE,
-    ast.Eq,
-    ast.NotEq,
-)
+
+ARITHMETIC: Mapping[type[ast.AST], Callable[..., Any]] = {
+    ast.Add: python.add,
+    ast.Sub: python.sub,
+    ast.Mult: python.mul,
+    ast.Div: python.truediv,
+    ast.FloorDiv: python.floordiv,
+    ast.Mod: python.mod,
+    ast.MatMult: python.matmul,
+    ast.Pow: python.pow,
+    ast.USub: python.neg,
+    ast.UAdd: python.pos,
+    ast.Lt: python.lt,
+    ast.LtE: python.le,
+    ast.Gt: python.gt,
+    ast.GtE: python.ge,
+    ast.Eq: python.eq,
+    ast.NotEq: python.ne,
+}
+"""The signs of the language, and what each does."""
 
 
 @dataclass(frozen=True)
@@ -102,28 +106,24 @@ def parse(text: str | int | float, where: str | None = None) -> Expression:
     return _Parser(str(text), text if isinstance(text, Text) else made).expression()
 
 
-def check_names(expression: Expression, known: Collection[str], what: str = "name") -> None:
+def check_names(expression: Expression, known: Collection[str]) -> None:
     """Refuse an expression that reads a name outside ``known`` (PSG113)."""
-    for name, offset in expression.names.items():
-        if name not in known:
-            raise SurgeryError(
-                "PSG113",
-                f"unknown {what} '{name}' in '{expression.text}'",
-                did_you_mean(name, known),
-                expression.where(offset),
-            )
+    _check_words(expression, expression.names, known, "PSG113", "name")
 
 
 def check_calls(expression: Expression, known: Collection[str]) -> None:
     """Refuse an expression that calls an operator outside ``known`` (PSG114)."""
-    for name, offset in expression.calls.items():
+    _check_words(expression, expression.calls, known, "PSG114", "operator")
+
+
+def _check_words(
+    expression: Expression, words: Mapping[str, int], known: Collection[str], code: str, what: str
+) -> None:
+    for name, offset in words.items():
         if name not in known:
-            raise SurgeryError(
-                "PSG114",
-                f"unknown operator '{name}' in '{expression.text}'",
-                did_you_mean(name, known),
-                expression.where(offset),
-            )
+            message = f"unknown {what} '{name}' in '{expression.text}'"
+            where = expression.where(offset)
+            raise SurgeryError(code, message, did_you_mean(name, known), where)
 
 
 def spelling(node: ast.Name) -> str:
@@ -198,7 +198,7 @@ class _Parser:
         inner = list(ast.iter_child_nodes(node))
         operators = [c for c in inner if isinstance(c, ast.operator | ast.unaryop | ast.cmpop)]
         for symbol in operators:
-            if not isinstance(symbol, _OPERATORS):
+            if type(symbol) not in ARITHMETIC:
                 word = type(symbol).__name__.lower()
                 raise self.refuse("PSG111", f"'{word}' is not part of the language", offset)
         return [c for c in inner if c not in operators and not isinstance(c, ast.expr_context)]

@@ -6,7 +6,7 @@ the same as for tensors; only the values are symbols that remember how tightly t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +27,11 @@ _GREEK = {
 }
 
 
+def _reflected(method: Callable[[Symbol, Any], Symbol]) -> Callable[[Symbol, Any], Symbol]:
+    """The same operator where the number or tuple on its left is no symbol."""
+    return lambda self, other: method(symbol(other), self)
+
+
 @dataclass(frozen=True, eq=False)
 class Symbol:
     """Printed expression with its binding strength, and its ``value`` if it is a known number."""
@@ -43,14 +48,8 @@ class Symbol:
     def __add__(self, other: Any) -> Symbol:
         return _join(self, " + ", other, SUM, SUM)
 
-    def __radd__(self, other: Any) -> Symbol:
-        return symbol(other) + self
-
     def __sub__(self, other: Any) -> Symbol:
         return _join(self, " − ", other, SUM, QUOTIENT)
-
-    def __rsub__(self, other: Any) -> Symbol:
-        return symbol(other) - self
 
     def __mul__(self, other: Any) -> Symbol:
         other = symbol(other)
@@ -58,27 +57,15 @@ class Symbol:
             return _join(self, "·", other, PRODUCT, PRODUCT)
         return _join(self, " ⊙ ", other, QUOTIENT, PRODUCT)
 
-    def __rmul__(self, other: Any) -> Symbol:
-        return symbol(other) * self
-
     def __truediv__(self, other: Any) -> Symbol:
         return _join(self, " / ", other, QUOTIENT, POWER)
-
-    def __rtruediv__(self, other: Any) -> Symbol:
-        return symbol(other) / self
 
     def __floordiv__(self, other: Any) -> Symbol:
         inner = _join(self, " / ", other, QUOTIENT, POWER)
         return Symbol(f"⌊{inner.text}⌋", ATOM, inner.scalar)
 
-    def __rfloordiv__(self, other: Any) -> Symbol:
-        return symbol(other) // self
-
     def __mod__(self, other: Any) -> Symbol:
         return _join(self, " mod ", other, QUOTIENT, POWER)
-
-    def __rmod__(self, other: Any) -> Symbol:
-        return symbol(other) % self
 
     def __matmul__(self, other: Any) -> Symbol:
         return _join(self, "·", other, PRODUCT, PRODUCT)
@@ -86,8 +73,9 @@ class Symbol:
     def __pow__(self, other: Any) -> Symbol:
         return Symbol(f"{self.at(ATOM)}^{symbol(other).at(ATOM)}", POWER, self.scalar)
 
-    def __rpow__(self, other: Any) -> Symbol:
-        return symbol(other) ** self
+    __radd__, __rsub__, __rmul__ = map(_reflected, (__add__, __sub__, __mul__))
+    __rtruediv__, __rfloordiv__ = map(_reflected, (__truediv__, __floordiv__))
+    __rmod__, __rpow__ = map(_reflected, (__mod__, __pow__))
 
     def __neg__(self) -> Symbol:
         value = self.value if isinstance(self.value, int | float) else None

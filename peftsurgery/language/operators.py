@@ -61,6 +61,12 @@ class Operator:
     maths: tuple[str, ...] = ()
     aten: tuple[str, ...] = ()
 
+    @classmethod
+    def of(cls, function: Callable[..., Any], name: str | None = None, **more: Any) -> Operator:
+        """The entry of a function, which is called by its own name unless another is given."""
+        doc = inspect.getdoc(function) or ""
+        return cls(name or function.__name__, function, doc, inspect.signature(function), **more)
+
     @property
     def needs_training(self) -> bool:
         """Whether the operator behaves differently while training, as dropout does."""
@@ -94,10 +100,8 @@ def operator(
             raise SurgeryError("PSG143", f"there is already an operator '{name}': {known.usage}")
         if not name.isidentifier() or not name.isascii() or name.startswith("__"):
             raise SurgeryError("PSG143", f"'{name}' cannot be the name of an operator")
-        signature = inspect.signature(function)
-        doc = inspect.getdoc(function) or ""
         forms = (maths,) if isinstance(maths, str) else maths
-        _table[name] = Operator(name, function, doc, signature, commutative, forms, aten)
+        _table[name] = Operator.of(function, name, commutative=commutative, maths=forms, aten=aten)
         return function
 
     return register

@@ -22,6 +22,7 @@ from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS
 from peftsurgery.language.schema import Flat, Param, Rule
+from peftsurgery.reach import reach
 
 MAX_ELEMENTS = 2**33
 
@@ -185,13 +186,9 @@ def names_in(
     expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
 ) -> frozenset[str]:
     """The names that expressions of a rule read, through ``let`` names too."""
-    pending, seen = [name for e in expressions for name in names_read(e, env)], set[str]()
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            pending += names_read(rule.let[name], env) if name in rule.let else ()
-    return frozenset(seen)
+    start = [name for expression in expressions for name in names_read(expression, env)]
+    made = rule.let
+    return frozenset(reach(start, lambda name: names_read(made[name], env) if name in made else ()))
 
 
 def _in_dtype(value: Any, dtype: torch.dtype) -> Any:

@@ -29,6 +29,7 @@ from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
 from peftsurgery.language.position import Text
 from peftsurgery.language.strict import Strict, Word, position_of
 from peftsurgery.language.where import Names, Where, substitute
+from peftsurgery.reach import reach
 
 
 def _as_expression(value: Any) -> Expression:
@@ -198,14 +199,9 @@ class Rule(Strict):
 
     def reads(self) -> frozenset[str]:
         """The names that the new values depend on, through `let` names too."""
-        pending = [name for expression in self.rewrite.values() for name in expression.names]
-        seen: set[str] = set()
-        while pending:
-            name = pending.pop()
-            if name not in seen:
-                seen.add(name)
-                pending += self.let[name].names if name in self.let else ()
-        return frozenset(seen)
+        start = [name for expression in self.rewrite.values() for name in expression.names]
+        let = self.let
+        return frozenset(reach(start, lambda name: let[name].names if name in let else ()))
 
     @property
     def kind(self) -> Kind:

@@ -306,20 +306,20 @@ def site_dict(site: Located) -> dict[str, Any]:
 
 
 def joined(names: Sequence[str]) -> str:
-    """Join names that differ only in numbers between dots: ``layers.{0..3}.k_proj``."""
-    text = NUMBER.sub("*", names[0])
-    for numbers in zip(*(NUMBER.findall(name) for name in names), strict=True):
-        known = list(dict.fromkeys(numbers))
-        text = text.replace("*", known[0] if len(known) == 1 else f"{{{_span(known)}}}", 1)
-    return text
+    """Join texts that differ only in numbers between dots: ``layers.{0..3}.k_proj``."""
+    spans = map(_span, zip(*map(NUMBER.findall, names), strict=True))
+    return NUMBER.sub(lambda _: next(spans), names[0])
 
 
-def _span(numbers: Sequence[str]) -> str:
-    """Numbers as a range, if they are one; few of them otherwise."""
-    whole = [int(number) for number in numbers]
+def _span(numbers: Iterable[str]) -> str:
+    """Numbers, each once, as a range if they are one; few of them otherwise."""
+    known = list(dict.fromkeys(numbers))
+    if len(known) == 1:
+        return known[0]
+    whole = [int(number) for number in known]
     if whole == list(range(whole[0], whole[0] + len(whole))):
-        return f"{whole[0]}..{whole[-1]}"
-    return ",".join(numbers[:4]) + (",…" if len(numbers) > 4 else "")
+        return f"{{{whole[0]}..{whole[-1]}}}"
+    return f"{{{','.join(known[:4])}{',…' if len(known) > 4 else ''}}}"
 
 
 def _listed(value: Any) -> list[Any]:

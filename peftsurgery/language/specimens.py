@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -100,18 +101,17 @@ def _widths(name: str, *smallest: int) -> list[Sizes]:
     return [{name: size} for size in (*smallest, 16, 48, 64, 128, 240, 1024)]
 
 
-def _linear_of(lead: tuple[int, ...], biased: bool) -> Maker:
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        width, rows = sizes["in"], sizes["out"]
-        given = {
-            "x": _random(generator, *lead, width),
-            "W": _random(generator, rows, width),
-            "b": _random(generator, rows) if biased else 0.0,
-            **sizes,
-        }
-        return _specimen(f"in {width}, out {rows}, {_bias(biased)}", given, _linear)
-
-    return make
+def _linear_site(
+    lead: tuple[int, ...], biased: bool, generator: torch.Generator, sizes: Sizes
+) -> Specimen:
+    width, rows = sizes["in"], sizes["out"]
+    given = {
+        "x": _random(generator, *lead, width),
+        "W": _random(generator, rows, width),
+        "b": _random(generator, rows) if biased else 0.0,
+        **sizes,
+    }
+    return _specimen(f"in {width}, out {rows}, {_bias(biased)}", given, _linear)
 
 
 def _linear(env: Mapping[str, Any]) -> Tensor:
@@ -140,31 +140,30 @@ def _embedding(generator: torch.Generator, sizes: Sizes) -> Specimen:
     return _specimen(f"in {count}, out {width}", given, lambda env: env["W"][env["x"]])
 
 
-def _conv_of(
+def _conv_site(
     groups: int,
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     kernel: tuple[int, int],
     biased: bool,
-) -> Maker:
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        width, rows = sizes["in"], sizes["out"]
-        given = {
-            "x": _random(generator, 2, width, 9, 8),
-            "W": _random(generator, rows, max(width // groups, 1), *kernel),
-            "b": _random(generator, rows) if biased else 0.0,
-            **sizes,
-            "kernel": kernel,
-            "stride": stride,
-            "padding": padding,
-            "dilation": dilation,
-            "groups": groups,
-        }
-        title = f"in {width}, out {rows}, kernel {kernel}, {groups} groups, {_bias(biased)}"
-        return _specimen(title, given, _conv)
-
-    return make
+    generator: torch.Generator,
+    sizes: Sizes,
+) -> Specimen:
+    width, rows = sizes["in"], sizes["out"]
+    given = {
+        "x": _random(generator, 2, width, 9, 8),
+        "W": _random(generator, rows, max(width // groups, 1), *kernel),
+        "b": _random(generator, rows) if biased else 0.0,
+        **sizes,
+        "kernel": kernel,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+    }
+    title = f"in {width}, out {rows}, kernel {kernel}, {groups} groups, {_bias(biased)}"
+    return _specimen(title, given, _conv)
 
 
 def _conv(env: Mapping[str, Any]) -> Tensor:
@@ -177,18 +176,15 @@ def _conv(env: Mapping[str, Any]) -> Tensor:
 TOKENS = 12
 
 
-def _norm_of(biased: bool) -> Maker:
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        width = sizes["hidden"]
-        given = {
-            "x": _random(generator, 2, TOKENS, width),
-            "W": _random(generator, width),
-            "b": _random(generator, width) if biased else 0.0,
-            "hidden": width,
-        }
-        return _specimen(f"hidden {width}, {_bias(biased)}", given, _norm)
-
-    return make
+def _norm_site(biased: bool, generator: torch.Generator, sizes: Sizes) -> Specimen:
+    width = sizes["hidden"]
+    given = {
+        "x": _random(generator, 2, TOKENS, width),
+        "W": _random(generator, width),
+        "b": _random(generator, width) if biased else 0.0,
+        "hidden": width,
+    }
+    return _specimen(f"hidden {width}, {_bias(biased)}", given, _norm)
 
 
 def _norm(env: Mapping[str, Any]) -> Tensor:
@@ -197,32 +193,28 @@ def _norm(env: Mapping[str, Any]) -> Tensor:
     return torch.add(level * env["W"], env["b"])
 
 
-def _attention_of(masked: bool, more_keys: int) -> Maker:
+def _attention(masked: bool, more_keys: int, generator: torch.Generator, sizes: Sizes) -> Specimen:
     """A core; ``more_keys`` than queries, as where a text goes on, or attends to another."""
-
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        heads, kv_heads, width = (sizes[name] for name in ("heads", "kv_heads", "head_dim"))
-        queries = _random(generator, 2, heads, 5, width)
-        keys, values = (_random(generator, 2, kv_heads, 5 + more_keys, width) for _ in "kv")
-        mask = _random(generator, 2, 1, 5, 5 + more_keys) if masked else None
-        given = {
-            "x": _random(generator, 2, 5, heads * width),
-            "q": queries,
-            "k": keys,
-            "v": values,
-            "mask": mask,
-            "o": torch.zeros_like(queries),
-            **sizes,
-            "layer": 0,
-            "hidden": heads * width,
-        }
-        title = (
-            f"{heads} heads, {kv_heads} kv heads, {'a' if masked else 'no'} mask, "
-            f"5 queries, {5 + more_keys} keys"
-        )
-        return Specimen(title, given, None, core(heads, kv_heads, mask))
-
-    return make
+    heads, kv_heads, width = (sizes[name] for name in ("heads", "kv_heads", "head_dim"))
+    queries = _random(generator, 2, heads, 5, width)
+    keys, values = (_random(generator, 2, kv_heads, 5 + more_keys, width) for _ in "kv")
+    mask = _random(generator, 2, 1, 5, 5 + more_keys) if masked else None
+    given = {
+        "x": _random(generator, 2, 5, heads * width),
+        "q": queries,
+        "k": keys,
+        "v": values,
+        "mask": mask,
+        "o": torch.zeros_like(queries),
+        **sizes,
+        "layer": 0,
+        "hidden": heads * width,
+    }
+    title = (
+        f"{heads} heads, {kv_heads} kv heads, {'a' if masked else 'no'} mask, "
+        f"5 queries, {5 + more_keys} keys"
+    )
+    return Specimen(title, given, None, core(heads, kv_heads, mask))
 
 
 def _heads(heads: int, kv_heads: int, *dims: int) -> list[Sizes]:
@@ -235,41 +227,33 @@ def _residual(generator: torch.Generator, sizes: Sizes) -> Specimen:
     return _specimen(f"hidden {width}", {**given, **sizes}, lambda env: env["x"] + env["h"])
 
 
-def _inputs_of(length: int, given: bool) -> Maker:
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        width, rows = sizes["width"], sizes["vocabulary"]
-        sequence = torch.ones(2, length, dtype=torch.long)
-        bound: dict[str, Any] = dict.fromkeys(KINDS["inputs"].values)
-        for prefix in ("", "decoder_"):
-            bound[f"{prefix}embeds"] = _random(generator, 2, length, width)
-            bound |= {f"{prefix}{name}": sequence for name in _PER_TOKEN if given}
-        bound["answer"] = sequence[:, 0] if given else None
-        # as many texts as any small number of prompts is a divisor of
-        bound |= {"logits": _random(generator, 840, 3), "W": _random(generator, rows, width)}
-        title = f"width {width}, {'with' if given else 'without'} a mask and labels"
-        return Specimen(title, {**bound, **sizes}, None)
-
-    return make
+def _inputs(length: int, given: bool, generator: torch.Generator, sizes: Sizes) -> Specimen:
+    width, rows = sizes["width"], sizes["vocabulary"]
+    sequence = torch.ones(2, length, dtype=torch.long)
+    bound: dict[str, Any] = dict.fromkeys(KINDS["inputs"].values)
+    for prefix in ("", "decoder_"):
+        bound[f"{prefix}embeds"] = _random(generator, 2, length, width)
+        bound |= {f"{prefix}{name}": sequence for name in _PER_TOKEN if given}
+    bound["answer"] = sequence[:, 0] if given else None
+    # as many texts as any small number of prompts is a divisor of
+    bound |= {"logits": _random(generator, 840, 3), "W": _random(generator, rows, width)}
+    title = f"width {width}, {'with' if given else 'without'} a mask and labels"
+    return Specimen(title, {**bound, **sizes}, None)
 
 
-def _positions_of(lead: tuple[int, ...]) -> Maker:
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        p = torch.arange(5).expand(*lead, 5)
-        given = {"p": p, "y": _random(generator, *p.shape, 6)}
-        return Specimen(f"{p.dim()} dimensions", given, None)
-
-    return make
+def _positions(lead: tuple[int, ...], generator: torch.Generator, sizes: Sizes) -> Specimen:
+    p = torch.arange(5).expand(*lead, 5)
+    given = {"p": p, "y": _random(generator, *p.shape, 6)}
+    return Specimen(f"{p.dim()} dimensions", given, None)
 
 
-def _parameter_of(middle: tuple[int, ...] | None) -> Maker:
+def _parameter(
+    middle: tuple[int, ...] | None, generator: torch.Generator, sizes: Sizes
+) -> Specimen:
     """A parameter of dimensions in the ``middle`` of rows and columns; None for a vector."""
-
-    def make(generator: torch.Generator, sizes: Sizes) -> Specimen:
-        shape = [sizes["rows"], *(middle or ()), sizes["columns"]][0 if middle is not None else 1 :]
-        given = {"W": _random(generator, *shape), "rows": shape[0], "columns": shape[-1]}
-        return Specimen(f"a parameter of shape {shape}", given, lambda env: env["W"])
-
-    return make
+    shape = [sizes["rows"], *(middle or ()), sizes["columns"]][0 if middle is not None else 1 :]
+    given = {"W": _random(generator, *shape), "rows": shape[0], "columns": shape[-1]}
+    return Specimen(f"a parameter of shape {shape}", given, lambda env: env["W"])
 
 
 def _specimen(title: str, given: Mapping[str, Any], operation: Operation) -> Specimen:
@@ -293,9 +277,9 @@ _CONVS: list[Sizes] = _pairs("in", "out", (4, 6))[:5]
 
 _VARIANTS: Mapping[str, tuple[tuple[Maker, Sequence[Sizes]], ...]] = {
     "linear": (
-        (_linear_of((2, 3), True), _pairs("in", "out", (18, 14))),
-        (_linear_of((4,), False), _pairs("in", "out", (13, 20))),
-        (_linear_of((1,), True), _SQUARE),
+        (partial(_linear_site, (2, 3), True), _pairs("in", "out", (18, 14))),
+        (partial(_linear_site, (4,), False), _pairs("in", "out", (13, 20))),
+        (partial(_linear_site, (1,), True), _SQUARE),
     ),
     "experts": tuple((_experts, sizes) for sizes in _EXPERTS),
     "embedding": (
@@ -303,26 +287,29 @@ _VARIANTS: Mapping[str, tuple[tuple[Maker, Sequence[Sizes]], ...]] = {
         (_embedding, _pairs("in", "out", (5, 16))),
     ),
     "conv": (
-        (_conv_of(1, (1, 1), (1, 1), (1, 1), (3, 3), True), _CONVS),
-        (_conv_of(1, (2, 1), (0, 2), (1, 2), (3, 2), False), _CONVS),
-        (_conv_of(2, (2, 2), (1, 1), (1, 1), (3, 3), True), _CONVS),
+        (partial(_conv_site, 1, (1, 1), (1, 1), (1, 1), (3, 3), True), _CONVS),
+        (partial(_conv_site, 1, (2, 1), (0, 2), (1, 2), (3, 2), False), _CONVS),
+        (partial(_conv_site, 2, (2, 2), (1, 1), (1, 1), (3, 3), True), _CONVS),
     ),
-    "norm": ((_norm_of(True), _widths("hidden", 8)), (_norm_of(False), _widths("hidden", 6))),
+    "norm": (
+        (partial(_norm_site, True), _widths("hidden", 8)),
+        (partial(_norm_site, False), _widths("hidden", 6)),
+    ),
     "attention": (
-        (_attention_of(False, 0), _heads(4, 4, 8)),
-        (_attention_of(True, 0), _heads(4, 4, 8)),
-        (_attention_of(True, 2), _heads(4, 2, 6)),
-        (_attention_of(False, 2), _heads(6, 2, 8)),
+        (partial(_attention, False, 0), _heads(4, 4, 8)),
+        (partial(_attention, True, 0), _heads(4, 4, 8)),
+        (partial(_attention, True, 2), _heads(4, 2, 6)),
+        (partial(_attention, False, 2), _heads(6, 2, 8)),
     ),
     "residual": ((_residual, _widths("hidden", 8)), (_residual, _widths("hidden", 6))),
     "inputs": (
-        (_inputs_of(5, True), _pairs("width", "vocabulary", (8, 11))[:3]),
-        (_inputs_of(9, False), _pairs("width", "vocabulary", (6, 7))[:3]),
+        (partial(_inputs, 5, True), _pairs("width", "vocabulary", (8, 11))[:3]),
+        (partial(_inputs, 9, False), _pairs("width", "vocabulary", (6, 7))[:3]),
     ),
-    "positions": ((_positions_of(()), [{}]), (_positions_of((2,)), [{}])),
+    "positions": ((partial(_positions, ()), [{}]), (partial(_positions, (2,)), [{}])),
     "parameter": (
-        (_parameter_of(()), _pairs("rows", "columns", (7, 5))),
-        (_parameter_of(None), _pairs("rows", "columns", (7, 5))),
-        (_parameter_of((3,)), _pairs("rows", "columns", (4, 6))[:4]),
+        (partial(_parameter, ()), _pairs("rows", "columns", (7, 5))),
+        (partial(_parameter, None), _pairs("rows", "columns", (7, 5))),
+        (partial(_parameter, (3,)), _pairs("rows", "columns", (4, 6))[:4]),
     ),
 }

@@ -9,7 +9,6 @@ Sources: NF4, double quantisation: Dettmers et al., 2023, arXiv:2305.14314, sect
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +46,7 @@ def fp4(block: int = 64, double: bool = True, compute: str | None = None) -> Sto
 
 
 STORES: Mapping[str, Operator] = {
-    function.__name__: Operator(
-        function.__name__, function, inspect.getdoc(function) or "", inspect.signature(function)
-    )
-    for function in (nf4, fp4)
+    function.__name__: Operator.of(function) for function in (nf4, fp4)
 }
 """The ways to store a weight, by name."""
 

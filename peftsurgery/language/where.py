@@ -115,10 +115,6 @@ class Where(Strict):
         """The clauses as JSON and YAML hold them."""
         return self.model_dump(mode="json", by_alias=True, exclude_defaults=True)
 
-    def settings(self) -> list[str]:
-        """The settings that the clauses refer to, as texts that know their position."""
-        return references(self.given())
-
 
 EVERYWHERE = Where()
 """No clauses: every site satisfies them."""
@@ -167,9 +163,9 @@ def _parts(item: Any, spread: bool) -> list[Any]:
 def references(value: Any) -> list[str]:
     """The settings that a value refers to, as texts that know their position."""
     if isinstance(value, Where):
-        return value.settings()
+        value = value.given()
     if isinstance(value, Mapping):
-        return [name for item in value.values() for name in references(item)]
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return [name for item in value for name in references(item)]
     return _SETTING.findall(value) if isinstance(value, str) else []

@@ -42,6 +42,7 @@ from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import parse
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
+from peftsurgery.reach import reach
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
 
@@ -144,13 +145,8 @@ def _check_settings(cut: Cut, form: RuleFile) -> None:
     check_implied(operation, FORMAT, LIBRARY, "PSG510")
     said = {*form.carried(FORMAT).values(), *operation.file.implied(FORMAT)}
     let = operation.file.let
-    pending, seen = [*cut.rule.reads()], set[str]()
-    while pending:
-        name = pending.pop()
-        if name not in seen:
-            seen.add(name)
-            pending += let[name].names if name in let else ()
-    for setting in sorted(seen & (operation.file.with_.keys() - said)):
+    read = {*reach(cut.rule.reads(), lambda name: let[name].names if name in let else ())}
+    for setting in sorted(read & (operation.file.with_.keys() - said)):
         usual = operation.file.with_[setting]
         if operation.settings[setting] != usual:
             raise not_known(operation, setting, usual, LIBRARY, "PSG510")

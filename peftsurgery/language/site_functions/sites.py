@@ -11,8 +11,8 @@ head_dim), k and v are (batch, kv_heads, tokens, head_dim).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -104,7 +104,7 @@ def core(heads: int, kv_heads: int, own_mask: Any) -> Mapping[str, Operator]:
             )
         return attention(q, k, v, mask)
 
-    return {attention.__name__: _named(attention, attend)}
+    return {attention.__name__: replace(Operator.of(attention), function=attend)}
 
 
 def _same(first: str, found: Any, second: str, wanted: Any) -> None:
@@ -112,21 +112,14 @@ def _same(first: str, found: Any, second: str, wanted: Any) -> None:
         raise ValueError(f"{first} {found} {second} {wanted}")
 
 
-def _named(function: Callable[..., Any], body: Callable[..., Any]) -> Operator:
-    """A site function with another body."""
-    known = site_function(function)
-    return Operator(known.name, body, known.doc, known.signature)
-
-
 def site_function(function: Callable[..., Any]) -> Operator:
     """The entry of a site function, which a rule calls by its name."""
-    doc = inspect.getdoc(function) or ""
-    return Operator(function.__name__, function, doc, inspect.signature(function))
+    return Operator.of(function)
 
 
 def table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
     """The entries of site functions, by name."""
-    return {function.__name__: site_function(function) for function in functions}
+    return {function.__name__: Operator.of(function) for function in functions}
 
 
 ATTENTION = table(attention, concat, tokens, extend, unmasked, token_mean)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
@@ -13,13 +12,11 @@ from torch import nn
 from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
-from peftsurgery.language.selection import Candidate, Selection, name_of
+from peftsurgery.language.selection import NUMBER, Selection, joined, name_of
 from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.plan.plan import Plan
-
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
 class Report:
@@ -162,24 +159,7 @@ def _lines(selection: Selection) -> list[str]:
 
 def _folded(selection: Selection, limit: int = 2) -> list[str]:
     """The nearest misses, those of equal layers as one: ``layers.{0,1,2}.k_proj: ...``."""
-    groups: dict[tuple[str, ...], list[Candidate]] = {}
-    for miss in selection.near_misses(len(selection.dropped)):
-        key = (_NUMBER.sub("*", name_of(miss.site)), *miss.reasons)
-        groups.setdefault(key, []).append(miss)
-    texts = []
-    for (path, *reasons), misses in list(groups.items())[:limit]:
-        numbers = [_NUMBER.findall(name_of(miss.site)) for miss in misses]
-        for each in zip(*numbers, strict=True):
-            known = list(dict.fromkeys(each))
-            shown = known[0] if len(known) == 1 else f"{{{_span(known)}}}"
-            path = path.replace("*", shown, 1)
-        texts.append(f"{path}: {'; '.join(reasons)}")
-    return texts
-
-
-def _span(numbers: Sequence[str]) -> str:
-    """Numbers as a range, if they are one; few of them otherwise."""
-    whole = [int(number) for number in numbers]
-    if whole == list(range(whole[0], whole[0] + len(whole))):
-        return f"{whole[0]}..{whole[-1]}"
-    return ",".join(numbers[:4]) + (",…" if len(numbers) > 4 else "")
+    groups: dict[str, list[str]] = {}
+    for text in map(str, selection.near_misses(len(selection.dropped))):
+        groups.setdefault(NUMBER.sub("*", text), []).append(text)
+    return [joined(texts) for texts in list(groups.values())[:limit]]
