@@ -78,6 +78,12 @@ CODES = {
         "An expression cannot be computed on these values",
         "Most often two shapes do not fit. The part of the expression and the shapes are printed.",
     ),
+    "PSG117": CodeInfo(
+        "Nothing reads a setting of the base any more",
+        "A rule file stands on another (`base:`), and an expression of its own took the place of "
+        "the one that read the setting. A name in it may be misspelt; if not, `without:` says that "
+        "the setting is none of the file's.",
+    ),
     "PSG120": CodeInfo(
         "There is no such setting",
         "The settings of a rule file are the keys of its `with:`.",

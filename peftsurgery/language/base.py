@@ -4,11 +4,13 @@
     with, let, roles, flat, checkpoint      are laid over the base's
     where               is laid over the clauses of every rule of the base
     change: [...]       is laid over the base's rules, in order
+    without: [...]      settings of the base that no expression reads any more
     rules: [...]        are further rules, after the base's
 
 What is laid over a mapping gives it keys, mapping by mapping; anything else takes the place of what
 the base has, and null takes that out (but a setting may be null). A setting of the base that
-nothing of the whole reads any more is none of the file's.
+nothing of the whole reads any more is none of the file's. If an expression of the base read it, the
+file has to say so: the one that took its place may have it misspelt.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.document import Document, Path
 from peftsurgery.language.strict import Strict, Word, refusal
+from peftsurgery.language.where import Names
 
 _MAPPING = {"type": "object", "additionalProperties": True}
-_NAME = re.compile(r"[A-Za-z_]\w*")
+_NAME = re.compile(r"\$?[A-Za-z_]\w*")
 
 
 class OnBase(Strict):
@@ -41,6 +44,8 @@ class OnBase(Strict):
         WithJsonSchema({"anyOf": [{"type": "array", "items": _MAPPING}, _MAPPING]}),
     ] = ()
     """What is laid over the rules of the base, in order; a mapping alone is for the first."""
+    without: Names = ()
+    """Settings of the base that its expressions read, and nothing here reads any more."""
 
 
 def on_base(document: Document) -> OnBase | None:
@@ -75,7 +80,8 @@ def laid_over(base: Document, own: Document, said: OnBase) -> Document:
     over["rules"] = [*changed, *more] if isinstance(more, list) else more
     data = _laid(under, over)
     if isinstance(under.get("with"), Mapping) and isinstance(mine := over.get("with", {}), Mapping):
-        data["with"] = _settings(under["with"], mine, data)
+        kept = {*mine, *(_settings_read(data) | _read(under)).difference(said.without)}
+        data["with"] = {n: value for n, value in {**under["with"], **mine}.items() if n in kept}
     moved = {
         path: position
         for written, position in own.positions.items()
@@ -95,17 +101,32 @@ def _laid(under: Any, over: Any) -> Any:
     return {key: laid[key] for key in order if key not in out}
 
 
-def _settings(
-    under: Mapping[str, Any], mine: Mapping[str, Any], data: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The base's settings with the file's own laid over, without those that nothing reads."""
+def check_read(own: Document, whole: Document) -> None:
+    """Refuse a setting of a file's base that expressions read there, and nothing does here. PSG117.
+
+    ``whole`` is the file laid over its base.
+    """
+    known = {*_settings_read(whole.data), *own.data.get("with", {})}
+    for name in whole.data.get("with", {}) if "base" in own.data else ():
+        if name not in known:
+            message = f"nothing reads '{name}' any more, a setting of '{own.data['base']}'"
+            hint = f"correct what took its place, or say `without: {name}`"
+            raise SurgeryError("PSG117", message, hint, str(own.position(("base",))))
+
+
+def _settings_read(data: Mapping[str, Any]) -> set[str]:
+    """The names that expressions and clauses of a file read, whatever they are the names of."""
+    return {name.lstrip("$") for name in _read(data)}
+
+
+def _read(data: Mapping[str, Any]) -> set[str]:
+    """Every name in the texts of a file's rules; those of settings in clauses with their $."""
     texts = (value for key, value in data.items() if key not in ("name", "about", "with"))
-    read = {name for value in texts for name in _names(value)}
-    return {key: value for key, value in {**under, **mine}.items() if key in mine or key in read}
+    return {name for value in texts for name in _names(value)}
 
 
 def _names(value: Any) -> Iterator[str]:
-    """Every name in the texts of a value, whatever it is the name of."""
+    """Every name in the texts of a value."""
     if isinstance(value, str):
         yield from _NAME.findall(value)
     elif isinstance(value, Mapping | list):

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.base import laid_over, on_base
+from peftsurgery.language.base import check_read, laid_over, on_base
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.strict import position_of, refusal
@@ -34,7 +34,8 @@ def load_rules(name: str | Path) -> RuleFile:
     """Load a shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 for none.
 
     A file that stands on another is laid over it: PSG108 if it stands on itself, PSG109 for a
-    change of a rule that its base does not have.
+    change of a rule that its base does not have, PSG117 for a setting of its base that nothing
+    reads any more.
     """
     path = shipped().get(str(name), Path(name))
     return _rule_file(_read(path, str(name)), path.parent, (path.absolute(),))
@@ -71,9 +72,11 @@ def _rule_file(document: Document, folder: Path, sources: tuple[Path, ...]) -> R
     """Parse a document's rules, laid over its base's."""
     whole, sources = _whole(document, folder, sources)
     try:
-        return RuleFile.model_validate(whole.data).read_from(sources)
+        file = RuleFile.model_validate(whole.data)
     except ValidationError as error:
         raise refusal(error, whole) from None
+    check_read(document, whole)
+    return file.read_from(sources)
 
 
 def _whole(
