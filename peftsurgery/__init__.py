@@ -14,61 +14,36 @@ from typing import TYPE_CHECKING, Any
 from peftsurgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from peftsurgery.capture import GraphModel, capture
-    from peftsurgery.diff.comparison import diff
-    from peftsurgery.errors import SurgeryError
-    from peftsurgery.formats.adapterhub.directory import from_adapterhub, to_adapterhub
-    from peftsurgery.formats.onnx import export_onnx
-    from peftsurgery.formats.peft.directory import from_peft, to_peft
-    from peftsurgery.formats.pretrained import fold_to_directory
-    from peftsurgery.language.checking import check_rules
-    from peftsurgery.language.loading import load_rules, parse_rules
-    from peftsurgery.language.operators import operator
-    from peftsurgery.language.roles import role
-    from peftsurgery.language.schema import Rule
-    from peftsurgery.surgery.applying import apply, eject
-    from peftsurgery.surgery.asking import sites, why
-    from peftsurgery.surgery.combine.combining import combine
-    from peftsurgery.surgery.fold.flattening import flatten
-    from peftsurgery.surgery.fold.folding import fold, fold_error
-    from peftsurgery.surgery.loading import load
-    from peftsurgery.surgery.model.operated import OperatedModel
-    from peftsurgery.surgery.model.report import Report
-    from peftsurgery.training import AllocateRanks, RankAllocator, lora_plus
-
-
-__all__ = [
-    "AllocateRanks",
-    "GraphModel",
-    "OperatedModel",
-    "RankAllocator",
-    "Report",
-    "Rule",
-    "SurgeryError",
-    "apply",
-    "capture",
-    "check_rules",
-    "combine",
-    "diff",
-    "eject",
-    "export_onnx",
-    "flatten",
-    "fold",
-    "fold_error",
-    "fold_to_directory",
-    "from_adapterhub",
-    "from_peft",
-    "load",
-    "load_rules",
-    "lora_plus",
-    "operator",
-    "parse_rules",
-    "role",
-    "sites",
-    "to_adapterhub",
-    "to_peft",
-    "why",
-]
+    from peftsurgery.capture import GraphModel as GraphModel
+    from peftsurgery.capture import capture as capture
+    from peftsurgery.diff.comparison import diff as diff
+    from peftsurgery.errors import SurgeryError as SurgeryError
+    from peftsurgery.formats.adapterhub.directory import from_adapterhub as from_adapterhub
+    from peftsurgery.formats.adapterhub.directory import to_adapterhub as to_adapterhub
+    from peftsurgery.formats.onnx import export_onnx as export_onnx
+    from peftsurgery.formats.peft.directory import from_peft as from_peft
+    from peftsurgery.formats.peft.directory import to_peft as to_peft
+    from peftsurgery.formats.pretrained import fold_to_directory as fold_to_directory
+    from peftsurgery.language.checking import check_rules as check_rules
+    from peftsurgery.language.loading import load_rules as load_rules
+    from peftsurgery.language.loading import parse_rules as parse_rules
+    from peftsurgery.language.operators import operator as operator
+    from peftsurgery.language.roles import role as role
+    from peftsurgery.language.schema import Rule as Rule
+    from peftsurgery.surgery.applying import apply as apply
+    from peftsurgery.surgery.applying import eject as eject
+    from peftsurgery.surgery.asking import sites as sites
+    from peftsurgery.surgery.asking import why as why
+    from peftsurgery.surgery.combine.combining import combine as combine
+    from peftsurgery.surgery.fold.flattening import flatten as flatten
+    from peftsurgery.surgery.fold.folding import fold as fold
+    from peftsurgery.surgery.fold.folding import fold_error as fold_error
+    from peftsurgery.surgery.loading import load as load
+    from peftsurgery.surgery.model.operated import OperatedModel as OperatedModel
+    from peftsurgery.surgery.model.report import Report as Report
+    from peftsurgery.training import AllocateRanks as AllocateRanks
+    from peftsurgery.training import RankAllocator as RankAllocator
+    from peftsurgery.training import lora_plus as lora_plus
 
 _HOME = {
     "AllocateRanks": "training",
@@ -102,6 +77,8 @@ _HOME = {
     "to_peft": "formats.peft.directory",
     "why": "surgery.asking",
 }
+
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

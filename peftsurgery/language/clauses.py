@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from peftsurgery.anatomy import Placed
 from peftsurgery.language.expression import Expression
-from peftsurgery.language.located import Located
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.strict import position_of
@@ -21,8 +21,8 @@ class Clause:
 
     key: str
     text: str
-    holds: Callable[[Located], bool]
-    reason: Callable[[Located], str]
+    holds: Callable[[Placed], bool]
+    reason: Callable[[Placed], str]
 
 
 LACKS = "lacks"
@@ -56,7 +56,7 @@ def of_kind(kinds: Iterable[str]) -> Clause:
     return _choice("kind of site", kinds, lambda site: site.kind)
 
 
-def address(site: Located) -> str:
+def address(site: Placed) -> str:
     """Text that ``path`` matches: a module's path, or a bare parameter's name."""
     if site.kind == "parameter" and site.parameter is not None:
         return site.parameter
@@ -90,7 +90,7 @@ def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
 
 def _plain(where: Where) -> Iterator[Clause]:
     """The clauses that compare one property of a site with a list of names."""
-    properties: dict[str, Callable[[Located], Any]] = {
+    properties: dict[str, Callable[[Placed], Any]] = {
         "paths": address,
         "type": lambda site: site.type,
         "op": lambda site: site.facts.get("op"),
@@ -106,17 +106,17 @@ def _plain(where: Where) -> Iterator[Clause]:
 
 
 def _choice(
-    key: str, names: Iterable[str], read: Callable[[Located], Any], glob: bool = False
+    key: str, names: Iterable[str], read: Callable[[Placed], Any], glob: bool = False
 ) -> Clause:
     wanted = tuple(str(name) for name in names)
     exact = frozenset(wanted)
 
-    def values(site: Located) -> list[str]:
+    def values(site: Placed) -> list[str]:
         value = read(site)
         items = value if isinstance(value, list | tuple | set | frozenset) else [value]
         return [str(item) for item in items if item is not None]
 
-    def holds(site: Located) -> bool:
+    def holds(site: Placed) -> bool:
         found = values(site)
         if not exact.isdisjoint(found):
             return True
@@ -125,7 +125,7 @@ def _choice(
     shown = ", ".join(wanted[:6]) + (f" and {len(wanted) - 6} more" if len(wanted) > 6 else "")
     choice = f"one of {shown}" if len(wanted) > 1 else shown
 
-    def reason(site: Located) -> str:
+    def reason(site: Placed) -> str:
         return f"{key} is {', '.join(values(site)) or 'unknown'}, not {choice}"
 
     return Clause(key, f"{key}: {shown}", holds, reason)
@@ -135,11 +135,11 @@ def _layers(items: Iterable[int | str]) -> Clause:
     ranges = [layer_range(item) for item in items]
     text = "layers: " + ", ".join(str(item) for item in items)
 
-    def holds(site: Located) -> bool:
+    def holds(site: Placed) -> bool:
         layer = site.layer
         return layer is not None and any(low <= layer <= high for low, high in ranges)
 
-    def reason(site: Located) -> str:
+    def reason(site: Placed) -> str:
         here = "not in a layer" if site.layer is None else f"in layer {site.layer}"
         return f"it is {here} ({text})"
 
@@ -149,7 +149,7 @@ def _layers(items: Iterable[int | str]) -> Clause:
 def _shape(wanted: tuple[int | None, ...]) -> Clause:
     text = "shape: [" + ", ".join("any" if size is None else str(size) for size in wanted) + "]"
 
-    def holds(site: Located) -> bool:
+    def holds(site: Placed) -> bool:
         shape = weight_shape(site)
         if shape is None or len(shape) != len(wanted):
             return False
@@ -158,7 +158,7 @@ def _shape(wanted: tuple[int | None, ...]) -> Clause:
     return Clause("shape", text, holds, lambda s: f"shape is {weight_shape(s)}, not {text[7:]}")
 
 
-def weight_shape(site: Located) -> list[int] | None:
+def weight_shape(site: Placed) -> list[int] | None:
     """The shape of a site's weight as rules see it, (out, in) for a linear; None if it has none."""
     facts, sizes = site.facts, _SHAPES.get(site.kind, ())
     if "shape" in facts:
@@ -184,7 +184,7 @@ def _matched(names: Iterable[str], roles: Roles) -> Clause:
 def _fact(name: str, value: Any) -> Clause:
     text = f"{name}: {value}"
 
-    def holds(site: Located) -> bool:
+    def holds(site: Placed) -> bool:
         return bool(site.facts.get(name) == value)
 
     return Clause(name, text, holds, lambda s: f"{name} is {s.facts.get(name)}, not {value}")
@@ -209,17 +209,17 @@ def _combined(where: Where, roles: Roles) -> Iterator[Clause]:
 def _any(parts: list[tuple[Clause, ...]]) -> Clause:
     text = " or ".join(f"({in_words(part)})" for part in parts)
 
-    def reason(site: Located) -> str:
+    def reason(site: Placed) -> str:
         return "; ".join(failures(part, site)[0].reason(site) for part in parts) or "no alternative"
 
     return Clause("any", text, lambda site: any(passes(part, site) for part in parts), reason)
 
 
 def _relation(key: str, inner: tuple[Clause, ...]) -> Clause:
-    def others(site: Located) -> Iterable[Located]:
+    def others(site: Placed) -> Iterable[Placed]:
         return site.feeds if key == "feeds" else site.fed_by
 
-    def reason(site: Located) -> str:
+    def reason(site: Placed) -> str:
         names = [f"{address(other)} ({other.role or other.kind})" for other in others(site)]
         return f"{key} {', '.join(names) or 'nothing'}, none with {in_words(inner)}"
 
@@ -227,12 +227,12 @@ def _relation(key: str, inner: tuple[Clause, ...]) -> Clause:
     return Clause(key, text, lambda s: any(passes(inner, o) for o in others(s)), reason)
 
 
-def passes(clauses: Iterable[Clause], site: Located) -> bool:
+def passes(clauses: Iterable[Clause], site: Placed) -> bool:
     """Whether a site satisfies every clause."""
     return all(clause.holds(site) for clause in clauses)
 
 
-def failures(clauses: Iterable[Clause], site: Located) -> list[Clause]:
+def failures(clauses: Iterable[Clause], site: Placed) -> list[Clause]:
     """The clauses that a site fails."""
     return [clause for clause in clauses if not clause.holds(site)]
 

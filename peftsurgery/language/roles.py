@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
+from peftsurgery.anatomy import Placed
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.located import Located
 from peftsurgery.language.operators import is_same
 
-Predicate = Callable[[Located], bool]
+Predicate = Callable[[Placed], bool]
 Function = TypeVar("Function", bound=Predicate)
 
 VOCABULARY = (
@@ -63,7 +63,7 @@ class Roles:
 
     @staticmethod
     def among(
-        sites: Iterable[Located], matched: Mapping[str, frozenset[str]] | None = None
+        sites: Iterable[Placed], matched: Mapping[str, frozenset[str]] | None = None
     ) -> Roles:
         """The roles of ``sites`` and all that are registered."""
         found = {str(site.role) for site in sites if site.role is not None}
@@ -91,7 +91,7 @@ class Roles:
             hint = did_you_mean(name, self.known)
             raise SurgeryError("PSG142", f"there is no role '{name}'", hint, where)
 
-    def of(self, site: Located) -> list[str]:
+    def of(self, site: Placed) -> list[str]:
         """Every role of a site, the anatomy's first."""
         given = [str(site.role)] if site.role is not None else []
         return given + [name for name, holds in self.predicates.items() if holds(site)]

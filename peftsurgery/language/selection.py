@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from peftsurgery.anatomy import Placed
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.clauses import (
     LACKS,
@@ -26,7 +27,6 @@ from peftsurgery.language.clauses import (
     passes,
 )
 from peftsurgery.language.kinds import KINDS
-from peftsurgery.language.located import Located
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.where import EVERYWHERE, Where, where_of
@@ -39,7 +39,7 @@ NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 class Candidate:
     """A site of the rule's kind and the clauses that it failed; none if it is kept."""
 
-    site: Located
+    site: Placed
     failed: tuple[Clause, ...]
 
     @property
@@ -62,12 +62,12 @@ class Selection:
 
     name: str
     rule: Rule | None
-    sites: tuple[Located, ...]
+    sites: tuple[Placed, ...]
     clauses: tuple[Clause, ...]
     candidates: tuple[Candidate, ...]
     unnarrowed: Selection | None = None
 
-    def __iter__(self) -> Iterator[Located]:
+    def __iter__(self) -> Iterator[Placed]:
         return iter(self.kept)
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ class Selection:
         return self  # immutable: copies of a model share what was chosen
 
     @cached_property
-    def kept(self) -> tuple[Located, ...]:
+    def kept(self) -> tuple[Placed, ...]:
         """The sites to cut at."""
         return tuple(c.site for c in self.candidates if not c.failed)
 
@@ -239,7 +239,7 @@ class Selection:
 
 
 def select(
-    sites: Iterable[Located],
+    sites: Iterable[Placed],
     rule: Rule,
     settings: Mapping[str, Any] | None = None,
     roles: Mapping[str, Where] | None = None,
@@ -269,7 +269,7 @@ def select(
     return replace(narrowed, unnarrowed=chosen)
 
 
-def every_site(sites: Iterable[Located]) -> Selection:
+def every_site(sites: Iterable[Placed]) -> Selection:
     """Select all sites, to be narrowed."""
     placed = tuple(sites)
     return Selection("sites", None, placed, (), tuple(Candidate(site, ()) for site in placed))
@@ -288,13 +288,13 @@ def verdict(selection: Selection, path: str) -> str:
     raise SurgeryError("PSG303", f"there is no site at '{path}'", did_you_mean(path, known))
 
 
-def name_of(site: Located) -> str:
+def name_of(site: Placed) -> str:
     """A site as messages name it: its address, and which part of a fused weight it is."""
     label = f"[{site.site.label}]" if site.site.label else ""
     return f"{address(site)}{label}"
 
 
-def site_dict(site: Located) -> dict[str, Any]:
+def site_dict(site: Placed) -> dict[str, Any]:
     """A site as ``--json`` prints it."""
     named = ("kind", "role", "module", "parameter")
     return {
@@ -327,7 +327,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _chosen(
-    name: str, rule: Rule, sites: tuple[Located, ...], clauses: tuple[Clause, ...]
+    name: str, rule: Rule, sites: tuple[Placed, ...], clauses: tuple[Clause, ...]
 ) -> Selection:
     """Apply clauses to the sites of a rule's kind; slices give way to chosen wholes."""
     near = [site for site in sites if site.kind == rule.kind.name]
@@ -346,7 +346,7 @@ def _define(roles: Roles, name: str, where: Where) -> Roles:
     return roles.extended(name, lambda site: passes(clauses, site))
 
 
-def _check_paths(where: Where, sites: list[Located]) -> None:
+def _check_paths(where: Where, sites: list[Placed]) -> None:
     known = {address(site) for site in sites}
     for path in where.paths or ():
         if path not in known:
@@ -361,7 +361,7 @@ def _covered(candidates: list[Candidate]) -> Clause | None:
     """
     wholes = {(c.site.block, id(c.site.site)) for c in candidates if not c.failed}
 
-    def holds(site: Located) -> bool:
+    def holds(site: Placed) -> bool:
         return site.site.whole is None or (site.block, id(site.site.whole)) not in wholes
 
     if all(holds(c.site) for c in candidates if not c.failed):

@@ -108,8 +108,7 @@ def _meant(rule: Rule, reading: ConfigReading, sites: HubSites) -> list[Placed]:
 def _chosen(rule: Rule, reading: ConfigReading, sites: HubSites) -> list[Placed]:
     """The sites that a rule would choose."""
     settings = resolve_settings(reading.file, reading.settings)
-    kept = select(sites.every, rule, settings, reading.file.roles).kept
-    return [site for site in kept if isinstance(site, Placed)]
+    return list(select(sites.every, rule, settings, reading.file.roles))
 
 
 def _told(

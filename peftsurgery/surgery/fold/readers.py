@@ -18,19 +18,18 @@ from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import backward, is_tensor
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.located import Located
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 
 
-def check_readers(cuts: Iterable[Cut], sites: Iterable[Located]) -> None:
+def check_readers(cuts: Iterable[Cut], sites: Iterable[Placed]) -> None:
     """Refuse to fold a change of some readers of a weight that others read as it is. PSG408.
 
     ``sites`` are all those of the capture that the cuts are in.
     """
     reads: dict[str, list[Placed]] = {}
     for placed in sites:
-        if placed.kind == "parameter" and placed.parameter and isinstance(placed, Placed):
+        if placed.kind == "parameter" and placed.parameter:
             reads.setdefault(placed.parameter, []).append(placed)
     known: dict[Any, fx.Node | None] = {}  # blocks of one shape class are looked at once
     for name, made in _by_weight(cuts):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
-from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
 from peftsurgery.language.selection import NUMBER, Selection, joined, name_of
@@ -48,7 +47,7 @@ class Report:
     def coverage(self) -> Coverage:
         """How much of the model was matched, by role and by kind."""
         sites = self._selections[-1].sites if self._selections else ()
-        return Coverage.of(cast("Sequence[Placed]", sites), [cut.placed for cut in self._cuts])
+        return Coverage.of(sites, [cut.placed for cut in self._cuts])
 
     @property
     def matches(self) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from peftsurgery.anatomy import Placed
 from peftsurgery.capture import Capture
 from peftsurgery.capture.threads import making
-from peftsurgery.language.located import Located
 from peftsurgery.language.selection import Selection
 from peftsurgery.surgery.plan.cut import Cut, Operation, check_lengthened, check_names_free
 from peftsurgery.surgery.plan.fusion import check_fused, check_fusions
@@ -33,7 +33,7 @@ class Plan:
         return self  # immutable: copies of a model share their plans
 
     @property
-    def sites(self) -> Sequence[Located]:
+    def sites(self) -> Sequence[Placed]:
         """All sites of the capture; none without a rule."""
         return self.selections[0].sites if self.selections else ()
 

@@ -76,7 +76,7 @@ def lost_cuts(first: Plan, now: Plan) -> list[Cut]:
 
 def _manners(plan: Plan) -> dict[Target, set[Manner]]:
     """How each target is used: as what kinds of site, and which parts of a fused weight."""
-    sites = [s for each in plan.selections for s in each.sites if isinstance(s, Placed)]
+    sites = [site for each in plan.selections for site in each.sites]
     found: dict[Target, set[Manner]] = {}
     for site in sites:
         found.setdefault(_target(site), set()).add(_manner(site))

@@ -55,7 +55,7 @@ def select_cuts(
         selections.append(chosen)
         cuts += [
             Cut(operation, rule, placed, spots.get((placed.block, placed.site), ()))
-            for placed in _placed(chosen.kept)
+            for placed in chosen.kept
         ]
     return cuts, selections
 
@@ -67,10 +67,6 @@ def _modules(cuts: Iterable[Cut]) -> dict[str, frozenset[str]]:
         for name in (cut.operation.name, cut.operation.file.name):
             found.setdefault(name, set()).add(cut.placed.module)
     return {name: frozenset(modules) for name, modules in found.items()}
-
-
-def _placed(sites: Iterable[Any]) -> list[Placed]:
-    return [site for site in sites if isinstance(site, Placed)]
 
 
 def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
