@@ -50,12 +50,13 @@ def packages_needed() -> Iterator[Package]:
         wanted = [e for e in extras if marker and marker.evaluate({"extra": e})]
         extra = None if marker is None or marker.evaluate({"extra": ""}) else "".join(wanted[:1])
         if extra != "dev":
-            version = _version(requirement.name)
+            version = version_of(requirement.name)
             state = "missing" if version is None else _state(requirement.specifier, version)
             yield Package(requirement.name, extra, str(requirement.specifier), version, state)
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of a package as it is installed; None if it is not."""
     from importlib import metadata
 
     try:

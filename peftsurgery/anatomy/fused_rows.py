@@ -49,7 +49,7 @@ def arriving(
     With ``beside`` they may be joined to other values. Raises OpaqueError where an operator on the
     way mixes rows.
     """
-    sizes = [concrete(size) for size in shape(source)]
+    sizes = samples(source)
     first = torch.arange(sizes[-1]).expand(sizes)
     carried: dict[fx.Node, Any] = {source: [Numbers(first)]}
     for node in nodes:
@@ -72,11 +72,12 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
     if name == "getitem":
         return [piece[node.args[1]] for piece in carried[inputs[0]]]
     if name == "with_past":  # the rows are the same for every token
-        return [_longer(node, numbers) for numbers in carried[inputs[0]]]
+        return [_repeated(node, n.rows[..., :1, :], n) for n in carried[inputs[0]]]
     if name == "glu":
         return _glu(node, carried[inputs[0]])
     if is_depthwise(node):
-        return [_along(node, numbers) for numbers in carried.get(node.all_input_nodes[0]) or []]
+        signal = carried.get(node.all_input_nodes[0]) or []
+        return [_repeated(node, n.rows[..., :1], n) for n in signal]
     if has(node, Trait.LAYOUT | Trait.PICK):
         return _moved(node, inputs, carried)
     if has(node, Trait.REDUCTION) and not has(node, Trait.CHOICE):
@@ -87,7 +88,7 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
 
 
 def _entrywise(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]) -> Carried:
-    sizes = [concrete(size) for size in shape(node)]
+    sizes = samples(node)
     activated = has(node, Trait.ACTIVATION)
     result: Carried = []
     for numbers in (n for operand in inputs for n in carried[operand]):
@@ -140,9 +141,9 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
     return result
 
 
-def _longer(node: fx.Node, numbers: Numbers) -> Numbers:
-    sizes = [concrete(size) for size in shape(node)]
-    return Numbers(numbers.rows[..., :1, :].expand(sizes), numbers.activated)
+def _repeated(node: fx.Node, rows: Tensor, numbers: Numbers) -> Numbers:
+    """Numbers whose rows are the same for every token of a node."""
+    return Numbers(rows.expand(samples(node)), numbers.activated)
 
 
 def is_depthwise(node: fx.Node) -> bool:
@@ -151,12 +152,6 @@ def is_depthwise(node: fx.Node) -> bool:
         return False
     signal, weight = (shape(n) for n in node.all_input_nodes[:2])
     return len(weight) == 3 and fixed(weight[1]) == 1 and fixed(weight[0]) == fixed(signal[-2])
-
-
-def _along(node: fx.Node, numbers: Numbers) -> Numbers:
-    """Row numbers behind a convolution: a channel has the same for every token."""
-    sizes = [concrete(size) for size in shape(node)]
-    return Numbers(numbers.rows[..., :1].expand(sizes), numbers.activated)
 
 
 def _constant(node: fx.Node) -> Tensor:

@@ -51,15 +51,10 @@ def _routers(flow: Flow, choice: fx.Node) -> Iterator[Site]:
 
 def _is_along_rows(choice: fx.Node, router: Site) -> bool:
     """Whether it chooses among a linear's rows, or among groups of them: not among tokens."""
-    sizes, dim = shape(choice.all_input_nodes[0]), _dim(choice)
-    size = fixed(sizes[dim]) if dim is not None and -len(sizes) <= dim < len(sizes) else None
+    sizes, dim = shape(choice.all_input_nodes[0]), arguments(choice).get("dim")
+    # among all values, or between two tensors, there is no dim
+    size = fixed(sizes[dim]) if isinstance(dim, int) and -len(sizes) <= dim < len(sizes) else None
     return size is not None and size > 1 and int(router.facts["out"]) % size == 0
-
-
-def _dim(choice: fx.Node) -> int | None:
-    """The dim that a choice is along; None for one among all values, or between two tensors."""
-    found = arguments(choice).get("dim")
-    return found if isinstance(found, int) else None
 
 
 def _ends(flow: Flow, node: fx.Node) -> bool:

@@ -205,16 +205,14 @@ class _Surveyor:
 
     def heads(self, anatomy: Anatomy) -> dict[fx.Node, str]:
         """The heads of the model by their y."""
-        tables = [
+        tables = {
             site.facts["in"]
-            for program in {frame.program: None for frame in self.calls.frames}
+            for program in {frame.program for frame in self.calls.frames}
             for site in analyse(program).sites
             if site.role == "embed.tokens"
-        ]
+        }
         taken = {site.nodes["y"] for site in anatomy.sites if site.kind == "linear" and site.role}
-        others = [linear for linear in anatomy.flow.linears if linear.nodes["y"] in taken]
-        found = find_heads(anatomy.flow, tables, others)
-        return {linear.nodes["y"]: role for linear, role in found.items()}
+        return find_heads(anatomy.flow, tables, taken)
 
 
 def layer_index(path: str, lists: frozenset[str]) -> int | None:

@@ -175,6 +175,18 @@ def config_of(operation: Operation, form: RuleFile, format_name: str) -> dict[st
     return form.identifying(format_name) | {key: operation.settings[name] for key, name in carried}
 
 
+def fits_setting(value: Any, default: Any, counts: bool) -> bool:
+    """Whether a config's value can be that of a setting with this default.
+
+    It is of the default's kind; numbers are not negative, and what ``counts`` is at least 1.
+    """
+    if counts:
+        return type(value) is int and value > 0
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        return type(value) in (int, float) and 0 <= value < 2**63
+    return isinstance(value, type(default))
+
+
 def training(parameters: Iterable[str], method: str, about: str, name: str) -> Operation:
     """Make the operation that trains parameters of the model, for the adapter ``name``."""
     rule = Rule(match="parameter", where=Where(paths=tuple(parameters)), train=True)

@@ -80,17 +80,7 @@ class FoldResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as ``--json`` prints it."""
-        return {
-            "adapters": list(self.adapters),
-            "changed": [asdict(change) for change in self.changed],
-            "tensors": self.tensors,
-            "copied": list(self.copied),
-            "untied": self.untied,
-            "error": self.error.to_dict(),
-            "verified": self.verified,
-            "onnx": None if self.onnx is None else self.onnx.to_dict(),
-            "notes": list(self.notes),
-        }
+        return asdict(self)
 
     def __str__(self) -> str:
         names = ", ".join(self.adapters) or "no adapter is active"
@@ -144,7 +134,9 @@ def fold_to_directory(
     if file:
         need_onnx()
     with quiet():
-        operated = _with_active(open_adapter(Path(spec), base, allow_other_base, kind), adapters)
+        operated = open_adapter(Path(spec), base, allow_other_base, kind)
+        if adapters:
+            operated.choose(*adapters)
         check_places(operated, folder, *file)
         plain, error = fold_with_error(operated, requantise)
     plain.eval()
@@ -235,13 +227,6 @@ def _opened(
         open_peft_base(named, adapter, kind, allow_other_base) if isinstance(named, str) else named
     )
     return from_peft(graph, path, allow_other_base=allow_other_base)
-
-
-def _with_active(operated: OperatedModel, adapters: Collection[str]) -> OperatedModel:
-    """The model with these adapters active and no others; as it is if none are named."""
-    if adapters:
-        operated.choose(*adapters)
-    return operated
 
 
 def weight_changes(before: nn.Module, after: nn.Module) -> Iterator[WeightChange]:

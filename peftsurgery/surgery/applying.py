@@ -14,7 +14,6 @@ from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, check_argument
 from peftsurgery.language.loading import load_rules
-from peftsurgery.language.reserved import takes_settings
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import check_settings, resolve_settings, settings_of
@@ -36,7 +35,6 @@ from peftsurgery.surgery.rewrite.shapes import check_shapes
 Rules = RuleFile | Rule | str | Path
 
 
-@takes_settings
 def apply(
     model: GraphModel,
     rules: Rules | Sequence[Rules],
@@ -64,11 +62,8 @@ def apply(
     taken, PSG904 for an argument of the wrong type.
     """
     if not isinstance(model, GraphModel):
-        raise SurgeryError(
-            "PSG309",
-            f"rules are applied to a captured model, not to a {type(model).__name__}",
-            "capture it first: apply(capture(model), rules)",
-        )
+        message = f"rules are applied to a captured model, not to a {type(model).__name__}"
+        raise SurgeryError("PSG309", message, "capture it first: apply(capture(model), rules)")
     check_argument("apply(name=)", name, (str, type(None)), "the name of an adapter")
     files = [_rule_file(each) for each in (rules if isinstance(rules, list | tuple) else [rules])]
     values = _merged(settings, keywords)
@@ -189,11 +184,8 @@ def check_covered(source: str, wanted: Iterable[str], given: Iterable[str]) -> N
     if missing or left:
         parts = [f"{len(missing)} are missing ('{missing[0]}')"] if missing else []
         parts += [f"{len(left)} have no place ('{left[0]}')"] if left else []
-        raise SurgeryError(
-            "PSG311",
-            f"'{source}' does not fit this model: of its tensors, {' and '.join(parts)}",
-            "it was made for another base",
-        )
+        message = f"'{source}' does not fit this model: of its tensors, {' and '.join(parts)}"
+        raise SurgeryError("PSG311", message, "it was made for another base")
 
 
 def _training(parts: Sequence[str]) -> RuleFile:

@@ -10,7 +10,6 @@ is refused by name.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from peftsurgery.formats.adapterhub.library import (
     flattened,
     parts,
 )
-from peftsurgery.formats.exchange import forms
+from peftsurgery.formats.exchange import fits_setting, forms
 from peftsurgery.language.rule_file import RuleFile
 
 # Before this version the library scaled by alpha where it should have by alpha / r.
@@ -177,14 +176,7 @@ def _settings(flat: Flat, file: RuleFile) -> dict[str, Any]:
         value: Any = flat.get(key)
         if not same(settings.get(setting, value), value):
             raise SurgeryError("PSG504", f"the adapter's parts have different values of {key[2:]}")
-        default = file.with_[setting]
-        fits = isinstance(value, type(default)) or default is None
-        if isinstance(default, int | float) and not isinstance(default, bool):
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-            fits = fits and math.isfinite(value) and value >= 0
-        if setting in counts:
-            fits = type(value) is int and value > 0
-        if not fits:
+        if not fits_setting(value, file.with_[setting], setting in counts):
             raise SurgeryError("PSG503", f"the adapter's {key} cannot be {brief(value)}")
         settings[setting] = value
     return settings

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.adapter_files import brief
-from peftsurgery.formats.exchange import forms
+from peftsurgery.formats.exchange import fits_setting, forms
 from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.rule_file import RuleFile
@@ -128,18 +128,8 @@ def leaves(modules: Iterable[str]) -> set[str]:
 
 def _check_value(key: str, source: str, value: Any, default: Any) -> None:
     """A value must be of the kind of its setting, and a number one that can be used."""
-    if isinstance(default, bool):
-        fits = isinstance(value, bool)
-    elif isinstance(default, int | float):
-        fits = not isinstance(value, bool) and isinstance(value, int | float)
-        fits = fits and 0 <= value < 2**63
-    else:
-        fits = isinstance(value, type(default))
-    if key in peft_words().counts:
-        fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    if key.endswith("dropout"):
-        fits = fits and value < 1
-    if not fits:
+    fits = fits_setting(value, default, key in peft_words().counts)
+    if not fits or (key.endswith("dropout") and not value < 1):
         _refuse_value(source, value)
 
 

@@ -48,11 +48,9 @@ def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / TENSORS).is_file():
         return read_safetensors(folder / TENSORS)
     if (folder / PICKLE).exists():
-        raise SurgeryError(
-            "PSG505",
-            f"'{folder}' holds its tensors in {PICKLE}, a pickle, which is never loaded",
-            "save the adapter again with peft's save_pretrained(safe_serialization=True)",
-        )
+        message = f"'{folder}' holds its tensors in {PICKLE}, a pickle, which is never loaded"
+        hint = "save the adapter again with peft's save_pretrained(safe_serialization=True)"
+        raise SurgeryError("PSG505", message, hint)
     raise SurgeryError("PSG505", f"'{folder}' has no {TENSORS}", nearby(folder, CONFIG))
 
 

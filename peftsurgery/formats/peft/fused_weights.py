@@ -163,8 +163,6 @@ def _needed(rule: Rule) -> set[str]:
 
 
 def _refuse(cut: Cut, why: str) -> SurgeryError:
-    return SurgeryError(
-        "PSG510",
-        f"'{cut.placed.module}' is one fused weight for peft, and {why}",
-        "apply the rule to the whole weight (where: {paths: [...]}), or save the surgery itself",
-    )
+    message = f"'{cut.placed.module}' is one fused weight for peft, and {why}"
+    hint = "apply the rule to the whole weight (where: {paths: [...]}), or save the surgery itself"
+    return SurgeryError("PSG510", message, hint)

@@ -79,11 +79,9 @@ def _nested(key: str, module: str) -> SurgeryError:
     peft makes them for torch.nn.MultiheadAttention. Its merge, which its forward goes through, adds
     the inner one's update twice (0.21.2), so the tensors alone do not say what was trained.
     """
-    return SurgeryError(
-        "PSG504",
-        f"'{key}' is an adapter of '{module}' within an adapter of the module around it",
-        "peft adds the inner update twice; merge with peft, and capture the merged model",
-    )
+    message = f"'{key}' is an adapter of '{module}' within an adapter of the module around it"
+    hint = "peft adds the inner update twice; merge with peft, and capture the merged model"
+    return SurgeryError("PSG504", message, hint)
 
 
 def unwrapped(path: str) -> str:

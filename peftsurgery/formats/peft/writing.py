@@ -142,11 +142,9 @@ def _check_form(cut: Cut, form: RuleFile) -> None:
     """Refuse a rule for whose parameters the rule file lists no names in peft."""
     table = cut.rule.suffixes(FORMAT)
     if not cut.rule.params or set(table) != set(cut.rule.params) or not form.identifying(FORMAT):
-        raise SurgeryError(
-            "PSG510",
-            f"the rule file '{cut.operation.file.name}' has no form in peft",
-            "it says so under `checkpoint: peft`; save the surgery itself with save()",
-        )
+        message = f"the rule file '{cut.operation.file.name}' has no form in peft"
+        hint = "it says so under `checkpoint: peft`; save the surgery itself with save()"
+        raise SurgeryError("PSG510", message, hint)
 
 
 def _check_module(base: nn.Module, cut: Cut) -> None:

@@ -149,20 +149,15 @@ def _rows(model: OperatedModel, weights: Mapping[str, float]) -> list[Row]:
     every = {key for cuts in sites.values() for key in cuts}
     widest = next((other for other, cuts in sites.items() if cuts.keys() == every), None)
     if widest is None:
-        raise SurgeryError(
-            "PSG315",
-            f"{_listed(weights)} change different places, and none of them all of the places",
-            "combine adapters of which one covers the others",
-        )
+        message = f"{_listed(weights)} change different places, and none of them all of the places"
+        raise SurgeryError("PSG315", message, "combine adapters of which one covers the others")
     rows = []
     for key, cut in sites[widest].items():
         cuts = {other: found[key] for other, found in sites.items() if key in found}
         for other, found in cuts.items():
             if _method(found.rule) != _method(cut.rule):
-                raise SurgeryError(
-                    "PSG315",
-                    f"'{other}' and '{widest}' are different methods at {cut.placed.module}",
-                )
+                message = f"'{other}' and '{widest}' are different methods at {cut.placed.module}"
+                raise SurgeryError("PSG315", message)
         shares = tuple(Share(weights[n], c, _params(model, c)) for n, c in cuts.items())
         rows.append(Row(cut, shares))
     return rows

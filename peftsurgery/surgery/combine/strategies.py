@@ -121,11 +121,9 @@ class Merged(Form):
             tensors = [share.params[name] for share in shares]
             shapes = [list(tensor.shape) for tensor in tensors]
             if any(shape != shapes[0] for shape in shapes):
-                raise SurgeryError(
-                    "PSG315",
-                    f"'{name}' at {cut.placed.module} has the shapes {shapes}",
-                    "adapters of different rank are combined by 'cat' and 'svd'",
-                )
+                message = f"'{name}' at {cut.placed.module} has the shapes {shapes}"
+                hint = "adapters of different rank are combined by 'cat' and 'svd'"
+                raise SurgeryError("PSG315", message, hint)
             weights = [
                 self.weight(structure, name, share.weight, ratio)
                 for share, ratio in zip(shares, structure.ratios, strict=True)

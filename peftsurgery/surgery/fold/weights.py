@@ -150,11 +150,9 @@ def _is_shared(value: Any, other: torch.Tensor) -> bool:
 def _check_foldable(cut: Cut) -> None:
     if not cut.rule.fold:
         ship = "what it computes is not a change of weights; ship the saved surgery with the base"
-        raise SurgeryError(
-            "PSG401",
-            f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`",
-            ship if cut.operation.file.flat is None else f"{ship}, flatten()ed first",
-        )
+        message = f"'{cut.operation.name}' cannot be folded: its rule has no `fold:`"
+        hint = ship if cut.operation.file.flat is None else f"{ship}, flatten()ed first"
+        raise SurgeryError("PSG401", message, hint)
     read = names_in(cut.rule.fold.values(), cut.rule, cut.numbers)
     for name in sorted(read | cut.rule.fold.keys()):
         node = cut.site.nodes.get(name)

@@ -99,11 +99,8 @@ def bitsandbytes() -> Any:
         with unlogged():  # it advertises a faster product for processors, which is not used here
             return importlib.import_module("bitsandbytes.functional")
     except (ImportError, OSError, RuntimeError) as error:
-        raise SurgeryError(
-            "PSG326",
-            f"four-bit weights need bitsandbytes, which cannot be imported: {error}",
-            "pip install 'peftsurgery[quantise]'",
-        ) from None
+        message = f"four-bit weights need bitsandbytes, which cannot be imported: {error}"
+        raise SurgeryError("PSG326", message, "pip install 'peftsurgery[quantise]'") from None
 
 
 @cache

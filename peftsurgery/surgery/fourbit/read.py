@@ -52,19 +52,9 @@ def unpacked(packed: torch.Tensor, recipe: tuple[Any, ...], dtype: torch.dtype) 
     return unpack(packed, Recipe(*recipe)).to(dtype)
 
 
-def multiplied(
-    product: Any,
-    position: int,
-    recipe: tuple[Any, ...],
-    dtype: torch.dtype,
-    compute: torch.dtype | None,
-    *args: Any,
-) -> torch.Tensor:
-    """``product(*args)``, where ``args[position]`` are the bytes of a weight in ``dtype``.
-
-    It is computed in ``compute``, if given, and returned in ``dtype``.
-    """
-    result: torch.Tensor = _Multiplied.apply(product, position, recipe, dtype, compute, *args)
+def multiplied(*call: Any) -> torch.Tensor:
+    """A product with a packed weight, of the arguments of :func:`_multiply`."""
+    result: torch.Tensor = _Multiplied.apply(*call)
     return result
 
 
@@ -76,6 +66,10 @@ def _multiply(
     compute: torch.dtype | None,
     *args: Any,
 ) -> torch.Tensor:
+    """``product(*args)``, where ``args[position]`` are the bytes of a weight in ``dtype``.
+
+    It is computed in ``compute``, if given, and returned in ``dtype``.
+    """
     given = list(args)
     given[position] = unpacked(given[position], recipe, compute or dtype)
     if compute is None:

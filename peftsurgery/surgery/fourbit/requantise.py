@@ -86,11 +86,8 @@ def pack_layers(module: nn.Module, stored: Mapping[str, PackedWeight]) -> None:
     there are none.
     """
     if not stored:
-        raise SurgeryError(
-            "PSG407",
-            "nothing was kept in four bits, so there is nothing to quantise again",
-            "apply nf4 or qlora, or fold in full precision",
-        )
+        message = "nothing was kept in four bits, so there is nothing to quantise again"
+        raise SurgeryError("PSG407", message, "apply nf4 or qlora, or fold in full precision")
     for name, each in stored.items():
         _pack_layer(module, name, each)
     if isinstance(module, PreTrainedModel):

@@ -93,11 +93,9 @@ class ChangedInputs:
         text, whose inputs were changed before.
         """
         if call.past is not None and call.past.seen:
-            raise SurgeryError(
-                "PSG354",
-                "the cache of this call has in it already what the rules put before a text",
-                "use generate(), or give the whole text without a cache",
-            )
+            message = "the cache of this call has in it already what the rules put before a text"
+            hint = "use generate(), or give the whole text without a cache"
+            raise SurgeryError("PSG354", message, hint)
         first, *others = self._versions_of(capture, find)
         for version in (first, *others):
             ready = serve(version.capture)
@@ -181,8 +179,6 @@ def _misfit(capture: Capture, call: Call) -> SurgeryError:
     """The refusal of a call whose inputs do not fit once some of them are longer. PSG352."""
     unmet = capture.unmet(call.leaves)
     needed = f": {unmet[0]} is needed" if unmet else ""
-    return SurgeryError(
-        "PSG352",
-        f"these inputs do not fit together once the rules have changed them{needed}",
-        "see that the rules rewrite every input that has a value for each token",
-    )
+    message = f"these inputs do not fit together once the rules have changed them{needed}"
+    hint = "see that the rules rewrite every input that has a value for each token"
+    return SurgeryError("PSG352", message, hint)

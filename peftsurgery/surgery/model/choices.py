@@ -44,11 +44,8 @@ class Rows:
         named = len(self.names)
         times = size // named if named else 0
         if times < 1 or times * named != size or (times > 1 and not self.repeated):
-            raise SurgeryError(
-                "PSG314",
-                f"adapters are named for {named} rows, and the batch has {size}",
-                "name one for each row; None is the base",
-            )
+            message = f"adapters are named for {named} rows, and the batch has {size}"
+            raise SurgeryError("PSG314", message, "name one for each row; None is the base")
         return times
 
 

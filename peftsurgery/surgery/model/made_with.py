@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from datetime import UTC, datetime
-from importlib import metadata
 
+from peftsurgery.installed import version_of
 from peftsurgery.version import __version__
 
 _PACKAGES = ("torch", "transformers", "peftsurgery")
@@ -20,11 +20,5 @@ def now() -> str:
 
 def versions() -> dict[str, str]:
     """The versions of the packages that what is computed depends on."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return __version__  # this package, run from a checkout
+    # this package may run from a checkout
+    return {name: version_of(name) or __version__ for name in _PACKAGES}

@@ -80,11 +80,9 @@ class TrainedCopies:
         taken: dict[str, str] = {}
         for parameter, adapter in self.made.values():
             if adapter in active and taken.setdefault(parameter, adapter) != adapter:
-                raise SurgeryError(
-                    "PSG312",
-                    f"'{taken[parameter]}' and '{adapter}' both train '{parameter}'",
-                    f"deactivate one of them: deactivate('{taken[parameter]}')",
-                )
+                message = f"'{taken[parameter]}' and '{adapter}' both train '{parameter}'"
+                hint = f"deactivate one of them: deactivate('{taken[parameter]}')"
+                raise SurgeryError("PSG312", message, hint)
 
     def give_names(self, model: nn.Module) -> None:
         """Give every copied parameter's name to its first copy. To be done once, after the last."""

@@ -162,11 +162,9 @@ def check_names_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
             common = bool(cut.rule.params[short].shared)
             shared = other is not None and (common or _same_weight(cut, other))
             if name in occupied or (other is not None and not shared):
-                raise SurgeryError(
-                    "PSG304",
-                    f"'{name}' is there already",
-                    "apply under another name: apply(..., name='second')",
-                )
+                message = f"'{name}' is there already"
+                hint = "apply under another name: apply(..., name='second')"
+                raise SurgeryError("PSG304", message, hint)
             owners[name] = cut
 
 

@@ -76,11 +76,8 @@ def check_unused(name: str, operations: Iterable[Operation]) -> None:
     """Refuse to take out an adapter that a fusion is over. PSG342."""
     for operation in operations:
         if name in fused_names(operation):
-            raise SurgeryError(
-                "PSG342",
-                f"'{operation.name}' is over '{name}', which cannot be taken out alone",
-                f"take '{operation.name}' out first",
-            )
+            message = f"'{operation.name}' is over '{name}', which cannot be taken out alone"
+            raise SurgeryError("PSG342", message, f"take '{operation.name}' out first")
 
 
 def common_spots(names: Sequence[str], earlier: Iterable[Cut]) -> dict[Spot, Fused]:
