@@ -166,7 +166,8 @@ def _sums(tables: Sequence[_Table]) -> list[list[_Table]]:
     """The tables, those that are added up together."""
     groups: list[tuple[set[fx.Node], list[_Table]]] = []
     for table in tables:
-        ways = _added(table.site.nodes["y"])
+        # what is made of the embedding by scaling and adding alone
+        ways = set(forward([table.site.nodes["y"]], Trait.LAYOUT | Trait.SCALING | Trait.ADDITION))
         members = [table]
         for group in [group for group in groups if group[0] & ways]:
             groups.remove(group)
@@ -174,11 +175,6 @@ def _sums(tables: Sequence[_Table]) -> list[list[_Table]]:
             members = [*group[1], *members]
         groups.append((ways, members))
     return [members for _, members in groups]
-
-
-def _added(y: fx.Node) -> set[fx.Node]:
-    """Values made of an embedding by scaling and adding alone."""
-    return set(forward([y], Trait.LAYOUT | Trait.SCALING | Trait.ADDITION))
 
 
 def is_counted(node: fx.Node) -> bool:

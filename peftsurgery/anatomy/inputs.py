@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 from torch import fx
@@ -45,8 +46,8 @@ def find_inputs(capture: Capture) -> Site | None:
     if table is not None:
         nodes["W"] = table
     labels = _inputs(capture).get("labels")
-    is_bound = labels in nodes.values()
-    if labels is not None and not is_bound and _has_batch_of(labels, nodes["embeds"]):
+    is_bound, texts = labels in nodes.values(), sizes(nodes["embeds"])[:1]
+    if labels is not None and not is_bound and sizes(labels)[:1] == texts:
         nodes["answer"] = labels
     nodes |= {name: node for name, node in _outputs(capture).items() if name == "logits"}
     facts: dict[str, Any] = {"dtype": nodes["embeds"].meta["val"].dtype}
@@ -106,24 +107,13 @@ class _Tokens:
         )
 
 
-def _has_batch_of(node: fx.Node, embeds: fx.Node) -> bool:
-    """Whether a value has as many rows as there are texts."""
-    return sizes(node)[:1] == sizes(embeds)[:1]
-
-
-@dataclass(frozen=True)
-class _Stub:
-    """Object with a shape, on which a capture's size conditions are evaluated."""
-
-    shape: tuple[int, ...]
-
-
 def _fits(capture: Capture, changed: set[str], change: int) -> bool:
     """Whether a call may have so many tokens more in these inputs."""
     leaves = []
     for name, leaf in zip(capture.names, capture.call.leaves, strict=True):
         if name in changed and leaf.ndim > 1:
-            leaves.append(_Stub((leaf.shape[0], leaf.shape[1] + change, *leaf.shape[2:])))
+            shape = (leaf.shape[0], leaf.shape[1] + change, *leaf.shape[2:])
+            leaves.append(SimpleNamespace(shape=shape))  # all that the conditions ask of
         else:
             leaves.append(leaf)
     return capture.fits(leaves, capture.mode is True)

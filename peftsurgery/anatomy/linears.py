@@ -59,7 +59,8 @@ def _linear(node: fx.Node) -> Site | None:
     product = _product(node)
     if product is not None:
         matrix, flipped = matrix_of(product.weight)
-        if matrix is not None and len(shape(matrix)) == 2 and _is_value(product.x):
+        is_value = is_tensor(product.x) and matrix_of(product.x)[0] is None
+        if matrix is not None and len(shape(matrix)) == 2 and is_value:
             return _site(node, product, matrix, flipped)
     return _experts(node) if meaning(node).turned else None
 
@@ -111,11 +112,6 @@ def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
         elif found != around + axis:
             return None
     return _Product(factors[1 - index], factors[index], turned=frozenset(turned))
-
-
-def _is_value(x: Any) -> bool:
-    """Whether an operand is a computed value, not a parameter."""
-    return is_tensor(x) and matrix_of(x)[0] is None
 
 
 def matrix_of(node: Any) -> tuple[fx.Node | None, bool]:

@@ -82,7 +82,7 @@ def _numbers(flow: Flow) -> Iterator[tuple[fx.Node, fx.Node, str, str]]:
             if is_held(node.all_input_nodes[0]):
                 yield whole[0], node, "token", ""
             continue
-        later = _fractions_of(node)
+        later = list(reach([node], lambda found: filter(_is_fraction, found.users)))
         if any(has(n, Trait.WAVE) for n in later):
             yield whole[0], node, "token", ""
         elif is_counted(whole[0]) and _biases(whole[0], later):
@@ -97,11 +97,6 @@ def _is_whole(node: fx.Node) -> bool:
 def _is_open(node: fx.Node) -> bool:
     """Whether the number of positions varies with the text's length."""
     return any(isinstance(size, torch.SymInt) for size in shape(node))
-
-
-def _fractions_of(node: fx.Node) -> list[fx.Node]:
-    """Fractional-valued descendants of a value, itself included."""
-    return list(reach([node], lambda found: filter(_is_fraction, found.users)))
 
 
 def _is_fraction(node: fx.Node) -> bool:

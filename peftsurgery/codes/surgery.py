@@ -158,6 +158,12 @@ CODES = {
         "Where attention is biased by the distance of each key, a rule that adds positions must "
         "add as many keys at every core that the bias is for.",
     ),
+    "PSG332": CodeInfo(
+        "a narrowing leaves out the positions",
+        "Rules put keys before those of the text, and move the text's positions behind theirs. "
+        "Narrowed, they would do the one and not the other: positions are made once for the model, "
+        "and are in no layer.",
+    ),
     "PSG340": CodeInfo(
         "a fusion is over an adapter that is not there",
         "A rule `over` adapters combines the values of adapters that were applied before it. Apply "

@@ -13,19 +13,8 @@ from peftsurgery.surgery.model.saved.build import is_tokenizer_file
 
 # What the files of a model's weights are called, in any format; they are of the model before.
 _WEIGHT_FILES = (
-    "*.safetensors",
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.gguf",
-    "*.onnx",
-    "*.onnx.data",
-    "*.ot",
-    "*.pkl",
-    "*.index.json",
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5"),
+    *("*.msgpack", "*.gguf", "*.onnx", "*.onnx.data", "*.ot"),
 )
 
 

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,8 @@ def _name_sizes(graph: Any) -> None:
                 continue
             number = len({name for name in names.values() if name != "batch"})
             names.setdefault(str(size), "batch" if axis == 0 else f"sequence{number or ''}")
-    for value in _values(graph.graph):
+    made = (output for node in graph.graph.all_nodes() for output in node.outputs)
+    for value in (*graph.graph.inputs, *made):
         if value.shape is not None:
             for axis, size in enumerate(value.shape):
                 if not isinstance(size, int) and size.value is not None:
@@ -245,12 +246,6 @@ def _name_sizes(graph: Any) -> None:
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:
     return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), text)
-
-
-def _values(graph: Any) -> Iterable[Any]:
-    yield from graph.inputs
-    for node in graph.all_nodes():
-        yield from node.outputs
 
 
 def _size(size: Any) -> int | str:

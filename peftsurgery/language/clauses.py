@@ -75,7 +75,12 @@ def _clauses(where: Where, roles: Roles) -> Iterator[Clause]:
     if where.path is not None:
         match = full_match(where.path, position_of(where.path))
         text = f"path matches {where.path}"
-        yield Clause("path", text, lambda s: match(address(s)), lambda s: _not(text, address(s)))
+        yield Clause(
+            "path",
+            text,
+            lambda s: match(address(s)),
+            lambda s: f"'{address(s)}' is not what {text}",
+        )
     yield from _plain(where)
     if where.layers is not None:
         yield _layers(where.layers)
@@ -240,7 +245,3 @@ def failures(clauses: Iterable[Clause], site: Placed) -> list[Clause]:
 def in_words(clauses: Iterable[Clause]) -> str:
     """Clauses in words."""
     return " and ".join(clause.text for clause in clauses) or "anything"
-
-
-def _not(text: str, value: str) -> str:
-    return f"'{value}' is not what {text}"

@@ -104,8 +104,11 @@ def initial(
     operators = {**OPERATORS, **_as_operators(fresh, generator)}
     with torch.no_grad():
         try:
-            bare = {n: INITIALISERS[n](fresh(), generator) for n in _bare(expression)}
-            value = evaluate(expression, {**bare, **_read(expression, env)}, operators)
+            # an initialiser may be named without parentheses; no other binding is computed
+            names = expression.names
+            bare = {n: INITIALISERS[n](fresh(), generator) for n in names if n in INITIALISERS}
+            read = {n: env[n] for n in names if n in env}
+            value = evaluate(expression, {**bare, **read}, operators)
         except (ValueError, IndexError) as error:
             raise _unfit(expression, shape, str(error)) from error
     if isinstance(value, bool | int | float):
@@ -115,16 +118,6 @@ def initial(
     # in the order of its dimensions, as it is when it was saved: products round by the order too
     start = value.detach().to(dtype=dtype, device=device)
     return start.clone(memory_format=torch.contiguous_format)
-
-
-def _bare(expression: Expression) -> list[str]:
-    """The initialisers that are named without parentheses, in the order they are drawn."""
-    return [name for name in expression.names if name in INITIALISERS]
-
-
-def _read(expression: Expression, env: Mapping[str, Any]) -> dict[str, Any]:
-    """The bindings that the expression names: no other is computed."""
-    return {name: env[name] for name in expression.names if name in env}
 
 
 def _as_operators(

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from peftsurgery.anatomy import Placed
@@ -258,7 +258,7 @@ def select(
     placed, values = tuple(sites), settings or {}
     known = Roles.among(placed, matched)
     for word, where in (roles or {}).items():
-        known = _define(known, word, where.bind(values))
+        known = known.extended(word, partial(passes, compile_where(where.bind(values), known)))
     where = rule.where.bind(values)
     clauses = compile_where(where, known)
     _check_paths(where, [site for site in placed if site.kind == rule.kind.name])
@@ -337,13 +337,11 @@ def _chosen(
     covered = _covered(candidates)
     if covered is not None:
         clauses = (*clauses, covered)
-        candidates = [c if c.failed else _recheck(c, covered) for c in candidates]
+        candidates = [
+            c if c.failed or covered.holds(c.site) else replace(c, failed=(covered,))
+            for c in candidates
+        ]
     return Selection(name, rule, sites, clauses, tuple(candidates))
-
-
-def _define(roles: Roles, name: str, where: Where) -> Roles:
-    clauses = compile_where(where, roles)
-    return roles.extended(name, lambda site: passes(clauses, site))
 
 
 def _check_paths(where: Where, sites: list[Placed]) -> None:
@@ -368,8 +366,3 @@ def _covered(candidates: list[Candidate]) -> Clause | None:
         return None
     text = "parts give way to the whole"
     return Clause("whole", text, holds, lambda site: "the whole fused weight is chosen already")
-
-
-def _recheck(candidate: Candidate, clause: Clause) -> Candidate:
-    holds = clause.holds(candidate.site)
-    return candidate if holds else Candidate(candidate.site, (clause,))

@@ -25,7 +25,6 @@ from peftsurgery.formats.peft.library import FORMAT, peft_words
 from peftsurgery.language.readings import fold, initial_value, weights_read
 from peftsurgery.language.rule_algebra import axes_of
 from peftsurgery.language.rule_file import RuleFile
-from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation
@@ -51,7 +50,8 @@ def fuse(model: OperatedModel, cuts: Sequence[Cut]) -> tuple[Cut, Tensors]:
     cut = Cut(operation, first.rule, whole)
     model.bind()
     names = environment(cut, TensorDomain(model.dense))
-    values = {name: names[name] for name in _needed(first.rule)}
+    needed = (weights_read(param, first.rule) for param in first.rule.params.values())
+    values = {name: names[name] for name in frozenset().union(*needed)}
     tensors = {name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)}
     _check(model, cut, cuts, tensors, values)
     return cut, tensors
@@ -155,11 +155,6 @@ def _folded(cut: Cut, weights: Tensors, tensors: Mapping[str, torch.Tensor]) -> 
     absent = dict.fromkeys(cut.rule.kind.weights, 0.0)
     changed = fold(cut.rule, {**cut.numbers, **absent, **weights, **given})
     return {name: value for name, value in changed.items() if name in weights}
-
-
-def _needed(rule: Rule) -> set[str]:
-    """The weights that initial values of the rule read."""
-    return {name for param in rule.params.values() for name in weights_read(param, rule)}
 
 
 def _refuse(cut: Cut, why: str) -> SurgeryError:

@@ -40,7 +40,8 @@ def spread(
         return tensors
     whole = dict(tensors)
     axes = _axes(rules)
-    known = {f"{m}.{s}": m for m, keys in names.added.items() for s in _zeroed(rules) if s in keys}
+    zeroed = {rule.suffixes(FORMAT)[rule.ranks.zero] for rule in rules if rule.ranks is not None}
+    known = {f"{m}.{s}": m for m, keys in names.added.items() for s in zeroed if s in keys}
     for key, kept in pattern.items():
         if key not in known:
             hint = did_you_mean(key, known) if known else None
@@ -116,8 +117,3 @@ def _axes(rules: Iterable[Rule]) -> dict[str, int]:
             if name in rule.suffixes(FORMAT):
                 found[rule.suffixes(FORMAT)[name]] = axis
     return found
-
-
-def _zeroed(rules: Iterable[Rule]) -> set[str]:
-    """The suffixes of the tensors in which ranks are zeroed."""
-    return {rule.suffixes(FORMAT)[rule.ranks.zero] for rule in rules if rule.ranks is not None}

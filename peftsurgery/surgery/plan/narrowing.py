@@ -78,6 +78,7 @@ def check_narrowed(
 ) -> None:
     """Refuse a narrowing that leaves no site, or an entry of ``by`` that no site satisfies. PSG301.
 
+    PSG332 for one that leaves keys more than there are positions.
     ``groups`` are what :func:`narrowed` made, and ``cuts`` all that are made in ``capture``.
     """
     cutting = {id(cut.operation) for cut in cuts}
@@ -90,6 +91,22 @@ def check_narrowed(
                 message = f"{operation.name}: no site is left where {text}"
                 trails = (chosen.trail() for chosen in select_cuts(capture, operation)[1])
                 raise SurgeryError("PSG301", message, "\n  ".join(trails))
+        for operation in group:
+            if operation not in empty and operation.where.given():
+                _check_positions(operation, capture)
+
+
+def _check_positions(operation: Operation, capture: Capture) -> None:
+    """Refuse clauses that keep some of an operation's sites and none of its positions. PSG332."""
+    rules = [rule for rule in operation.file.rules if rule.kind.lengthens]
+    if not any(rule.applies(operation.settings) for rule in rules):
+        return
+    for chosen in select_cuts(capture, operation)[1]:
+        if chosen.rule in rules and chosen.unnarrowed and not chosen:
+            text = describe_where(operation.where)
+            message = f"{chosen.name}: no positions are where {text}, and the rule moves them"
+            hint = "leave the positions as they are: shift=false"
+            raise SurgeryError("PSG332", message, hint)
 
 
 def _all(wheres: Sequence[Where], nots: Sequence[Where]) -> Where:

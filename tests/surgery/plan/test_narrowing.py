@@ -107,6 +107,16 @@ def test_a_narrowing_that_says_nothing_is_refused(
     assert words in f"{caught.value.message} {caught.value.hint}"
 
 
+def test_keys_are_not_added_without_the_positions_that_come_with_them() -> None:
+    graph, where = captured("llama"), {"layers": 0}
+    assert len(ps.apply(graph, "prefix_tuning", where=where).cuts) == 1
+    assert len(ps.apply(graph, "prefix_tuning", shift=True).cuts) == 3
+    with pytest.raises(ps.SurgeryError, match="PSG332"):
+        ps.apply(graph, "prefix_tuning", where=where, shift=True)
+    with pytest.raises(ps.SurgeryError, match="PSG301"):
+        ps.apply(graph, "prefix_tuning", where={"layers": 9}, shift=True)
+
+
 @pytest.mark.parametrize("rule", ["lora", "pfeiffer", "prefix_tuning", "unipelt", "bitfit"])
 def test_a_saved_surgery_records_what_was_narrowed(rule: str, tmp_path: Path) -> None:
     graph, inputs = captured("bert"), ZOO["bert"].inputs(2, 5)
