@@ -96,7 +96,7 @@ def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
     if has(node, Trait.ATTENTION):
         given = arguments(node)
         mask = given["attn_mask"] if isinstance(given["attn_mask"], fx.Node) else None
-        q, o = unpacked(given["query"], node)
+        q, o = unpacked_queries(given["query"], node)
         causal = given["is_causal"] is True
         yield Core(q, given["key"], given["value"], o, mask, False, node, is_causal=causal)
     elif has(node, Trait.SOFTMAX):
@@ -105,7 +105,7 @@ def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
             yield from _by_hand(flow, node, *product)
 
 
-def unpacked(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
+def unpacked_queries(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     """Queries, and what the core returns, of one token by heads: (batch, heads, 1, head_dim).
 
     When there is one token, the queries that share keys are packed: they take the tokens' place,
@@ -230,7 +230,7 @@ def projection_out(flow: Flow, core: Core) -> Site | None:
     return next(iter(readers)) if len(readers) == 1 else None
 
 
-def remembers(flow: Flow, core: Core) -> bool:
+def reads_cache(flow: Flow, core: Core) -> bool:
     """Whether keys come from a cache: tokens see earlier ones, whatever the mask is."""
     keys = backward([core.k], lambda node: node in flow.products)
     return any(op(node) == "with_past" for node in keys)

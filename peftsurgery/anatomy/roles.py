@@ -12,7 +12,7 @@ from peftsurgery.anatomy.attention import (
     Core,
     depends_on_order,
     projection_out,
-    remembers,
+    reads_cache,
     visibility,
 )
 from peftsurgery.anatomy.flow import Flow
@@ -107,7 +107,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts |= _head_sizes(flow, core, feeders)
     facts["kind"] = _kind(feeders)
     inside = mask_nodes(flow, core)
-    facts["causal"] = core.is_causal or depends_on_order(inside) or remembers(flow, core)
+    facts["causal"] = core.is_causal or depends_on_order(inside) or reads_cache(flow, core)
     inputs = list(flow.graph.find_nodes(op="placeholder"))
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed

@@ -203,7 +203,7 @@ def _combined(where: Where, roles: Roles) -> Iterator[Clause]:
         yield _any([compile_where(part, roles) for part in where.any])
     if where.not_ is not None:
         inner = compile_where(where.not_, roles)
-        text = f"not ({in_words(inner)})"
+        text = f"not ({clauses_in_words(inner)})"
         yield Clause("not", text, lambda s: not passes(inner, s), lambda s: f"it is {text[4:]}")
     for key in ("feeds", "fed_by"):
         relation = getattr(where, key)
@@ -212,7 +212,7 @@ def _combined(where: Where, roles: Roles) -> Iterator[Clause]:
 
 
 def _any(parts: list[tuple[Clause, ...]]) -> Clause:
-    text = " or ".join(f"({in_words(part)})" for part in parts)
+    text = " or ".join(f"({clauses_in_words(part)})" for part in parts)
 
     def reason(site: Placed) -> str:
         return "; ".join(failures(part, site)[0].reason(site) for part in parts) or "no alternative"
@@ -226,9 +226,9 @@ def _relation(key: str, inner: tuple[Clause, ...]) -> Clause:
 
     def reason(site: Placed) -> str:
         names = [f"{address(other)} ({other.role or other.kind})" for other in others(site)]
-        return f"{key} {', '.join(names) or 'nothing'}, none with {in_words(inner)}"
+        return f"{key} {', '.join(names) or 'nothing'}, none with {clauses_in_words(inner)}"
 
-    text = f"{key} ({in_words(inner)})"
+    text = f"{key} ({clauses_in_words(inner)})"
     return Clause(key, text, lambda s: any(passes(inner, o) for o in others(s)), reason)
 
 
@@ -242,6 +242,6 @@ def failures(clauses: Iterable[Clause], site: Placed) -> list[Clause]:
     return [clause for clause in clauses if not clause.holds(site)]
 
 
-def in_words(clauses: Iterable[Clause]) -> str:
+def clauses_in_words(clauses: Iterable[Clause]) -> str:
     """Clauses in words."""
     return " and ".join(clause.text for clause in clauses) or "anything"

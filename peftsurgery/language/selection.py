@@ -48,7 +48,7 @@ class Candidate:
         return [clause.reason(self.site) for clause in self.failed]
 
     def __str__(self) -> str:
-        return f"{name_of(self.site)}: {'; '.join(self.reasons) or 'kept'}"
+        return f"{site_name(self.site)}: {'; '.join(self.reasons) or 'kept'}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,14 +133,15 @@ class Selection:
             "sites": [site_dict(site) for site in self.kept],
             "counts": [{"clause": text, "left": count} for text, count in self.counts()],
             "near_misses": [
-                {"site": name_of(miss.site), "reasons": miss.reasons} for miss in self.near_misses()
+                {"site": site_name(miss.site), "reasons": miss.reasons}
+                for miss in self.near_misses()
             ],
         }
 
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
         for site in self.kept:
-            name = name_of(site) or "(itself)"
+            name = site_name(site) or "(itself)"
             key = (site.kind, site.role or "", NUMBER.sub("*", name))
             groups.setdefault(key, []).append(name)
         lines = [f"{self.name}: {len(self)} of {len(self.candidates)} {self._noun}"]
@@ -154,9 +155,9 @@ class Selection:
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the sites that are kept, and of each clause how many it left."""
-        kept = [(name_of(s), s.role, s.kind, s.layer) for s in self.kept]
+        kept = [(site_name(s), s.role, s.kind, s.layer) for s in self.kept]
         dropped = [
-            (name_of(c.site), "; ".join(c.reasons)) for c in self.near_misses(len(self.dropped))
+            (site_name(c.site), "; ".join(c.reasons)) for c in self.near_misses(len(self.dropped))
         ]
         return shown(
             f"{self.name}: {len(self.kept)} of {len(self.candidates)} sites",
@@ -288,7 +289,7 @@ def verdict(selection: Selection, path: str) -> str:
     raise SurgeryError("PSG303", f"there is no site at '{path}'", did_you_mean(path, known))
 
 
-def name_of(site: Placed) -> str:
+def site_name(site: Placed) -> str:
     """A site as messages name it: its address, and which part of a fused weight it is."""
     label = f"[{site.site.label}]" if site.site.label else ""
     return f"{address(site)}{label}"

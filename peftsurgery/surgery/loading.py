@@ -22,8 +22,8 @@ from peftsurgery.surgery.model.saved.manifest import (
     Manifest,
     check_learnt,
     is_surgery,
+    read_learnt,
     read_manifest,
-    read_tensors,
 )
 
 
@@ -52,7 +52,7 @@ def load_on(
     kind: str | None = None,
 ) -> OperatedModel:
     """:func:`load`, with the base in the class ``kind`` of transformers instead of its own."""
-    manifest, tensors = read_manifest(folder), read_tensors(folder)
+    manifest, tensors = read_manifest(folder), read_learnt(folder)
     build = manifest.build if kind is None else replace(manifest.build, kind=kind)
     graph = _base(manifest, base, build, allow_other_base)
     names = manifest.adapters

@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language.clauses import compile_where, failures, in_words, passes, weight_shape
+from peftsurgery.language.clauses import (
+    clauses_in_words,
+    compile_where,
+    failures,
+    passes,
+    weight_shape,
+)
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.where import Where
 from tests.language.sites import Site, decoder
@@ -48,8 +54,8 @@ def test_a_clause_says_what_the_site_has_instead(clauses: dict[str, Any], reason
 def test_all_clauses_must_hold_and_are_described_together() -> None:
     made = compiled({"role": "attn.q", "layers": 1, "all": [{"op": "linear"}]})
     assert [site for site in SITES.values() if passes(made, site)] == [QUERY]
-    assert in_words(made) == "role: attn.q and layers: 1 and op: linear"
-    assert in_words(()) == "anything"
+    assert clauses_in_words(made) == "role: attn.q and layers: 1 and op: linear"
+    assert clauses_in_words(()) == "anything"
 
 
 def test_no_role_at_all_leaves_every_site_out() -> None:

@@ -159,30 +159,34 @@ def _check_even(
 ) -> None:
     """Refuse to resize a table of another length whose rows the adapter does not have. PSG219."""
     names = tensor_names(model)
-    for path, part in owners.items():
-        for leaf, parameter in part._parameters.items():
-            name = f"{path}.{leaf}"
-            if parameter is None or len(parameter) == build.stored:
-                continue
-            if trained.isdisjoint(names[name]):
-                message = (
-                    f"the vocabulary is to have {build.vocabulary} tokens, and '{name}' has "
-                    f"{len(parameter)} rows where the table of the input has {build.stored}"
-                )
-                hint = "load the model, resize each of its tables, and capture that"
-                raise SurgeryError("PSG219", message, hint)
+    for name, parameter in _parameters(owners).items():
+        if len(parameter) != build.stored and trained.isdisjoint(names[name]):
+            message = (
+                f"the vocabulary is to have {build.vocabulary} tokens, and '{name}' has "
+                f"{len(parameter)} rows where the table of the input has {build.stored}"
+            )
+            hint = "load the model, resize each of its tables, and capture that"
+            raise SurgeryError("PSG219", message, hint)
+
+
+def _parameters(owners: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters of tables, by name."""
+    named = {
+        path: part.named_parameters(recurse=False, remove_duplicate=False)
+        for path, part in owners.items()
+    }
+    return {f"{path}.{leaf}": tensor for path, leaves in named.items() for leaf, tensor in leaves}
 
 
 def _sizes(
     model: nn.Module, owners: Mapping[str, nn.Module], adapter: PeftAdapter
 ) -> Iterator[_TableSize]:
     """What the adapter's tensors at tables say of the sizes of those tables."""
+    parameters = _parameters(owners)
     for group in (adapter.names.own, adapter.names.again, adapter.names.frozen):
         for name, key in group.items():
-            owner, _, leaf = name.rpartition(".")
-            table = owners[owner]._parameters.get(leaf) if owner in owners else None
-            if table is not None and adapter.tensors[key].dim():
-                yield _TableSize(key, len(adapter.tensors[key]), len(table))
+            if name in parameters and adapter.tensors[key].dim():
+                yield _TableSize(key, len(adapter.tensors[key]), len(parameters[name]))
     for path in owners.keys() & adapter.names.added.keys():
         size = "in" if isinstance(owners[path], nn.Embedding) else "out"
         own = len(owners[path].get_parameter("weight"))
@@ -210,12 +214,11 @@ def _rows(
     model: nn.Module, owners: Mapping[str, nn.Module], adapter: PeftAdapter, build: Build
 ) -> Iterator[tuple[str, Tensor]]:
     """The new rows of the base's tables: of the copies that the adapter has and does not train."""
+    parameters = _parameters(owners)
     for group in (adapter.names.own, adapter.names.frozen):
         for name, key in group.items():
-            owner, _, leaf = name.rpartition(".")
-            is_table = owner in owners and leaf in owners[owner]._parameters
             trained = group is adapter.names.own and adapter.trains(name, model)
-            if is_table and not trained:
+            if name in parameters and not trained:
                 yield name, adapter.tensors[key][build.stored :].contiguous()
 
 
@@ -223,11 +226,8 @@ def _lacking(model: nn.Module, owners: Mapping[str, nn.Module], known: set[str])
     """The parameters of tables whose new rows the adapter has nothing of, each by one name."""
     seen: set[int] = set()
     names = tensor_names(model)
-    for path, part in owners.items():
-        for leaf, parameter in part._parameters.items():
-            name = f"{path}.{leaf}"
-            if parameter is None or id(parameter) in seen or len(parameter) != tokens_of(model):
-                continue
+    for name, parameter in _parameters(owners).items():
+        if id(parameter) not in seen and len(parameter) == tokens_of(model):
             seen.add(id(parameter))
             if known.isdisjoint(names[name]):
                 yield name
@@ -256,12 +256,7 @@ def saved_tables(model: OperatedModel, adapted: Collection[str]) -> dict[str, Te
     if model.source.build.vocabulary is None:
         return {}
     model.bind()
-    names = (
-        f"{path}.{leaf}"
-        for path, part in tables(model.source.module).items()
-        for leaf, parameter in part._parameters.items()
-        if parameter is not None
-    )
+    names = _parameters(tables(model.source.module))
     return {own_key(name, adapted): model.dense(name).clone() for name in names}
 
 

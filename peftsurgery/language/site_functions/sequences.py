@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftsurgery.language.site_functions.sites import table
+from peftsurgery.language.site_functions.sites import entries
 
 
 def tokens(P: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def votes(x: Tensor) -> Tensor:
     return torch.zeros_like(x).scatter(-1, x.argmax(-1, keepdim=True), 1.0).mean(0)
 
 
-SEQUENCES = table(tokens, concat, extend, arrange, shift, repeat, split, votes)
+SEQUENCES = entries(tokens, concat, extend, arrange, shift, repeat, split, votes)
 
 
 def _numbers(x: Tensor) -> Tensor:

@@ -117,12 +117,12 @@ def site_function(function: Callable[..., Any]) -> Operator:
     return Operator.of(function)
 
 
-def table(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
+def entries(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
     """The entries of site functions, by name."""
     return {function.__name__: Operator.of(function) for function in functions}
 
 
-ATTENTION = table(attention, concat, tokens, extend, unmasked, token_mean)
-LINEAR = table(token_mean)
-POSITIONS = table(precede)
-RESIDUAL = table(norm, token_mean)
+ATTENTION = entries(attention, concat, tokens, extend, unmasked, token_mean)
+LINEAR = entries(token_mean)
+POSITIONS = entries(precede)
+RESIDUAL = entries(norm, token_mean)

@@ -223,7 +223,7 @@ class Summed(Joined):
 
     def settings(self, operation: Operation, sites: Sequence[Sequence[Share]]) -> dict[str, Any]:
         """The joined size, for changes that are joined and have one."""
-        if all(_is_copy(shares) for shares in sites) or not _is_sized(operation, sites):
+        if all(_is_copy(shares) for shares in sites) or not _sizes(operation, sites):
             return dict(operation.settings)
         return super().settings(operation, sites)
 
@@ -255,11 +255,10 @@ class Summed(Joined):
 
 def one_size(operation: Operation, sites: Sequence[Sequence[Share]]) -> str:
     """The one setting that is a size of an operation's parameters. PSG316 if it is not one."""
-    shares = [share for each in sites for share in each]
-    sizes = {size for s in shares for size in sizes_said(s.cut.rule, operation.file.with_)}
+    sizes = _sizes(operation, sites)
     if len(sizes) != 1:
         named = f"{len(sizes)} settings are sizes" if sizes else "no setting is the size"
-        raise untrue(shares[0].cut, f"{named} of its parameters")
+        raise untrue(sites[0][0].cut, f"{named} of its parameters")
     return sizes.pop()
 
 
@@ -274,10 +273,10 @@ def _is_copy(shares: Sequence[Share]) -> bool:
     return len(shares) == 1 and shares[0].weight == 1
 
 
-def _is_sized(operation: Operation, sites: Sequence[Sequence[Share]]) -> bool:
-    """Whether parameters have sizes that are settings."""
-    shares = [share for each in sites for share in each]
-    return any(sizes_said(share.cut.rule, operation.file.with_) for share in shares)
+def _sizes(operation: Operation, sites: Sequence[Sequence[Share]]) -> set[str]:
+    """The settings that are sizes of an operation's parameters."""
+    rules = (share.cut.rule for shares in sites for share in shares)
+    return {size for rule in rules for size in sizes_said(rule, operation.file.with_)}
 
 
 def untrue(cut: Cut, why: str) -> SurgeryError:

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
-from peftsurgery.language.selection import NUMBER, Selection, joined, name_of
+from peftsurgery.language.selection import NUMBER, Selection, joined, site_name
 from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
 from peftsurgery.surgery.plan.cut import Cut
@@ -139,7 +139,7 @@ def _match(cut: Cut) -> dict[str, Any]:
 
 def _misses(selection: Selection) -> list[dict[str, Any]]:
     return [
-        {"rule": selection.name, "site": name_of(miss.site), "reasons": miss.reasons}
+        {"rule": selection.name, "site": site_name(miss.site), "reasons": miss.reasons}
         for miss in selection.near_misses()
     ]
 

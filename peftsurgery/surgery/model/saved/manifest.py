@@ -157,7 +157,7 @@ def saved_operations(path: Path) -> list[Operation]:
     return list(read_manifest(path).operations) if is_surgery(path) else []
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_learnt(path: Path) -> dict[str, torch.Tensor]:
     """What was learnt, and buffers. PSG606 if the file is damaged or holds what is not finite."""
     return finite_tensors.read_tensors(path / TENSORS, "PSG606", KEPT)
 
