@@ -58,13 +58,11 @@ def first_line(error: BaseException | None) -> str:
     return (first or type(error).__name__)[:300]
 
 
-def check_argument(
-    name: str, value: Any, kinds: type | tuple[type, ...], wanted: str, hint: str | None = None
-) -> None:
+def check_argument(name: str, value: Any, kinds: type | tuple[type, ...], wanted: str) -> None:
     """Refuse an argument that is of none of ``kinds``, which are what ``wanted`` says. PSG904."""
     if not isinstance(value, kinds):
         given = "None" if value is None else f"a {type(value).__name__}"
-        raise SurgeryError("PSG904", f"{name} takes {wanted}, not {given}", hint)
+        raise SurgeryError("PSG904", f"{name} takes {wanted}, not {given}")
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

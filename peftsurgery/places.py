@@ -27,9 +27,7 @@ NAMING = {
 _LARGEST = 64 * 2**20  # a manifest with the fingerprints of a large base is some megabytes
 
 
-def check_apart(
-    target: str | Path, read: Iterable[str | Path | None], what: str = "output"
-) -> None:
+def check_apart(target: str | Path, read: Iterable[str | Path | None]) -> None:
     """Refuse to write ``target``, a file or a directory whole, if that touches what is ``read``.
 
     ``read`` are files, directories, hub ids (their place in the cache is meant) and other names,
@@ -42,7 +40,7 @@ def check_apart(
         for given in everything_read(read):
             how = place.touches(given)
             if how:
-                message = f"the {what} '{target}' {how} the input '{given}'"
+                message = f"the output '{target}' {how} the input '{given}'"
                 raise SurgeryError("PSG602", message, "write somewhere else")
     except ValueError as error:  # NUL in a path
         raise SurgeryError("PSG603", f"'{target}' cannot be written: {error}") from None

@@ -81,16 +81,12 @@ def evaluate(
         return _Reading(expression, env, operators, context).value(expression.tree)
 
 
-def names_read(
-    expression: Expression,
-    env: Mapping[str, Any],
-    operators: Mapping[str, Operator] = OPERATORS,
-) -> frozenset[str]:
+def names_read(expression: Expression, env: Mapping[str, Any]) -> frozenset[str]:
     """Names that evaluating ``expression`` reads.
 
     Of a choice that the numbers of ``env`` decide, those of the branch that is taken.
     """
-    return frozenset(_Reading(expression, env, operators, PLAIN).read(expression.tree))
+    return frozenset(_Reading(expression, env, OPERATORS, PLAIN).read(expression.tree))
 
 
 @dataclass(frozen=True)

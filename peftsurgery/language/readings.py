@@ -116,18 +116,10 @@ def group_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> bool | int:
     return group
 
 
-def initial_value(
-    param: Param,
-    rule: Rule,
-    env: Mapping[str, Any],
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
+def initial_value(param: Param, rule: Rule, env: Mapping[str, Any]) -> Tensor:
     """A parameter before training; ``env`` also binds the weights and parameters it is made of."""
-    names, dtype = _initial_names(param, rule, env), _dtype(param)
-    shape = shape_of(param, rule, env)
-    return initial(param.init, shape, names, dtype=dtype, device=device, generator=generator)
+    names, shape = _initial_names(param, rule, env), shape_of(param, rule, env)
+    return initial(param.init, shape, names, dtype=_dtype(param))
 
 
 def initial_values(

@@ -174,7 +174,7 @@ def check_taken(
     """Refuse parameter values that new operations lack or do not take. Raises PSG311."""
     old = set(map(operated._copies.name, learnt_by(model).values))
     given = dict(known)
-    operated._rename(given, adapters=tuple(operation.name for operation in operations))
+    operated._copies.rename(given, "", [operation.name for operation in operations])
     check_covered(source, operated.learnt().keys() - old, given.keys() - old)
 
 

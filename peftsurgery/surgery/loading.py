@@ -64,7 +64,7 @@ def load_on(
     operations = [replace(op, origin=op.origin.read(compared)) for op in manifest.operations]
     given = tensors, manifest.active, manifest.left_out, manifest.lost
     operated = operate(graph, operations, *given)
-    operated._rename(tensors, adapters=names)
+    operated._copies.rename(tensors, "", names)
     buffers = {name: tensors.pop(name) for name in persistent_buffers(operated) if name in tensors}
     if buffers:
         operated.bind()

@@ -64,9 +64,9 @@ def gap_between(exact: torch.Tensor, written: torch.Tensor, stored: PackedWeight
     return Gap(largest, total, exact.numel())
 
 
-def in_blocks(weight: torch.Tensor, count: int = 64) -> Sequence[torch.Tensor]:
+def in_blocks(weight: torch.Tensor) -> Sequence[torch.Tensor]:
     """A weight in blocks of rows, views of it, of which each needs little memory."""
-    return weight.chunk(count) if weight.dim() and weight.numel() > 2**18 else (weight,)
+    return weight.chunk(64) if weight.dim() and weight.numel() > 2**18 else (weight,)
 
 
 def error_of(gaps: Mapping[str, Gap]) -> FoldError:

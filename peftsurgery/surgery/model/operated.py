@@ -77,7 +77,12 @@ class OperatedModel(SharedModel):
         self._choose(self._adapters.mode_with(Mode(), learnt.active, learnt.left_out))
         self._adapters.train(self, learnt.trains)
         kind = OperatedModel  # asked by name: copies of the model are asked for what is theirs
-        keep_learnt(self, kind._fill, kind._names_of_base, kind._rename)
+        keep_learnt(
+            self,
+            kind._fill,
+            kind._names_of_base,
+            lambda mine, state, prefix: mine._copies.rename(state, prefix, ()),
+        )
 
     # What there is: operations, adapters, what they learnt.
 

@@ -6,7 +6,7 @@ copy of it that one of them trains. A packed weight has the name that the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,6 @@ class SharedModel(GraphModel):
         copies = (self.get_parameter(self._copies.name(home)) for home in self._copies.made)
         if self.source.is_readable and any(copy.is_meta for copy in copies):
             self.bind()
-
-    def _rename(
-        self, state: dict[str, Tensor], prefix: str = "", adapters: Sequence[str] = ()
-    ) -> None:
-        """Give copies in a state dict, of these adapters or of all, the names they have here."""
-        self._copies.rename(state, prefix, adapters)
 
     def _names_of_base(self) -> frozenset[str]:
         """Current names of the base's own tensors."""
