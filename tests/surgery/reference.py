@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.surgery.model.operated import OperatedModel
+from tests.models.zoo import ZOO
 
 
 def randomise(model: OperatedModel, seed: int = 1, scale: float = 0.05) -> OperatedModel:
@@ -68,3 +69,12 @@ def pairs_of(model: OperatedModel, scale: float) -> dict[str, list[tuple[Tensor,
         A, B = (model.get_parameter(name).detach() for name in match["added"])
         found.setdefault(match["module"], []).append((A, B, scale))
     return found
+
+
+def outputs(model: torch.nn.Module, name: str, batch: int = 3, seq: int = 5) -> torch.Tensor:
+    # torch's own encoder has a path for inference that rounds otherwise
+    torch.backends.mha.set_fastpath_enabled(False)
+    with torch.no_grad():
+        result = model(**ZOO[name].inputs(batch, seq))
+    torch.backends.mha.set_fastpath_enabled(True)
+    return result if isinstance(result, torch.Tensor) else result[0]

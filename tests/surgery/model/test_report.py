@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peftsurgery as ps
 from peftsurgery.surgery.model.report import Report, counted
 from peftsurgery.surgery.plan.plan import Plan
+from tests.models.captured import captured
 
 RULES = """
 name: t
@@ -99,3 +100,12 @@ def test_what_rests_and_what_is_packed_is_counted_as_such() -> None:
 def test_a_model_without_rules_has_an_empty_report(name: str) -> None:
     report = Report(Plan((), (), ()), {}, {}, (0, 0))
     assert not getattr(report, name)
+
+
+@pytest.mark.parametrize("where", [{}, {"path": ".*q_proj"}])
+def test_the_report_folds_near_misses_of_equal_layers(where: dict[str, str]) -> None:
+    text = str(ps.apply(captured("llama"), "lora_qv", where=where).report)
+    misses = [line for line in text.splitlines() if line.startswith("  not ")]
+    assert misses
+    assert all("layers.{0.." in line for line in misses if ".layers." in line)
+    assert len({line.split(":")[0] for line in misses}) == len(misses)
