@@ -151,16 +151,14 @@ def factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[Core]:
     """The core of a softmax, if one product of its scores is that of queries and keys."""
-    inside = list(backward([softmax], lambda n: n in flow.products or factors(flow, n) is not None))
-    products = sorted(
-        (n for n in inside if factors(flow, n) is not None and flow.is_signal(n)),
-        key=flow.order.__getitem__,
-    )
+    inside = backward([softmax], lambda n: n in flow.products or factors(flow, n) is not None)
+    pairs = {n: pair for n in inside if flow.is_signal(n) and (pair := factors(flow, n))}
+    products = sorted(pairs, key=flow.order.__getitem__)
     if len(products) > 1:  # position terms are products too: keys come from where values come from
         inputs = _inputs(flow, v)
-        products = [n for n in products if inputs & _inputs(flow, _factors(flow, n)[1])]
+        products = [n for n in products if inputs & _inputs(flow, pairs[n][1])]
     for scores in products[:1]:
-        pair = _factors(flow, scores)
+        pair = pairs[scores]
         swapped = strip(pair[1], Trait.SCALING | Trait.CAST)
         plain = is_swap(swapped)
         k = swapped.all_input_nodes[0] if plain else pair[1]
@@ -168,13 +166,6 @@ def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[C
             k, plain = pair[1], False
         mask = _mask(softmax, scores)
         yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax)
-
-
-def _factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The factors of what is known to be a product of values."""
-    pair = factors(flow, node)
-    assert pair is not None
-    return pair
 
 
 def visibility(mask: fx.Node) -> fx.Node:

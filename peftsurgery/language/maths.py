@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from html.entities import html5
 from types import MappingProxyType
 from typing import Any
 
@@ -17,14 +18,8 @@ from peftsurgery.language.operators import OPERATORS, Operator
 
 SUM, QUOTIENT, PRODUCT, POWER, ATOM = range(5)
 
-_GREEK = {
-    name: chr(code)
-    for name, code in (
-        *(("alpha", 0x3B1), ("beta", 0x3B2), ("gamma", 0x3B3), ("delta", 0x3B4)),
-        *(("epsilon", 0x3B5), ("theta", 0x3B8), ("lambda_", 0x3BB), ("mu", 0x3BC)),
-        *(("sigma", 0x3C3), ("tau", 0x3C4), ("phi", 0x3C6)),
-    )
-}
+_LETTERS = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "mu", "sigma", "tau", "phi")
+_GREEK = {name: html5[f"{name};"] for name in _LETTERS} | {"lambda_": html5["lambda;"]}
 
 
 def _reflected(method: Callable[[Symbol, Any], Symbol]) -> Callable[[Symbol, Any], Symbol]:

@@ -116,12 +116,6 @@ def group_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> bool | int:
     return group
 
 
-def initial_value(param: Param, rule: Rule, env: Mapping[str, Any]) -> Tensor:
-    """A parameter before training; ``env`` also binds the weights and parameters it is made of."""
-    names, shape = _initial_names(param, rule, env), shape_of(param, rule, env)
-    return initial(param.init, shape, names, dtype=_dtype(param))
-
-
 def initial_values(
     rule: Rule,
     env: Mapping[str, Any],

@@ -9,7 +9,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import parse
 from peftsurgery.language.initial import INITIALISERS, initial
 from peftsurgery.language.loading import parse_rules
-from peftsurgery.language.readings import initial_value, weights_read
+from peftsurgery.language.readings import initial_values, weights_read
 
 ORACLES = {
     "kaiming_uniform(sqrt(5))": lambda t: torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5)),
@@ -52,7 +52,7 @@ def test_a_tensor_expression_is_read_in_the_parameters_dtype():
         "    let: {n: 'norm(W, 1)'}\n    params: {m: {shape: [out], init: n}}\n"
     ).rules[0]
     env = {"W": W, "b": 0.0, "in": 8, "out": 6}
-    value = initial_value(rule.params["m"], rule, env)
+    value = initial_values(rule, env, {})["m"]
     assert value.dtype == torch.float32
     assert torch.equal(value, torch.linalg.norm(W.float(), dim=1))
     assert weights_read(rule.params["m"], rule) == {"W"}

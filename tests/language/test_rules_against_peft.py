@@ -7,7 +7,7 @@ from torch import nn
 
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.loading import load_rules
-from peftsurgery.language.readings import fold, initial_value, rewrite
+from peftsurgery.language.readings import fold, initial_values, rewrite
 from peftsurgery.language.settings import resolve_settings
 
 
@@ -130,7 +130,7 @@ def test_fresh_parameters_start_with_pefts_values(name):
     for param, suffix in rule.checkpoint["peft"].items():
         stem = suffix.partition(".")[0]
         original = next(p for n, p in theirs.items() if f".{stem}.default" in n).detach()
-        value = initial_value(rule.params[param], rule, env)
+        value = initial_values(rule, env, {})[param]
         assert value.shape == original.shape
         assert value.dtype == original.dtype
         assert (value == 0).all() == (original == 0).all()
@@ -144,7 +144,7 @@ def test_an_operated_layer_starts_as_the_layer_was(name):
     layer = base if not hasattr(base, "base_layer") else base.base_layer
     with torch.no_grad():
         env |= {"x": x, "y": layer(x)}
-        env |= {param: initial_value(p, rule, env) for param, p in rule.params.items()}
+        env |= initial_values(rule, env, {})
         torch.testing.assert_close(rewrite(rule, env)["y"], env["y"])
         torch.testing.assert_close(fold(rule, env)["W"], env["W"])
 

@@ -12,14 +12,15 @@ from pathlib import Path
 
 from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
+from peftsurgery.finite_tensors import as_safetensors
+from peftsurgery.formats.adapter_files import config_bytes, write_adapter_files
 from peftsurgery.formats.exchange import check_captured, chosen_adapter, installed
 from peftsurgery.formats.peft.adapter import read_adapter
-from peftsurgery.formats.peft.files import BASE, CONFIG, TENSORS, write_adapter
+from peftsurgery.formats.peft.files import BASE, CONFIG, TENSORS
 from peftsurgery.formats.peft.library import LIBRARY
 from peftsurgery.formats.peft.needed_base import with_vocabulary
 from peftsurgery.formats.peft.reading import peft_plan
-from peftsurgery.formats.peft.whole_model import prefix_length
-from peftsurgery.formats.peft.window_notes import window_notes
+from peftsurgery.formats.peft.whole_model import prefix_notes
 from peftsurgery.formats.peft.writing import peft_contents
 from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
@@ -50,8 +51,7 @@ def from_peft(
     adapter, chosen = read_adapter(folder), adapter_name(name)
     model = with_vocabulary(model, adapter)
     plan = peft_plan(model, adapter, chosen)
-    length = prefix_length(plan.cuts)
-    notes = () if length is None else window_notes(model, length)
+    notes = prefix_notes(model, plan.cuts)
     base = adapter.config.values.get(BASE)
     return installed(model, folder, plan, base, adapter.tensors, allow_other_base, notes)
 
@@ -76,6 +76,7 @@ def to_peft(
         config, tensors, notes = peft_contents(model, chosen)
     mine = [operation for operation in model.operations if operation.name == chosen]
     others |= export_record(model.source, mine)
-    write_adapter(folder, config, tensors, others)
+    contents = {TENSORS: as_safetensors(tensors), CONFIG: config_bytes(config), **others}
+    write_adapter_files(folder, contents, CONFIG)
     clear_export_record(folder, others)
     return notes

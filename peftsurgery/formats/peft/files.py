@@ -8,20 +8,16 @@ Adapters in pickle files (``adapter_model.bin``) are refused: loading one can ru
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.formats.adapter_files import (
-    config_bytes,
     nearby,
     read_json,
     read_safetensors,
-    write_adapter_files,
 )
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -52,17 +48,3 @@ def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
         hint = "save the adapter again with peft's save_pretrained(safe_serialization=True)"
         raise SurgeryError("PSG505", message, hint)
     raise SurgeryError("PSG505", f"'{folder}' has no {TENSORS}", nearby(folder, CONFIG))
-
-
-def write_adapter(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, torch.Tensor],
-    others: Mapping[str, bytes],
-) -> None:
-    """Write both files and ``others`` by their names, or leave what is there alone.
-
-    PSG601 if the place holds anything but an adapter, PSG603 if the system refuses.
-    """
-    contents = {TENSORS: as_safetensors(tensors), CONFIG: config_bytes(config), **others}
-    write_adapter_files(folder, contents, CONFIG)

@@ -22,7 +22,7 @@ import torch
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.library import FORMAT, peft_words
-from peftsurgery.language.readings import fold, initial_value, weights_read
+from peftsurgery.language.readings import fold, initial_values, weights_read
 from peftsurgery.language.rule_algebra import axes_of
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.settings import resolve_settings
@@ -52,7 +52,8 @@ def fuse(model: OperatedModel, cuts: Sequence[Cut]) -> tuple[Cut, Tensors]:
     names = environment(cut, TensorDomain(model.dense))
     needed = (weights_read(param, first.rule) for param in first.rule.params.values())
     values = {name: names[name] for name in frozenset().union(*needed)}
-    tensors = {name: _fused(model, cut, cuts, name, values) for name in first.rule.suffixes(FORMAT)}
+    start = initial_values(first.rule, {**cut.numbers, **values}, {})
+    tensors = {name: _fused(model, cut, cuts, name, value) for name, value in start.items()}
     _check(model, cut, cuts, tensors, values)
     return cut, tensors
 
@@ -91,14 +92,12 @@ def _summed(file: RuleFile) -> str | None:
 
 
 def _fused(
-    model: OperatedModel, whole: Cut, cuts: Sequence[Cut], name: str, values: Mapping[str, Any]
+    model: OperatedModel, whole: Cut, cuts: Sequence[Cut], name: str, fused: torch.Tensor
 ) -> torch.Tensor:
-    """A parameter of the whole: the parts where their shapes say, initial values elsewhere."""
-    param = whole.rule.params[name]
+    """A parameter of the whole: the parts where their shapes say, its initial value elsewhere."""
     rank = _summed(whole.operation.file)
     stacked = next(iter(axes_of(whole.rule, name, [rank] if rank else [])), None)
     rows = next(iter(axes_of(whole.rule, name, ["out"])), None)
-    fused = initial_value(param, whole.rule, {**whole.numbers, **values})
     offset = 0
     for cut in cuts:
         part = model.get_parameter(cut.parameters[name]).detach().to(fused.device)

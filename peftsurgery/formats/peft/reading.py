@@ -86,14 +86,13 @@ def _modules_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> Adapter
     for key in listings(config.files):
         listed = [m for m, options in chosen.items() if options[0].rule.listing(FORMAT) == key]
         check_listed(config, key, listed, chosen)
-    groups: dict[tuple[Any, ...], tuple[list[Option], list[Placed]]] = {}
+    groups: dict[tuple[Any, ...], tuple[dict[str, Any], list[Option], list[Placed]]] = {}
     for path, options in chosen.items():
         settings = config.settings(options[0].file, path)
         group = (options[0].file.name, id(options[0].rule), tuple(settings.items()))
-        groups.setdefault(group, (options, []))[1].append(placed[path])
+        groups.setdefault(group, (settings, options, []))[2].append(placed[path])
     plan = AdapterPlan()
-    for options, here in groups.values():
-        settings = config.settings(options[0].file, here[0].module)
+    for settings, options, here in groups.values():
         operation = _best(options, sites, settings, here).at(here, settings, name)
         cuts = [Cut(operation, operation.file.rules[0], site) for site in here]
         plan.add(AdapterPlan([operation], cuts, _values(cuts, adapter)))

@@ -38,6 +38,7 @@ from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.library import FORMAT, LIBRARY, WholeMethod, classes_of, peft_words
 from peftsurgery.formats.peft.tensor_keys import without_wrapper
 from peftsurgery.formats.peft.trained_modules import say_trained
+from peftsurgery.formats.peft.window_notes import window_notes
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import parse
 from peftsurgery.language.rule_file import RuleFile
@@ -52,10 +53,11 @@ def is_whole(rules: Iterable[Rule]) -> bool:
     return any(name.startswith("/") for rule in rules for name in rule.suffixes(FORMAT).values())
 
 
-def prefix_length(cuts: Iterable[Cut]) -> int | None:
-    """How many tokens an adapter puts before the keys of attention; None if it puts none."""
+def prefix_notes(model: GraphModel, cuts: Iterable[Cut]) -> tuple[str, ...]:
+    """What a reader should know of the tokens that an adapter puts before the keys of attention."""
     found = _tensors([cut for cut in cuts if cut.rule.params and is_whole([cut.rule])])
-    return next((joined.shape[0] for joined in found.values() if joined.beside), None)
+    lengths = (joined.shape[0] for joined in found.values() if joined.beside)
+    return next((window_notes(model, length) for length in lengths), ())
 
 
 def _tensors(cuts: Iterable[Cut]) -> dict[str, JoinedTensor]:

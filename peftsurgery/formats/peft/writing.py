@@ -28,8 +28,7 @@ from peftsurgery.formats.peft.rank_patterns import PATTERN, check_total, gather
 from peftsurgery.formats.peft.target_modules import say_listed, say_targets, unlike
 from peftsurgery.formats.peft.tensor_keys import added_key, without_wrapper
 from peftsurgery.formats.peft.trained_modules import Trained, say_trained
-from peftsurgery.formats.peft.whole_model import is_whole, prefix_length, whole_files
-from peftsurgery.formats.peft.window_notes import window_notes
+from peftsurgery.formats.peft.whole_model import is_whole, prefix_notes, whole_files
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.fold.flattening import flatten
@@ -69,9 +68,7 @@ def peft_contents(
         _check_form(cut, form)
     config, tensors = whole_files(flat, cuts, form)
     tables = {without_wrapper(key): value for key, value in saved_tables(model, ()).items()}
-    length = prefix_length(cuts)
-    notes = () if length is None else window_notes(model, length)
-    return config, tables | tensors, notes
+    return config, tables | tensors, prefix_notes(model, cuts)
 
 
 def _wrapped(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -123,15 +124,7 @@ def _match(cut: Cut) -> dict[str, Any]:
         "role": placed.role,
         "module": placed.module,
         "parameter": placed.parameter,
-        "slice": None
-        if part is None
-        else {
-            "part": placed.site.label,
-            "start": part.start,
-            "length": part.length,
-            "period": part.period,
-            "groups": part.groups,
-        },
+        "slice": None if part is None else {"part": placed.site.label, **asdict(part)},
         "block": placed.block,
         "added": list(cut.parameters.values()),
     }
