@@ -2,6 +2,6 @@
 
 from peftsurgery.anatomy.analysis import Anatomy, analyse
 from peftsurgery.anatomy.site import Placed, Site, Slice
-from peftsurgery.anatomy.survey import Survey, survey
+from peftsurgery.anatomy.survey import survey
 
-__all__ = ["Anatomy", "Placed", "Site", "Slice", "Survey", "analyse", "survey"]
+__all__ = ["Anatomy", "Placed", "Site", "Slice", "analyse", "survey"]

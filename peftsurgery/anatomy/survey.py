@@ -7,8 +7,7 @@ kind of sublayer a called block is, and which linear is the model's head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -25,21 +24,8 @@ from peftsurgery.capture.names import join
 from peftsurgery.reach import reach
 
 
-@dataclass(frozen=True, eq=False)
-class Survey:
-    """Every site of one capture of a model, block by block."""
-
-    sites: tuple[Placed, ...]
-
-    def __iter__(self) -> Iterator[Placed]:
-        return iter(self.sites)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-
-def survey(capture: Capture) -> Survey:
-    """The sites of a capture. A program is analysed once, however many blocks run it."""
+def survey(capture: Capture) -> tuple[Placed, ...]:
+    """The sites of a capture, block by block. A program is analysed once, whoever runs it."""
     surveyor = _Surveyor(Calls(capture.programs))
     found = [placed for frame in surveyor.calls.frames for placed in surveyor.sites_of(frame)]
     surveyor.neighbours.know(found)
@@ -47,7 +33,7 @@ def survey(capture: Capture) -> Survey:
     if inputs is not None:
         kind = capture.top.kind
         found.append(Placed(inputs, "", capture.top, type=kind, relations=surveyor.neighbours))
-    return Survey(tuple(found))
+    return tuple(found)
 
 
 def unread_cores(capture: Capture) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from peftsurgery.cli.kit import clean, json_option, print_json
 if TYPE_CHECKING:
     from rich.tree import Tree
 
-    from peftsurgery.anatomy import Placed, Survey
+    from peftsurgery.anatomy import Placed
     from peftsurgery.capture import Capture
 
 # What of a site's facts is printed: with its name, and by its value alone.
@@ -50,7 +51,7 @@ def inspect(model: str, as_json: bool) -> None:
         _print_tree(model, captured, found)
 
 
-def _document(model: str, capture: Capture, found: Survey) -> dict[str, Any]:
+def _document(model: str, capture: Capture, found: Sequence[Placed]) -> dict[str, Any]:
     from peftsurgery.language.selection import site_dict
 
     return {
@@ -66,7 +67,7 @@ def _document(model: str, capture: Capture, found: Survey) -> dict[str, Any]:
     }
 
 
-def _print_tree(model: str, capture: Capture, found: Survey) -> None:
+def _print_tree(model: str, capture: Capture, found: Sequence[Placed]) -> None:
     from rich.console import Console
     from rich.text import Text
     from rich.tree import Tree

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import peftsurgery as ps
-from peftsurgery.anatomy import Placed, Survey, survey
+from peftsurgery.anatomy import Placed, survey
 from tests.anatomy.tables import EXPECTED, Core, Part
 from tests.models.captured import captured
 from tests.models.zoo import hf
@@ -15,7 +15,7 @@ Found = tuple[str, str, tuple[int, ...] | None]
 WEIGHTS = ("linear", "experts", "embedding")
 
 
-def surveyed(name: str) -> Survey:
+def surveyed(name: str) -> tuple[Placed, ...]:
     return survey(captured(name).captures[0])
 
 

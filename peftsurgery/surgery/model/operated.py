@@ -102,14 +102,15 @@ class OperatedModel(SharedModel):
         mode, packed = self._adapters.mode, dict(self.named_parameters(remove_duplicate=False))
         # of the graph before any rewrite: what rules put in is not the model's to be read
         notes = (*self.source.build.notes, *capture_notes(self.base_capture))
+        trained, total = counted(self.parameters(), self._adapters.resting(self, mode))
         return Report(
             self._plan,
             {name: name in mode.names for name in self.adapters},
-            {name: self.get_parameter(name).shape for name in self._plan.added},
-            counted(self.parameters(), self._adapters.resting(self, mode)),
-            self._packed.hidden(packed),
+            {name: list(self.get_parameter(name).shape) for name in self._plan.added},
+            trained,
+            total + self._packed.hidden(packed),
             (*notes, *notes_of(self.operations)),
-            self._lost,
+            dict(self._lost),
         )
 
     @property

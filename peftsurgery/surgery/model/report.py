@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -19,41 +18,33 @@ from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.plan.plan import Plan
 
 
+@dataclass(frozen=True, eq=False)
 class Report:
     """Report of an operated model: matches, parameters added, coverage and near misses.
 
     ``adapters`` says of each whether it is active, ``added`` the shape of every parameter that
-    rules added; ``numbers`` are those of :func:`counted`, ``packed`` is how many elements packed
-    weights have more than bytes;
+    rules added; of ``total`` elements of parameters, ``trainable`` are trained;
     ``lost`` is, by adapter, the share of the changes it was combined of that it does not have.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        adapters: Mapping[str, bool],
-        added: Mapping[str, Sequence[int]],
-        numbers: tuple[int, int],
-        packed: int = 0,
-        notes: Iterable[str] = (),
-        lost: Mapping[str, float] = MappingProxyType({}),
-    ) -> None:
-        self._cuts, self._selections = plan.cuts, plan.selections
-        self.adapters, self.lost = dict(adapters), dict(lost)
-        self.added = {name: list(shape) for name, shape in added.items()}
-        self.trainable, self.total = numbers[0], numbers[1] + packed
-        self.notes = tuple(notes)
+    plan: Plan
+    adapters: dict[str, bool]
+    added: dict[str, list[int]]
+    trainable: int
+    total: int
+    notes: tuple[str, ...] = ()
+    lost: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def coverage(self) -> Coverage:
         """How much of the model was matched, by role and by kind."""
-        sites = self._selections[-1].sites if self._selections else ()
-        return Coverage.of(sites, [cut.placed for cut in self._cuts])
+        sites = self.plan.selections[-1].sites if self.plan.selections else ()
+        return Coverage.of(sites, [cut.placed for cut in self.plan.cuts])
 
     @property
     def matches(self) -> list[dict[str, Any]]:
         """One entry for each site that was cut, in the model's order for each rule."""
-        return [_match(cut) for cut in self._cuts]
+        return [_match(cut) for cut in self.plan.cuts]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
@@ -64,7 +55,7 @@ class Report:
             "active": [name for name, active in self.adapters.items() if active],
             "trainable": self.trainable,
             "total": self.total,
-            "near_misses": [miss for chosen in self._selections for miss in _misses(chosen)],
+            "near_misses": [miss for chosen in self.plan.selections for miss in _misses(chosen)],
             "notes": list(self.notes),
             "lost": self.lost,
         }
@@ -76,7 +67,7 @@ class Report:
             for m in self.matches
         ]
         shares = [(name, f"{share}") for name, share in self.coverage.roles.items()]
-        misses = [miss for chosen in self._selections for miss in _misses(chosen)]
+        misses = [miss for chosen in self.plan.selections for miss in _misses(chosen)]
         return shown(
             f"trainable: {self.trainable:,} of {self.total:,} parameters",
             table(("adapter", "role", "site", "added"), matches),
@@ -89,12 +80,12 @@ class Report:
         )
 
     def __str__(self) -> str:
-        lines = [line for chosen in self._selections for line in _lines(chosen)]
+        lines = [line for chosen in self.plan.selections for line in _lines(chosen)]
         share = 100 * self.trainable / max(self.total, 1)
         if len(self.adapters) > 1 or not all(self.adapters.values()):
             shown = (n if active else f"{n} (inactive)" for n, active in self.adapters.items())
             lines.append(f"adapters: {', '.join(shown)}")
-        lines += self.coverage.lines() if self._selections else []
+        lines += self.coverage.lines() if self.plan.selections else []
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         lines += [f"note: {note}" for note in self.notes]
         for name, lost in self.lost.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from peftsurgery.anatomy import Placed, Survey, survey
+from peftsurgery.anatomy import Placed, survey
 from peftsurgery.anatomy.site import Site
 from peftsurgery.capture import Capture
 from peftsurgery.capture.stack import stack_paths
@@ -69,7 +69,7 @@ def _modules(cuts: Iterable[Cut]) -> dict[str, frozenset[str]]:
     return {name: frozenset(modules) for name, modules in found.items()}
 
 
-def pattern_sites(sites: Survey, rule: Rule) -> list[Placed]:
+def pattern_sites(sites: Iterable[Placed], rule: Rule) -> list[Placed]:
     """A site for every occurrence of the rule's pattern, in every block.
 
     If there is none, the nearest in each program, with what it lacks as a fact: no rule keeps it.
@@ -86,7 +86,7 @@ def _nearest(pattern: Expression, graph: fx.Graph) -> list[tuple[Match, dict[str
 
 
 def _in_blocks(
-    sites: Survey, find: Callable[[fx.Graph], list[tuple[Match, dict[str, Any]]]]
+    sites: Iterable[Placed], find: Callable[[fx.Graph], list[tuple[Match, dict[str, Any]]]]
 ) -> list[Placed]:
     """What is found in the graph of each program, as sites in every block that has it."""
     found: dict[Any, list[Site]] = {}

@@ -87,7 +87,7 @@ def test_what_rests_and_what_is_packed_is_counted_as_such() -> None:
     first, second = (nn.Parameter(torch.zeros(size)) for size in (3, 4))
     frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
     assert counted([first, second, frozen], [second]) == (3, 12)
-    report = Report(Plan((), (), ()), {"a": True, "b": False}, {}, (3, 12), 8, ["seen"], {"b": 0.5})
+    report = Report(Plan((), (), ()), {"a": True, "b": False}, {}, 3, 20, ("seen",), {"b": 0.5})
     assert (report.trainable, report.total) == (3, 20)
     text = str(report)
     assert "adapters: a, b (inactive)" in text
@@ -98,7 +98,7 @@ def test_what_rests_and_what_is_packed_is_counted_as_such() -> None:
 
 @pytest.mark.parametrize("name", ["trainable", "total", "notes", "lost", "added"])
 def test_a_model_without_rules_has_an_empty_report(name: str) -> None:
-    report = Report(Plan((), (), ()), {}, {}, (0, 0))
+    report = Report(Plan((), (), ()), {}, {}, 0, 0)
     assert not getattr(report, name)
 
 
