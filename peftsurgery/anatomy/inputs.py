@@ -26,7 +26,7 @@ from peftsurgery.anatomy.analysis import analyse
 from peftsurgery.anatomy.embeddings import given_ids
 from peftsurgery.anatomy.model_arguments import ARGUMENTS, TOKENS
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import is_ancestor, is_tensor, shape, sizes, width
+from peftsurgery.anatomy.values import fixed_width, is_ancestor, is_tensor, shape, sizes
 from peftsurgery.capture import Capture
 from peftsurgery.capture.stack import stack_paths
 
@@ -50,9 +50,8 @@ def find_inputs(capture: Capture) -> Site | None:
     if labels is not None and not is_bound and sizes(labels)[:1] == texts:
         nodes["answer"] = labels
     nodes |= {name: node for name, node in _outputs(capture).items() if name == "logits"}
-    facts: dict[str, Any] = {"dtype": nodes["embeds"].meta["val"].dtype}
-    if width(nodes["embeds"]) is not None:
-        facts["width"] = width(nodes["embeds"])
+    embeds = nodes["embeds"]
+    facts: dict[str, Any] = {"dtype": embeds.meta["val"].dtype, **fixed_width(embeds)}
     if table is not None:
         facts["vocabulary"] = int(shape(table)[0])
     return Site("inputs", "", None, None, nodes, facts)

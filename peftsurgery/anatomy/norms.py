@@ -16,11 +16,11 @@ from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import (
     backward,
+    fixed_width,
     operands,
     parameter_of,
     strip,
     value,
-    width,
 )
 from peftsurgery.capture.schemas import arguments, op
 
@@ -94,8 +94,5 @@ def _site(nodes: dict[str, fx.Node], name: str, eps: float | None) -> Site:
     weight = nodes.get("W")
     target = None if weight is None else str(weight.target)
     module = "" if target is None else target.rpartition(".")[0]
-    facts = {"op": name, "eps": eps, "dtype": value(nodes["x"]).dtype}
-    size = width(nodes["x"])
-    if size is not None:
-        facts["width"] = size
+    facts = {"op": name, "eps": eps, "dtype": value(nodes["x"]).dtype, **fixed_width(nodes["x"])}
     return Site("norm", module, None, target, nodes, facts)

@@ -19,7 +19,7 @@ from torch import fx
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import backward, is_tensor, shape, sizes, strip, width
+from peftsurgery.anatomy.values import backward, fixed_width, is_tensor, shape, sizes, strip
 from peftsurgery.capture.names import common
 from peftsurgery.capture.schemas import op
 
@@ -117,9 +117,8 @@ def residual_sites(
                 **sublayer(last),
                 "norm": _norm(flow, join, normalised),
                 "parallel": len(join.outputs) > 1,
+                **fixed_width(join.y),
             }
-            if width(join.y) is not None:
-                facts["width"] = width(join.y)
             nodes = {"h": h, "x": join.x, "y": join.y}
             if facts["norm"] == "post":
                 nodes["normed"] = next(

@@ -18,7 +18,7 @@ from peftsurgery.anatomy.attention import (
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import as_slice
 from peftsurgery.anatomy.site import Site, Slice
-from peftsurgery.anatomy.values import backward, shape, width
+from peftsurgery.anatomy.values import backward, fixed_width, shape
 from peftsurgery.capture.names import common
 
 PARTS = ("q", "k", "v")
@@ -111,8 +111,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     inputs = list(flow.graph.find_nodes(op="placeholder"))
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
     facts["transposed"] = core.transposed
-    if "x" in nodes and width(nodes["x"]) is not None:
-        facts["width"] = width(nodes["x"])
+    facts |= fixed_width(nodes["x"]) if "x" in nodes else {}
     module = _around([*(s for sites in feeders.values() for s in sites), *([out] if out else [])])
     return Site("attention", module, None, None, nodes, facts)
 

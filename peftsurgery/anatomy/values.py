@@ -58,6 +58,12 @@ def width(node: fx.Node) -> int | None:
     return fixed(shape(node)[-1]) if shape(node) else None
 
 
+def fixed_width(node: fx.Node) -> dict[str, int]:
+    """The fact ``width`` of a site at a value, if its last size is the same for every input."""
+    size = width(node)
+    return {} if size is None else {"width": size}
+
+
 def samples(node: fx.Node) -> tuple[int, ...]:
     """Concrete example sizes of a tensor, to run operators on stand-ins of it."""
     return tuple(concrete(size) for size in shape(node))

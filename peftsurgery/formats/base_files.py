@@ -43,7 +43,7 @@ def copy_missing(source: Path, folder: Path, has_tokenizer: bool = False) -> Ite
             continue
         if has_tokenizer and is_tokenizer_file(name):
             continue
-        if entry.is_dir() and (name in parts or not any(_holds_weights(entry))):
+        if entry.is_dir() and (name in parts or not any(map(_is_weights, entry.rglob("*")))):
             shutil.copytree(entry, folder / name, copy_function=shutil.copyfile)
             yield f"{name}/"
         elif entry.is_file() and not _is_weights(entry):
@@ -62,7 +62,3 @@ def _pipeline_parts(source: Path) -> set[str]:
 
 def _is_weights(file: Path) -> bool:
     return any(file.match(pattern) for pattern in _WEIGHT_FILES)
-
-
-def _holds_weights(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.rglob("*") if _is_weights(file))

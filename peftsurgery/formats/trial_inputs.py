@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
-from peftsurgery.capture import Capture, GraphModel
+from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 
 Inputs = dict[str, Tensor]
@@ -105,13 +105,9 @@ def _allowed(
     capture, nodes = model.captures[0], _placeholders(model)
     for stretch, batch in itertools.product(stretches, batches):
         inputs = _make(model, nodes, batch, stretch)
-        if _fits(capture, inputs):
+        if capture.fits([inputs[name] for name in capture.names], capture.mode is True):
             return inputs
     raise SurgeryError("PSG414", "the model allows no other sizes than those it was captured with")
-
-
-def _fits(capture: Capture, inputs: Inputs) -> bool:
-    return capture.fits([inputs[name] for name in capture.names], capture.mode is True)
 
 
 def _placeholders(model: GraphModel) -> list[fx.Node]:

@@ -126,9 +126,8 @@ KINDS: Mapping[str, Kind] = {
         ),
         Kind(
             "inputs",
-            "the model's boundary: the embeddings it is given, what else it is given for every "
-            "token, the answer for every text, and its logits. What is rewritten may become "
-            "longer, and more",
+            "what goes into the model: embeddings, what else it is given for every token, the "
+            "answer for every text; and its logits. What is rewritten may become longer, and more",
             ((*_SEQUENCE, *_DECODER, "answer"), ("logits",)),
             ("W",),
             ("width", "vocabulary"),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.formats.peft.config import AdapterConfig
 from peftsurgery.formats.peft.files import read_peft_config, read_peft_tensors
-from peftsurgery.formats.peft.library import all_suffixes, whole_names
+from peftsurgery.formats.peft.library import known_names
 from peftsurgery.formats.peft.target_modules import saved_whole
 from peftsurgery.formats.peft.tensor_keys import Names, sort_keys
 
@@ -52,4 +52,4 @@ def read_adapter(folder: Path) -> PeftAdapter:
     """The adapter in a directory. PSG501 to PSG506 for one that is damaged or not honoured."""
     config = AdapterConfig(read_peft_config(folder))
     tensors = read_peft_tensors(folder)
-    return PeftAdapter(folder, config, tensors, sort_keys(tensors, all_suffixes(), whole_names()))
+    return PeftAdapter(folder, config, tensors, sort_keys(tensors, known_names()))

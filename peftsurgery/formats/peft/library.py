@@ -72,17 +72,8 @@ def flat_form(file: RuleFile) -> RuleFile:
     return flat.model_copy(update={"checkpoint": {**flat.checkpoint, FORMAT: table}})
 
 
-def all_suffixes() -> frozenset[str]:
-    """Every ending of a tensor's name that the shipped rules give a meaning, after a module's."""
-    return frozenset(name for name in _names() if name[0] != "/")
-
-
-def whole_names() -> frozenset[str]:
-    """The names of tensors that the shipped rules give a meaning for the whole model."""
-    return frozenset(name[1:] for name in _names() if name[0] == "/")
-
-
-def _names() -> set[str]:
+def known_names() -> set[str]:
+    """Names that the shipped rules give a meaning: ends of tensors' names, whole ones after a /."""
     rules = (rule for file in forms(FORMAT) for rule in file.rules)
     return {name for rule in rules for name in rule.suffixes(FORMAT).values()}
 

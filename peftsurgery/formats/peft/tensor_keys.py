@@ -36,16 +36,16 @@ class Names:
     frozen: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(
-    keys: Collection[str], suffixes: Collection[str], whole: Collection[str] = ()
-) -> Names:
+def sort_keys(keys: Collection[str], known: Collection[str]) -> Names:
     """Split the keys of a file. PSG504 for a wrapper in a wrapper, PSG506 without the prefix.
 
-    ``suffixes`` follow a module's path, ``whole`` are tensors of no module.
+    Names that are ``known`` follow a module's path; after a / they are those of no module.
     """
     names = Names()
-    longest_first = sorted(suffixes, key=len, reverse=True)
-    prefix = PREFIX if set(whole).isdisjoint(keys) else UNWRAPPED
+    copies = {TRAINED: names.again, ORIGINAL: names.frozen}
+    whole = {name[1:] for name in known if name[0] == "/"}
+    longest_first = sorted((name for name in known if name[0] != "/"), key=len, reverse=True)
+    prefix = PREFIX if whole.isdisjoint(keys) else UNWRAPPED
     for key in sorted(keys):
         if key in whole:
             names.added.setdefault("", {})[key] = key
@@ -56,8 +56,9 @@ def sort_keys(
         path = key.removeprefix(prefix)
         suffix = next((s for s in longest_first if path.endswith(f".{s}")), None)
         if suffix is None:
-            group = next((g for word, g in _copies(names).items() if word in path.split(".")), None)
-            (names.own if group is None else group)[unwrapped(path)] = key
+            parts = path.split(".")
+            group = next((copies[word] for word in copies if word in parts), names.own)
+            group[unwrapped(path)] = key
         else:
             module = path.removesuffix(f".{suffix}")
             if module != unwrapped(module):
@@ -66,11 +67,6 @@ def sort_keys(
     for name, key in names.again.items():
         names.own.setdefault(name, key)
     return names
-
-
-def _copies(names: Names) -> dict[str, dict[str, str]]:
-    """Where the copies go that a module trained whole has of its tensors."""
-    return {TRAINED: names.again, ORIGINAL: names.frozen}
 
 
 def _nested(key: str, module: str) -> SurgeryError:

@@ -40,7 +40,10 @@ def check_readers(cuts: Iterable[Cut], sites: Iterable[Placed]) -> None:
                 known[key] = next(_others(read, mine), None)
             other = known[key]
             if other is not None:
-                raise _unlike(name, made[0], other)
+                what = f"'{made[0].operation.name}' cannot be folded: '{name}' has another reader"
+                hint = "let the rule match whatever reads the weight, or ship the saved surgery"
+                message = f"{what} ({other.name}), which the rule leaves as it is"
+                raise SurgeryError("PSG408", message, hint)
 
 
 def _by_weight(cuts: Iterable[Cut]) -> list[tuple[str, Sequence[Cut]]]:
@@ -76,12 +79,3 @@ def _inside(site: Site) -> Iterator[fx.Node]:
     result = site.nodes["y"]
     bound = {node for node in site.nodes.values() if node is not result}
     return backward([result], lambda node: node in bound)
-
-
-def _unlike(name: str, cut: Cut, reader: fx.Node) -> SurgeryError:
-    return SurgeryError(
-        "PSG408",
-        f"'{cut.operation.name}' cannot be folded: '{name}' has another reader "
-        f"({reader.name}), which the rule leaves as it is",
-        "let the rule match whatever reads the weight, or ship the saved surgery",
-    )

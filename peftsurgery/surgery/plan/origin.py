@@ -23,14 +23,11 @@ class Origin:
 
     def read(self, found: Origin) -> Origin:
         """Merge a recorded origin with what was found on reading it now."""
+        said = f"it was saved on another base than it was made for: {self.other_base}"
         return Origin(
             found.folder,
             found.content,
             self.seed,
             found.other_base or self.other_base,
-            found.notes or (() if self.other_base is None else (_recorded(self.other_base),)),
+            found.notes or (() if self.other_base is None else (said,)),
         )
-
-
-def _recorded(other_base: str) -> str:
-    return f"it was saved on another base than it was made for: {other_base}"
