@@ -8,7 +8,7 @@ of a model's adapters is written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ import yaml
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.files import remove
+from peftsurgery.formats.adapter_files import write_adapter_files
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.loading import load_rules, shipped
@@ -28,8 +30,10 @@ from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where
 from peftsurgery.surgery.applying import check_taken, operate
+from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.same_base import check_adapter_base
+from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.fusion import fused_names
 from peftsurgery.surgery.plan.select import select_cuts
@@ -110,6 +114,27 @@ def chosen_adapter(model: object, name: str | None, library: str) -> str:
     if name is not None and name not in names:
         raise SurgeryError("PSG511", f"there is no adapter '{name}'", did_you_mean(name, names))
     return outer[0] if name is None else name
+
+
+def write_exported(
+    model: OperatedModel,
+    name: str,
+    folder: Path,
+    contents: Mapping[str, bytes],
+    marker: str,
+    stale: Collection[str] = (),
+) -> None:
+    """Write the files of an adapter, with a record if it is on another base than it was made for.
+
+    ``stale`` are files that the library would read besides or instead: they go. PSG601 if the place
+    holds anything but such files (``marker`` is one of them), PSG602, PSG603.
+    """
+    mine = [operation for operation in model.operations if operation.name == name]
+    files = {**contents, **export_record(model.source, mine)}
+    check_places(model, *(folder / file for file in (*files, *stale)))
+    write_adapter_files(folder, files, marker)
+    remove(folder / file for file in stale if file not in files)
+    clear_export_record(folder, files)
 
 
 def is_paired(model: GraphModel) -> bool:

@@ -18,8 +18,6 @@ import torch
 
 from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
-from peftsurgery.files import remove
-from peftsurgery.formats.adapter_files import write_adapter_files
 from peftsurgery.formats.adapterhub.config import HubConfig
 from peftsurgery.formats.adapterhub.files import (
     ADAPTER,
@@ -49,10 +47,9 @@ from peftsurgery.formats.exchange import (
     chosen_adapter,
     installed,
     training,
+    write_exported,
 )
-from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import adapter_name
 from peftsurgery.surgery.plan.fusion import fused_names
 
@@ -99,29 +96,19 @@ def to_adapterhub(model: OperatedModel, directory: str | Path, name: str | None 
     chosen = chosen_adapter(model, name, LIBRARY)
     mine = [operation for operation in model.operations if operation.name == chosen]
     fused = [name for operation in mine for name in fused_names(operation)]
-    if not fused:
-        files = _contents(model, _written(model, chosen)) | export_record(model.source, mine)
-        _write(model, Path(directory), files, ADAPTER.config)
-        return
-    files = {SETUP: setup_content(fused)} | export_record(model.source, mine)
-    for adapter in fused:
-        files |= _contents(model, _written(model, adapter), adapter)
-    fusion = _written(model, chosen)
-    files |= module_files(FUSION, as_fusion(fusion.config), fusion.tensors, ",".join(fused))
-    _write(model, Path(directory), files, SETUP)
-
-
-def _write(model: GraphModel, folder: Path, files: Mapping[str, bytes], marker: str) -> None:
-    """Write the files; what the library would read besides or instead goes.
-
-    PSG601, PSG602, PSG603.
-    """
+    written = _written(model, chosen)
+    if fused:
+        files = {SETUP: setup_content(fused)}
+        for adapter in fused:
+            files |= _contents(model, _written(model, adapter), adapter)
+        config = as_fusion(written.config)
+        files |= module_files(FUSION, config, written.tensors, ",".join(fused))
+    else:
+        files = _contents(model, written)
     others = (HEAD.config, HEAD.tensors, HEAD.pickled, ADAPTER.pickled, FUSION.pickled)
-    extras = {Path(file).with_name(other) for file in files for other in others}
-    check_places(model, *(folder / file for file in files), *(folder / path for path in extras))
-    write_adapter_files(folder, files, marker)
-    remove(folder / path for path in extras if path.as_posix() not in files)
-    clear_export_record(folder, files)
+    stale = {Path(file).with_name(other).as_posix() for file in files for other in others}
+    marker = SETUP if fused else ADAPTER.config
+    write_exported(model, chosen, Path(directory), files, marker, stale)
 
 
 def _adapter(

@@ -13,8 +13,8 @@ from pathlib import Path
 from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
 from peftsurgery.finite_tensors import as_safetensors
-from peftsurgery.formats.adapter_files import config_bytes, write_adapter_files
-from peftsurgery.formats.exchange import check_captured, chosen_adapter, installed
+from peftsurgery.formats.adapter_files import config_bytes
+from peftsurgery.formats.exchange import check_captured, chosen_adapter, installed, write_exported
 from peftsurgery.formats.peft.adapter import read_adapter
 from peftsurgery.formats.peft.files import BASE, CONFIG, TENSORS
 from peftsurgery.formats.peft.library import LIBRARY
@@ -23,10 +23,8 @@ from peftsurgery.formats.peft.reading import peft_plan
 from peftsurgery.formats.peft.whole_model import prefix_notes
 from peftsurgery.formats.peft.writing import peft_contents
 from peftsurgery.surgery.model.adapters import check_left_out
-from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.saved.build import own_tokenizer
-from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import adapter_name
 
 
@@ -70,13 +68,9 @@ def to_peft(
     """
     chosen = chosen_adapter(model, name, LIBRARY)
     check_left_out(model.left_out, chosen, "PSG510")
-    folder, others = Path(directory), own_tokenizer(model.source.build)
-    check_places(model, *(folder / file for file in (CONFIG, TENSORS, *others)))
     with model.only(chosen):
         config, tensors, notes = peft_contents(model, chosen)
-    mine = [operation for operation in model.operations if operation.name == chosen]
-    others |= export_record(model.source, mine)
-    contents = {TENSORS: as_safetensors(tensors), CONFIG: config_bytes(config), **others}
-    write_adapter_files(folder, contents, CONFIG)
-    clear_export_record(folder, others)
+    contents = {TENSORS: as_safetensors(tensors), CONFIG: config_bytes(config)}
+    contents |= own_tokenizer(model.source.build)
+    write_exported(model, chosen, Path(directory), contents, CONFIG)
     return notes
