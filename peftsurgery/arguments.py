@@ -19,18 +19,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 def checked_but(*own: str) -> Callable[[Function], Function]:
     """What :func:`checked` makes of a function that checks the arguments ``own`` by itself."""
-    return functools.partial(_checked, own=own)
+    return functools.partial(checked, own=own)
 
 
-def checked(function: Function) -> Function:
+def checked(function: Function, *, own: tuple[str, ...] = ()) -> Function:
     """A function that refuses arguments of other types than it is annotated with. PSG904.
 
     Unions, literals and classes are checked, and what containers are, not what they hold.
     """
-    return _checked(function)
-
-
-def _checked(function: Function, own: tuple[str, ...] = ()) -> Function:
     signature = inspect.signature(function)
     known: list[dict[str, Any]] = []
 

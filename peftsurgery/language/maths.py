@@ -6,6 +6,7 @@ the same as for tensors; only the values are symbols that remember how tightly t
 
 from __future__ import annotations
 
+import operator as python
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from html.entities import html5
@@ -20,6 +21,16 @@ SUM, QUOTIENT, PRODUCT, POWER, ATOM = range(5)
 
 _LETTERS = ("alpha", "beta", "gamma", "delta", "epsilon", "theta", "mu", "sigma", "tau", "phi")
 _GREEK = {name: html5[f"{name};"] for name in _LETTERS} | {"lambda_": html5["lambda;"]}
+
+
+def _joining(sign: str, level: int, needed: int) -> Callable[[Symbol, Any], Symbol]:
+    """The operator that is written as a sign between its operands."""
+    return lambda self, other: _join(self, sign, other, level, needed)
+
+
+def _comparing(sign: Callable[[Any, Any], Any]) -> Callable[[Symbol, Any], bool]:
+    """The comparison of the numbers that two symbols are known to be."""
+    return lambda self, other: bool(sign(self.value, _value(other)))
 
 
 def _reflected(method: Callable[[Symbol, Any], Symbol]) -> Callable[[Symbol, Any], Symbol]:
@@ -40,11 +51,9 @@ class Symbol:
         """The text as an operand that must bind at ``level`` or tighter."""
         return self.text if self.level >= level else f"({self.text})"
 
-    def __add__(self, other: Any) -> Symbol:
-        return _join(self, " + ", other, SUM, SUM)
-
-    def __sub__(self, other: Any) -> Symbol:
-        return _join(self, " − ", other, SUM, QUOTIENT)
+    __add__, __sub__ = _joining(" + ", SUM, SUM), _joining(" − ", SUM, QUOTIENT)
+    __truediv__, __mod__ = (_joining(sign, QUOTIENT, POWER) for sign in (" / ", " mod "))
+    __matmul__ = _joining("·", PRODUCT, PRODUCT)
 
     def __mul__(self, other: Any) -> Symbol:
         other = symbol(other)
@@ -52,18 +61,9 @@ class Symbol:
             return _join(self, "·", other, PRODUCT, PRODUCT)
         return _join(self, " ⊙ ", other, QUOTIENT, PRODUCT)
 
-    def __truediv__(self, other: Any) -> Symbol:
-        return _join(self, " / ", other, QUOTIENT, POWER)
-
     def __floordiv__(self, other: Any) -> Symbol:
         inner = _join(self, " / ", other, QUOTIENT, POWER)
         return Symbol(f"⌊{inner.text}⌋", ATOM, inner.scalar)
-
-    def __mod__(self, other: Any) -> Symbol:
-        return _join(self, " mod ", other, QUOTIENT, POWER)
-
-    def __matmul__(self, other: Any) -> Symbol:
-        return _join(self, "·", other, PRODUCT, PRODUCT)
 
     def __pow__(self, other: Any) -> Symbol:
         return Symbol(f"{self.at(ATOM)}^{symbol(other).at(ATOM)}", POWER, self.scalar)
@@ -83,17 +83,7 @@ class Symbol:
         parts = index if isinstance(index, tuple) else (index,)
         return Symbol(f"{self.at(ATOM)}[{', '.join(map(_index, parts))}]", ATOM, self.scalar)
 
-    def __lt__(self, other: Any) -> bool:
-        return bool(self.value < _value(other))
-
-    def __le__(self, other: Any) -> bool:
-        return bool(self.value <= _value(other))
-
-    def __gt__(self, other: Any) -> bool:
-        return bool(self.value > _value(other))
-
-    def __ge__(self, other: Any) -> bool:
-        return bool(self.value >= _value(other))
+    __lt__, __le__, __gt__, __ge__ = map(_comparing, (python.lt, python.le, python.gt, python.ge))
 
     def __str__(self) -> str:
         return self.text

@@ -93,7 +93,7 @@ class AdapterConfig:
         for key, setting in file.carried(FORMAT).items():
             source, value = key, self.value(key)
             for pattern, special in self.pattern(peft_words().patterns.get(key, "")).items():
-                if pattern_matches(pattern, module):
+                if pattern_test(pattern)(module):
                     source, value = f"{peft_words().patterns[key]}['{pattern}']", special
                     break
             _check_value(key, source, value, file.with_[setting])
@@ -106,18 +106,14 @@ class AdapterConfig:
         carried = {key for file in self.files for key in file.carried(FORMAT)}
         for key in (pattern for key, pattern in peft_words().patterns.items() if key in carried):
             for pattern in self.pattern(key):
-                if not any(pattern_matches(pattern, module) for module in modules):
+                if not any(map(pattern_test(pattern), modules)):
                     message = f"{key} names '{pattern}', and no adapted module is called that"
                     raise SurgeryError("PSG508", message, did_you_mean(pattern, leaves(modules)))
 
 
-def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether a key of rank_pattern or alpha_pattern is about a module: the end of its path."""
-    return _pattern(pattern)(module)
-
-
 @lru_cache(maxsize=4096)
-def _pattern(pattern: str) -> Callable[[str], bool]:
+def pattern_test(pattern: str) -> Callable[[str], bool]:
+    """Whether a key of rank_pattern or alpha_pattern is about a module: the end of its path."""
     return full_match(rf"(.*\.)?({pattern})")
 
 
