@@ -35,7 +35,6 @@ _SHAPES: Mapping[str, tuple[str, ...]] = {
     "linear": ("out", "in"),
     "experts": ("experts", "out", "in"),
     "embedding": ("in", "out"),
-    "conv": ("out", "in", "groups", "kernel"),
     "norm": ("width",),
 }
 
@@ -168,11 +167,10 @@ def weight_shape(site: Placed) -> list[int] | None:
     facts, sizes = site.facts, _SHAPES.get(site.kind, ())
     if "shape" in facts:
         return [int(size) for size in facts["shape"]]
-    if not sizes or any(size not in facts for size in sizes):
-        return None
     if site.kind == "conv":
         return [facts["out"], facts["in"] // facts["groups"], *facts["kernel"]]
-    return [int(facts[size]) for size in sizes]
+    is_known = sizes and all(size in facts for size in sizes)
+    return [int(facts[size]) for size in sizes] if is_known else None
 
 
 def _matched(names: Iterable[str], roles: Roles) -> Clause:

@@ -27,25 +27,22 @@ def _as_tuple(value: Any) -> Any:
 def _as_layers(value: Any) -> Any:
     items = _as_tuple(value)
     for item in items:
-        wrong = isinstance(item, bool) or not isinstance(item, int | str)
-        if wrong or (isinstance(item, str) and "$" not in item and not _is_range(item)):
-            message = f"{item!r} is not a layer or a range of layers"
-            raise SurgeryError(
-                "PSG106", message, "write 3, '4..', '..3' or '2..5'", position_of(item)
-            )
+        if not isinstance(item, str) or "$" not in item:
+            layer_range(item)
     return items
 
 
-def _is_range(text: str) -> bool:
-    match = _RANGE.fullmatch(text)
-    return match is not None and bool(match[1] or match[3]) and (not match[3] or bool(match[2]))
+def layer_range(item: Any) -> tuple[float, float]:
+    """The first and last layer of ``3``, ``"4.."``, ``"..3"`` or ``"2..5"``, both included.
 
-
-def layer_range(item: int | str) -> tuple[float, float]:
-    """The first and last layer of ``3``, ``"4.."``, ``"..3"`` or ``"2..5"``, both included."""
-    match = _RANGE.fullmatch(str(item))
-    if match is None or not _is_range(str(item)):
-        raise SurgeryError("PSG106", f"'{item}' is not a layer or a range of layers")
+    PSG106 for anything else.
+    """
+    is_text = isinstance(item, int | str) and not isinstance(item, bool)
+    match = _RANGE.fullmatch(str(item)) if is_text else None
+    if match is None or not (match[1] or match[3]) or (match[3] and not match[2]):
+        message = f"{item!r} is not a layer or a range of layers"
+        hint = "write 3, '4..', '..3' or '2..5'"
+        raise SurgeryError("PSG106", message, hint, position_of(item))
     first, dots, last = match.groups()
     low = float(first) if first else 0.0
     return low, (float(last) if last else float("inf") if dots else low)

@@ -87,8 +87,7 @@ class Adapters:
         if names is None:
             return list(self.names)
         chosen = [names] if isinstance(names, str) else list(names)
-        for name in chosen:
-            check_name(name, self.names)
+        self.known(chosen)
         if not chosen:
             hint = "names=None saves them all"
             raise SurgeryError("PSG310", "no adapter is named to be saved", hint)
