@@ -202,15 +202,18 @@ def _values(
         values |= {names[n]: value for n, value in made.items() if n in new}
     if cut.rule.train and cut.placed.parameter is not None:
         parameter = cut.placed.parameter
-        copies = model._values(*(share.cut.operation.name for share in row.shares))
-        base = model.get_parameter(model._copies.base_name(parameter)).detach()
-        changes = [
-            copies[copy_name(parameter, share.cut.operation.name)].detach() - base
-            for share in row.shares
-        ]
+        base = _read(model, parameter)
+        own = (share.cut.operation.name for share in row.shares)
+        changes = [_read(model, parameter, adapter) - base for adapter in own]
         value = base + form.trained(cut, changes, [share.weight for share in row.shares])
         values[copy_name(parameter, cut.operation.name)] = value
     return values
+
+
+def _read(model: OperatedModel, parameter: str, *adapters: str) -> Tensor:
+    """What a call reads for a parameter of the base with these adapters alone."""
+    with model.only(*adapters):
+        return model.dense(parameter)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from peftsurgery.capture import GraphModel, Source
 from peftsurgery.capture.builds import Build, new_rows, resize, tokens_of
 from peftsurgery.capture.model import capture_again
+from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.applying import carried_out, learnt_by
 from peftsurgery.surgery.fold.folding import fold
@@ -81,6 +82,6 @@ def missing_values(model: OperatedModel) -> Iterator[str]:
     if source.build.kind is None and source.build.labels is None:
         return
     source.weights()
-    names = model._captures.names
+    names = tensor_names(source.module)
     held = {alias for name in model.trained for alias in names[name]}
     yield from sorted(source.missing - held)
