@@ -123,4 +123,9 @@ CODES = {
         "of the original's result; so have arguments that a hook before it returns. A value that "
         "the part only passes on cannot be another one.",
     ),
+    "PSG222": CodeInfo(
+        "an ONNX file cannot be read",
+        "The message says why: the file is none, is damaged, or has no graph. `diff` reads ONNX "
+        "files with the package onnx, which comes with the extra of that name.",
+    ),
 }

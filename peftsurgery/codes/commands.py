@@ -23,7 +23,7 @@ CODES = {
     "PSG905": CodeInfo(
         "Two things of different kinds cannot be compared",
         "`diff` compares two models, two rule files or two safetensors files. A model may be a "
-        "directory, a hub id, a factory, a saved surgery or an adapter's directory.",
+        "directory, a hub id, a factory, a saved surgery, an adapter's directory or an ONNX file.",
         USAGE,
     ),
     "PSG903": CodeInfo(

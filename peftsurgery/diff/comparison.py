@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,17 @@ from torch import nn
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel, capture
-from peftsurgery.capture.fingerprint import Sampled, weights_of
-from peftsurgery.diff.describing import describe_model
 from peftsurgery.diff.description import Description
-from peftsurgery.diff.figures import measure
 from peftsurgery.diff.files import are_files, compare_files
 from peftsurgery.diff.lines import folded_lines, lines
 from peftsurgery.diff.markdown import markdown
+from peftsurgery.diff.onnx_graph import is_onnx
 from peftsurgery.diff.page import page
 from peftsurgery.diff.script import Script, compare
+from peftsurgery.diff.side import Side, comparable, side_of_model, side_of_onnx
 from peftsurgery.diff.summary import Summary
 from peftsurgery.diff.text import rendered
 from peftsurgery.diff.weights import TensorChange, compare_weights, weight_entries
-from peftsurgery.errors import SurgeryError
 from peftsurgery.notebook import shown, table
 from peftsurgery.surgery.loading import open_model
 
@@ -82,18 +79,20 @@ def diff(
 ) -> Diff:
     """What is different between two models, two rule files or two safetensors files.
 
-    ``a`` and ``b`` are captured or operated models, models to capture, or what the command line
-    takes for MODEL. An operated model is what it is with the adapters that are active now.
-    ``weights`` compares the base's weights too, tensor by tensor, as they lie in files or in
-    memory. ``shape`` is (batch, tokens) of the forward whose cost is counted, instead of the
-    example that each model was captured with. Raises what opening and capturing raise, PSG207 if
-    weights that are to be compared are not there, and PSG905 for a file beside a model.
+    ``a`` and ``b`` are captured or operated models, models to capture, what the command line takes
+    for MODEL, or ONNX files. An operated model is what it is with the adapters that are active now;
+    an ONNX file is compared with a model of torch by inputs, outputs and tensors alone, since ONNX
+    has operators of its own. ``weights`` compares the base's weights too, tensor by tensor, as they
+    lie in files or in memory. ``shape`` is (batch, tokens) of the forward whose cost is counted,
+    instead of the example that each model was captured with. Raises what opening and capturing
+    raise, PSG207 if weights that are to be compared are not there, PSG905 for a file beside a
+    model, and PSG222 for an ONNX file that is damaged.
     """
-    paths = [each for each in (a, b) if isinstance(each, str | Path)]
+    paths = [each for each in (a, b) if isinstance(each, str | Path) and not is_onnx(each)]
     if len(paths) == 2 and are_files(*paths):
         return Diff(compare_files(Path(paths[0]), Path(paths[1]), weights))
-    one, other = _opened(a), _opened(b)
-    first, second = describe_model(one), describe_model(other)
+    one, other = comparable(*(_side(each, shape) for each in (a, b)))
+    first, second = one.description, other.description
     script = compare(first, second)
     changes = _weights(one, other, script) if weights else None
     changed = folded_lines(weight_entries(changes or ()))
@@ -103,29 +102,24 @@ def diff(
         "config": bool(script.config),
         "weights": bool(changed),
     }
-    figures = measure(one, first, shape), measure(other, second, shape)
     told = [*lines(script, first, second), *changed]
-    summary = Summary(_names(a, b), figures, told, differs, changes)
+    compared = "" if one.is_whole else "inputs, outputs and tensors"
+    figures = one.figures, other.figures
+    summary = Summary(_names(a, b), figures, told, differs, changes, compared)
     return Diff(summary, (first, second), script)
 
 
-def _weights(a: GraphModel, b: GraphModel, script: Script) -> list[TensorChange]:
-    one, other = (_tensors(model) for model in (a, b))
+def _side(model: GraphModel | nn.Module | str | Path, shape: tuple[int, int] | None) -> Side:
+    if is_onnx(model):
+        return side_of_onnx(Path(str(model)))
+    if not isinstance(model, GraphModel):
+        model = capture(model) if isinstance(model, nn.Module) else open_model(str(model))
+    return side_of_model(model, shape)
+
+
+def _weights(one: Side, other: Side, script: Script) -> list[TensorChange]:
     names = {str(edit.before): edit.after for edit in script.tensors if edit.before is not None}
-    return compare_weights(one, other, names)
-
-
-def _tensors(model: GraphModel) -> Mapping[str, Sampled]:
-    weights = weights_of(model.source)
-    if weights is None:
-        raise SurgeryError("PSG207", f"{model.base_capture.top.kind} has no weights to compare")
-    return weights.tensors
-
-
-def _opened(model: GraphModel | nn.Module | str | Path) -> GraphModel:
-    if isinstance(model, GraphModel):
-        return model
-    return capture(model) if isinstance(model, nn.Module) else open_model(str(model))
+    return compare_weights(one.values(), other.values(), names)
 
 
 def _names(a: Any, b: Any) -> tuple[str, str]:

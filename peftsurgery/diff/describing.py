@@ -79,7 +79,7 @@ def _node(node: fx.Node, program: Program, given: str) -> Node:
         module = _module(node, program)
     surgery = str(node.meta.get("surgery") or "")
     names = tuple(n.name for n in operands)
-    return Node(kind, module, names, form, _shape(node), surgery, source_line(node))
+    return Node(kind, module, names, form, shape_of_value(node), surgery, source_line(node))
 
 
 def _operator(node: fx.Node) -> str:
@@ -107,7 +107,7 @@ def _module(node: fx.Node, program: Program) -> str:
     return last.removeprefix(f"{home}.") if last.startswith(f"{home}.") else ""
 
 
-def _shape(node: fx.Node) -> str:
+def shape_of_value(node: fx.Node) -> str:
     """The dtype and sizes of a node's value; a size that varies is a star."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):

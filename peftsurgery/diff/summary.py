@@ -27,13 +27,17 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 
 @dataclass(frozen=True)
 class Summary:
-    """A difference, ready to be shown: ``differs`` says of structure, config, weights whether."""
+    """A difference, ready to be shown: ``differs`` says of structure, config, weights whether.
+
+    ``compared`` names all that was compared, if that is not the whole of both.
+    """
 
     names: tuple[str, str]
     figures: tuple[Figures, Figures] | None
     lines: Sequence[Line]
     differs: Mapping[str, bool]
     weights: Sequence[TensorChange] | None = None
+    compared: str = ""
 
     def parts(self) -> Iterator[tuple[str, list[Line]]]:
         """The lines under the title of their part, in order; parts without a line are left out."""
@@ -62,10 +66,11 @@ class Summary:
     def sentence(self) -> str:
         """What differs, in one sentence."""
         parts = [part for part, differs in self.differs.items() if differs]
+        of = f" of {self.compared}" if self.compared else ""
         if not parts:
-            return "no difference"
+            return f"no difference{of}"
         changes = len(self.lines)
-        return f"{' and '.join(parts)}: {changes} change{'s' if changes != 1 else ''}"
+        return f"{' and '.join(parts)}{of}: {changes} change{'s' if changes != 1 else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document; names are only added to it under one number of its schema.
@@ -82,6 +87,7 @@ class Summary:
             "b": self.names[1],
             "equal": not any(self.differs.values()),
             "differs": dict(self.differs),
+            "compared": self.compared or None,
             "headline": {"a": a and a.to_dict(), "b": b and b.to_dict()},
             "changes": [asdict(line) for line in self.lines],
             "weights": None if self.weights is None else [e.to_dict() for e in self.weights],

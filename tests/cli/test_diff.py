@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.cli.conftest import small_bert
+from tests.diff.test_onnx_graph import write
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,60 @@ def test_a_peft_adapter_is_what_it_adds_to_its_base(
     outcome = run("diff", bert, tmp_path / "peft", "--base", bert)
     assert outcome.code == 1, outcome.err
     assert "+ encoder.layer.{0..1}.attention.self.query: +" in outcome.out
+
+
+@pytest.mark.slow
+def test_a_folded_checkpoint_is_low_rank_where_its_adapter_was(
+    run: Any, bert: Path, tmp_path: Path
+) -> None:
+    import peftsurgery as ps
+
+    torch.manual_seed(0)
+    operated = ps.apply(ps.capture(str(bert)), "lora_qv", rank=2)
+    for value in operated.learnt().values():
+        torch.nn.init.normal_(value)
+    operated.save(tmp_path / "surgery")
+    assert run("fold", tmp_path / "surgery", "-o", tmp_path / "folded").code == 0
+    outcome = run("diff", bert, tmp_path / "folded", "--weights", "--json")
+    assert (outcome.code, outcome.json["differs"]["structure"]) == (1, False)
+    changed = {each["where"]: each["text"] for each in outcome.json["changes"]}
+    assert changed.keys() == {
+        f"encoder.layer.{{0..1}}.attention.self.{part}.weight" for part in ("query", "value")
+    }
+    assert all(text.startswith("low-rank (rank 2)") for text in changed.values())
+
+
+FACTORY = """
+from transformers import BertConfig, BertModel
+
+def make():
+    sizes = dict(vocab_size=9, hidden_size=8, num_attention_heads=2, intermediate_size=12)
+    return BertModel(BertConfig(**sizes, num_hidden_layers=1, hidden_act="{act}"))
+"""
+
+
+@pytest.mark.slow
+def test_two_versions_of_a_factory_differ_by_what_was_changed(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, act in enumerate(("relu", "gelu")):
+        (tmp_path / f"factory_{number}.py").write_text(FACTORY.format(act=act))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    outcome = run("diff", "factory_0:make", "factory_1:make", "--weights")
+    assert outcome.code == 1, outcome.err
+    assert "~ config.hidden_act: relu → gelu" in outcome.out
+    assert "~ encoder.layer.0.intermediate.intermediate_act_fn: relu → gelu" in outcome.out
+    assert "Weights" not in outcome.out
+
+
+def test_onnx_files_are_models_too(run: Any, tmp_path: Path) -> None:
+    one, other = write(tmp_path / "a.onnx"), write(tmp_path / "b.onnx", act="Tanh")
+    assert run("diff", one, one).code == 0
+    outcome = run("diff", one, other, "--format", "md")
+    assert outcome.code == 1, outcome.err
+    assert "- `~` `act` `Relu → Tanh`" in outcome.out
+    one.write_bytes(b"no model")
+    assert "PSG222" in run("diff", one, other).err
 
 
 @pytest.mark.slow
