@@ -36,11 +36,6 @@ class Environment(Mapping[str, Any]):
         """Bind a name for values that are made from here on."""
         self._values[name] = value
 
-    def looked_up(self) -> Environment:
-        """Make every value now, in order; returns the environment."""
-        for name in self:
-            self[name]
-        return self
 
     def __contains__(self, name: object) -> bool:
         return name in self._values or name in self._known or name in self._made

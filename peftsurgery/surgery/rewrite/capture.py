@@ -14,8 +14,8 @@ from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.read import read_packed
 from peftsurgery.surgery.plan.cut import Cut, in_order
 from peftsurgery.surgery.rewrite.batch_axis import batches
-from peftsurgery.surgery.rewrite.inputs import changes_inputs, sew_inputs
-from peftsurgery.surgery.rewrite.program import Rewriter
+from peftsurgery.surgery.rewrite.inputs import changes_inputs, plan_inputs
+from peftsurgery.surgery.rewrite.program import Walk
 from peftsurgery.surgery.rewrite.rows import RowChoice, check_lengths, pass_rows, row_graph
 
 
@@ -161,11 +161,10 @@ def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
 
     What else is done to the embeddings is done to those of the text alone.
     """
-    rewriter = Rewriter(program)
+    walk = Walk(program)
     for cut in sorted(in_order(cuts), key=changes_inputs):
-        sew_inputs(rewriter, cut) if changes_inputs(cut) else rewriter.sew(cut)
-    rewriter.drop_unused()
-    return rewriter.graph
+        plan_inputs(walk, cut) if changes_inputs(cut) else walk.plan(cut)
+    return walk.run()
 
 
 def _read_by(

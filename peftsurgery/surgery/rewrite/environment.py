@@ -32,9 +32,6 @@ class Domain(ABC):
     has_values = True
     """Whether what flows through the site can be read; if not, what it is told of weights can."""
 
-    is_eager = False
-    """Whether all names are looked up at once, in order."""
-
     @abstractmethod
     def weight(self, cut: Cut, name: str) -> Any:
         """A weight of the cut's site."""
@@ -90,8 +87,7 @@ def environment(cut: Cut, domain: Domain) -> Environment:
     made |= dict.fromkeys(cut.rule.params, lambda name: domain.parameter(cut, name))
     if cut.over:
         made[OUTPUTS] = outputs
-    names = Environment(cut.numbers, made)
-    return names.looked_up() if domain.is_eager else names
+    return Environment(cut.numbers, made)
 
 
 def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:

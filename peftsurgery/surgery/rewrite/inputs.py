@@ -16,7 +16,6 @@ from peftsurgery.anatomy.model_arguments import ARGUMENTS
 from peftsurgery.capture import Capture
 from peftsurgery.capture.module_calls import GIVEN, take_place
 from peftsurgery.capture.signature import Call
-from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.readings import rewrite
 from peftsurgery.language.schema import Rule
@@ -24,7 +23,7 @@ from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of
 from peftsurgery.surgery.rewrite.environment import FakeDomain, environment
-from peftsurgery.surgery.rewrite.program import ProxyDomain, Rewriter
+from peftsurgery.surgery.rewrite.program import ProxyDomain, Walk
 
 Find = Callable[[Call], Capture]
 
@@ -108,41 +107,40 @@ def bound_names(rule: Rule) -> frozenset[str]:
     return names & {*rule.rewrite, *rule.reads()}
 
 
-def sew_inputs(rewriter: Rewriter, cut: Cut) -> None:
-    """Insert a cut's new inputs before all that reads them, and its new outputs at the end."""
-    graph, nodes = rewriter.graph, cut.site.nodes
-    old = {name: rewriter.node(node) for name, node in nodes.items() if node.op != "get_attr"}
-    entering = {name: old[name] for name in bound_names(cut.rule) if name in old}
-    order = {node: number for number, node in enumerate(graph.nodes)}
-    placeholders = graph.find_nodes(op="placeholder")
-    last = max((*entering.values(), *placeholders), key=order.__getitem__)
-    before = set(graph.nodes)
-    with graph.inserting_before(last.next):
-        proxies = ProxyDomain(rewriter, cut)
-        names, context = environment(cut, proxies), proxies.context(cut)
-        new = rewrite(_only(cut, _entering(cut)), names, context)
-        ends = {name: _finished(cut, name, value).node for name, value in new.items()}
-    mine = {node for node in graph.nodes if node not in before}
-    for name, node in entering.items():
+def plan_inputs(walk: Walk, cut: Cut) -> None:
+    """Have a cut's new inputs made before all that reads them, and its new outputs at the end."""
+    order = {node: number for number, node in enumerate(walk.program.graph.nodes)}
+    entering = [node for name in bound_names(cut.rule) if (node := cut.site.nodes.get(name))]
+    placeholders = walk.program.graph.find_nodes(op="placeholder")
+    last = max((*entering, *placeholders), key=order.__getitem__)
+    walk.after.setdefault(last, []).append(lambda: _make_inputs(walk, cut))
+
+
+def _make_inputs(walk: Walk, cut: Cut) -> None:
+    """Put the new inputs in the place of the old ones, for what is not copied yet."""
+    nodes, everywhere = cut.site.nodes, walk.values.everywhere
+    old = {name: everywhere[nodes[name]] for name in bound_names(cut.rule) if name in nodes}
+    known = {nodes[name]: node for name, node in old.items()}
+    domain = ProxyDomain(walk, cut, known, nodes["embeds"])
+    names, context = environment(cut, domain), domain.context(cut)
+    new = rewrite(_only(cut, _entering(cut)), names, context)
+    ends = {name: _finished(cut, name, value).node for name, value in new.items()}
+    for name, node in old.items():
         node.meta.pop("input", None)
         ends.get(name, node).meta["input"] = ARGUMENTS[name]
-    # the embedding itself goes by the text as it is given
-    behind = {node for node, number in order.items() if number > order[last]}
     for name, node in ends.items():
-        entering[name].replace_all_uses_with(node, behind.__contains__)
-        take_place(entering[name], node, (GIVEN,))
-        rewriter.latest[rewriter.copies[nodes[name]]] = node
-    leaving = {name: old[name] for name in cut.rule.kind.outputs if name in cut.rule.rewrite}
-    end = graph.output_node()
-    with graph.inserting_before(end):
+        take_place(old[name], node, (GIVEN,))
+        everywhere[nodes[name]] = node
+    leaving = [name for name in cut.rule.kind.outputs if name in cut.rule.rewrite]
+    end = walk.program.graph.output_node()
+
+    def make_outputs() -> None:
         for name in leaving:
-            names.bind(name, proxies.cast(cut, name, proxies.value(cut, name)))
-        for name, value in rewrite(_only(cut, list(leaving)), names, context).items():
-            end.replace_input_with(leaving[name], _finished(cut, name, value).node)
-    for node in graph.nodes:
-        if node not in before:
-            inherit(node, nodes["embeds"] if node in mine else nodes[next(iter(leaving))])
-            node.meta["surgery"] = cut.operation.name
+            domain.tracer.origin = nodes[name]
+        for name, value in rewrite(_only(cut, leaving), names, context).items():
+            walk.values.put(nodes[name], [end], _finished(cut, name, value).node)
+
+    walk.before.setdefault(end, {})[cut] = [make_outputs]
 
 
 def new_inputs(graph: fx.Graph) -> tuple[list[str], fx.Graph]:

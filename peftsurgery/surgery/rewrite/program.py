@@ -1,13 +1,18 @@
-"""Rewriting of one program: a copy of its graph with every cut's expression inserted.
+"""Rewriting of one program: its graph copied node by node, some values in other values' place.
 
-A rule's text is read over fx proxies, so evaluating it inserts nodes. They are inserted right after
-the value they replace, keep that node's origin, and carry ``meta["surgery"]``.
+A cut gives new values. One that takes a value's place for all who read it (a site's result, a
+parameter) is made as soon as that value is there; one that only its site reads instead (its x, its
+W) is made before the first node that reads it on the way to what the site computes. From there on
+nodes are copied with the new value, so later cuts are made of what earlier ones made.
+
+A rule's text is read over fx proxies: evaluating it appends nodes to the new graph. They keep the
+origin of the node that they serve, and carry ``meta["surgery"]``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, MutableMapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,8 +26,7 @@ from peftsurgery.capture.module_calls import take_place
 from peftsurgery.capture.names import join
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.evaluation import Context
-from peftsurgery.language.readings import fold, names_in, rewrite
+from peftsurgery.language import Context, fold, rewrite
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of, is_float
@@ -31,269 +35,276 @@ from peftsurgery.surgery.rewrite.layout import as_held, disorient
 from peftsurgery.surgery.rewrite.rerun import calls_for_more
 from peftsurgery.surgery.rewrite.site_functions import Replay
 
+Make = Callable[[], None]
 
-class Rewriter:
-    """Inserts cuts into a copy of a program's graph, in order; ``graph`` is the result."""
+
+@dataclass(frozen=True)
+class Values:
+    """What stands for the nodes of a program so far, in the new graph.
+
+    ``everywhere`` for all who read a node; ``there`` for one reader alone, by node and reader;
+    ``kept`` for the later cuts of a site alone, by node and the site's result: weights as cuts have
+    folded into them, the operands of a core that was run again.
+    """
+
+    everywhere: MutableMapping[fx.Node, fx.Node] = field(default_factory=dict)
+    there: MutableMapping[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
+    kept: dict[tuple[fx.Node | None, fx.Node | None], fx.Node] = field(default_factory=dict)
+
+    def read(self, source: fx.Node, reader: fx.Node) -> fx.Node:
+        """The value of a node, as one of its readers sees it."""
+        return self.there.get((source, reader)) or self.everywhere[source]
+
+    def put(self, source: fx.Node, readers: Iterable[fx.Node], new: fx.Node) -> None:
+        """Put a value in a node's place, for some readers or, if none are named, for all."""
+        if not readers:
+            self.everywhere[source] = new
+        self.there.update({(source, reader): new for reader in readers})
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One new value of a cut: for ``readers`` of the node alone, or for all of them if empty."""
+
+    cut: Cut
+    name: str
+    node: fx.Node
+    readers: tuple[fx.Node, ...]
+
+
+class Walk:
+    """Copies a program's graph once, from its inputs to its output, and makes cuts on the way."""
 
     def __init__(self, program: Program) -> None:
-        self.graph = fx.Graph()
-        self.copies: dict[fx.Node, fx.Node] = {}
-        result = self.graph.graph_copy(program.graph, self.copies)
-        for node, copy in self.copies.items():
-            copy.meta = dict(node.meta)
-        self.graph.output(result)
-        self.merge_reads()
-        self.tracer = GraphAppendingTracer(self.graph)
-        self.latest: MutableMapping[fx.Node, fx.Node] = {}
-        # The folded weight so far, by the weight's node and the site's result: a later cut at the
-        # same site sees what earlier ones made of it.
-        self.weights: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
-        # The weight that a site reads now, likewise.
-        self.taken: dict[tuple[fx.Node, fx.Node | None], fx.Node] = {}
-        self.masks: dict[fx.Node | None, fx.Proxy] = {}
-        self.retired: set[fx.Node] = set()
+        self.program, self.graph = program, fx.Graph()
+        self.values = Values()
+        self.before: dict[fx.Node, dict[Any, list[Make]]] = {}
+        self.after: dict[fx.Node, list[Make]] = {}
+        self.calls: dict[fx.Node, tuple[Any, Any]] = {}
+        self.rerun: set[str] = set()
+        self.first: dict[Any, fx.Node] = {}
+        for node in program.graph.find_nodes(op="get_attr"):
+            self.first.setdefault(node.target, node)
 
-    def merge_reads(self) -> None:
-        """Merge repeated reads of a tensor into one node, so that one node can replace it."""
-        first: dict[Any, fx.Node] = {}
-        for original, copy in self.copies.items():
-            one = first.setdefault(copy.target, copy) if copy.op == "get_attr" else copy
-            if one is not copy:
-                copy.replace_all_uses_with(one)
-                self.graph.erase_node(copy)
-                self.copies[original] = one
+    def one(self, node: fx.Node) -> fx.Node:
+        """The node that stands for all that read the same tensor."""
+        return self.first[node.target] if node.op == "get_attr" else node
 
-    def sew(self, cut: Cut) -> None:
-        """Insert one cut: earlier values of the site before those computed from them."""
-        order = {node: number for number, node in enumerate(self.graph.nodes)}
-        names = sorted(cut.rule.rewrite, key=lambda name: order[self.copies[cut.site.nodes[name]]])
+    def plan(self, cut: Cut) -> None:
+        """Say where a cut's new values are made. PSG305 if the site is not made of one.
+
+        New values of one input of a site are made in the order of the sites' folds: what is applied
+        first is nearest to the site.
+        """
+        order = {node: number for number, node in enumerate(self.program.graph.nodes)}
+        nodes = {name: self.one(cut.site.nodes[name]) for name in cut.rule.rewrite}
+        names = sorted(nodes, key=lambda name: order[nodes[name]])
         for name in names:
-            self.sew_value(cut, name, is_last=name == names[-1])
+            edit = Edit(cut, name, nodes[name], self.readers(cut, name))
 
-    def sew_value(self, cut: Cut, name: str, is_last: bool) -> None:
-        """Insert the expression of one new value, and redirect its readers."""
-        spot = self.copies[cut.site.nodes[name]], self.result(cut)
-        old = self.taken.get(spot) or self.node(cut.site.nodes[name])
-        readers = self.readers(cut, name, old)
-        rule = cut.rule.model_copy(update={"rewrite": {name: cut.rule.rewrite[name]}})
-        before, point = set(self.graph.nodes), old.next if readers is None else readers[0]
-        # fx inserts "after" in reverse order, so new nodes go before what comes next
-        with self.graph.inserting_before(point):
-            replay = self.replay(cut, point)
-            read = names_in([rule.rewrite[name], *rule.fold.values()], rule, cut.numbers)
-            proxies = ProxyDomain(self, cut, replay, read)
-            names = environment(cut, proxies)
-            # first, since a later cut is inserted right after the new value
-            folded = self.folded(cut, names) if is_last else {}
-            value = rewrite(rule, names, proxies.context(cut))[name]
-            new = self.finish(cut, name, value)
-        inserted = {node for node in self.graph.nodes if node not in before}
-        for node in inserted:
-            # what is made of an input is made where it is read, as if its reader did it
-            inherit(node, old if readers is None else point)
-            node.meta["surgery"] = cut.operation.name
-        is_everywhere = readers is None
-        if readers is None:
-            readers = [user for user in old.users if user not in inserted]
-        self.use(cut, name, old, new, readers, is_everywhere)
-        self.weights.update(folded)
-        if name in cut.rule.kind.weights and not is_everywhere:
-            self.weights[spot] = self.taken[spot] = new
-        self.retire(cut, replay, value)
-        if cut.rule.kind.lengthens and name != cut.rule.kind.result:
-            self.lengthen(cut, name)
+            def make(edit: Edit = edit, is_last: bool = name == names[-1]) -> None:
+                self.make(edit, is_last)
 
-    def readers(self, cut: Cut, name: str, old: fx.Node) -> list[fx.Node] | None:
-        """Users through which a value enters its site's computation; None for all of them.
+            if not edit.readers:
+                self.after.setdefault(edit.node, []).append(make)
+                continue
+            spots = self.before.setdefault(edit.readers[0], {})
+            chain = spots.setdefault((edit.node, self.result(cut)), [])
+            chain.insert(len(chain) if name in cut.rule.kind.weights else 0, make)
 
-        All are meant of the site's result, of what it computes, and of a parameter by itself.
-        PSG305 if the site does not read the value.
+    def readers(self, cut: Cut, name: str) -> tuple[fx.Node, ...]:
+        """The nodes through which a value enters its site's computation, in order; () for all.
+
+        All are meant of the site's result, of what it computes, and of a parameter by itself. Not
+        those through which it is in the values beside it. PSG305 if the site does not read it.
         """
         kind, nodes = cut.rule.kind, cut.site.nodes
         if kind.result is None or name in (kind.result, kind.computes):
-            return None
-        beside = [self.node(nodes[word]) for word in kind.beside(name) if word in nodes]
-        found = self.between(old, self.copies[nodes[str(kind.computes)]], beside)
-        if not found:
+            return ()
+        start = self.one(nodes[name])
+        others = {start, *(nodes[word] for word in kind.beside(name) if word in nodes)}
+        ways = reach(
+            [nodes[str(kind.computes)]],
+            lambda node: (n for n in map(self.one, node.all_input_nodes) if n not in others),
+        )
+        between = {node for node in ways if start in map(self.one, node.all_input_nodes)}
+        if not between:
             raise SurgeryError(
                 "PSG305",
                 f"{cut.operation.name} rewrites '{name}', which what {cut.placed.module} computes "
                 "is not made of",
                 "rewrite the result instead",
             )
-        return found
-
-    def lengthen(self, cut: Cut, name: str) -> None:
-        """Refit views and expands between longer position ids and the attention cores."""
-        if cut.site.facts.get("kind") != "key":
-            return
-        sites = analyse(cut.placed.program).sites
-        cores = [site for site in sites if site.kind == "attention"]
-        y = cut.site.nodes[str(cut.rule.kind.result)]
-        for node, call in calls_for_more(cut.site.nodes[name], y, cores).items():
-            self.copies[node].args, self.copies[node].kwargs = map_arg(call, self.node)
-
-    def use(
-        self,
-        cut: Cut,
-        name: str,
-        old: fx.Node,
-        new: fx.Node,
-        users: Sequence[fx.Node],
-        is_everywhere: bool,
-    ) -> None:
-        """Redirect users to a new value, and later cuts too if all users are meant."""
-        for user in users:
-            user.replace_input_with(old, new)
-        if is_everywhere:
-            self.latest[self.copies[cut.site.nodes[name]]] = new
-            take_place(old, new)
-
-    def replay(self, cut: Cut, point: fx.Node) -> Replay:
-        """The site's functions over proxies, for nodes that are inserted before ``point``."""
-        late = set[fx.Node]()
-        node = point
-        while node.op != "root":
-            late.add(node)
-            node = node.next
-
-        def early(node: fx.Node) -> fx.Node:
-            """Replacement of a node, recomputed if it stands too late in the graph."""
-            return self.graph.node_copy(node, early) if node in late else node
-
-        def outside(original: fx.Node) -> fx.Proxy:
-            return fx.Proxy(early(self.node(original)), self.tracer)
-
-        mask = self.masks.get(self.result(cut)) if cut.rule.kind.functions else None
-        return Replay(cut.placed, outside, compute_dtype(cut), mask)
-
-    def retire(self, cut: Cut, replay: Replay, value: Any) -> None:
-        """Rebind a core's operands for later cuts, where the new value is the core run again."""
-        if replay.result is None:
-            return
-        self.retired.update(self.copies[node] for node in replay.region.nodes)
-        if value is not replay.result:
-            return
-        for node, given in replay.given.items():
-            if node in self.copies:
-                self.latest[self.copies[node]] = given.node
-            else:
-                self.masks[self.result(cut)] = given
+        return tuple(node for node in self.program.graph.nodes if node in between)
 
     def result(self, cut: Cut) -> fx.Node | None:
-        """The node of the graph that computes the site's result; None for a parameter's site."""
+        """The node that computes the site's result; None for a parameter's site."""
         result = cut.rule.kind.result
-        return None if result is None else self.copies[cut.site.nodes[result]]
+        return None if result is None else self.one(cut.site.nodes[result])
 
-    def between(
-        self, start: fx.Node, end: fx.Node, beside: Collection[fx.Node] = ()
-    ) -> list[fx.Node]:
-        """Users of ``start`` on paths to ``end``, in the graph's order.
+    def run(self) -> fx.Graph:
+        """Copy the graph, make what is planned, and leave out what nothing reads."""
+        for node in self.program.graph.nodes:
+            self.visit(self.one(node))
+        for new in reversed(self.graph.nodes):
+            if ("surgery" in new.meta or new.name in self.rerun) and not new.users:
+                self.graph.erase_node(new)
+        return self.graph
 
-        Not those through which it is in the values ``beside`` it.
-        """
-        others = {start, *beside}
-        reaches = set(
-            reach([end], lambda node: (n for n in node.all_input_nodes if n not in others))
-        )
-        return [node for node in self.graph.nodes if node in start.users and node in reaches]
+    def visit(self, node: fx.Node) -> None:
+        """Copy a node, with what is made before and after it, unless that is done."""
+        if node in self.values.everywhere:
+            return
+        for chain in self.before.get(node, {}).values():
+            for make in chain:
+                make()
+        self.values.everywhere[node] = self.copied(node)
+        for make in self.after.get(node, ()):
+            make()
 
-    def attribute(self, name: str) -> fx.Proxy:
-        """A tensor or a flag of the model, read here."""
-        return fx.Proxy(self.graph.create_node("get_attr", name), self.tracer)
+    def copied(self, node: fx.Node) -> fx.Node:
+        """A copy of a node, which reads what stands for its sources."""
+        return self.copy(node, self.values)
 
-    def proxy(self, original: fx.Node) -> fx.Proxy:
-        """Proxy of a node's current replacement."""
-        return fx.Proxy(self.node(original), self.tracer)
+    def copy(self, node: fx.Node, values: Values) -> fx.Node:
+        """A copy of a node that reads these values."""
+        call = self.calls.get(node, (node.args, node.kwargs))
+        args, kwargs = map_arg(call, lambda source: values.read(self.one(source), node))
+        new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        new.meta = dict(node.meta)
+        return new
 
-    def node(self, original: fx.Node) -> fx.Node:
-        """Current replacement of a node of the program."""
-        copy = self.copies[original]
-        return self.latest.get(copy, copy)
+    def of(self, cut: Cut) -> Values:
+        """The values that a cut is made of."""
+        return self.values
 
-    def stored(self, cut: Cut, name: str) -> fx.Proxy:
-        """Stored weight, with earlier cuts folded in."""
-        original = cut.site.nodes[name]
-        copy = self.copies[original]
-        known = self.weights.get((copy, self.result(cut)), self.latest.get(copy))
-        if known is None:
-            known = self.graph.create_node("get_attr", str(original.target))
-            known.meta["val"] = original.meta["val"]
-        return fx.Proxy(known, self.tracer)
+    def make(self, edit: Edit, is_last: bool) -> None:
+        """Append the expression of one new value, and put it in the old one's place."""
+        cut, values = edit.cut, self.of(edit.cut)
+        reader = edit.readers[0] if edit.readers else edit.node
+        old = values.read(edit.node, reader)
+        rule = cut.rule.model_copy(update={"rewrite": {edit.name: cut.rule.rewrite[edit.name]}})
+        domain = ProxyDomain(self, cut, {edit.node: old}, reader)
+        names = environment(cut, domain)
+        value = rewrite(rule, names, domain.context(cut))[edit.name]
+        new = finished(edit, value, domain)
+        self.put(edit, old, new)
+        if is_last:
+            self.keep_folded(cut, names, domain)
+        if edit.readers and edit.name in cut.rule.kind.weights:
+            values.kept[edit.node, self.result(cut)] = new
+        self.keep_operands(cut, domain.own, value)
+        if cut.rule.kind.lengthens and edit.readers and cut.site.facts["kind"] == "key":
+            sites = analyse(cut.placed.program).sites
+            cores = [site for site in sites if site.kind == "attention"]
+            y = cut.site.nodes[str(cut.rule.kind.result)]
+            self.calls |= calls_for_more(edit.node, y, cores)
 
-    def folded(
-        self, cut: Cut, bindings: Mapping[str, Any]
-    ) -> dict[tuple[fx.Node, fx.Node | None], fx.Node]:
-        """Fold this cut into each weight of the site, for later cuts that read it."""
-        results = {}
-        for name, value in fold(cut.rule, bindings).items():
-            original = cut.site.nodes.get(name)
-            if original is None or original.op != "get_attr" or not isinstance(value, fx.Proxy):
+    def put(self, edit: Edit, old: fx.Node, new: fx.Node) -> None:
+        """Put a new value in the old one's place."""
+        self.values.put(edit.node, edit.readers, new)
+        if not edit.readers:
+            take_place(old, new)
+
+    def keep_folded(self, cut: Cut, names: Mapping[str, Any], domain: ProxyDomain) -> None:
+        """Fold a cut into each weight of its site, for later cuts there that read it."""
+        for name, value in fold(cut.rule, names).items():
+            node = cut.site.nodes.get(name)
+            if node is None or node.op != "get_attr" or not isinstance(value, fx.Proxy):
                 continue
-            value = cast(value, compute_dtype(cut), dtype_of(original))
-            whole = disorient(self.stored(cut, name), cut.site, name, value)
-            results[self.copies[original], self.result(cut)] = whole.node
-        return results
+            value = cast(value, compute_dtype(cut), dtype_of(node))
+            whole = disorient(domain.weight(cut, name), cut.site, name, value)
+            domain.values.kept[self.one(node), self.result(cut)] = whole.node
 
-    def finish(self, cut: Cut, name: str, value: Any) -> fx.Node:
-        """The rewritten value in the dtype and layout of the one it replaces."""
-        if not isinstance(value, fx.Proxy):
-            raise SurgeryError(
-                "PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}"
-            )
-        original = cut.site.nodes[name]
-        value = cast(value, compute_dtype(cut), dtype_of(original))
-        if name in cut.rule.kind.weights:
-            value = disorient(self.stored(cut, name), cut.site, name, value)
-        else:
-            value = as_held(cut.site, name, value)
-        if cut.site.slice is not None and name == cut.rule.kind.result:
-            whole = fx.Proxy(self.node(original), self.tracer)
-            value = cut.site.slice.put(whole, -1, value)
-        value.node.meta["val"] = original.meta.get("val")
-        return value.node
+    def keep_operands(self, cut: Cut, replay: Replay | None, value: Any) -> None:
+        """Keep a core's operands for later cuts there, if the new value is the core run again."""
+        if replay is None or replay.result is None:
+            return
+        self.rerun.update(node.name for node in replay.region.nodes)
+        given = replay.given if value is replay.result else {}
+        for node, operand in given.items():
+            if operand is not None:
+                is_own = node.graph is self.program.graph  # else a mask's, where there was none
+                self.of(cut).kept[node if is_own else None, self.result(cut)] = operand.node
 
-    def drop_unused(self) -> None:
-        """Remove inserted nodes without users, and cores that were run again."""
-        for node in reversed(self.graph.nodes):
-            if ("surgery" in node.meta or node in self.retired) and not node.users:
-                self.graph.erase_node(node)
+
+class Inserted(GraphAppendingTracer):
+    """Makes nodes that serve another: they have its origin, and say whose they are."""
+
+    def __init__(self, graph: fx.Graph, adapter: str, origin: fx.Node) -> None:
+        super().__init__(graph)
+        self.adapter, self.origin = adapter, origin
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        """Make a node; one that computes is named after the adapter, too."""
+        if name is None and kind == "call_function":
+            name = f"{self.adapter}_{getattr(target, '__name__', '').partition('.')[0]}"
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        inherit(node, self.origin)
+        node.meta["surgery"] = self.adapter
+        return node
 
 
 class ProxyDomain(Domain):
-    """Domain of fx proxies of a program's current nodes; reading inserts nodes.
+    """Domain of fx proxies of what stands for a program's nodes now; reading appends nodes.
 
-    The names ``read`` are there where the replay's nodes are inserted.
+    ``old`` are the nodes whose values are replaced, as they are so far; what is appended serves
+    ``origin``.
     """
 
-    is_eager = True  # nodes are in one order, whatever is read first
-
     def __init__(
-        self,
-        rewriter: Rewriter,
-        cut: Cut,
-        replay: Replay | None = None,
-        read: Collection[str] = (),
+        self, walk: Walk, cut: Cut, old: Mapping[fx.Node, fx.Node], origin: fx.Node
     ) -> None:
-        self.rewriter, self.cut, self.read, self.own = rewriter, cut, read, replay
+        self.walk, self.cut, self.values = walk, cut, walk.of(cut)
+        self.known = dict(old)
+        self.tracer = Inserted(walk.graph, cut.operation.name, origin)
+        mask = self.values.kept.get((None, walk.result(cut)))
+        given = None if mask is None else fx.Proxy(mask, self.tracer)
+        # the model's inputs are no core
+        is_core = not cut.rule.kind.resizes
+        self.own = Replay(cut.placed, self.proxy, compute_dtype(cut), given) if is_core else None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Proxy of what stands for a node; computed ahead if the node comes later."""
+        source = self.walk.one(node)
+        if source.op == "get_attr":
+            self.walk.visit(source)
+        spot = source, self.walk.result(self.cut)
+        known = self.known.get(source) or self.values.kept.get(spot)
+        known = known or self.values.everywhere.get(source)
+        if known is None:
+            args, kwargs = map_arg((source.args, source.kwargs), lambda n: self.proxy(n).node)
+            known = self.tracer.create_node(source.op, source.target, args, kwargs)
+            known.meta["val"] = source.meta.get("val")
+            self.known[source] = known
+        return fx.Proxy(known, self.tracer)
+
+    def attribute(self, name: str) -> fx.Proxy:
+        """A tensor or a flag of the model, read here."""
+        return fx.Proxy(self.tracer.create_node("get_attr", name, (), {}), self.tracer)
 
     def weight(self, cut: Cut, name: str) -> fx.Proxy:
         """A weight, with earlier cuts folded in."""
-        return self.rewriter.stored(cut, name)
+        return self.proxy(cut.site.nodes[name])
 
     def value(self, cut: Cut, name: str) -> fx.Proxy:
-        """A value, recomputed where its node stands too late in the graph."""
-        node = cut.site.nodes[name]
-        replay = self.own if cut is self.cut and name in self.read else None
-        found: fx.Proxy = self.rewriter.proxy(node) if replay is None else replay.outside(node)
-        return found
+        """A value."""
+        return self.proxy(cut.site.nodes[name])
 
     def parameter(self, cut: Cut, name: str) -> fx.Proxy:
         """A parameter, in the dtype that the cut computes in.
 
         Beside values in another dtype it may have been cast with the whole model since.
         """
-        value = self.rewriter.attribute(join(cut.holder, name))
+        value = self.attribute(join(cut.holder, name))
         own: torch.dtype = getattr(torch, cut.rule.params[name].dtype)
         dtypes = {dtype_of(node) for node in cut.site.nodes.values() if is_float(node)}
         return value if dtypes <= {own} else value.to(compute_dtype(cut))
@@ -307,6 +318,21 @@ class ProxyDomain(Domain):
     def context(self, cut: Cut) -> Context:
         """Context of a cut: the train flag of its module, and its site's functions."""
         owner = cut.holder if cut.rule.params else cut.site.module
-        return replace(
-            super().context(cut), training=self.rewriter.attribute(join(owner, "training"))
-        )
+        return replace(super().context(cut), training=self.attribute(join(owner, "training")))
+
+
+def finished(edit: Edit, value: Any, domain: ProxyDomain) -> fx.Node:
+    """The rewritten value in the dtype and layout of the one it replaces."""
+    cut, name = edit.cut, edit.name
+    if not isinstance(value, fx.Proxy):
+        raise SurgeryError("PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}")
+    value = cast(value, compute_dtype(cut), dtype_of(edit.node))
+    if name in cut.rule.kind.weights:
+        value = disorient(domain.proxy(edit.node), cut.site, name, value)
+    else:
+        value = as_held(cut.site, name, value)
+    if cut.site.slice is not None and name == cut.rule.kind.result:
+        value = cut.site.slice.put(domain.proxy(edit.node), -1, value)
+    value.node.meta["val"] = edit.node.meta.get("val")
+    new: fx.Node = value.node
+    return new

@@ -10,21 +10,19 @@ what is made of it is computed twice, up to the first values that have one, and 
 
 from __future__ import annotations
 
-import operator
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from peftsurgery.capture import Program
-from peftsurgery.capture.stack import inherit
+from peftsurgery.capture.module_calls import take_place
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name, in_order
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
-from peftsurgery.surgery.rewrite.program import Rewriter
+from peftsurgery.surgery.rewrite.program import Edit, Inserted, Values, Walk
 
 ATEN = torch.ops.aten
 
@@ -38,74 +36,67 @@ class RowChoice:
     is_top: bool
 
 
-class RowRewriter(Rewriter):
-    """Inserts cuts so that each changes only the rows of its own adapter."""
+class RowWalk(Walk):
+    """A walk on which every adapter has values of its own, up to where rows can be told apart.
+
+    What is computed of one of them is computed twice; at the first value that has a batch axis, its
+    rows are chosen, and all adapters go on from there.
+    """
 
     def __init__(self, program: Program, choice: RowChoice) -> None:
         super().__init__(program)
         self.batch, self.adapters = choice.batch or Batch(None), choice.adapters
-        with self.graph.inserting_before(_after_inputs(self.graph)):
-            self.rows = self.graph.placeholder("rows")
-        self.masks_of_rows: dict[str, fx.Node] = {}
-        # What one adapter's cuts leave for its later ones is not for another adapter's.
-        self.chosen: dict[fx.Node, fx.Node] = {}
-        self.left: dict[str, tuple[dict[Any, Any], ...]] = {}
+        self.own: dict[str, Values] = {}
+        self.makers: dict[fx.Node, Cut] = {}
+        self.masks: dict[str, fx.Node] = {}
+        self.after[program.graph.find_nodes(op="placeholder")[-1]] = [self.begin]
 
-    def sew(self, cut: Cut) -> None:
-        """Insert one cut, for the rows of its adapter."""
-        mine = self.left.setdefault(cut.operation.name, ({}, {}, {}, {}, {}))
-        latest, self.weights, self.owned, self.masks, self.taken = mine
-        self.latest = ChainMap(latest, self.chosen)
-        if cut.rule.train and cut.site.parameter is not None:
-            self.own(cut, cut.site.parameter)
-        super().sew(cut)
+    def begin(self) -> None:
+        """Take the rows' numbers, after the other inputs, and make a mask (batch,) of each."""
+        rows = self.graph.placeholder("rows")
+        for adapter in self.own:
+            number = self.adapters.index(adapter)
+            mask = self.graph.call_function(ATEN.eq.Scalar, (rows, number))
+            mask.meta["surgery"] = adapter
+            self.masks[adapter] = mask
 
-    def own(self, cut: Cut, parameter: str) -> None:
-        """Make the rows of the cut's adapter read its own copy of a parameter."""
-        self.owned[parameter] = home = copy_name(parameter, cut.operation.name)
-        for node in self.graph.find_nodes(op="get_attr", target=parameter):
-            with self.graph.inserting_before(node.next):
-                copied = self.graph.create_node("get_attr", home)
-            copied.meta = {**node.meta, "surgery": cut.operation.name}
-            self.latest[node] = copied
-            self.spread(cut, node, copied, list(node.users))
+    def of(self, cut: Cut) -> Values:
+        """The values of the cut's adapter: its own, and those that all share."""
+        shared = self.values
+        mine = Values(ChainMap({}, shared.everywhere), ChainMap({}, shared.there))
+        return self.own.setdefault(cut.operation.name, mine)
 
-    def stored(self, cut: Cut, name: str) -> fx.Proxy:
-        """A weight as the model stores it, or the adapter's own copy of it."""
-        proxy = super().stored(cut, name)
-        proxy.node.target = self.owned.get(proxy.node.target, proxy.node.target)
-        return proxy
+    def plan(self, cut: Cut) -> None:
+        """Say where a cut's values are made, first its adapter's own copy of a parameter."""
+        values, parameter = self.of(cut), cut.site.parameter
+        if cut.rule.train and parameter in self.first:
+            node = self.first[parameter]
 
-    def use(
-        self,
-        cut: Cut,
-        name: str,
-        old: fx.Node,
-        new: fx.Node,
-        users: Sequence[fx.Node],
-        is_everywhere: bool,
-    ) -> None:
-        """Make the rows of the cut's adapter read the new value, others the old one."""
-        original = cut.site.nodes[name]
-        axis = self.batch.axis(original)
+            def copy() -> None:
+                home = copy_name(str(parameter), cut.operation.name)
+                new = self.graph.create_node("get_attr", home)
+                new.meta = {**node.meta, "surgery": cut.operation.name}
+                self.makers[new], values.everywhere[node] = cut, new
+
+            self.after.setdefault(node, []).append(copy)
+        super().plan(cut)
+
+    def put(self, edit: Edit, old: fx.Node, new: fx.Node) -> None:
+        """Give a new value to the adapter alone, or to its rows where they can be told apart."""
+        axis = self.batch.axis(edit.node)
         if axis is None:
-            self.spread(cut, old, new, users)
-            if is_everywhere:
-                self.latest[self.copies[original]] = new
-            return
-        chosen = self.choose(cut, axis, new, old, new.next)
-        chosen.meta["val"] = original.meta.get("val")
-        super().use(cut, name, old, chosen, users, is_everywhere)
-        if is_everywhere:
-            self.chosen[self.copies[original]] = self.latest.pop(self.copies[original])
+            self.makers[new] = edit.cut
+            self.of(edit.cut).put(edit.node, edit.readers, new)
+        else:
+            super().put(edit, old, self.choose(edit.cut, axis, edit.node, new, old))
 
-    def spread(self, cut: Cut, old: fx.Node, new: fx.Node, users: Iterable[fx.Node]) -> None:
-        """Duplicate the computation for the new value, up to where rows can be told apart."""
-        twins, first = {old: new}, set(users)
-        for node in list(self.graph.nodes):
-            if node not in first and not any(
-                n in twins for n in node.all_input_nodes if n is not old
-            ):
+    def copied(self, node: fx.Node) -> fx.Node:
+        """A copy of a node, with what each adapter's own values make of it in that one's rows."""
+        chosen = super().copied(node)
+        for values in self.own.values():
+            read = [values.read(self.one(source), node) for source in node.all_input_nodes]
+            cut = next((self.makers[new] for new in read if new in self.makers), None)
+            if cut is None:
                 continue
             if node.op != "call_function":
                 raise SurgeryError(
@@ -114,52 +105,29 @@ class RowRewriter(Rewriter):
                     "it leaves the block before it meets the batch",
                     "call the model for the rows of this adapter alone",
                 )
-            with self.graph.inserting_before(node.next):
-                twin = self.graph.node_copy(node, lambda source: twins.get(source, source))
-            twin.meta = {**node.meta, "surgery": cut.operation.name}
+            twin = self.copy(node, values)
+            twin.meta["surgery"] = cut.operation.name
             axis = self.batch.axis(node)
             if axis is None:
-                twins[node] = twin
-                continue
-            after = [user for user in node.users if user is not twin]
-            chosen = self.choose(cut, axis, twin, node, twin.next)
-            chosen.meta = {**node.meta, "surgery": cut.operation.name}
-            for user in after:
-                user.replace_input_with(node, chosen)
-            # an earlier choice is a user of the node, and is made after this one
-            self.chosen.setdefault(node, chosen)
-
-    def choose(self, cut: Cut, axis: Axis, new: fx.Node, old: fx.Node, point: fx.Node) -> fx.Node:
-        """Select by row: the new value for the adapter's rows, the old one elsewhere."""
-        before = set(self.graph.nodes)
-        mask = self.mask(cut.operation.name)
-        dims = len(old.meta["val"].shape)
-        with self.graph.inserting_before(point):
-            call = self.graph.call_function
-            if axis.together is not None:
-                long, short = (call(ATEN.sym_size.int, (n, 0)) for n in (old, mask))
-                times = call(operator.floordiv, (long, short))
-                flat, wide = ((-1, 1), (-1, times)) if axis.together else ((1, -1), (times, -1))
-                mask = call(ATEN.view.default, (mask, flat))
-                mask = call(ATEN.reshape.default, (call(ATEN.expand.default, (mask, wide)), (-1,)))
-            shape = tuple(-1 if dim == axis.dim else 1 for dim in range(dims))
-            mask = call(ATEN.view.default, (mask, shape))
-            chosen = call(ATEN.where.self, (mask, new, old))
-        for node in self.graph.nodes:
-            if node not in before:
-                inherit(node, old)
-                node.meta["surgery"] = cut.operation.name
+                values.everywhere[node], self.makers[twin] = twin, cut
+            else:
+                old, chosen = chosen, self.choose(cut, axis, node, twin, chosen)
+                take_place(old, chosen)
         return chosen
 
-    def mask(self, adapter: str) -> fx.Node:
-        """Boolean mask (batch,) of the rows that use an adapter, made once in a program."""
-        if adapter not in self.masks_of_rows:
-            number = self.adapters.index(adapter)
-            with self.graph.inserting_before(_after_inputs(self.graph)):
-                mask = self.graph.call_function(ATEN.eq.Scalar, (self.rows, number))
-            mask.meta["surgery"] = adapter
-            self.masks_of_rows[adapter] = mask
-        return self.masks_of_rows[adapter]
+    def choose(self, cut: Cut, axis: Axis, node: fx.Node, new: fx.Node, old: fx.Node) -> fx.Node:
+        """Select by row: the new value for the adapter's rows, the old one elsewhere."""
+        tracer = Inserted(self.graph, cut.operation.name, node)
+        adapter = self.masks[cut.operation.name]
+        mask, taken, other = (fx.Proxy(each, tracer) for each in (adapter, new, old))
+        if axis.together is not None:
+            times = ATEN.sym_size.int(other, 0) // ATEN.sym_size.int(mask, 0)
+            flat, wide = ((-1, 1), (-1, times)) if axis.together else ((1, -1), (times, -1))
+            mask = ATEN.reshape.default(ATEN.expand.default(ATEN.view.default(mask, flat), wide), (-1,))
+        shape = tuple(-1 if dim == axis.dim else 1 for dim in range(node.meta["val"].dim()))
+        chosen = ATEN.where.self(ATEN.view.default(mask, shape), taken, other).node
+        chosen.meta["val"] = node.meta.get("val")
+        return chosen
 
 
 def check_lengths(cuts: Iterable[Cut]) -> None:
@@ -185,17 +153,12 @@ def row_graph(program: Program, cuts: Sequence[Cut], choice: RowChoice) -> fx.Gr
             f"no axis of what {where} is given is known to be the batch",
             "call the model for the rows of each adapter alone",
         )
-    rewriter = RowRewriter(program, choice)
+    walk = RowWalk(program, choice)
     for cut in in_order(sorted(cuts, key=lambda cut: not cut.rule.train)):
-        rewriter.sew(cut)
-    rewriter.drop_unused()
-    return rewriter.graph
+        walk.plan(cut)
+    return walk.run()
 
 
 def pass_rows(call: fx.Node) -> None:
     """Pass the rows' adapter numbers on to a called block."""
     call.args = (*call.args, call.graph.find_nodes(op="placeholder")[-1])
-
-
-def _after_inputs(graph: fx.Graph) -> fx.Node:
-    return next(node for node in graph.nodes if node.op != "placeholder")
