@@ -36,7 +36,6 @@ class Environment(Mapping[str, Any]):
         """Bind a name for values that are made from here on."""
         self._values[name] = value
 
-
     def __contains__(self, name: object) -> bool:
         return name in self._values or name in self._known or name in self._made
 

@@ -33,20 +33,16 @@ class Domain(ABC):
     """Whether what flows through the site can be read; if not, what it is told of weights can."""
 
     @abstractmethod
-    def weight(self, cut: Cut, name: str) -> Any:
-        """A weight of the cut's site."""
+    def bound(self, cut: Cut, name: str) -> Any:
+        """A value or a weight that the cut's site binds."""
 
     @abstractmethod
     def parameter(self, cut: Cut, name: str) -> Any:
         """A parameter that the cut adds."""
 
-    def value(self, cut: Cut, name: str) -> Any:
-        """A value that flows through the cut's site."""
+    def replay(self, cut: Cut) -> Replay:
+        """Site functions in this domain, if it has values."""
         raise NotImplementedError
-
-    def replay(self, cut: Cut) -> Replay | None:
-        """Site functions in this domain; None for their plain definitions."""
-        return None
 
     def cast(self, cut: Cut, name: str, value: Any) -> Any:
         """A value or a weight in the dtype that the cut computes in."""
@@ -54,8 +50,7 @@ class Domain(ABC):
 
     def context(self, cut: Cut) -> Context:
         """Context for evaluating the cut's expressions in this domain."""
-        replay = self.replay(cut)
-        return Context(functions={} if replay is None else replay.functions)
+        return Context(functions=self.replay(cut).functions if self.has_values else {})
 
 
 def environment(cut: Cut, domain: Domain) -> Environment:
@@ -64,9 +59,8 @@ def environment(cut: Cut, domain: Domain) -> Environment:
 
     def value(name: str) -> Any:
         if name not in site.nodes:
-            replay = domain.replay(cut)
-            return None if replay is None else replay.mask()
-        found = domain.value(cut, name)
+            return None if kind.resizes else domain.replay(cut).mask()
+        found = domain.bound(cut, name)
         if site.slice is not None and name == kind.result:
             found = site.slice.take(found, -1)
         return domain.cast(cut, name, as_seen(site, name, found))
@@ -74,7 +68,7 @@ def environment(cut: Cut, domain: Domain) -> Environment:
     def weight(name: str) -> Any:
         if name not in site.nodes:
             return 0.0
-        return domain.cast(cut, name, orient(domain.weight(cut, name), site, name))
+        return domain.cast(cut, name, orient(domain.bound(cut, name), site, name))
 
     def outputs(name: str) -> Any:
         return torch.stack([output(group, domain, compute_dtype(cut)) for group in cut.over], -2)
@@ -110,7 +104,7 @@ class TensorDomain(Domain):
     def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
         self.read = read
 
-    def weight(self, cut: Cut, name: str) -> torch.Tensor:
+    def bound(self, cut: Cut, name: str) -> torch.Tensor:
         """A weight as it is read."""
         return self.read(cut.weights[name])
 
@@ -129,12 +123,8 @@ class FakeDomain(Domain):
     def __init__(self, known: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.known = known
 
-    def weight(self, cut: Cut, name: str) -> Any:
-        """A weight."""
-        return self.value(cut, name)
-
-    def value(self, cut: Cut, name: str) -> Any:
-        """A value."""
+    def bound(self, cut: Cut, name: str) -> Any:
+        """A value or a weight."""
         return self.known.get(name, cut.site.nodes[name].meta["val"])
 
     def parameter(self, cut: Cut, name: str) -> torch.Tensor:
@@ -144,10 +134,8 @@ class FakeDomain(Domain):
         shape = shape_of(cut.rule.params[name], cut.rule, cut.numbers)
         return torch.empty(shape, dtype=compute_dtype(cut), device=device)
 
-    def replay(self, cut: Cut) -> Replay | None:
+    def replay(self, cut: Cut) -> Replay:
         """The site's functions on fake tensors."""
-        if cut.rule.kind.resizes:
-            return None
         return Replay(cut.placed, _fake, compute_dtype(cut))
 
 

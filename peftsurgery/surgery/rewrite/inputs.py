@@ -7,6 +7,7 @@ the longer sequence.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,11 +110,10 @@ def bound_names(rule: Rule) -> frozenset[str]:
 
 def plan_inputs(walk: Walk, cut: Cut) -> None:
     """Have a cut's new inputs made before all that reads them, and its new outputs at the end."""
-    order = {node: number for number, node in enumerate(walk.program.graph.nodes)}
     entering = [node for name in bound_names(cut.rule) if (node := cut.site.nodes.get(name))]
     placeholders = walk.program.graph.find_nodes(op="placeholder")
-    last = max((*entering, *placeholders), key=order.__getitem__)
-    walk.after.setdefault(last, []).append(lambda: _make_inputs(walk, cut))
+    last = max((*entering, *placeholders), key=walk.order.__getitem__)
+    walk.after.setdefault(last, []).append(partial(_make_inputs, walk, cut))
 
 
 def _make_inputs(walk: Walk, cut: Cut) -> None:
@@ -134,13 +134,12 @@ def _make_inputs(walk: Walk, cut: Cut) -> None:
     leaving = [name for name in cut.rule.kind.outputs if name in cut.rule.rewrite]
     end = walk.program.graph.output_node()
 
-    def make_outputs() -> None:
-        for name in leaving:
-            domain.tracer.origin = nodes[name]
-        for name, value in rewrite(_only(cut, leaving), names, context).items():
-            walk.values.put(nodes[name], [end], _finished(cut, name, value).node)
+    def make_output(name: str) -> None:
+        domain.tracer.origin = nodes[name]
+        value = rewrite(_only(cut, [name]), names, context)[name]
+        walk.values.put(nodes[name], [end], _finished(cut, name, value).node)
 
-    walk.before.setdefault(end, {})[cut] = [make_outputs]
+    walk.before.setdefault(end, {})[cut] = [partial(make_output, name) for name in leaving]
 
 
 def new_inputs(graph: fx.Graph) -> tuple[list[str], fx.Graph]:

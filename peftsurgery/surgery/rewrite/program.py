@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from peftsurgery.surgery.rewrite.rerun import calls_for_more
 from peftsurgery.surgery.rewrite.site_functions import Replay
 
 Make = Callable[[], None]
+Spot = tuple[fx.Node | None, fx.Node | None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Values:
 
     everywhere: MutableMapping[fx.Node, fx.Node] = field(default_factory=dict)
     there: MutableMapping[tuple[fx.Node, fx.Node], fx.Node] = field(default_factory=dict)
-    kept: dict[tuple[fx.Node | None, fx.Node | None], fx.Node] = field(default_factory=dict)
+    kept: dict[Spot, fx.Node] = field(default_factory=dict)
 
     def read(self, source: fx.Node, reader: fx.Node) -> fx.Node:
         """The value of a node, as one of its readers sees it."""
@@ -63,7 +65,7 @@ class Values:
 
 
 @dataclass(frozen=True)
-class Edit:
+class NewValue:
     """One new value of a cut: for ``readers`` of the node alone, or for all of them if empty."""
 
     cut: Cut
@@ -78,13 +80,14 @@ class Walk:
     def __init__(self, program: Program) -> None:
         self.program, self.graph = program, fx.Graph()
         self.values = Values()
+        self.order = {node: number for number, node in enumerate(program.graph.nodes)}
         self.before: dict[fx.Node, dict[Any, list[Make]]] = {}
         self.after: dict[fx.Node, list[Make]] = {}
         self.calls: dict[fx.Node, tuple[Any, Any]] = {}
         self.rerun: set[str] = set()
         self.first: dict[Any, fx.Node] = {}
-        for node in program.graph.find_nodes(op="get_attr"):
-            self.first.setdefault(node.target, node)
+        for node in reversed(program.graph.find_nodes(op="get_attr")):
+            self.first[node.target] = node
 
     def one(self, node: fx.Node) -> fx.Node:
         """The node that stands for all that read the same tensor."""
@@ -93,18 +96,14 @@ class Walk:
     def plan(self, cut: Cut) -> None:
         """Say where a cut's new values are made. PSG305 if the site is not made of one.
 
-        New values of one input of a site are made in the order of the sites' folds: what is applied
-        first is nearest to the site.
+        Later cuts of one input of a site are made first, as their folds have it: once a fold has
+        made W do what f did to x, the next cut's x goes through f too.
         """
-        order = {node: number for number, node in enumerate(self.program.graph.nodes)}
         nodes = {name: self.one(cut.site.nodes[name]) for name in cut.rule.rewrite}
-        names = sorted(nodes, key=lambda name: order[nodes[name]])
+        names = sorted(nodes, key=lambda name: self.order[nodes[name]])
         for name in names:
-            edit = Edit(cut, name, nodes[name], self.readers(cut, name))
-
-            def make(edit: Edit = edit, is_last: bool = name == names[-1]) -> None:
-                self.make(edit, is_last)
-
+            edit = NewValue(cut, name, nodes[name], self.readers(cut, name))
+            make = partial(self.make, edit, is_last=name == names[-1])
             if not edit.readers:
                 self.after.setdefault(edit.node, []).append(make)
                 continue
@@ -135,7 +134,7 @@ class Walk:
                 "is not made of",
                 "rewrite the result instead",
             )
-        return tuple(node for node in self.program.graph.nodes if node in between)
+        return tuple(sorted(between, key=self.order.__getitem__))
 
     def result(self, cut: Cut) -> fx.Node | None:
         """The node that computes the site's result; None for a parameter's site."""
@@ -178,7 +177,7 @@ class Walk:
         """The values that a cut is made of."""
         return self.values
 
-    def make(self, edit: Edit, is_last: bool) -> None:
+    def make(self, edit: NewValue, is_last: bool) -> None:
         """Append the expression of one new value, and put it in the old one's place."""
         cut, values = edit.cut, self.of(edit.cut)
         reader = edit.readers[0] if edit.readers else edit.node
@@ -194,13 +193,13 @@ class Walk:
         if edit.readers and edit.name in cut.rule.kind.weights:
             values.kept[edit.node, self.result(cut)] = new
         self.keep_operands(cut, domain.own, value)
-        if cut.rule.kind.lengthens and edit.readers and cut.site.facts["kind"] == "key":
+        if cut.rule.kind.lengthens and edit.readers and cut.site.facts.get("kind") == "key":
             sites = analyse(cut.placed.program).sites
             cores = [site for site in sites if site.kind == "attention"]
             y = cut.site.nodes[str(cut.rule.kind.result)]
             self.calls |= calls_for_more(edit.node, y, cores)
 
-    def put(self, edit: Edit, old: fx.Node, new: fx.Node) -> None:
+    def put(self, edit: NewValue, old: fx.Node, new: fx.Node) -> None:
         """Put a new value in the old one's place."""
         self.values.put(edit.node, edit.readers, new)
         if not edit.readers:
@@ -213,12 +212,12 @@ class Walk:
             if node is None or node.op != "get_attr" or not isinstance(value, fx.Proxy):
                 continue
             value = cast(value, compute_dtype(cut), dtype_of(node))
-            whole = disorient(domain.weight(cut, name), cut.site, name, value)
+            whole = disorient(domain.bound(cut, name), cut.site, name, value)
             domain.values.kept[self.one(node), self.result(cut)] = whole.node
 
-    def keep_operands(self, cut: Cut, replay: Replay | None, value: Any) -> None:
+    def keep_operands(self, cut: Cut, replay: Replay, value: Any) -> None:
         """Keep a core's operands for later cuts there, if the new value is the core run again."""
-        if replay is None or replay.result is None:
+        if replay.result is None:
             return
         self.rerun.update(node.name for node in replay.region.nodes)
         given = replay.given if value is replay.result else {}
@@ -268,9 +267,7 @@ class ProxyDomain(Domain):
         self.tracer = Inserted(walk.graph, cut.operation.name, origin)
         mask = self.values.kept.get((None, walk.result(cut)))
         given = None if mask is None else fx.Proxy(mask, self.tracer)
-        # the model's inputs are no core
-        is_core = not cut.rule.kind.resizes
-        self.own = Replay(cut.placed, self.proxy, compute_dtype(cut), given) if is_core else None
+        self.own = Replay(cut.placed, self.proxy, compute_dtype(cut), given)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxy of what stands for a node; computed ahead if the node comes later."""
@@ -291,12 +288,8 @@ class ProxyDomain(Domain):
         """A tensor or a flag of the model, read here."""
         return fx.Proxy(self.tracer.create_node("get_attr", name, (), {}), self.tracer)
 
-    def weight(self, cut: Cut, name: str) -> fx.Proxy:
-        """A weight, with earlier cuts folded in."""
-        return self.proxy(cut.site.nodes[name])
-
-    def value(self, cut: Cut, name: str) -> fx.Proxy:
-        """A value."""
+    def bound(self, cut: Cut, name: str) -> fx.Proxy:
+        """A value, or a weight with earlier cuts folded in."""
         return self.proxy(cut.site.nodes[name])
 
     def parameter(self, cut: Cut, name: str) -> fx.Proxy:
@@ -309,11 +302,9 @@ class ProxyDomain(Domain):
         dtypes = {dtype_of(node) for node in cut.site.nodes.values() if is_float(node)}
         return value if dtypes <= {own} else value.to(compute_dtype(cut))
 
-    def replay(self, cut: Cut) -> Replay | None:
+    def replay(self, cut: Cut) -> Replay:
         """The site's functions over proxies: for a cut that this one is over, in its own dtype."""
-        if self.own is None or cut is self.cut:
-            return self.own
-        return self.own.computing_in(compute_dtype(cut))
+        return self.own if cut is self.cut else self.own.computing_in(compute_dtype(cut))
 
     def context(self, cut: Cut) -> Context:
         """Context of a cut: the train flag of its module, and its site's functions."""
@@ -321,7 +312,7 @@ class ProxyDomain(Domain):
         return replace(super().context(cut), training=self.attribute(join(owner, "training")))
 
 
-def finished(edit: Edit, value: Any, domain: ProxyDomain) -> fx.Node:
+def finished(edit: NewValue, value: Any, domain: ProxyDomain) -> fx.Node:
     """The rewritten value in the dtype and layout of the one it replaces."""
     cut, name = edit.cut, edit.name
     if not isinstance(value, fx.Proxy):

@@ -35,21 +35,20 @@ Values = Mapping[fx.Node, Any]
 
 @dataclass(frozen=True)
 class Region:
-    """Nodes between ``starts`` and ``end``, in the graph's order.
+    """Nodes between some values and ``end``, in the graph's order.
 
     ``calls`` are the arguments of nodes whose own would not fit more tokens; ``pads`` say which
     value from outside is short of tokens at a node: beside which operand, along which dimension
     from the last, and with what it is filled.
     """
 
-    starts: frozenset[fx.Node]
     end: fx.Node
     nodes: tuple[fx.Node, ...]
     calls: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     pads: dict[tuple[fx.Node, fx.Node], tuple[fx.Node, int, int]] = field(default_factory=dict)
 
     def run(self, given: Values, outside: Callable[[fx.Node], Any]) -> Any:
-        """Compute ``end`` from ``given`` values of the starts.
+        """Compute ``end`` from the values ``given`` for where it starts.
 
         ``outside`` gives the values of other nodes. Values may be tensors, fake ones or proxies.
         """
@@ -83,7 +82,7 @@ def find_region(starts: Sequence[fx.Node], end: fx.Node) -> Region:
     for node in end.graph.nodes:
         if node in behind and any(source in inside for source in node.all_input_nodes):
             inside[node] = None
-    return Region(first, end, tuple(node for node in inside if node not in first))
+    return Region(end, tuple(node for node in inside if node not in first))
 
 
 def core_region(site: Site) -> Region:
@@ -127,7 +126,7 @@ def calls_for_more(p: fx.Node, y: fx.Node, cores: Iterable[Site]) -> dict[fx.Nod
     ends = {node for core in cores for node in _core_nodes(core).nodes}
     grown = [*samples(p)[:-1], samples(p)[-1] + MORE]
     tried: dict[fx.Node, Any] = {p: torch.empty(grown, dtype=value(p).dtype, device="meta")}
-    region = Region(frozenset((p,)), y, ())
+    region = Region(y, ())
     for node in p.graph.nodes:
         made = node is y or any(n in tried and n is not p for n in node.all_input_nodes)
         if not made or node.op != "call_function" or node in ends:

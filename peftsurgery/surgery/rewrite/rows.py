@@ -22,7 +22,7 @@ from peftsurgery.capture.module_calls import take_place
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name, in_order
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
-from peftsurgery.surgery.rewrite.program import Edit, Inserted, Values, Walk
+from peftsurgery.surgery.rewrite.program import NewValue, Inserted, Values, Walk
 
 ATEN = torch.ops.aten
 
@@ -81,7 +81,7 @@ class RowWalk(Walk):
             self.after.setdefault(node, []).append(copy)
         super().plan(cut)
 
-    def put(self, edit: Edit, old: fx.Node, new: fx.Node) -> None:
+    def put(self, edit: NewValue, old: fx.Node, new: fx.Node) -> None:
         """Give a new value to the adapter alone, or to its rows where they can be told apart."""
         axis = self.batch.axis(edit.node)
         if axis is None:
@@ -123,7 +123,9 @@ class RowWalk(Walk):
         if axis.together is not None:
             times = ATEN.sym_size.int(other, 0) // ATEN.sym_size.int(mask, 0)
             flat, wide = ((-1, 1), (-1, times)) if axis.together else ((1, -1), (times, -1))
-            mask = ATEN.reshape.default(ATEN.expand.default(ATEN.view.default(mask, flat), wide), (-1,))
+            mask = ATEN.reshape.default(
+                ATEN.expand.default(ATEN.view.default(mask, flat), wide), (-1,)
+            )
         shape = tuple(-1 if dim == axis.dim else 1 for dim in range(node.meta["val"].dim()))
         chosen = ATEN.where.self(ATEN.view.default(mask, shape), taken, other).node
         chosen.meta["val"] = node.meta.get("val")

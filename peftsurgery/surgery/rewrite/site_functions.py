@@ -55,7 +55,7 @@ class Replay:
         """The site's functions that differ from their plain definitions."""
         own = (self.attention, self.tokens, self.extend, self.unmasked, self.norm, self.token_mean)
         kind = KINDS.get(self.site.kind)  # a pattern's is the rule's own
-        known = kind.functions if kind else {}
+        known = kind.functions if kind and not kind.resizes else {}  # an input has no nodes to run
         return {f.__name__: site_function(f) for f in own if f.__name__ in known}
 
     def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
