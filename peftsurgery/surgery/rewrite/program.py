@@ -143,6 +143,7 @@ class Walk:
 
     def run(self) -> fx.Graph:
         """Copy the graph, make what is planned, and leave out what nothing reads."""
+        self.begin()
         for node in self.program.graph.nodes:
             self.visit(self.one(node))
         for new in reversed(self.graph.nodes):
@@ -150,14 +151,20 @@ class Walk:
                 self.graph.erase_node(new)
         return self.graph
 
+    def begin(self) -> None:
+        """Copy the inputs, which come before all else."""
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            self.values.everywhere[node] = self.copied(node)
+
     def visit(self, node: fx.Node) -> None:
         """Copy a node, with what is made before and after it, unless that is done."""
-        if node in self.values.everywhere:
-            return
-        for chain in self.before.get(node, {}).values():
-            for make in chain:
-                make()
-        self.values.everywhere[node] = self.copied(node)
+        if node.op != "placeholder":
+            if node in self.values.everywhere:
+                return
+            for chain in self.before.get(node, {}).values():
+                for make in chain:
+                    make()
+            self.values.everywhere[node] = self.copied(node)
         for make in self.after.get(node, ()):
             make()
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import fx
@@ -22,7 +23,7 @@ from peftsurgery.capture.module_calls import take_place
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name, in_order
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
-from peftsurgery.surgery.rewrite.program import NewValue, Inserted, Values, Walk
+from peftsurgery.surgery.rewrite.program import Inserted, NewValue, Values, Walk
 
 ATEN = torch.ops.aten
 
@@ -49,10 +50,10 @@ class RowWalk(Walk):
         self.own: dict[str, Values] = {}
         self.makers: dict[fx.Node, Cut] = {}
         self.masks: dict[str, fx.Node] = {}
-        self.after[program.graph.find_nodes(op="placeholder")[-1]] = [self.begin]
 
     def begin(self) -> None:
         """Take the rows' numbers, after the other inputs, and make a mask (batch,) of each."""
+        super().begin()
         rows = self.graph.placeholder("rows")
         for adapter in self.own:
             number = self.adapters.index(adapter)
@@ -68,18 +69,17 @@ class RowWalk(Walk):
 
     def plan(self, cut: Cut) -> None:
         """Say where a cut's values are made, first its adapter's own copy of a parameter."""
-        values, parameter = self.of(cut), cut.site.parameter
-        if cut.rule.train and parameter in self.first:
-            node = self.first[parameter]
-
-            def copy() -> None:
-                home = copy_name(str(parameter), cut.operation.name)
-                new = self.graph.create_node("get_attr", home)
-                new.meta = {**node.meta, "surgery": cut.operation.name}
-                self.makers[new], values.everywhere[node] = cut, new
-
-            self.after.setdefault(node, []).append(copy)
+        values, node = self.of(cut), self.first.get(cut.site.parameter)
+        if cut.rule.train and node is not None:
+            self.after.setdefault(node, []).append(partial(self.own_copy, cut, node, values))
         super().plan(cut)
+
+    def own_copy(self, cut: Cut, node: fx.Node, values: Values) -> None:
+        """Read an adapter's own copy of a parameter for its rows."""
+        home = copy_name(str(node.target), cut.operation.name)
+        new = Inserted(self.graph, cut.operation.name, node).create_node("get_attr", home, (), {})
+        new.meta["val"] = node.meta["val"]
+        self.makers[new], values.everywhere[node] = cut, new
 
     def put(self, edit: NewValue, old: fx.Node, new: fx.Node) -> None:
         """Give a new value to the adapter alone, or to its rows where they can be told apart."""
