@@ -27,7 +27,8 @@ from peftsurgery.capture.module_calls import take_place
 from peftsurgery.capture.names import join
 from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language import Context, fold, rewrite
+from peftsurgery.language.evaluation import Context
+from peftsurgery.language.readings import fold, rewrite
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of, is_float

@@ -16,6 +16,7 @@ from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.select import select_cuts
 from peftsurgery.surgery.rewrite.capture import rewritten_graph
+from peftsurgery.surgery.rewrite.program import ProxyDomain, Walk
 
 
 class Two(nn.Module):
@@ -89,6 +90,7 @@ def test_what_is_not_read_is_not_there() -> None:
         (("2 * y", "y + 1"), lambda x, W, b: 2 * (x @ W.T + b) + 1),
         (("y + 1", "2 * y"), lambda x, W, b: 2 * (x @ W.T + b + 1)),
         (("2 * y", "{x: x + 1}"), lambda x, W, b: 2 * ((x + 1) @ W.T + b)),
+        (("{x: 2 * x}", "{x: x + 1}"), lambda x, W, b: 2 * (x + 1) @ W.T + b),  # as folds have it
         (("{W: 2 * W}", "{W: W + 1}"), lambda x, W, b: x @ (2 * W + 1).T + b),
         (("{W: 2 * W, b: 0 * b}", "y + b"), lambda x, W, b: x @ (2 * W).T),
         (("{x: 2 * x, y: y + x}",), lambda x, W, b: 2 * x @ W.T + b + x),
@@ -112,3 +114,41 @@ def test_an_input_that_others_read_too_is_changed_for_its_reader_alone() -> None
     operated = ps.apply(graph(), rules("{x: 0 * x}"))
     expected = torch.sin(x) + module.second(torch.tanh(module.first.bias)).expand(3, 4)
     torch.testing.assert_close(operated(x), expected, rtol=0, atol=1e-6)
+
+
+def test_a_value_that_is_computed_later_is_computed_ahead_and_again() -> None:
+    program, (cut,) = planned("2 * y")
+    walk, y = Walk(program), cut.site.nodes["y"]
+    walk.begin()
+    ahead = ProxyDomain(walk, cut, {}, y).proxy(y).node
+    assert y not in walk.values.everywhere
+    walk.graph.output(ahead)
+    module, x = graph().source.module, torch.randn(3, 4)
+    found = fx.Interpreter(module, graph=walk.graph).run(x)
+    torch.testing.assert_close(found, module.first(torch.sin(x)))
+
+
+class Counting(nn.Module):
+    """What has an effect: a buffer that is written to, and two draws of chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = nn.functional.dropout(torch.sin(x), 0.5, self.training)
+        self.calls.add_(1)
+        second = nn.functional.dropout(torch.cos(x), 0.2, self.training)
+        result: Tensor = self.linear(first + self.calls * second)
+        return result
+
+
+def test_what_was_there_keeps_its_order_and_its_names() -> None:
+    counting = ps.capture(Counting(), {"x": torch.randn(2, 4)})
+    rule = ps.Rule(match="linear", rewrite={"x": "dropout(x, 0.1)", "W": "2 * W", "y": "y + x"})
+    made = ps.apply(counting, rule).captures[0].top.graph
+    there = [node for node in made.nodes if "surgery" not in node.meta and node.op != "get_attr"]
+    before = [node for node in counting.base_capture.top.graph.nodes if node.op != "get_attr"]
+    assert [node.name for node in there] == [node.name for node in before]
+    assert len(there) < len(made.nodes)
