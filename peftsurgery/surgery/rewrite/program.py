@@ -29,12 +29,11 @@ from peftsurgery.capture.stack import inherit
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.readings import fold, rewrite
-from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of, is_float
 from peftsurgery.surgery.rewrite.environment import Domain, environment
 from peftsurgery.surgery.rewrite.layout import as_held, disorient
-from peftsurgery.surgery.rewrite.rerun import calls_for_more
+from peftsurgery.surgery.rewrite.rerun import calls_for_more, find_region
 from peftsurgery.surgery.rewrite.site_functions import Replay
 
 Make = Callable[[], None]
@@ -121,21 +120,18 @@ class Walk:
         kind, nodes = cut.rule.kind, cut.site.nodes
         if kind.result is None or name in (kind.result, kind.computes):
             return ()
-        start = self.one(nodes[name])
-        others = {start, *(nodes[word] for word in kind.beside(name) if word in nodes)}
-        ways = reach(
-            [nodes[str(kind.computes)]],
-            lambda node: (n for n in map(self.one, node.all_input_nodes) if n not in others),
-        )
-        between = {node for node in ways if start in map(self.one, node.all_input_nodes)}
-        if not between:
+        same = {node for node in self.order if self.one(node) is self.one(nodes[name])}
+        beside = [nodes[word] for word in kind.beside(name) if word in nodes]
+        region = find_region([*same, *beside], nodes[str(kind.computes)])
+        found = tuple(n for n in region.nodes if not same.isdisjoint(n.all_input_nodes))
+        if not found:
             raise SurgeryError(
                 "PSG305",
                 f"{cut.operation.name} rewrites '{name}', which what {cut.placed.module} computes "
                 "is not made of",
                 "rewrite the result instead",
             )
-        return tuple(sorted(between, key=self.order.__getitem__))
+        return found
 
     def result(self, cut: Cut) -> fx.Node | None:
         """The node that computes the site's result; None for a parameter's site."""
