@@ -25,14 +25,7 @@ from torch import fx
 
 from peftsurgery.anatomy.ops import Trait, has, meaning
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import (
-    is_tensor,
-    operands,
-    parameter_of,
-    shape,
-    sizes,
-    value,
-)
+from peftsurgery.anatomy.values import is_tensor, operands, parameter_of, shape, sizes, value
 from peftsurgery.capture.schemas import op
 
 

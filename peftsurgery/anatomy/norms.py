@@ -14,14 +14,7 @@ from torch import fx
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import (
-    backward,
-    fixed_width,
-    operands,
-    parameter_of,
-    strip,
-    value,
-)
+from peftsurgery.anatomy.values import backward, fixed_width, operands, parameter_of, strip, value
 from peftsurgery.capture.schemas import arguments, op
 
 

@@ -240,11 +240,7 @@ def _fake(rule: Rule, env: Mapping[str, Any], context: Context) -> dict[str, Any
 
 
 def _difference(
-    title: str,
-    rule: Rule,
-    specimen: Specimen,
-    env: Mapping[str, Any],
-    rewritten: Mapping[str, Any],
+    title: str, rule: Rule, specimen: Specimen, env: Mapping[str, Any], rewritten: Mapping[str, Any]
 ) -> float:
     """Largest difference of folded and rewritten operation, relative to the largest value."""
     if specimen.operation is None:

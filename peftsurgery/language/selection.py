@@ -197,10 +197,7 @@ class Selection:
             return f"{matched} at least {expect.at_least}"
         if expect.at_most is not None and count > expect.at_most:
             return f"{matched} at most {expect.at_most}"
-        for wanted, group in (
-            (expect.per_attention, "attention"),
-            (expect.per_block, "block"),
-        ):
+        for wanted, group in ((expect.per_attention, "attention"), (expect.per_block, "block")):
             if wanted is not None:
                 complaint = self._uneven(wanted, group)
                 if complaint:

@@ -140,27 +140,24 @@ def _embedding(generator: torch.Generator, sizes: Sizes) -> Specimen:
     return _specimen(f"in {count}, out {width}", given, lambda env: env["W"][env["x"]])
 
 
+_WINDOW = ("stride", "padding", "dilation", "groups")
+
+
 def _conv_site(
-    groups: int,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
     kernel: tuple[int, int],
+    window: tuple[Any, ...],
     biased: bool,
     generator: torch.Generator,
     sizes: Sizes,
 ) -> Specimen:
-    width, rows = sizes["in"], sizes["out"]
+    width, rows, groups = sizes["in"], sizes["out"], window[-1]
     given = {
         "x": _random(generator, 2, width, 9, 8),
         "W": _random(generator, rows, max(width // groups, 1), *kernel),
         "b": _random(generator, rows) if biased else 0.0,
         **sizes,
         "kernel": kernel,
-        "stride": stride,
-        "padding": padding,
-        "dilation": dilation,
-        "groups": groups,
+        **dict(zip(_WINDOW, window, strict=True)),
     }
     title = f"in {width}, out {rows}, kernel {kernel}, {groups} groups, {_bias(biased)}"
     return _specimen(title, given, _conv)
@@ -168,7 +165,7 @@ def _conv_site(
 
 def _conv(env: Mapping[str, Any]) -> Tensor:
     bias = env["b"] if isinstance(env["b"], Tensor) else None
-    window = (env[name] for name in ("stride", "padding", "dilation", "groups"))
+    window = (env[name] for name in _WINDOW)
     return F.conv2d(env["x"], env["W"], bias, *window)
 
 
@@ -287,9 +284,9 @@ _VARIANTS: Mapping[str, tuple[tuple[Maker, Sequence[Sizes]], ...]] = {
         (_embedding, _pairs("in", "out", (5, 16))),
     ),
     "conv": (
-        (partial(_conv_site, 1, (1, 1), (1, 1), (1, 1), (3, 3), True), _CONVS),
-        (partial(_conv_site, 1, (2, 1), (0, 2), (1, 2), (3, 2), False), _CONVS),
-        (partial(_conv_site, 2, (2, 2), (1, 1), (1, 1), (3, 3), True), _CONVS),
+        (partial(_conv_site, (3, 3), ((1, 1), (1, 1), (1, 1), 1), True), _CONVS),
+        (partial(_conv_site, (3, 2), ((2, 1), (0, 2), (1, 2), 1), False), _CONVS),
+        (partial(_conv_site, (3, 3), ((2, 2), (1, 1), (1, 1), 2), True), _CONVS),
     ),
     "norm": (
         (partial(_norm_site, True), _widths("hidden", 8)),

@@ -41,10 +41,7 @@ def listed_layout(model_type: str) -> Layout:
 
 
 def found_layout(
-    keys: Iterable[str],
-    sites: Sequence[Placed],
-    blocks: Mapping[str, str],
-    flags: Collection[str],
+    keys: Iterable[str], sites: Sequence[Placed], blocks: Mapping[str, str], flags: Collection[str]
 ) -> Layout:
     """The layout that the keys of an adapter's tensors tell.
 

@@ -30,10 +30,7 @@ from peftsurgery.surgery.plan.cut import adapter_name
 
 @checked_but("model")
 def from_peft(
-    model: GraphModel,
-    directory: str | Path,
-    name: str = "default",
-    allow_other_base: bool = False,
+    model: GraphModel, directory: str | Path, name: str = "default", allow_other_base: bool = False
 ) -> OperatedModel:
     """Read a peft adapter from ``directory`` onto a model, under ``name``; returns a new model.
 

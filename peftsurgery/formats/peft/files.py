@@ -14,11 +14,7 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapter_files import (
-    nearby,
-    read_json,
-    read_safetensors,
-)
+from peftsurgery.formats.adapter_files import nearby, read_json, read_safetensors
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"

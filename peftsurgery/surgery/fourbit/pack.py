@@ -70,12 +70,8 @@ def unpack(packed: torch.Tensor, recipe: Recipe) -> torch.Tensor:
     state: dict[str, Any] = {}
     start = 0
     if double:
-        inner = -(-blocks // GROUP)
-        scales, offset, start = (
-            packed[: 4 * inner],
-            packed[4 * inner : 4 * inner + 4],
-            4 * inner + 4,
-        )
+        start = 4 * -(-blocks // GROUP) + 4
+        scales, offset = packed[: start - 4], packed[start - 4 : start]
         state["offset"] = offset.view(torch.float32)[0]
         state["state2"] = library.QuantState(
             scales.view(torch.float32),

@@ -75,11 +75,7 @@ def check_base(origin: Origin, source: Source, allow_other_base: bool) -> None:
 
 
 def check_adapter_base(
-    folder: Path,
-    base: Any,
-    tensors: Mapping[str, Tensor],
-    source: Source,
-    allow_other_base: bool,
+    folder: Path, base: Any, tensors: Mapping[str, Tensor], source: Source, allow_other_base: bool
 ) -> Origin:
     """The same for an adapter of a kind that has no fingerprint; ``base`` is what it names.
 

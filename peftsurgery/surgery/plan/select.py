@@ -28,30 +28,20 @@ def select_cuts(
     ``before`` are the cuts of the operations that come first; the rules of a file know each other's
     too. A rule over adapters has only sites where all of them cut.
     """
-    earlier = list(before)
+    earlier, file, settings = list(before), operation.file, operation.settings
     sites = survey(capture)
     cuts: list[Cut] = []
     selections: list[Selection] = []
-    for number, rule in enumerate(operation.file.rules):
-        name = (
-            f"{operation.name}.rules[{number}]" if len(operation.file.rules) > 1 else operation.name
-        )
-        if not rule.applies(operation.settings):
+    for number, rule in enumerate(file.rules):
+        if not rule.applies(settings):
             continue
+        name = operation.name + (f".rules[{number}]" if len(file.rules) > 1 else "")
         candidates = [*sites, *(pattern_sites(sites, rule) if rule.pattern else ())]
-        spots = common_spots(rule.fused(operation.settings), earlier)
+        spots = common_spots(rule.fused(settings), earlier)
         if rule.over:
             candidates = [placed for placed in candidates if (placed.block, placed.site) in spots]
         matched = _modules([*earlier, *cuts])
-        chosen = select(
-            candidates,
-            rule,
-            operation.settings,
-            operation.file.roles,
-            name,
-            matched,
-            operation.where,
-        )
+        chosen = select(candidates, rule, settings, file.roles, name, matched, operation.where)
         selections.append(chosen)
         cuts += [
             Cut(operation, rule, placed, spots.get((placed.block, placed.site), ()))

@@ -50,8 +50,8 @@ def write_surgery(path: Path, names: Collection[str], saved: Saved) -> None:
     PSG604 if something else is there.
     """
     operations = [operation for operation in saved.operations if operation.name in names]
-    rules = [f"{RULES}/{n}_{op.file.name}.yaml" for n, op in enumerate(operations)]
-    entries = [_entry(*each, saved.lost) for each in zip(operations, rules, strict=True)]
+    rules = {f"{RULES}/{n}_{op.file.name}.yaml": op for n, op in enumerate(operations)}
+    entries = [_entry(operation, file, saved.lost) for file, operation in rules.items()]
     built, more = build_contents(saved.source.build)
     weights = weights_of(saved.source)
     said = {
@@ -72,8 +72,8 @@ def write_surgery(path: Path, names: Collection[str], saved: Saved) -> None:
         **{key: value for key, value in said.items() if value},
         "fingerprint": None if weights is None else weights.fingerprint.to_dict(),
     }
-    texts = zip(rules, operations, strict=True)
-    contents = more | {file: dump_rules(operation.file).encode() for file, operation in texts}
+    texts = {file: dump_rules(operation.file).encode() for file, operation in rules.items()}
+    contents = more | texts
     contents[TENSORS] = as_safetensors({**saved.learnt, **saved.moved})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
     older = _of_build(path)
@@ -117,9 +117,5 @@ def _entry(operation: Operation, rules: str, lost: Mapping[str, float]) -> dict[
     entry = {"name": operation.name, "rules": rules, "settings": operation.own_settings}
     entry |= {"where": operation.where.as_data()} if operation.where.given() else {}
     origin = operation.origin
-    said = {
-        "seed": origin.seed,
-        "other_base": origin.other_base,
-        "lost": lost.get(operation.name),
-    }
+    said = {"seed": origin.seed, "other_base": origin.other_base, "lost": lost.get(operation.name)}
     return entry | {key: value for key, value in said.items() if value is not None}
