@@ -17,9 +17,14 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.finite_tensors import check_tensors, read_tensors
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. PSG501 if it is none, holds a key twice, NaN or infinity."""
-    return files.read_object(file, "PSG501")
+def read_config(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file of an adapter's directory.
+
+    PSG501 if it is missing, is no JSON object, holds a key twice, NaN or infinity.
+    """
+    if not (folder / name).is_file():
+        raise SurgeryError("PSG501", f"'{folder}' has no {name}", nearby(folder, name))
+    return files.read_object(folder / name, "PSG501")
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:

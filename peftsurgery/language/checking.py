@@ -154,9 +154,9 @@ def _check_variants(
                     raise
                 errors.append(error)
                 unfit.append(f"{specimen.title}: {error.message}")
-                continue
-            checks.append(replace(found, unfit=tuple(unfit)))
-            break
+            else:
+                checks.append(replace(found, unfit=tuple(unfit)))
+                break
         else:
             if rule.kind.result is not None:
                 raise errors[0]

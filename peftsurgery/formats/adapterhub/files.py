@@ -31,7 +31,7 @@ from peftsurgery.formats.adapter_files import (
     check_adapter_tensors,
     config_bytes,
     nearby,
-    read_json,
+    read_config,
     read_safetensors,
 )
 
@@ -61,10 +61,7 @@ ALIAS, POOL = ".pool.", "prefix_tuning."
 
 def read_hub_config(folder: Path, names: FileNames = ADAPTER) -> dict[str, Any]:
     """A module's config. PSG501 if it is missing, is no JSON object or holds NaN."""
-    if not (folder / names.config).is_file():
-        hint = nearby(folder, names.config)
-        raise SurgeryError("PSG501", f"'{folder}' has no {names.config}", hint)
-    return read_json(folder / names.config)
+    return read_config(folder, names.config)
 
 
 def read_hub_tensors(folder: Path, names: FileNames = ADAPTER) -> dict[str, torch.Tensor]:

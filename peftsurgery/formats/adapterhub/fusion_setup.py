@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapter_files import config_bytes, read_json
+from peftsurgery.formats.adapter_files import config_bytes, read_config
 from peftsurgery.formats.adapterhub.files import FUSION, SETUP, read_hub_config
 from peftsurgery.formats.adapterhub.library import FUSED, parts, version
 from peftsurgery.surgery.plan.cut import adapter_name
@@ -20,7 +20,7 @@ def is_setup(folder: Path) -> bool:
 
 def read_setup(folder: Path) -> list[str]:
     """The names of the adapters that are fused. PSG504 for any other setup."""
-    setup = read_json(folder / SETUP)
+    setup = read_config(folder, SETUP)
     fuse = setup.get("adapter_setup")
     children = fuse.get("children") if isinstance(fuse, dict) else None
     names = [_single(child) for child in children] if isinstance(children, list) else []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapter_files import nearby, read_json, read_safetensors
+from peftsurgery.formats.adapter_files import nearby, read_config, read_safetensors
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"
@@ -25,9 +25,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
 
     PSG503 if the base that it names is none: whoever folds an adapter opens that first.
     """
-    if not (folder / CONFIG).is_file():
-        raise SurgeryError("PSG501", f"'{folder}' has no {CONFIG}", nearby(folder, CONFIG))
-    config = read_json(folder / CONFIG)
+    config = read_config(folder, CONFIG)
     base = config.get(BASE)
     if base is not None and not isinstance(base, str):
         message = f"the adapter's {BASE} is {base!r:.60}, which names no model"
