@@ -11,6 +11,7 @@ from peftsurgery.anatomy.site import Site
 from peftsurgery.reach import reach
 
 WEIGHTED = ("linear", "embedding", "experts", "conv")
+"""The kinds of site that have a weight of their own for a method to change."""
 MET = {**dict.fromkeys((*WEIGHTED, "norm", "residual"), ("y",)), "attention": ("scores", "o")}
 """What a value meets a site of each kind at: one of these nodes."""
 

@@ -70,7 +70,6 @@ class Meaning:
     turned: bool = False
 
 
-NO_TRAIT = Trait(0)
 _COPY, _PRODUCT = Trait.LAYOUT, Trait.PRODUCT | Trait.OPAQUE
 
 _ROWS: Mapping[str, Meaning] = {
@@ -140,7 +139,7 @@ def meaning(node: fx.Node) -> Meaning:
     return TABLE.get(op(node), _NONE)
 
 
-_NONE = Meaning(NO_TRAIT)
+_NONE = Meaning(Trait(0))
 
 
 def has(node: fx.Node, some: Trait) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from peftsurgery.anatomy import Placed, survey
+from peftsurgery.anatomy.feeds import WEIGHTED
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import AdapterPlan
@@ -31,9 +32,6 @@ from peftsurgery.language.selection import select
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where
 from peftsurgery.surgery.plan.cut import Cut, Operation
-
-# The kinds of site that have a weight of their own for a method to change.
-WEIGHTED = ("linear", "embedding", "conv", "experts")
 
 
 @dataclass(frozen=True)

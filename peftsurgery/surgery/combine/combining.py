@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +34,7 @@ from peftsurgery.surgery.model.adapters import check_left_out, check_name
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, Operation, adapter_name, copy_name
 
-SUMS: Mapping[str, type[Joined]] = MappingProxyType({"linear": Summed, "cat": Joined})
+SUMS: Mapping[str, type[Joined]] = {"linear": Summed, "cat": Joined}
 
 
 def combine(

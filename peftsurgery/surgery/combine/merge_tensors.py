@@ -16,7 +16,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -59,15 +58,13 @@ class Merge:
         return tensor * mask.view(tensor.shape)
 
 
-MERGES: Mapping[str, Merge] = MappingProxyType(
-    {
-        "peft_linear": Merge(),
-        "magnitude_prune": Merge("largest"),
-        "ties": Merge("largest", elect=True),
-        "dare_linear": Merge("random"),
-        "dare_ties": Merge("random", elect=True),
-    }
-)
+MERGES: Mapping[str, Merge] = {
+    "peft_linear": Merge(),
+    "magnitude_prune": Merge("largest"),
+    "ties": Merge("largest", elect=True),
+    "dare_linear": Merge("random"),
+    "dare_ties": Merge("random", elect=True),
+}
 
 
 def merge_named(how: str, density: float | None, majority: Majority) -> Merge:
