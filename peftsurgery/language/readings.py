@@ -143,14 +143,14 @@ def initial_values(
                 param.init, shape, environment, dtype=dtype, device=device, generator=generator
             )
         for other, environment in names.items():
-            environment.bind(name, _in_dtype(values[name], other))
+            environment.bind(name, in_dtype(values[name], other))
     return values
 
 
 def _initial_names(param: Param, rule: Rule, env: Mapping[str, Any]) -> Environment:
     """What initial values of a parameter's dtype read; it computes in that dtype."""
     dtype = _dtype(param)
-    return with_lets(mapped(env, lambda value: _in_dtype(value, dtype)), rule.let)
+    return with_lets(mapped(env, lambda value: in_dtype(value, dtype)), rule.let)
 
 
 def _dtype(param: Param) -> torch.dtype:
@@ -177,6 +177,6 @@ def names_in(
     return frozenset(reach(start, lambda name: names_read(made[name], env) if name in made else ()))
 
 
-def _in_dtype(value: Any, dtype: torch.dtype) -> Any:
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """A tensor of floating-point numbers in ``dtype``; anything else as it is."""
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

@@ -16,6 +16,7 @@ from torch import fx
 
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.capture.schemas import op
+from peftsurgery.language.readings import in_dtype
 from peftsurgery.surgery.fourbit.pack import PackedWeight, Recipe, unpack
 
 
@@ -74,12 +75,7 @@ def _multiply(
     given[position] = unpacked(given[position], recipe, compute or dtype)
     if compute is None:
         return product(*given)
-    return product(*(_cast(value, compute) for value in given)).to(dtype)
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
-    return value.to(dtype) if is_float else value
+    return product(*(in_dtype(value, compute) for value in given)).to(dtype)
 
 
 class _Multiplied(torch.autograd.Function):
