@@ -87,7 +87,8 @@ class Adapters:
         if names is None:
             return list(self.names)
         chosen = [names] if isinstance(names, str) else list(names)
-        self.known(chosen)
+        for name in chosen:  # it may be anything, and not to be put in a set
+            check_name(name, self.names)
         if not chosen:
             hint = "names=None saves them all"
             raise SurgeryError("PSG310", "no adapter is named to be saved", hint)
