@@ -16,6 +16,8 @@ from peftsurgery.version import __version__ as __version__
 if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel as GraphModel
     from peftsurgery.capture import capture as capture
+    from peftsurgery.checkpoint.certificate import verify as verify
+    from peftsurgery.checkpoint.unfolding import unfold_checkpoint as unfold_checkpoint
     from peftsurgery.diff.comparison import diff as diff
     from peftsurgery.errors import SurgeryError as SurgeryError
     from peftsurgery.formats.adapterhub.directory import from_adapterhub as from_adapterhub
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from peftsurgery.formats.peft.directory import from_peft as from_peft
     from peftsurgery.formats.peft.directory import to_peft as to_peft
     from peftsurgery.formats.pretrained import fold_to_directory as fold_to_directory
+    from peftsurgery.formats.streamed_fold import fold_checkpoint as fold_checkpoint
     from peftsurgery.language.checking import check_rules as check_rules
     from peftsurgery.language.loading import load_rules as load_rules
     from peftsurgery.language.loading import parse_rules as parse_rules
@@ -62,6 +65,7 @@ _HOME = {
     "export_onnx": "formats.onnx",
     "flatten": "surgery.fold.flattening",
     "fold": "surgery.fold.folding",
+    "fold_checkpoint": "formats.streamed_fold",
     "fold_error": "surgery.fold.folding",
     "fold_to_directory": "formats.pretrained",
     "from_adapterhub": "formats.adapterhub.directory",
@@ -75,6 +79,8 @@ _HOME = {
     "sites": "surgery.asking",
     "to_adapterhub": "formats.adapterhub.directory",
     "to_peft": "formats.peft.directory",
+    "unfold_checkpoint": "checkpoint.unfolding",
+    "verify": "checkpoint.certificate",
     "why": "surgery.asking",
 }
 

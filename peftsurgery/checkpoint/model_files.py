@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,11 @@ from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, read_header
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 
+# What weights are kept in; a second copy in another format would be that of another model.
+WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"),
+    *(".gguf", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel", ".ot"),
+)
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -59,3 +66,31 @@ def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
             message = f"{folder / INDEX} has '{name}' in {where.get(name)}, and it is in"
             raise SurgeryError(code, f"{message} {held.get(name, 'none of the shards')}")
     return ModelFiles(folder, files, index)
+
+
+def other_files(folder: Path) -> dict[str, Path]:
+    """The files of a model's directory that hold no weights of it, by their paths beneath it.
+
+    Links to files are followed, as in the hub's cache; hidden files are left out. The parts of a
+    pipeline that modules.json lists come whole, with weights of their own.
+    """
+    parts, found = _pipeline_parts(folder), {}
+    for around, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for path in (Path(around, name) for name in sorted(names) if not name.startswith(".")):
+            name = path.relative_to(folder)
+            is_weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
+            if path.is_file() and (not is_weights or name.parts[0] in parts):
+                found[str(name)] = path
+    return found
+
+
+def _pipeline_parts(folder: Path) -> set[str]:
+    """The directories that sentence-transformers' modules.json names."""
+    try:
+        listed = json.loads((folder / "modules.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return set()
+    listed = listed if isinstance(listed, list) else []
+    paths = (entry.get("path") for entry in listed if isinstance(entry, dict))
+    return {Path(path).parts[0] for path in paths if isinstance(path, str) and path}

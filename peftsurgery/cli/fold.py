@@ -16,6 +16,7 @@ from peftsurgery.cli.kit import (
     other_base_option,
     output_option,
     print_json,
+    print_result,
 )
 from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import check_free, fresh
@@ -45,6 +46,22 @@ from peftsurgery.outputs import check_free, fresh
     "--requantise", is_flag=True, help="Write what the surgery keeps in four bits in four bits."
 )
 @click.option("--verify", is_flag=True, help="Reload the result and compare its outputs.")
+@click.option(
+    "--stream",
+    is_flag=True,
+    help="Fold the base's files a few rows at a time, without building the model.",
+)
+@click.option(
+    "--dtype",
+    metavar="DTYPE",
+    help="With --stream: write float32, bfloat16 or float16 instead of the base's dtype.",
+)
+@click.option("--resume", is_flag=True, help="With --stream: go on with a run that was broken off.")
+@click.option(
+    "--reversible",
+    is_flag=True,
+    help="With --stream: also write what `unfold` restores the base from, without the base.",
+)
 @other_base_option
 @force_option
 @json_option
@@ -57,6 +74,10 @@ def fold(
     onnx: Path | None,
     requantise: bool,
     verify: bool,
+    stream: bool,
+    dtype: str | None,
+    resume: bool,
+    reversible: bool,
     allow_other_base: bool,
     force: bool,
     as_json: bool,
@@ -64,6 +85,13 @@ def fold(
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
     if out is None:
         raise click.UsageError("missing option --output OUT")
+    if stream:
+        if kind or name or onnx or requantise or verify or force:
+            raise click.UsageError("--stream goes only with --base, and with options that say so")
+        _stream(surgery, base, out, dtype, resume, reversible, allow_other_base, as_json)
+        return
+    if dtype or resume or reversible:
+        raise click.UsageError("--dtype, --resume and --reversible go with --stream")
     if onnx is not None and requantise:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
     inputs = [surgery, *([base] if base else [])]
@@ -92,6 +120,24 @@ def fold(
     else:
         click.echo(clean(str(result)))
         click.echo(f"folded model in {out}")
+
+
+def _stream(
+    surgery: str,
+    base: str | None,
+    out: Path,
+    dtype: str | None,
+    resume: bool,
+    reversible: bool,
+    allow_other_base: bool,
+    as_json: bool,
+) -> None:
+    """Fold on files."""
+    from peftsurgery.formats.streamed_fold import fold_checkpoint
+
+    with doing(f"folding {surgery}"):
+        report = fold_checkpoint(surgery, base, out, dtype, resume, reversible, allow_other_base)
+    print_result(report, as_json)
 
 
 def _inside(file: Path, out: Path) -> Path | None:

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import click
 
@@ -135,6 +135,21 @@ def _translate(run: Callable[[], Any], as_json: bool) -> int:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+class Result(Protocol):
+    """What a command found or wrote, in words and as data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+
+
+def print_result(result: Result, as_json: bool) -> None:
+    """Print a result on stdout, as one JSON document or in words."""
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        click.echo(clean(str(result)))
 
 
 def clean(text: str) -> str:

@@ -17,6 +17,8 @@ from peftsurgery.cli.fold import fold
 from peftsurgery.cli.inspect import inspect
 from peftsurgery.cli.kit import Root
 from peftsurgery.cli.rules import rules
+from peftsurgery.cli.unfold import unfold
+from peftsurgery.cli.verify import verify
 from peftsurgery.cli.why import why
 from peftsurgery.version import __version__
 
@@ -34,7 +36,7 @@ def root() -> None:
     """Operate on models as graphs: rules say where to cut, what to sew in and how it folds back."""
 
 
-for command in (apply, fold, export, diff, inspect, why, rules, explain, doctor):
+for command in (apply, fold, unfold, verify, export, diff, inspect, why, rules, explain, doctor):
     root.add_command(command)
 
 

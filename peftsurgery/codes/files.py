@@ -41,4 +41,9 @@ CODES = {
         "there is nothing to fold",
         "A saved surgery has a surgery.json, a peft adapter an adapter_config.json.",
     ),
+    "PSG610": CodeInfo(
+        "An unfinished output is in the way",
+        "OUT.part holds what an earlier run got done, or another process is writing it. `--resume` "
+        "goes on with it, if base, adapter and dtype are the same; else remove it.",
+    ),
 }

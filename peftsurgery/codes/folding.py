@@ -78,4 +78,26 @@ CODES = {
         "models "
         "whose arguments are tensors, given by name, with a batch that may vary.",
     ),
+    "PSG415": CodeInfo(
+        "The fold changes nothing",
+        "Every weight would be written as it was: the adapter is untrained, or its changes are too "
+        "small for the dtype of the weights. Train it, or write another dtype.",
+    ),
+    "PSG416": CodeInfo(
+        "The fold cannot be made on files",
+        "A weight is not in the base's files as the model has it, is tied to another, or kept in a "
+        "form that cannot be added to; or adapter and fold do not have the same tensors. "
+        "`fold_to_directory` builds the model and folds in memory.",
+    ),
+    "PSG417": CodeInfo(
+        "The output is not what was written",
+        "A tensor, a header or a file differs from what the certificate, peftsurgery.json, says of "
+        "it. Fold again, or fetch it again.",
+        exit_code=4,
+    ),
+    "PSG418": CodeInfo(
+        "There is nothing to unfold from",
+        "What a fold changed is restored from the base, or from the residuals that a fold writes "
+        "if it is told to be reversible. Neither is there.",
+    ),
 }

@@ -36,6 +36,14 @@ class Environment(Mapping[str, Any]):
         """Bind a name for values that are made from here on."""
         self._values[name] = value
 
+    def release(self) -> None:
+        """Let go of the values that were made; they are made again if they are read again.
+
+        What makes them refers to the environment, so that they would stay until cycles are
+        collected.
+        """
+        self._values.clear()
+
     def __contains__(self, name: object) -> bool:
         return name in self._values or name in self._known or name in self._made
 

@@ -183,8 +183,7 @@ def some_rows(
     rule: Rule, env: Mapping[str, Any], size: str, start: int, end: int
 ) -> Mapping[str, Any]:
     """Restrict ``env`` to rows ``start`` to ``end`` of the weights and of row-sized values."""
-    axes = {name: axis for name in rule.params for axis in _axes_named(rule, name, size)}
-    axes |= dict.fromkeys(rule.kind.weights, 0)
+    axes = {**sized_axes(rule, size), **dict.fromkeys(rule.kind.weights, 0)}
 
     def cut(name: str) -> Any:
         value = env[name]
@@ -194,5 +193,11 @@ def some_rows(
     return Environment({}, dict.fromkeys(env, cut))
 
 
-def _axes_named(rule: Rule, name: str, size: str) -> list[int]:
-    return [axis for axis, each in enumerate(rule.params[name].shape) if each.text == size]
+def sized_axes(rule: Rule, size: str) -> dict[str, int]:
+    """The axis that has this size, of each parameter that has one."""
+    return {
+        name: axis
+        for name, param in rule.params.items()
+        for axis, each in enumerate(param.shape)
+        if each.text == size
+    }

@@ -51,12 +51,7 @@ def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[Fold
     """
     if not isinstance(model, OperatedModel):
         return
-    if model._adapters.mode.by_row:
-        raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
-    check_readers(model._active_cuts, model._plan.sites)
-    cuts = [cut for cut in in_order(model._active_cuts) if cut.rule.rewrite]
-    for cut in cuts:
-        _check_foldable(cut)
+    cuts = fold_cuts(model)
     given, sizes = {*model.trained, *model.stored}, dict[Any, str | None]()
     for names, mine in _by_weight(cuts, given):
         exact = {name: model.dense(name) for name in names}
@@ -71,6 +66,20 @@ def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[Fold
                 stored = model.stored.get(name) if requantise else None
                 value, gap = _rounded(name, exact.pop(name), dtypes[name], stored)
                 yield FoldedWeight((name, *model._unread(name)), value, gap)
+
+
+def fold_cuts(model: OperatedModel) -> list[Cut]:
+    """Cuts of the active adapters that change weights, in the order in which they are folded.
+
+    PSG401 for one that cannot be folded, and where the rows of a batch have weights of their own.
+    """
+    if model._adapters.mode.by_row:
+        raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
+    check_readers(model._active_cuts, model._plan.sites)
+    cuts = [cut for cut in in_order(model._active_cuts) if cut.rule.rewrite]
+    for cut in cuts:
+        _check_foldable(cut)
+    return cuts
 
 
 def _by_weight(

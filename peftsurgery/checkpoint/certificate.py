@@ -1,0 +1,143 @@
+"""Certificates of folded checkpoints: ``peftsurgery.json``, by which an output can be checked.
+
+It has the hash of every tensor that was written and of every other file, and of each tensor that
+was changed the hash of the base's, how far it was moved, and how far it was rounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsurgery.checkpoint.arrays import read_bytes
+from peftsurgery.checkpoint.model_files import read_model_files
+from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, read_header
+from peftsurgery.errors import SurgeryError
+from peftsurgery.files import read_object
+
+CERTIFICATE = "peftsurgery.json"
+CHUNK = 2**20
+
+
+def certificate(
+    record: Mapping[str, Any], folder: Path, weights: Iterable[str], tensors: Mapping[str, Any]
+) -> bytes:
+    """Certificate of a directory: what was folded, and what is in it.
+
+    ``weights`` are the names of its safetensors files, ``tensors`` what is said of each tensor.
+    """
+    kept = {*weights, CERTIFICATE}
+    files = {name: _hash(folder / name) for name in _names(folder) if name not in kept}
+    headers = {name: _hash_header(read_header(folder / name)) for name in sorted(weights)}
+    said = {**record, "tensors": tensors, "headers": headers, "files": files}
+    return (json.dumps(said, indent=1, default=str) + "\n").encode()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked in a directory against its certificate."""
+
+    folder: Path
+    tensors: int
+    files: int
+    changed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as ``--json`` prints it."""
+        counts = {"tensors": self.tensors, "files": self.files, "changed": self.changed}
+        return {"out": str(self.folder), **counts}
+
+    def __str__(self) -> str:
+        what = f"{self.tensors} tensors ({self.changed} of them folded) and {self.files} files"
+        return f"'{self.folder}' is what its certificate says: {what}"
+
+
+def verify(out: str | Path) -> Verified:
+    """Check a folded directory against its own certificate: every tensor, header and file.
+
+    Raises SurgeryError: PSG417 for anything that is not as it was written, PSG609 for a certificate
+    that is none, PSG207 for weights that cannot be read.
+    """
+    folder = Path(out)
+    said = read_certificate(folder)
+    wrong = next(_differences(folder, said), None)
+    if wrong is not None:
+        raise SurgeryError("PSG417", f"{wrong} in '{folder}' is not what was written")
+    changed = sum("base" in entry for entry in said["tensors"].values())
+    return Verified(folder, len(said["tensors"]), len(said["files"]), changed)
+
+
+def read_certificate(folder: Path) -> dict[str, Any]:
+    """The certificate in a directory. PSG609 if there is none, or one of an earlier kind."""
+    said = read_object(folder / CERTIFICATE, "PSG609")
+    tensors, headers, files = (said.get(name) for name in ("tensors", "headers", "files"))
+    if not (isinstance(tensors, dict) and isinstance(headers, dict) and isinstance(files, dict)):
+        message = f"{folder / CERTIFICATE} has no hashes of what was written"
+        raise SurgeryError("PSG609", message, "fold again with fold_checkpoint")
+    are_entries = all(isinstance(entry, dict) for entry in tensors.values())
+    hashes = [entry.get("sha256") for entry in tensors.values()] if are_entries else [None]
+    if not all(isinstance(each, str) for each in (*hashes, *headers.values(), *files.values())):
+        raise SurgeryError("PSG609", f"{folder / CERTIFICATE} holds hashes that are none")
+    return said
+
+
+def is_as_said(path: Path, said: Mapping[str, Any]) -> bool:
+    """Whether a safetensors file holds just these tensors with these hashes."""
+    try:
+        file = read_header(path)
+    except SurgeryError:
+        return False
+    return file.tensors.keys() == said.keys() and all(
+        hash_of(file, tensor) == said[name]["sha256"] for name, tensor in file.tensors.items()
+    )
+
+
+def hash_of(file: TensorFile, tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    digest = hashlib.sha256()
+    for start in range(0, tensor.size, CHUNK):
+        digest.update(read_bytes(file, tensor, start, min(CHUNK, tensor.size - start)))
+    return digest.hexdigest()
+
+
+def _differences(folder: Path, said: Mapping[str, Any]) -> Iterator[str]:
+    """What is not as the certificate says."""
+    files = read_model_files(folder)
+    headers = {file.path.name: _hash_header(file) for file in files.files}
+    names = {name for name in _names(folder) if name not in headers and name != CERTIFICATE}
+    for name in sorted(headers.keys() | said["headers"].keys()):
+        if headers.get(name) != said["headers"].get(name):
+            yield f"the header of '{name}'"
+    for name in sorted(names | said["files"].keys()):
+        if name not in names or _hash(folder / name) != said["files"].get(name):
+            yield f"'{name}'"
+    held = files.tensors
+    for name in sorted(held.keys() | said["tensors"].keys()):
+        if (
+            name not in held
+            or name not in said["tensors"]
+            or hash_of(*held[name]) != said["tensors"][name]["sha256"]
+        ):
+            yield f"the tensor '{name}'"
+
+
+def _names(folder: Path) -> list[str]:
+    """The files beneath a directory, hidden ones left out."""
+    found = (Path(around, name) for around, _, names in os.walk(folder) for name in names)
+    paths = (path.relative_to(folder) for path in found)
+    return sorted(str(path) for path in paths if not any(p.startswith(".") for p in path.parts))
+
+
+def _hash_header(file: TensorFile) -> str:
+    with file.path.open("rb") as stream:
+        return hashlib.sha256(stream.read(file.offset)).hexdigest()
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

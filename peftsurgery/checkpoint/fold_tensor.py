@@ -1,0 +1,183 @@
+"""The new value of one tensor: computed in fp32 a few rows at a time, rounded once, measured.
+
+What is measured is what a certificate says of it: how far it was moved, how far the rounding went,
+and what of the base's numbers was not finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, ulp, wide_dtype
+from peftsurgery.checkpoint.numpy_operators import NUMPY
+from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile
+from peftsurgery.errors import SurgeryError
+from peftsurgery.language.environment import Environment, with_lets
+from peftsurgery.language.evaluation import PLAIN, evaluate
+
+BLOCK = 2**18  # elements that are computed at once, where a rule folds each row by itself
+
+Found = Mapping[str, tuple[TensorFile, Tensor]]
+
+
+@dataclass
+class Change:
+    """How a tensor was changed: sums over its blocks.
+
+    ``largest`` is the largest change of an element in units of its last place (ulp), in the dtype
+    that is written; ``rounding`` is the largest rounding error, absolute.
+    """
+
+    elements: int = 0
+    largest: float = 0.0
+    rounding: float = 0.0
+    moved: int = 0
+    _change: float = field(default=0.0, repr=False)
+    _base: float = field(default=0.0, repr=False)
+
+    def add(self, before: Array, exact: Array, rounded: Array, dtype: str) -> None:
+        """Add a block: what was there, the sum in full precision, and what is written."""
+        gap = exact - before
+        self.elements += exact.size
+        self.moved += int(np.count_nonzero(rounded != before))
+        self._change += float(np.vdot(gap, gap))
+        self._base += float(np.vdot(before, before))
+        if exact.size:
+            place = ulp(np.maximum(np.abs(before), np.abs(exact)), dtype)
+            self.largest = max(self.largest, float(np.max(np.abs(gap) / place)))
+            self.rounding = max(self.rounding, float(np.max(np.abs(rounded - exact))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The measures, ``relative`` in parts of the base tensor's norm (None where that is 0)."""
+        relative = (self._change / self._base) ** 0.5 if self._base else None
+        return {
+            "elements": self.elements,
+            "moved": self.moved,
+            "relative": relative,
+            "largest_ulp": self.largest,
+            "rounding": self.rounding,
+        }
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Fold of one checkpoint: its plan, and where the tensors of base and adapter are."""
+
+    plan: FoldPlan
+    base: Found
+    adapter: Found
+
+    def blocks(self, name: str, dtype: str, change: Change) -> Iterator[bytes]:
+        """Yield a changed tensor's bytes in ``dtype``, in order; ``change`` is filled on the way.
+
+        Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
+        """
+        for before, exact in self._exact(name):
+            if not np.isfinite(exact).all():
+                raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity once it is folded")
+            with np.errstate(over="ignore"):
+                stored = exact.astype(FLOATS[dtype])
+            rounded = stored.astype(exact.dtype)
+            if not np.isfinite(rounded).all():
+                raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
+            change.add(before, exact, rounded, dtype)
+            yield np.ascontiguousarray(stored).tobytes()
+
+    def _exact(self, name: str) -> Iterator[tuple[Array, Array]]:
+        """A tensor before and after, block by block, in the dtype in which changes are added."""
+        _, tensor = self.base[name]
+        wide = wide_dtype(tensor.dtype)
+        if name in self.plan.replaced:
+            yield self._read(name, wide), self._adapters(self.plan.replaced[name], wide)
+            return
+        sites = self.plan.together(name)
+        others = sorted({name, *(other for site in sites for other in site.weights.values())})
+        for rows in _row_blocks([self.base[other][1] for other in others], sites):
+            before = {other: self._read(other, wide, rows) for other in others}
+            now = dict(before)
+            for site in sites:
+                self._fold(site, now, rows, wide)
+            yield before[name], now[name]
+
+    def _fold(
+        self, site: SiteFold, now: dict[str, Array], rows: slice | None, wide: np.dtype[Any]
+    ) -> None:
+        """Change the rows of a site's weights that are in ``now``."""
+
+        def weight(short: str) -> Array | float:
+            if short not in site.weights:
+                return 0.0
+            value = now[site.weights[short]]
+            value = np.swapaxes(value, -1, -2) if short in site.turned else value
+            return value if site.slice is None else _take(value, site.slice)
+
+        def parameter(short: str) -> Array:
+            value, axis = self._adapters(site.parameters[short], wide), None
+            if rows is not None and site.rows is not None:
+                axis = site.rows.get(short)
+            return value if axis is None else value[(slice(None),) * axis + (rows,)]
+
+        made: dict[str, Callable[[str], Any]] = dict.fromkeys((*site.weights, *site.absent), weight)
+        made |= dict.fromkeys(site.parameters, parameter)
+        bound = Environment(site.numbers, made)
+        names = with_lets(bound, site.let, PLAIN, NUMPY)
+        results = {k: evaluate(e, names, NUMPY) for k, e in site.fold.items()}
+        for environment in (bound, names):
+            environment.release()
+        for short, value in results.items():
+            if short not in site.weights:
+                if np.any(value):
+                    message = f"{site.adapter} folds into a bias, and {site.module} has none"
+                    hint = "add a bias to the model, or keep the adapter"
+                    raise SurgeryError("PSG405", message, hint)
+                continue
+            whole = now[site.weights[short]]
+            turned = short in site.turned
+            if site.slice is not None:
+                value = _put(np.swapaxes(whole, -1, -2) if turned else whole, site.slice, value)
+            now[site.weights[short]] = np.swapaxes(value, -1, -2) if turned else value
+
+    def _read(self, name: str, wide: np.dtype[Any], rows: slice | None = None) -> Array:
+        file, tensor = self.base[name]
+        found = read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
+        if not np.isfinite(found).all():
+            raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
+        return found.astype(wide)
+
+    def _adapters(self, name: str, wide: np.dtype[Any]) -> Array:
+        return read_rows(*self.adapter[name]).astype(wide)
+
+
+def _row_blocks(tensors: Sequence[Tensor], sites: Iterable[SiteFold]) -> Iterator[slice | None]:
+    """Blocks of rows in which tensors can be folded by themselves; None for all of them at once."""
+    largest = max(tensor.count for tensor in tensors)
+    lengths = {tensor.shape[:1] for tensor in tensors}
+    by_rows = all(s.rows is not None and s.slice is None and not s.turned for s in sites)
+    if not by_rows or len(lengths) != 1 or largest <= BLOCK:
+        yield None
+        return
+    (rows,) = lengths.pop()
+    step = max(1, BLOCK * rows // largest)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _take(value: Array, part: tuple[int, int, int, int]) -> Array:
+    """The rows of a fused weight that are one projection's."""
+    start, length, period, groups = part
+    split = value.reshape(groups, period, *value.shape[1:])[:, start : start + length]
+    return split.reshape(groups * length, *value.shape[1:])
+
+
+def _put(whole: Array, part: tuple[int, int, int, int], value: Array) -> Array:
+    """A fused weight with the rows of one projection replaced."""
+    start, length, period, groups = part
+    result = np.array(whole)
+    split = result.reshape(groups, period, *whole.shape[1:])
+    split[:, start : start + length] = value.reshape(groups, length, *whole.shape[1:])
+    return result

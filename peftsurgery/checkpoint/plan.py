@@ -1,0 +1,88 @@
+"""Plans of folds: what to do with which tensor of a checkpoint, as plain data.
+
+A plan is made where the model's graph is known, and carried out where only files are: it says of
+each site which tensors of the base are its weights and which of the adapter its parameters, how the
+weights lie in memory, and the rule's own text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from peftsurgery.language.expression import Expression
+
+
+@dataclass(frozen=True)
+class SiteFold:
+    """The fold of one rule at one site.
+
+    ``weights`` and ``parameters`` are names of tensors in the base and in the adapter, by the
+    rule's names for them; ``absent`` are weights that the site has none of. ``turned`` weights are
+    stored as (in, out). ``slice`` is (start, length, period, groups): which rows of a fused weight
+    are the site's. ``rows`` has the axes of parameters that go with the rows of the weights, if
+    the rule folds each row by itself; None if it does not.
+    """
+
+    adapter: str
+    module: str
+    weights: Mapping[str, str]
+    parameters: Mapping[str, str]
+    numbers: Mapping[str, Any]
+    fold: Mapping[str, Expression]
+    let: Mapping[str, Expression]
+    absent: tuple[str, ...] = ()
+    turned: frozenset[str] = frozenset()
+    slice: tuple[int, int, int, int] | None = None
+    rows: Mapping[str, int] | None = None
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the base's tensors that this changes."""
+        return [self.weights[name] for name in self.fold if name in self.weights]
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """All that a fold does to a checkpoint.
+
+    ``sites`` are in the order in which they are folded; ``replaced`` tensors become the adapter's
+    of the given name. ``record`` says what is folded into what. ``files`` are written instead of
+    the base's of their names, and those in ``without`` are left behind.
+    """
+
+    sites: tuple[SiteFold, ...]
+    replaced: Mapping[str, str] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    without: frozenset[str] = frozenset()
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the tensors that are written otherwise than the base has them."""
+        return {*self.replaced, *(name for site in self.sites for name in site.changed)}
+
+    @property
+    def consumed(self) -> set[str]:
+        """Names of the adapter's tensors that the fold reads."""
+        return {*self.replaced.values(), *(n for s in self.sites for n in s.parameters.values())}
+
+    def together(self, name: str) -> list[SiteFold]:
+        """The folds that a tensor's new value takes: its own, and those of weights beside it."""
+        names, count = {name}, 0
+        while count != len(names):
+            count = len(names)
+            mine = [site for site in self.sites if not names.isdisjoint(site.weights.values())]
+            names |= {weight for site in mine for weight in site.weights.values()}
+        return mine
+
+
+def without_repeats(sites: Iterable[SiteFold]) -> Iterator[SiteFold]:
+    """Leave out a fold that is there already: of a layer that is called twice."""
+    seen = set[Any]()
+    for site in sites:
+        key = (site.adapter, *site.weights.items(), site.slice, *site.parameters.items())
+        if key not in seen:
+            seen.add(key)
+            yield site

@@ -1,0 +1,232 @@
+"""The streamed fold: a checkpoint in, a folded one out, with the memory of a few rows.
+
+Every file of the base is written again, in the same order and under the same name: tensors that the
+plan changes with their new values, all others byte for byte. Every tensor is hashed on the way, so
+that the certificate says what was read and what was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
+from peftsurgery.checkpoint.certificate import CERTIFICATE, certificate, is_as_said
+from peftsurgery.checkpoint.fold_tensor import Change, Folding
+from peftsurgery.checkpoint.model_files import (
+    INDEX,
+    ModelFiles,
+    other_files,
+    read_model_files,
+)
+from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
+from peftsurgery.checkpoint.plan import FoldPlan
+from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
+from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
+from peftsurgery.errors import SurgeryError
+
+CHUNK = 2**20  # bytes that are copied at once
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What a streamed fold wrote: the certificate's account, and how much it read and wrote."""
+
+    out: Path
+    changed: Mapping[str, Any]
+    tensors: int
+    written: int
+    resumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return {
+            "out": str(self.out),
+            "tensors": self.tensors,
+            "changed": dict(self.changed),
+            "written": self.written,
+            "resumed": list(self.resumed),
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"changed {len(self.changed)} of {self.tensors} tensors, in '{self.out}'"]
+        if self.changed:
+            name = max(self.changed, key=lambda each: self.changed[each]["relative"] or 0.0)
+            most = self.changed[name]
+            lines.append(f"  most, by {most['relative'] or 0.0:.2%} of its norm: {name}")
+            worst = max(each["rounding"] for each in self.changed.values())
+            lines.append(f"  largest rounding error: {worst:.1e}")
+        if self.resumed:
+            lines.append(f"  taken over from the run before: {', '.join(self.resumed)}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A fold under way: what is read, the dtype that changed tensors get, who hears of progress."""
+
+    folding: Folding
+    dtype: str | None = None
+    progress: Callable[[int], None] = field(default=lambda size: None, repr=False)
+
+    def dtype_of(self, tensor: Tensor) -> str:
+        """The dtype in which a tensor is written."""
+        return self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
+
+    def write_file(self, into: PartFolder, file: TensorFile) -> None:
+        """Write one file of the base again, its tensors in the same order."""
+        held = sorted(file.tensors.values(), key=lambda tensor: tensor.start)
+        tensors = laid_out((each.name, self.dtype_of(each), each.shape) for each in held)
+        said: dict[str, Any] = {}
+
+        def blocks() -> Iterator[bytes]:
+            yield header_of(tensors, file.metadata)
+            for tensor in tensors:
+                digest, read, change = hashlib.sha256(), hashlib.sha256(), Change()
+                for block in self._blocks(tensor, change, read):
+                    digest.update(block)
+                    self.progress(len(block))
+                    yield block
+                said[tensor.name] = _account(digest, read, change)
+
+        into.write(file.path.name, blocks(), said)
+
+    def _blocks(self, tensor: Tensor, change: Change, read: Any) -> Iterator[bytes]:
+        """The bytes of a tensor of the result; ``read`` hashes those of the base's."""
+        file, source = self.folding.base[tensor.name]
+        is_kept = tensor.name not in self.folding.plan.changed and tensor.dtype == source.dtype
+        for start in range(0, source.size, CHUNK):
+            block = read_bytes(file, source, start, min(CHUNK, source.size - start))
+            read.update(block)
+            if is_kept:
+                yield bytes(block)
+        if not is_kept:
+            yield from self.folding.blocks(tensor.name, tensor.dtype, change)
+
+
+def fold_files(
+    plan: FoldPlan,
+    base: Path,
+    adapter: TensorFile,
+    out: Path,
+    dtype: str | None = None,
+    resume: bool = False,
+    reversible: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> FoldReport:
+    """Carry out a plan on the files of ``base``, with the tensors of ``adapter``; write ``out``.
+
+    ``dtype`` (as safetensors calls it) is given to all tensors of floating-point numbers; with
+    ``reversible``, residuals are written beside the weights (:mod:`.residual`). Raises
+    SurgeryError: PSG402 and PSG403 for values that cannot be written, PSG415 if nothing would
+    change, PSG416 for tensors that plan and files do not both have, PSG603 and PSG610 for places.
+    """
+    files = read_model_files(base)
+    _check(plan, files, adapter)
+    folding = Folding(plan, files.tensors, {n: (adapter, t) for n, t in adapter.tensors.items()})
+    streamed = Streamed(folding, dtype, progress or (lambda size: None))
+    wanted = {file.path.name: file for file in files.files}
+    with part_folder(out, _identity(plan, files, adapter, (dtype, reversible)), resume) as into:
+        trusted = tuple(name for name in wanted if _is_whole(into, name))
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            runs = [
+                pool.submit(streamed.write_file, into, file)
+                for name, file in wanted.items()
+                if name not in trusted
+            ]
+            for each in runs:
+                each.result()
+        tensors = {tensor: entry for name in wanted for tensor, entry in into.done[name].items()}
+        changed = {name: e["change"] for name, e in tensors.items() if "change" in e}
+        if not any(change["moved"] for change in changed.values()):
+            message = "the fold changes no element of any weight"
+            hint = "the adapter is untrained, or too small for the dtype that is written"
+            raise SurgeryError("PSG415", message, hint)
+        added = _write_residuals(into, wanted.values(), tensors) if reversible else []
+        folded = [read_header(into.path / name) for name in wanted]
+        written = sum(tensor.size for file in folded for tensor in file.tensors.values())
+        for name, content in _small_files(plan, files, written).items():
+            into.write(name, [content])
+        record = {**plan.record, "added": [*added, *plan.files]}
+        into.write(CERTIFICATE, [certificate(record, into.path, wanted, tensors)])
+    return FoldReport(out, changed, len(tensors), written, trusted)
+
+
+def _write_residuals(
+    into: PartFolder, files: Iterable[TensorFile], tensors: Mapping[str, dict[str, Any]]
+) -> list[str]:
+    """Write residuals beside each file with changed tensors, whose entries say where they are."""
+    names = []
+    for file in files:
+        held = sorted(file.tensors.values(), key=lambda tensor: tensor.start)
+        changed = [tensor for tensor in held if "base" in tensors[tensor.name]]
+        name = f"{file.path.name}{RESIDUAL}"
+        if changed:
+            said: dict[str, int] = {}
+            now = read_header(into.path / file.path.name)
+            into.write(name, residual_of(file, now, [each.name for each in changed], said), said)
+        if changed:
+            names.append(name)
+            for tensor, start in into.done[name].items():
+                tensors[tensor]["residual"] = [name, start]
+    return names
+
+
+def _check(plan: FoldPlan, files: ModelFiles, adapter: TensorFile) -> None:
+    """Refuse a plan whose tensors are not there, and an adapter that it leaves out. PSG416."""
+    needed = {name for site in plan.sites for name in site.weights.values()} | plan.replaced.keys()
+    for name in sorted(needed):
+        if name not in files.tensors:
+            raise SurgeryError("PSG416", f"'{name}' is in no file of '{files.folder}'")
+        dtype = files.tensors[name][1].dtype
+        if dtype not in FLOATS:
+            raise SurgeryError("PSG416", f"'{name}' is kept in {dtype}, which cannot be added to")
+    for name in sorted(plan.consumed ^ adapter.tensors.keys()):
+        where = "the fold does not use" if name in adapter.tensors else "the adapter does not hold"
+        raise SurgeryError("PSG416", f"{where} '{name}'")
+
+
+def _small_files(plan: FoldPlan, files: ModelFiles, size: int) -> dict[str, bytes]:
+    """The other files: those of the base, those of the plan, and the index.
+
+    An index says how many bytes all tensors have; where they are as many as before, it is kept.
+    """
+    kept = other_files(files.folder).items()
+    contents = {name: path.read_bytes() for name, path in kept if name not in plan.without}
+    if files.index is not None:
+        contents[INDEX] = (files.folder / INDEX).read_bytes()
+        if size != sum(tensor.size for _, tensor in files.tensors.values()):
+            metadata = {**dict(files.index.get("metadata") or {}), "total_size": size}
+            index = {**files.index, "metadata": metadata}
+            contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+    return {**contents, **plan.files}
+
+
+def _account(digest: Any, read: Any, change: Change) -> dict[str, Any]:
+    """What the certificate says of a tensor; of one that is the base's, its hash alone."""
+    if digest.digest() == read.digest():
+        return {"sha256": digest.hexdigest()}
+    said = {"sha256": digest.hexdigest(), "base": read.hexdigest()}
+    return {**said, "change": change.to_dict()} if change.elements else said
+
+
+def _identity(plan: FoldPlan, files: ModelFiles, adapter: TensorFile, options: Any) -> str:
+    """Hash of all that decides what is written: what a run may be resumed by."""
+    headers = [header_of(file.tensors.values(), file.metadata) for file in files.files]
+    told = repr((str(files.folder.resolve()), plan.sites, plan.replaced, options))
+    parts = [told.encode(), adapter.path.read_bytes(), *headers]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _is_whole(into: PartFolder, name: str) -> bool:
+    """Whether a file was written by an earlier run and is still what its journal says."""
+    said = into.done.get(name)
+    return said is not None and is_as_said(into.path / name, said)
