@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import read_bytes
 from peftsurgery.checkpoint.model_files import read_model_files
 from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, read_header
@@ -57,6 +58,7 @@ class Verified:
         return f"'{self.folder}' is what its certificate says: {what}"
 
 
+@checked
 def verify(out: str | Path) -> Verified:
     """Check a folded directory against its own certificate: every tensor, header and file.
 

@@ -26,7 +26,7 @@ Found = Mapping[str, tuple[TensorFile, Tensor]]
 
 
 @dataclass
-class Change:
+class FoldMeasure:
     """How a tensor was changed: sums over its blocks.
 
     ``largest`` is the largest change of an element in units of its last place (ulp), in the dtype
@@ -72,7 +72,7 @@ class Folding:
     base: Found
     adapter: Found
 
-    def blocks(self, name: str, dtype: str, change: Change) -> Iterator[bytes]:
+    def blocks(self, name: str, dtype: str, change: FoldMeasure) -> Iterator[bytes]:
         """Yield a changed tensor's bytes in ``dtype``, in order; ``change`` is filled on the way.
 
         Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
@@ -107,7 +107,7 @@ class Folding:
     def _fold(
         self, site: SiteFold, now: dict[str, Array], rows: slice | None, wide: np.dtype[Any]
     ) -> None:
-        """Change the rows of a site's weights that are in ``now``."""
+        """FoldMeasure the rows of a site's weights that are in ``now``."""
 
         def weight(short: str) -> Array | float:
             if short not in site.weights:

@@ -18,7 +18,7 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
 from peftsurgery.checkpoint.certificate import CERTIFICATE, certificate, is_as_said
-from peftsurgery.checkpoint.fold_tensor import Change, Folding
+from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.model_files import (
     INDEX,
     ModelFiles,
@@ -90,7 +90,7 @@ class Streamed:
         def blocks() -> Iterator[bytes]:
             yield header_of(tensors, file.metadata)
             for tensor in tensors:
-                digest, read, change = hashlib.sha256(), hashlib.sha256(), Change()
+                digest, read, change = hashlib.sha256(), hashlib.sha256(), FoldMeasure()
                 for block in self._blocks(tensor, change, read):
                     digest.update(block)
                     self.progress(len(block))
@@ -99,7 +99,7 @@ class Streamed:
 
         into.write(file.path.name, blocks(), said)
 
-    def _blocks(self, tensor: Tensor, change: Change, read: Any) -> Iterator[bytes]:
+    def _blocks(self, tensor: Tensor, change: FoldMeasure, read: Any) -> Iterator[bytes]:
         """The bytes of a tensor of the result; ``read`` hashes those of the base's."""
         file, source = self.folding.base[tensor.name]
         is_kept = tensor.name not in self.folding.plan.changed and tensor.dtype == source.dtype
@@ -210,7 +210,7 @@ def _small_files(plan: FoldPlan, files: ModelFiles, size: int) -> dict[str, byte
     return {**contents, **plan.files}
 
 
-def _account(digest: Any, read: Any, change: Change) -> dict[str, Any]:
+def _account(digest: Any, read: Any, change: FoldMeasure) -> dict[str, Any]:
     """What the certificate says of a tensor; of one that is the base's, its hash alone."""
     if digest.digest() == read.digest():
         return {"sha256": digest.hexdigest()}

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import read_bytes
 from peftsurgery.checkpoint.certificate import CERTIFICATE, read_certificate
 from peftsurgery.checkpoint.model_files import INDEX, ModelFiles, other_files, read_model_files
@@ -39,6 +40,7 @@ class Unfolded:
         return f"'{self.folder}' is the base again: {what}"
 
 
+@checked
 def unfold_checkpoint(
     out: str | Path, restored: str | Path, base: str | Path | None = None
 ) -> Unfolded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,6 +21,9 @@ from peftsurgery.cli.kit import (
 )
 from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import check_free, fresh
+
+if TYPE_CHECKING:
+    from peftsurgery.formats.pretrained import FoldResult
 
 
 @click.command()
@@ -115,6 +119,11 @@ def fold(
         )
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))
+    _print(result, out, as_json)
+
+
+def _print(result: FoldResult, out: Path, as_json: bool) -> None:
+    """Say what was folded, and where it is."""
     if as_json:
         print_json({**result.to_dict(), "out": str(out)})
     else:
