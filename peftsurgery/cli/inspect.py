@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.kit import clean, force_option, json_option, print_json
+from peftsurgery.outputs import fresh
 
 if TYPE_CHECKING:
     from rich.tree import Tree
@@ -25,13 +26,29 @@ PLAIN = ("kind", "op", "dtype")
 
 @click.command()
 @click.argument("model", metavar="MODEL|SURGERY")
+@click.option(
+    "--html", "page", metavar="FILE", type=click.Path(path_type=Path),
+    help="Write a page with the graph instead, which works offline; FILE must not exist.",
+)  # fmt: skip
+@click.option(
+    "--rule", "rules", metavar="RULE", multiple=True,
+    help="Mark on that page what this rule file would match; for several give it again.",
+)  # fmt: skip
+@force_option
 @json_option
-def inspect(model: str, as_json: bool) -> None:
+def inspect(
+    model: str, page: Path | None, rules: tuple[str, ...], force: bool, as_json: bool
+) -> None:
     """Show the blocks, sites and roles of MODEL as a tree; blocks of equal structure once.
 
     Of a saved surgery, show what it holds: adapters with their rules, settings and sizes, its base
-    and the fingerprint of that. The base is not opened, and need not be there.
+    and the fingerprint of that. The base is not opened, and need not be there, but for a page.
     """
+    if page is not None:
+        _write_page(model, page, rules, force)
+        return
+    if rules:
+        raise click.UsageError("--rule marks a page: give --html FILE")
     from peftsurgery.surgery.model.saved.manifest import is_surgery
 
     if is_surgery(Path(model)):
@@ -49,6 +66,20 @@ def inspect(model: str, as_json: bool) -> None:
         print_json(_document(model, captured, found))
     else:
         _print_tree(model, captured, found)
+
+
+def _write_page(model: str, page: Path, rules: tuple[str, ...], force: bool) -> None:
+    from peftsurgery.cli.model import open_model
+    from peftsurgery.diff.atlas import atlas
+    from peftsurgery.language.loading import load_rules
+    from peftsurgery.language.settings import resolve_settings
+    from peftsurgery.surgery.plan.cut import Operation
+
+    # before the model: what is misspelt is known at once
+    files = [load_rules(rule) for rule in rules]
+    operations = [Operation(file, resolve_settings(file), file.name) for file in files]
+    with fresh(page, [model], force) as part:
+        part.write_text(atlas(open_model(model), model, operations), encoding="utf-8")
 
 
 def _document(model: str, capture: Capture, found: Sequence[Placed]) -> dict[str, Any]:

@@ -5,6 +5,8 @@
 
 /** How many things found are listed. */
 const FOUND = 40;
+/** Below this size no name can be read. */
+const LEAST = 0.4;
 /** A module is open from the start if it has no more than this in it. */
 const FEW = 60;
 
@@ -26,7 +28,7 @@ class Page {
     this.finder = new Finder(this);
     this.openFirst(this.models.both.root, 0);
     this.listen();
-    this.draw();
+    this.act('fit');
     if (!this.follow()) this.panel.show(this.models.both.root, '');
   }
 
@@ -78,12 +80,12 @@ class Page {
 
   /** @param {string} name */
   act(name) {
-    const pane = this.panes.firstElementChild;
+    const pane = this.panes.clientWidth / this.sides.length;
     const wide = this.layouts[this.sides[0] ?? 'both'].of(this.root(), this.open).width;
     if (name === 'shut') this.open.clear();
     if (name === 'in') this.zoom = Math.min(this.zoom * 1.25, 3);
-    if (name === 'out') this.zoom = Math.max(this.zoom / 1.25, 0.2);
-    if (name === 'fit' && pane) this.zoom = Math.min(1, Math.max(pane.clientWidth / wide, 0.2));
+    if (name === 'out') this.zoom = Math.max(this.zoom / 1.25, LEAST);
+    if (name === 'fit') this.zoom = Math.min(1, Math.max(pane / wide, LEAST));
     this.draw();
   }
 
@@ -136,7 +138,9 @@ class Page {
     const wanted = decoded(location.hash.slice(2));
     const found = this.find(wanted);
     if (!found) return false;
-    for (let part = found.part.up; part; part = part.up) this.open.add(part.id);
+    /** @type {Part | null} */
+    let part = found.part;
+    for (; part; part = part.up) if (part.holds) this.open.add(part.id);
     this.selected = found.part.id;
     this.draw();
     this.panel.show(found.part, found.path);
@@ -160,7 +164,7 @@ class Page {
     const place = items.indexOf(item);
     const isOpen = item.getAttribute('aria-expanded') === 'true';
     const id = item.dataset.id ?? '';
-    const outer = item.parentElement?.closest('[role=treeitem]');
+    const outer = items.find((each) => each.dataset.id === item.dataset.up);
     /** @type {Record<string, () => unknown>} */
     const keys = {
       'ArrowDown': () => items[place + 1]?.focus(),
@@ -170,7 +174,7 @@ class Page {
       'ArrowRight': () => (isOpen ? items[place + 1]?.focus() : this.toggleAt(id)),
       'ArrowLeft': () => {
         if (isOpen) this.toggleAt(id);
-        else if (outer instanceof HTMLElement) outer.focus();
+        else outer?.focus();
       },
       'Enter': () => this.toggleAt(id),
       ' ': () => this.toggleAt(id),
@@ -212,73 +216,88 @@ class Page {
     const [a, b] = this.data.names;
     const label = side === 'both' ? 'the model' : side === 'a' ? a : b;
     const tree = make('div', {role: 'tree', 'aria-label': `Graph of ${label}`, class: 'tree'});
-    tree.append(...this.inner(layout));
-    tree.style.width = `${layout.width}px`;
-    tree.style.height = `${layout.height}px`;
-    tree.style.transform = `scale(${this.zoom})`;
-    const sized = make('div', {class: 'sized'}, [tree]);
+    const svg = draw('svg', {'aria-hidden': 'true', width: '1', height: '1'});
+    this.place(tree, svg, layout, {x: 0, y: 0}, 1);
+    const drawing = make('div', {class: 'drawing'}, [tree, svg]);
+    drawing.style.transform = `scale(${this.zoom})`;
+    const sized = make('div', {class: 'sized'}, [drawing]);
     sized.style.width = `${layout.width * this.zoom}px`;
     sized.style.height = `${layout.height * this.zoom}px`;
     const title = side === 'both' ? null : make('p', {class: 'side', text: `${side}: ${label}`});
     return make('div', {class: 'pane'}, [title, sized]);
   }
 
-  /** @param {Layout} layout */
-  inner(layout) {
-    const svg = draw('svg', {
-      width: String(layout.width),
-      height: String(layout.height),
-      'aria-hidden': 'true',
-    });
-    for (const line of layout.lines) svg.append(...edge(line));
-    return [svg, ...layout.boxes.map((box) => this.box(box))];
+  /**
+   * Puts what a layout has into a tree: what is within another beside it, at a deeper level.
+   * @param {HTMLElement} tree
+   * @param {Element} svg
+   * @param {Layout} layout
+   * @param {{x: number, y: number}} from
+   * @param {number} level
+   */
+  place(tree, svg, layout, from, level) {
+    for (const line of layout.lines) svg.append(...edge(line, from));
+    for (const box of layout.boxes) {
+      const corner = {x: from.x + box.x, y: from.y + box.y};
+      tree.append(this.item(box, corner, level));
+      const inner = {x: corner.x, y: corner.y + HEAD};
+      if (box.inner) this.place(tree, svg, box.inner, inner, level + 1);
+    }
   }
 
-  /** @param {Box} box */
-  box(box) {
-    const {part, inner} = box;
+  /**
+   * @param {Box} box
+   * @param {{x: number, y: number}} corner
+   * @param {number} level
+   */
+  item({part, inner, width, height}, corner, level) {
     const {name, note} = labelOf(part);
-    const rules = part.kind === 'port' ? [] : this.panel.insertions.get(part.path) ?? [];
-    const said = [SIGNS[part.sign], name].filter(Boolean).join(' ');
-    const spoken = [name, note, WORDS[part.sign], ...part.roles.slice(1)].filter(Boolean).join(', ');
+    const isSite = part.kind !== 'port' && !part.id.includes(':');
+    const rules = isSite ? this.panel.insertions.get(part.path) ?? [] : [];
     const classes = ['box', part.kind, WORDS[part.sign], inner ? 'open' : ''];
     const item = make('div', {
       'role': 'treeitem',
       'tabindex': '-1',
       'class': classes.filter(Boolean).join(' '),
-      'aria-label': spoken,
+      'aria-level': String(level),
       'aria-expanded': part.holds ? String(inner !== null) : undefined,
       'data-id': part.id,
+      'data-up': part.up?.id,
       'data-source': part.source?.id,
     }, [
       make('span', {class: 'head'}, [
-        make('span', {class: 'name', text: said}),
+        make('span', {class: 'name'}, [
+          part.sign ? `${SIGNS[part.sign]} ` : null,
+          name,
+          part.sign ? make('span', {class: 'hidden', text: `, ${WORDS[part.sign]} `}) : null,
+        ]),
         make('span', {class: 'note', text: note}),
-        rules.length && !part.id.includes(':') ? make('span', {class: 'rule', text: '◆'}) : null,
+        rules.length ? make('span', {class: 'rule', text: '◆'}) : null,
       ]),
-      inner ? make('div', {role: 'group', class: 'inner'}, this.inner(inner)) : null,
     ]);
     Object.assign(item.style, {
-      left: `${box.x}px`,
-      top: `${box.y}px`,
-      width: `${box.width}px`,
-      height: `${box.height}px`,
+      left: `${corner.x}px`,
+      top: `${corner.y}px`,
+      width: `${width}px`,
+      height: `${height}px`,
     });
     return item;
   }
 }
 
 /**
- * An edge and its sign.
+ * An edge and its sign, from a corner.
  * @param {Line} line
+ * @param {{x: number, y: number}} from
  */
-function edge(line) {
+function edge(line, from) {
+  const points = line.points.map(({x, y}) => ({x: x + from.x, y: y + from.y}));
   const path = draw('path', {
-    'd': curve(line.points),
+    'd': curve(points),
     'class': WORDS[line.sign],
     'marker-end': 'url(#arrow)',
   });
-  const middle = line.points[Math.floor(line.points.length / 2)];
+  const middle = points[Math.floor(points.length / 2)];
   if (!line.sign || !middle) return [path];
   const sign = draw('text', {x: String(middle.x + 4), y: String(middle.y + 4), class: WORDS[line.sign]});
   sign.textContent = SIGNS[line.sign];

@@ -115,7 +115,8 @@ class Panel {
   theInsertions(path) {
     return (this.insertions.get(path) ?? []).map((each) => {
       const lines = this.data.rules[each.rule] ?? [];
-      const heading = `${SIGNS[each.sign ?? '']} ${each.adapter} on ${each.role}`.trim();
+      const sign = each.would ? 'Would match:' : SIGNS[each.sign ?? ''];
+      const heading = `${sign} ${each.adapter} on ${each.role}`.trim();
       const adds = (each.parameters ?? []).map((name) => make('li', {}, [make('code', {text: name})]));
       return section(heading, [
         make('pre', {text: lines.join('\n'), class: 'rule'}),

@@ -82,6 +82,8 @@ class Model {
     const there = data.blocks.filter((block) => block.sign !== '-');
     const gone = data.blocks.filter((block) => block.sign === '-');
     this.blocks = new Map(there.map((block) => [block.path ?? '', block]));
+    const former = there.filter((block) => block.sign !== '+');
+    this.former = new Map(former.map((block) => [block.was ?? block.path ?? '', block]));
     this.gone = new Map(gone.map((block) => [block.path ?? '', block]));
     /** The numbers of the changes at each path and beneath it. @type {Map<string, Set<number>>} */
     this.changed = new Map();
@@ -120,11 +122,17 @@ class Model {
   }
 
   /**
-   * The block that a call node calls: of one that is gone as it was.
+   * The block that a call node calls: one that is gone as it was, and on the first model's side the
+   * one that had this path there.
    * @param {GraphNode} node
    * @param {string} path
+   * @param {string} base the block whose graph the node is in
    */
-  called(node, path) {
+  called(node, path, base) {
+    if (this.side === 'a') {
+      const was = join(this.blocks.get(base)?.was ?? base, path.slice(base ? base.length + 1 : 0));
+      return this.former.get(was) ?? this.gone.get(was);
+    }
     const gone = this.gone.get(path);
     return gone && (node.sign === '-' || !this.blocks.has(path)) ? gone : this.blocks.get(path);
   }
@@ -195,18 +203,28 @@ class Grower {
       return !hidden && isOn(node, this.model.side);
     });
     nodes.forEach((node, number) => {
-      if (!shown[number] || node.op === 'call') return;
+      if (!shown[number] || node.op === 'call' || this.isResult(node)) return;
       for (const path of prefixes(node.module ?? '')) {
         this.sizes.set(path, (this.sizes.get(path) ?? 0) + 1);
       }
     });
-    this.places = nodes.map((node, number) => {
-      if (!shown[number]) return undefined;
-      return node.op === 'call' ? this.call(node) : this.operation(node);
+    nodes.forEach((node, number) => {
+      if (!shown[number]) this.places.push(undefined);
+      else if (node.op === 'call') this.places.push(this.call(node));
+      else if (this.isResult(node)) this.places.push(this.places[node.in?.[0] ?? 0]);
+      else this.places.push(this.operation(node));
     });
     for (const part of this.base ? [] : [...this.holders.values()]) this.gather(part);
     nodes.forEach((node, number) => this.connect(node, this.places[number]));
     for (const [path, part] of this.holders) if (path) this.conclude(part);
+  }
+
+  /**
+   * Whether a node only takes one of several results of a block, and is drawn as that.
+   * @param {GraphNode} node
+   */
+  isResult(node) {
+    return node.op === 'getitem' && this.graph.nodes[node.in?.[0] ?? -1]?.op === 'call';
   }
 
   /**
@@ -289,8 +307,9 @@ class Grower {
    * @returns {Part}
    */
   call(node) {
-    const path = join(this.base, node.module ?? '');
-    const block = this.model.called(node, path);
+    const called = join(this.base, node.module ?? '');
+    const block = this.model.called(node, called, this.base);
+    const path = block?.path ?? called;
     const list = ownerOf(node.module ?? '');
     const up = this.holder(ownerOf(list));
     const look = this.look(path, block);
@@ -483,7 +502,7 @@ function taken(node, side) {
  * @returns {GraphNode}
  */
 function asSeen(node, side) {
-  return side === 'a' && node.op !== 'call' ? {...node, ...node.old} : node;
+  return side === 'a' ? {...node, ...node.old} : node;
 }
 
 /**

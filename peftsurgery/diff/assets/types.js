@@ -26,7 +26,7 @@
  *   bindings?: Record<string, string>, sign?: Sign, was?: string,
  *   old?: Record<string, unknown>}} SiteEntry
  * @typedef {{name: string, adapter: string, module?: string, role: string, parameters?: string[],
- *   rule: number, sign?: Sign}} InsertionEntry
+ *   rule: number, sign?: Sign, would?: boolean}} InsertionEntry
  * @typedef {{part: string, sign: Sign, where: string, text: string, count: number,
  *   at: string[]}} Change
  *
