@@ -151,7 +151,8 @@ def test_the_panel_says_what_is_known_of_a_site(see: Any, lora: Diff) -> None:
         "y ← y + scale·B·A·drop(x)",
         "folds into W ← W + scale·B·A",
         "layers.1.attn.q.lora_qv.A",
-        "float32[8, 8]",
+        "float32[8, 8], frozen (was trained)",
+        "self.qkv(x).chunk(3, -1) if self.fused",
     ):
         assert part in said
     bound = dict(re.findall(r"^(x|W|y|b)\s+(.+)$", said, re.M))

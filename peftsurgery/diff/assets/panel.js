@@ -98,13 +98,14 @@ class Panel {
       const facts = Object.entries(site.facts ?? {});
       const bindings = Object.entries(site.bindings ?? {});
       const heading = `Site: ${site.name.slice(path.length).trim()}`;
+      const made = nodeIn(block, site.bindings?.y ?? site.bindings?.o ?? '')?.part?.node;
       const names = bindings.map(([name, key]) => {
-        const bound = block ? nodeIn(block, key) : null;
+        const bound = nodeIn(block, key);
         const value = bound?.part ? link(bound.part.id, bound.text) : bound?.text ?? key;
         return make('tr', {}, [make('th', {text: name, scope: 'row'}), make('td', {}, [value])]);
       });
       return section(heading, [
-        table([['role', site.role ?? '-'], ...facts], site.old ?? {}),
+        table([['role', site.role ?? '-'], ...facts, ['code', made?.code]], site.old ?? {}),
         names.length ? make('h4', {text: 'bindings'}) : null,
         names.length ? make('table', {}, [make('tbody', {}, names)]) : null,
       ]);
@@ -132,7 +133,9 @@ class Panel {
     const rows = found.map((each) => {
       const kept = each.kind === 'parameter' ? (each.trained ? 'trained' : 'frozen') : each.kind;
       const tied = each.tied && each.tied !== each.name ? `, tied to ${each.tied}` : '';
-      const was = each.old?.text ? `, was ${String(each.old.text)}` : '';
+      const trained = each.old?.trained === undefined ? '' : each.old.trained ? 'trained' : 'frozen';
+      const before = [each.old?.text, trained].filter(Boolean).join(', ');
+      const was = before ? ` (was ${before})` : '';
       const sign = SIGNS[each.sign ?? ''];
       /** @type {[string, string]} */
       const row = [`${sign} ${leafOf(each.name)}`.trim(), `${each.text}, ${kept}${tied}${was}`];
