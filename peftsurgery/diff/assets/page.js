@@ -39,8 +39,7 @@ class Page {
    */
   openFirst(part, depth) {
     for (const each of part.inside()) {
-      const holds = each.kind === 'module' && each.parts.some((inner) => inner.kind === 'run');
-      if (holds && depth < 3 && each.parts.length <= FEW) {
+      if (each.kind === 'module' && holdsRun(each) && depth < 4 && each.parts.length <= FEW) {
         this.open.add(each.id);
         this.openFirst(each, depth + 1);
       }
@@ -216,11 +215,9 @@ class Page {
     const [a, b] = this.data.names;
     const label = side === 'both' ? 'the model' : side === 'a' ? a : b;
     const tree = make('div', {role: 'tree', 'aria-label': `Graph of ${label}`, class: 'tree'});
-    const svg = draw('svg', {'aria-hidden': 'true', width: '1', height: '1'});
-    this.place(tree, svg, layout, {x: 0, y: 0}, 1);
-    const drawing = make('div', {class: 'drawing'}, [tree, svg]);
-    drawing.style.transform = `scale(${this.zoom})`;
-    const sized = make('div', {class: 'sized'}, [drawing]);
+    this.place(tree, layout, {x: 0, y: 0}, 1);
+    tree.style.transform = `scale(${this.zoom})`;
+    const sized = make('div', {class: 'sized'}, [tree]);
     sized.style.width = `${layout.width * this.zoom}px`;
     sized.style.height = `${layout.height * this.zoom}px`;
     const title = side === 'both' ? null : make('p', {class: 'side', text: `${side}: ${label}`});
@@ -228,20 +225,22 @@ class Page {
   }
 
   /**
-   * Puts what a layout has into a tree: what is within another beside it, at a deeper level.
+   * Puts what a layout has into a tree: what is within another after it, at a deeper level. Edges
+   * come before the parts, which so hide what runs beneath them.
    * @param {HTMLElement} tree
-   * @param {Element} svg
    * @param {Layout} layout
    * @param {{x: number, y: number}} from
    * @param {number} level
    */
-  place(tree, svg, layout, from, level) {
+  place(tree, layout, from, level) {
+    const svg = draw('svg', {'aria-hidden': 'true', 'width': '1', 'height': '1'});
     for (const line of layout.lines) svg.append(...edge(line, from));
+    tree.append(svg);
     for (const box of layout.boxes) {
       const corner = {x: from.x + box.x, y: from.y + box.y};
       tree.append(this.item(box, corner, level));
       const inner = {x: corner.x, y: corner.y + HEAD};
-      if (box.inner) this.place(tree, svg, box.inner, inner, level + 1);
+      if (box.inner) this.place(tree, box.inner, inner, level + 1);
     }
   }
 
@@ -283,6 +282,16 @@ class Page {
     });
     return item;
   }
+}
+
+/**
+ * Whether there is a run of blocks in a module, at any depth.
+ * @param {Part} part
+ * @returns {boolean}
+ */
+function holdsRun(part) {
+  const inner = part.parts.filter((each) => each.kind === 'module');
+  return part.parts.some((each) => each.kind === 'run') || inner.some(holdsRun);
 }
 
 /**
