@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 ASSETS = Path(__file__).with_name("assets")
-SCRIPTS = ("dom.js", "parts.js", "layout.js", "panel.js", "finder.js", "page.js")
+SCRIPTS = ("dom.js", "parts.js", "grower.js", "layout.js", "panel.js", "finder.js", "page.js")
 LIBRARY, LICENCE = "dagre.min.js", "dagre.LICENSE"
 
 
