@@ -54,8 +54,15 @@ def read_bytes(file: TensorFile, tensor: Tensor, start: int, size: int) -> bytea
     return content
 
 
-def ulp(values: Array, dtype: str) -> Array:
-    """Distance from the absolute of each value (fp32 or fp64) to the next number of ``dtype``."""
-    info = ml_dtypes.finfo(FLOATS[dtype])
-    _, exponents = np.frexp(np.maximum(np.abs(values), values.dtype.type(info.smallest_normal)))
-    return np.ldexp(values.dtype.type(1.0), exponents - 1 - info.nmant)
+def ulp(one: Array, other: Array, dtype: str) -> Array:
+    """Distance between neighbouring numbers of ``dtype`` at the larger of two values (fp32, fp64).
+
+    The exponent of a number is in its bits, so this takes no logarithm.
+    """
+    info, wide = ml_dtypes.finfo(FLOATS[dtype]), np.finfo(one.dtype)
+    whole = np.dtype(f"i{one.dtype.itemsize}")
+    exponent = whole.type((1 << wide.nexp) - 1) << whole.type(wide.nmant)
+    least = np.asarray(info.smallest_normal, one.dtype).view(whole)
+    bits = np.maximum(one.view(whole) & exponent, other.view(whole) & exponent)
+    place: Array = np.maximum(bits, least, out=bits).view(one.dtype)
+    return np.multiply(place, 2.0**-info.nmant, out=place)

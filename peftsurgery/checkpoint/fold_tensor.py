@@ -48,9 +48,10 @@ class FoldMeasure:
         self._change += float(np.vdot(gap, gap))
         self._base += float(np.vdot(before, before))
         if exact.size:
-            place = ulp(np.maximum(np.abs(before), np.abs(exact)), dtype)
-            self.largest = max(self.largest, float(np.max(np.abs(gap) / place)))
-            self.rounding = max(self.rounding, float(np.max(np.abs(rounded - exact))))
+            moved = np.abs(gap, out=gap) / ulp(before, exact, dtype)
+            self.largest = max(self.largest, float(moved.max()))
+            error = np.subtract(rounded, exact, out=gap)
+            self.rounding = max(self.rounding, float(np.abs(error, out=error).max()))
 
     def to_dict(self) -> dict[str, Any]:
         """The measures, ``relative`` in parts of the base tensor's norm (None where that is 0)."""

@@ -90,26 +90,34 @@ class Streamed:
         def blocks() -> Iterator[bytes]:
             yield header_of(tensors, file.metadata)
             for tensor in tensors:
-                digest, read, change = hashlib.sha256(), hashlib.sha256(), FoldMeasure()
-                for block in self._blocks(tensor, change, read):
+                digest, measure = hashlib.sha256(), FoldMeasure()
+                is_kept = self._is_kept(tensor)
+                changed = self.folding.blocks(tensor.name, tensor.dtype, measure)
+                for block in self._base(tensor) if is_kept else changed:
                     digest.update(block)
                     self.progress(len(block))
                     yield block
-                said[tensor.name] = _account(digest, read, change)
+                before = digest if is_kept else self._hash_of_base(tensor)
+                said[tensor.name] = _account(digest.hexdigest(), before.hexdigest(), measure)
 
         into.write(file.path.name, blocks(), said)
 
-    def _blocks(self, tensor: Tensor, change: FoldMeasure, read: Any) -> Iterator[bytes]:
-        """The bytes of a tensor of the result; ``read`` hashes those of the base's."""
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the result is the base's, byte for byte."""
+        same = tensor.dtype == self.folding.base[tensor.name][1].dtype
+        return same and tensor.name not in self.folding.plan.changed
+
+    def _base(self, tensor: Tensor) -> Iterator[bytes]:
+        """The bytes of the base's tensor of the same name."""
         file, source = self.folding.base[tensor.name]
-        is_kept = tensor.name not in self.folding.plan.changed and tensor.dtype == source.dtype
         for start in range(0, source.size, CHUNK):
-            block = read_bytes(file, source, start, min(CHUNK, source.size - start))
-            read.update(block)
-            if is_kept:
-                yield bytes(block)
-        if not is_kept:
-            yield from self.folding.blocks(tensor.name, tensor.dtype, change)
+            yield bytes(read_bytes(file, source, start, min(CHUNK, source.size - start)))
+
+    def _hash_of_base(self, tensor: Tensor) -> Any:
+        digest = hashlib.sha256()
+        for block in self._base(tensor):
+            digest.update(block)
+        return digest
 
 
 def fold_files(
@@ -210,12 +218,12 @@ def _small_files(plan: FoldPlan, files: ModelFiles, size: int) -> dict[str, byte
     return {**contents, **plan.files}
 
 
-def _account(digest: Any, read: Any, change: FoldMeasure) -> dict[str, Any]:
-    """What the certificate says of a tensor; of one that is the base's, its hash alone."""
-    if digest.digest() == read.digest():
-        return {"sha256": digest.hexdigest()}
-    said = {"sha256": digest.hexdigest(), "base": read.hexdigest()}
-    return {**said, "change": change.to_dict()} if change.elements else said
+def _account(written: str, before: str, measure: FoldMeasure) -> dict[str, Any]:
+    """What the certificate says of a tensor, by its hashes; of one that is the base's, its own."""
+    if written == before:
+        return {"sha256": written}
+    said = {"sha256": written, "base": before}
+    return {**said, "change": measure.to_dict()} if measure.elements else said
 
 
 def _identity(plan: FoldPlan, files: ModelFiles, adapter: TensorFile, options: Any) -> str:
