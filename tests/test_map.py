@@ -167,6 +167,14 @@ def test_a_weight_goes_from_the_base_to_a_file_as_the_map_says(tmp_path: Path) -
     check("From a base", run)
 
 
+def test_a_base_is_folded_on_files_as_the_map_says(tmp_path: Path) -> None:
+    base = llama()
+    base.save_pretrained(tmp_path / "base")
+    ps.apply(ps.capture(base), ps.parse_rules(RULE)).save(tmp_path / "surgery")
+    folders = (tmp_path / name for name in ("surgery", "base", "out"))
+    check("The same on files", lambda: ps.fold_checkpoint(*folders))
+
+
 def test_a_call_is_served_as_the_map_says() -> None:
     operated = ps.apply(graph(), ps.parse_rules(RULE), name="a")
     check("A call", lambda: operated(torch.randn(2, 5, 4), adapters=["a", None]))
