@@ -3,6 +3,7 @@
 Blocks stand in lists. Lists are paired by their path, and what is left of them in order; two lists
 by the cheapest edits that make one of the other, where a block costs by how far its shape class is
 from the other's. A layer put in the middle is so one insertion, and what comes behind it has moved.
+Blocks that changed places are those that they are equal to.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 
 from peftsurgery.capture.names import join
 from peftsurgery.diff.description import Description, graph_form
-from peftsurgery.diff.hashes import without_names
+from peftsurgery.diff.hashes import SharedNumbers, without_names
 
 BlockPairs = dict[str, str]
 GAP = 0.5
@@ -47,7 +48,10 @@ class Classes:
 
     def __init__(self, a: Description, b: Description) -> None:
         self.sides = a, b
-        self.forms = tuple({n: graph_form(c) for n, c in d.classes.items()} for d in (a, b))
+        numbers = SharedNumbers()
+        self.forms = tuple(
+            {n: numbers.of(graph_form(c)) for n, c in d.classes.items()} for d in (a, b)
+        )
         self._counted: dict[tuple[int, tuple[str, ...]], Counter[Hashable]] = {}
         self._costs: dict[tuple[tuple[str, ...], tuple[str, ...]], float] = {}
 
@@ -90,7 +94,38 @@ class Classes:
         pairs.update((left[first + i], right[first + j]) for i, j in places)
         if last:
             pairs.update(zip(left[-last:], right[-last:], strict=True))
-        return pairs
+        return self.exchanged(pairs)
+
+    def exchanged(self, pairs: BlockPairs) -> BlockPairs:
+        """The pairs, but of blocks that only changed places each with the one it is equal to.
+
+        Those are unlike pairs in a ring: each one's second block is equal to the first of the next.
+        """
+        unlike = {
+            one: other
+            for one, other in pairs.items()
+            if not self.equal(self.labels(0, one), self.labels(1, other))
+        }
+        origins: BlockPairs = {}
+        for one, other in unlike.items():
+            labels = self.labels(1, other)
+            equal = (each for each in unlike if self.equal(self.labels(0, each), labels))
+            found = next((each for each in equal if each not in origins.values()), None)
+            if found is not None:
+                origins[one] = found
+        rings = (_ring(one, origins) for one in origins)
+        moved = {origins[one]: unlike[one] for ring in rings for one in ring}
+        return {one: moved.get(one, other) for one, other in pairs.items()}
+
+
+def _ring(start: str, following: Mapping[str, str]) -> list[str]:
+    """What comes back to the start by following on; nothing if it does not."""
+    ring = [start]
+    while (after := following.get(ring[-1])) not in (start, None):
+        if after in ring:
+            return []
+        ring.append(str(after))
+    return ring if after == start else []
 
 
 def _common(pairs: Iterator[tuple[tuple[str, ...], tuple[str, ...]]], classes: Classes) -> int:

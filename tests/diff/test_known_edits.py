@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
 from peftsurgery.diff.comparison import Diff, diff
@@ -109,6 +110,44 @@ def test_a_duplicated_layer_is_one_more() -> None:
     found = diff(captured(), captured(Recipe((PLAIN,) * 4)))
     blocks = [str(line) for line in found.summary.lines if line.part == "block"]
     assert blocks == told(found) == ["+ layers.3: block Block (35 nodes)"]
+
+
+def test_layers_that_changed_places_have_moved_and_not_changed() -> None:
+    wide, gelu = replace(PLAIN, hidden=20), replace(PLAIN, act="gelu")
+    found = diff(captured(Recipe((PLAIN, gelu, wide))), captured(Recipe((PLAIN, wide, gelu))))
+    assert sorted(told(found)) == ["> layers.1: moved by +1", "> layers.2: moved by -1"]
+    assert found.summary.figures is not None
+    a, b = found.summary.figures
+    assert (a.parameters, a.flops, a.nodes) == (b.parameters, b.flops, b.nodes)
+
+
+REVISIONS = {"num_key_value_heads": 4}, {"num_key_value_heads": 2, "rms_norm_eps": 1e-3}
+
+
+def test_another_revision_of_an_architecture_is_told_by_config_sites_and_shapes() -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    configs = [LlamaConfig(**sizes, num_attention_heads=4, **each) for each in REVISIONS]
+    found = diff(*(ps.capture(LlamaForCausalLM(config).eval()) for config in configs))
+    lines = told(found)
+    assert "~ config.num_key_value_heads: 4 → 2" in lines
+    assert "~ config.rms_norm_eps: 1e-06 → 0.001" in lines
+    assert "~ model.layers.{0..1}.self_attn: attention: kv_heads 4 → 2 ×2" in lines
+    for part in "kv":
+        name = f"model.layers.{{0..1}}.self_attn.{part}_proj"
+        assert f"~ {name}: linear: out 16 → 8 ×2" in lines
+        assert f"~ {name}.weight: [16, 16] → [8, 16] ×2" in lines
+    norms = [line for line in lines if "add(%0, 1e-06)" in line]
+    assert norms == [
+        *(
+            f"~ model.layers.{{0..1}}.{norm}: add(%0, 1e-06){{}} → (%0, 0.001){{}} ×2"
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        ),
+        "~ model.norm: add(%0, 1e-06){} → (%0, 0.001){}",
+    ]
+    assert found.summary.figures is not None
+    a, b = found.summary.figures
+    # two layers, keys and values, 8 rows of 16 fewer
+    assert a.parameters - b.parameters == 2 * 2 * 8 * 16
 
 
 def test_an_untied_head_is_told() -> None:
