@@ -65,13 +65,18 @@ class Values:
 
 
 @dataclass(frozen=True)
-class NewValue:
+class Replacement:
     """One new value of a cut: for ``readers`` of the node alone, or for all of them if empty."""
 
     cut: Cut
     name: str
     node: fx.Node
     readers: tuple[fx.Node, ...]
+
+    @property
+    def origin(self) -> fx.Node:
+        """The node that the new value serves: the first that reads it, or the one it replaces."""
+        return self.readers[0] if self.readers else self.node
 
 
 class Walk:
@@ -89,8 +94,8 @@ class Walk:
         for node in reversed(program.graph.find_nodes(op="get_attr")):
             self.first[node.target] = node
 
-    def one(self, node: fx.Node) -> fx.Node:
-        """The node that stands for all that read the same tensor."""
+    def merged(self, node: fx.Node) -> fx.Node:
+        """The first node that reads the same tensor: it stands for all that do; else the node."""
         return self.first[node.target] if node.op == "get_attr" else node
 
     def plan(self, cut: Cut) -> None:
@@ -99,16 +104,16 @@ class Walk:
         Later cuts of one input of a site are made first, as their folds have it: once a fold has
         made W do what f did to x, the next cut's x goes through f too.
         """
-        nodes = {name: self.one(cut.site.nodes[name]) for name in cut.rule.rewrite}
+        nodes = {name: self.merged(cut.site.nodes[name]) for name in cut.rule.rewrite}
         names = sorted(nodes, key=lambda name: self.order[nodes[name]])
         for name in names:
-            edit = NewValue(cut, name, nodes[name], self.readers(cut, name))
-            make = partial(self.make, edit, is_last=name == names[-1])
-            if not edit.readers:
-                self.after.setdefault(edit.node, []).append(make)
+            change = Replacement(cut, name, nodes[name], self.readers(cut, name))
+            make = partial(self.make, change, is_last=name == names[-1])
+            if not change.readers:
+                self.after.setdefault(change.node, []).append(make)
                 continue
-            spots = self.before.setdefault(edit.readers[0], {})
-            chain = spots.setdefault((edit.node, self.result(cut)), [])
+            spots = self.before.setdefault(change.readers[0], {})
+            chain = spots.setdefault((change.node, self.result(cut)), [])
             chain.insert(len(chain) if name in cut.rule.kind.weights else 0, make)
 
     def readers(self, cut: Cut, name: str) -> tuple[fx.Node, ...]:
@@ -120,7 +125,7 @@ class Walk:
         kind, nodes = cut.rule.kind, cut.site.nodes
         if kind.result is None or name in (kind.result, kind.computes):
             return ()
-        same = {node for node in self.order if self.one(node) is self.one(nodes[name])}
+        same = {node for node in self.order if self.merged(node) is self.merged(nodes[name])}
         beside = [nodes[word] for word in kind.beside(name) if word in nodes]
         region = find_region([*same, *beside], nodes[str(kind.computes)])
         found = tuple(n for n in region.nodes if not same.isdisjoint(n.all_input_nodes))
@@ -136,13 +141,13 @@ class Walk:
     def result(self, cut: Cut) -> fx.Node | None:
         """The node that computes the site's result; None for a parameter's site."""
         result = cut.rule.kind.result
-        return None if result is None else self.one(cut.site.nodes[result])
+        return None if result is None else self.merged(cut.site.nodes[result])
 
     def run(self) -> fx.Graph:
         """Copy the graph, make what is planned, and leave out what nothing reads."""
         self.begin()
         for node in self.program.graph.nodes:
-            self.visit(self.one(node))
+            self.visit(self.merged(node))
         for new in reversed(self.graph.nodes):
             if ("surgery" in new.meta or new.name in self.rerun) and not new.users:
                 self.graph.erase_node(new)
@@ -172,41 +177,40 @@ class Walk:
     def copy(self, node: fx.Node, values: Values) -> fx.Node:
         """A copy of a node that reads these values."""
         call = self.calls.get(node, (node.args, node.kwargs))
-        args, kwargs = map_arg(call, lambda source: values.read(self.one(source), node))
+        args, kwargs = map_arg(call, lambda source: values.read(self.merged(source), node))
         new = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         new.meta = dict(node.meta)
         return new
 
-    def of(self, cut: Cut) -> Values:
+    def values_of(self, cut: Cut) -> Values:
         """The values that a cut is made of."""
         return self.values
 
-    def make(self, edit: NewValue, is_last: bool) -> None:
+    def make(self, change: Replacement, is_last: bool) -> None:
         """Append the expression of one new value, and put it in the old one's place."""
-        cut, values = edit.cut, self.of(edit.cut)
-        reader = edit.readers[0] if edit.readers else edit.node
-        old = values.read(edit.node, reader)
-        rule = cut.rule.model_copy(update={"rewrite": {edit.name: cut.rule.rewrite[edit.name]}})
-        domain = ProxyDomain(self, cut, {edit.node: old}, reader)
+        cut, values = change.cut, self.values_of(change.cut)
+        old = values.read(change.node, change.origin)
+        rule = cut.rule.model_copy(update={"rewrite": {change.name: cut.rule.rewrite[change.name]}})
+        domain = ProxyDomain(self, cut, {change.node: old}, change.origin)
         names = environment(cut, domain)
-        value = rewrite(rule, names, domain.context(cut))[edit.name]
-        new = finished(edit, value, domain)
-        self.put(edit, old, new)
+        value = rewrite(rule, names, domain.context(cut))[change.name]
+        new = finished(change, value, domain)
+        self.put(change, old, new)
         if is_last:
             self.keep_folded(cut, names, domain)
-        if edit.readers and edit.name in cut.rule.kind.weights:
-            values.kept[edit.node, self.result(cut)] = new
+        if change.readers and change.name in cut.rule.kind.weights:
+            values.kept[change.node, self.result(cut)] = new
         self.keep_operands(cut, domain.own, value)
-        if cut.rule.kind.lengthens and edit.readers and cut.site.facts.get("kind") == "key":
+        if cut.rule.kind.lengthens and change.readers and cut.site.facts.get("kind") == "key":
             sites = analyse(cut.placed.program).sites
             cores = [site for site in sites if site.kind == "attention"]
             y = cut.site.nodes[str(cut.rule.kind.result)]
-            self.calls |= calls_for_more(edit.node, y, cores)
+            self.calls |= calls_for_more(change.node, y, cores)
 
-    def put(self, edit: NewValue, old: fx.Node, new: fx.Node) -> None:
+    def put(self, change: Replacement, old: fx.Node, new: fx.Node) -> None:
         """Put a new value in the old one's place."""
-        self.values.put(edit.node, edit.readers, new)
-        if not edit.readers:
+        self.values.put(change.node, change.readers, new)
+        if not change.readers and new is not old:
             take_place(old, new)
 
     def keep_folded(self, cut: Cut, names: Mapping[str, Any], domain: ProxyDomain) -> None:
@@ -217,7 +221,7 @@ class Walk:
                 continue
             value = cast(value, compute_dtype(cut), dtype_of(node))
             whole = disorient(domain.bound(cut, name), cut.site, name, value)
-            domain.values.kept[self.one(node), self.result(cut)] = whole.node
+            domain.values.kept[self.merged(node), self.result(cut)] = whole.node
 
     def keep_operands(self, cut: Cut, replay: Replay, value: Any) -> None:
         """Keep a core's operands for later cuts there, if the new value is the core run again."""
@@ -228,7 +232,7 @@ class Walk:
         for node, operand in given.items():
             if operand is not None:
                 is_own = node.graph is self.program.graph  # else a mask's, where there was none
-                self.of(cut).kept[node if is_own else None, self.result(cut)] = operand.node
+                self.values_of(cut).kept[node if is_own else None, self.result(cut)] = operand.node
 
 
 class Inserted(GraphAppendingTracer):
@@ -266,7 +270,7 @@ class ProxyDomain(Domain):
     def __init__(
         self, walk: Walk, cut: Cut, old: Mapping[fx.Node, fx.Node], origin: fx.Node
     ) -> None:
-        self.walk, self.cut, self.values = walk, cut, walk.of(cut)
+        self.walk, self.cut, self.values = walk, cut, walk.values_of(cut)
         self.known = dict(old)
         self.tracer = Inserted(walk.graph, cut.operation.name, origin)
         mask = self.values.kept.get((None, walk.result(cut)))
@@ -275,7 +279,7 @@ class ProxyDomain(Domain):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Proxy of what stands for a node; computed ahead if the node comes later."""
-        source = self.walk.one(node)
+        source = self.walk.merged(node)
         if source.op == "get_attr":
             self.walk.visit(source)
         spot = source, self.walk.result(self.cut)
@@ -316,18 +320,18 @@ class ProxyDomain(Domain):
         return replace(super().context(cut), training=self.attribute(join(owner, "training")))
 
 
-def finished(edit: NewValue, value: Any, domain: ProxyDomain) -> fx.Node:
+def finished(change: Replacement, value: Any, domain: ProxyDomain) -> fx.Node:
     """The rewritten value in the dtype and layout of the one it replaces."""
-    cut, name = edit.cut, edit.name
+    cut, name = change.cut, change.name
     if not isinstance(value, fx.Proxy):
         raise SurgeryError("PSG305", f"{cut.operation.name}: '{name}' is rewritten to {value!r}")
-    value = cast(value, compute_dtype(cut), dtype_of(edit.node))
+    value = cast(value, compute_dtype(cut), dtype_of(change.node))
     if name in cut.rule.kind.weights:
-        value = disorient(domain.proxy(edit.node), cut.site, name, value)
+        value = disorient(domain.proxy(change.node), cut.site, name, value)
     else:
         value = as_held(cut.site, name, value)
     if cut.site.slice is not None and name == cut.rule.kind.result:
-        value = cut.site.slice.put(domain.proxy(edit.node), -1, value)
-    value.node.meta["val"] = edit.node.meta.get("val")
+        value = cut.site.slice.put(domain.proxy(change.node), -1, value)
+    value.node.meta["val"] = change.node.meta.get("val")
     new: fx.Node = value.node
     return new

@@ -23,7 +23,7 @@ from peftsurgery.capture.module_calls import take_place
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name, in_order
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
-from peftsurgery.surgery.rewrite.program import Inserted, NewValue, Values, Walk
+from peftsurgery.surgery.rewrite.program import Inserted, Replacement, Values, Walk
 
 ATEN = torch.ops.aten
 
@@ -61,7 +61,7 @@ class RowWalk(Walk):
             mask.meta["surgery"] = adapter
             self.masks[adapter] = mask
 
-    def of(self, cut: Cut) -> Values:
+    def values_of(self, cut: Cut) -> Values:
         """The values of the cut's adapter: its own, and those that all share."""
         shared = self.values
         mine = Values(ChainMap({}, shared.everywhere), ChainMap({}, shared.there))
@@ -69,7 +69,7 @@ class RowWalk(Walk):
 
     def plan(self, cut: Cut) -> None:
         """Say where a cut's values are made, first its adapter's own copy of a parameter."""
-        values, node = self.of(cut), self.first.get(cut.site.parameter)
+        values, node = self.values_of(cut), self.first.get(cut.site.parameter)
         if cut.rule.train and node is not None:
             self.after.setdefault(node, []).append(partial(self.own_copy, cut, node, values))
         super().plan(cut)
@@ -81,20 +81,20 @@ class RowWalk(Walk):
         new.meta["val"] = node.meta["val"]
         self.makers[new], values.everywhere[node] = cut, new
 
-    def put(self, edit: NewValue, old: fx.Node, new: fx.Node) -> None:
+    def put(self, change: Replacement, old: fx.Node, new: fx.Node) -> None:
         """Give a new value to the adapter alone, or to its rows where they can be told apart."""
-        axis = self.batch.axis(edit.node)
+        axis = self.batch.axis(change.node)
         if axis is None:
-            self.makers[new] = edit.cut
-            self.of(edit.cut).put(edit.node, edit.readers, new)
+            self.makers[new] = change.cut
+            self.values_of(change.cut).put(change.node, change.readers, new)
         else:
-            super().put(edit, old, self.choose(edit.cut, axis, edit.node, new, old))
+            super().put(change, old, self.choose(change.cut, axis, change.node, new, old))
 
     def copied(self, node: fx.Node) -> fx.Node:
         """A copy of a node, with what each adapter's own values make of it in that one's rows."""
         chosen = super().copied(node)
         for values in self.own.values():
-            read = [values.read(self.one(source), node) for source in node.all_input_nodes]
+            read = [values.read(self.merged(source), node) for source in node.all_input_nodes]
             cut = next((self.makers[new] for new in read if new in self.makers), None)
             if cut is None:
                 continue
