@@ -16,7 +16,7 @@ from peftsurgery.surgery.plan.cut import Cut, in_order
 from peftsurgery.surgery.rewrite.batch_axis import batches
 from peftsurgery.surgery.rewrite.inputs import changes_inputs, plan_inputs
 from peftsurgery.surgery.rewrite.program import Walk
-from peftsurgery.surgery.rewrite.rows import RowChoice, check_lengths, pass_rows, row_graph
+from peftsurgery.surgery.rewrite.rows import RowChoice, RowWalk, check_lengths, pass_rows
 
 
 @dataclass(frozen=True)
@@ -115,17 +115,14 @@ class Rewrites:
 
     def rewrite(self, program: Program, edits: Edits) -> Program:
         """Rewrite a program; its label names the adapters."""
-        cuts, choice = edits.cuts, edits.choice
-        graph = (
-            rewritten_graph(program, cuts) if choice is None else row_graph(program, cuts, choice)
-        )
+        graph = rewritten_graph(program, edits.cuts, edits.choice)
         read_packed(graph, edits.stored)
         for node in graph.find_nodes(op="get_attr"):
             node.target = edits.moved.get(str(node.target), node.target)
         for node in graph.find_nodes(op="call_module"):
             if node.name in edits.calls:
                 node.kwargs = {**node.kwargs, "program": edits.calls[node.name]}
-                if choice is not None:
+                if edits.choice is not None:
                     pass_rows(node)
         label = "+".join(filter(None, (program.label, edits.adapters)))
         number = self.labels.get(label, 0)
@@ -156,12 +153,15 @@ def _renamed_calls(
     return calls
 
 
-def rewritten_graph(program: Program, cuts: Sequence[Cut]) -> fx.Graph:
-    """Rewrite a program's graph: insert the cuts in order, those of the inputs last.
+def rewritten_graph(
+    program: Program, cuts: Sequence[Cut], choice: RowChoice | None = None
+) -> fx.Graph:
+    """Rewrite a program's graph: make the cuts in order, those of the inputs last.
 
-    What else is done to the embeddings is done to those of the text alone.
+    What else is done to the embeddings is done to those of the text alone. With ``choice`` each cut
+    is for the rows of its adapter, and the graph takes one input more. Raises PSG305, PSG313.
     """
-    walk = Walk(program)
+    walk = Walk(program) if choice is None else RowWalk(program, choice)
     for cut in sorted(in_order(cuts), key=changes_inputs):
         plan_inputs(walk, cut) if changes_inputs(cut) else walk.plan(cut)
     return walk.run()

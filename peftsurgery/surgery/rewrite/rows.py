@@ -11,7 +11,7 @@ what is made of it is computed twice, up to the first values that have one, and 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from torch import fx
 from peftsurgery.capture import Program
 from peftsurgery.capture.module_calls import take_place
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.plan.cut import Cut, copy_name, in_order
+from peftsurgery.surgery.plan.cut import Cut, copy_name
 from peftsurgery.surgery.rewrite.batch_axis import Axis, Batch
 from peftsurgery.surgery.rewrite.program import Inserted, Replacement, Values, Walk
 
@@ -68,10 +68,21 @@ class RowWalk(Walk):
         return self.own.setdefault(cut.operation.name, mine)
 
     def plan(self, cut: Cut) -> None:
-        """Say where a cut's values are made, first its adapter's own copy of a parameter."""
+        """Say where a cut's values are made, first its adapter's own copy of a parameter.
+
+        PSG313 if it is not known which rows are one adapter's.
+        """
+        if self.batch.size is None:
+            where = cut.placed.block or "the model"
+            raise SurgeryError(
+                "PSG313",
+                f"no axis of what {where} is given is known to be the batch",
+                "call the model for the rows of each adapter alone",
+            )
         values, node = self.values_of(cut), self.first.get(cut.site.parameter)
         if cut.rule.train and node is not None:
-            self.after.setdefault(node, []).append(partial(self.own_copy, cut, node, values))
+            copy = partial(self.own_copy, cut, node, values)
+            self.after.setdefault(node, []).insert(0, copy)
         super().plan(cut)
 
     def own_copy(self, cut: Cut, node: fx.Node, values: Values) -> None:
@@ -141,24 +152,6 @@ def check_lengths(cuts: Iterable[Cut]) -> None:
                 f"{cut.operation.name} changes the length of the text, and all rows have one",
                 "call the model for the rows of this adapter alone",
             )
-
-
-def row_graph(program: Program, cuts: Sequence[Cut], choice: RowChoice) -> fx.Graph:
-    """Rewrite a program's graph row by row: one more input, each row's adapter number.
-
-    PSG313 if the rows cannot be told apart where an adapter changes something.
-    """
-    if choice.batch is None and cuts:
-        where = cuts[0].placed.block or "the model"
-        raise SurgeryError(
-            "PSG313",
-            f"no axis of what {where} is given is known to be the batch",
-            "call the model for the rows of each adapter alone",
-        )
-    walk = RowWalk(program, choice)
-    for cut in in_order(sorted(cuts, key=lambda cut: not cut.rule.train)):
-        walk.plan(cut)
-    return walk.run()
 
 
 def pass_rows(call: fx.Node) -> None:
