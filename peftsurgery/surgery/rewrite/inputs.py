@@ -139,7 +139,7 @@ def _make_inputs(walk: Walk, cut: Cut) -> None:
         value = rewrite(_only(cut, [name]), names, context)[name]
         walk.values.put(nodes[name], [end], _finished(cut, name, value).node)
 
-    walk.before.setdefault(end, {})[cut] = [partial(make_output, name) for name in leaving]
+    walk.before.setdefault(end, {})[1, cut, None] = [partial(make_output, name) for name in leaving]
 
 
 def new_inputs(graph: fx.Graph) -> tuple[list[str], fx.Graph]:

@@ -86,7 +86,7 @@ class Walk:
         self.program, self.graph = program, fx.Graph()
         self.values = Values()
         self.order = {node: number for number, node in enumerate(program.graph.nodes)}
-        self.before: dict[fx.Node, dict[Any, list[Make]]] = {}
+        self.before: dict[fx.Node, dict[tuple[int, Any, Any], list[Make]]] = {}
         self.after: dict[fx.Node, list[Make]] = {}
         self.calls: dict[fx.Node, tuple[Any, Any]] = {}
         self.rerun: set[str] = set()
@@ -113,7 +113,8 @@ class Walk:
                 self.after.setdefault(change.node, []).append(make)
                 continue
             spots = self.before.setdefault(change.readers[0], {})
-            chain = spots.setdefault((change.node, self.result(cut)), [])
+            key = len(change.readers), change.node, self.result(cut)
+            chain = spots.setdefault(key, [])
             chain.insert(len(chain) if name in cut.rule.kind.weights else 0, make)
 
     def readers(self, cut: Cut, name: str) -> tuple[fx.Node, ...]:
@@ -163,8 +164,9 @@ class Walk:
         if node.op != "placeholder":
             if node in self.values.everywhere:
                 return
-            for chain in self.before.get(node, {}).values():
-                for make in chain:
+            spots = self.before.get(node, {})
+            for spot in sorted(spots, key=lambda spot: -spot[0]):  # what most nodes read first
+                for make in spots[spot]:
                     make()
             self.values.everywhere[node] = self.copied(node)
         for make in self.after.get(node, ()):

@@ -116,6 +116,31 @@ def test_an_input_that_others_read_too_is_changed_for_its_reader_alone() -> None
     torch.testing.assert_close(operated(x), expected, rtol=0, atol=1e-6)
 
 
+class Sum(nn.Module):
+    """Two linears of one value, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        return self.first(x) + self.second(x)
+
+
+@pytest.mark.parametrize("is_inner_first", [True, False])
+def test_an_input_of_a_site_within_another_is_changed_after_that_ones(is_inner_first: bool) -> None:
+    module, x = Sum(), torch.randn(3, 4)
+    pattern = {"pattern": "add(linear(x, G), linear(x, U))"}
+    outer = ps.Rule(match=pattern, rewrite={"x": "x + 1"})
+    inner = ps.Rule(match="linear", where={"path": "first"}, rewrite={"x": "2 * x"})
+    operated: ps.GraphModel = ps.capture(module, {"x": x})
+    for name, rule in zip("ab", (inner, outer) if is_inner_first else (outer, inner), strict=True):
+        operated = ps.apply(operated, rule, name=name)
+    more = torch.sin(x) + 1
+    torch.testing.assert_close(operated(x), module.first(2 * more) + module.second(more))
+
+
 def test_a_value_that_is_computed_later_is_computed_ahead_and_again() -> None:
     program, (cut,) = planned("2 * y")
     walk, y = Walk(program), cut.site.nodes["y"]
