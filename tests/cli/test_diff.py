@@ -145,28 +145,70 @@ def test_it_is_written_where_it_is_asked_for(
     assert run("diff", bert, wider, "--format", "md", "-o", bert / "config.json").code == 3
 
 
+def git(folder: Path, *arguments: str, check: bool = True) -> str:
+    """What git prints, in a repository whose hooks and tools find the command."""
+    tools = folder.with_name(f"{folder.name}-bin")
+    tools.mkdir(exist_ok=True)
+    command = tools / "peftsurgery"
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m peftsurgery "$@"\n')
+    command.chmod(0o755)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, check=check,
+    )  # fmt: skip
+    return done.stdout + ("" if check else f"{done.stderr} exit {done.returncode}")
+
+
+@pytest.mark.slow
+def test_git_shows_and_checks_rules(tmp_path: Path) -> None:
+    """The recipes of README for rule files, in a real repository."""
+    rule = "name: twice\nrules: [{match: linear, rewrite: y + y, fold: {W: 2 * W, b: 2 * b}}]\n"
+    git(tmp_path, "init", "-q")
+    (tmp_path / ".gitattributes").write_text("rules/*.yaml diff=peftsurgery-rules\n")
+    git(tmp_path, "config", "diff.peftsurgery-rules.textconv", "peftsurgery rules show")
+    git(tmp_path, "config", "difftool.peftsurgery.cmd", 'peftsurgery diff "$LOCAL" "$REMOTE"')
+    (tmp_path / "rules").mkdir()
+    file = tmp_path / "rules" / "twice.yaml"
+    file.write_text(rule)
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
+    file.write_text(rule.replace("y + y", "2 * y"))
+    shown = git(tmp_path, "diff")
+    assert "-     y ← y + y" in shown
+    assert "+     y ← 2·y" in shown
+    told = git(tmp_path, "difftool", "-y", "-t", "peftsurgery")
+    assert "~ rule 1: y ← 2·y (was y + y)" in told
+    assert "~ rule 1: rewrite: the same on random tensors" in told
+    hook = tmp_path / ".git" / "hooks" / "pre-commit"
+    hook.write_text(
+        "#!/bin/sh\ngit diff --cached --name-only --diff-filter=d -- 'rules/*.yaml' "
+        "| xargs -r peftsurgery rules check\n"
+    )
+    hook.chmod(0o755)
+    git(tmp_path, "commit", "-qam", "two")
+    file.write_text(rule.replace("2 * W", "3 * W"))
+    refused = git(tmp_path, "commit", "-qam", "three", check=False)
+    assert "PSG130" in refused
+    assert not refused.endswith("exit 0")
+
+
 @pytest.mark.slow
 def test_git_shows_it(bert: Path, tmp_path: Path) -> None:
     """The recipe of README, in a real repository."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        return done.stdout
-
-    git("init", "-q")
+    git(tmp_path, "init", "-q")
     (tmp_path / ".gitattributes").write_text("*.safetensors diff=peftsurgery\n")
-    converter = f"{sys.executable} -m peftsurgery diff --describe"
-    git("config", "diff.peftsurgery.textconv", converter)
+    git(tmp_path, "config", "diff.peftsurgery.textconv", "peftsurgery diff --describe")
     small = tmp_path / "model.safetensors"
     small.write_bytes((bert / "model.safetensors").read_bytes())
-    git("add", "-A")
-    git("commit", "-qm", "one")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-qm", "one")
     other = small_bert(tmp_path.with_name("other"), width=16)
     small.write_bytes((other / "model.safetensors").read_bytes())
-    shown = git("diff")
+    shown = git(tmp_path, "diff")
     assert "-embeddings.word_embeddings.weight F32[99,32] " in shown
     assert "+embeddings.word_embeddings.weight F32[99,16] " in shown
