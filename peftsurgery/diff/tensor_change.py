@@ -7,6 +7,7 @@ costs a sketch of a few times r columns, and a dense change the first sketch alo
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 FIRST_SKETCH = 16
+_EXPONENT = {torch.float32: 8, torch.float64: 11}
+"""How many bits of a number are its exponent."""
 LOW = 0.25
 """A rank is low up to this share of the smaller dimension."""
 
@@ -55,11 +58,12 @@ def measure_change(a: Tensor, b: Tensor) -> Change:
     one, other = a.to(wide), b.to(wide)
     if torch.equal(one, other):
         return Change("identical")
-    not_finite = tuple(int((~torch.isfinite(each)).sum()) for each in (one, other))
-    if any(not_finite):
-        return Change("not finite", not_finite=(not_finite[0], not_finite[1]))
     delta = other - one
     norm, length = float(one.norm()), float(delta.norm())
+    if not math.isfinite(length):  # a NaN or Inf of either is one of the difference
+        counts = [int((~torch.isfinite(each)).sum()) for each in (one, other)]
+        if any(counts):
+            return Change("not finite", not_finite=(counts[0], counts[1]))
     ulps = float((delta.abs() / _ulp(torch.maximum(one.abs(), other.abs()), eps)).max())
     rounded = ulps <= 1
     noise = eps * float(other.norm()) / 2
@@ -70,7 +74,7 @@ def measure_change(a: Tensor, b: Tensor) -> Change:
         relative=length / norm if norm else float("inf"),
         largest=float(delta.abs().max()),
         ulps=ulps,
-        sign_flips=float((one * other < 0).double().mean()),
+        sign_flips=int(torch.count_nonzero(one * other < 0)) / one.numel(),
         rank=rank,
         stable_rank=None if spectrum is None else length**2 / spectrum[1] ** 2,
         top_share=None if spectrum is None else spectrum[1] ** 2 / length**2,
@@ -79,8 +83,11 @@ def measure_change(a: Tensor, b: Tensor) -> Change:
 
 def _ulp(size: Tensor, eps: float) -> Tensor:
     """The distance of neighbouring numbers at each size, of a dtype with this ``eps``."""
-    _, exponent = torch.frexp(size.clamp_min(torch.finfo(size.dtype).tiny))
-    return torch.ldexp(torch.full_like(size, eps), exponent - 1)
+    info, bits = torch.finfo(size.dtype), torch.int32 if size.itemsize == 4 else torch.int64
+    # a number with its fraction's bits taken away is the power of two below it
+    mask = -(1 << (8 * size.itemsize - _EXPONENT[size.dtype] - 1))
+    below = size.clamp_min(info.tiny).view(bits).bitwise_and_(mask).view(size.dtype)
+    return below.mul_(eps)
 
 
 def _spectrum(delta: Tensor, noise: float) -> tuple[int | None, float]:
