@@ -172,13 +172,13 @@ def weights_of(source: Source) -> Weights | None:
         stored = {} if source.folder is None else tensors_in(source.folder)
         found = {n: Sampled(t.dtype, t.shape, t.count, t.read) for n, t in stored.items()}
     else:
-        found = {name: _live(tensor) for name, tensor in _saved_as(source.module).items()}
+        found = {name: in_memory(tensor) for name, tensor in _saved_as(source.module).items()}
     return Weights(found, live=not source.on_meta) if found else None
 
 
 def content_digest(tensors: Mapping[str, Tensor]) -> str:
     """Hash of the contents of tensors, independent of names, that identifies a trained adapter."""
-    lines = sorted(str(_live(tensor).print()) for tensor in tensors.values())
+    lines = sorted(str(in_memory(tensor).print()) for tensor in tensors.values())
     return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
@@ -203,7 +203,8 @@ def _saved_as(module: nn.Module) -> dict[str, Tensor]:
     return revert_weight_conversion(module, plain) if isinstance(module, PreTrainedModel) else plain
 
 
-def _live(tensor: Tensor) -> Sampled:
+def in_memory(tensor: Tensor) -> Sampled:
+    """A tensor that is in memory, of any device."""
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
 
     def read(chosen: Spans) -> bytes:

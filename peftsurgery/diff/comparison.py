@@ -83,10 +83,10 @@ def diff(
     for MODEL, or ONNX files. An operated model is what it is with the adapters that are active now;
     an ONNX file is compared with a model of torch by inputs, outputs and tensors alone, since ONNX
     has operators of its own. ``weights`` compares the base's weights too, tensor by tensor, as they
-    lie in files or in memory. ``shape`` is (batch, tokens) of the forward whose cost is counted,
-    instead of the example that each model was captured with. Raises what opening and capturing
-    raise, PSG207 if weights that are to be compared are not there, PSG905 for a file beside a
-    model, and PSG222 for an ONNX file that is damaged.
+    lie in files or in memory, or as active adapters trained them. ``shape`` is (batch, tokens) of
+    the forward whose cost is counted, instead of the example that each model was captured with.
+    Raises what opening and capturing raise, PSG207 if weights that are to be compared are not
+    there, PSG905 for a file beside a model, and PSG222 for an ONNX file that is damaged.
     """
     paths = [each for each in (a, b) if isinstance(each, str | Path) and not is_onnx(each)]
     if len(paths) == 2 and are_files(*paths):

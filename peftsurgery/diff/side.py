@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import fx
 
 from peftsurgery.capture import GraphModel
-from peftsurgery.capture.fingerprint import Sampled, weights_of
+from peftsurgery.capture.fingerprint import Sampled, in_memory, weights_of
 from peftsurgery.diff.describing import describe_model, served, shape_of_value
 from peftsurgery.diff.description import Description, SiteFacts, TensorFacts
 from peftsurgery.diff.figures import Figures, measure
 from peftsurgery.diff.onnx_graph import read_onnx
 from peftsurgery.errors import SurgeryError
+from peftsurgery.surgery.model.operated import OperatedModel
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def side_of_model(model: GraphModel, shape: tuple[int, int] | None = None) -> Si
         weights = weights_of(model.source)
         if weights is None:
             raise SurgeryError("PSG207", f"{description.kind} has no weights to compare")
-        return weights.tensors
+        return {**weights.tensors, **_trained(model)}
 
     return Side(
         description,
@@ -61,6 +62,14 @@ def side_of_model(model: GraphModel, shape: tuple[int, int] | None = None) -> Si
         {},
         frozenset(name for name, _ in model.named_buffers()) - description.tensors.keys(),
     )
+
+
+def _trained(model: GraphModel) -> dict[str, Sampled]:
+    """What the active adapters made of the base's own tensors, by the base's names."""
+    if not isinstance(model, OperatedModel) or not model.trained:
+        return {}
+    model.learnt()  # copies of a base that was not read yet are filled
+    return {name: in_memory(model.dense(name)) for name in model.trained}
 
 
 def side_of_onnx(path: Path) -> Side:

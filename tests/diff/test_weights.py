@@ -92,3 +92,15 @@ def test_a_fold_of_an_adapter_is_low_rank_where_it_was() -> None:
     for part, line in zip("qv", lines, strict=True):
         assert line.startswith(f"~ layers.{{0..2}}.attn.{part}.weight: low-rank (rank 1)")
         assert line.endswith("×3")
+
+
+def test_what_an_adapter_trained_of_the_base_is_compared_by_value() -> None:
+    graph = ps.capture(build(Recipe()), inputs=INPUTS)
+    operated = ps.apply(graph, "bitfit")
+    assert not operated.diff(weights=True).summary.differs["weights"]
+    with torch.no_grad():
+        operated.get_parameter("layers.1.mlp.up.bias").add_(1)
+    lines = [line for line in operated.diff(weights=True).summary.lines if line.part == "weight"]
+    assert [line.where for line in lines] == ["layers.1.mlp.up.bias"]
+    operated.choose()
+    assert not operated.diff(weights=True).summary.differs["weights"]
