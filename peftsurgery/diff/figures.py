@@ -20,6 +20,7 @@ from peftsurgery.capture import Capture, GraphModel, Program
 from peftsurgery.capture.names import join
 from peftsurgery.diff.describing import served
 from peftsurgery.diff.description import Description
+from peftsurgery.errors import SurgeryError, first_line
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,10 @@ class Figures:
 def measure(
     model: GraphModel, description: Description, shape: tuple[int, int] | None = None
 ) -> Figures:
-    """The figures of a model; ``shape`` is (batch, tokens) instead of the capture's example."""
+    """The figures of a model; ``shape`` is (batch, tokens) instead of the capture's example.
+
+    PSG904 for a shape that the model does not run at.
+    """
     once = {each.tied: each for each in description.tensors.values()}.values()
     parameters = [each for each in once if each.kind == "parameter"]
     capture = served(model)
@@ -100,12 +104,20 @@ class _Run:
         self.known: dict[Any, tuple[Any, int, int]] = {}
 
     def cost(self, inputs: Sequence[Any]) -> tuple[int, int] | None:
-        """Operations and bytes; None if something asks for a value that is not there."""
+        """Operations and bytes; None if something asks for a value, which meta does not have.
+
+        PSG904 for inputs of a shape that the model does not run at.
+        """
         try:
             with torch.no_grad(), self.counter:
                 self.run("", self.programs[""][0], inputs)
-        except (NotImplementedError, RuntimeError):
+        except NotImplementedError:
             return None
+        except RuntimeError as error:
+            if "meta" in str(error):
+                return None
+            message = f"the model does not run at this shape: {first_line(error)}"
+            raise SurgeryError("PSG904", message, "give another one as shape=") from error
         return self.flops, self.bytes
 
     @property

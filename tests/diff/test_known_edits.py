@@ -75,6 +75,27 @@ def test_flops_and_parameters_are_those_of_the_textbook() -> None:
     assert figures.parameters == sum(p.numel() for p in build().parameters())
 
 
+class Positions(torch.nn.Module):
+    """Adds to each token what is learnt for its place, of which there are 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = torch.nn.Parameter(torch.ones(8, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.places[: x.shape[1]]
+
+
+def test_a_shape_that_the_model_does_not_run_at_is_refused() -> None:
+    graph = ps.capture(Positions(), inputs={"x": torch.ones(2, 5, WIDTH)})
+    found = diff(graph, graph, shape=(3, 8)).summary.figures
+    assert found is not None
+    assert found[0].activation_bytes == 3 * 8 * WIDTH * 4
+    with pytest.raises(ps.SurgeryError) as refused:
+        diff(graph, graph, shape=(3, 9))
+    assert refused.value.code == "PSG904"
+
+
 def test_a_moved_norm_is_moved_and_not_new() -> None:
     lines = told(diff(captured(), captured(changed(replace(PLAIN, norm="after")))))
     assert lines
