@@ -154,7 +154,7 @@ class Captures:
         self, module: nn.Module, call: Call, training: bool, state: Surroundings
     ) -> Capture:
         with traced_alone(), noted_calls(module) as notes:
-            exported = export(module, call, training)
+            exported = export(module, call, training, notes)
         tensors = tensor_infos(module)
         self._name_constants(exported.module)
         of_module = _counters(module), _dropouts(module)

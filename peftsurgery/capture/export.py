@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -32,11 +33,13 @@ from peftsurgery.capture.attributes import kept_attributes
 from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.modes import Reads, noted_reads
+from peftsurgery.capture.module_calls import Notes
 from peftsurgery.capture.randomness import drawn_elsewhere, is_random, kept_generators, starts
 from peftsurgery.capture.recording import Record, Watch, is_steady, recorded
 from peftsurgery.capture.signature import Call, apart, stand_for, traced
 from peftsurgery.capture.sizes import size_conditions
 from peftsurgery.capture.stack import stack_paths
+from peftsurgery.capture.traced_once import Once, traced_once
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.quiet import quiet
 
@@ -53,30 +56,37 @@ class Exported:
 
     ``conditions`` are what it assumes of their sizes,
     ``mode`` is the value of ``training`` it is right for, or None if it follows train() and eval().
+    ``filled`` are the paths of the blocks that were filled in, as an equal one was traced.
     """
 
     module: fx.GraphModule
     output: pytree.TreeSpec
     conditions: tuple[str, ...]
     mode: bool | None
+    filled: tuple[str, ...]
 
 
 @quiet()
-def export(module: nn.Module, call: Call, training: bool) -> Exported:
+def export(
+    module: nn.Module, call: Call, training: bool, notes: Notes, once: bool = True
+) -> Exported:
     """Export ``module`` for ``call``, for both modes if one graph can serve them, else for one.
+
+    ``notes`` are those of its modules' calls. Equal blocks are traced ``once``.
 
     Raises PSG201 with torch.export's reason if it cannot be exported, and PSG211 if it is only the
     train mode that cannot, and a capture for ``training`` is wanted; PSG210 for a cache that cannot
     be left to its owner, and PSG217 for a model that remembers, in the mode that is wanted.
     """
     call = traced(apart(call), module)
-    trained, refusal = _try(module, call, train=True)
+    trace = partial(_try, module, call, notes, once)
+    trained, refusal = trace(train=True)
     if trained is not None:
         if _serves_both(trained, module, call):
             return _read(trained, call)
         if training:
             return replace(_read(trained, call), mode=True)
-    evaluated, reason = _try(module, call, train=False)
+    evaluated, reason = trace(train=False)
     name = type(module).__name__
     for error in (reason, refusal if training else None):
         if isinstance(error, SurgeryError):
@@ -98,12 +108,15 @@ class _Trace:
     record: Record
     reads: Reads
     masks: Masks
+    filled: tuple[str, ...]  # blocks whose steps are not in the record
 
 
-def _try(module: nn.Module, call: Call, train: bool) -> tuple[_Trace | None, Exception | None]:
+def _try(
+    module: nn.Module, call: Call, notes: Notes, once: bool, train: bool
+) -> tuple[_Trace | None, Exception | None]:
     """What torch.export makes of the call in one mode, or why it cannot."""
     try:
-        return _export(module, call, train), None
+        return _export(module, call, notes, once, train), None
     except (*EXPORT_ERRORS, SurgeryError) as error:
         return None, error
 
@@ -117,7 +130,7 @@ def _read(trace: _Trace, call: Call) -> Exported:
         conditions = call.trace.conditions(conditions)
         call.trace.connect(module.graph)
     conditions = tuple(dict.fromkeys((*conditions, *trace.masks.conditions)))
-    return Exported(module, program.call_spec.out_spec, conditions, None)
+    return Exported(module, program.call_spec.out_spec, conditions, None, trace.filled)
 
 
 def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
@@ -135,8 +148,9 @@ def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
     ):
         return True
     try:
-        by_value = trained.masks.by_value
-        return _record(module, call, False, by_value=by_value).is_off_of(trained.record)
+        record = partial(_record, module, call, by_value=trained.masks.by_value)
+        known = record(True) if trained.filled else trained.record
+        return record(False).is_off_of(known)
     except (*EXPORT_ERRORS, SurgeryError):
         return False
 
@@ -148,13 +162,17 @@ def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
     )
 
 
-def _export(module: nn.Module, call: Call, train: bool, by_value: bool = False) -> _Trace:
+def _export(
+    module: nn.Module, call: Call, notes: Notes, once: bool, train: bool, by_value: bool = False
+) -> _Trace:
     images_vary = not isinstance(module, PreTrainedModel)
     watch, masks = Watch(module), Masks(call, by_value)
+    blocks = Once(module, notes, masks) if once else None
     with (
         kept_attributes(module),
         _prepared(module, call, train, watch, masks),
         noted_reads() as reads,
+        contextlib.nullcontext() if blocks is None else traced_once(blocks),
         _unprinted(),
     ):
         before = drawn_elsewhere()
@@ -168,14 +186,15 @@ def _export(module: nn.Module, call: Call, train: bool, by_value: bool = False) 
         )
         drew = drawn_elsewhere() != before
     if masks.matters:
-        return _export(module, call, train, by_value=True)
+        return _export(module, call, notes, once, train, by_value=True)
     if drew and not _is_one(_record(module, call, train, start) for start in starts()):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:
         with kept_attributes(module), _prepared(module, call, train):
             if not is_steady(module, call):
                 raise _remembering(module, watch.changed[0])
-    return _Trace(program, watch.record, reads, masks)
+    filled = () if blocks is None else tuple(blocks.filled)
+    return _Trace(program, watch.record, reads, masks, filled)
 
 
 def _is_one(records: Iterable[Record]) -> bool:

@@ -66,6 +66,19 @@ class Masks:
             enter(_replaced(ALL_ATTENTION_FUNCTIONS, self._watching))
             yield
 
+    def known(self, tensor: Tensor) -> bool | None:
+        """Whether a tensor is a mask that would be left out if it masked nothing, and a causal one.
+
+        Attention asks that of the masks that it is given.
+        """
+        mask = self._causal.get(_memory(tensor))
+        return None if mask is None else mask[1]
+
+    @property
+    def made(self) -> tuple[Any, ...]:
+        """What has been made and decided up to now."""
+        return len(self._causal), len(self.conditions), self._skippable, self._packed
+
     def _deciding(self, causal: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """What decides whether a mask is left out, in place of a function of transformers."""
 

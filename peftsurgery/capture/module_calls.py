@@ -56,14 +56,20 @@ ModuleCalls = Mapping[str, Sequence[ModuleCall]]
 Mark = tuple[str, int, int]
 
 
-class _Notes:
+class Notes:
     """What was noted in the latest trace: a trace that begins replaces it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.paths = {id(part): name for name, part in module.named_modules() if name}
         self.tracer: Any = None
+        self.marks: list[tuple[fx.Node, str, Mark]] = []
         self.calls: dict[str, list[ModuleCall | None]] = {}
         self.running: list[tuple[str, int, tuple[Leaf, ...], pytree.TreeSpec] | None] = []
+
+    def begin(self, tracer: Any) -> None:
+        """Forget what was noted in another trace."""
+        if self.tracer is not tracer:
+            self.tracer, self.calls, self.running, self.marks = tracer, {}, [], []
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what a call is given, if it is traced; a copy of the part is not the part."""
@@ -71,8 +77,7 @@ class _Notes:
         if mode is None or path is None:
             self.running.append(None)
             return
-        if self.tracer is not mode.tracer:
-            self.tracer, self.calls, self.running = mode.tracer, {}, []
+        self.begin(mode.tracer)
         number = len(self.calls.setdefault(path, []))
         self.calls[path].append(None)
         given, arguments = flatten((args, kwargs))
@@ -95,7 +100,12 @@ class _Notes:
         for index, leaf in enumerate(leaves):
             node = _node_of(leaf, self.tracer)
             if node is not None:
-                node.meta[key] = {**node.meta.get(key, {}), (path, number, index): None}
+                self.mark_node(node, key, (path, number, index))
+
+    def mark_node(self, node: fx.Node, key: str, mark: Mark) -> None:
+        """Let a node say that it is a value of a call."""
+        node.meta[key] = {**node.meta.get(key, {}), mark: None}
+        self.marks.append((node, key, mark))
 
     def done(self) -> ModuleCalls:
         """The calls that came to an end, by path."""
@@ -107,9 +117,9 @@ class _Notes:
 
 
 @contextmanager
-def noted_calls(module: nn.Module) -> Iterator[_Notes]:
+def noted_calls(module: nn.Module) -> Iterator[Notes]:
     """Note every call of the module's parts while it is traced."""
-    notes = _Notes(module)
+    notes = Notes(module)
     handles = []
     for name, part in module.named_modules():
         if name:  # by torch's own functions: a captured model's parts have theirs

@@ -1,0 +1,301 @@
+"""Copying what a block's call put into a traced graph to where an equal block is called.
+
+While a model is traced, the nodes that one call of a block made are a stretch of the graph. A copy
+of them reads the other block's tensors and takes the other call's arguments; it says of itself
+where it comes from as if the other block had been traced: which modules' calls made each node
+(``nn_module_stack``), and which argument or result of which call it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import (
+    _ProxyTensor,
+    disable_proxy_modes_tracing,
+    get_proxy_slot,
+    set_proxy_slot,
+    track_tensor,
+)
+from torch.utils import _pytree as pytree
+
+from peftsurgery.capture.module_calls import GIVEN, RETURNED, ModuleCall, Notes, flatten
+from peftsurgery.capture.size_questions import SYMBOLS
+from peftsurgery.capture.tensors import named_tensors
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_CONSTANTS = (*PLAIN, torch.layout, torch.memory_format)
+
+
+@dataclass(frozen=True)
+class _Result:
+    """One value of a result: an argument of that number, a new tensor, or else a constant."""
+
+    given: int | None = None
+    tensor: torch.Tensor | None = None
+    node: fx.Node | None = None
+    constant: Any = None
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What one call of a block made: nodes, notes of its modules' calls, and its result."""
+
+    place: Place
+    nodes: Sequence[fx.Node]
+    called: Mapping[str, int]
+    marks: Sequence[tuple[fx.Node, str, tuple[str, int, int]]]
+    calls: Mapping[str, Sequence[ModuleCall]]
+    results: Sequence[_Result]
+    structure: pytree.TreeSpec
+    moved: Mapping[
+        int | str, fx.Node | None
+    ]  # arguments and tensors that are other nodes afterwards
+
+
+class Place:
+    """A call of a block as a trace comes to it: where in the graph it is, and what is given."""
+
+    def __init__(self, tracer: Any, notes: Notes, block: nn.Module, args: Any, kwargs: Any) -> None:
+        self.tracer, self.notes, self.graph = tracer, notes, tracer.graph
+        self.stack = {key: _entry(*entry) for key, entry in tracer.module_stack.items()}
+        self.path = list(self.stack.values())[-1][0]
+        self.noted_path = notes.paths.get(id(block), "")
+        self.arguments = args, kwargs
+        self.leaves, self.structure = flatten(self.arguments)
+        self.tensors = dict(named_tensors(block))
+        self._first_nodes = self._nodes()
+        self.last = self.graph._root.prev
+        self.called = dict(tracer.num_calls)
+        self.noted = {path: len(calls) for path, calls in notes.calls.items()}
+        self.first_mark = len(notes.marks)
+
+    def node_of(self, value: Any) -> fx.Node | None:
+        """The node that a tensor is, unless the trace knows its value."""
+        if not isinstance(value, torch.Tensor):
+            return None
+        slot: Any = get_proxy_slot(value, self.tracer, None)
+        known = slot is None or slot.constant is not None
+        return None if known else slot.proxy.node
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every tensor is a value of the graph, and none is an argument and the block's."""
+        mine = [self._first_nodes[name] for name in self.tensors]
+        given = [
+            self._first_nodes[index]
+            for index, leaf in enumerate(self.leaves)
+            if isinstance(leaf, torch.Tensor)
+        ]
+        return None not in mine and None not in given and set(mine).isdisjoint(given)
+
+    def stretch(self, result: Any) -> Stretch | None:
+        """What the call made, if it is all that it did and no more than nodes."""
+        nodes = list(self._made())
+        leaves, structure = flatten(result)
+        inside = set(nodes)
+        results = [each for leaf in leaves if (each := self._result(leaf, inside)) is not None]
+        moved = {key: n for key, n in self._nodes().items() if n is not self._first_nodes[key]}
+        calls = self._new_calls()
+        if (
+            len(results) < len(leaves)
+            or not self._has_same_arguments()
+            or not inside.issuperset(moved.values())
+            or not self._are_copyable(nodes)
+            or not self._are_apart([r.tensor for r in results if r.tensor is not None])
+            or calls is None
+        ):
+            return None
+        called = {
+            path: count - self.called.get(path, 0)
+            for path, count in self.tracer.num_calls.items()
+            if count > self.called.get(path, 0)
+        }
+        marks = tuple(self.notes.marks[self.first_mark :])
+        return Stretch(self, nodes, called, marks, calls, results, structure, moved)
+
+    def _new_calls(self) -> dict[str, list[ModuleCall]] | None:
+        """The calls of modules within this one; None if one of them did not end."""
+        made = {path: c[self.noted.get(path, 0) :] for path, c in self.notes.calls.items()}
+        ended = {path: [call for call in c if call is not None] for path, c in made.items() if c}
+        return ended if all(len(c) == len(made[path]) for path, c in ended.items()) else None
+
+    def _made(self) -> Iterator[fx.Node]:
+        node = self.last.next
+        while node is not self.graph._root:
+            yield node
+            node = node.next
+
+    def _has_same_arguments(self) -> bool:
+        """Whether the arguments hold the very things that they held."""
+        leaves, structure = flatten(self.arguments)
+        return (
+            structure == self.structure
+            and len(leaves) == len(self.leaves)
+            and all(new is old for new, old in zip(leaves, self.leaves, strict=True))
+        )
+
+    def _nodes(self) -> dict[int | str, fx.Node | None]:
+        """The nodes that the arguments and the block's tensors are now."""
+        nodes: dict[int | str, fx.Node | None] = {}
+        nodes |= {index: self.node_of(leaf) for index, leaf in enumerate(self.leaves)}
+        return nodes | {name: self.node_of(tensor) for name, tensor in self.tensors.items()}
+
+    def _are_copyable(self, nodes: Sequence[fx.Node]) -> bool:
+        """Whether nodes call functions of one another, of what is given, and of constants."""
+        known = {*nodes, *self._first_nodes.values()}
+        return all(
+            node.op == "call_function"
+            and all(
+                value in known or isinstance(value.meta.get("val"), SYMBOLS)
+                if isinstance(value, fx.Node)
+                else isinstance(value, _CONSTANTS)
+                for value in _values((node.args, node.kwargs))
+            )
+            for node in nodes
+        )
+
+    def _are_apart(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether tensors share no memory with one another, nor with what was there before."""
+        there = [each for each in self.leaves if isinstance(each, torch.Tensor)]
+        before = {memory(tensor) for tensor in (*there, *self.tensors.values())}
+        made = [memory(tensor) for tensor in {id(each): each for each in tensors}.values()]
+        return len(set(made)) == len(made) and before.isdisjoint(made)
+
+    def _result(self, leaf: Any, inside: set[fx.Node]) -> _Result | None:
+        given = next((i for i, value in enumerate(self.leaves) if value is leaf), None)
+        if isinstance(leaf, (*PLAIN, *SYMBOLS)):
+            return _Result(constant=leaf)
+        if given is not None:
+            return _Result(given=given)
+        node = self.node_of(leaf)
+        if node is None or node not in inside or type(leaf) is not FakeTensor:
+            return None
+        return _Result(tensor=leaf, node=node)
+
+    def fill_in(self, stretch: Stretch) -> tuple[Any] | None:
+        """The result of this call, made like a stretch, in a tuple; None if it cannot be."""
+        first = stretch.place
+        value_of: dict[fx.Node, fx.Node] = {}
+        for key, old in first._first_nodes.items():
+            new = self._first_nodes[key]
+            if old is not None and new is not None and value_of.setdefault(old, new) is not new:
+                return None
+        made: dict[fx.Node, torch.Tensor] = {}
+        for result in stretch.results:
+            if result.tensor is not None and result.node is not None and result.node not in made:
+                tensor = _like(result.tensor)
+                if tensor is None:
+                    return None
+                made[result.node] = tensor
+        for node in stretch.nodes:
+            value_of[node] = self._copy(node, first, value_of)
+        self._note(stretch, value_of)
+        for key, new in stretch.moved.items():
+            given = self.leaves[key] if isinstance(key, int) else self.tensors[key]
+            if new is not None:
+                slot = _ProxyTensor(fx.Proxy(value_of[new], self.tracer), None)
+                set_proxy_slot(given, self.tracer, slot)
+        for node, tensor in made.items():
+            proxy = fx.Proxy(value_of[node], self.tracer)
+            track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
+        leaves = [self._value(result, made) for result in stretch.results]
+        return (pytree.tree_unflatten(leaves, stretch.structure),)
+
+    def _value(self, result: _Result, made: Mapping[fx.Node, torch.Tensor]) -> Any:
+        if result.node is not None:
+            return made[result.node]
+        return result.constant if result.given is None else self.leaves[result.given]
+
+    def _copy(self, node: fx.Node, first: Place, value_of: dict[fx.Node, fx.Node]) -> fx.Node:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: value_of.get(n, n))
+        made = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
+        made.meta = {k: v for k, v in node.meta.items() if k not in (GIVEN, RETURNED)}
+        inner = list(node.meta.get("nn_module_stack", {}).items())[len(first.stack) :]
+        made.meta["nn_module_stack"] = self.stack | {
+            self._key(first, key, path): (self._moved(first, path), kind)
+            for key, (path, kind) in inner
+        }
+        return made
+
+    def _moved(self, first: Place, path: str) -> str:
+        return _beneath(path, first.path, self.path)
+
+    def _key(self, first: Place, key: str, path: str) -> str:
+        """The key of a call in a stack: the path of the module, and its number if not the first."""
+        _, _, number = key.rpartition("@") if "@" in key else ("", "", "0")
+        there = self._moved(first, path)
+        now = int(number) - first.called.get(path, 0) + self.called.get(there, 0)
+        return f"{there}@{now}" if now else there
+
+    def _note(self, stretch: Stretch, value_of: Mapping[fx.Node, fx.Node]) -> None:
+        """Note the calls of the modules in the block, as if they had been made."""
+        first = stretch.place
+        for path, count in stretch.called.items():
+            there = self._moved(first, path)
+            self.tracer.num_calls[there] = self.called.get(there, 0) + count
+        for path, calls in stretch.calls.items():
+            there = _beneath(path, first.noted_path, self.noted_path)
+            self.notes.calls.setdefault(there, []).extend(calls)
+        for node, key, (path, number, index) in stretch.marks:
+            there = _beneath(path, first.noted_path, self.noted_path)
+            now = number - first.noted.get(path, 0) + self.noted.get(there, 0)
+            self.notes.mark_node(value_of.get(node, node), key, (there, now, index))
+
+
+def _entry(path: str, kind: Any) -> tuple[str, str]:
+    return path, f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else kind
+
+
+def _beneath(path: str, old: str, new: str) -> str:
+    """A path beneath ``old`` (or that itself) as one beneath ``new``."""
+    return new + path.removeprefix(old) if path == old or path.startswith(f"{old}.") else path
+
+
+def _values(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, list | tuple):
+        for each in argument:
+            yield from _values(each)
+    elif isinstance(argument, dict):
+        for each in argument.values():
+            yield from _values(each)
+    elif isinstance(argument, slice):
+        yield from (argument.start, argument.stop, argument.step)
+    else:
+        yield argument
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """What a tensor and its views have in common."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def described(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """All that a trace can see of a tensor but which one it is."""
+    return (
+        *(type(tensor), tensor.dtype, tensor.device, tensor.layout),
+        *(tuple(map(expression, tensor.shape)), tuple(map(expression, tensor.stride()))),
+        *(expression(tensor.storage_offset()), tensor.requires_grad, tensor.is_leaf),
+        *(tensor.is_conj(), tensor.is_neg(), tensor.is_inference()),
+    )
+
+
+def expression(size: Any) -> Any:
+    """A size as a value: a number, or an expression of the trace's symbols."""
+    return (type(size), size.node.expr) if isinstance(size, SYMBOLS) else size
+
+
+def _like(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A new tensor that a trace cannot tell from this one; None if there is none."""
+    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
+        made = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
+        if tensor.requires_grad:
+            made = made.requires_grad_().clone()
+        return made if described(made) == described(tensor) else None

@@ -1,0 +1,213 @@
+"""What a Python value is, as a token: equal for two values that code cannot tell apart.
+
+Plain values, containers, dtypes, enums and configs are told by what they hold; other objects by who
+they are and what they hold; a function by its code, and by what its globals and its closure hold
+now. What may keep something where it cannot be seen (an iterator, a generator of random numbers, an
+object of another language) has a token that equals none.
+"""
+
+from __future__ import annotations
+
+import dis
+import enum
+import functools
+import inspect
+import logging
+import os
+import re
+import sys
+import types
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig
+
+Token = Any
+
+# Code that keeps nothing between two calls of a block which would change what it computes.
+_LIBRARIES = tuple(
+    str(Path(module.__file__).parent) + os.sep
+    for module in (torch, transformers, huggingface_hub, np, os)
+    if module.__file__
+)
+_INSTALLED = f"{os.sep}site-packages{os.sep}"
+# Ways to read an object's attributes that nothing can watch.
+_HIDDEN = frozenset({"__dict__", "vars", "getattr_static", "__getattribute__", "__getstate__"})
+_HIDDEN |= {"globals", "locals", "eval", "exec", "_getframe", "currentframe", "copy", "deepcopy"}
+_NAMED = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType, range)
+_WHO = (
+    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType),
+    *(logging.Logger, re.Pattern, torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops._OpNamespace, np.dtype),
+)
+_CONTAINERS = (tuple, list, dict, set, frozenset, OrderedDict, defaultdict, torch.Size)
+_LIMIT = 20_000
+
+
+class _Plain:
+    """A class whose objects keep all they have in their dictionary."""
+
+
+def is_library(path: str | None) -> bool:
+    """Whether a source file is of torch, transformers, numpy or Python itself."""
+    if path is None or path.startswith("<frozen "):
+        return True
+    library = next((root for root in _LIBRARIES if path.startswith(root)), None)
+    return library is not None and _INSTALLED not in path.removeprefix(library)
+
+
+class Tokens:
+    """Tokens of one moment: what two values share is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, Token] = {}
+        self._kept: list[Any] = []  # so that no other value has its identity
+        self._open: set[int] = set()
+        self._count = 0
+
+    def of(self, value: Any) -> Token:
+        """The token of a value. A value in itself equals none, nor does one too large."""
+        if isinstance(value, _NAMED) and type(value) in _NAMED:
+            return type(value), repr(value)
+        found = self._known.get(id(value))
+        if found is not None:
+            return found
+        self._count += 1
+        if id(value) in self._open and isinstance(value, types.FunctionType | type):
+            return id(value)
+        if id(value) in self._open or self._count > _LIMIT:
+            return object()
+        self._open.add(id(value))
+        token = self._made(value)
+        self._open.discard(id(value))
+        self._known[id(value)] = token
+        self._kept.append(value)
+        return token
+
+    def _made(self, value: Any) -> Token:
+        kind = type(value)
+        if kind in _CONTAINERS:
+            return self._contents(value)
+        if isinstance(value, torch.Tensor):
+            return id(value), value._version
+        if isinstance(value, (*_WHO, enum.Enum)):
+            return id(value)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, types.MethodType):
+            return types.MethodType, self.of(value.__func__), self.of(value.__self__)
+        if isinstance(value, functools.partial):
+            return kind, self.of((value.func, value.args, value.keywords, vars(value)))
+        if isinstance(value, type):
+            return self.of_class(value)
+        if isinstance(value, types.ModuleType):
+            return id(value)
+        if isinstance(value, staticmethod | classmethod):
+            return kind, self.of(value.__func__)
+        if isinstance(value, property):
+            return kind, self.of((value.fget, value.fset, value.fdel))
+        if isinstance(value, nn.Module) or kind.__basicsize__ != _Plain.__basicsize__:
+            return object()
+        who = None if isinstance(value, PreTrainedConfig) else id(value)
+        return who, self.of_class(kind), self.of(vars(value))
+
+    def _contents(self, value: Any) -> Token:
+        kind = type(value)
+        if isinstance(value, dict):
+            made = value.default_factory if isinstance(value, defaultdict) else None
+            return kind, made, tuple((self.of(key), self.of(value[key])) for key in value)
+        tokens = [self.of(each) for each in value]
+        return kind, frozenset(tokens) if isinstance(value, set | frozenset) else tuple(tokens)
+
+    def of_class(self, kind: type) -> Token:
+        """The token of a class: what in it, and in those it is made of, is no library's."""
+        return kind, tuple(
+            (base, name, self.of(value)) for base in kind.__mro__ for name, value in _own_code(base)
+        )
+
+    def _function(self, function: types.FunctionType) -> Token:
+        code = function.__code__
+        if is_library(code.co_filename) and not function.__closure__:
+            return id(function)
+        if is_library(code.co_filename):
+            return id(function), self._cells(function)
+        names = _names(code)
+        if names is None:
+            return object()
+        scope = function.__globals__
+        held = [self._named(scope[name], names) for name in names if name in scope]
+        rest = (function.__defaults__, function.__kwdefaults__, function.__dict__)
+        return code, id(function), tuple(held), self.of(rest), self._cells(function)
+
+    def _cells(self, function: types.FunctionType) -> Token:
+        held: list[Token] = []
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                held.append(self.of(cell.cell_contents))
+        return tuple(held)
+
+    def _named(self, value: Any, names: tuple[str, ...]) -> Token:
+        """The token of a global; of a module, with what code may read of it by these names."""
+        if not isinstance(value, types.ModuleType) or is_library(getattr(value, "__file__", None)):
+            return self.of(value)
+        if id(value) in self._open:
+            return id(value)
+        self._open.add(id(value))
+        scope = vars(value)
+        held = tuple(self._named(scope[name], names) for name in names if name in scope)
+        self._open.discard(id(value))
+        return id(value), held
+
+
+@lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...] | None:
+    """The names that code reads; None if it reads, or imports, what nothing can watch."""
+    if _HIDDEN.intersection(code.co_names):
+        return None
+    if any(instruction.opname == "IMPORT_NAME" for instruction in dis.get_instructions(code)):
+        return None
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            inner = _names(constant)
+            if inner is None:
+                return None
+            names.update(inner)
+    return tuple(sorted(names))
+
+
+def _own_code(kind: type) -> Iterator[tuple[str, Any]]:
+    """What a class has that is not a library's: all of it, or what was put into a library's."""
+    is_own = not _is_of_library(kind)
+    for name, value in list(vars(kind).items()):
+        if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"):
+            continue
+        if isinstance(value, Standing):
+            continue  # its objects have one of their own
+        if is_own and name.startswith("_abc_"):
+            continue
+        if is_own or (inspect.isfunction(value) and not is_library(value.__code__.co_filename)):
+            yield name, value
+
+
+def _is_of_library(kind: type) -> bool:
+    if kind.__module__ in sys.builtin_module_names:
+        return True
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    return file is not None and is_library(file)
+
+
+class Standing:
+    """A class's attribute that stands before its objects' own; ``shadowed`` is what was there."""
+
+    shadowed: Any = None

@@ -1,0 +1,290 @@
+"""Each distinct block is traced once; where an equal one is called, its nodes are copied.
+
+A block (an element of a repeated list) is equal to one traced before if both are of the same
+classes, have tensors of the same shapes, are given the same arguments but for other tensors of the
+same shapes, and if all that the first one read has the same values in the second. What of a block's
+attributes is read is watched (:mod:`attribute_reads`); what else it may read is compared as a whole
+(:mod:`likeness`). A block that changed something, or of which any of this cannot be told, is
+traced by itself, and so is every block like it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental import proxy_tensor
+from torch.nn.modules import module as torch_modules
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from peftsurgery.capture.attribute_reads import noted_attributes, watchable
+from peftsurgery.capture.blocks import block_paths
+from peftsurgery.capture.filling_in import Place, Stretch, described, expression, memory
+from peftsurgery.capture.likeness import Token, Tokens
+from peftsurgery.capture.masks import Masks
+from peftsurgery.capture.module_calls import Notes
+from peftsurgery.capture.randomness import drawn_elsewhere
+from peftsurgery.capture.size_questions import SYMBOLS, Questions
+from peftsurgery.capture.surroundings import surroundings
+from peftsurgery.capture.watched import HOOKS
+
+_TRACER = "_ModuleStackTracer"
+_TABLES = frozenset(vars(nn.Module()))
+_GLOBAL_HOOKS = tuple(
+    name
+    for name in vars(torch_modules)
+    if name.startswith("_global_") and name.endswith("_hooks") and "registration" not in name
+)
+
+Attribute = tuple[str, str]  # a part's name beneath the block, and the attribute's
+
+
+@dataclass(frozen=True)
+class _Situation:
+    """All that a block's call depends on: of ``attributes``, only on those that are read."""
+
+    parts: Token
+    given: Token  # the sizes of what is given: a trace may learn of them
+    told: Token  # all else that is given
+    around: Token
+    attributes: dict[Attribute, Token]
+
+    def agrees(self, other: _Situation, unread: set[Attribute]) -> bool:
+        """Whether a call here does what one does there, which reads none of ``unread``."""
+        mine, theirs = self.attributes, other.attributes
+        return (
+            (self.parts, self.given, self.told) == (other.parts, other.given, other.told)
+            and self.around == other.around
+            and mine.keys() == theirs.keys()
+            and all(mine[key] == theirs[key] or key in unread for key in mine)
+        )
+
+
+@dataclass
+class _Running:
+    """A call of a block that is being traced, and what it has read up to now."""
+
+    names: dict[int, str]  # of its parts, by the identity of their dictionaries
+    read: set[Attribute] = field(default_factory=set)
+    is_open: bool = False  # whether it read of another module what tells blocks apart
+
+
+@dataclass(frozen=True)
+class _Known:
+    situation: _Situation
+    unread: set[Attribute]
+    read: set[Attribute]
+    stretch: Stretch
+    questions: Questions
+
+
+class Once:
+    """The blocks of one trace; ``filled`` are the paths of those that were not traced."""
+
+    def __init__(self, module: nn.Module, notes: Notes, masks: Masks) -> None:
+        self.notes, self.masks = notes, masks
+        parts = dict(module.named_modules(remove_duplicate=False))
+        self.blocks = {id(vars(parts[path])): parts[path] for path in block_paths(module)}
+        self.watched = watchable(_told_apart(list(self.blocks.values())))
+        self.thread = threading.get_ident()
+        self.tracer: Any = None
+        self.known: list[_Known] = []
+        self.running: list[_Running] = []
+        self.filled: list[str] = []
+
+    def note(self, content: dict[str, Any], name: str) -> None:
+        """An attribute was read of the module with this dictionary."""
+        for call in self.running:
+            part = call.names.get(id(content))
+            if part is None:
+                call.is_open = True
+            else:
+                call.read.add((part, name))
+
+    def call(self, tracer: Any, m: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+        """What a module returns: traced, or as one returned that was traced before."""
+        block = self.blocks.get(id(m.__dict__))
+        if block is None or threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        self.tracer = self.tracer or tracer
+        if tracer is not self.tracer or self._is_hooked(block):
+            return forward(*args, **kwargs)
+        self.notes.begin(tracer)
+        place = Place(tracer, self.notes, block, args, kwargs)
+        if not place.is_plain:
+            return forward(*args, **kwargs)
+        situation = self._situation(block, place)
+        for known in self.known:
+            if (
+                situation.agrees(known.situation, known.unread)
+                and known.questions.have_same_answers()
+            ):
+                result = place.fill_in(known.stretch)
+                if result is not None:
+                    self.filled.append(place.noted_path)
+                    for part, name in known.read:
+                        self.note(vars(block.get_submodule(part)), name)
+                    return result[0]
+        return self._traced(block, place, situation, partial(forward, *args, **kwargs))
+
+    def _traced(self, block: nn.Module, place: Place, situation: _Situation, forward: Any) -> Any:
+        """What a block returns, and what it did kept if it is all that it will ever do."""
+        shapes = self._shapes()
+        if shapes is None:
+            return forward()
+        running = _Running({id(vars(part)): name for name, part in block.named_modules()})
+        before, questions = self._moment(shapes), Questions(shapes)
+        self.running.append(running)
+        try:
+            with questions:
+                result = forward()
+        finally:
+            self.running.pop()
+        stretch = place.stretch(result)
+        if stretch is None or running.is_open or self._moment(shapes) != before:
+            return result
+        after = self._situation(block, place)
+        kinds = {name: type(part) for name, part in block.named_modules(remove_duplicate=False)}
+        watched = {key for key in after.attributes if (kinds[key[0]], key[1]) in self.watched}
+        known = _Known(after, watched - running.read, running.read, stretch, questions)
+        if (
+            after.agrees(replace(situation, given=after.given), known.unread)
+            and questions.have_same_answers()
+            and questions.are_settled(stretch.nodes)
+        ):
+            self.known.append(known)
+        return result
+
+    def _situation(self, block: nn.Module, place: Place) -> _Situation:
+        tokens = Tokens()
+        parts = list(block.named_modules(remove_duplicate=False))
+        which: dict[int, int] = {}
+        seen = [
+            (
+                *(name, which.setdefault(id(part), len(which)), tokens.of_class(type(part))),
+                *(
+                    vars(part)["training"],
+                    tuple(part._modules),
+                    tuple(sorted(part._non_persistent_buffers_set)),
+                ),
+                *(_tensors(part._parameters, which), _tensors(part._buffers, which)),
+            )
+            for name, part in parts
+        ]
+        around = (surroundings(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
+        return _Situation(
+            (type(block), tuple(seen)),
+            [described(leaf) for leaf in place.leaves if isinstance(leaf, torch.Tensor)],
+            (place.structure, [self._told(leaf, tokens, which) for leaf in place.leaves]),
+            (around, tuple(map(id, modes))),
+            _attributes(parts, tokens),
+        )
+
+    def _told(self, leaf: Any, tokens: Tokens, which: dict[int, int]) -> Token:
+        """What is told of an argument: of a tensor all but its sizes and values."""
+        if isinstance(leaf, SYMBOLS):
+            return expression(leaf)
+        if not isinstance(leaf, torch.Tensor):
+            return tokens.of(leaf)
+        same = [which.setdefault(key, len(which)) for key in (id(leaf), memory(leaf))]
+        return same, self.masks.known(leaf), tokens.of(_beside(leaf))
+
+    def _shapes(self) -> Any:
+        """What the trace knows of sizes."""
+        mode = detect_fake_mode()
+        return None if mode is None else mode.shape_env
+
+    def _moment(self, shapes: Any) -> Token:
+        """What a call may change beside its block and what is known of sizes."""
+        unknown = shapes.unbacked_symint_counter, len(shapes.pending_fresh_unbacked_symbols)
+        return unknown, drawn_elsewhere(), self.masks.made, len(self.notes.running), surroundings()
+
+    def _is_hooked(self, block: nn.Module) -> bool:
+        """Whether anything but our notes is called when the block or a part of it is."""
+        if any(getattr(torch_modules, name) for name in _GLOBAL_HOOKS):
+            return True
+        return any(
+            "forward" in vars(part)
+            or any(
+                getattr(hook, "__self__", None) is not self.notes
+                for hooks in HOOKS
+                for hook in vars(part)[hooks].values()
+            )
+            for part in block.modules()
+        )
+
+
+def _tensors(table: dict[str, Any], which: dict[int, int]) -> Token:
+    return tuple(
+        (
+            name,
+            tensor
+            if tensor is None
+            else (described(tensor), which.setdefault(id(tensor), len(which))),
+        )
+        for name, tensor in table.items()
+    )
+
+
+def _beside(tensor: torch.Tensor) -> dict[str, Any]:
+    """What code has put into a tensor's attributes."""
+    own = (*FakeTensor.__annotations__, *dir(FakeTensor))
+    return {
+        name: value
+        for name, value in vars(tensor).items()
+        if name not in own and value is not None and not name.endswith(("_vc", "_epoch"))
+    }
+
+
+def _attributes(parts: list[tuple[str, nn.Module]], tokens: Tokens) -> dict[Attribute, Token]:
+    """What the parts of a block keep in attributes, tensors and parts aside."""
+    return {
+        (name, key): tokens.of(value)
+        for name, part in parts
+        for key, value in vars(part).items()
+        if key not in _TABLES
+    }
+
+
+def _told_apart(blocks: list[nn.Module]) -> set[tuple[type, str]]:
+    """The attributes in which blocks of one class differ, with the class of the part."""
+    tokens = Tokens()
+    first: dict[type, dict[Attribute, Token]] = {}
+    found: set[tuple[type, str]] = set()
+    for block in blocks:
+        parts = list(block.named_modules(remove_duplicate=False))
+        kinds = {name: type(part) for name, part in parts}
+        mine = _attributes(parts, tokens)
+        other = first.setdefault(type(block), mine)
+        differing = (key for key in mine if key in other and mine[key] != other[key])
+        found |= {(kinds[name], key) for name, key in differing}
+    return found
+
+
+@contextmanager
+def traced_once(once: Once) -> Iterator[None]:
+    """Within the context torch.export fills in blocks that are equal to one it has traced."""
+    outer: Any = getattr(proxy_tensor, _TRACER)
+
+    class Tracer(outer):
+        """A tracer that asks first whether a module was traced already."""
+
+        def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+            return super().call_module(m, partial(once.call, self, m, forward), args, kwargs)
+
+    setattr(proxy_tensor, _TRACER, Tracer)
+    try:
+        with noted_attributes(once.watched, once.note):
+            yield
+    finally:
+        setattr(proxy_tensor, _TRACER, outer)
