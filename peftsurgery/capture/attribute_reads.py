@@ -1,8 +1,8 @@
-"""Who reads which attribute of a module while it is traced, for attributes that tell blocks apart.
+"""Who uses which attribute of a module in a trace, for attributes that tell blocks apart.
 
-Equal blocks differ in a few attributes at most (``layer_idx``). As long as those are not read, the
-blocks do the same. So a descriptor stands for each of them, which gives the module's own value and
-notes that it was asked for.
+Equal blocks differ in a few attributes at most (``layer_idx``). As long as those are neither
+read nor set, the blocks do the same. So a descriptor stands for each of them, which gives the
+module's own value and notes that it was asked for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Note = Callable[[dict[str, Any], str], None]
 
 
 class _Read(Standing):
-    """Stands for one attribute of all objects of a class; ``note`` is told of every read."""
+    """Stands for one attribute of all objects of a class; ``note`` is told of every use."""
 
     def __init__(self, kind: type, name: str, note: Note) -> None:
         self.name, self.note, self.thread = name, note, threading.get_ident()
@@ -29,29 +29,33 @@ class _Read(Standing):
 
     def __get__(self, module: Any, kind: type) -> Any:
         if module is not None:
-            content = module.__dict__
-            if threading.get_ident() == self.thread:
-                self.note(content, self.name)
-            if self.name in content:
-                return content[self.name]
+            self._noted(module)
+            if self.name in module.__dict__:
+                return module.__dict__[self.name]
         if self.shadowed is _NOTHING:
             raise AttributeError(self.name)
         bind = getattr(type(self.shadowed), "__get__", None)
         return self.shadowed if bind is None else bind(self.shadowed, module, kind)
 
     def __set__(self, module: Any, value: Any) -> None:
+        self._noted(module)
         module.__dict__[self.name] = value
 
     def __delete__(self, module: Any) -> None:
+        self._noted(module)
         try:
             del module.__dict__[self.name]
         except KeyError:
             raise AttributeError(self.name) from None
 
+    def _noted(self, module: Any) -> None:
+        if threading.get_ident() == self.thread:
+            self.note(module.__dict__, self.name)
+
 
 @contextmanager
 def noted_attributes(attributes: Collection[tuple[type, str]], note: Note) -> Iterator[None]:
-    """Tell ``note`` of every read of these attributes, by the object's dictionary and the name."""
+    """Tell ``note`` of every use of these attributes, by the object's dictionary and the name."""
     reads = [(kind, name, _Read(kind, name, note)) for kind, name in attributes]
     for kind, name, read in reads:
         type.__setattr__(kind, name, read)

@@ -53,9 +53,7 @@ class Stretch:
     calls: Mapping[str, Sequence[ModuleCall]]
     results: Sequence[_Result]
     structure: pytree.TreeSpec
-    moved: Mapping[
-        int | str, fx.Node | None
-    ]  # arguments and tensors that are other nodes afterwards
+    moved: Mapping[int | str, fx.Node | None]  # given and own tensors that became other nodes
 
 
 class Place:
@@ -77,8 +75,8 @@ class Place:
 
     def node_of(self, value: Any) -> fx.Node | None:
         """The node that a tensor is, unless the trace knows its value."""
-        if not isinstance(value, torch.Tensor):
-            return None
+        if not isinstance(value, FakeTensor):
+            return None  # an object, or a tensor within a transform
         slot: Any = get_proxy_slot(value, self.tracer, None)
         known = slot is None or slot.constant is not None
         return None if known else slot.proxy.node
@@ -277,10 +275,20 @@ def memory(tensor: torch.Tensor) -> int:
 
 def described(tensor: torch.Tensor) -> tuple[Any, ...]:
     """All that a trace can see of a tensor but which one it is."""
+    return sizes(tensor), kind(tensor)
+
+
+def sizes(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """The numbers of a tensor of which a trace may learn more."""
+    shape, stride = (tuple(map(expression, each)) for each in (tensor.shape, tensor.stride()))
+    return shape, stride, expression(tensor.storage_offset())
+
+
+def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What a tensor is, whatever its sizes."""
     return (
-        *(type(tensor), tensor.dtype, tensor.device, tensor.layout),
-        *(tuple(map(expression, tensor.shape)), tuple(map(expression, tensor.stride()))),
-        *(expression(tensor.storage_offset()), tensor.requires_grad, tensor.is_leaf),
+        *(type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.ndim),
+        *(tensor.requires_grad, tensor.is_leaf),
         *(tensor.is_conj(), tensor.is_neg(), tensor.is_inference()),
     )
 

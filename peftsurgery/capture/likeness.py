@@ -11,11 +11,14 @@ from __future__ import annotations
 import dis
 import enum
 import functools
+import gc
 import inspect
 import logging
 import os
 import re
 import sys
+import threading
+import time
 import types
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
@@ -42,15 +45,29 @@ _LIBRARIES = tuple(
 _INSTALLED = f"{os.sep}site-packages{os.sep}"
 # Ways to read an object's attributes that nothing can watch.
 _HIDDEN = frozenset({"__dict__", "vars", "getattr_static", "__getattribute__", "__getstate__"})
-_HIDDEN |= {"globals", "locals", "eval", "exec", "_getframe", "currentframe", "copy", "deepcopy"}
+_HIDDEN |= {
+    "id",
+    "open",
+    "globals",
+    "locals",
+    "eval",
+    "exec",
+    "_getframe",
+    "currentframe",
+    "copy",
+    "deepcopy",
+}
 _NAMED = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType, range)
 _WHO = (
-    *(types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType),
-    *(types.MethodWrapperType, types.GetSetDescriptorType, types.MemberDescriptorType),
+    *(types.MethodDescriptorType, types.WrapperDescriptorType),
+    *(types.GetSetDescriptorType, types.MemberDescriptorType),
     *(logging.Logger, re.Pattern, torch.dtype, torch.device, torch.layout, torch.memory_format),
     *(torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops._OpNamespace, np.dtype),
 )
+_WRAPPERS = (types.MethodType, functools.partial, staticmethod, classmethod, property)
 _CONTAINERS = (tuple, list, dict, set, frozenset, OrderedDict, defaultdict, torch.Size)
+# What tells of the moment, or of whoever calls.
+_UNSTEADY = (time, sys, inspect, gc, threading)
 _LIMIT = 20_000
 
 
@@ -71,8 +88,9 @@ class Tokens:
 
     def __init__(self) -> None:
         self._known: dict[int, Token] = {}
-        self._kept: list[Any] = []  # so that no other value has its identity
+        self.kept: list[Any] = []  # so that no other value has its identity
         self._open: set[int] = set()
+        self._modules: list[types.ModuleType] = []
         self._count = 0
 
     def of(self, value: Any) -> Token:
@@ -91,7 +109,7 @@ class Tokens:
         token = self._made(value)
         self._open.discard(id(value))
         self._known[id(value)] = token
-        self._kept.append(value)
+        self.kept.append(value)
         return token
 
     def _made(self, value: Any) -> Token:
@@ -100,22 +118,18 @@ class Tokens:
             return self._contents(value)
         if isinstance(value, torch.Tensor):
             return id(value), value._version
+        if isinstance(value, types.BuiltinFunctionType | types.MethodWrapperType):
+            return id(value), self.of(value.__self__)
         if isinstance(value, (*_WHO, enum.Enum)):
             return id(value)
         if isinstance(value, types.FunctionType):
             return self._function(value)
-        if isinstance(value, types.MethodType):
-            return types.MethodType, self.of(value.__func__), self.of(value.__self__)
-        if isinstance(value, functools.partial):
-            return kind, self.of((value.func, value.args, value.keywords, vars(value)))
         if isinstance(value, type):
             return self.of_class(value)
         if isinstance(value, types.ModuleType):
-            return id(value)
-        if isinstance(value, staticmethod | classmethod):
-            return kind, self.of(value.__func__)
-        if isinstance(value, property):
-            return kind, self.of((value.fget, value.fset, value.fdel))
+            return self._module(value, ())
+        if isinstance(value, _WRAPPERS):
+            return kind, self.of(_within(value))
         if isinstance(value, nn.Module) or kind.__basicsize__ != _Plain.__basicsize__:
             return object()
         who = None if isinstance(value, PreTrainedConfig) else id(value)
@@ -145,7 +159,13 @@ class Tokens:
         if names is None:
             return object()
         scope = function.__globals__
-        held = [self._named(scope[name], names) for name in names if name in scope]
+        held = [
+            self._module(scope[name], names)
+            if isinstance(scope[name], types.ModuleType)
+            else self.of(scope[name])
+            for name in names
+            if name in scope
+        ]
         rest = (function.__defaults__, function.__kwdefaults__, function.__dict__)
         return code, id(function), tuple(held), self.of(rest), self._cells(function)
 
@@ -156,17 +176,29 @@ class Tokens:
                 held.append(self.of(cell.cell_contents))
         return tuple(held)
 
-    def _named(self, value: Any, names: tuple[str, ...]) -> Token:
-        """The token of a global; of a module, with what code may read of it by these names."""
-        if not isinstance(value, types.ModuleType) or is_library(getattr(value, "__file__", None)):
-            return self.of(value)
-        if id(value) in self._open:
-            return id(value)
-        self._open.add(id(value))
-        scope = vars(value)
-        held = tuple(self._named(scope[name], names) for name in names if name in scope)
-        self._open.discard(id(value))
-        return id(value), held
+    def _module(self, module: types.ModuleType, names: tuple[str, ...]) -> Token:
+        """The token of a module of Python: with its values, and what code reads by these names."""
+        if module in _UNSTEADY:
+            return object()
+        if is_library(getattr(module, "__file__", None)) or module in self._modules:
+            return id(module)
+        self._modules.append(module)
+        held = tuple(
+            self._module(value, names) if isinstance(value, types.ModuleType) else self.of(value)
+            for name, value in vars(module).items()
+            if name in names or (type(value) in (*_NAMED, *_CONTAINERS) and name[:2] != "__")
+        )
+        self._modules.pop()
+        return id(module), held
+
+
+def _within(value: Any) -> Any:
+    """What a callable object or a property is made of."""
+    if isinstance(value, property):
+        return value.fget, value.fset, value.fdel
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords, vars(value)
+    return value.__func__, getattr(value, "__self__", None)
 
 
 @lru_cache(maxsize=4096)
@@ -187,7 +219,7 @@ def _names(code: types.CodeType) -> tuple[str, ...] | None:
 
 
 def _own_code(kind: type) -> Iterator[tuple[str, Any]]:
-    """What a class has that is not a library's: all of it, or what was put into a library's."""
+    """What a class has that is not a library's: all of it, or what can be put into a library's."""
     is_own = not _is_of_library(kind)
     for name, value in list(vars(kind).items()):
         if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"):
@@ -196,7 +228,8 @@ def _own_code(kind: type) -> Iterator[tuple[str, Any]]:
             continue  # its objects have one of their own
         if is_own and name.startswith("_abc_"):
             continue
-        if is_own or (inspect.isfunction(value) and not is_library(value.__code__.co_filename)):
+        is_code = inspect.isfunction(value) and not is_library(value.__code__.co_filename)
+        if is_own or is_code or type(value) in _NAMED:
             yield name, value
 
 

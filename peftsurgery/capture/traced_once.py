@@ -10,8 +10,9 @@ traced by itself, and so is every block like it.
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -28,7 +29,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from peftsurgery.capture.attribute_reads import noted_attributes, watchable
 from peftsurgery.capture.blocks import block_paths
-from peftsurgery.capture.filling_in import Place, Stretch, described, expression, memory
+from peftsurgery.capture.filling_in import (
+    Place,
+    Stretch,
+    described,
+    expression,
+    kind,
+    memory,
+    sizes,
+)
 from peftsurgery.capture.likeness import Token, Tokens
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.module_calls import Notes
@@ -39,6 +48,7 @@ from peftsurgery.capture.watched import HOOKS
 
 _TRACER = "_ModuleStackTracer"
 _TABLES = frozenset(vars(nn.Module()))
+_QUIET = tuple(name for name in _TABLES if "state_dict" in name)  # hooks that no call of it calls
 _GLOBAL_HOOKS = tuple(
     name
     for name in vars(torch_modules)
@@ -57,6 +67,7 @@ class _Situation:
     told: Token  # all else that is given
     around: Token
     attributes: dict[Attribute, Token]
+    kept: Sequence[Any]  # all that these are tokens of: nothing else gets their identity
 
     def agrees(self, other: _Situation, unread: set[Attribute]) -> bool:
         """Whether a call here does what one does there, which reads none of ``unread``."""
@@ -74,6 +85,7 @@ class _Running:
     """A call of a block that is being traced, and what it has read up to now."""
 
     names: dict[int, str]  # of its parts, by the identity of their dictionaries
+    questions: Questions
     read: set[Attribute] = field(default_factory=set)
     is_open: bool = False  # whether it read of another module what tells blocks apart
 
@@ -93,7 +105,12 @@ class Once:
     def __init__(self, module: nn.Module, notes: Notes, masks: Masks) -> None:
         self.notes, self.masks = notes, masks
         parts = dict(module.named_modules(remove_duplicate=False))
-        self.blocks = {id(vars(parts[path])): parts[path] for path in block_paths(module)}
+        blocks = {path: parts[path] for path in block_paths(module)}
+        self.blocks = {
+            id(vars(block)): block
+            for path, block in blocks.items()
+            if _has_own_parts(block, path, notes)
+        }
         self.watched = watchable(_told_apart(list(self.blocks.values())))
         self.thread = threading.get_ident()
         self.tracer: Any = None
@@ -131,18 +148,25 @@ class Once:
                 result = place.fill_in(known.stretch)
                 if result is not None:
                     self.filled.append(place.noted_path)
-                    for part, name in known.read:
-                        self.note(vars(block.get_submodule(part)), name)
+                    self._read_as(known, block)
                     return result[0]
         return self._traced(block, place, situation, partial(forward, *args, **kwargs))
+
+    def _read_as(self, known: _Known, block: nn.Module) -> None:
+        """Note for the blocks around that this one reads and asks what the known one did."""
+        for part, name in known.read:
+            self.note(vars(block.get_submodule(part)), name)
+        for call in self.running:
+            call.questions.asked |= known.questions.asked
 
     def _traced(self, block: nn.Module, place: Place, situation: _Situation, forward: Any) -> Any:
         """What a block returns, and what it did kept if it is all that it will ever do."""
         shapes = self._shapes()
         if shapes is None:
             return forward()
-        running = _Running({id(vars(part)): name for name, part in block.named_modules()})
+        names = {id(vars(part)): name for name, part in block.named_modules()}
         before, questions = self._moment(shapes), Questions(shapes)
+        running = _Running(names, questions)
         self.running.append(running)
         try:
             with questions:
@@ -150,7 +174,12 @@ class Once:
         finally:
             self.running.pop()
         stretch = place.stretch(result)
-        if stretch is None or running.is_open or self._moment(shapes) != before:
+        if (
+            stretch is None
+            or running.is_open
+            or self._moment(shapes) != before
+            or self._is_hooked(block)
+        ):
             return result
         after = self._situation(block, place)
         kinds = {name: type(part) for name, part in block.named_modules(remove_duplicate=False)}
@@ -180,14 +209,18 @@ class Once:
             )
             for name, part in parts
         ]
-        around = (surroundings(), torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        around = (
+            *(surroundings(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            dict(os.environ),
+        )
         modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
         return _Situation(
             (type(block), tuple(seen)),
-            [described(leaf) for leaf in place.leaves if isinstance(leaf, torch.Tensor)],
+            [sizes(leaf) for leaf in place.leaves if isinstance(leaf, torch.Tensor)],
             (place.structure, [self._told(leaf, tokens, which) for leaf in place.leaves]),
             (around, tuple(map(id, modes))),
             _attributes(parts, tokens),
+            tokens.kept,
         )
 
     def _told(self, leaf: Any, tokens: Tokens, which: dict[int, int]) -> Token:
@@ -197,7 +230,7 @@ class Once:
         if not isinstance(leaf, torch.Tensor):
             return tokens.of(leaf)
         same = [which.setdefault(key, len(which)) for key in (id(leaf), memory(leaf))]
-        return same, self.masks.known(leaf), tokens.of(_beside(leaf))
+        return same, kind(leaf), self.masks.known(leaf), tokens.of(_beside(leaf))
 
     def _shapes(self) -> Any:
         """What the trace knows of sizes."""
@@ -206,7 +239,7 @@ class Once:
 
     def _moment(self, shapes: Any) -> Token:
         """What a call may change beside its block and what is known of sizes."""
-        unknown = shapes.unbacked_symint_counter, len(shapes.pending_fresh_unbacked_symbols)
+        unknown = shapes.unbacked_symint_counter, shapes.unbacked_symfloat_counter
         return unknown, drawn_elsewhere(), self.masks.made, len(self.notes.running), surroundings()
 
     def _is_hooked(self, block: nn.Module) -> bool:
@@ -222,6 +255,12 @@ class Once:
             )
             for part in block.modules()
         )
+
+
+def _has_own_parts(block: nn.Module, path: str, notes: Notes) -> bool:
+    """Whether the parts of a block are known by names beneath its own: of no other block too."""
+    names = (notes.paths[id(part)] for part in block.modules())
+    return all(name == path or name.startswith(f"{path}.") for name in names)
 
 
 def _tensors(table: dict[str, Any], which: dict[int, int]) -> Token:
@@ -248,12 +287,14 @@ def _beside(tensor: torch.Tensor) -> dict[str, Any]:
 
 def _attributes(parts: list[tuple[str, nn.Module]], tokens: Tokens) -> dict[Attribute, Token]:
     """What the parts of a block keep in attributes, tensors and parts aside."""
-    return {
+    own = {
         (name, key): tokens.of(value)
         for name, part in parts
         for key, value in vars(part).items()
         if key not in _TABLES
     }
+    quiet = ((name, key, vars(part)[key]) for name, part in parts for key in _QUIET)
+    return own | {(name, key): tokens.of(tuple(hooks.values())) for name, key, hooks in quiet}
 
 
 def _told_apart(blocks: list[nn.Module]) -> set[tuple[type, str]]:

@@ -6,11 +6,70 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tests.models import blocks
+from tests.models.changing_blocks import CHANGING
 from tests.models.traces import compared, deeper, traced
 from tests.models.zoo import entry
+
+
+class Twice(blocks.Stack):
+    """Calls each block twice in a row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(block(x))
+        return x
+
+
+class Recomputed(blocks.Stack):
+    """Its blocks are computed once more in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return x
+
+
+class Values(blocks.Block):
+    """Multiplies by a number that is read of a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x.sum().item()
+
+
+class Sizes(blocks.Block):
+    """Adds a size that depends on values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.nonzero(x).shape[0]
+
+
+class Counted(blocks.Block):
+    """Has a batch norm, and counts its calls in a buffer."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.norm(super().forward(x).mT).mT * self.calls
+
+
+class Halves(blocks.Block):
+    """Returns half as many rows as it is given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, 1)
+        return super().forward(left) + right
+
+
+# How many of a trap's blocks do what one before them does.
+LIKE_ANOTHER = {"Windows": 1, "Marks": 2, "Graded": 2}
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -29,12 +88,11 @@ def test_equal_blocks_are_filled_in() -> None:
     assert set(filled) >= {f"blocks.{number}" for number in range(2, blocks.COUNT)}
 
 
-@pytest.mark.parametrize("kind", blocks.TRAPS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [*blocks.TRAPS, *CHANGING], ids=lambda kind: kind.__name__)
 def test_a_block_that_is_not_like_others_is_traced(kind: type[blocks.Block]) -> None:
     module = blocks.Stack(kind).train()
-    alike = {"Asks": 2, "Windows": 3}.get(kind.__name__, 0)  # those that are like one before
     filled = compared(module, {"x": torch.randn(2, 3, 8)})
-    assert len(filled) <= (blocks.COUNT - alike if alike else 0)
+    assert len(filled) <= LIKE_ANOTHER.get(kind.__name__, 0)
 
 
 def test_equal_lists_are_equal_blocks() -> None:
@@ -63,6 +121,33 @@ def test_blocks_that_share_a_weight_are_no_blocks_that_do_not() -> None:
     for number in (2, 3):
         module.blocks[number].inner.weight = module.blocks[0].inner.weight
     compared(module, {"x": torch.randn(2, 3, 8)})
+
+
+@pytest.mark.parametrize("stack", [Twice, Recomputed], ids=lambda kind: kind.__name__)
+def test_blocks_are_filled_in_however_they_are_called(stack: type[blocks.Stack]) -> None:
+    filled = compared(stack(blocks.Block).train(), {"x": torch.randn(2, 3, 8)})
+    assert {"blocks.2", "blocks.3"} <= set(filled)
+
+
+def test_a_block_whose_parts_are_of_another_too_is_traced() -> None:
+    module: Any = blocks.Stack(blocks.Block)
+    module.blocks[1].inner, module.blocks[3].inner = module.blocks[0].inner, module.blocks[2].inner
+    assert compared(module, {"x": torch.randn(2, 3, 8)}) == ()
+
+
+@pytest.mark.parametrize("kind", [Values, Sizes], ids=lambda kind: kind.__name__)
+def test_a_block_that_makes_a_number_of_values_is_traced(kind: type[blocks.Block]) -> None:
+    assert compared(blocks.Stack(kind), {"x": torch.randn(2, 3, 8)}) == ()
+
+
+def test_norms_that_count_and_keep_statistics_are_filled_in() -> None:
+    """What the sizes are asked has the plain trace's answers, and no condition is added."""
+    filled = compared(blocks.Stack(Counted).train(), {"x": torch.randn(2, 3, 8)})
+    assert filled == ("blocks.2", "blocks.3")
+
+
+def test_blocks_that_halve_their_input_are_all_traced() -> None:
+    assert compared(blocks.Stack(Halves), {"x": torch.randn(2, 32, 8)}) == ()
 
 
 def test_the_classes_are_left_as_they_were() -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import random
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint
 
 COUNT = 4
-STATE: dict[str, int] = {"calls": 0}
-DEPTH = 0
-LIMIT = SimpleNamespace(depth=0)
-RNG = random.Random(0)
 
 
 class Block(nn.Module):
@@ -29,6 +24,15 @@ class Block(nn.Module):
         self.inner = nn.Linear(8, 16)
         self.outer = nn.Linear(16, 8)
         self.drop = nn.Dropout(0.1)
+
+    @staticmethod
+    def given(x: Tensor) -> list[Any]:
+        """What all blocks are given beside the states."""
+        return []
+
+    @staticmethod
+    def before(block: Any, number: int) -> None:
+        """What the model does before it calls a block."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop(self.outer(F.gelu(self.inner(x))))
@@ -87,75 +91,6 @@ class Lists(Block):
         return super().forward(x)
 
 
-class Counts(Block):
-    """Counts its calls."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__(depth)
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(x)
-
-
-class CountsAll(Block):
-    """Counts the calls of all, in the class."""
-
-    calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        CountsAll.calls += 1
-        return super().forward(x) * CountsAll.calls
-
-
-class Keeps(Block):
-    """Keeps something in a dictionary of the program."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        STATE["calls"] += 1
-        return super().forward(x) * STATE["calls"]
-
-
-class Shares(Block):
-    """Reads what the model says to all of them, in an object of the program."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * limit()
-
-
-def limit() -> int:
-    """A global, read by a function."""
-    return LIMIT.depth + DEPTH
-
-
-class Takes(Block):
-    """Takes the next of something."""
-
-    turns: Iterator[int] = itertools.count(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * next(self.turns)
-
-
-class Draws(Block):
-    """Has a generator of its own."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__(depth)
-        self.random = random.Random(depth)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.random.random()
-
-
-class DrawsOfAll(Block):
-    """Draws from a generator of the program."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * RNG.random()
-
-
 class Scales(Block):
     """Is scaled by a function that knows by how much."""
 
@@ -167,66 +102,76 @@ class Scales(Block):
         return self.scale(super().forward(x))
 
 
-class Closes(Block):
-    """Is scaled by a function that counts in its closure."""
+class Bound(Block):
+    """Has a method of a list, of more elements in the first block."""
 
     def __init__(self, depth: int) -> None:
         super().__init__(depth)
-        self.scale = SCALE
+        self.count = [0].__len__ if depth else [0, 0].__len__
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.scale()
+        return super().forward(x) * self.count()
 
 
-def counter() -> Callable[[], int]:
-    """A function that counts its calls."""
-    calls = 0
+class Asked(Block):
+    """Asks how many hooks there are of a kind that is not called."""
 
-    def count() -> int:
-        nonlocal calls
-        calls += 1
-        return calls
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        for _ in range(depth):
+            self.inner.register_state_dict_post_hook(_nothing)
 
-    return count
-
-
-SCALE = counter()
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * len(self.inner._state_dict_hooks)
 
 
-class Appends(Block):
-    """Adds to a list that it is given."""
+class Parametrized(Block):
+    """Its weight is computed of another, by a function of its own."""
 
-    def forward(self, x: Tensor, seen: list[Any]) -> Tensor:
-        seen.append(x)
-        return super().forward(x) * len(seen)
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        parametrize.register_parametrization(self.inner, "weight", nn.Softplus(1.0 + depth))
+
+
+class Normed(Block):
+    """Its weight is a direction and a length, along an axis of its own."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__(depth)
+        parametrizations.weight_norm(self.inner, dim=depth % 2)
+
+
+class Checkpointed(Block):
+    """Is computed once more in the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = checkpoint(super().forward, x * self.depth, use_reentrant=False)
+        return made
+
+
+def _nothing(*args: Any) -> None:
+    """A hook that does nothing."""
 
 
 TRAPS = (
-    *(Asks, Gets, Hides, Drops, Windows, Lists, Counts, CountsAll, Keeps, Shares, Takes, Draws),
-    *(DrawsOfAll, Scales, Closes, Appends),
+    *(Asks, Gets, Hides, Drops, Windows, Lists, Scales, Bound, Asked, Parametrized, Normed),
+    Checkpointed,
 )
 
 
 class Stack(nn.Module):
-    """Blocks, one after the other."""
+    """Blocks, one after the other, ``times`` times."""
 
-    def __init__(self, kind: Callable[[int], Block]) -> None:
+    def __init__(self, kind: Callable[[int], Block], times: int = 1) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(kind(depth) for depth in range(COUNT))
-        self.gives = kind is Appends
+        self.times = times
 
     def forward(self, x: Tensor) -> Tensor:
-        seen: list[Any] = []
-        for number, block in enumerate(self.blocks):
-            LIMIT.depth = number
-            x = block(x, seen) if self.gives else block(x)
-        LIMIT.depth = 0
-        return x
-
-
-def restart() -> None:
-    """Let what is kept outside of the models be as it was."""
-    STATE["calls"], CountsAll.calls, Takes.turns = 0, 0, itertools.count(1)
-    RNG.seed(0)
-    for cell in SCALE.__closure__ or ():
-        cell.cell_contents = 0
+        first: Any = self.blocks[0]
+        given = first.given(x)
+        for number, block in enumerate([*self.blocks] * self.times):
+            first.before(block, number)
+            x = block(x, *given)
+        torch.set_grad_enabled(True)
+        return x * sum(getattr(block, "depth", 0) for block in self.blocks)

@@ -14,10 +14,11 @@ from peftsurgery.capture.export import Exported, export
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, ModuleCalls, noted_calls
 from peftsurgery.capture.signature import bind_call, widen
 from peftsurgery.capture.threads import making, traced_alone
-from tests.models import blocks
+from tests.models import changing_blocks
 from tests.models.zoo import Inputs, entry
 
 STAGES = ("stage_names", "out_features", "out_indices", "num_layers", "num_hidden_layers")
+PER_LAYER = ("layer_types", "attention_layers")
 ASSERTION = torch.ops.aten._assert_scalar.default
 LENGTHS = (
     *("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers"),
@@ -62,7 +63,7 @@ def _kinds(value: Any) -> list[Any]:
 
 def traced(module: nn.Module, inputs: Inputs, once: bool) -> Traced:
     """The module exported for these inputs, each block traced or equal ones filled in."""
-    blocks.restart()
+    changing_blocks.restart()
     module = copy.deepcopy(module)
     call = widen(bind_call(module, (), inputs))
     with making(), traced_alone(), noted_calls(module) as notes:
@@ -88,7 +89,7 @@ def deeper(name: str, layers: int) -> nn.Module:
     if not hasattr(module, "config"):
         return module
     known = module.config.to_diff_dict()
-    fixed = ("layer_types", "architectures", "transformers_version", "dtype", "model_type")
+    fixed = ("architectures", "transformers_version", "dtype", "model_type", *PER_LAYER)
     settings = {key: value for key, value in known.items() if key not in fixed}
     lengths = {key: layers for key in LENGTHS if key in module.config.to_dict()}
     if "depths" in settings:
