@@ -8,15 +8,17 @@ module's own value and notes that it was asked for.
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from peftsurgery.capture.likeness import Standing
 
 _NOTHING = object()
-Note = Callable[[dict[str, Any], str], None]
+Note = Callable[[dict[str, Any], str, FrameType], None]
 
 
 class _Read(Standing):
@@ -50,12 +52,12 @@ class _Read(Standing):
 
     def _noted(self, module: Any) -> None:
         if threading.get_ident() == self.thread:
-            self.note(module.__dict__, self.name)
+            self.note(module.__dict__, self.name, sys._getframe(2))
 
 
 @contextmanager
 def noted_attributes(attributes: Collection[tuple[type, str]], note: Note) -> Iterator[None]:
-    """Tell ``note`` of every use of these attributes, by the object's dictionary and the name."""
+    """Tell ``note`` of every use of these attributes: the object's dictionary, the name, who."""
     reads = [(kind, name, _Read(kind, name, note)) for kind, name in attributes]
     for kind, name, read in reads:
         type.__setattr__(kind, name, read)

@@ -23,9 +23,11 @@ from torch.fx.experimental.proxy_tensor import (
     track_tensor,
 )
 from torch.utils import _pytree as pytree
+from transformers import Cache
 
+from peftsurgery.capture.kv_cache import REMEMBER, Layers
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, ModuleCall, Notes, flatten
-from peftsurgery.capture.size_questions import SYMBOLS
+from peftsurgery.capture.size_questions import SYMBOLS, expression
 from peftsurgery.capture.tensors import named_tensors
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -66,6 +68,9 @@ class Place:
         self.noted_path = notes.paths.get(id(block), "")
         self.arguments = args, kwargs
         self.leaves, self.structure = flatten(self.arguments)
+        self.caches = [leaf for leaf in self.leaves if isinstance(leaf, Cache)]
+        known = [cache.layers for cache in self.caches if type(cache.layers) is Layers]
+        self.layers = known[0] if known else Layers(())
         self.tensors = dict(named_tensors(block))
         self._first_nodes = self._nodes()
         self.last = self.graph._root.prev
@@ -90,7 +95,8 @@ class Place:
             for index, leaf in enumerate(self.leaves)
             if isinstance(leaf, torch.Tensor)
         ]
-        return None not in mine and None not in given and set(mine).isdisjoint(given)
+        told_apart = set(mine).isdisjoint(given) and len(self.caches) <= 1
+        return None not in mine and None not in given and told_apart
 
     def stretch(self, result: Any) -> Stretch | None:
         """What the call made, if it is all that it did and no more than nodes."""
@@ -176,8 +182,11 @@ class Place:
             return None
         return _Result(tensor=leaf, node=node)
 
-    def fill_in(self, stretch: Stretch) -> tuple[Any] | None:
-        """The result of this call, made like a stretch, in a tuple; None if it cannot be."""
+    def fill_in(self, stretch: Stretch, layer: int | None = None) -> tuple[Any] | None:
+        """The result of this call, made like a stretch, in a tuple; None if it cannot be.
+
+        Keys and values are handed to the ``layer`` of the cache.
+        """
         first = stretch.place
         value_of: dict[fx.Node, fx.Node] = {}
         for key, old in first._first_nodes.items():
@@ -192,7 +201,7 @@ class Place:
                     return None
                 made[result.node] = tensor
         for node in stretch.nodes:
-            value_of[node] = self._copy(node, first, value_of)
+            value_of[node] = self._copy(node, first, value_of, layer)
         self._note(stretch, value_of)
         for key, new in stretch.moved.items():
             given = self.leaves[key] if isinstance(key, int) else self.tensors[key]
@@ -210,8 +219,12 @@ class Place:
             return made[result.node]
         return result.constant if result.given is None else self.leaves[result.given]
 
-    def _copy(self, node: fx.Node, first: Place, value_of: dict[fx.Node, fx.Node]) -> fx.Node:
+    def _copy(
+        self, node: fx.Node, first: Place, value_of: dict[fx.Node, fx.Node], layer: int | None
+    ) -> fx.Node:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: value_of.get(n, n))
+        if node.target is REMEMBER:
+            args = (*args[:2], layer, *args[3:])
         made = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
         made.meta = {k: v for k, v in node.meta.items() if k not in (GIVEN, RETURNED)}
         inner = list(node.meta.get("nn_module_stack", {}).items())[len(first.stack) :]
@@ -291,11 +304,6 @@ def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
         *(tensor.requires_grad, tensor.is_leaf),
         *(tensor.is_conj(), tensor.is_neg(), tensor.is_inference()),
     )
-
-
-def expression(size: Any) -> Any:
-    """A size as a value: a number, or an expression of the trace's symbols."""
-    return (type(size), size.node.expr) if isinstance(size, SYMBOLS) else size
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor | None:

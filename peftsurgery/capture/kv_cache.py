@@ -111,6 +111,9 @@ def _(
     return longer(keys), longer(values)
 
 
+REMEMBER = torch.ops.peftsurgery.remember.default
+
+
 class Traced:
     """One cache during one trace: a copy whose layers are stand-ins, and where it was returned.
 
@@ -149,7 +152,7 @@ class Traced:
         }
         cache = copy.copy(self.past.cache)
         cache.layer_class_to_replicate = None
-        cache.layers = [self._stand_in(index, symbols) for index in range(len(self.layers))]
+        cache.layers = Layers([self._stand_in(i, symbols) for i in range(len(self.layers))])
         outputs = forward(**tensors, **{self.past.name: cache}, **flags)
         leaves, spec = pytree.tree_flatten(outputs, is_leaf=lambda value: value is cache)
         numbers = [number for number, leaf in enumerate(leaves) if leaf is cache]
@@ -204,8 +207,7 @@ class Traced:
         for index in self.lengths:
             sizes = next(node for node in placeholders if node.name == f"past_lengths_{index}")
             _ask(graph, sizes, cache, index, self._free(index))
-        target = torch.ops.peftsurgery.remember.default
-        for node in graph.find_nodes(op="call_function", target=target):
+        for node in graph.find_nodes(op="call_function", target=REMEMBER):
             _hand_over(graph, node, cache)
         if self.returned is not None:
             output = graph.output_node()
@@ -235,6 +237,26 @@ def as_if_run() -> Iterator[None]:
         patch_attribute(masking_utils, "is_torchdynamo_exporting", lambda _: lambda: False),
     ):
         yield
+
+
+class Layers(Sequence[Any]):
+    """The layers of a cache in a trace; ``asked`` are the numbers of those that were asked for."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.every = tuple(layers)
+        self.asked: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self.every)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.asked.append(index if isinstance(index, int) else None)
+        return self.every[index]
+
+    def kept_by(self, number: int) -> dict[str, Any]:
+        """What a layer keeps, its number and the content of the one it stands for aside."""
+        aside = ("index", "keys", "values")
+        return {key: v for key, v in vars(self.every[number]).items() if key not in aside}
 
 
 class _StandIn:

@@ -34,6 +34,8 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
+from peftsurgery.capture.size_questions import SYMBOLS, expression
+
 Token = Any
 
 # Code that keeps nothing between two calls of a block which would change what it computes.
@@ -58,10 +60,11 @@ _HIDDEN |= {
     "deepcopy",
 }
 _NAMED = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType, range)
+_NAMED += (torch.device,)
 _WHO = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
-    *(logging.Logger, re.Pattern, torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(logging.Logger, re.Pattern, torch.dtype, torch.layout, torch.memory_format),
     *(torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops._OpNamespace, np.dtype),
 )
 _WRAPPERS = (types.MethodType, functools.partial, staticmethod, classmethod, property)
@@ -73,6 +76,14 @@ _LIMIT = 20_000
 
 class _Plain:
     """A class whose objects keep all they have in their dictionary."""
+
+
+def _is_plain(kind: type) -> bool:
+    """Whether objects of a class are like that."""
+    return (kind.__basicsize__, kind.__dictoffset__) == (
+        _Plain.__basicsize__,
+        _Plain.__dictoffset__,
+    )
 
 
 def is_library(path: str | None) -> bool:
@@ -97,6 +108,8 @@ class Tokens:
         """The token of a value. A value in itself equals none, nor does one too large."""
         if isinstance(value, _NAMED) and type(value) in _NAMED:
             return type(value), repr(value)
+        if isinstance(value, SYMBOLS):
+            return expression(value)
         found = self._known.get(id(value))
         if found is not None:
             return found
@@ -130,7 +143,7 @@ class Tokens:
             return self._module(value, ())
         if isinstance(value, _WRAPPERS):
             return kind, self.of(_within(value))
-        if isinstance(value, nn.Module) or kind.__basicsize__ != _Plain.__basicsize__:
+        if isinstance(value, nn.Module) or not _is_plain(kind):
             return object()
         who = None if isinstance(value, PreTrainedConfig) else id(value)
         return who, self.of_class(kind), self.of(vars(value))

@@ -84,6 +84,12 @@ class _TrainingFlag:
             self.reads.decides |= not read.chooses
 
 
+def called_with(attribute: str, frame: FrameType) -> Any:
+    """The function that an attribute, which a frame reads now, is given to; None for other uses."""
+    read = _read(frame.f_code, frame.f_lasti, attribute)
+    return None if read is None or read.called is None else _value(read.called, frame)
+
+
 def _is_torchs(frame: FrameType) -> bool:
     return frame.f_code.co_filename.startswith(_TORCH)
 
@@ -129,7 +135,7 @@ def _value(code: CodeType, frame: FrameType) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _read(code: CodeType, instruction: int) -> _Read | None:
+def _read(code: CodeType, instruction: int, attribute: str = "training") -> _Read | None:
     """The read that an instruction makes, as the source has it; None if it cannot be found."""
     try:
         lines, start = inspect.getsourcelines(code)
@@ -140,7 +146,7 @@ def _read(code: CodeType, instruction: int) -> _Read | None:
     line, _, column, _ = list(code.co_positions())[instruction // 2]
     outer = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in (each for each in outer if isinstance(each, ast.Attribute)):
-        is_read = node.attr == "training" and _is_plain(node)
+        is_read = node.attr == attribute and _is_plain(node)
         if is_read and (node.lineno + start - 1, node.col_offset + indent) == (line, column):
             return _described(node, outer)
     return None

@@ -73,6 +73,11 @@ class Questions:
         return all(self.shapes.simplify(size) == size for size in sizes)
 
 
+def expression(size: Any) -> Any:
+    """A size as a value: a number, or an expression of the trace's symbols."""
+    return (type(size), size.node.expr) if isinstance(size, SYMBOLS) else size
+
+
 def _taken_for() -> bool | None:
     """What whoever asks takes an unknown answer for; None if it is told from the others."""
     frame = sys._getframe(2)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as torch_modules
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import Cache
 
 from peftsurgery.capture.attribute_reads import noted_attributes, watchable
 from peftsurgery.capture.blocks import block_paths
@@ -33,16 +35,17 @@ from peftsurgery.capture.filling_in import (
     Place,
     Stretch,
     described,
-    expression,
     kind,
     memory,
     sizes,
 )
+from peftsurgery.capture.kv_cache import Layers
 from peftsurgery.capture.likeness import Token, Tokens
 from peftsurgery.capture.masks import Masks
+from peftsurgery.capture.modes import called_with
 from peftsurgery.capture.module_calls import Notes
 from peftsurgery.capture.randomness import drawn_elsewhere
-from peftsurgery.capture.size_questions import SYMBOLS, Questions
+from peftsurgery.capture.size_questions import Questions
 from peftsurgery.capture.surroundings import surroundings
 from peftsurgery.capture.watched import HOOKS
 
@@ -67,6 +70,7 @@ class _Situation:
     told: Token  # all else that is given
     around: Token
     attributes: dict[Attribute, Token]
+    layers: dict[Attribute, Token]  # what the cache's layers are whose numbers attributes are
     kept: Sequence[Any]  # all that these are tokens of: nothing else gets their identity
 
     def agrees(self, other: _Situation, unread: set[Attribute]) -> bool:
@@ -86,7 +90,9 @@ class _Running:
 
     names: dict[int, str]  # of its parts, by the identity of their dictionaries
     questions: Questions
+    layers: Layers  # of the cache that is given
     read: set[Attribute] = field(default_factory=set)
+    numbers: set[Attribute] = field(default_factory=set)  # read as the number of a cache's layer
     is_open: bool = False  # whether it read of another module what tells blocks apart
 
 
@@ -94,9 +100,10 @@ class _Running:
 class _Known:
     situation: _Situation
     unread: set[Attribute]
-    read: set[Attribute]
+    running: _Running
     stretch: Stretch
-    questions: Questions
+    layers: dict[Attribute, Token]  # the cache's that are told by number, as they were before
+    kept: dict[str, Any]  # what that one keeps afterwards
 
 
 class Once:
@@ -118,14 +125,19 @@ class Once:
         self.running: list[_Running] = []
         self.filled: list[str] = []
 
-    def note(self, content: dict[str, Any], name: str) -> None:
-        """An attribute was read of the module with this dictionary."""
+    def note(self, content: dict[str, Any], name: str, frame: FrameType) -> None:
+        """An attribute was used of the module with this dictionary."""
+        if self.running:
+            self._note(content, name, _updated(called_with(name, frame)))
+
+    def _note(self, content: dict[str, Any], name: str, layers: Layers | None) -> None:
+        """Note a use of an attribute, as the number of one of these layers if there are any."""
         for call in self.running:
             part = call.names.get(id(content))
             if part is None:
                 call.is_open = True
             else:
-                call.read.add((part, name))
+                (call.numbers if layers is call.layers else call.read).add((part, name))
 
     def call(self, tracer: Any, m: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
         """What a module returns: traced, or as one returned that was traced before."""
@@ -143,19 +155,24 @@ class Once:
         for known in self.known:
             if (
                 situation.agrees(known.situation, known.unread)
-                and known.questions.have_same_answers()
+                and all(situation.layers.get(key) == known.layers[key] for key in known.layers)
+                and len(numbers := _values(block, known.layers)) <= 1
+                and known.running.questions.have_same_answers()
             ):
-                result = place.fill_in(known.stretch)
+                result = place.fill_in(known.stretch, *numbers)
                 if result is not None:
                     self.filled.append(place.noted_path)
-                    self._read_as(known, block)
+                    for number in numbers:
+                        vars(place.layers[number]).update(known.kept)
+                    self._run_as(known.running, block, place)
                     return result[0]
         return self._traced(block, place, situation, partial(forward, *args, **kwargs))
 
-    def _read_as(self, known: _Known, block: nn.Module) -> None:
-        """Note for the blocks around that this one reads and asks what the known one did."""
-        for part, name in known.read:
-            self.note(vars(block.get_submodule(part)), name)
+    def _run_as(self, known: _Running, block: nn.Module, place: Place) -> None:
+        """Note for the blocks around that this one reads and asks what a known one did."""
+        for layers, attributes in ((None, known.read), (place.layers, known.numbers)):
+            for part, name in attributes:
+                self._note(vars(block.get_submodule(part)), name, layers)
         for call in self.running:
             call.questions.asked |= known.questions.asked
 
@@ -165,15 +182,18 @@ class Once:
         if shapes is None:
             return forward()
         names = {id(vars(part)): name for name, part in block.named_modules()}
-        before, questions = self._moment(shapes), Questions(shapes)
-        running = _Running(names, questions)
+        before, asked = self._moment(shapes), len(place.layers.asked)
+        running = _Running(names, Questions(shapes), place.layers)
         self.running.append(running)
         try:
-            with questions:
+            with running.questions:
                 result = forward()
         finally:
             self.running.pop()
         stretch = place.stretch(result)
+        numbers = _values(block, running.numbers)
+        if len(numbers) > 1 or not numbers.issuperset(place.layers.asked[asked:]):
+            return result
         if (
             stretch is None
             or running.is_open
@@ -184,11 +204,13 @@ class Once:
         after = self._situation(block, place)
         kinds = {name: type(part) for name, part in block.named_modules(remove_duplicate=False)}
         watched = {key for key in after.attributes if (kinds[key[0]], key[1]) in self.watched}
-        known = _Known(after, watched - running.read, running.read, stretch, questions)
+        layers = {key: situation.layers.get(key) for key in running.numbers}
+        kept = {key: v for number in numbers for key, v in place.layers.kept_by(number).items()}
+        known = _Known(after, watched - running.read, running, stretch, layers, kept)
         if (
             after.agrees(replace(situation, given=after.given), known.unread)
-            and questions.have_same_answers()
-            and questions.are_settled(stretch.nodes)
+            and running.questions.have_same_answers()
+            and running.questions.are_settled(stretch.nodes)
         ):
             self.known.append(known)
         return result
@@ -220,13 +242,26 @@ class Once:
             (place.structure, [self._told(leaf, tokens, which) for leaf in place.leaves]),
             (around, tuple(map(id, modes))),
             _attributes(parts, tokens),
+            self._layers(parts, place.layers, tokens),
             tokens.kept,
         )
 
+    def _layers(
+        self, parts: Sequence[tuple[str, nn.Module]], layers: Layers, tokens: Tokens
+    ) -> dict[Attribute, Token]:
+        """What each layer of the cache keeps whose number an attribute may be."""
+        return {
+            (name, key): (type(layers.every[value]).__bases__, tokens.of(layers.kept_by(value)))
+            for name, part in parts
+            for key, value in vars(part).items()
+            if (type(part), key) in self.watched and type(value) is int and 0 <= value < len(layers)
+        }
+
     def _told(self, leaf: Any, tokens: Tokens, which: dict[int, int]) -> Token:
         """What is told of an argument: of a tensor all but its sizes and values."""
-        if isinstance(leaf, SYMBOLS):
-            return expression(leaf)
+        if isinstance(leaf, Cache):
+            own = {name: value for name, value in vars(leaf).items() if name != "layers"}
+            return id(leaf), tokens.of(own), None if type(leaf.layers) is Layers else object()
         if not isinstance(leaf, torch.Tensor):
             return tokens.of(leaf)
         same = [which.setdefault(key, len(which)) for key in (id(leaf), memory(leaf))]
@@ -255,6 +290,16 @@ class Once:
             )
             for part in block.modules()
         )
+
+
+def _updated(function: Any) -> Layers | None:
+    """The layers of the cache whose ``update`` a function is."""
+    is_update = getattr(function, "__func__", None) is Cache.update
+    return function.__self__.layers if is_update else None
+
+
+def _values(block: nn.Module, attributes: Iterable[Attribute]) -> set[Any]:
+    return {vars(block.get_submodule(part))[name] for part, name in attributes}
 
 
 def _has_own_parts(block: nn.Module, path: str, notes: Notes) -> bool:

@@ -8,11 +8,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from tests.models import blocks
 from tests.models.changing_blocks import CHANGING
-from tests.models.traces import compared, deeper, traced
+from tests.models.traces import cached, compared, deeper, traced
 from tests.models.zoo import entry
+
+
+class Numbered(LlamaAttention):
+    """Hands its number to the cache, and multiplies by it."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Any:
+        states, weights = super().forward(hidden_states, *args, **named)
+        return states * self.layer_idx, weights
 
 
 class Twice(blocks.Stack):
@@ -81,6 +90,26 @@ def test_the_graph_is_the_plain_traces(name: str) -> None:
 def test_labels_have_the_plain_traces_graph() -> None:
     inputs = entry("gpt2").inputs(2, 6)
     assert compared(deeper("gpt2", 3).eval(), {**inputs, "labels": inputs["input_ids"]})
+
+
+@pytest.mark.parametrize("past", [0, 5], ids=["prefill", "decode"])
+def test_a_block_names_its_layer_of_the_cache(past: int) -> None:
+    module = deeper("llama", 4).eval()
+    filled = compared(module, cached(module, past))
+    assert {"model.layers.2", "model.layers.3"} <= set(filled)
+
+
+def test_a_block_that_asks_for_another_layer_of_the_cache_is_traced() -> None:
+    module: Any = deeper("llama", 4).eval()
+    module.model.layers[3].self_attn.layer_idx = 1  # a layer that has grown already
+    assert "model.layers.3" not in compared(module, cached(module, 0))
+
+
+def test_a_number_that_is_more_than_a_layers_is_read() -> None:
+    module: Any = deeper("llama", 4).eval()
+    for layer in module.model.layers:
+        layer.self_attn.__class__ = Numbered
+    assert compared(module, cached(module, 0)) == ()
 
 
 def test_equal_blocks_are_filled_in() -> None:

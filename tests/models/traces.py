@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from transformers import DynamicCache
 
 from peftsurgery.capture.export import Exported, export
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, ModuleCalls, noted_calls
 from peftsurgery.capture.signature import bind_call, widen
 from peftsurgery.capture.threads import making, traced_alone
 from tests.models import changing_blocks
-from tests.models.zoo import Inputs, entry
+from tests.models.zoo import Inputs, entry, ids
 
 STAGES = ("stage_names", "out_features", "out_indices", "num_layers", "num_hidden_layers")
 PER_LAYER = ("layer_types", "attention_layers")
@@ -81,6 +82,17 @@ def compared(module: nn.Module, inputs: Inputs) -> tuple[str, ...]:
     assert plain.exported.output == filled.exported.output
     assert not plain.exported.filled
     return filled.exported.filled
+
+
+def cached(module: Any, past: int) -> Inputs:
+    """A call beside a cache that holds so many tokens: of the first of a text, or of one more."""
+    cache, new = DynamicCache(config=module.config), 1 if past else 6
+    if past:
+        with torch.no_grad():
+            module(input_ids=ids(2, past), past_key_values=cache, use_cache=True)
+    mask = torch.ones(2, past + new, dtype=torch.long)
+    beside: Any = {"past_key_values": cache, "use_cache": True}
+    return {"input_ids": ids(2, new), "attention_mask": mask, **beside}
 
 
 def deeper(name: str, layers: int) -> nn.Module:
