@@ -59,8 +59,10 @@ _HIDDEN |= {
     "copy",
     "deepcopy",
 }
-_NAMED = (bool, int, float, complex, str, bytes, types.NoneType, types.EllipsisType, range)
-_NAMED += (torch.device,)
+_NAMED = (
+    *(bool, int, float, complex, str, bytes, range, torch.device),
+    *(types.NoneType, types.EllipsisType),
+)
 _WHO = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
