@@ -21,7 +21,7 @@ _NOTHING = object()
 Note = Callable[[dict[str, Any], str, FrameType], None]
 
 
-class _Read(Standing):
+class _Watcher(Standing):
     """Stands for one attribute of all objects of a class; ``note`` is told of every use."""
 
     def __init__(self, kind: type, name: str, note: Note) -> None:
@@ -58,7 +58,7 @@ class _Read(Standing):
 @contextmanager
 def noted_attributes(attributes: Collection[tuple[type, str]], note: Note) -> Iterator[None]:
     """Tell ``note`` of every use of these attributes: the object's dictionary, the name, who."""
-    reads = [(kind, name, _Read(kind, name, note)) for kind, name in attributes]
+    reads = [(kind, name, _Watcher(kind, name, note)) for kind, name in attributes]
     for kind, name, read in reads:
         type.__setattr__(kind, name, read)
     try:

@@ -1,6 +1,6 @@
 """Copying what a block's call put into a traced graph to where an equal block is called.
 
-While a model is traced, the nodes that one call of a block made are a stretch of the graph. A copy
+While a model is traced, the nodes that one call of a block made are a passage of the graph. A copy
 of them reads the other block's tensors and takes the other call's arguments; it says of itself
 where it comes from as if the other block had been traced: which modules' calls made each node
 (``nn_module_stack``), and which argument or result of which call it is.
@@ -35,7 +35,7 @@ _CONSTANTS = (*PLAIN, torch.layout, torch.memory_format)
 
 
 @dataclass(frozen=True)
-class _Result:
+class _Returned:
     """One value of a result: an argument of that number, a new tensor, or else a constant."""
 
     given: int | None = None
@@ -45,7 +45,7 @@ class _Result:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Passage:
     """What one call of a block made: nodes, notes of its modules' calls, and its result."""
 
     place: Place
@@ -53,7 +53,7 @@ class Stretch:
     called: Mapping[str, int]
     marks: Sequence[tuple[fx.Node, str, tuple[str, int, int]]]
     calls: Mapping[str, Sequence[ModuleCall]]
-    results: Sequence[_Result]
+    results: Sequence[_Returned]
     structure: pytree.TreeSpec
     moved: Mapping[int | str, fx.Node | None]  # given and own tensors that became other nodes
 
@@ -98,7 +98,7 @@ class Place:
         told_apart = set(mine).isdisjoint(given) and len(self.caches) <= 1
         return None not in mine and None not in given and told_apart
 
-    def stretch(self, result: Any) -> Stretch | None:
+    def passage(self, result: Any) -> Passage | None:
         """What the call made, if it is all that it did and no more than nodes."""
         nodes = list(self._made())
         leaves, structure = flatten(result)
@@ -121,7 +121,7 @@ class Place:
             if count > self.called.get(path, 0)
         }
         marks = tuple(self.notes.marks[self.first_mark :])
-        return Stretch(self, nodes, called, marks, calls, results, structure, moved)
+        return Passage(self, nodes, called, marks, calls, results, structure, moved)
 
     def _new_calls(self) -> dict[str, list[ModuleCall]] | None:
         """The calls of modules within this one; None if one of them did not end."""
@@ -171,39 +171,39 @@ class Place:
         made = [memory(tensor) for tensor in {id(each): each for each in tensors}.values()]
         return len(set(made)) == len(made) and before.isdisjoint(made)
 
-    def _result(self, leaf: Any, inside: set[fx.Node]) -> _Result | None:
+    def _result(self, leaf: Any, inside: set[fx.Node]) -> _Returned | None:
         given = next((i for i, value in enumerate(self.leaves) if value is leaf), None)
         if isinstance(leaf, (*PLAIN, *SYMBOLS)):
-            return _Result(constant=leaf)
+            return _Returned(constant=leaf)
         if given is not None:
-            return _Result(given=given)
+            return _Returned(given=given)
         node = self.node_of(leaf)
         if node is None or node not in inside or type(leaf) is not FakeTensor:
             return None
-        return _Result(tensor=leaf, node=node)
+        return _Returned(tensor=leaf, node=node)
 
-    def fill_in(self, stretch: Stretch, layer: int | None = None) -> tuple[Any] | None:
-        """The result of this call, made like a stretch, in a tuple; None if it cannot be.
+    def fill_in(self, passage: Passage, layer: int | None = None) -> tuple[Any] | None:
+        """The result of this call, made like a passage, in a tuple; None if it cannot be.
 
         Keys and values are handed to the ``layer`` of the cache.
         """
-        first = stretch.place
+        first = passage.place
         value_of: dict[fx.Node, fx.Node] = {}
         for key, old in first._first_nodes.items():
             new = self._first_nodes[key]
             if old is not None and new is not None and value_of.setdefault(old, new) is not new:
                 return None
         made: dict[fx.Node, torch.Tensor] = {}
-        for result in stretch.results:
+        for result in passage.results:
             if result.tensor is not None and result.node is not None and result.node not in made:
                 tensor = _like(result.tensor)
                 if tensor is None:
                     return None
                 made[result.node] = tensor
-        for node in stretch.nodes:
+        for node in passage.nodes:
             value_of[node] = self._copy(node, first, value_of, layer)
-        self._note(stretch, value_of)
-        for key, new in stretch.moved.items():
+        self._note(passage, value_of)
+        for key, new in passage.moved.items():
             given = self.leaves[key] if isinstance(key, int) else self.tensors[key]
             if new is not None:
                 slot = _ProxyTensor(fx.Proxy(value_of[new], self.tracer), None)
@@ -211,10 +211,10 @@ class Place:
         for node, tensor in made.items():
             proxy = fx.Proxy(value_of[node], self.tracer)
             track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
-        leaves = [self._value(result, made) for result in stretch.results]
-        return (pytree.tree_unflatten(leaves, stretch.structure),)
+        leaves = [self._value(result, made) for result in passage.results]
+        return (pytree.tree_unflatten(leaves, passage.structure),)
 
-    def _value(self, result: _Result, made: Mapping[fx.Node, torch.Tensor]) -> Any:
+    def _value(self, result: _Returned, made: Mapping[fx.Node, torch.Tensor]) -> Any:
         if result.node is not None:
             return made[result.node]
         return result.constant if result.given is None else self.leaves[result.given]
@@ -244,16 +244,16 @@ class Place:
         now = int(number) - first.called.get(path, 0) + self.called.get(there, 0)
         return f"{there}@{now}" if now else there
 
-    def _note(self, stretch: Stretch, value_of: Mapping[fx.Node, fx.Node]) -> None:
+    def _note(self, passage: Passage, value_of: Mapping[fx.Node, fx.Node]) -> None:
         """Note the calls of the modules in the block, as if they had been made."""
-        first = stretch.place
-        for path, count in stretch.called.items():
+        first = passage.place
+        for path, count in passage.called.items():
             there = self._moved(first, path)
             self.tracer.num_calls[there] = self.called.get(there, 0) + count
-        for path, calls in stretch.calls.items():
+        for path, calls in passage.calls.items():
             there = _beneath(path, first.noted_path, self.noted_path)
             self.notes.calls.setdefault(there, []).extend(calls)
-        for node, key, (path, number, index) in stretch.marks:
+        for node, key, (path, number, index) in passage.marks:
             there = _beneath(path, first.noted_path, self.noted_path)
             now = number - first.noted.get(path, 0) + self.noted.get(there, 0)
             self.notes.mark_node(value_of.get(node, node), key, (there, now, index))

@@ -96,7 +96,7 @@ def is_library(path: str | None) -> bool:
     return library is not None and _INSTALLED not in path.removeprefix(library)
 
 
-class Tokens:
+class TokenMaker:
     """Tokens of one moment: what two values share is looked at once."""
 
     def __init__(self) -> None:

@@ -33,14 +33,14 @@ from peftsurgery.capture.attribute_reads import noted_attributes, watchable
 from peftsurgery.capture.blocks import block_paths
 from peftsurgery.capture.filling_in import (
     Place,
-    Stretch,
+    Passage,
     described,
     kind,
     memory,
     sizes,
 )
 from peftsurgery.capture.kv_cache import Layers
-from peftsurgery.capture.likeness import Token, Tokens
+from peftsurgery.capture.likeness import Token, TokenMaker
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.modes import called_with
 from peftsurgery.capture.module_calls import Notes
@@ -85,7 +85,7 @@ class _Situation:
 
 
 @dataclass
-class _Running:
+class _BlockCall:
     """A call of a block that is being traced, and what it has read up to now."""
 
     names: dict[int, str]  # of its parts, by the identity of their dictionaries
@@ -100,8 +100,8 @@ class _Running:
 class _Known:
     situation: _Situation
     unread: set[Attribute]
-    running: _Running
-    stretch: Stretch
+    running: _BlockCall
+    passage: Passage
     layers: dict[Attribute, Token]  # the cache's that are told by number, as they were before
     kept: dict[str, Any]  # what that one keeps afterwards
 
@@ -122,7 +122,7 @@ class Once:
         self.thread = threading.get_ident()
         self.tracer: Any = None
         self.known: list[_Known] = []
-        self.running: list[_Running] = []
+        self.running: list[_BlockCall] = []
         self.filled: list[str] = []
 
     def note(self, content: dict[str, Any], name: str, frame: FrameType) -> None:
@@ -159,7 +159,7 @@ class Once:
                 and len(numbers := _values(block, known.layers)) <= 1
                 and known.running.questions.have_same_answers()
             ):
-                result = place.fill_in(known.stretch, *numbers)
+                result = place.fill_in(known.passage, *numbers)
                 if result is not None:
                     self.filled.append(place.noted_path)
                     for number in numbers:
@@ -168,7 +168,7 @@ class Once:
                     return result[0]
         return self._traced(block, place, situation, partial(forward, *args, **kwargs))
 
-    def _run_as(self, known: _Running, block: nn.Module, place: Place) -> None:
+    def _run_as(self, known: _BlockCall, block: nn.Module, place: Place) -> None:
         """Note for the blocks around that this one reads and asks what a known one did."""
         for layers, attributes in ((None, known.read), (place.layers, known.numbers)):
             for part, name in attributes:
@@ -183,19 +183,19 @@ class Once:
             return forward()
         names = {id(vars(part)): name for name, part in block.named_modules()}
         before, asked = self._moment(shapes), len(place.layers.asked)
-        running = _Running(names, Questions(shapes), place.layers)
+        running = _BlockCall(names, Questions(shapes), place.layers)
         self.running.append(running)
         try:
             with running.questions:
                 result = forward()
         finally:
             self.running.pop()
-        stretch = place.stretch(result)
+        passage = place.passage(result)
         numbers = _values(block, running.numbers)
         if len(numbers) > 1 or not numbers.issuperset(place.layers.asked[asked:]):
             return result
         if (
-            stretch is None
+            passage is None
             or running.is_open
             or self._moment(shapes) != before
             or self._is_hooked(block)
@@ -206,17 +206,17 @@ class Once:
         watched = {key for key in after.attributes if (kinds[key[0]], key[1]) in self.watched}
         layers = {key: situation.layers.get(key) for key in running.numbers}
         kept = {key: v for number in numbers for key, v in place.layers.kept_by(number).items()}
-        known = _Known(after, watched - running.read, running, stretch, layers, kept)
+        known = _Known(after, watched - running.read, running, passage, layers, kept)
         if (
             after.agrees(replace(situation, given=after.given), known.unread)
             and running.questions.have_same_answers()
-            and running.questions.are_settled(stretch.nodes)
+            and running.questions.are_settled(passage.nodes)
         ):
             self.known.append(known)
         return result
 
     def _situation(self, block: nn.Module, place: Place) -> _Situation:
-        tokens = Tokens()
+        tokens = TokenMaker()
         parts = list(block.named_modules(remove_duplicate=False))
         which: dict[int, int] = {}
         seen = [
@@ -247,7 +247,7 @@ class Once:
         )
 
     def _layers(
-        self, parts: Sequence[tuple[str, nn.Module]], layers: Layers, tokens: Tokens
+        self, parts: Sequence[tuple[str, nn.Module]], layers: Layers, tokens: TokenMaker
     ) -> dict[Attribute, Token]:
         """What each layer of the cache keeps whose number an attribute may be."""
         return {
@@ -257,7 +257,7 @@ class Once:
             if (type(part), key) in self.watched and type(value) is int and 0 <= value < len(layers)
         }
 
-    def _told(self, leaf: Any, tokens: Tokens, which: dict[int, int]) -> Token:
+    def _told(self, leaf: Any, tokens: TokenMaker, which: dict[int, int]) -> Token:
         """What is told of an argument: of a tensor all but its sizes and values."""
         if isinstance(leaf, Cache):
             own = {name: value for name, value in vars(leaf).items() if name != "layers"}
@@ -330,7 +330,7 @@ def _beside(tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _attributes(parts: list[tuple[str, nn.Module]], tokens: Tokens) -> dict[Attribute, Token]:
+def _attributes(parts: list[tuple[str, nn.Module]], tokens: TokenMaker) -> dict[Attribute, Token]:
     """What the parts of a block keep in attributes, tensors and parts aside."""
     own = {
         (name, key): tokens.of(value)
@@ -344,7 +344,7 @@ def _attributes(parts: list[tuple[str, nn.Module]], tokens: Tokens) -> dict[Attr
 
 def _told_apart(blocks: list[nn.Module]) -> set[tuple[type, str]]:
     """The attributes in which blocks of one class differ, with the class of the part."""
-    tokens = Tokens()
+    tokens = TokenMaker()
     first: dict[type, dict[Attribute, Token]] = {}
     found: set[tuple[type, str]] = set()
     for block in blocks:
