@@ -32,8 +32,8 @@ from transformers import Cache
 from peftsurgery.capture.attribute_reads import noted_attributes, watchable
 from peftsurgery.capture.blocks import block_paths
 from peftsurgery.capture.filling_in import (
-    Place,
     Passage,
+    Place,
     described,
     kind,
     memory,
