@@ -216,9 +216,12 @@ class Walk:
             take_place(old, new)
 
     def keep_folded(self, cut: Cut, names: Mapping[str, Any], domain: ProxyDomain) -> None:
-        """Fold a cut into each weight of its site, for later cuts there that read it."""
+        """Fold a cut into each weight of its site, for later cuts there that read it.
+
+        A weight that the cut rewrites is what it was rewritten to.
+        """
         for name, value in fold(cut.rule, names).items():
-            node = cut.site.nodes.get(name)
+            node = None if name in cut.rule.rewrite else cut.site.nodes.get(name)
             if node is None or node.op != "get_attr" or not isinstance(value, fx.Proxy):
                 continue
             value = cast(value, compute_dtype(cut), dtype_of(node))

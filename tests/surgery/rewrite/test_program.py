@@ -153,6 +153,20 @@ def test_a_value_that_is_computed_later_is_computed_ahead_and_again() -> None:
     torch.testing.assert_close(found, module.first(torch.sin(x)))
 
 
+def test_a_weight_rewritten_with_its_bias_is_changed_once_for_cuts_that_follow() -> None:
+    twice = '{W: "2 * W", b: "2 * b"}'
+    first = f"{{match: linear, where: {{path: first}}, rewrite: {twice}, fold: {twice}}}"
+    second = "{match: linear, where: {path: first}, rewrite: 'y + linear(x, W)'}"
+    operated = ps.apply(graph(), ps.parse_rules(f"name: t\nrules: [{first}, {second}]"))
+    x, plain = torch.randn(3, 4), graph().source.module
+    assert isinstance(plain, Two)
+    seen = torch.sin(x)
+    y = 2 * plain.first(seen) + torch.nn.functional.linear(seen, 2 * plain.first.weight)
+    wanted = seen + plain.second(torch.tanh(y))
+    with torch.no_grad():
+        assert torch.allclose(operated(x), wanted, atol=1e-6)
+
+
 class Counting(nn.Module):
     """What has an effect: a buffer that is written to, and two draws of chance."""
 
