@@ -32,7 +32,7 @@ ARCHITECTURES = {name.lower() for name in CONFIG_MAPPING_NAMES}
 # Where the package's files are, from the lowest to the highest: a file may import what is in its
 # own room and in those before it. Rooms of surgery are listed by themselves.
 ORDER = (
-    *("version", "reach", "codes", "errors", "installed", "quiet", "notebook"),
+    *("version", "lazily", "reach", "codes", "errors", "installed", "quiet", "notebook"),
     *("files", "finite_tensors", "places", "outputs", "arguments"),
     *("capture", "anatomy", "language", "checkpoint"),
     *("surgery.plan", "surgery.fourbit", "surgery.rewrite", "surgery.model", "surgery.applying"),

@@ -7,14 +7,16 @@ The names are those that configurations use: transformers' ``hidden_act``, Adapt
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.operators import operator
+from peftsurgery.lazily import functional as F
+from peftsurgery.lazily import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def identity(x: Tensor) -> Tensor:
@@ -32,27 +34,31 @@ def squared_relu(x: Tensor) -> Tensor:
     return torch.square(F.relu(x))
 
 
-_GELU_TANH = partial(F.gelu, approximate="tanh")
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The product x Φ(x), with Φ by the hyperbolic tangent (the same paper, section 2)."""
+    return F.gelu(x, approximate="tanh")
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "gelu": F.gelu,
-    "gelu_new": _GELU_TANH,
-    "gelu_pytorch_tanh": _GELU_TANH,
+
+# What computes each: a function here, or one of torch, by its path.
+ACTIVATIONS: Mapping[str, str | Callable[[Tensor], Tensor]] = {
+    "elu": "nn.functional.elu",
+    "gelu": "nn.functional.gelu",
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
     "identity": identity,
-    "leaky_relu": F.leaky_relu,
-    "leakyrelu": F.leaky_relu,
+    "leaky_relu": "nn.functional.leaky_relu",
+    "leakyrelu": "nn.functional.leaky_relu",
     "linear": identity,
-    "mish": F.mish,
+    "mish": "nn.functional.mish",
     "quick_gelu": quick_gelu,
-    "relu": F.relu,
+    "relu": "nn.functional.relu",
     "relu2": squared_relu,
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "softplus": F.softplus,
-    "swish": F.silu,
-    "tanh": torch.tanh,
+    "relu6": "nn.functional.relu6",
+    "sigmoid": "sigmoid",
+    "silu": "nn.functional.silu",
+    "softplus": "nn.functional.softplus",
+    "swish": "nn.functional.silu",
+    "tanh": "tanh",
 }
 
 
@@ -66,4 +72,4 @@ def activation(name: str, x: Tensor) -> Tensor:
     if function is None:
         hint = did_you_mean(str(name), ACTIVATIONS)
         raise SurgeryError("PSG124", f"there is no activation '{name}'", hint)
-    return function(x)
+    return attrgetter(function)(torch)(x) if isinstance(function, str) else function(x)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.language.operators import operator
+from peftsurgery.lazily import functional as F
+from peftsurgery.lazily import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Number = float | int
 Dimensions = int | tuple[int, ...]

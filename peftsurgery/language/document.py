@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -52,6 +53,7 @@ class Document:
         return self.positions[path]
 
 
+@lru_cache(maxsize=64)  # several pages stand on one base
 def read_document(text: str | bytes, source: str) -> Document:
     """Read one YAML mapping, or refuse it: PSG101 (syntax), 102 (size), 103 (duplicate), 104."""
     content = _decode(text, source)

@@ -9,17 +9,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.evaluation import describe_value, evaluate
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.operators import OPERATORS, Operator
+from peftsurgery.lazily import torch
 
-Initialiser = Callable[..., Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Initialiser = Callable[..., "Tensor"]
 
 
 def kaiming_uniform(t: Tensor, generator: torch.Generator | None, a: float = 0.0) -> Tensor:
@@ -88,15 +89,16 @@ def initial(
     shape: tuple[int, ...],
     env: Mapping[str, Any],
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Make a parameter's initial tensor, of ``shape``, by evaluating ``expression``.
 
-    ``env`` binds sizes, settings and the weights that the expression names. Raises PSG123 if the
-    value does not fit the shape.
+    ``env`` binds sizes, settings and the weights that the expression names; ``dtype`` is fp32 if
+    none is given. Raises PSG123 if the value does not fit the shape.
     """
+    dtype = torch.float32 if dtype is None else dtype
 
     def fresh() -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -113,7 +115,7 @@ def initial(
             raise _unfit(expression, shape, str(error)) from error
     if isinstance(value, bool | int | float):
         return fresh().fill_(value)
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape:
         raise _unfit(expression, shape, f"the value is {describe_value(value)}")
     # in the order of its dimensions, as it is when it was saved: products round by the order too
     start = value.detach().to(dtype=dtype, device=device)

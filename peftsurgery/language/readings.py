@@ -9,10 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.consistency import within
@@ -22,7 +19,11 @@ from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS
 from peftsurgery.language.schema import Flat, Param, Rule
+from peftsurgery.lazily import torch
 from peftsurgery.reach import reach
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_ELEMENTS = 2**33
 
@@ -58,7 +59,7 @@ def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for kind, expression in rule.penalty.items():
         values[kind] = value = evaluate(expression, names)
-        if isinstance(value, Tensor) and value.dim() > 0:
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
             message = f"'{expression.text}' has shape {list(value.shape)}, and a penalty has none"
             raise SurgeryError("PSG133", message, where=expression.where())
     return values
@@ -179,4 +180,6 @@ def names_in(
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """A tensor of floating-point numbers in ``dtype``; anything else as it is."""
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    return (
+        value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+    )

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +27,27 @@ def test_help_and_explanations_import_nothing_heavy(arguments: list[str]) -> Non
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls"], ["ls", "--json"], ["show", "dora"], ["show", "qlora"], ["words"], ["schema"]],
+    ids=" ".join,
+)
+def test_rules_are_listed_shown_and_described_without_torch(arguments: list[str]) -> None:
+    script = SHOW_HEAVY.format(arguments=["rules", *arguments])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in done.stdout.splitlines()[-1]
+    assert "transformers" not in done.stdout.splitlines()[-1]
+
+
+def test_a_rule_is_copied_without_torch(tmp_path: Path) -> None:
+    script = SHOW_HEAVY.format(arguments=["rules", "cp", "lora_qv", str(tmp_path / "own.yaml")])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in done.stdout.splitlines()[-1]
+    assert (tmp_path / "own.yaml").read_text().startswith("name: lora_qv")
 
 
 def test_the_package_is_a_module_to_run() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import parse
-from peftsurgery.language.pattern import find_pattern
+from peftsurgery.language.pattern_search import find_pattern
 
 GATED = "mul(silu(linear(x, gate)), linear(x, up))"
 

@@ -9,12 +9,13 @@ the model does not give is None, and stays so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.language.site_functions.sites import entries
+from peftsurgery.lazily import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def tokens(P: Tensor) -> Tensor:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.language.operators import Operator
+from peftsurgery.lazily import functional as F
+from peftsurgery.lazily import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEYS = 2
 """The dimension of tokens in the layout of an attention site's values."""

@@ -13,7 +13,7 @@ from peftsurgery.capture import Capture
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.language.clauses import LACKS
 from peftsurgery.language.expression import Expression
-from peftsurgery.language.pattern import Match, find_pattern, nearest_miss
+from peftsurgery.language.pattern_search import Match, find_pattern, nearest_miss
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.selection import Selection, select
 from peftsurgery.surgery.plan.cut import Cut, Operation
