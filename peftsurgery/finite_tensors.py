@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.files import check_regular
+from peftsurgery.tensor_file import read_header
 
 # What parameters can be; the eight-bit floats are for storage, and nothing is computed in them.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -24,7 +24,7 @@ def read_tensors(
 ) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file, in memory of their own; refused if they cannot be used."""
     try:
-        check_regular(file)
+        read_header(file, code)
         # copies, since arithmetic rounds otherwise where memory is aligned as in the file
         tensors = {name: value.clone() for name, value in load_file(file).items()}
     except (OSError, SafetensorError, ValueError) as error:

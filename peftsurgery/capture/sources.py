@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftsurgery.capture.builds import FILES, Build, class_named, resize
+from peftsurgery.capture.stored import tensors_in
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
 from peftsurgery.quiet import quiet
@@ -131,6 +132,8 @@ class Source:
                 f"this {type(self.module).__name__} is on the meta device and has no weights",
                 "capture a model that has them, or a directory that holds them",
             )
+        if self.folder is not None:
+            tensors_in(self.folder)  # refused here if damaged: not all that is, transformers sees
         is_resized = self.build.vocabulary is not None
         config = copy.deepcopy(self.stored) if is_resized else self.module.config
         try:

@@ -6,18 +6,17 @@ few samples of a large file cost a few reads.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peftsurgery.errors import SurgeryError
+from peftsurgery.files import read_object
+from peftsurgery.tensor_file import read_header
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_LARGEST_HEADER = 100 * 2**20  # what the safetensors library itself takes
 
 
 @dataclass(frozen=True)
@@ -69,46 +68,23 @@ def tensors_in(folder: Path) -> dict[str, StoredTensor]:
 
 def header_of(file: Path, code: str = "PSG207") -> dict[str, StoredTensor]:
     """The tensors of one file by name; refused with ``code`` if it is damaged."""
-    try:
-        if not file.is_file():  # opening a FIFO may never return
-            raise ValueError("it is no regular file")
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= min(size - 8, _LARGEST_HEADER):
-                raise ValueError("its header has no such length")
-            entries = json.loads(stream.read(length))
-        if not isinstance(entries, dict):
-            raise ValueError("its header is no JSON object")
-        found = {n: _entry(file, e, 8 + length) for n, e in entries.items() if n != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _damaged(file, error, code) from None
-    for name, tensor in found.items():
-        if tensor.start + tensor.size > size:
-            raise _damaged(file, f"'{name}' ends after the file does", code)
-    return found
-
-
-def _entry(file: Path, entry: Mapping[str, Any], offset: int) -> StoredTensor:
-    shape = tuple(int(size) for size in entry["shape"])
-    start, end = (int(each) for each in entry["data_offsets"])
-    if not 0 <= start <= end or any(size < 0 for size in shape):
-        raise ValueError("a tensor has a negative size")
-    return StoredTensor(file, str(entry["dtype"]), shape, offset + start, end - start)
+    found = read_header(file, code)
+    return {
+        name: StoredTensor(file, each.dtype, each.shape, found.offset + each.start, each.size)
+        for name, each in found.tensors.items()
+    }
 
 
 def _index(file: Path) -> dict[str, str]:
     """The shard of every tensor, as an index says. PSG207."""
-    try:
-        found = json.loads(file.read_bytes())["weight_map"]
-        where = {str(name): str(shard) for name, shard in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise _damaged(file, error) from None
-    for shard in where.values():
-        if Path(shard).is_absolute() or ".." in Path(shard).parts:
-            raise _damaged(file, f"'{shard}' points out of the directory")
+    where = read_object(file, "PSG207").get("weight_map")
+    if not isinstance(where, dict):
+        raise _damaged(file, "it has no 'weight_map'")
+    for name, shard in where.items():
+        if not isinstance(shard, str) or Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise _damaged(file, f"'{name}' is in {shard!r:.80}, which is no file of the directory")
     return where
 
 
-def _damaged(file: Path, why: object, code: str = "PSG207") -> SurgeryError:
-    return SurgeryError(code, f"no weights could be read from {file}: {why}")
+def _damaged(file: Path, why: str) -> SurgeryError:
+    return SurgeryError("PSG207", f"no weights could be read from {file}: {why}")

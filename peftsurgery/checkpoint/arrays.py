@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile
+from peftsurgery.tensor_file import Tensor, TensorFile
 
 Array = npt.NDArray[Any]
 

@@ -15,10 +15,10 @@ import numpy as np
 from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, ulp, wide_dtype
 from peftsurgery.checkpoint.numpy_operators import NUMPY
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
-from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.environment import Environment, with_lets
 from peftsurgery.language.evaluation import PLAIN, evaluate
+from peftsurgery.tensor_file import Tensor, TensorFile
 
 BLOCK = 2**18  # elements that are computed at once, where a rule folds each row by itself
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, read_header
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
+from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
 # What weights are kept in; a second copy in another format would be that of another model.
 WEIGHTS = (
@@ -42,7 +42,7 @@ def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
     """Read the headers of a model's weights, as transformers would find them.
 
     Raises SurgeryError with ``code`` if there are none, a shard is missing, damaged or outside the
-    directory, or index and shards do not list the same tensors.
+    directory, or the index names a tensor that is not there.
     """
     if (folder / SINGLE).exists():
         return ModelFiles(folder, (read_header(folder / SINGLE, code),), None)
@@ -61,9 +61,9 @@ def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
     held = {name: file.path.name for file in files for name in file.tensors}
     if sum(len(file.tensors) for file in files) != len(held):
         raise SurgeryError(code, f"two shards of '{folder}' hold a tensor of one name")
-    for name in sorted(held.keys() | where.keys()):
-        if held.get(name) != where.get(name):
-            message = f"{folder / INDEX} has '{name}' in {where.get(name)}, and it is in"
+    for name, shard in where.items():
+        if held.get(name) != shard:
+            message = f"{folder / INDEX} has '{name}' in {shard}, and it is in"
             raise SurgeryError(code, f"{message} {held.get(name, 'none of the shards')}")
     return ModelFiles(folder, files, index)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import read_bytes
-from peftsurgery.checkpoint.tensor_file import BITS, Tensor, TensorFile
 from peftsurgery.errors import SurgeryError
+from peftsurgery.tensor_file import BITS, Tensor, TensorFile
 
 CHUNK = 2**20  # bytes of a tensor; all but the last of its chunks have as many
 RESIDUAL = ".residual"  # after the name of the file that it is beside

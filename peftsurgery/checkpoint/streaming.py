@@ -28,8 +28,8 @@ from peftsurgery.checkpoint.model_files import (
 from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
 from peftsurgery.checkpoint.plan import FoldPlan
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
-from peftsurgery.checkpoint.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
 from peftsurgery.errors import SurgeryError
+from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
 
 CHUNK = 2**20  # bytes that are copied at once
 

@@ -19,7 +19,6 @@ from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.checkpoint.model_files import ModelFiles, read_model_files
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold, without_repeats
 from peftsurgery.checkpoint.streaming import FoldReport, fold_files
-from peftsurgery.checkpoint.tensor_file import read_header
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.formats.model_card import CARD, card_of
@@ -33,6 +32,7 @@ from peftsurgery.surgery.model.operated import OperatedModel, active_operations
 from peftsurgery.surgery.model.saved.build import is_tokenizer_file, tokenizer_files
 from peftsurgery.surgery.model.saved.manifest import is_surgery, read_manifest
 from peftsurgery.surgery.plan.cut import Cut, copy_name
+from peftsurgery.tensor_file import read_header
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,3 +231,32 @@ def test_a_module_of_ones_own_needs_inputs() -> None:
     with pytest.raises(SurgeryError, match="inputs") as caught:
         capture(ByValue())
     assert caught.value.code == "PSG202"
+
+
+@pytest.mark.parametrize("damage", ["twice", "hole", "fifo", "index"])
+def test_weights_that_transformers_would_take_are_refused_if_they_lie(
+    damage: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    ZOO["llama"].build().save_pretrained(folder)
+    graph, file = capture(str(folder)), folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = content[8 : 8 + length].rstrip(), content[8 + length :]
+    if damage == "twice":  # the last one of a name counts, for most readers
+        name = next(name for name in json.loads(header) if name != "__metadata__")
+        again = f',"{name}":{json.dumps(json.loads(header)[name])}}}'.encode()
+        header = header[:-1] + again
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    elif damage == "hole":
+        file.write_bytes(length.to_bytes(8, "little") + content[8:] + b"more")
+    elif damage == "fifo":
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        where = {"a": file.name, "b": "../other.safetensors"}
+        file.rename(folder / "model-1.safetensors")
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with pytest.raises(SurgeryError, match="PSG207"):
+        graph.bind()

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
 from peftsurgery.checkpoint.streaming import fold_files
-from peftsurgery.checkpoint.tensor_file import read_header
 from peftsurgery.language.expression import parse
+from peftsurgery.tensor_file import read_header
 
 SCALE, RANK = 1.5, 4
 

@@ -17,9 +17,9 @@ from safetensors.numpy import load_file
 from peftsurgery.checkpoint.certificate import verify
 from peftsurgery.checkpoint.plan import FoldPlan
 from peftsurgery.checkpoint.streaming import fold_files
-from peftsurgery.checkpoint.tensor_file import read_header
 from peftsurgery.checkpoint.unfolding import unfold_checkpoint
 from peftsurgery.errors import SurgeryError
+from peftsurgery.tensor_file import read_header
 from tests.checkpoint import streamed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -71,8 +71,8 @@ def by_files(folder: str) -> dict[str, float]:
 
     from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
     from peftsurgery.checkpoint.streaming import fold_files
-    from peftsurgery.checkpoint.tensor_file import read_header
     from peftsurgery.language.expression import parse
+    from peftsurgery.tensor_file import read_header
 
     learnt = _adapter(Path(folder, "base")) / "adapter_model.safetensors"
     paths = {key.rpartition(".lora_")[0] for key in load_file(learnt)}

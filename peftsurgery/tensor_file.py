@@ -91,7 +91,7 @@ def read_header(path: Path, code: str = "PSG207") -> TensorFile:
         return _checked(path, content, 8 + length, found.st_size)
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise SurgeryError(code, f"{path} is no safetensors file that can be read: {why}") from None
+        raise SurgeryError(code, f"{path} cannot be read: {why}") from None
 
 
 def header_of(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from peftsurgery.checkpoint.tensor_file import MAX_HEADER, header_of, laid_out, read_header
 from peftsurgery.errors import SurgeryError
+from peftsurgery.tensor_file import MAX_HEADER, header_of, laid_out, read_header
 
 
 def written(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
