@@ -114,11 +114,16 @@ class _Trace:
 def _try(
     module: nn.Module, call: Call, notes: Notes, once: bool, train: bool
 ) -> tuple[_Trace | None, Exception | None]:
-    """What torch.export makes of the call in one mode, or why it cannot."""
+    """What torch.export makes of the call in one mode, or why it cannot.
+
+    What cannot be exported with equal blocks traced once may be, with each traced by itself.
+    """
     try:
         return _export(module, call, notes, once, train), None
-    except (*EXPORT_ERRORS, SurgeryError) as error:
+    except SurgeryError as error:
         return None, error
+    except EXPORT_ERRORS as error:
+        return _try(module, call, notes, False, train) if once else (None, error)
 
 
 def _read(trace: _Trace, call: Call) -> Exported:

@@ -58,6 +58,12 @@ class Passage:
     moved: Mapping[int | str, fx.Node | None]  # given and own tensors that became other nodes
 
 
+def layers_told_by_number(cache: Cache) -> Layers | None:
+    """The layers of a cache that a call was given; None for a cache of another kind."""
+    found = getattr(cache, "layers", None)  # one of an encoder and a decoder is made of two others
+    return found if type(found) is Layers else None
+
+
 class Place:
     """A call of a block as a trace comes to it: where in the graph it is, and what is given."""
 
@@ -69,8 +75,8 @@ class Place:
         self.arguments = args, kwargs
         self.leaves, self.structure = flatten(self.arguments)
         self.caches = [leaf for leaf in self.leaves if isinstance(leaf, Cache)]
-        known = [cache.layers for cache in self.caches if type(cache.layers) is Layers]
-        self.layers = known[0] if known else Layers(())
+        known = (layers_told_by_number(cache) for cache in self.caches)
+        self.layers = next((layers for layers in known if layers is not None), Layers(()))
         self.tensors = dict(named_tensors(block))
         self._first_nodes = self._nodes()
         self.last = self.graph._root.prev

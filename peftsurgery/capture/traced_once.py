@@ -36,6 +36,7 @@ from peftsurgery.capture.filling_in import (
     Place,
     described,
     kind,
+    layers_told_by_number,
     memory,
     sizes,
 )
@@ -261,7 +262,8 @@ class Once:
         """What is told of an argument: of a tensor all but its sizes and values."""
         if isinstance(leaf, Cache):
             own = {name: value for name, value in vars(leaf).items() if name != "layers"}
-            return id(leaf), tokens.of(own), None if type(leaf.layers) is Layers else object()
+            is_known = layers_told_by_number(leaf) is not None
+            return id(leaf), tokens.of(own), None if is_known else object()
         if not isinstance(leaf, torch.Tensor):
             return tokens.of(leaf)
         same = [which.setdefault(key, len(which)) for key in (id(leaf), memory(leaf))]
@@ -295,7 +297,7 @@ class Once:
 def _updated(function: Any) -> Layers | None:
     """The layers of the cache whose ``update`` a function is."""
     is_update = getattr(function, "__func__", None) is Cache.update
-    return function.__self__.layers if is_update else None
+    return layers_told_by_number(function.__self__) if is_update else None
 
 
 def _values(block: nn.Module, attributes: Iterable[Attribute]) -> set[Any]:

@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+import peftsurgery as ps
+from peftsurgery.capture.traced_once import Once
 from tests.models import blocks
 from tests.models.changing_blocks import CHANGING
 from tests.models.traces import cached, compared, deeper, traced
@@ -118,6 +121,7 @@ def test_equal_blocks_are_filled_in() -> None:
     assert set(filled) >= {f"blocks.{number}" for number in range(2, blocks.COUNT)}
 
 
+@pytest.mark.slow  # by their number
 @pytest.mark.parametrize("kind", [*blocks.TRAPS, *CHANGING], ids=lambda kind: kind.__name__)
 def test_a_block_that_is_not_like_others_is_traced(kind: type[blocks.Block]) -> None:
     module = blocks.Stack(kind).train()
@@ -184,3 +188,30 @@ def test_the_classes_are_left_as_they_were() -> None:
     before = dict(vars(blocks.Asks)), dict(vars(nn.Linear))
     traced(blocks.Stack(blocks.Asks), {"x": torch.randn(2, 3, 8)}, True)
     assert (dict(vars(blocks.Asks)), dict(vars(nn.Linear))) == before
+
+
+def test_a_model_that_keeps_a_cache_of_two_is_captured() -> None:
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=40, decoder_start_token_id=0))
+    assert model.config.use_cache
+    graph = ps.capture(model.eval())
+    inputs = {name: torch.randint(1, 40, (3, 5)) for name in ("input_ids", "decoder_input_ids")}
+    with torch.no_grad():
+        assert torch.equal(graph(**inputs).logits, model(**inputs).logits)
+
+
+def test_what_fails_with_equal_blocks_is_traced_block_by_block(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failed = list[str]()
+
+    def fails(self: Once, *args: Any, **kwargs: Any) -> Any:
+        failed.append("here")
+        raise AttributeError("a fault of ours")
+
+    monkeypatch.setattr(Once, "call", fails)
+    model, x = blocks.Stack(blocks.Block).eval(), torch.randn(3, 8)
+    graph = ps.capture(model, inputs=(torch.randn(2, 8),))
+    assert failed
+    with torch.no_grad():
+        assert torch.equal(graph(x), model(x))

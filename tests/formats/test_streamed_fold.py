@@ -83,6 +83,7 @@ def folded(llama: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_element_is_one_rounding_of_the_exact_sum(tmp_path: Path, dtype: torch.dtype) -> None:
     base = base_at(tmp_path / "base", "Llama", dtype, "20KB", intermediate_size=48)
@@ -138,6 +139,7 @@ def test_files_and_headers_stay_and_other_copies_of_the_weights_do_not(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "config", "more"),
     [
@@ -255,6 +257,7 @@ def tensors_equal(one: Path, other: Path) -> bool:
     return mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in mine)
 
 
+@pytest.mark.slow
 def test_a_dtype_is_given_to_every_tensor(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     base, adapter = llama
     ps.fold_checkpoint(adapter, base, tmp_path / "out", dtype="float32")
@@ -268,6 +271,7 @@ def test_a_dtype_is_given_to_every_tensor(tmp_path: Path, llama: tuple[Path, Pat
     assert ps.verify(tmp_path / "out").tensors == len(before)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_folded_on_files_is_refused_before_anything_is_written(
     tmp_path: Path, llama: tuple[Path, Path]
 ) -> None:
@@ -298,6 +302,7 @@ def test_what_cannot_be_folded_on_files_is_refused_before_anything_is_written(
     assert not (base / "inner").exists()
 
 
+@pytest.mark.slow
 def test_a_saved_surgery_is_folded_as_well(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     base, _ = llama
     model = ps.apply(ps.capture(str(base)), "ia3")
