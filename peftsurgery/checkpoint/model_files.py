@@ -13,10 +13,11 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
-# What weights are kept in; a second copy in another format would be that of another model.
-WEIGHTS = (
-    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"),
-    *(".gguf", ".onnx", ".onnx_data", ".npz", ".tflite", ".mlmodel", ".ot"),
+# What the files of a model's weights are called, in any format; a copy in another than safetensors
+# would be that of the model before.
+WEIGHT_FILES = (
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5"),
+    *("*.msgpack", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data", "*.ot", "*.tflite"),
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -74,18 +75,17 @@ def other_files(folder: Path) -> dict[str, Path]:
     Links to files are followed, as in the hub's cache; hidden files are left out. The parts of a
     pipeline that modules.json lists come whole, with weights of their own.
     """
-    parts, found = _pipeline_parts(folder), {}
+    parts, found = pipeline_parts(folder), {}
     for around, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for path in (Path(around, name) for name in sorted(names) if not name.startswith(".")):
             name = path.relative_to(folder)
-            is_weights = path.suffix in WEIGHTS or path.name.endswith(".index.json")
-            if path.is_file() and (not is_weights or name.parts[0] in parts):
+            if path.is_file() and (not is_weights(path) or name.parts[0] in parts):
                 found[str(name)] = path
     return found
 
 
-def _pipeline_parts(folder: Path) -> set[str]:
+def pipeline_parts(folder: Path) -> set[str]:
     """The directories that sentence-transformers' modules.json names."""
     try:
         listed = json.loads((folder / "modules.json").read_bytes())
@@ -94,3 +94,8 @@ def _pipeline_parts(folder: Path) -> set[str]:
     listed = listed if isinstance(listed, list) else []
     paths = (entry.get("path") for entry in listed if isinstance(entry, dict))
     return {Path(path).parts[0] for path in paths if isinstance(path, str) and path}
+
+
+def is_weights(file: Path) -> bool:
+    """Whether a file is, by its name, one of a model's weights."""
+    return any(file.match(pattern) for pattern in WEIGHT_FILES)
