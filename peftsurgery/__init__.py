@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from peftsurgery.errors import SurgeryError as SurgeryError
     from peftsurgery.formats.adapterhub.directory import from_adapterhub as from_adapterhub
     from peftsurgery.formats.adapterhub.directory import to_adapterhub as to_adapterhub
-    from peftsurgery.formats.onnx import export_onnx as export_onnx
+    from peftsurgery.formats.onnx.export import export_onnx as export_onnx
     from peftsurgery.formats.peft.directory import from_peft as from_peft
     from peftsurgery.formats.peft.directory import to_peft as to_peft
     from peftsurgery.formats.pretrained import fold_to_directory as fold_to_directory
@@ -62,7 +62,7 @@ _HOME = {
     "combine": "surgery.combine.combining",
     "diff": "diff.comparison",
     "eject": "surgery.applying",
-    "export_onnx": "formats.onnx",
+    "export_onnx": "formats.onnx.export",
     "flatten": "surgery.fold.flattening",
     "fold": "surgery.fold.folding",
     "fold_checkpoint": "formats.streamed_fold",

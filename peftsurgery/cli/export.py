@@ -86,6 +86,6 @@ def _write_adapter(
 
 def _write_onnx(operated: OperatedModel, out: Path) -> dict[str, Any]:
     # it is written beside OUT and takes its name, with its data if they are apart
-    from peftsurgery.formats.onnx import export_onnx
+    from peftsurgery.formats.onnx.export import export_onnx
 
     return export_onnx(operated, out).to_dict()

@@ -28,7 +28,9 @@ from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.files import write_whole
 from peftsurgery.formats.base_files import companions, copy_missing
 from peftsurgery.formats.model_card import write_record
-from peftsurgery.formats.onnx import OnnxFile, need_onnx, write_onnx
+from peftsurgery.formats.onnx.export import write_onnx
+from peftsurgery.formats.onnx.file import OnnxFile
+from peftsurgery.formats.onnx.runtime import need_onnx
 from peftsurgery.formats.peft.adapter import read_adapter
 from peftsurgery.formats.peft.directory import from_peft
 from peftsurgery.formats.peft.files import BASE, CONFIG, read_peft_config

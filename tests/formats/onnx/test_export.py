@@ -15,7 +15,7 @@ from transformers import AutoModel
 
 import peftsurgery as ps
 from peftsurgery import SurgeryError
-from peftsurgery.formats import onnx as exporting
+from peftsurgery.formats.onnx import file as exporting
 from tests.formats.made import expected, minilm, model_directory
 from tests.models.captured import captured
 from tests.models.zoo import ZOO

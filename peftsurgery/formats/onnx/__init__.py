@@ -1,0 +1,1 @@
+"""ONNX files: models for runtimes without Python."""

@@ -1,0 +1,82 @@
+"""onnxruntime as the judge of ONNX files: torch's outputs at sizes that it had not seen."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftsurgery.errors import SurgeryError, first_line
+from peftsurgery.formats.trial_inputs import Inputs, difference
+
+TOLERANCE = 1e-5
+
+
+def check_outputs(
+    file: Path,
+    inputs: list[Inputs],
+    wanted: Callable[[Inputs], Mapping[str, Tensor]],
+    slots: Mapping[str, Tensor] | None = None,
+) -> float:
+    """Run a file on each of ``inputs``; the largest difference from what is ``wanted`` of them.
+
+    ``slots`` are tensors of an adapter that are given with them. PSG411 if it is above the
+    tolerance, or if the file cannot be run.
+    """
+    largest = 0.0
+    session = open_session(file)
+    for each in inputs:
+        expected = {name: value.cpu() for name, value in wanted(each).items()}
+        names = {value.name for value in session.get_inputs()}
+        fed = {name: value for name, value in {**each, **(slots or {})}.items() if name in names}
+        with runtime_errors():
+            outputs = session.run(None, {name: v.detach().cpu().numpy() for name, v in fed.items()})
+        found = [torch.from_numpy(output) for output in outputs]
+        named = dict(zip(expected, found, strict=False)) if len(found) == len(expected) else {}
+        gap = difference(expected, named)
+        if not gap.within(TOLERANCE):
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in each.items())
+            raise SurgeryError(
+                "PSG411", f"onnxruntime's outputs for {sizes} differ by {gap.largest:.1e}"
+            )
+        largest = max(largest, gap.largest)
+    return largest
+
+
+def open_session(file: Path) -> Any:
+    """A session of onnxruntime on the CPU. PSG411 if it refuses the file."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with runtime_errors():
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+@contextlib.contextmanager
+def runtime_errors() -> Iterator[None]:
+    """PSG411 for whatever onnxruntime raises; its errors have no base class of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = [kind for kind in vars(state).values() if isinstance(kind, type)]
+    refusals: tuple[type[Exception], ...] = (
+        ValueError,
+        *(kind for kind in kinds if issubclass(kind, Exception)),
+    )
+    try:
+        yield
+    except refusals as error:
+        raise SurgeryError(
+            "PSG411", f"onnxruntime cannot run the model: {first_line(error)}"
+        ) from error
+
+
+def need_onnx() -> None:
+    """Raise ModuleNotFoundError now for a package of the extra, and not after minutes."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        importlib.import_module(package)
