@@ -11,13 +11,12 @@ import click
 
 from peftsurgery.cli.diff import shown
 from peftsurgery.cli.kit import (
-    clean,
     force_option,
     json_option,
     name_option,
     other_base_option,
     output_option,
-    print_json,
+    print_result,
 )
 from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import fresh
@@ -38,7 +37,7 @@ SEEDS = click.IntRange(-(2**63), 2**64 - 1)  # what torch.manual_seed takes
 @click.command()
 @click.argument("model")
 @click.argument("rules", metavar="RULE...", nargs=-1, required=True)
-@output_option
+@output_option(required=False)
 @set_option
 @click.option("--layers", metavar="N..M", help="Only in these layers: 3, 4.. or 0..2,5.")
 @click.option("--roles", metavar="ROLE,...", help="Only sites of these roles: attn.q, ffn.*.")
@@ -106,13 +105,11 @@ def apply(
 
 def _print(operated: OperatedModel, found: Diff | None, out: Path | None, as_json: bool) -> None:
     """Print the report; the difference only as JSON, since as text it came before."""
-    if as_json:
-        difference = {} if found is None else {"diff": found.to_dict()}
-        written = None if out is None else str(out)
-        print_json({**operated.report.to_dict(), **difference, "out": written})
-    else:
-        click.echo(clean(str(operated.report)))
-        click.echo("nothing was written" if out is None else f"saved to {out}")
+    report, written = operated.report, None if out is None else str(out)
+    difference = {} if found is None else {"diff": found.to_dict()}
+    place = "nothing was written" if out is None else f"saved to {out}"
+    document = {**report.to_dict(), **difference, "out": written}
+    print_result(document, f"{report}\n{place}", as_json)
 
 
 def _difference(before: GraphModel, operated: OperatedModel, spec: str) -> Diff:

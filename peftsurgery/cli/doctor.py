@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
 import click
 
-from peftsurgery.cli.kit import json_option, print_json
+from peftsurgery.cli.kit import json_option, print_result
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.installed import Package, extras_of, machine, packages_needed
 from peftsurgery.version import __version__
@@ -41,10 +42,7 @@ def doctor(as_json: bool) -> int:
         "capture_seconds": seconds,
         "capture_error": error,
     }
-    if as_json:
-        print_json(report)
-    else:
-        _print(report, packages)
+    print_result(report, "\n".join(_lines(report, packages)), as_json)
     return 0 if error is None else 3
 
 
@@ -66,26 +64,26 @@ def _trial() -> tuple[float | None, str | None]:
     return round(time.perf_counter() - start, 2), None
 
 
-def _print(report: dict[str, Any], packages: list[Package]) -> None:
+def _lines(report: dict[str, Any], packages: list[Package]) -> Iterator[str]:
     machine = report["machine"]
-    click.echo(f"peftsurgery {report['peftsurgery']}, Python {report['python']}")
-    click.echo(report["platform"])
-    click.echo(
+    yield f"peftsurgery {report['peftsurgery']}, Python {report['python']}"
+    yield report["platform"]
+    yield (
         f"{machine['cores']} cores, {machine['threads'] or '?'} threads for torch, "
         f"{machine['free_gib'] or '?'} of {machine['memory_gib'] or '?'} GiB memory free, "
         f"accelerator: {machine['accelerator'] or 'none'}"
     )
     if not packages:
-        click.echo("  not installed as a package: which versions were tested is not known")
+        yield "  not installed as a package: which versions were tested is not known"
     for package in packages:
         if package.extra is None:
-            click.echo(f"  {package.name:15} {package}")
+            yield f"  {package.name:15} {package}"
     for extra, versions in report["extras"].items():
-        click.echo(f"  extra {extra:8} {_extra_line(extra, versions, packages)}")
+        yield f"  extra {extra:8} {_extra_line(extra, versions, packages)}"
     if report["capture_error"] is None:
-        click.echo(f"a trial capture took {report['capture_seconds']} s")
+        yield f"a trial capture took {report['capture_seconds']} s"
     else:
-        click.echo(f"a trial capture failed: {report['capture_error']}")
+        yield f"a trial capture failed: {report['capture_error']}"
 
 
 def _extra_line(extra: str, versions: dict[str, str | None], packages: list[Package]) -> str:

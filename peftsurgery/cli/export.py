@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peftsurgery.cli.kit import (
-    clean,
     force_option,
     json_option,
     name_option,
     other_base_option,
     output_option,
-    print_json,
+    print_result,
 )
 from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import check_free, fresh
@@ -32,7 +31,7 @@ FORMATS = {
 @click.command(epilog="Formats: " + "; ".join(f"{name}, {what}" for name, what in FORMATS.items()))
 @click.argument("surgery")
 @click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="The format.")
-@output_option
+@output_option()
 @name_option("Which adapter, if there are several.")
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
 @other_base_option
@@ -41,7 +40,7 @@ FORMATS = {
 def export(
     surgery: str,
     to: str,
-    out: Path | None,
+    out: Path,
     name: str | None,
     base: str | None,
     allow_other_base: bool,
@@ -49,8 +48,6 @@ def export(
     as_json: bool,
 ) -> None:
     """Write the adapter of a saved SURGERY to OUT in the format of another library."""
-    if out is None:
-        raise click.UsageError("missing option --output OUT")
     inputs = [surgery, *([base] if base else [])]
     check_free(out, inputs, force)
     with doing(f"opening {surgery}"):
@@ -67,10 +64,8 @@ def export(
             with fresh(out, inputs, force) as part:
                 about = _write_adapter(operated, to, part, name)
     notes = list(dict.fromkeys([*notes_of(operated.operations), *about.get("notes", ())]))
-    if as_json:
-        print_json({"format": to, "out": str(out), **about, "notes": notes})
-    else:
-        click.echo(clean("\n".join([f"{out}: {FORMATS[to]}", *(f"note: {n}" for n in notes)])))
+    words = "\n".join([f"{out}: {FORMATS[to]}", *(f"note: {note}" for note in notes)])
+    print_result({"format": to, "out": str(out), **about, "notes": notes}, words, as_json)
 
 
 def _write_adapter(

@@ -5,25 +5,19 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from peftsurgery.cli.kit import (
-    clean,
     force_option,
     json_option,
     name_option,
     other_base_option,
     output_option,
-    print_json,
     print_result,
 )
 from peftsurgery.cli.progress import doing
 from peftsurgery.outputs import check_free, fresh
-
-if TYPE_CHECKING:
-    from peftsurgery.formats.pretrained import FoldResult
 
 
 @click.command()
@@ -35,7 +29,7 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Read the base as this class of transformers, not as the adapter or the base says.",
 )
-@output_option
+@output_option()
 @name_option(
     "Fold this adapter; those that were active when the surgery was saved unless given.",
     multiple=True,
@@ -73,7 +67,7 @@ def fold(
     surgery: str,
     base: str | None,
     kind: str | None,
-    out: Path | None,
+    out: Path,
     name: tuple[str, ...],
     onnx: Path | None,
     requantise: bool,
@@ -87,8 +81,6 @@ def fold(
     as_json: bool,
 ) -> None:
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
-    if out is None:
-        raise click.UsageError("missing option --output OUT")
     if stream:
         if kind or name or onnx or requantise or verify or force:
             raise click.UsageError("--stream goes only with --base, and with options that say so")
@@ -119,16 +111,8 @@ def fold(
         )
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))
-    _print(result, out, as_json)
-
-
-def _print(result: FoldResult, out: Path, as_json: bool) -> None:
-    """Say what was folded, and where it is."""
-    if as_json:
-        print_json({**result.to_dict(), "out": str(out)})
-    else:
-        click.echo(clean(str(result)))
-        click.echo(f"folded model in {out}")
+    words = f"{result}\nfolded model in {out}"
+    print_result({**result.to_dict(), "out": str(out)}, words, as_json)
 
 
 def _stream(
@@ -146,7 +130,7 @@ def _stream(
 
     with doing(f"folding {surgery}"):
         report = fold_checkpoint(surgery, base, out, dtype, resume, reversible, allow_other_base)
-    print_result(report, as_json)
+    print_result(report.to_dict(), report, as_json)
 
 
 def _inside(file: Path, out: Path) -> Path | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peftsurgery.cli.kit import clean, force_option, json_option, print_json
+from peftsurgery.cli.kit import clean, force_option, json_option, print_json, print_result
 from peftsurgery.outputs import fresh
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def inspect(
         from peftsurgery.surgery.model.saved.contents import contents_of
 
         contents = contents_of(Path(model))
-        print_json(contents.to_dict()) if as_json else click.echo(clean(str(contents)))
+        print_result(contents.to_dict(), contents, as_json)
         return
     from peftsurgery.anatomy import survey
     from peftsurgery.cli.model import open_model

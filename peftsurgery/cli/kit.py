@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
 
@@ -31,14 +31,6 @@ EXTRAS = {
     "bitsandbytes": "quantise",
 }
 
-output_option = click.option(
-    "-o",
-    "--output",
-    "out",
-    metavar="OUT",
-    type=click.Path(path_type=Path),
-    help="The directory to write; it must not exist.",
-)
 other_base_option = click.option(
     "--allow-other-base",
     is_flag=True,
@@ -46,6 +38,14 @@ other_base_option = click.option(
 )
 force_option = click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def output_option(required: bool = True) -> Callable[[Any], Any]:
+    """The option for what is written, which is called the same in every command."""
+    return click.option(
+        *("-o", "--output", "out"), metavar="OUT", required=required,
+        type=click.Path(path_type=Path), help="The directory to write; it must not exist.",
+    )  # fmt: skip
 
 
 def name_option(help_text: str, **attributes: Any) -> Callable[[Any], Any]:
@@ -137,19 +137,12 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-class Result(Protocol):
-    """What a command found or wrote, in words and as data."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
-
-
-def print_result(result: Result, as_json: bool) -> None:
-    """Print a result on stdout, as one JSON document or in words."""
+def print_result(document: Any, words: object, as_json: bool) -> None:
+    """Print a result on stdout: one JSON document, or the same in words."""
     if as_json:
-        print_json(result.to_dict())
+        print_json(document)
     else:
-        click.echo(clean(str(result)))
+        click.echo(clean(str(words)))
 
 
 def clean(text: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from peftsurgery.cli.apply import set_option
-from peftsurgery.cli.kit import Group, force_option, json_option, print_json
+from peftsurgery.cli.kit import Group, force_option, json_option, print_json, print_result
 from peftsurgery.outputs import fresh
 
 
@@ -25,12 +25,10 @@ def ls(as_json: bool) -> None:
     from peftsurgery.language.loading import load_rules, shipped
 
     files = [load_rules(name) for name in shipped()]
-    if as_json:
-        print_json([{"name": f.name, "about": _line(f.about), "settings": f.with_} for f in files])
-        return
+    listed = [{"name": f.name, "about": _line(f.about), "settings": f.with_} for f in files]
     width = max((len(file.name) for file in files), default=0)
-    for file in files:
-        click.echo(_fitted(f"{file.name:{width}}  {_line(file.about)}"))
+    lines = (_fitted(f"{file.name:{width}}  {_line(file.about)}") for file in files)
+    print_result(listed, "\n".join(lines), as_json)
 
 
 @rules.command()
@@ -44,11 +42,9 @@ def show(rule: str, as_yaml: bool, as_json: bool) -> None:
 
     file, text = load_rules(rule), page_of(rule)
     description = describe_rules(file)
-    if as_json:
-        document = {"name": file.name, "settings": file.with_, "about": file.about}
-        print_json({**document, "description": description, "text": text})
-    else:
-        click.echo((text if as_yaml else description).rstrip("\n"))
+    document = {"name": file.name, "settings": file.with_, "about": file.about}
+    document |= {"description": description, "text": text}
+    print_result(document, (text if as_yaml else description).rstrip("\n"), as_json)
 
 
 @rules.command()
@@ -79,10 +75,7 @@ def check(
     settings = parse_overrides(overrides)
     wanted = parse_overrides(sizes)
     reports = [check_rules(file, settings, sizes=wanted) for file in files]
-    if as_json:
-        print_json([report.to_dict() for report in reports])
-    else:
-        click.echo("\n".join(str(report) for report in reports))
+    print_result([report.to_dict() for report in reports], "\n".join(map(str, reports)), as_json)
 
 
 @rules.command()
@@ -102,10 +95,7 @@ def cp(rule: str, out: Path, force: bool, as_json: bool) -> None:
     target = out / f"{file.sources[0].stem}.yaml" if out.is_dir() else out
     with fresh(target, file.sources, force) as part:
         part.write_text(page_of(rule), encoding="utf-8")
-    if as_json:
-        print_json({"rule": rule, "out": str(target)})
-    else:
-        click.echo(f"wrote {target}")
+    print_result({"rule": rule, "out": str(target)}, f"wrote {target}", as_json)
 
 
 @rules.command()
@@ -126,18 +116,14 @@ def words(as_json: bool) -> None:
         for kind in KINDS.values()
     }
     operators = {one.usage: _line(one.doc) for one in OPERATORS.values()}
-    if as_json:
-        print_json({"sites": sites, "operators": operators})
-        return
+    lines = []
     for name, site in sites.items():
-        about = site.pop("about")
-        click.echo(f"{name}: {about}")
-        for what, names in site.items():
-            if names:
-                click.echo(f"  {what:9}  {', '.join(names)}")
+        lines.append(f"{name}: {site['about']}")
+        given = ((what, names) for what, names in site.items() if what != "about" and names)
+        lines += [f"  {what:9}  {', '.join(names)}" for what, names in given]
     width = max(map(len, operators))
-    for usage, about in operators.items():
-        click.echo(f"{usage:{width}}  {about}")
+    lines += [f"{usage:{width}}  {about}" for usage, about in operators.items()]
+    print_result({"sites": sites, "operators": operators}, "\n".join(lines), as_json)
 
 
 @rules.command()

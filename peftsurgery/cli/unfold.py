@@ -12,15 +12,13 @@ from peftsurgery.cli.progress import doing
 
 @click.command()
 @click.argument("folded", metavar="FOLDED")
-@output_option
+@output_option()
 @click.option("--base", metavar="DIR", help="Take the weights from this base, not from residuals.")
 @json_option
-def unfold(folded: str, out: Path | None, base: str | None, as_json: bool) -> None:
+def unfold(folded: str, out: Path, base: str | None, as_json: bool) -> None:
     """Restore the base that a streamed fold to FOLDED was made from, bit for bit."""
-    if out is None:
-        raise click.UsageError("missing option --output OUT")
     from peftsurgery.checkpoint.unfolding import unfold_checkpoint
 
     with doing(f"unfolding {folded}"):
         result = unfold_checkpoint(folded, out, base)
-    print_result(result, as_json)
+    print_result(result.to_dict(), result, as_json)

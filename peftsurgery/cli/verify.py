@@ -17,4 +17,4 @@ def verify(out: str, as_json: bool) -> None:
 
     with doing(f"reading {out}"):
         result = check(out)
-    print_result(result, as_json)
+    print_result(result.to_dict(), result, as_json)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from peftsurgery.cli.apply import set_option
-from peftsurgery.cli.kit import clean, json_option, print_json
+from peftsurgery.cli.kit import json_option, print_result
 
 
 @click.command()
@@ -37,5 +37,4 @@ def why(model: str, rule: str, path: str, overrides: tuple[str, ...], as_json: b
         meant = operations = [Operation(file, resolve_settings(file), file.name)]
     check_settings([operation.file for operation in meant], settings)
     found = explained(base_of(model).base_capture, operations, meant, path, settings)
-    verdicts = found.to_dict()["rules"]
-    print_json(verdicts) if as_json else click.echo(clean(str(found)))
+    print_result(found.to_dict()["rules"], found, as_json)

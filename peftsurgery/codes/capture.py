@@ -5,10 +5,9 @@ from peftsurgery.codes.entry import CodeInfo
 CODES = {
     "PSG201": CodeInfo(
         "the model cannot be captured",
-        "torch.export could not turn the model into a graph for any input of this kind. "
-        "Usually its "
-        "forward takes decisions that depend on values (routing by index, loops over .tolist()). "
-        "Capture the part of it that does not, or pass inputs that avoid that path.",
+        "torch.export could not turn the model into a graph for any input of this kind. Usually "
+        "its forward takes decisions that depend on values (routing by index, loops over "
+        ".tolist()). Capture the part of it that does not, or pass inputs that avoid that path.",
     ),
     "PSG202": CodeInfo(
         "example inputs are needed",
@@ -26,9 +25,8 @@ CODES = {
     ),
     "PSG205": CodeInfo(
         "there is no such model",
-        "MODEL is a directory with a config.json, a hub id (owner/name), "
-        "package.module:factory, or "
-        "a saved surgery.",
+        "MODEL is a directory with a config.json, a hub id (owner/name), package.module:factory, "
+        "or a saved surgery.",
     ),
     "PSG206": CodeInfo(
         "the config names no known model",
@@ -38,8 +36,7 @@ CODES = {
     "PSG207": CodeInfo(
         "the model has no weights",
         "Applying rules needs no weights, but running, training and folding do. The directory "
-        "holds "
-        "none that can be read, or a live model is on the meta device.",
+        "holds none that can be read, or a live model is on the meta device.",
     ),
     "PSG208": CodeInfo(
         "the model needs code that comes with it",

@@ -20,9 +20,8 @@ CODES = {
     ),
     "PSG404": CodeInfo(
         "a tie cannot be broken",
-        "Two names of the model are one weight and only one of them was adapted. The architecture"
-        " ties them again at every load, so the fold would be lost or would leak to the other "
-        "side.",
+        "Two names of the model are one weight and only one of them was adapted. The architecture "
+        "ties them again at every load, so the fold would be lost or would leak to the other side.",
     ),
     "PSG405": CodeInfo(
         "there is no bias to fold into",
@@ -55,16 +54,14 @@ CODES = {
     "PSG411": CodeInfo(
         "the ONNX model differs from the folded one",
         "onnxruntime ran the file at two shapes that its export had not seen, and the outputs "
-        "differ by more than 1e-5 (of their size, if they are larger than 1), or the file "
-        "could not "
-        "be run. The file is removed.",
+        "differ by more than 1e-5 (of their size, if they are larger than 1), or the file could "
+        "not be run. The file is removed.",
         UNVERIFIED,
     ),
     "PSG412": CodeInfo(
         "the model cannot be written as ONNX",
         "torch.onnx has no translation for something the model does. The reason it gave is "
-        "printed; "
-        "the folded model itself is not affected.",
+        "printed; the folded model itself is not affected.",
         UNVERIFIED,
     ),
     "PSG413": CodeInfo(
@@ -75,8 +72,7 @@ CODES = {
     "PSG414": CodeInfo(
         "no inputs can be made to check the model with",
         "A check needs inputs at two shapes other than the captured one. They can be made for "
-        "models "
-        "whose arguments are tensors, given by name, with a batch that may vary.",
+        "models whose arguments are tensors, given by name, with a batch that may vary.",
     ),
     "PSG415": CodeInfo(
         "The fold changes nothing",

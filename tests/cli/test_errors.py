@@ -93,7 +93,7 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal() -> None:
         (["apply", "model", "lora_qv"], "--output OUT or --dry-run"),
         (["apply", "model", "lora_qv", "-o", "x", "--dry-run"], "--output OUT or --dry-run"),
         (["apply", "m", "lora_qv", "dora", "--name", "n", "--dry-run"], "--name is for one RULE"),
-        (["fold", "surgery"], "--output OUT"),
+        (["fold", "surgery"], "'--output'"),
     ],
 )
 def test_a_wrong_command_line_is_usage_and_names_the_right_one(
