@@ -33,7 +33,7 @@ ARCHITECTURES = {name.lower() for name in CONFIG_MAPPING_NAMES}
 # own room and in those before it. Rooms of surgery are listed by themselves.
 ORDER = (
     *("version", "lazily", "reach", "codes", "errors", "installed", "quiet", "notebook"),
-    *("files", "tensor_file", "finite_tensors", "places", "outputs", "arguments"),
+    *("files", "tensor_file", "model_files", "finite_tensors", "places", "outputs", "arguments"),
     *("capture", "anatomy", "language", "checkpoint"),
     *("surgery.plan", "surgery.fourbit", "surgery.rewrite", "surgery.model", "surgery.applying"),
     *("surgery.asking", "surgery.fold", "surgery.combine", "surgery.loading"),

@@ -14,10 +14,12 @@ The blocks are counted in elements, so that values can be compared after a cast.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +29,9 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from peftsurgery.capture.names import join
 from peftsurgery.capture.sources import Source
-from peftsurgery.capture.stored import tensors_in
+from peftsurgery.model_files import are_here, read_model_files
+from peftsurgery.tensor_file import Tensor as StoredTensor
+from peftsurgery.tensor_file import TensorFile, read_header
 
 ALGORITHM = "blake2b-128"
 WHOLE, BLOCKS, BLOCK = 65_536, 32, 256
@@ -169,8 +173,7 @@ def weights_of(source: Source) -> Weights | None:
     """
     source = source.unbuilt
     if source.on_meta:
-        stored = {} if source.folder is None else tensors_in(source.folder)
-        found = {n: Sampled(t.dtype, t.shape, t.count, t.read) for n, t in stored.items()}
+        found = {} if source.folder is None else in_folder(source.folder)
     else:
         found = {name: in_memory(tensor) for name, tensor in _saved_as(source.module).items()}
     return Weights(found, live=not source.on_meta) if found else None
@@ -201,6 +204,41 @@ def _saved_as(module: nn.Module) -> dict[str, Tensor]:
                 tensors[join(path, leaf)] = buffer
     plain = {name: tensor.detach() for name, tensor in tensors.items()}
     return revert_weight_conversion(module, plain) if isinstance(module, PreTrainedModel) else plain
+
+
+def in_folder(folder: Path) -> dict[str, Sampled]:
+    """The tensors of a model's directory by name, from the files that transformers would read.
+
+    Nothing if the weights are not there, or not all of them. PSG207 for files that are damaged.
+    """
+    if not are_here(folder):
+        return {}
+    files = read_model_files(folder)
+    held = files.tensors
+    names = held if files.index is None else files.index["weight_map"]
+    return {name: on_disk(*held[name]) for name in names}
+
+
+def in_file(path: Path) -> dict[str, Sampled]:
+    """The tensors of one safetensors file by name. PSG207 if it is damaged."""
+    file = read_header(path)
+    return {name: on_disk(file, tensor) for name, tensor in file.tensors.items()}
+
+
+def on_disk(file: TensorFile, tensor: StoredTensor) -> Sampled:
+    """A tensor in a file, of which no more than blocks is read: nothing is mapped."""
+    # elements of less than a byte each cannot be read one by one: bytes are counted instead
+    is_whole = tensor.count and tensor.size % tensor.count == 0
+    count = tensor.count if is_whole else tensor.size
+    width = tensor.size // max(count, 1)
+
+    def read(chosen: Spans) -> bytes:
+        start = file.offset + tensor.start
+        with file.path.open("rb", buffering=0) as stream:
+            place = ((start + first * width, (end - first) * width) for first, end in chosen)
+            return b"".join(os.pread(stream.fileno(), size, at) for at, size in place)
+
+    return Sampled(tensor.dtype, tensor.shape, count, read)
 
 
 def in_memory(tensor: Tensor) -> Sampled:

@@ -26,9 +26,9 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftsurgery.capture.builds import FILES, Build, class_named, resize
-from peftsurgery.capture.stored import tensors_in
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
+from peftsurgery.model_files import are_here, read_model_files
 from peftsurgery.quiet import quiet
 
 FLOATING = {
@@ -132,8 +132,8 @@ class Source:
                 f"this {type(self.module).__name__} is on the meta device and has no weights",
                 "capture a model that has them, or a directory that holds them",
             )
-        if self.folder is not None:
-            tensors_in(self.folder)  # refused here if damaged: not all that is, transformers sees
+        if self.folder is not None and are_here(self.folder):
+            read_model_files(self.folder)  # refused if damaged: not all that is, transformers sees
         is_resized = self.build.vocabulary is not None
         config = copy.deepcopy(self.stored) if is_resized else self.module.config
         try:

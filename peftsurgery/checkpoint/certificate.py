@@ -16,9 +16,9 @@ from typing import Any
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import read_bytes
-from peftsurgery.checkpoint.model_files import read_model_files
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
+from peftsurgery.model_files import read_model_files
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
 CERTIFICATE = "peftsurgery.json"

@@ -19,16 +19,16 @@ from typing import Any
 from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
 from peftsurgery.checkpoint.certificate import CERTIFICATE, certificate, is_as_said
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
-from peftsurgery.checkpoint.model_files import (
+from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
+from peftsurgery.checkpoint.plan import FoldPlan
+from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
+from peftsurgery.errors import SurgeryError
+from peftsurgery.model_files import (
     INDEX,
     ModelFiles,
     other_files,
     read_model_files,
 )
-from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
-from peftsurgery.checkpoint.plan import FoldPlan
-from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
-from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
 
 CHUNK = 2**20  # bytes that are copied at once

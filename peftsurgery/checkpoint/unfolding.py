@@ -15,10 +15,10 @@ from typing import Any
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import read_bytes
 from peftsurgery.checkpoint.certificate import CERTIFICATE, read_certificate
-from peftsurgery.checkpoint.model_files import INDEX, ModelFiles, other_files, read_model_files
 from peftsurgery.checkpoint.part_folder import part_folder
 from peftsurgery.checkpoint.residual import CHUNK, chunks_of, unpacked, width_of
 from peftsurgery.errors import SurgeryError
+from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
 from peftsurgery.outputs import check_free
 from peftsurgery.tensor_file import Tensor, TensorFile
 

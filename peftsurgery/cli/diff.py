@@ -98,11 +98,9 @@ def _opened(spec: str, base: str | None) -> GraphModel | str:
 
 def _describe(file: Path) -> None:
     """Print a line for each tensor of a safetensors file: name, dtype, shape, a hash."""
-    from peftsurgery.capture.fingerprint import Sampled
-    from peftsurgery.capture.stored import header_of
+    from peftsurgery.capture.fingerprint import in_file
 
-    for name, stored in sorted(header_of(file).items()):
-        tensor = Sampled(stored.dtype, stored.shape, stored.count, stored.read)
+    for name, tensor in sorted(in_file(file).items()):
         click.echo(f"{clean(name)} {tensor.print()}")
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftsurgery.capture.fingerprint import Sampled
-from peftsurgery.capture.stored import header_of
+from peftsurgery.capture.fingerprint import Sampled, in_file
 from peftsurgery.diff.lines import folded_lines
 from peftsurgery.diff.rules import rule_entries
 from peftsurgery.diff.summary import Summary
@@ -37,7 +36,7 @@ def compare_files(a: Path, b: Path, weights: bool = False) -> Summary:
     if _kind(a) == "a rule file":
         lines = folded_lines(rule_entries(load_rules(a), load_rules(b)))
         return Summary(names, None, lines, _differs(bool(lines), False))
-    one, other = (_tensors(path) for path in (a, b))
+    one, other = (in_file(path) for path in (a, b))
     changes = compare_weights(one, other, {}) if weights else None
     lines = folded_lines(_headers(one, other))
     lines += folded_lines(weight_entries(changes or ()))
@@ -54,10 +53,6 @@ def _kind(path: Path) -> str | None:
 
 def _differs(structure: bool, weights: bool) -> dict[str, bool]:
     return {"structure": structure, "config": False, "weights": weights}
-
-
-def _tensors(path: Path) -> dict[str, Sampled]:
-    return {n: Sampled(t.dtype, t.shape, t.count, t.read) for n, t in header_of(path).items()}
 
 
 def _headers(a: dict[str, Sampled], b: dict[str, Sampled]) -> Iterator[Entry]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from peftsurgery.checkpoint.model_files import WEIGHT_FILES, is_weights, pipeline_parts
+from peftsurgery.model_files import WEIGHT_FILES, is_weights, pipeline_parts
 from peftsurgery.surgery.model.saved.build import is_tokenizer_file
 
 

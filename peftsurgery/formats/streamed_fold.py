@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture.tensors import tensor_names
-from peftsurgery.checkpoint.model_files import ModelFiles, read_model_files
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold, without_repeats
 from peftsurgery.checkpoint.streaming import FoldReport, fold_files
 from peftsurgery.errors import SurgeryError, did_you_mean
@@ -24,6 +23,7 @@ from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.formats.model_card import CARD, card_of
 from peftsurgery.formats.pretrained import open_adapter
 from peftsurgery.language.rule_algebra import rows_of, sized_axes
+from peftsurgery.model_files import ModelFiles, read_model_files
 from peftsurgery.outputs import check_free
 from peftsurgery.quiet import quiet
 from peftsurgery.surgery.fold.weights import fold_cuts

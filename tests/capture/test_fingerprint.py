@@ -16,9 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.capture.fingerprint import BLOCK, WHOLE, Fingerprint, Weights, spans, weights_of
+from peftsurgery.capture.fingerprint import (
+    BLOCK,
+    WHOLE,
+    Fingerprint,
+    Weights,
+    in_file,
+    in_folder,
+    spans,
+    weights_of,
+)
 from peftsurgery.capture.sources import Source, open_source
-from peftsurgery.capture.stored import header_of, tensors_in
 from tests.formats.made import model_directory
 from tests.models.zoo import ZOO
 
@@ -52,7 +60,7 @@ def test_a_model_in_memory_its_files_and_their_shards_are_one_base(
 def test_the_header_is_what_the_library_reads(tmp_path: Path) -> None:
     folder = model_directory("mixtral", tmp_path, torch.bfloat16)
     tensors = load_file(folder / "model.safetensors")
-    found = header_of(folder / "model.safetensors")
+    found = in_file(folder / "model.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert found[name].shape == tuple(tensor.shape)
@@ -102,7 +110,7 @@ def test_what_is_hashed_of_a_tensor_reaches_from_its_first_element_to_its_last(c
 def test_a_large_tensor_is_read_in_samples_that_a_cast_keeps(tmp_path: Path) -> None:
     large = torch.randn(300, 1000)
     save_file({"large": large, "turned": large.T.contiguous()}, tmp_path / "model.safetensors")
-    stored = tensors_in(tmp_path)["large"]
+    stored = in_folder(tmp_path)["large"]
     flat = large.flatten()
     content = b"".join(flat[a:b].numpy().tobytes() for a, b in spans(flat.numel()))
     assert stored.read(spans(stored.count)) == content
@@ -117,7 +125,7 @@ def test_a_large_tensor_is_read_in_samples_that_a_cast_keeps(tmp_path: Path) -> 
     }
     (tmp_path / "half").mkdir()
     save_file(rounded, tmp_path / "half" / "model.safetensors")
-    for name, half in tensors_in(tmp_path / "half").items():
+    for name, half in in_folder(tmp_path / "half").items():
         content = half.read(spans(half.count))
         cast = live.tensors[name].print("BF16")
         assert cast.content == hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -133,7 +141,7 @@ def test_damaged_weights_are_refused(damage: bytes | None, tmp_path: Path) -> No
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
     with pytest.raises(ps.SurgeryError, match="PSG207"):
-        tensors_in(folder)
+        in_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +150,7 @@ def test_damaged_weights_are_refused(damage: bytes | None, tmp_path: Path) -> No
 def test_a_damaged_index_is_refused(index: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ps.SurgeryError, match="PSG207"):
-        tensors_in(tmp_path)
+        in_folder(tmp_path)
 
 
 def test_weights_that_are_not_all_here_have_no_fingerprint(tmp_path: Path) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.capture.stored import StoredTensor, header_of
 from peftsurgery.language.describe import describe_where
 from peftsurgery.surgery.model.saved.manifest import TENSORS, Manifest, read_manifest
 from peftsurgery.surgery.plan.cut import Operation
+from peftsurgery.tensor_file import Tensor, read_header
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,11 @@ class Size:
     bytes: int
 
     @staticmethod
-    def of(tensors: Iterable[StoredTensor]) -> Size:
+    def of(tensors: Iterable[Tensor]) -> Size:
         """The size of all of them together."""
         found = list(tensors)
-        numbers = sum(math.prod(tensor.shape) for tensor in found)
-        return Size(len(found), numbers, sum(tensor.size for tensor in found))
+        numbers, size = sum(each.count for each in found), sum(each.size for each in found)
+        return Size(len(found), numbers, size)
 
     def __str__(self) -> str:
         return f"{self.parameters:,} parameters in {self.tensors} tensors, {_bytes(self.bytes)}"
@@ -105,7 +104,7 @@ class Contents:
 
     manifest: Manifest
     adapters: tuple[Held, ...]
-    of_the_base: Mapping[str, StoredTensor]
+    of_the_base: Mapping[str, Tensor]
 
     def to_dict(self) -> dict[str, Any]:
         """The contents as ``--json`` prints them."""
@@ -148,7 +147,7 @@ def contents_of(path: Path) -> Contents:
     PSG605 and PSG606 for files that are damaged.
     """
     manifest = read_manifest(path)
-    tensors = header_of(path / TENSORS, "PSG606")
+    tensors = read_header(path / TENSORS, "PSG606").tensors
     names, trained = manifest.adapters, manifest.trained
     owners = {tensor: trained.get(tensor) or _owner(tensor, names) for tensor in tensors}
     owners |= dict.fromkeys(manifest.buffers)

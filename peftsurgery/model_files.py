@@ -45,11 +45,36 @@ def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
     Raises SurgeryError with ``code`` if there are none, a shard is missing, damaged or outside the
     directory, or the index names a tensor that is not there.
     """
-    if (folder / SINGLE).exists():
-        return ModelFiles(folder, (read_header(folder / SINGLE, code),), None)
-    if not (folder / INDEX).exists():
+    index, names = _named(folder, code)
+    if not names:
         hint = "weights are read from safetensors only"
         raise SurgeryError(code, f"'{folder}' holds neither {SINGLE} nor {INDEX}", hint)
+    files = tuple(read_header(folder / name, code) for name in names)
+    held = {name: file.path.name for file in files for name in file.tensors}
+    if sum(len(file.tensors) for file in files) != len(held):
+        raise SurgeryError(code, f"two shards of '{folder}' hold a tensor of one name")
+    for name, shard in index["weight_map"].items() if index is not None else ():
+        if held.get(name) != shard:
+            message = f"{folder / INDEX} has '{name}' in {shard}, and it is in"
+            raise SurgeryError(code, f"{message} {held.get(name, 'none of the shards')}")
+    return ModelFiles(folder, files, index)
+
+
+def are_here(folder: Path, code: str = "PSG207") -> bool:
+    """Whether a directory holds a model's weights, all the files that its index names.
+
+    Raises SurgeryError with ``code`` for a damaged index.
+    """
+    _, names = _named(folder, code)
+    return bool(names) and all((folder / name).is_file() for name in names)
+
+
+def _named(folder: Path, code: str) -> tuple[Mapping[str, Any] | None, list[str]]:
+    """The index of a model's weights, if it has one, and the names of their files, if any."""
+    if (folder / SINGLE).exists():
+        return None, [SINGLE]
+    if not (folder / INDEX).exists():
+        return None, []
     index = read_object(folder / INDEX, code)
     where = index.get("weight_map")
     if not isinstance(where, dict) or not where:
@@ -58,15 +83,7 @@ def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
         if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
             message = f"{folder / INDEX} has '{name}' in {shard!r:.80}, which is no file beside it"
             raise SurgeryError(code, message)
-    files = tuple(read_header(folder / shard, code) for shard in sorted(set(where.values())))
-    held = {name: file.path.name for file in files for name in file.tensors}
-    if sum(len(file.tensors) for file in files) != len(held):
-        raise SurgeryError(code, f"two shards of '{folder}' hold a tensor of one name")
-    for name, shard in where.items():
-        if held.get(name) != shard:
-            message = f"{folder / INDEX} has '{name}' in {shard}, and it is in"
-            raise SurgeryError(code, f"{message} {held.get(name, 'none of the shards')}")
-    return ModelFiles(folder, files, index)
+    return index, sorted(set(where.values()))
 
 
 def other_files(folder: Path) -> dict[str, Path]:
