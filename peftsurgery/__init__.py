@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from peftsurgery.surgery.asking import sites as sites
     from peftsurgery.surgery.asking import why as why
     from peftsurgery.surgery.combine.combining import combine as combine
+    from peftsurgery.surgery.fold.as_lora import as_lora as as_lora
     from peftsurgery.surgery.fold.flattening import flatten as flatten
     from peftsurgery.surgery.fold.folding import fold as fold
     from peftsurgery.surgery.fold.folding import fold_error as fold_error
@@ -57,6 +58,7 @@ _HOME = {
     "Rule": "language.schema",
     "SurgeryError": "errors",
     "apply": "surgery.applying",
+    "as_lora": "surgery.fold.as_lora",
     "capture": "capture",
     "check_rules": "language.checking",
     "combine": "surgery.combine.combining",

@@ -96,4 +96,10 @@ CODES = {
         "What a fold changed is restored from the base, or from the residuals that a fold writes "
         "if it is told to be reversible. Neither is there.",
     ),
+    "PSG419": CodeInfo(
+        "A change cannot be said by a LoRA",
+        "A LoRA adds a product of two matrices to the weight of a linear, an embedding or a plain "
+        "convolution. The adapter changes something else: a bias, a norm, stacked experts. Fold "
+        "it, or leave that part out.",
+    ),
 }

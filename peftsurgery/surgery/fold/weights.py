@@ -8,7 +8,7 @@ memory of one weight in fp32 and little more.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,21 +51,34 @@ def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[Fold
     """
     if not isinstance(model, OperatedModel):
         return
+    for name, exact, dtype in exact_weights(model):
+        stored = model.stored.get(name) if requantise else None
+        value, gap = _rounded(name, exact, dtype, stored)
+        yield FoldedWeight((name, *model._unread(name)), value, gap)
+
+
+@torch.no_grad()
+def exact_weights(
+    model: OperatedModel, widen: Callable[[torch.dtype], torch.dtype] = wide_dtype
+) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
+    """Yield each changed weight by its name: its exact value, not rounded, and its stored dtype.
+
+    ``widen`` gives the dtype that changes of a weight are added in, by the stored one; what is only
+    trained stays in its own.
+    """
     cuts = fold_cuts(model)
     given, sizes = {*model.trained, *model.stored}, dict[Any, str | None]()
     for names, mine in _by_weight(cuts, given):
         exact = {name: model.dense(name) for name in names}
         dtypes = {name: value.dtype for name, value in exact.items()}
         for name in names if mine else ():
-            exact[name] = exact[name].to(wide_dtype(dtypes[name]), copy=True)
+            exact[name] = exact[name].to(widen(dtypes[name]), copy=True)
         for cut in mine:
             _fold_cut(model, cut, exact, sizes)
         changed = {cut.weights[name] for cut in mine for name in cut.rule.fold.keys() & cut.weights}
         for name in names:
             if name in changed or name in given:
-                stored = model.stored.get(name) if requantise else None
-                value, gap = _rounded(name, exact.pop(name), dtypes[name], stored)
-                yield FoldedWeight((name, *model._unread(name)), value, gap)
+                yield name, exact.pop(name), dtypes[name]
 
 
 def fold_cuts(model: OperatedModel) -> list[Cut]:

@@ -89,7 +89,7 @@ class Report:
         lines.append(f"trainable: {self.trainable:,} of {self.total:,} parameters ({share:.2f} %)")
         lines += [f"note: {note}" for note in self.notes]
         for name, lost in self.lost.items():
-            lines.append(f"note: '{name}' lacks {lost:.2%} of the change that it was combined of")
+            lines.append(f"note: '{name}' lacks {lost:.2%} of the change that it was made of")
         return "\n".join(lines)
 
 
