@@ -28,6 +28,7 @@ from peftsurgery.language.describe import describe_sites, rule_facts
 from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, copy_name
+from peftsurgery.surgery.plan.mode import Mode, mode_of
 
 # What a config says of files and versions, and not of the model.
 ASIDE = {"_name_or_path", "transformers_version", "_attn_implementation_internal"}
@@ -122,13 +123,14 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _tensors(model: GraphModel) -> dict[str, TensorFacts]:
-    """The facts of every tensor but those of adapters that are not active."""
+    """The facts of every tensor but those of adapters that take no part in a call."""
     found = _all_tensors(model)
     if not isinstance(model, OperatedModel):
         return found
     parts: tuple[set[str], set[str]] = (set(), set())
+    mode = _mode(model)
     for cut in model.cuts:
-        parts[cut.operation.name in model.active].update(_added(cut))
+        parts[mode.takes_part(cut)].update(_added(cut))
     resting, active = parts
     return {name: each for name, each in found.items() if name in active or name not in resting}
 
@@ -182,7 +184,14 @@ def _facts(placed: Placed) -> SiteFacts:
 def _active_cuts(model: GraphModel) -> list[Cut]:
     if not isinstance(model, OperatedModel):
         return []
-    return [cut for cut in model.cuts if cut.operation.name in model.active]
+    mode = _mode(model)
+    return [cut for cut in model.cuts if mode.takes_part(cut)]
+
+
+def _mode(model: OperatedModel) -> Mode:
+    """Which adapters take part now, and in which layers they do not."""
+    left_out = {name: tuple(layers) for name, layers in model.left_out.items()}
+    return mode_of(model.adapters, model.active, left_out)
 
 
 def insertions(cuts: Iterable[Cut]) -> dict[str, Insertion]:

@@ -108,9 +108,9 @@ def _insertions(edits: Iterable[Edit]) -> Iterator[Entry]:
         if shown.parameters and not where:
             where = shown.parameters[0].rpartition(".")[0]
         if old is None:
-            yield "insertion", "+", where, f"+{new} on {new.role}"
+            yield "insertion", "+", where, f"{new} on {new.role}"
         elif new is None:
-            yield "insertion", "-", where, f"-{old} on {old.role}"
+            yield "insertion", "-", where, f"{old} on {old.role}"
         elif str(old) != str(new):
             yield "insertion", "~", where, f"{old} → {new} on {new.role}"
 

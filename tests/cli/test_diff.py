@@ -45,7 +45,7 @@ def test_a_model_against_itself_is_no_difference_and_no_failure(run: Any, bert: 
 def test_a_surgery_is_what_it_adds_to_its_base(run: Any, bert: Path, adapted: Path) -> None:
     outcome = run("diff", bert, adapted)
     assert outcome.code == 1, outcome.err
-    line = "+ encoder.layer.{0..1}.attention.self.query: +lora_qv(rank 8) on attn.q ×2"
+    line = "+ encoder.layer.{0..1}.attention.self.query: lora_qv(rank 8) on attn.q ×2"
     assert line in outcome.out
     found = run("diff", bert, adapted, "--json")
     assert found.code == 1

@@ -76,7 +76,7 @@ def test_a_dry_run_reports_and_writes_nothing(run: Any, bert: Path, tmp_path: Pa
 def test_what_a_rule_will_do_is_shown_before_it_is_written(
     run: Any, bert: Path, tmp_path: Path
 ) -> None:
-    line = "+ encoder.layer.{0..1}.attention.self.query: +lora_qv(rank 4) on attn.q ×2"
+    line = "+ encoder.layer.{0..1}.attention.self.query: lora_qv(rank 4) on attn.q ×2"
     command = ("apply", bert, "lora_qv", "--set", "rank=4", "--diff")
     outcome = run(*command, "--dry-run")
     assert outcome.code == 0, outcome.err

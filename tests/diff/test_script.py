@@ -127,3 +127,12 @@ def test_the_edits_name_what_the_report_says_was_inserted(rule: Path) -> None:
     assert {kind for edit in script.insertions for kind in edit.kinds} <= {"added"}
     assert canonical(follow(a, script, b.kind)) == canonical(b)
     assert not compare(b, describe_model(operated))
+
+
+def test_layers_left_out_of_an_adapter_are_as_they_were() -> None:
+    operated = ps.apply(captured(), "lora_qv")
+    operated.activate(leave_out=[1])
+    found = operated.diff()
+    told = [line.where for line in found.summary.lines if line.part == "insertion"]
+    assert told == ["layers.{0,2}.attn.q", "layers.{0,2}.attn.v"]
+    assert not any("layers.1" in str(edit.after) for edit in found.script.tensors if edit.before is None)
