@@ -200,4 +200,11 @@ CODES = {
         "Virtual tokens go before a text once, and are in the cache from then on. generate() does "
         "so; a call of one's own that goes on from such a cache would have them twice.",
     ),
+    "PSG355": CodeInfo(
+        "merged weights are not to be had, or are gone",
+        "Within merged(), calls run on weights with the active adapters in them. That is for "
+        "evaluation, and needs whole weights: not those that are shared out among processes. A "
+        "call that began there cannot end after the adapters were taken out again.",
+        USAGE,
+    ),
 }

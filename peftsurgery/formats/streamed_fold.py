@@ -26,12 +26,12 @@ from peftsurgery.language.rule_algebra import rows_of, sized_axes
 from peftsurgery.model_files import ModelFiles, read_model_files
 from peftsurgery.outputs import check_free
 from peftsurgery.quiet import quiet
-from peftsurgery.surgery.fold.weights import fold_cuts
 from peftsurgery.surgery.model.fold_record import fold_record
 from peftsurgery.surgery.model.operated import OperatedModel, active_operations
 from peftsurgery.surgery.model.saved.build import is_tokenizer_file, tokenizer_files
 from peftsurgery.surgery.model.saved.manifest import is_surgery, read_manifest
 from peftsurgery.surgery.plan.cut import Cut, copy_name
+from peftsurgery.surgery.rewrite.folded_weights import fold_cuts
 from peftsurgery.tensor_file import read_header
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -94,7 +94,7 @@ def fold_plan(model: OperatedModel, files: ModelFiles, adapter: Path) -> FoldPla
     that is stored under no name that the model knows.
     """
     _check_plain(model, adapter)
-    cuts = fold_cuts(model)
+    cuts = fold_cuts(model.foldable())
     stored = _stored_names(model.source.module, files, cuts, model.trained)
     sites = without_repeats(_site_fold(cut, stored) for cut in cuts)
     learnt = model.learnt(*model.active)

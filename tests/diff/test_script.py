@@ -135,4 +135,6 @@ def test_layers_left_out_of_an_adapter_are_as_they_were() -> None:
     found = operated.diff()
     told = [line.where for line in found.summary.lines if line.part == "insertion"]
     assert told == ["layers.{0,2}.attn.q", "layers.{0,2}.attn.v"]
-    assert not any("layers.1" in str(edit.after) for edit in found.script.tensors if edit.before is None)
+    assert not any(
+        "layers.1" in str(edit.after) for edit in found.script.tensors if edit.before is None
+    )

@@ -30,10 +30,10 @@ from peftsurgery.language.schema import Expect
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where
 from peftsurgery.surgery.applying import operate
-from peftsurgery.surgery.fold.weights import check_finite, exact_weights
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.shared import unoperated
 from peftsurgery.surgery.plan.cut import Cut, Operation
+from peftsurgery.surgery.rewrite.folded_weights import check_finite, exact_weights
 from peftsurgery.surgery.rewrite.layout import orient
 
 
@@ -132,7 +132,9 @@ def _changes(model: OperatedModel) -> Iterator[tuple[str, Tensor]]:
 
     In fp64, since it is the small difference of large numbers. PSG403 if it is not finite.
     """
-    for name, exact, _ in exact_weights(model, lambda dtype: torch.float64):
+    for name, exact, _ in exact_weights(
+        model.foldable({*model.trained, *model.stored}), lambda dtype: torch.float64
+    ):
         if name in model.trained:
             with model.only():
                 before = model.dense(name)

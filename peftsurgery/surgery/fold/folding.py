@@ -1,4 +1,4 @@
-"""fold: a plain module with the operations of a model in its weights (:mod:`.weights`).
+"""fold: a plain module with the operations of a model in its weights.
 
 A tied weight of which one side was adapted is untied, or the fold is refused: it is never silently
 shared.
@@ -19,9 +19,9 @@ from peftsurgery.capture import GraphModel
 from peftsurgery.capture.tensors import named_tensors, tensor_names
 from peftsurgery.capture.threads import making
 from peftsurgery.surgery.fold.untying import untie
-from peftsurgery.surgery.fold.weights import folded_weights
 from peftsurgery.surgery.fourbit.requantise import FoldError, Gap, error_of, pack_layers
 from peftsurgery.surgery.model.operated import OperatedModel
+from peftsurgery.surgery.rewrite.folded_weights import FoldedWeight, folded_weights
 
 
 @checked
@@ -52,7 +52,7 @@ def fold_with_error(model: GraphModel, requantise: bool = False) -> tuple[nn.Mod
     model.check_in_place()
     changed: dict[str, torch.Tensor] = {}
     gaps: dict[str, Gap] = {}
-    for weight in folded_weights(model, requantise):
+    for weight in _weights_of(model, requantise):
         changed |= dict.fromkeys(weight.names, weight.value)
         gaps |= dict.fromkeys(weight.names, weight.gap)
     with making():
@@ -70,8 +70,15 @@ def fold_error(model: GraphModel, requantise: bool = False) -> FoldError:
     Raises what :func:`fold` raises for the weights.
     """
     model.bind()
-    weights = folded_weights(model, requantise)
+    weights = _weights_of(model, requantise)
     return error_of({name: weight.gap for weight in weights for name in weight.names})
+
+
+def _weights_of(model: GraphModel, requantise: bool) -> Iterable[FoldedWeight]:
+    """Each weight that the model's operations change; none if there are no operations."""
+    if not isinstance(model, OperatedModel):
+        return ()
+    return folded_weights(model.foldable({*model.trained, *model.stored}), requantise)
 
 
 def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -15,8 +15,7 @@ How a call is served, top-down:
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,9 @@ from peftsurgery.capture.generating import check_generates
 from peftsurgery.capture.program import generate_forward
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.threads import making
-from peftsurgery.surgery.model.adapters import Adapters
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
+from peftsurgery.surgery.model.choices import Choice
+from peftsurgery.surgery.model.choosing import ChoosingModel
 from peftsurgery.surgery.model.generation import check_outputs, check_prompts, split_inputs
 from peftsurgery.surgery.model.holders import add_parameter
 from peftsurgery.surgery.model.learnt import Learnt
@@ -40,9 +40,8 @@ from peftsurgery.surgery.model.moved_buffers import moved_buffers, persistent_bu
 from peftsurgery.surgery.model.new_parameters import new_parameters, read_weights
 from peftsurgery.surgery.model.penalty import penalty_of
 from peftsurgery.surgery.model.report import Report, capture_notes, counted
-from peftsurgery.surgery.model.rewriting import Rewriting
 from peftsurgery.surgery.model.saved.writing import Saved, is_updated, parts_of, write_surgery
-from peftsurgery.surgery.model.shared import SharedModel, operations_of
+from peftsurgery.surgery.model.shared import operations_of
 from peftsurgery.surgery.model.state_dict import keep_learnt
 from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import Cut, Operation, notes_of
@@ -52,7 +51,7 @@ from peftsurgery.surgery.plan.plan import Plan
 from peftsurgery.surgery.rewrite.inputs import new_inputs
 
 
-class OperatedModel(SharedModel):
+class OperatedModel(ChoosingModel):
     """Captured model with operations; only what its rules made is trained."""
 
     def __init__(
@@ -62,9 +61,7 @@ class OperatedModel(SharedModel):
 
         ``inputs`` are what the plan's operations change of the inputs.
         """
-        super().__init__(model, plan)
-        self._rewriting = Rewriting(plan, inputs)
-        self._adapters = Adapters(plan, self._copies)
+        super().__init__(model, plan, inputs)
         self._lost = dict(learnt.lost)
         with making():
             if read_weights(plan.cuts, learnt.values):
@@ -112,21 +109,6 @@ class OperatedModel(SharedModel):
             (*notes, *notes_of(self.operations)),
             dict(self._lost),
         )
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """The names of all adapters, in the order they were applied."""
-        return self._adapters.names
-
-    @property
-    def active(self) -> tuple[str, ...]:
-        """The adapters that take part in a call, in the order they were applied."""
-        return self._adapters.mode.names
-
-    @property
-    def left_out(self) -> dict[str, list[int | str]]:
-        """The layers in which an adapter does nothing whenever it takes part, by its name."""
-        return {name: list(layers) for name, layers in self._adapters.mode.left_out}
 
     @property
     def trained(self) -> frozenset[str]:
@@ -213,72 +195,6 @@ class OperatedModel(SharedModel):
         shown = (n if n in self.active else f"{n} (inactive)" for n in self.adapters)
         return f"adapters: {', '.join(shown)}" if self.adapters else ""
 
-    # What calls choose.
-
-    def activate(self, *names: str, leave_out: Iterable[int | str] = ()) -> None:
-        """Activate adapters, all if none is named. Raises PSG310, PSG312.
-
-        This is the model's own choice, for all threads, but for calls that choose by themselves.
-        The adapters do nothing in the layers to ``leave_out``, written as in a rule's `where` (0,
-        "..4"), until they are activated again: AdapterDrop (Rücklé et al., 2021, arXiv:2010.11918).
-        """
-        before = self._adapters.default
-        wanted = self._adapters.known(names) or self.adapters
-        left_out = dict.fromkeys(wanted, tuple(leave_out))
-        self._choose(self._adapters.mode_with(before, {*before.names, *wanted}, left_out))
-
-    def deactivate(self, *names: str) -> None:
-        """Deactivate adapters, all (so the base) if none is named. Raises PSG310.
-
-        As :meth:`activate`, for the model's own choice.
-        """
-        before = self._adapters.default
-        unwanted = self._adapters.known(names) or self.adapters
-        self._choose(self._adapters.mode_with(before, {*before.names}.difference(unwanted)))
-
-    def choose(self, *names: str) -> None:
-        """Activate exactly these adapters; none for the base. Raises PSG310, PSG312.
-
-        As :meth:`activate`, for the model's own choice, but layers that are left out stay left out.
-        """
-        self._choose(self._adapters.mode_with(self._adapters.default, names))
-
-    @contextmanager
-    def only(self, *names: str) -> Iterator[None]:
-        """Use exactly these adapters within the context; ``only()`` is the base. PSG310, PSG312.
-
-        That is so for calls of this thread, or of this async task, and for no others.
-        """
-        mode = self._adapters.mode_with(self._adapters.mode, names)
-        self._check(mode)
-        with self._adapters.choosing(self, mode):
-            yield
-
-    def rows(self, names: Sequence[str | None]) -> AbstractContextManager[None]:
-        """Use, within the context, the adapter named for each row of a batch; None is the base.
-
-        That is so for calls of this thread, or of this async task. Rows are those of the first
-        input's first axis. A batch of k times as many rows is taken for one in which each row was
-        repeated k times in a row, as ``generate`` repeats them for beams and samples; any other is
-        refused (PSG314). Which adapters are active makes no difference, and what is inactive is not
-        trained. PSG310 for an unknown name, PSG313 where an adapter changes what the rows share.
-        """
-        return self._adapters.choices.within(self._adapters.choice(names))
-
-    def _choose(self, mode: Mode) -> None:
-        """Let the model choose a mode from now on; nothing has changed if it cannot be."""
-        self._check(mode)
-        self._adapters.choose(self, mode)
-
-    def _check(self, mode: Mode) -> None:
-        """Refuse a mode that cannot be run. PSG312 for two copies of one parameter."""
-        self._copies.check(mode.replacing)
-        first = self.base_capture
-        changed = self._rewriting.inputs.changed_in(mode)
-        self._served(
-            self._rewriting.inputs.planned(first, self._captured) if changed else first, mode
-        )
-
     # How calls are served.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -290,6 +206,11 @@ class OperatedModel(SharedModel):
         by name has the penalty added to it; a loss in a tuple is the original's.
         """
         choice = self._adapters.take_choice(self.source.module, kwargs, repeated=False)
+        with self._running(choice.mode):
+            return self._outputs(choice, args, kwargs)
+
+    def _outputs(self, choice: Choice, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """What a call of a choice returns."""
         self.bind()
         call = self.call_of(*args, **kwargs)
         capture = self._find(call, choice.mode, choice.prepared)
@@ -318,7 +239,8 @@ class OperatedModel(SharedModel):
             with torch.no_grad():
                 kwargs |= given | self._change_inputs(choice.mode, given)
             choice = replace(choice, prepared=True)
-        return self.writer(partial(self, adapters=choice)).generate(*args, **kwargs)
+        with self._running(choice.mode):
+            return self.writer(partial(self, adapters=choice)).generate(*args, **kwargs)
 
     def _change_inputs(self, mode: Mode, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Rewrite inputs by the active adapters; returns them by argument name."""
@@ -344,13 +266,10 @@ class OperatedModel(SharedModel):
 
     def _transformed(self, capture: Capture, mode: Mode) -> Capture:
         """Rewrite a capture by the cuts that take part in a mode. Raises PSG307, PSG318."""
-        moved = self._copies.moved(mode.replacing, mode.by_row)
-        return self._rewriting.rewritten(capture, mode, self._packed.weights, moved)
-
-    @property
-    def _active_cuts(self) -> list[Cut]:
-        """Cuts of the active adapters."""
-        return taking_part(self.cuts, self._adapters.mode)
+        merged = self._merged.names(mode)
+        moved = {**self._copies.moved(mode.replacing, mode.by_row), **merged}
+        stored = {name: w for name, w in self._packed.weights.items() if name not in merged}
+        return self._rewriting.rewritten(capture, mode, stored, moved)
 
     def _penalty(self, mode: Mode) -> Tensor | None:
         cuts = taking_part(self.cuts, mode)

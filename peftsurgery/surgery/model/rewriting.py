@@ -43,6 +43,8 @@ class Rewriting:
 
     def cuts_in(self, capture: Capture, mode: Mode) -> list[Cut]:
         """The cuts that are made in a capture in a mode."""
+        if mode.merged:
+            return []
         cuts = taking_part(self.plan_of(capture).cuts, mode)
         return [cut for cut in cuts if self.inputs.has_cut(capture, cut)]
 

@@ -14,12 +14,14 @@ class Mode:
     """The adapters that take part in a call, in the order they were applied.
 
     ``by_row`` says that each row of the batch uses one of them, or none; ``left_out`` are the
-    layers, as in a rule's `where`, in which an adapter does nothing whenever it takes part.
+    layers, as in a rule's `where`, in which an adapter does nothing whenever it takes part;
+    ``merged`` says that the adapters are in the weights, so that no cut is made.
     """
 
     names: tuple[str, ...] = ()
     by_row: bool = False
     left_out: tuple[tuple[str, tuple[int | str, ...]], ...] = ()
+    merged: bool = False
 
     def takes_part(self, cut: Cut) -> bool:
         """Whether a cut is one of an active adapter's, and not in a layer left out."""

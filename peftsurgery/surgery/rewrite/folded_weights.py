@@ -14,18 +14,17 @@ from typing import Any
 
 import torch
 
-from peftsurgery.capture import GraphModel
+from peftsurgery.anatomy import Placed
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.readings import fold as folded
 from peftsurgery.language.readings import names_in
 from peftsurgery.language.rule_algebra import rows_of, some_rows
-from peftsurgery.surgery.fold.readers import check_readers
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
-from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, in_order
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 from peftsurgery.surgery.rewrite.layout import disorient, wide_dtype
+from peftsurgery.surgery.rewrite.readers import check_readers
 
 BLOCKS = 64  # of a large weight; each needs a few times its own memory while it is computed
 SMALL = 2**18  # elements that are computed at once, whatever the weight
@@ -42,33 +41,48 @@ class FoldedWeight:
     gap: Gap
 
 
+@dataclass(frozen=True)
+class Foldable:
+    """What a fold reads of a model.
+
+    ``active`` are the cuts of the active adapters, ``sites`` all those of their capture. ``dense``
+    gives a weight of the base as a call reads it, ``parameter`` a parameter, by name. ``whole``
+    names the weights to be given whether or not a cut changes them, ``stored`` those that are kept
+    packed; ``aliases`` gives the further names of a tied weight.
+    """
+
+    active: Collection[Cut]
+    sites: Iterable[Placed]
+    dense: Callable[[str], torch.Tensor]
+    parameter: Callable[[str], torch.Tensor]
+    whole: Collection[str]
+    stored: Mapping[str, PackedWeight]
+    aliases: Callable[[str], Iterable[str]]
+
+
 @torch.no_grad()
-def folded_weights(model: GraphModel, requantise: bool = False) -> Iterator[FoldedWeight]:
+def folded_weights(model: Foldable, requantise: bool = False) -> Iterator[FoldedWeight]:
     """Yield each changed weight, rounded to its dtype, with the rounding error.
 
-    A weight that is kept packed is changed by that: it is unpacked. With ``requantise`` its error
-    is that of packing it again. PSG401 where the rows of a batch have weights of their own.
+    With ``requantise`` the error of a packed weight is that of packing it again.
     """
-    if not isinstance(model, OperatedModel):
-        return
     for name, exact, dtype in exact_weights(model):
         stored = model.stored.get(name) if requantise else None
         value, gap = _rounded(name, exact, dtype, stored)
-        yield FoldedWeight((name, *model._unread(name)), value, gap)
+        yield FoldedWeight((name, *model.aliases(name)), value, gap)
 
 
 @torch.no_grad()
 def exact_weights(
-    model: OperatedModel, widen: Callable[[torch.dtype], torch.dtype] = wide_dtype
+    model: Foldable, widen: Callable[[torch.dtype], torch.dtype] = wide_dtype
 ) -> Iterator[tuple[str, torch.Tensor, torch.dtype]]:
     """Yield each changed weight by its name: its exact value, not rounded, and its stored dtype.
 
     ``widen`` gives the dtype that changes of a weight are added in, by the stored one; what is only
     trained stays in its own.
     """
-    cuts = fold_cuts(model)
-    given, sizes = {*model.trained, *model.stored}, dict[Any, str | None]()
-    for names, mine in _by_weight(cuts, given):
+    cuts, sizes = fold_cuts(model), dict[Any, str | None]()
+    for names, mine in _by_weight(cuts, model.whole):
         exact = {name: model.dense(name) for name in names}
         dtypes = {name: value.dtype for name, value in exact.items()}
         for name in names if mine else ():
@@ -77,19 +91,17 @@ def exact_weights(
             _fold_cut(model, cut, exact, sizes)
         changed = {cut.weights[name] for cut in mine for name in cut.rule.fold.keys() & cut.weights}
         for name in names:
-            if name in changed or name in given:
+            if name in changed or name in model.whole:
                 yield name, exact.pop(name), dtypes[name]
 
 
-def fold_cuts(model: OperatedModel) -> list[Cut]:
-    """Cuts of the active adapters that change weights, in the order in which they are folded.
+def fold_cuts(model: Foldable) -> list[Cut]:
+    """Active cuts that change weights, in the order in which they are folded.
 
-    PSG401 for one that cannot be folded, and where the rows of a batch have weights of their own.
+    PSG401 for one that cannot be folded, PSG408 for a weight that something else reads too.
     """
-    if model._adapters.mode.by_row:
-        raise SurgeryError("PSG401", "each row has its own weights", "leave rows(...) to fold")
-    check_readers(model._active_cuts, model._plan.sites)
-    cuts = [cut for cut in in_order(model._active_cuts) if cut.rule.rewrite]
+    check_readers(model.active, model.sites)
+    cuts = [cut for cut in in_order(model.active) if cut.rule.rewrite]
     for cut in cuts:
         _check_foldable(cut)
     return cuts
@@ -116,7 +128,7 @@ def _by_weight(
     return [(names, made.values()) for names, made in together.values()]
 
 
-def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, str | None]) -> None:
+def _fold_cut(model: Foldable, cut: Cut, exact: Weights, sizes: dict[Any, str | None]) -> None:
     """Apply one cut's fold to the ``exact`` weights, in place."""
     names, rule = cut.weights, cut.rule
     dtype = next(exact[full].dtype for full in names.values())
@@ -124,7 +136,7 @@ def _fold_cut(model: OperatedModel, cut: Cut, exact: Weights, sizes: dict[Any, s
     def read(full: str) -> torch.Tensor:
         if full in exact:
             return exact[full]
-        return check_finite(full, model.get_parameter(full).detach()).to(dtype)
+        return check_finite(full, model.parameter(full).detach()).to(dtype)
 
     env = environment(cut, TensorDomain(read))
     seen = {name: env[name] for name in names}

@@ -8,8 +8,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftsurgery as ps
-from peftsurgery.surgery.fold import weights
-from peftsurgery.surgery.fold.weights import folded_weights
+from peftsurgery.surgery.rewrite import folded_weights as weights
+from peftsurgery.surgery.rewrite.folded_weights import folded_weights
 from tests.models.captured import captured
 from tests.surgery.fold.test_folding import assert_same, first
 from tests.surgery.reference import randomise
@@ -51,7 +51,7 @@ def test_weights_folded_by_rows_compute_the_same(
 
 def test_every_changed_weight_comes_once() -> None:
     operated = randomise(ps.apply(captured("llama"), "lora_all_linear"))
-    found = folded_weights(operated)
+    found = folded_weights(operated.foldable())
     names = [name for weight in found for name in weight.names]
     assert len(names) == len(set(names)) == len(operated.report.matches)
 
