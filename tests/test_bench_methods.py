@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from peftsurgery.language.loading import load_rules, shipped
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.shipped import shipped
 from tools.bench.methods import measurable, remarks, table
 from tools.bench.recipes import CLOSE, ELSEWHERE, FULL, RECIPES
 from tools.bench.task import shape

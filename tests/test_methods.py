@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language.loading import load_rules, shipped
+from peftsurgery.language.loading import load_rules
+from peftsurgery.language.shipped import shipped
 from tests.models.captured import captured
 
 # What a rule needs that not every model has: its name ends in it, or README's sentence names it.

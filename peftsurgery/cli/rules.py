@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,13 +23,12 @@ def rules() -> None:
 @json_option
 def ls(as_json: bool) -> None:
     """List the shipped rules."""
-    from peftsurgery.language.loading import load_rules, shipped
+    from peftsurgery.language.shipped import shipped_titles
 
-    files = [load_rules(name) for name in shipped()]
-    listed = [{"name": f.name, "about": _line(f.about), "settings": f.with_} for f in files]
-    width = max((len(file.name) for file in files), default=0)
-    lines = (_fitted(f"{file.name:{width}}  {_line(file.about)}") for file in files)
-    print_result(listed, "\n".join(lines), as_json)
+    titles = dict(shipped_titles())
+    width = max(map(len, titles), default=0)
+    lines = (_fitted(f"{name:{width}}  {_line(about)}") for name, about in titles.items())
+    print_result(_listed() if as_json else titles, "\n".join(lines), as_json)
 
 
 @rules.command()
@@ -133,6 +133,15 @@ def schema(as_json: bool) -> None:
     from peftsurgery.language.rule_file import json_schema
 
     print_json(json_schema())
+
+
+def _listed() -> list[dict[str, Any]]:
+    """The shipped rules with their settings, as JSON has them."""
+    from peftsurgery.language.loading import load_rules
+    from peftsurgery.language.shipped import shipped
+
+    files = (load_rules(name) for name in shipped())
+    return [{"name": f.name, "about": _line(f.about), "settings": f.with_} for f in files]
 
 
 def _fitted(line: str) -> str:

@@ -24,10 +24,11 @@ from peftsurgery.files import remove
 from peftsurgery.formats.adapter_files import write_adapter_files
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression
-from peftsurgery.language.loading import load_rules, shipped
+from peftsurgery.language.loading import load_rules
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
+from peftsurgery.language.shipped import shipped
 from peftsurgery.language.where import Where
 from peftsurgery.surgery.applying import check_taken, operate
 from peftsurgery.surgery.model.fold_record import clear_export_record, export_record

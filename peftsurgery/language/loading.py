@@ -12,11 +12,10 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.base import check_read, laid_over, on_base
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
 from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.shipped import shipped
 from peftsurgery.language.strict import position_of, refusal
 
 MAX_SOURCES = 16
-
-_PACKAGE = Path(__file__).resolve().parent.parent
 
 
 @checked
@@ -59,13 +58,6 @@ def dump_rules(file: RuleFile, compact: bool = False) -> str:
     return yaml.safe_dump(
         data, sort_keys=False, allow_unicode=True, width=100, default_flow_style=style
     )
-
-
-def shipped() -> dict[str, Path]:
-    """The rule files that come with the package, by name."""
-    installed, checkout = _PACKAGE / "rules", _PACKAGE.parent / "rules"
-    folder = installed if installed.is_dir() else checkout
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def _rule_file(document: Document, folder: Path, sources: tuple[Path, ...]) -> RuleFile:

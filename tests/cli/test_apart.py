@@ -16,7 +16,7 @@ import torch
 from transformers import BertModel, Trainer, TrainingArguments
 
 import peftsurgery as ps
-from peftsurgery.language.loading import shipped
+from peftsurgery.language.shipped import shipped
 from tests.cli.test_surgery import digest
 
 

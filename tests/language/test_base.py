@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 import peftsurgery as ps
-from peftsurgery.language.loading import dump_rules, load_rules, page_of, parse_rules, shipped
+from peftsurgery.language.loading import dump_rules, load_rules, page_of, parse_rules
 from peftsurgery.language.rule_file import RuleFile, json_schema
+from peftsurgery.language.shipped import shipped
 
 BASE = """
 name: under

@@ -4,8 +4,9 @@ import pytest
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.checking import check_rules
-from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.operators import operator
+from peftsurgery.language.shipped import shipped
 
 RIGHT = {
     "match: linear, rewrite: y * s, fold: {W: 'W * s[:, None]', b: b * s}, "

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.rule_file import json_schema
+from peftsurgery.language.shipped import shipped
 
 HEAD = "name: t\nwith: {rank: 8, alpha: 16}\nrules:\n  - match: linear\n    rewrite: y\n"
 

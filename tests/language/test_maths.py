@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 
 from peftsurgery.language.describe import describe_rules
 from peftsurgery.language.expression import parse
-from peftsurgery.language.loading import load_rules, shipped
+from peftsurgery.language.loading import load_rules
 from peftsurgery.language.maths import maths
+from peftsurgery.language.shipped import shipped
 
 SETTINGS = {"alpha": 16, "rank": 8, "dropout": 0.0}
 

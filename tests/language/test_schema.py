@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 import peftsurgery as ps
-from peftsurgery.language.loading import shipped
 from peftsurgery.language.rule_file import json_schema
 from peftsurgery.language.schema import Rule
+from peftsurgery.language.shipped import shipped
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,14 @@ import torch
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.loading import load_rules, parse_rules, shipped
+from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.settings import (
     check_settings,
     parse_override,
     parse_overrides,
     resolve_settings,
 )
+from peftsurgery.language.shipped import shipped
 
 FILE = parse_rules(
     "name: t\nwith: {rank: 8, p: 0.1, on: true, word: a, layers: [0, 1], free: null}\n"

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from peftsurgery.language.loading import shipped
+from peftsurgery.language.shipped import shipped
 from tools.bench.fresh import ROOT, measured
 from tools.bench.recipes import CLOSE, ELSEWHERE, FULL, RECIPES
 from tools.bench.task import STEPS
