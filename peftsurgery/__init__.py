@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from peftsurgery.capture import GraphModel as GraphModel
     from peftsurgery.capture import capture as capture
     from peftsurgery.checkpoint.certificate import verify as verify
+    from peftsurgery.checkpoint.merging import merge_adapters as merge_adapters
     from peftsurgery.checkpoint.unfolding import unfold_checkpoint as unfold_checkpoint
     from peftsurgery.diff.comparison import diff as diff
     from peftsurgery.errors import SurgeryError as SurgeryError
     from peftsurgery.formats.adapterhub.directory import from_adapterhub as from_adapterhub
     from peftsurgery.formats.adapterhub.directory import to_adapterhub as to_adapterhub
+    from peftsurgery.formats.extraction import extract as extract
     from peftsurgery.formats.onnx.export import export_onnx as export_onnx
     from peftsurgery.formats.peft.directory import from_peft as from_peft
     from peftsurgery.formats.peft.directory import to_peft as to_peft
@@ -65,6 +67,7 @@ _HOME = {
     "diff": "diff.comparison",
     "eject": "surgery.applying",
     "export_onnx": "formats.onnx.export",
+    "extract": "formats.extraction",
     "flatten": "surgery.fold.flattening",
     "fold": "surgery.fold.folding",
     "fold_checkpoint": "formats.streamed_fold",
@@ -75,6 +78,7 @@ _HOME = {
     "load": "surgery.loading",
     "load_rules": "language.loading",
     "lora_plus": "training",
+    "merge_adapters": "checkpoint.merging",
     "operator": "language.operators",
     "parse_rules": "language.loading",
     "role": "language.roles",

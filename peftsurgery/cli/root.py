@@ -13,9 +13,11 @@ from peftsurgery.cli.diff import diff
 from peftsurgery.cli.doctor import doctor
 from peftsurgery.cli.explain import explain
 from peftsurgery.cli.export import export
+from peftsurgery.cli.extract import extract
 from peftsurgery.cli.fold import fold
 from peftsurgery.cli.inspect import inspect
 from peftsurgery.cli.kit import Root
+from peftsurgery.cli.merge import merge
 from peftsurgery.cli.rules import rules
 from peftsurgery.cli.unfold import unfold
 from peftsurgery.cli.verify import verify
@@ -36,7 +38,21 @@ def root() -> None:
     """Operate on models as graphs: rules say where to cut, what to sew in and how it folds back."""
 
 
-for command in (apply, fold, unfold, verify, export, diff, inspect, why, rules, explain, doctor):
+for command in (
+    apply,
+    fold,
+    unfold,
+    verify,
+    export,
+    extract,
+    merge,
+    diff,
+    inspect,
+    why,
+    rules,
+    explain,
+    doctor,
+):
     root.add_command(command)
 
 

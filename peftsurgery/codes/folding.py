@@ -102,4 +102,9 @@ CODES = {
         "convolution. The adapter changes something else: a bias, a norm, stacked experts. Fold "
         "it, or leave that part out.",
     ),
+    "PSG420": CodeInfo(
+        "Two checkpoints are not of one model",
+        "An adapter is extracted from two checkpoints with the same tensors. One of them has a "
+        "tensor that the other lacks, or has in another shape (a vocabulary of another size).",
+    ),
 }

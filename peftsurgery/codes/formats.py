@@ -78,4 +78,10 @@ CODES = {
         "the directory does not have. This one does not: what it was trained with is lost, or the "
         "class is another one.",
     ),
+    "PSG520": CodeInfo(
+        "an adapter is no plain LoRA",
+        "What is to be done can only be done with adapters that add a product of two matrices to "
+        "weights, and nothing else. The key or tensor named makes this one more than that. "
+        "`peftsurgery export --as-lora RANK` and `as_lora` turn any foldable change into one.",
+    ),
 }

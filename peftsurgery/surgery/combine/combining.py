@@ -7,7 +7,8 @@ Four forms, for any rule they are true of:
     cat      the same, and joined always
     svd      the changes of the weight are summed (or merged: ``ties_svd``) and taken apart into two
              parameters by singular value decomposition, of the rank that this needs or a given one
-    merges   every parameter is merged with its namesakes (:mod:`.merge_tensors`), as peft does:
+    merges   every parameter is merged with its namesakes, as peft does
+             (:mod:`peftsurgery.checkpoint.tensor_merge`):
              where the change is a product of k of them, each gets the k-th root of its adapter's
              weight, so that LoRA's B A is weighted once and not twice; but factors of different
              adapters are multiplied too, so that this is no sum of changes, ``peft_linear`` neither
@@ -24,11 +25,11 @@ from typing import Any
 
 from torch import Tensor
 
+from peftsurgery.checkpoint.tensor_merge import MERGES, Majority, is_number, merge_named
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.applying import operate
 from peftsurgery.surgery.combine.decomposition import Factored
-from peftsurgery.surgery.combine.merge_tensors import MERGES, Majority, is_number, merge_named
 from peftsurgery.surgery.combine.strategies import Form, Joined, Merged, Share, Summed
 from peftsurgery.surgery.model.adapters import check_left_out, check_name
 from peftsurgery.surgery.model.operated import OperatedModel

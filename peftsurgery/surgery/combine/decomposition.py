@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftsurgery.checkpoint.tensor_merge import Merge
 from peftsurgery.language.readings import fold, shape_of
 from peftsurgery.language.rule_algebra import axes_of, near
-from peftsurgery.surgery.combine.merge_tensors import Merge
+from peftsurgery.surgery.combine.merge_tensors import merge_tensors
 from peftsurgery.surgery.combine.strategies import (
     Form,
     Share,
@@ -59,7 +60,7 @@ class Factored(Form):
         left, _, _ = _factors_of_weight(structure)
         parts = [_turned(cut, _weight_change(share)) for share in shares]
         # as the weight is stored, so that what is drawn at random is drawn in that order
-        total = _turned(cut, self.merge(parts, [share.weight for share in shares]))
+        total = _turned(cut, merge_tensors(self.merge, parts, [share.weight for share in shares]))
         shapes = {n: shape_of(p, cut.rule, cut.numbers) for n, p in cut.rule.params.items()}
         one = axes_of(cut.rule, left, structure.sized)[0]
         rows = math.prod(shapes[left]) // shapes[left][one]

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftsurgery.checkpoint.tensor_merge import Merge
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.readings import initial_values, shape_of
 from peftsurgery.language.rule_algebra import Effect, axes_of, effects, near, sizes_said
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.surgery.combine.merge_tensors import Merge
+from peftsurgery.surgery.combine.merge_tensors import merge_tensors
 from peftsurgery.surgery.plan.cut import Cut, Operation
 
 
@@ -128,7 +129,7 @@ class Merged(Form):
                 self.weight(structure, name, share.weight, ratio)
                 for share, ratio in zip(shares, structure.ratios, strict=True)
             ]
-            made[name] = self.merge(tensors, weights)
+            made[name] = merge_tensors(self.merge, tensors, weights)
         return made
 
     def weight(self, structure: Structure, name: str, weight: float, ratio: float) -> float:
@@ -144,7 +145,7 @@ class Merged(Form):
 
     def trained(self, cut: Cut, changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         """The changes merged."""
-        return self.merge(changes, weights)
+        return merge_tensors(self.merge, changes, weights)
 
 
 class Joined(Form):
