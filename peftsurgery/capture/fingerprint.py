@@ -29,6 +29,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from peftsurgery.capture.names import join
 from peftsurgery.capture.sources import Source
+from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import are_here, read_model_files
 from peftsurgery.tensor_file import Tensor as StoredTensor
 from peftsurgery.tensor_file import TensorFile, read_header
@@ -122,12 +123,21 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A tensor where it is, in a file or in memory: ``read`` gives the bytes of some elements."""
+    """A tensor where it is, in a file or in memory: ``read`` gives the bytes of some elements.
+
+    ``read_into`` puts them into memory that is there already, where that is quicker.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     count: int
     read: Callable[[Spans], bytes]
+    read_into: Callable[[Spans, memoryview], None] | None = None
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype, if torch has it."""
+        return _TORCH.get(self.dtype)
 
     def print(self, dtype: str | None = None) -> TensorPrint:
         """Print of the tensor, as if it were cast to ``dtype`` first."""
@@ -232,13 +242,30 @@ def on_disk(file: TensorFile, tensor: StoredTensor) -> Sampled:
     count = tensor.count if is_whole else tensor.size
     width = tensor.size // max(count, 1)
 
-    def read(chosen: Spans) -> bytes:
-        start = file.offset + tensor.start
-        with file.path.open("rb", buffering=0) as stream:
-            place = ((start + first * width, (end - first) * width) for first, end in chosen)
-            return b"".join(os.pread(stream.fileno(), size, at) for at, size in place)
+    def read_into(chosen: Spans, room: memoryview) -> None:
+        handle = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            for first, end in chosen:
+                part, room = room[: (end - first) * width], room[(end - first) * width :]
+                _fill(part, handle, file.offset + tensor.start + first * width)
+        finally:
+            os.close(handle)
 
-    return Sampled(tensor.dtype, tensor.shape, count, read)
+    def read(chosen: Spans) -> bytes:
+        room = bytearray(sum(end - first for first, end in chosen) * width)
+        read_into(chosen, memoryview(room))
+        return bytes(room)
+
+    return Sampled(tensor.dtype, tensor.shape, count, read, read_into)
+
+
+def _fill(room: memoryview, file: int, place: int) -> None:
+    """Read from a place of a file on until ``room`` is full. PSG207 if the file ends before."""
+    while room:
+        count = os.preadv(file, [room], place)
+        if not count:
+            raise SurgeryError("PSG207", "a file of weights was cut short while it was read")
+        room, place = room[count:], place + count
 
 
 def in_memory(tensor: Tensor) -> Sampled:

@@ -1,35 +1,39 @@
 """measure_change: how far one tensor is from another, and what that looks like.
 
-The singular values of the difference come of a random sketch that grows while it finds more than
-noise would give it (Halko, Martinsson and Tropp, 2011, arXiv:0909.4061): a folded adapter of rank r
-costs a sketch of a few times r columns, and a dense change the first sketch alone.
+Norms, the largest change, NaN and whether it is a rounding are those of all elements, taken in one
+pass over the rows while they are in the processor's cache. What else is said is foreseen from a
+sample of rows, so that the same pass can confirm it (:mod:`peftsurgery.diff.tensor_rank`).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-FIRST_SKETCH = 16
+from peftsurgery.diff.tensor_pair import RowsOfBoth, TensorPair, pair_of
+from peftsurgery.diff.tensor_rank import Spectrum, foreseen, searched
+
 _EXPONENT = {torch.float32: 8, torch.float64: 11}
 """How many bits of a number are its exponent."""
-LOW = 0.25
-"""A rank is low up to this share of the smaller dimension."""
 
 
 @dataclass(frozen=True)
 class Change:
     """What became of a tensor.
 
-    ``relative`` is the norm of the change over that of the first tensor; ``ulps`` the largest
-    change in units of the last place of the coarser dtype; ``sign_flips`` a share of the elements.
-    ``rank`` is the numerical rank of the change if it is low; ``stable_rank`` its squared Frobenius
-    norm over its largest squared singular value, of which ``top_share`` is the inverse; both are
-    None unless the tensor has two dimensions and no NaN. ``not_finite`` counts NaN and Inf of both.
+    ``relative`` is the norm of the change over that of the first tensor, ``largest`` its largest
+    element. ``ulps`` is the largest change in units of the last place of the coarser dtype, and at
+    least that if it is over one and the tensor large; ``sign_flips`` a share of the elements. Of
+    large tensors (over 2^18 elements) these two are those of a sample: 128 even rows, or as many
+    runs of 2,048 elements. ``rank`` is the numerical rank of the change if it is low;
+    ``stable_rank`` its squared Frobenius norm over its largest squared singular value, of which
+    ``top_share`` is the inverse; both are None unless the tensor has two dimensions and no NaN. The
+    singular value is a lower bound, close where it stands out. ``not_finite`` counts NaN and Inf of
+    both.
     """
 
     verdict: str
@@ -49,36 +53,94 @@ class Change:
 
 def measure_change(a: Tensor, b: Tensor) -> Change:
     """The change from ``a`` to ``b``, which have one shape and any dtypes."""
-    if not (a.is_floating_point() and b.is_floating_point()):
-        same = torch.equal(a, b)
-        flips = 0.0 if same or not a.numel() else (a != b).double().mean().item()
-        return Change("identical") if same else Change("dense", relative=flips)
-    eps = max(torch.finfo(each.dtype).eps for each in (a, b))
-    wide = torch.float64 if torch.float64 in (a.dtype, b.dtype) else torch.float32
-    one, other = a.to(wide), b.to(wide)
-    if torch.equal(one, other):
+    return measure_pair(pair_of(a, b))
+
+
+def measure_pair(pair: TensorPair) -> Change:
+    """The change between two tensors, wherever they are."""
+    floating = all(dtype.is_floating_point for dtype in pair.dtypes)
+    if not pair.count or not floating:
+        return _counted(pair)
+    sample = pair.sample()
+    if not sample.delta.any() and pair.is_equal():
         return Change("identical")
-    delta = other - one
-    norm, length = float(one.norm()), float(delta.norm())
-    if not math.isfinite(length):  # a NaN or Inf of either is one of the difference
-        counts = [int((~torch.isfinite(each)).sum()) for each in (one, other)]
+    eps = max(torch.finfo(dtype).eps for dtype in pair.dtypes)
+    seen = foreseen(pair, sample, eps)
+    totals = _totals(pair, sample, eps, seen.directions)
+    if not math.isfinite(totals.delta + totals.one):
+        counts = _not_finite(pair)
         if any(counts):
-            return Change("not finite", not_finite=(counts[0], counts[1]))
-    ulps = float((delta.abs() / _ulp(torch.maximum(one.abs(), other.abs()), eps)).max())
-    rounded = ulps <= 1
-    noise = eps * float(other.norm()) / 2
-    spectrum = None if rounded or delta.dim() != 2 else _spectrum(delta, noise)
-    rank = None if spectrum is None else spectrum[0]
+            return Change("not finite", not_finite=counts)
+        pair = replace(pair, wide=torch.float64)  # their squares only were too large
+        totals = _totals(pair, sample, eps, seen.directions.double())
+    if not totals.largest:
+        return Change("identical")
+    norm, length = math.sqrt(totals.one), math.sqrt(totals.delta)
+    rounded = totals.ulps <= 1
+    found: Spectrum | None = None
+    if not rounded and len(pair.shape) == 2:
+        noise = eps * math.sqrt(totals.other) / 2
+        found = seen.confirmed(totals.images, length, noise) or searched(pair, length, noise)
+    rank = None if found is None else found.rank
     return Change(
         verdict="rounding" if rounded else "low-rank" if rank is not None else "dense",
         relative=length / norm if norm else float("inf"),
-        largest=float(delta.abs().max()),
-        ulps=ulps,
-        sign_flips=int(torch.count_nonzero(one * other < 0)) / one.numel(),
+        largest=totals.largest,
+        ulps=totals.ulps,
+        sign_flips=totals.flips,
         rank=rank,
-        stable_rank=None if spectrum is None else length**2 / spectrum[1] ** 2,
-        top_share=None if spectrum is None else spectrum[1] ** 2 / length**2,
+        stable_rank=None if found is None else length**2 / found.largest**2,
+        top_share=None if found is None else found.largest**2 / length**2,
     )
+
+
+@dataclass
+class _Totals:
+    """Squares of norms and extremes of all elements, and the images of some directions.
+
+    ``flips`` are those of the sample.
+    """
+
+    one: float = 0.0
+    delta: float = 0.0
+    product: float = 0.0
+    largest: float = 0.0
+    ulps: float = 0.0
+    flips: float = 0.0
+    images: list[Tensor] = field(default_factory=list)
+
+    @property
+    def other(self) -> float:
+        """The square of the second tensor's norm, of those of the first one and the change."""
+        return max(self.one + 2 * self.product + self.delta, 0.0)
+
+    def add(self, part: RowsOfBoth) -> None:
+        """Take some rows in."""
+        one, delta = part.one.view(-1), part.delta.view(-1)
+        self.one += float(torch.dot(one, one))
+        self.delta += float(torch.dot(delta, delta))
+        self.product += float(torch.dot(one, delta))
+        values = delta.numpy()
+        self.largest = max(self.largest, float(values.max()), -float(values.min()))
+
+
+def _totals(pair: TensorPair, sample: RowsOfBoth, eps: float, directions: Tensor) -> _Totals:
+    signs = sample.one.sign(), sample.other.to(pair.wide).sign()
+    flips = torch.count_nonzero(signs[0] * signs[1] < 0)
+    totals = _Totals(ulps=_ulps(sample, eps), flips=int(flips) / sample.one.numel())
+    for _, part in pair.stretches():
+        totals.add(part)
+        if directions.numel():
+            totals.images.append(part.delta @ directions)
+        if totals.ulps <= 1:  # else it is no rounding, whatever comes
+            totals.ulps = max(totals.ulps, _ulps(part, eps))
+    return totals
+
+
+def _ulps(part: RowsOfBoth, eps: float) -> float:
+    """The largest change in units of the last place."""
+    size = torch.maximum(part.one.abs(), part.other.to(part.one.dtype).abs())
+    return float((part.delta.abs() / _ulp(size, eps)).max())
 
 
 def _ulp(size: Tensor, eps: float) -> Tensor:
@@ -90,27 +152,18 @@ def _ulp(size: Tensor, eps: float) -> Tensor:
     return below.mul_(eps)
 
 
-def _spectrum(delta: Tensor, noise: float) -> tuple[int | None, float]:
-    """The rank of a change if it is low, and its largest singular value.
+def _counted(pair: TensorPair) -> Change:
+    """The change of numbers that are no floats: the share that are others."""
+    if pair.is_equal():
+        return Change("identical")
+    others = sum(int(torch.count_nonzero(one != other)) for _, one, other in pair.raw())
+    return Change("dense", relative=others / pair.count) if others else Change("identical")
 
-    ``noise`` bounds the norm of what rounding the tensor did to it: what is not above that is no
-    part of the rank.
-    """
-    rows, columns = delta.shape
-    smaller, whole = min(rows, columns), float(delta.norm()) ** 2
-    generator = torch.Generator().manual_seed(0)
-    width = min(FIRST_SKETCH, smaller)
-    while True:
-        random = torch.randn(columns, width, generator=generator, dtype=delta.dtype)
-        basis = torch.linalg.qr(delta @ random).Q
-        values = torch.linalg.svdvals(basis.T @ delta)
-        held = float(values.norm()) ** 2
-        # the largest singular value of rounding errors that have this norm together
-        apart = noise * (rows**0.5 + columns**0.5) / (rows * columns) ** 0.5
-        floor = max(apart, float(values[0]) * 1e-5)
-        rank = int((values > floor).sum())
-        if rank < width or width == smaller:
-            return (rank if rank <= LOW * smaller else None), float(values[0])
-        if held < 4 * whole * width / smaller or width > LOW * smaller:
-            return None, float(values[0])
-        width = min(4 * width, smaller)
+
+def _not_finite(pair: TensorPair) -> tuple[int, int]:
+    """How many NaN and Inf each tensor has."""
+    counts = [0, 0]
+    for _, part in pair.stretches():
+        for place, values in enumerate((part.one, part.other)):
+            counts[place] += int(torch.count_nonzero(~torch.isfinite(values)))
+    return counts[0], counts[1]

@@ -1,18 +1,19 @@
-"""compare_weights: what became of every tensor, read one at a time from files or from memory."""
+"""compare_weights: what became of every tensor, in files or in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from peftsurgery.capture.fingerprint import DTYPES, Sampled
+from peftsurgery.capture.fingerprint import Sampled
 from peftsurgery.diff.names import without_numbers
-from peftsurgery.diff.tensor_change import Change, measure_change
+from peftsurgery.diff.tensor_change import Change, measure_pair
+from peftsurgery.diff.tensor_pair import pair_of_stored
 
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 Entry = tuple[str, str, str, str]
 
 
@@ -47,34 +48,47 @@ def compare_weights(
 ) -> list[TensorChange]:
     """The changes of all tensors; ``names`` are those of ``a`` that ``b`` calls otherwise.
 
-    Two tensors are in memory at a time.
+    As many pairs at a time as torch has threads, each read some rows at a time.
     """
-    made, seen = [], set()
+    made, seen = list[TensorChange](), set[str]()
+    pairs = list[tuple[Sampled, Sampled]]()
     for name, old in a.items():
         other = names.get(name, name)
         new = None if other is None else b.get(other)
         if new is None:
             made.append(TensorChange(name, None, (old.dtype, ""), None))
             continue
-        seen.add(other)
-        made.append(TensorChange(name, other, (old.dtype, new.dtype), _change(old, new)))
+        seen.add(str(other))
+        made.append(TensorChange(name, other, (old.dtype, new.dtype), None))
+        pairs.append((old, new))
+    measured = iter(_changes(pairs))
+    made = [each if each.after is None else replace(each, change=next(measured)) for each in made]
     made += [TensorChange(None, n, ("", t.dtype), None) for n, t in b.items() if n not in seen]
     return list(_with_sources(made, a, b))
+
+
+def _changes(pairs: Sequence[tuple[Sampled, Sampled]]) -> list[Change]:
+    """The change of each pair; the largest are begun first, so that no thread is last for long."""
+    order = sorted(range(len(pairs)), key=lambda number: -pairs[number][0].count)
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "diff", torch.set_num_threads, (1,)) as pool:
+            made = pool.map(lambda number: _change(*pairs[number]), order)
+            found = dict(zip(order, made, strict=True))
+    finally:
+        torch.set_num_threads(threads)  # what a thread says of itself holds for later ones too
+    return [found[number] for number in range(len(pairs))]
 
 
 def _change(old: Sampled, new: Sampled) -> Change:
     if old.shape != new.shape:
         return Change("reshaped")
-    one, other = old.read([(0, old.count)]), new.read([(0, new.count)])
-    if old.dtype == new.dtype and one == other:
-        return Change("identical")
-    if not one or not {old.dtype, new.dtype} <= _TORCH.keys():
-        return Change("dense")
-    return measure_change(*(_read(data, kind) for data, kind in ((one, old), (other, new))))
-
-
-def _read(data: bytes, kind: Sampled) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=_TORCH[kind.dtype]).reshape(kind.shape)
+    pair = pair_of_stored(old, new)
+    if pair is not None:
+        return measure_pair(pair)
+    whole = [each.read([(0, each.count)]) for each in (old, new)]
+    same = old.dtype == new.dtype and whole[0] == whole[1]
+    return Change("identical" if same else "dense")
 
 
 def _with_sources(
