@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -30,6 +30,7 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import apply_patches
 
 from peftsurgery.capture.attributes import kept_attributes
+from peftsurgery.capture.higher_order import inline_regions
 from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.modes import Reads, noted_reads
@@ -40,6 +41,7 @@ from peftsurgery.capture.signature import Call, apart, stand_for, traced
 from peftsurgery.capture.sizes import size_conditions
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.capture.traced_once import Once, traced_once
+from peftsurgery.capture.unfolding import Filling, unfold
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.quiet import quiet
 
@@ -108,7 +110,7 @@ class _Trace:
     record: Record
     reads: Reads
     masks: Masks
-    filled: tuple[str, ...]  # blocks whose steps are not in the record
+    fillings: Sequence[Filling]  # calls of blocks whose steps are not in the record
 
 
 def _try(
@@ -130,12 +132,15 @@ def _read(trace: _Trace, call: Call) -> Exported:
     program = trace.program
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
+    inline_regions(module)
+    unfold(module.graph, trace.fillings)
     conditions = size_conditions(module.graph, program.range_constraints)
     if call.trace is not None:
         conditions = call.trace.conditions(conditions)
         call.trace.connect(module.graph)
     conditions = tuple(dict.fromkeys((*conditions, *trace.masks.conditions)))
-    return Exported(module, program.call_spec.out_spec, conditions, None, trace.filled)
+    filled = tuple(filling.place.noted_path for filling in trace.fillings)
+    return Exported(module, program.call_spec.out_spec, conditions, None, filled)
 
 
 def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
@@ -154,7 +159,7 @@ def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
         return True
     try:
         record = partial(_record, module, call, by_value=trained.masks.by_value)
-        known = record(True) if trained.filled else trained.record
+        known = record(True) if trained.fillings else trained.record
         return record(False).is_off_of(known)
     except (*EXPORT_ERRORS, SurgeryError):
         return False
@@ -198,8 +203,8 @@ def _export(
         with kept_attributes(module), _prepared(module, call, train):
             if not is_steady(module, call):
                 raise _remembering(module, watch.changed[0])
-    filled = () if blocks is None else tuple(blocks.filled)
-    return _Trace(program, watch.record, reads, masks, filled)
+    fillings = () if blocks is None else blocks.fillings
+    return _Trace(program, watch.record, reads, masks, fillings)
 
 
 def _is_one(records: Iterable[Record]) -> bool:

@@ -1,13 +1,14 @@
-"""Copying what a block's call put into a traced graph to where an equal block is called.
+"""One node for the call of a block that is equal to one traced before.
 
-While a model is traced, the nodes that one call of a block made are a passage of the graph. A copy
-of them reads the other block's tensors and takes the other call's arguments; it says of itself
-where it comes from as if the other block had been traced: which modules' calls made each node
-(``nn_module_stack``), and which argument or result of which call it is.
+While a model is traced, the nodes that one call of a block made are a passage of the graph. Where
+an equal block is called, one node stands for a copy of them: it takes the other call's arguments
+and the other block's tensors, and gives what the call returns. Once torch.export has done its work
+on the few nodes that there are, :mod:`unfolding` puts the copies in place of these nodes.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,10 +26,17 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
-from peftsurgery.capture.kv_cache import REMEMBER, Layers
-from peftsurgery.capture.module_calls import GIVEN, RETURNED, ModuleCall, Notes, flatten
+from peftsurgery.capture.kv_cache import Layers
+from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, Notes, flatten
 from peftsurgery.capture.size_questions import SYMBOLS, expression
 from peftsurgery.capture.tensors import named_tensors
+
+_LIBRARY = torch.library.Library("peftsurgery", "FRAGMENT")
+_LIBRARY.define("block(Tensor[] given, int number) -> Tensor[]")
+_LIBRARY.define("block_begins(int number) -> ()")
+_LIBRARY.define("block_ends(Tensor[] given, Tensor[] gives, int number) -> ()")
+BLOCK = torch.ops.peftsurgery.block.default
+BEGINS, ENDS = torch.ops.peftsurgery.block_begins.default, torch.ops.peftsurgery.block_ends.default
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _CONSTANTS = (*PLAIN, torch.layout, torch.memory_format)
@@ -55,7 +63,13 @@ class Passage:
     calls: Mapping[str, Sequence[ModuleCall]]
     results: Sequence[_Returned]
     structure: pytree.TreeSpec
-    moved: Mapping[int | str, fx.Node | None]  # given and own tensors that became other nodes
+    moved: Mapping[int | str, fx.Node]  # given and own tensors that became other nodes
+
+    @property
+    def given_on(self) -> list[fx.Node]:
+        """The nodes that there are of what comes after the call: each once."""
+        returned = (result.node for result in self.results if result.node is not None)
+        return list(dict.fromkeys((*returned, *self.moved.values())))
 
 
 def layers_told_by_number(cache: Cache) -> Layers | None:
@@ -110,12 +124,14 @@ class Place:
         leaves, structure = flatten(result)
         inside = set(nodes)
         results = [each for leaf in leaves if (each := self._result(leaf, inside)) is not None]
-        moved = {key: n for key, n in self._nodes().items() if n is not self._first_nodes[key]}
+        now = self._nodes().items()
+        moved = {key: n for key, n in now if n in inside and n is not self._first_nodes[key]}
+        is_known = all(n is self._first_nodes[key] or key in moved for key, n in now)
         calls = self._new_calls()
         if (
             len(results) < len(leaves)
             or not self._has_same_arguments()
-            or not inside.issuperset(moved.values())
+            or not is_known
             or not self._are_copyable(nodes)
             or not self._are_apart([r.tensor for r in results if r.tensor is not None])
             or calls is None
@@ -188,16 +204,14 @@ class Place:
             return None
         return _Returned(tensor=leaf, node=node)
 
-    def fill_in(self, passage: Passage, layer: int | None = None) -> tuple[Any] | None:
-        """The result of this call, made like a passage, in a tuple; None if it cannot be.
+    def fill_in(self, passage: Passage, number: int) -> tuple[Any] | None:
+        """The result of this call if it does what a passage does, in a tuple; None if it cannot be.
 
-        Keys and values are handed to the ``layer`` of the cache.
+        One node stands for what it does, of that ``number``.
         """
-        first = passage.place
         value_of: dict[fx.Node, fx.Node] = {}
-        for key, old in first._first_nodes.items():
-            new = self._first_nodes[key]
-            if old is not None and new is not None and value_of.setdefault(old, new) is not new:
+        for old, new in zip(passage.place.given, self.given, strict=True):
+            if value_of.setdefault(old, new) is not new:
                 return None
         made: dict[fx.Node, torch.Tensor] = {}
         for result in passage.results:
@@ -206,70 +220,75 @@ class Place:
                 if tensor is None:
                     return None
                 made[result.node] = tensor
-        for node in passage.nodes:
-            value_of[node] = self._copy(node, first, value_of, layer)
+        call = self._append(
+            BLOCK, (self.given, number), passage.nodes[-1] if passage.nodes else None
+        )
+        call.meta["val"] = [node.meta.get("val") for node in passage.given_on]
+        for index, node in enumerate(passage.given_on):
+            value_of[node] = self._append(operator.getitem, (call, index), node)
         self._note(passage, value_of)
-        for key, new in passage.moved.items():
+        for key, node in passage.moved.items():
             given = self.leaves[key] if isinstance(key, int) else self.tensors[key]
-            if new is not None:
-                slot = _ProxyTensor(fx.Proxy(value_of[new], self.tracer), None)
-                set_proxy_slot(given, self.tracer, slot)
+            slot = _ProxyTensor(fx.Proxy(value_of[node], self.tracer), None)
+            set_proxy_slot(given, self.tracer, slot)
         for node, tensor in made.items():
             proxy = fx.Proxy(value_of[node], self.tracer)
             track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
         leaves = [self._value(result, made) for result in passage.results]
         return (pytree.tree_unflatten(leaves, passage.structure),)
 
+    @property
+    def given(self) -> list[fx.Node]:
+        """The nodes of the tensors among the arguments, and of the block's own."""
+        return [node for node in self._first_nodes.values() if node is not None]
+
+    def enclose(self, passage: Passage, number: int) -> None:
+        """Put a node before those of a passage that this call made, and one behind them."""
+        if self.last.op != "placeholder":  # or else all that comes before its end is the passage's
+            with self.graph.inserting_before(self.last.next):
+                self._append(BEGINS, (number,), None)
+        self._append(ENDS, (self.given, passage.given_on, number), None)
+
+    def _append(self, target: Any, args: tuple[Any, ...], like: fx.Node | None) -> fx.Node:
+        made = self.graph.create_node("call_function", target, args)
+        meta = {} if like is None else like.meta
+        made.meta = {key: value for key, value in meta.items() if key not in (GIVEN, RETURNED)}
+        made.meta["nn_module_stack"] = dict(self.stack)
+        return made
+
     def _value(self, result: _Returned, made: Mapping[fx.Node, torch.Tensor]) -> Any:
         if result.node is not None:
             return made[result.node]
         return result.constant if result.given is None else self.leaves[result.given]
 
-    def _copy(
-        self, node: fx.Node, first: Place, value_of: dict[fx.Node, fx.Node], layer: int | None
-    ) -> fx.Node:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: value_of.get(n, n))
-        if node.target is REMEMBER:
-            args = (*args[:2], layer, *args[3:])
-        made = self.graph.create_node(node.op, node.target, args, kwargs, node.name, node.type)
-        made.meta = {k: v for k, v in node.meta.items() if k not in (GIVEN, RETURNED)}
-        inner = list(node.meta.get("nn_module_stack", {}).items())[len(first.stack) :]
-        made.meta["nn_module_stack"] = self.stack | {
-            self._key(first, key, path): (self._moved(first, path), kind)
-            for key, (path, kind) in inner
-        }
-        return made
-
-    def _moved(self, first: Place, path: str) -> str:
-        return _beneath(path, first.path, self.path)
-
-    def _key(self, first: Place, key: str, path: str) -> str:
-        """The key of a call in a stack: the path of the module, and its number if not the first."""
-        _, _, number = key.rpartition("@") if "@" in key else ("", "", "0")
-        there = self._moved(first, path)
-        now = int(number) - first.called.get(path, 0) + self.called.get(there, 0)
-        return f"{there}@{now}" if now else there
-
     def _note(self, passage: Passage, value_of: Mapping[fx.Node, fx.Node]) -> None:
-        """Note the calls of the modules in the block, as if they had been made."""
-        first = passage.place
+        """Note the calls of the modules in the block, as if they had been made.
+
+        Nodes that there are say so now, the others when they are there.
+        """
+        first, inside = passage.place, set(passage.nodes)
         for path, count in passage.called.items():
-            there = self._moved(first, path)
+            there = beneath(path, first.path, self.path)
             self.tracer.num_calls[there] = self.called.get(there, 0) + count
         for path, calls in passage.calls.items():
-            there = _beneath(path, first.noted_path, self.noted_path)
+            there = beneath(path, first.noted_path, self.noted_path)
             self.notes.calls.setdefault(there, []).extend(calls)
-        for node, key, (path, number, index) in passage.marks:
-            there = _beneath(path, first.noted_path, self.noted_path)
-            now = number - first.noted.get(path, 0) + self.noted.get(there, 0)
-            self.notes.mark_node(value_of.get(node, node), key, (there, now, index))
+        for node, key, mark in passage.marks:
+            if node in value_of or node not in inside:
+                self.notes.mark_node(value_of.get(node, node), key, self.moved(passage, mark))
+
+    def moved(self, passage: Passage, mark: Mark) -> Mark:
+        """What a value of a call within a passage is here."""
+        first, (path, number, index) = passage.place, mark
+        there = beneath(path, first.noted_path, self.noted_path)
+        return there, number - first.noted.get(path, 0) + self.noted.get(there, 0), index
 
 
 def _entry(path: str, kind: Any) -> tuple[str, str]:
     return path, f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else kind
 
 
-def _beneath(path: str, old: str, new: str) -> str:
+def beneath(path: str, old: str, new: str) -> str:
     """A path beneath ``old`` (or that itself) as one beneath ``new``."""
     return new + path.removeprefix(old) if path == old or path.startswith(f"{old}.") else path
 
@@ -315,9 +334,5 @@ def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _like(tensor: torch.Tensor) -> torch.Tensor | None:
     """A new tensor that a trace cannot tell from this one; None if there is none."""
     with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
-        made = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-        )
-        if tensor.requires_grad:
-            made = made.requires_grad_().clone()
+        made = tensor.clone()
         return made if described(made) == described(tensor) else None

@@ -69,13 +69,13 @@ def traceable(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module
     device, are fake: they take no memory and claim to be on a real device, so that constants made
     beside them have values. The module is left as it is. PSG201 if it cannot be copied.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, torch.Tensor] = {}
-    for name, tensor in named_tensors(module):
-        dtype = dtypes.get(name, tensor.dtype)
-        fits = dtype == tensor.dtype and not tensor.is_meta
-        if id(tensor) not in memo:
-            memo[id(tensor)] = tensor if fits else _fake(mode, tensor, dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name, tensor in named_tensors(module):
+            dtype = dtypes.get(name, tensor.dtype)
+            fits = dtype == tensor.dtype and not tensor.is_meta
+            if id(tensor) not in memo:
+                memo[id(tensor)] = tensor if fits else _fake(tensor, dtype)
     if not is_fake(memo.values()):
         return module
     try:
@@ -97,10 +97,9 @@ def is_plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) and not wrapped and not tensor.is_meta
 
 
-def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _fake(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     device = torch.device("cpu") if tensor.is_meta else tensor.device
-    with mode:
-        empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty

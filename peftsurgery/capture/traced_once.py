@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
@@ -48,6 +48,7 @@ from peftsurgery.capture.module_calls import Notes
 from peftsurgery.capture.randomness import drawn_elsewhere
 from peftsurgery.capture.size_questions import Questions
 from peftsurgery.capture.surroundings import surroundings
+from peftsurgery.capture.unfolding import Filling
 from peftsurgery.capture.watched import HOOKS
 
 _TRACER = "_ModuleStackTracer"
@@ -94,6 +95,7 @@ class _BlockCall:
     layers: Layers  # of the cache that is given
     read: set[Attribute] = field(default_factory=set)
     numbers: set[Attribute] = field(default_factory=set)  # read as the number of a cache's layer
+    stood_for: list[fx.Node] = field(default_factory=list)  # nodes that others in it stand for
     is_open: bool = False  # whether it read of another module what tells blocks apart
 
 
@@ -103,12 +105,13 @@ class _Known:
     unread: set[Attribute]
     running: _BlockCall
     passage: Passage
+    number: int  # of the passage
     layers: dict[Attribute, Token]  # the cache's that are told by number, as they were before
     kept: dict[str, Any]  # what that one keeps afterwards
 
 
 class Once:
-    """The blocks of one trace; ``filled`` are the paths of those that were not traced."""
+    """The blocks of one trace; ``fillings`` are the calls of those that were not traced."""
 
     def __init__(self, module: nn.Module, notes: Notes, masks: Masks) -> None:
         self.notes, self.masks = notes, masks
@@ -124,7 +127,7 @@ class Once:
         self.tracer: Any = None
         self.known: list[_Known] = []
         self.running: list[_BlockCall] = []
-        self.filled: list[str] = []
+        self.fillings: list[Filling] = []
 
     def note(self, content: dict[str, Any], name: str, frame: FrameType) -> None:
         """An attribute was used of the module with this dictionary."""
@@ -152,7 +155,8 @@ class Once:
         place = Place(tracer, self.notes, block, args, kwargs)
         if not place.is_plain:
             return forward(*args, **kwargs)
-        situation = self._situation(block, place)
+        with torch._C.DisableTorchFunction():  # what is asked of tensors here is no step of theirs
+            situation = self._situation(block, place)
         for known in self.known:
             if (
                 situation.agrees(known.situation, known.unread)
@@ -160,22 +164,25 @@ class Once:
                 and len(numbers := _values(block, known.layers)) <= 1
                 and known.running.questions.have_same_answers()
             ):
-                result = place.fill_in(known.passage, *numbers)
+                result = place.fill_in(known.passage, len(self.fillings))
                 if result is not None:
-                    self.filled.append(place.noted_path)
+                    layer = next(iter(numbers), None)
+                    self.fillings.append(Filling(place, known.passage, known.number, layer))
                     for number in numbers:
                         vars(place.layers[number]).update(known.kept)
-                    self._run_as(known.running, block, place)
+                    self._run_as(known, block, place)
                     return result[0]
         return self._traced(block, place, situation, partial(forward, *args, **kwargs))
 
-    def _run_as(self, known: _BlockCall, block: nn.Module, place: Place) -> None:
+    def _run_as(self, known: _Known, block: nn.Module, place: Place) -> None:
         """Note for the blocks around that this one reads and asks what a known one did."""
-        for layers, attributes in ((None, known.read), (place.layers, known.numbers)):
+        did = known.running
+        for layers, attributes in ((None, did.read), (place.layers, did.numbers)):
             for part, name in attributes:
                 self._note(vars(block.get_submodule(part)), name, layers)
         for call in self.running:
-            call.questions.asked |= known.questions.asked
+            call.questions.asked |= did.questions.asked
+            call.stood_for += [*known.passage.nodes, *did.stood_for]
 
     def _traced(self, block: nn.Module, place: Place, situation: _Situation, forward: Any) -> Any:
         """What a block returns, and what it did kept if it is all that it will ever do."""
@@ -191,7 +198,8 @@ class Once:
                 result = forward()
         finally:
             self.running.pop()
-        passage = place.passage(result)
+        with torch._C.DisableTorchFunction():
+            passage, after = place.passage(result), self._situation(block, place)
         numbers = _values(block, running.numbers)
         if len(numbers) > 1 or not numbers.issuperset(place.layers.asked[asked:]):
             return result
@@ -202,17 +210,18 @@ class Once:
             or self._is_hooked(block)
         ):
             return result
-        after = self._situation(block, place)
         kinds = {name: type(part) for name, part in block.named_modules(remove_duplicate=False)}
         watched = {key for key in after.attributes if (kinds[key[0]], key[1]) in self.watched}
         layers = {key: situation.layers.get(key) for key in running.numbers}
         kept = {key: v for number in numbers for key, v in place.layers.kept_by(number).items()}
-        known = _Known(after, watched - running.read, running, passage, layers, kept)
+        unread = watched - running.read
+        known = _Known(after, unread, running, passage, len(self.known), layers, kept)
         if (
             after.agrees(replace(situation, given=after.given), known.unread)
             and running.questions.have_same_answers()
-            and running.questions.are_settled(passage.nodes)
+            and running.questions.are_settled([*passage.nodes, *running.stood_for])
         ):
+            place.enclose(passage, known.number)
             self.known.append(known)
         return result
 

@@ -1,0 +1,138 @@
+"""Nodes that stand for blocks, unfolded: each becomes a copy of what an equal block's call made.
+
+A copy reads the other block's tensors and takes the other call's arguments; it says of itself where
+it comes from as if the other block had been traced: which modules' calls made each node
+(``nn_module_stack``), and which argument or result of which call it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftsurgery.capture.filling_in import BEGINS, BLOCK, ENDS, Passage, Place
+from peftsurgery.capture.kv_cache import REMEMBER
+from peftsurgery.capture.module_calls import GIVEN, RETURNED, hand_on
+from peftsurgery.capture.size_questions import SYMBOLS
+
+_ENCLOSING = (BEGINS, ENDS)
+
+
+@dataclass(frozen=True)
+class Filling:
+    """The call of a block that does what the passage of that ``number`` does.
+
+    It hands keys and values to the ``layer`` of the cache.
+    """
+
+    place: Place
+    passage: Passage
+    number: int
+    layer: int | None
+
+
+def unfold(graph: fx.Graph, fillings: Sequence[Filling]) -> None:
+    """Put copies of passages in place of the nodes that stand for them, in an exported graph."""
+    begins, ends = (_by_number(graph, target) for target in _ENCLOSING)
+    for node in graph.find_nodes(op="call_function", target=BLOCK):
+        filling = fillings[node.args[1]]
+        end = ends[filling.number]
+        value_of = _copy(node, begins.get(filling.number), end, filling)
+        given: Any = end.args[1]
+        for pick in list(node.users):
+            old = given[pick.args[1]]
+            new = value_of.get(old, old)
+            hand_on(pick, new)
+            pick.replace_all_uses_with(new)
+            graph.erase_node(pick)
+        graph.erase_node(node)
+    for end in ends.values():
+        gives: Any = end.args[1]
+        graph.erase_node(end)
+        for node in gives:
+            if node.target is torch.ops.aten.detach.default and not node.users:
+                graph.erase_node(node)  # as torch.export does
+    for begin in begins.values():
+        graph.erase_node(begin)
+
+
+def _copy(
+    call: fx.Node, begin: fx.Node | None, end: fx.Node, filling: Filling
+) -> dict[fx.Node, fx.Node]:
+    """Copy a passage to where ``call`` stands for it; its nodes and those given, by the copied."""
+    taken: Any = end.args[0]
+    given: Any = call.args[0]
+    value_of: dict[fx.Node, fx.Node] = dict(zip(taken, given, strict=True))
+
+    def value(node: fx.Node) -> fx.Node:
+        return value_of.get(node, node)
+
+    node = call.graph._root.next if begin is None else begin
+    with call.graph.inserting_before(call):
+        while node is not end:
+            if not _is_shared(node):
+                made = call.graph.node_copy(node, value)
+                _describe(made, node, end, call, filling)
+                value_of[node] = made
+            node = node.next
+    return value_of
+
+
+def _by_number(graph: fx.Graph, target: Any) -> dict[Any, fx.Node]:
+    return {n.args[-1]: n for n in graph.find_nodes(op="call_function", target=target)}
+
+
+def _is_shared(node: fx.Node) -> bool:
+    """Whether there is one such node in a graph: torch.export computes a size but once."""
+    return (
+        node.op in ("placeholder", "get_attr")
+        or node.target in (*_ENCLOSING, torch.ops.aten._assert_scalar.default)
+        or isinstance(node.meta.get("val"), SYMBOLS)
+    )
+
+
+def _describe(made: fx.Node, like: fx.Node, end: fx.Node, call: fx.Node, to: Filling) -> None:
+    """Let a copy say where it comes from, and to which layer it hands keys and values."""
+    if like.target is REMEMBER:
+        made.args = (*made.args[:2], to.layer, *made.args[3:])
+    for key in (GIVEN, RETURNED):
+        marks = made.meta.pop(key, {})
+        own = {to.place.moved(to.passage, m): None for m in marks if _is_of(to.passage, m)}
+        if own:
+            made.meta[key] = own
+    if "nn_module_stack" in like.meta:
+        made.meta["nn_module_stack"] = _stack(like, end, call, to)
+
+
+def _is_of(passage: Passage, mark: tuple[str, int, int]) -> bool:
+    """Whether a value is one of a call within the passage."""
+    path, number, _ = mark
+    first = passage.place.noted.get(path, 0)
+    return first <= number < first + len(passage.calls.get(path, ()))
+
+
+def _stack(
+    like: fx.Node, end: fx.Node, call: fx.Node, to: Filling
+) -> Mapping[str, tuple[str, str]]:
+    """The modules that a copy comes from: those of the call, then those in the passage."""
+    around, own = end.meta["nn_module_stack"], call.meta["nn_module_stack"]
+    home, path = (list(stack.values())[-1][0] for stack in (around, own))
+    inner = list(like.meta["nn_module_stack"].items())[len(around) :]
+    moved = {}
+    for key, (old, kind) in inner:
+        part = old.removeprefix(home)
+        name, _, number = key.partition("@")
+        now = int(number or 0) + _later(to, part)
+        new = path + part
+        moved[name.removesuffix(old) + new + (f"@{now}" if now else "")] = new, kind
+    return own | moved
+
+
+def _later(to: Filling, part: str) -> int:
+    """How many more calls of a part there had been than of its like."""
+    first, place = to.passage.place, to.place
+    return place.called.get(place.path + part, 0) - first.called.get(first.path + part, 0)
