@@ -57,7 +57,7 @@ def described(
     """The lines about one rule on one model; the refusal alone if it is refused."""
     torch.manual_seed(0)
     try:
-        operated = ps.apply(graph, rule)
+        operated = ps.apply(graph, rule, exact=True)
     except ps.SurgeryError as error:
         yield str(error)
         return

@@ -41,6 +41,7 @@ class Program:
     ``graph`` reads tensors by ``get_attr`` nodes whose targets are relative to the block, and calls
     nested blocks by ``call_module`` nodes that name the child's program in the keyword ``program``.
     ``home`` is the path of the block it was first made for, of which its nodes' origins speak.
+    ``running`` computes what ``graph`` does in another way, if there is a faster one: it is run.
     ``forward(self, *args)`` runs it for any module that has tensors of these names.
     """
 
@@ -50,17 +51,19 @@ class Program:
     modules: Mapping[str, ModuleInfo]
     tensors: Mapping[str, TensorInfo]
     home: str = ""
+    running: fx.Graph | None = None
     forward: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "forward", generate_forward(self.graph, self.label))
+        graph = self.graph if self.running is None else self.running
+        object.__setattr__(self, "forward", generate_forward(graph, self.label))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         return self  # immutable: copies of a model share their programs
 
-    def rewritten(self, label: str, graph: fx.Graph) -> Program:
+    def rewritten(self, label: str, graph: fx.Graph, running: fx.Graph | None = None) -> Program:
         """A program of the same block with another graph."""
-        return Program(label, graph, self.kind, self.modules, self.tensors, self.home)
+        return Program(label, graph, self.kind, self.modules, self.tensors, self.home, running)
 
     @property
     def code(self) -> str:

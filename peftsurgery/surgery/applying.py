@@ -44,6 +44,7 @@ def apply(
     settings: Mapping[str, Any] | None = None,
     where: Mapping[str, Any] | Where | None = None,
     by: Sequence[Mapping[str, Any]] = (),
+    exact: bool | None = None,
     **keywords: Any,
 ) -> OperatedModel:
     """Apply rules to a model, and return the operated model; ``model`` itself is unchanged.
@@ -56,7 +57,11 @@ def apply(
     (``init_text``). ``where`` narrows every rule to some of its sites, by the clauses that rule
     files have (``{"layers": "4..", "role": ["attn.q"]}``); ``by`` gives other settings at some:
     ``[{"where": {"layers": "0..3"}, "rank": 16}]``, the first entry that fits a site. What rules
-    expect is said of them before they are narrowed. Raises PSG301 or PSG302 if a rule matches
+    expect is said of them before they are narrowed.
+
+    The new values are computed in an optimised order, which agrees with the rules' text to a few
+    rounding errors; an ``exact`` model computes them as the text says, operation by operation (as
+    ``model`` does, unless given). Raises PSG301 or PSG302 if a rule matches
     nothing or not what it expects, or if narrowing leaves nothing, PSG120 for a setting no rule
     has, PSG121 for a setting's value, PSG126 for a text without a tokenizer, PSG304 if the name is
     taken, PSG904 for an argument of the wrong type.
@@ -65,6 +70,7 @@ def apply(
         message = f"rules are applied to a captured model, not to a {type(model).__name__}"
         raise SurgeryError("PSG309", message, "capture it first: apply(capture(model), rules)")
     check_argument("apply(name=)", name, (str, type(None)), "the name of an adapter")
+    check_argument("apply(exact=)", exact, (bool, type(None)), "True or False")
     files = [_rule_file(each) for each in (rules if isinstance(rules, list | tuple) else [rules])]
     values = _merged(settings, keywords)
     check_settings(files, values)
@@ -80,7 +86,7 @@ def apply(
             operations[-1].name if operations else adapter_name(file.name if name is None else name)
         )
         operations.append(Operation(file, {}, owner, origin))
-    operated = operate(model, operations)
+    operated = operate(model, operations, exact=exact)
     check_narrowed(groups, operated.cuts, operated.base_capture)
     return operated
 
@@ -92,12 +98,14 @@ def operate(
     active: Collection[str] | None = None,
     left_out: Layers = MappingProxyType({}),
     lost: Mapping[str, float] = MappingProxyType({}),
+    exact: bool | None = None,
 ) -> OperatedModel:
     """Add operations to a model; ``known`` gives parameter values instead of initial ones.
 
     What was active stays so, and of the new adapters those in ``active`` are: all unless given.
     ``left_out`` are layers in which they do nothing, ``lost`` the shares that they lack of what
     they were combined of. An operation under a name that is there already belongs to that adapter.
+    ``exact`` is that of :func:`apply`.
     """
     added = list(operations)
     before = learnt_by(model)
@@ -108,6 +116,7 @@ def operate(
         {**before.left_out, **left_out},
         before.trains,
         {**before.lost, **lost},
+        before.exact if exact is None else exact,
     )
     return carried_out(model, [*operations_of(model), *added], learnt)
 
@@ -140,6 +149,7 @@ def remade(model: OperatedModel, operations: Sequence[Operation]) -> OperatedMod
         {name: layers for name, layers in before.left_out.items() if name in kept},
         before.trains,
         {name: share for name, share in before.lost.items() if name in kept},
+        before.exact,
     )
     return carried_out(model, operations, learnt)
 

@@ -35,7 +35,7 @@ KEPT: dict[str, Any] = {"t5": {"but": ["lm_head", "ffn.down"]}}
 
 def adapted(name: str, **settings: Any) -> OperatedModel:
     settings = {"rank": 4, "alpha": 6, **KEPT.get(name, {}), **settings}
-    ours = ps.apply(captured(name), "qlora", **settings)
+    ours = ps.apply(captured(name), "qlora", exact=True, **settings)
     randomise(ours, lambda parameter: parameter.endswith((".A", ".B")))
     return ours.eval()
 

@@ -16,24 +16,22 @@ from torch import Tensor
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.model.adapters import Adapters
-from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.choices import Choice
 from peftsurgery.surgery.model.merged import MergedWeights, check_evaluated, check_mergeable, gone
 from peftsurgery.surgery.model.rewriting import Rewriting
 from peftsurgery.surgery.model.shared import SharedModel
 from peftsurgery.surgery.plan.fusion import taking_part
 from peftsurgery.surgery.plan.mode import Mode
-from peftsurgery.surgery.plan.plan import Plan
 from peftsurgery.surgery.rewrite.folded_weights import Foldable, folded_weights
 
 
 class ChoosingModel(SharedModel):
     """Captured model with adapters, some of which take part in a call."""
 
-    def __init__(self, model: GraphModel, plan: Plan, inputs: ChangedInputs) -> None:
-        super().__init__(model, plan)
-        self._rewriting = Rewriting(plan, inputs)
-        self._adapters = Adapters(plan, self._copies)
+    def __init__(self, model: GraphModel, rewriting: Rewriting) -> None:
+        super().__init__(model, rewriting.first)
+        self._rewriting = rewriting
+        self._adapters = Adapters(rewriting.first, self._copies)
         self._merged = MergedWeights()
 
     @property

@@ -17,7 +17,8 @@ class Learnt:
     ``values`` are those of parameters by names that are the same in all models; ``active`` the
     adapters that take part in a call, and ``left_out`` the layers in which they do nothing;
     ``trains`` says which parameters are trained, if not those that rules say; ``lost`` is the share
-    of the changes that an adapter was combined of which it does not have.
+    of the changes that an adapter was combined of which it does not have; ``exact`` that the model
+    computes as its rules say, operation by operation.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -25,3 +26,4 @@ class Learnt:
     left_out: Layers = field(default_factory=dict)
     trains: Mapping[str, bool] = field(default_factory=dict)
     lost: Mapping[str, float] = field(default_factory=dict)
+    exact: bool = False

@@ -40,6 +40,7 @@ from peftsurgery.surgery.model.moved_buffers import moved_buffers, persistent_bu
 from peftsurgery.surgery.model.new_parameters import new_parameters, read_weights
 from peftsurgery.surgery.model.penalty import penalty_of
 from peftsurgery.surgery.model.report import Report, capture_notes, counted
+from peftsurgery.surgery.model.rewriting import Rewriting
 from peftsurgery.surgery.model.saved.writing import Saved, is_updated, parts_of, write_surgery
 from peftsurgery.surgery.model.shared import operations_of
 from peftsurgery.surgery.model.state_dict import keep_learnt
@@ -61,7 +62,7 @@ class OperatedModel(ChoosingModel):
 
         ``inputs`` are what the plan's operations change of the inputs.
         """
-        super().__init__(model, plan, inputs)
+        super().__init__(model, Rewriting(plan, inputs, learnt.exact))
         self._lost = dict(learnt.lost)
         with making():
             if read_weights(plan.cuts, learnt.values):
@@ -142,7 +143,8 @@ class OperatedModel(ChoosingModel):
     def _all_learnt(self) -> Learnt:
         """State to carry over into a model that is made of this one."""
         mode, trains = self._adapters.mode, self._adapters.trains(self)
-        return Learnt(self._values(), mode.names, dict(mode.left_out), trains, self._lost)
+        left_out, exact = dict(mode.left_out), self._rewriting.exact
+        return Learnt(self._values(), mode.names, left_out, trains, self._lost, exact)
 
     def penalty(self) -> Tensor:
         """Sum of the active rules' penalties, a scalar that is added to the loss; 0 for none."""

@@ -23,13 +23,17 @@ class Rewriting:
     """The operations of a plan, repeated in every further capture.
 
     ``first`` is the plan of the capture that the model was operated on in, ``inputs`` what its
-    operations change of the inputs.
+    operations change of the inputs. What is ``exact`` is computed as the rules' text says.
     """
 
     first: Plan
     inputs: ChangedInputs
+    exact: bool = False
     _plans: dict[int, tuple[Capture, Plan]] = field(default_factory=dict)
-    _rewrites: Rewrites = field(default_factory=Rewrites)
+    _rewrites: Rewrites = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_rewrites", Rewrites(self.exact))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
         return self  # what it holds is immutable, and the same for a copy of the model

@@ -15,6 +15,7 @@ from peftsurgery.surgery.fourbit.read import read_packed
 from peftsurgery.surgery.plan.cut import Cut, in_order
 from peftsurgery.surgery.rewrite.batch_axis import batches
 from peftsurgery.surgery.rewrite.inputs import changes_inputs, plan_inputs
+from peftsurgery.surgery.rewrite.optimise import optimised
 from peftsurgery.surgery.rewrite.program import Walk
 from peftsurgery.surgery.rewrite.rows import RowChoice, RowWalk, check_lengths, pass_rows
 
@@ -59,8 +60,12 @@ class Edits:
 
 @dataclass(frozen=True)
 class Rewrites:
-    """Cache of a model's rewritten programs, shared by all of its captures."""
+    """Cache of a model's rewritten programs, shared by all of its captures.
 
+    ``exact`` ones are run as the rules say, others in their running form (:mod:`.optimise`).
+    """
+
+    exact: bool = False
     made: dict[Any, Program] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -127,7 +132,8 @@ class Rewrites:
         label = "+".join(filter(None, (program.label, edits.adapters)))
         number = self.labels.get(label, 0)
         self.labels[label] = number + 1
-        return program.rewritten(f"{label}.{number}" if number else label, graph)
+        running = None if self.exact or edits.choice is not None else optimised(graph)
+        return program.rewritten(f"{label}.{number}" if number else label, graph, running)
 
 
 def _choices(source: Capture, adapters: Sequence[str]) -> dict[tuple[str, Program], RowChoice]:

@@ -1,0 +1,355 @@
+"""The running form of a rewritten program: what a rule inserted, computed with less work.
+
+    y + s * linear(h, B) + ...    ->    one sum, made in place of y = linear(x, W)
+    linear(x, A)                  ->    a part of it; all sums of one x are one operation
+
+Only what surgery inserted is taken, and a linear of the model whose result nothing reads but such a
+sum. It is algebra on the graph: sums are flattened, the numbers before their summands multiplied,
+the dtype that they are made in remembered; :mod:`.joined_linears` computes the rest. A value that
+anything else reads is left where it is. A program's own graph stays what the rule's text says; this
+one is run in its place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from peftsurgery.anatomy.values import sizes
+from peftsurgery.capture.schemas import op, overwritten
+from peftsurgery.surgery.rewrite.dtypes import dtype_of
+from peftsurgery.surgery.rewrite.joined_linears import joined_linears
+
+ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Summand:
+    """``scale`` times the product of a hidden value with a weight ``up``, (out, rank)."""
+
+    scale: float
+    hidden: fx.Node
+    up: fx.Node
+
+
+@dataclass(frozen=True)
+class Base:
+    """A linear of the model: input, weight ((in, out) if it is turned), bias; its own nodes."""
+
+    x: fx.Node
+    weight: fx.Node
+    turned: bool
+    bias: fx.Node | None
+    nodes: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A value ``start`` and what is added to it, in the dtype ``compute`` if that is another.
+
+    ``root`` is the sum's node; ``base`` the linear that makes the start for this sum alone, if one
+    does.
+    """
+
+    root: fx.Node
+    start: fx.Node
+    base: Base | None
+    summands: tuple[Summand, ...]
+    compute: torch.dtype | None
+
+    @property
+    def x(self) -> fx.Node:
+        """The base's input; without one, what a hidden value is made of, or such a value."""
+        if self.base is not None:
+            return self.base.x
+        made_of = (_input(each.hidden, self.compute) for each in self.summands)
+        return next(filter(None, made_of), self.summands[0].hidden)
+
+    @property
+    def hidden(self) -> list[fx.Node]:
+        """The hidden values, each once."""
+        return list(dict.fromkeys(each.hidden for each in self.summands))
+
+    @property
+    def is_of_one_input(self) -> bool:
+        """Whether x, parameters and nothing else make this sum."""
+        return self.base is not None and all(map(self.is_down, self.hidden))
+
+    def is_down(self, hidden: fx.Node) -> bool:
+        """Whether a hidden value is a product of x that nothing but this sum reads."""
+        own = sum(each.hidden is hidden for each in self.summands)
+        return len(hidden.users) == own and _input(hidden, self.compute) is self.x
+
+
+def optimised(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph that computes the same, what surgery inserted in its running form."""
+    copied = fx.Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    found = [each for each in _sums(copied) if not _is_written_between(each)]
+    for group in _groups(copied, found):
+        _join(copied, group)
+    made = {node for each in found if each.base is not None for node in each.base.nodes}
+    for node in reversed(copied.nodes):
+        if not node.users and (node in made or _is_inserted(node)):
+            copied.erase_node(node)
+    return copied
+
+
+def _sums(graph: fx.Graph) -> Iterator[Sum]:
+    """The largest sums that surgery inserted, in order."""
+    inner: set[fx.Node] = set()
+    found = []
+    for node in reversed(graph.nodes):
+        if node not in inner and _is_inserted(node):
+            made = _sum(node, inner)
+            found += [] if made is None else [made]
+    return reversed(found)
+
+
+def _sum(root: fx.Node, inner: set[fx.Node]) -> Sum | None:
+    """The sum that a node is, if there is one start in it; its nodes are added to ``inner``."""
+    outer = _cast(root)
+    top = root if outer is None else _source(root)
+    if not _is_sum(top) or (top is not root and not _is_part(top)):
+        return None
+    seen, casts = {top}, set[torch.dtype | None]()
+    leaves = list(_leaves(top, 1, seen, casts))
+    summands = tuple(each for each in leaves if isinstance(each, Summand))
+    rest = [each for each in leaves if not isinstance(each, Summand)]
+    if not summands or len(rest) != 1 or rest[0][0] != 1:
+        return None
+    if len({each.scale > 0 for each in summands}) > 1:
+        return None  # a difference of equal products is nothing, as long as each is rounded alike
+    start = rest[0][1]
+    compute = None if outer is None else _cast(start)
+    if outer is not None:
+        start = _source(start)
+        if compute is None or dtype_of(start) != outer:
+            return None
+    if casts - {compute}:
+        return None
+    inner |= seen
+    return Sum(root, start, _base(start), summands, compute)
+
+
+def _leaves(
+    node: fx.Node, scale: float, seen: set[fx.Node], casts: set[torch.dtype | None]
+) -> Iterator[Summand | tuple[float, fx.Node]]:
+    """The summands of a node, ``scale`` times, and what else is in the sum.
+
+    A sum that is rounded before it is summed with more is part of that; ``casts`` fills with the
+    dtypes that it is brought back to.
+    """
+    seen.add(node)
+    match node.target, node.args:
+        case ((operator.add | operator.sub), (fx.Node() as one, fx.Node() as other)):
+            second = scale if node.target is operator.add else -scale
+            parts = [(one, scale), (other, second)]
+        case operator.mul, (int() | float() as number, fx.Node() as one):
+            parts = [(one, scale * number)]
+        case operator.mul, (fx.Node() as one, int() | float() as number):
+            parts = [(one, scale * number)]
+        case operator.truediv, (fx.Node() as one, int() | float() as number):
+            parts = [(one, scale / number)]
+        case operator.neg, (fx.Node() as one,):
+            parts = [(one, -scale)]
+        case _, (fx.Node() as one, fx.Node() as weight, *bias) if _is_linear(node, bias):
+            yield Summand(scale, one, weight)
+            return
+        case _:
+            seen.discard(node)
+            yield scale, node
+            return
+    for part, times in parts:
+        rounded = _rounded_sum(part)
+        if rounded is not None:
+            casts.add(_cast(part))
+            yield from _leaves(rounded, times, seen, casts)
+        elif _is_part(part):
+            yield from _leaves(part, times, seen, casts)
+        else:
+            yield times, part
+
+
+def _rounded_sum(node: fx.Node) -> fx.Node | None:
+    """The sum that a node is the rounded value of, in another dtype again."""
+    if _cast(node) is None or not _is_part(node):
+        return None
+    rounded = _source(node)
+    if _cast(rounded) is None or not _is_part(rounded):
+        return None
+    found = _source(rounded)
+    return found if _is_sum(found) and _is_part(found) else None
+
+
+def _is_inserted(node: fx.Node) -> bool:
+    return "surgery" in node.meta
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether surgery inserted a node for one reader."""
+    return _is_inserted(node) and len(node.users) == 1
+
+
+def _is_sum(node: fx.Node) -> bool:
+    return _is_inserted(node) and node.target in (operator.add, operator.sub)
+
+
+def _is_linear(node: fx.Node, bias: Sequence[Any]) -> bool:
+    """Whether a node is a linear as a rule says it, without a bias."""
+    return node.target is F.linear and not node.kwargs and not any(bias)
+
+
+def _cast(node: fx.Node) -> torch.dtype | None:
+    """The dtype that an inserted node casts to, if it does that."""
+    if _is_inserted(node) and node.op == "call_method" and node.target == "to":
+        dtype = node.args[1] if len(node.args) == 2 else None
+        return dtype if isinstance(dtype, torch.dtype) else None
+    return None
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The first value that a node reads."""
+    return node.all_input_nodes[0]
+
+
+def _input(hidden: fx.Node, compute: torch.dtype | None) -> fx.Node | None:
+    """The x of an inserted linear(x, A) that is computed in ``compute``; None for anything else."""
+    if not (_is_inserted(hidden) and _is_linear(hidden, hidden.args[2:])):
+        return None
+    x: Any = hidden.args[0]
+    if compute is None:
+        return x
+    return _source(x) if _cast(x) == compute else None
+
+
+def _down(hidden: fx.Node) -> fx.Node:
+    """The weight of a linear."""
+    _, weight = hidden.all_input_nodes
+    return weight
+
+
+def _base(start: fx.Node) -> Base | None:
+    """The linear of the model that makes a value for one reader."""
+    if _is_inserted(start) or len(start.users) != 1 or start.kwargs:
+        return None
+    if op(start) == "linear":
+        given: Any = (*start.args, None)
+        x, weight, bias = given[:3]
+        return Base(x, weight, False, bias, (start,))
+    if op(start) not in ("view", "reshape") or op(_source(start)) != "addmm":
+        return None
+    product = _source(start)
+    operands: Any = product.args
+    bias, flat, weight = operands
+    if product.kwargs or len(product.users) != 1 or op(flat) not in ("view", "reshape"):
+        return None
+    x = _source(flat)
+    last = sizes(x)[-1]
+    if flat.args[1] != [-1, last] or sizes(start)[:-1] != sizes(x)[:-1] or bias.op != "get_attr":
+        return None
+    return Base(x, weight, True, bias, (start, product, flat))
+
+
+def _groups(graph: fx.Graph, sums: Sequence[Sum]) -> Iterator[list[Sum]]:
+    """Sums that can be made at once, where the first of them is."""
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    writes = [order[node] for node in graph.nodes if _writes(node)]
+    groups: dict[Any, list[Sum]] = {}
+    for each in sums:
+        key = (each.x, each.compute) if each.is_of_one_input else each.root
+        first = groups.setdefault(key, [each])[0]
+        if first is each:
+            continue
+        begin, end = order[first.start], order[each.root]
+        is_ready = all(_is_ready(node, first.root, order) for node in _tensors(each))
+        if is_ready and not any(begin < write < end for write in writes):
+            groups[key].append(each)
+        else:
+            groups[each.root] = [each]
+    return iter(groups.values())
+
+
+def _is_written_between(each: Sum) -> bool:
+    """Whether something is changed in place after the start of a sum and before its end."""
+    node = each.start
+    while node is not each.root:
+        node = node.next
+        if _writes(node):
+            return True
+    return False
+
+
+def _writes(node: fx.Node) -> bool:
+    return any(True for _ in overwritten(node))
+
+
+def _tensors(each: Sum) -> Iterator[fx.Node]:
+    """What a sum reads beside x."""
+    if each.base is not None:
+        yield from filter(None, (each.base.weight, each.base.bias))
+    else:
+        yield each.start
+    for hidden in each.hidden:
+        yield _down(hidden) if each.is_down(hidden) else hidden
+    yield from (summand.up for summand in each.summands)
+
+
+def _is_ready(node: fx.Node, place: fx.Node, order: Mapping[fx.Node, int]) -> bool:
+    """Whether a value is there before a node, or can be: a tensor of the model, or one cast."""
+    if order[node] < order[place] or node.op == "get_attr":
+        return True
+    return _cast(node) is not None and _is_ready(_source(node), place, order)
+
+
+def _join(graph: fx.Graph, group: Sequence[Sum]) -> None:
+    """Put one operation in the place of a group's sums."""
+    place, place_of = group[0].root, {n: i for i, n in enumerate(graph.nodes)}
+    for node in (node for each in group for node in _tensors(each)):
+        _bring(node, place, place_of)
+    downs: dict[Any, fx.Node] = {}
+    given: list[fx.Node] = []
+    terms, ups = [], []
+    for each in group:
+        for hidden in each.hidden:
+            if each.is_down(hidden):
+                downs.setdefault(hidden, _down(hidden))
+            else:
+                given.append(hidden)
+    number = {node: index for index, node in enumerate([*downs, *given])}
+    for index, each in enumerate(group):
+        for summand in each.summands:
+            terms.append((index, number[summand.hidden], summand.scale))
+            ups.append(summand.up)
+    with graph.inserting_before(place):
+        weights = [_weight(graph, each.base) for each in group]
+        biases = [None if each.base is None else each.base.bias for each in group]
+        starts = [each.start if each.base is None else None for each in group]
+        args = (group[0].x, weights, biases, starts, [*downs.values()], given, ups, terms)
+        joined = graph.call_function(joined_linears, (*args, group[0].compute))
+        joined.meta = {**place.meta}
+        for index, each in enumerate(group):
+            result = graph.call_function(operator.getitem, (joined, index))
+            result.meta = dict(each.root.meta)
+            each.root.replace_all_uses_with(result)
+
+
+def _weight(graph: fx.Graph, base: Base | None) -> fx.Node | None:
+    """The weight of a linear as (out, in)."""
+    if base is None:
+        return None
+    return graph.call_function(ATEN.t.default, (base.weight,)) if base.turned else base.weight
+
+
+def _bring(node: fx.Node, place: fx.Node, order: Mapping[fx.Node, int]) -> None:
+    """Move a value before a node, if it comes later."""
+    if order[node] > order[place]:
+        for source in node.all_input_nodes:
+            _bring(source, place, order)
+        place.prepend(node)
