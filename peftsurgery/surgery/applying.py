@@ -57,14 +57,12 @@ def apply(
     (``init_text``). ``where`` narrows every rule to some of its sites, by the clauses that rule
     files have (``{"layers": "4..", "role": ["attn.q"]}``); ``by`` gives other settings at some:
     ``[{"where": {"layers": "0..3"}, "rank": 16}]``, the first entry that fits a site. What rules
-    expect is said of them before they are narrowed.
-
-    The new values are computed in an optimised order, which agrees with the rules' text to a few
-    rounding errors; an ``exact`` model computes them as the text says, operation by operation (as
-    ``model`` does, unless given). Raises PSG301 or PSG302 if a rule matches
-    nothing or not what it expects, or if narrowing leaves nothing, PSG120 for a setting no rule
-    has, PSG121 for a setting's value, PSG126 for a text without a tokenizer, PSG304 if the name is
-    taken, PSG904 for an argument of the wrong type.
+    expect is said of them before they are narrowed. New values agree with the rules' text to a few
+    rounding errors; an ``exact`` model computes operation by operation, as the text says. Unless it
+    is given, the new model does as ``model``. Raises PSG301 or PSG302 if a rule matches nothing or
+    not what it expects, or if narrowing leaves nothing, PSG120 for a setting no rule has, PSG121
+    for a setting's value, PSG126 for a text without a tokenizer, PSG304 if the name is taken,
+    PSG904 for an argument of the wrong type.
     """
     if not isinstance(model, GraphModel):
         message = f"rules are applied to a captured model, not to a {type(model).__name__}"
@@ -82,9 +80,7 @@ def apply(
     operations = [operation for group in groups for operation in group]
     if parts := _names_of(train):
         file = _training(parts)
-        owner = (
-            operations[-1].name if operations else adapter_name(file.name if name is None else name)
-        )
+        owner = operations[-1].name if operations else _name_for(file, name)
         operations.append(Operation(file, {}, owner, origin))
     operated = operate(model, operations, exact=exact)
     check_narrowed(groups, operated.cuts, operated.base_capture)
@@ -221,7 +217,12 @@ def _operation(
 ) -> Operation:
     """A rule file under an adapter's name, its own unless given, with the settings that it has."""
     settings = resolve_settings(file, settings_of(file, values))
-    return Operation(file, settings, adapter_name(file.name if name is None else name), origin)
+    return Operation(file, settings, _name_for(file, name), origin)
+
+
+def _name_for(file: RuleFile, name: str | None) -> str:
+    """The name of an adapter: that of its rule file unless given."""
+    return adapter_name(file.name if name is None else name)
 
 
 def _merged(settings: Mapping[str, Any] | None, keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Inputs:
+class JoinedInputs:
     """The tensors of one call, or one value for each of them.
 
     ``x`` is (..., in). A result starts as the product of x with its weight, (out, in), and bias,
@@ -61,10 +61,10 @@ class Inputs:
         """The fields that hold several values."""
         return self.weights, self.biases, self.starts, self.downs, self.given, self.ups
 
-    def filled(self, row: Sequence[Any]) -> Inputs:
+    def filled(self, row: Sequence[Any]) -> JoinedInputs:
         """The same fields with other values, which come in a row."""
         rest = iter(row)
-        return Inputs(next(rest), *([next(rest) for _ in group] for group in self.groups))
+        return JoinedInputs(next(rest), *([next(rest) for _ in group] for group in self.groups))
 
 
 def joined_linears(
@@ -80,24 +80,24 @@ def joined_linears(
 ) -> tuple[Tensor, ...]:
     """The results of several linears of ``x``, (..., out) each, with ``terms`` added to them.
 
-    Tensors are those of :class:`Inputs`; a term is (result, hidden, scale) and takes the up of its
-    own number. With ``compute``, terms are computed and added in that dtype, and each sum is
+    Tensors are those of :class:`JoinedInputs`; a term is (result, hidden, scale) and takes the up
+    of its own number. With ``compute``, terms are computed and added in that dtype, and each sum is
     rounded to the dtype of x. Equal to the terms one by one, but for a few rounding errors.
     """
-    inputs = Inputs(x, weights, biases, starts, downs, given, ups)
+    inputs = JoinedInputs(x, weights, biases, starts, downs, given, ups)
     added = tuple(Term(*term) for term in terms)
     tensors = [tensor for tensor in inputs.row if tensor is not None]
     if not (is_plain_call(tensors) and _fit(inputs, compute)):
         return one_by_one(inputs, added, compute)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         empty = inputs.filled([None] * len(inputs.row))
-        made: tuple[Tensor, ...] = _Joined.apply(empty, added, compute, *inputs.row)
+        made: tuple[Tensor, ...] = _JoinedLinears.apply(empty, added, compute, *inputs.row)
         return made
     return _forward(inputs, added, compute)[0]
 
 
 def one_by_one(
-    inputs: Inputs, terms: Sequence[Term], compute: torch.dtype | None
+    inputs: JoinedInputs, terms: Sequence[Term], compute: torch.dtype | None
 ) -> tuple[Tensor, ...]:
     """The same results by plain operations: what :func:`joined_linears` is an optimisation of."""
     seen = inputs.x if compute is None else inputs.x.to(compute)
@@ -130,7 +130,7 @@ def is_plain_call(tensors: Sequence[Tensor]) -> bool:
     )
 
 
-def _fit(inputs: Inputs, compute: torch.dtype | None) -> bool:
+def _fit(inputs: JoinedInputs, compute: torch.dtype | None) -> bool:
     """Whether dtypes and shapes are those of the optimised form.
 
     x and the starts have one dtype, the terms the one that they are added in, and nothing is
@@ -157,7 +157,7 @@ def _stacked(downs: Sequence[Tensor]) -> Tensor:
 
 
 def _forward(
-    inputs: Inputs, terms: Sequence[Term], compute: torch.dtype | None
+    inputs: JoinedInputs, terms: Sequence[Term], compute: torch.dtype | None
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:
     """The results, and the hidden values of x side by side, (rows, sum of ranks)."""
     x = _rows(inputs.x)
@@ -182,7 +182,7 @@ def _forward(
     return tuple(results), made
 
 
-def _start(inputs: Inputs, number: int, x: Tensor) -> Tensor:
+def _start(inputs: JoinedInputs, number: int, x: Tensor) -> Tensor:
     """What a result starts as, in memory of its own: no view, so that it may be changed in place.
 
     ``x`` are the rows of the inputs' x.
@@ -199,13 +199,13 @@ def _start(inputs: Inputs, number: int, x: Tensor) -> Tensor:
     return result
 
 
-class _Joined(torch.autograd.Function):
+class _JoinedLinears(torch.autograd.Function):
     """:func:`_forward` with a backward pass of its own."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        empty: Inputs,
+        empty: JoinedInputs,
         terms: Sequence[Term],
         compute: torch.dtype | None,
         *row: Tensor | None,
@@ -224,12 +224,12 @@ class _Joined(torch.autograd.Function):
         if torch.is_grad_enabled():
             found = _differentiable(inputs, terms, compute, needed, gradients)
         else:
-            found = _Backward(inputs, terms, compute, made, empty.filled(needed), gradients).run()
+            found = _Gradients(inputs, terms, compute, made, empty.filled(needed), gradients).run()
         return (None, None, None, *found)
 
 
 def _differentiable(
-    inputs: Inputs,
+    inputs: JoinedInputs,
     terms: Sequence[Term],
     compute: torch.dtype | None,
     needed: Sequence[bool],
@@ -246,12 +246,12 @@ def _differentiable(
     return [next(found) if is_needed else None for is_needed in needed]
 
 
-class _Backward:
+class _Gradients:
     """The gradients of one call, of its tensors that need one."""
 
     def __init__(
         self,
-        inputs: Inputs,
+        inputs: JoinedInputs,
         terms: Sequence[Term],
         compute: torch.dtype | None,
         made: Tensor | None,

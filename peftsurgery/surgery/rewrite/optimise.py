@@ -39,7 +39,7 @@ class Summand:
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseLinear:
     """A linear of the model: input, weight ((in, out) if it is turned), bias; its own nodes."""
 
     x: fx.Node
@@ -50,7 +50,7 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Sum:
+class InsertedSum:
     """A value ``start`` and what is added to it, in the dtype ``compute`` if that is another.
 
     ``root`` is the sum's node; ``base`` the linear that makes the start for this sum alone, if one
@@ -59,7 +59,7 @@ class Sum:
 
     root: fx.Node
     start: fx.Node
-    base: Base | None
+    base: BaseLinear | None
     summands: tuple[Summand, ...]
     compute: torch.dtype | None
 
@@ -101,7 +101,7 @@ def optimised(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _sums(graph: fx.Graph) -> Iterator[Sum]:
+def _sums(graph: fx.Graph) -> Iterator[InsertedSum]:
     """The largest sums that surgery inserted, in order."""
     inner: set[fx.Node] = set()
     found = []
@@ -112,7 +112,7 @@ def _sums(graph: fx.Graph) -> Iterator[Sum]:
     return reversed(found)
 
 
-def _sum(root: fx.Node, inner: set[fx.Node]) -> Sum | None:
+def _sum(root: fx.Node, inner: set[fx.Node]) -> InsertedSum | None:
     """The sum that a node is, if there is one start in it; its nodes are added to ``inner``."""
     outer = _cast(root)
     top = root if outer is None else _source(root)
@@ -135,7 +135,7 @@ def _sum(root: fx.Node, inner: set[fx.Node]) -> Sum | None:
     if casts - {compute}:
         return None
     inner |= seen
-    return Sum(root, start, _base(start), summands, compute)
+    return InsertedSum(root, start, _base(start), summands, compute)
 
 
 def _leaves(
@@ -235,14 +235,14 @@ def _down(hidden: fx.Node) -> fx.Node:
     return weight
 
 
-def _base(start: fx.Node) -> Base | None:
+def _base(start: fx.Node) -> BaseLinear | None:
     """The linear of the model that makes a value for one reader."""
     if _is_inserted(start) or len(start.users) != 1 or start.kwargs:
         return None
     if op(start) == "linear":
         given: Any = (*start.args, None)
         x, weight, bias = given[:3]
-        return Base(x, weight, False, bias, (start,))
+        return BaseLinear(x, weight, False, bias, (start,))
     if op(start) not in ("view", "reshape") or op(_source(start)) != "addmm":
         return None
     product = _source(start)
@@ -254,14 +254,14 @@ def _base(start: fx.Node) -> Base | None:
     last = sizes(x)[-1]
     if flat.args[1] != [-1, last] or sizes(start)[:-1] != sizes(x)[:-1] or bias.op != "get_attr":
         return None
-    return Base(x, weight, True, bias, (start, product, flat))
+    return BaseLinear(x, weight, True, bias, (start, product, flat))
 
 
-def _groups(graph: fx.Graph, sums: Sequence[Sum]) -> Iterator[list[Sum]]:
+def _groups(graph: fx.Graph, sums: Sequence[InsertedSum]) -> Iterator[list[InsertedSum]]:
     """Sums that can be made at once, where the first of them is."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     writes = [order[node] for node in graph.nodes if _writes(node)]
-    groups: dict[Any, list[Sum]] = {}
+    groups: dict[Any, list[InsertedSum]] = {}
     for each in sums:
         key = (each.x, each.compute) if each.is_of_one_input else each.root
         first = groups.setdefault(key, [each])[0]
@@ -276,7 +276,7 @@ def _groups(graph: fx.Graph, sums: Sequence[Sum]) -> Iterator[list[Sum]]:
     return iter(groups.values())
 
 
-def _is_written_between(each: Sum) -> bool:
+def _is_written_between(each: InsertedSum) -> bool:
     """Whether something is changed in place after the start of a sum and before its end."""
     node = each.start
     while node is not each.root:
@@ -290,7 +290,7 @@ def _writes(node: fx.Node) -> bool:
     return any(True for _ in overwritten(node))
 
 
-def _tensors(each: Sum) -> Iterator[fx.Node]:
+def _tensors(each: InsertedSum) -> Iterator[fx.Node]:
     """What a sum reads beside x."""
     if each.base is not None:
         yield from filter(None, (each.base.weight, each.base.bias))
@@ -308,7 +308,7 @@ def _is_ready(node: fx.Node, place: fx.Node, order: Mapping[fx.Node, int]) -> bo
     return _cast(node) is not None and _is_ready(_source(node), place, order)
 
 
-def _join(graph: fx.Graph, group: Sequence[Sum]) -> None:
+def _join(graph: fx.Graph, group: Sequence[InsertedSum]) -> None:
     """Put one operation in the place of a group's sums."""
     place, place_of = group[0].root, {n: i for i, n in enumerate(graph.nodes)}
     for node in (node for each in group for node in _tensors(each)):
@@ -340,7 +340,7 @@ def _join(graph: fx.Graph, group: Sequence[Sum]) -> None:
             each.root.replace_all_uses_with(result)
 
 
-def _weight(graph: fx.Graph, base: Base | None) -> fx.Node | None:
+def _weight(graph: fx.Graph, base: BaseLinear | None) -> fx.Node | None:
     """The weight of a linear as (out, in)."""
     if base is None:
         return None

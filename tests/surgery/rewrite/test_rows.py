@@ -46,7 +46,7 @@ def several(name: str) -> OperatedModel:
     """A model with several adapters, none of them active."""
     model: Any = captured(name)
     for adapter in WITH[name]:
-        model = ps.apply(model, RULES[adapter], name=adapter)
+        model = ps.apply(model, RULES[adapter], name=adapter, exact=True)
     randomise(model, scale=0.2).deactivate()
     return model.eval()
 
@@ -160,7 +160,7 @@ def test_what_leaves_a_block_before_it_meets_the_batch_is_refused(name: str) -> 
     rule = ps.Rule(
         match="parameter", where={"path": r".*relative_attention_bias\.weight"}, train=True
     )
-    model = ps.apply(captured(name), rule, name="distances")
+    model = ps.apply(captured(name), rule, name="distances", exact=True)
     randomise(model, scale=0.2)
     before = logits(model, 3)
     with pytest.raises(ps.SurgeryError, match=r"PSG313: distances at .*relative_attention_bias"):
@@ -181,7 +181,7 @@ def test_a_prompt_makes_the_text_of_all_rows_longer_and_is_refused() -> None:
 def test_a_row_may_use_a_fusion_and_another_what_is_fused(name: str) -> None:
     graph: Any = captured(name)
     for adapter in ("one", "two"):
-        graph = ps.apply(graph, "pfeiffer", name=adapter)
+        graph = ps.apply(graph, "pfeiffer", name=adapter, exact=True)
     model = randomise(ps.apply(graph, "adapter_fusion", name="fused", adapters=["one", "two"]))
     names = ["one", "fused", None, "two"]
     assert torch.equal(logits(model, 4, adapters=names), expected(model, names, 4))
@@ -215,7 +215,7 @@ class Sorted(nn.Module):
 
 def operated(module: nn.Module) -> OperatedModel:
     graph = ps.capture(module.eval(), inputs={"x": torch.randn(3, 2, 4)})
-    return randomise(ps.apply(graph, "lora_all_linear", name="lora"), scale=0.3)
+    return randomise(ps.apply(graph, "lora_all_linear", name="lora", exact=True), scale=0.3)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
