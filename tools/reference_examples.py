@@ -54,6 +54,7 @@ OPERATOR_EXAMPLES: Mapping[str, str] = {
     "reshape": "reshape(M, [4])",
     "sigmoid": "sigmoid(x)",
     "silu": "silu(x)",
+    "size": "size(M, 0)",
     "softmax": "softmax(x)",
     "sqrt": "sqrt(4)",
     "sub": "sub(x, 1)",

@@ -109,6 +109,8 @@ def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
     mask, new = named.get(MASK), next((named[name] for name in TEXT if name in named), None)
     if not _is_of_tokens(mask) or not isinstance(new, torch.Tensor):
         return False
+    if torch.compiler.is_exporting():  # the call itself is traced: there are no values to look at
+        return False
     covers = mask.shape == (new.shape[0], new.shape[1] + past.seen)
     return covers and not mask.is_meta and bool(mask.all())
 

@@ -1,6 +1,6 @@
 """PSG4xx: what folding and checking a result are refused for."""
 
-from peftsurgery.codes.entry import UNVERIFIED, USAGE, CodeInfo
+from peftsurgery.codes.entry import UNVERIFIED, CodeInfo
 
 CODES = {
     "PSG401": CodeInfo(
@@ -65,9 +65,13 @@ CODES = {
         UNVERIFIED,
     ),
     "PSG413": CodeInfo(
-        "adapters cannot be inputs of an ONNX model yet",
-        "export_onnx(..., adapters='fold') writes a model with the adapters in its weights.",
-        USAGE,
+        "the adapter cannot be put in and left out of an ONNX graph",
+        "With adapters='inputs' the tensors of the active adapters are inputs that may be left "
+        "out, which leaves the model as it was. That needs an adapter that is active, and for "
+        "which some tensors (empty ones, or what it starts with) change nothing. A prefix that "
+        "moves positions has a fixed length; an adapter that lengthens the text cannot do so "
+        "for every token of a model with a cache. Write a model with the adapters in its "
+        "weights: adapters='fold'.",
     ),
     "PSG414": CodeInfo(
         "no inputs can be made to check the model with",

@@ -212,6 +212,12 @@ def reshape(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.reshape(x, tuple(shape))
 
 
+@operator("size", maths="size({0}, {1})")
+def size(x: Tensor, dim: int) -> int:
+    """How many entries x has along ``dim``."""
+    return x.shape[dim]
+
+
 @operator("view_as", maths="{0}")
 def view_as(x: Tensor, other: Tensor) -> Tensor:
     """The elements of x in the shape of ``other``."""

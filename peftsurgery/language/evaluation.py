@@ -184,7 +184,7 @@ class _Reading:
             given = ", ".join(shown for value in values if (shown := describe_value(value)))
             reason = f"{first_line(error)} (given {given})"
             if isinstance(error, ZeroDivisionError) and isinstance(node, ast.BinOp):
-                reason = f"{_written(node.right)} is 0, by which nothing can be divided"
+                reason = f"{written(node.right)} is 0, by which nothing can be divided"
             raise self.refuse("PSG116", node, reason) from error
         if isinstance(result, int) and abs(result) >= MAX_INTEGER:
             raise self.refuse("PSG112", node, "a number of 2^63 or more")
@@ -205,7 +205,7 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, SupportsIndex) and not hasattr(value, "shape")
 
 
-def _written(node: ast.expr) -> str:
+def written(node: ast.expr) -> str:
     """A part of an expression in its own words."""
     names = {name.id: spelling(name) for name in ast.walk(node) if isinstance(name, ast.Name)}
     text = ast.unparse(node)

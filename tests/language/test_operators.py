@@ -77,6 +77,7 @@ ORACLES = {
     "svd(W, 2)[0] * svd(W, 2)[1] @ svd(W, 2)[2]": rank_two(W),
     "qr(W)[0] @ qr(W)[1]": W,
     "count((1, 2, 3))": 3,
+    "size(x, 1)": 3,
     "lstm(steps, Wi, Wh, bi, bh)": memory(ENV["steps"])[0],
     "qr(W, 2)[0] @ qr(W, 2)[1]": torch.linalg.qr(W).Q[:, :2] @ torch.linalg.qr(W).R[:2],
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,35 +12,30 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.formats.trial_inputs import Inputs, difference
+from peftsurgery.formats.trial_inputs import difference
 
 TOLERANCE = 1e-5
 
+Tensors = Mapping[str, Tensor]
 
-def check_outputs(
-    file: Path,
-    inputs: list[Inputs],
-    wanted: Callable[[Inputs], Mapping[str, Tensor]],
-    slots: Mapping[str, Tensor] | None = None,
-) -> float:
-    """Run a file on each of ``inputs``; the largest difference from what is ``wanted`` of them.
 
-    ``slots`` are tensors of an adapter that are given with them. PSG411 if it is above the
-    tolerance, or if the file cannot be run.
+def check_outputs(file: Path, cases: Iterable[tuple[Tensors, Tensors]]) -> float:
+    """Run a file on inputs by name; the largest difference from the outputs that belong to them.
+
+    PSG411 if it is above the tolerance, or if the file cannot be run.
     """
     largest = 0.0
     session = open_session(file)
-    for each in inputs:
-        expected = {name: value.cpu() for name, value in wanted(each).items()}
-        names = {value.name for value in session.get_inputs()}
-        fed = {name: value for name, value in {**each, **(slots or {})}.items() if name in names}
+    inputs = (*session.get_inputs(), *session.get_overridable_initializers())
+    outputs = [value.name for value in session.get_outputs()]
+    for given, wanted in cases:
+        fed = {v.name: given[v.name].detach().cpu().numpy() for v in inputs if v.name in given}
         with runtime_errors():
-            outputs = session.run(None, {name: v.detach().cpu().numpy() for name, v in fed.items()})
-        found = [torch.from_numpy(output) for output in outputs]
-        named = dict(zip(expected, found, strict=False)) if len(found) == len(expected) else {}
-        gap = difference(expected, named)
+            found = [torch.from_numpy(output) for output in session.run(outputs, fed)]
+        named = dict(zip(wanted, found, strict=False)) if len(found) == len(wanted) else {}
+        gap = difference({name: value.detach().cpu() for name, value in wanted.items()}, named)
         if not gap.within(TOLERANCE):
-            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in each.items())
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
             raise SurgeryError(
                 "PSG411", f"onnxruntime's outputs for {sizes} differ by {gap.largest:.1e}"
             )

@@ -163,8 +163,3 @@ def test_what_has_no_translation_is_refused_with_the_reason(tmp_path: Path) -> N
         ps.export_onnx(model, tmp_path / "model.onnx")
     assert "bessel_j0" in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_adapters_as_inputs_are_refused_by_code(tmp_path: Path) -> None:
-    with pytest.raises(SurgeryError, match="PSG413"):
-        ps.export_onnx(operated("functional"), tmp_path / "model.onnx", adapters="inputs")

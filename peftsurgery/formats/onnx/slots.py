@@ -1,0 +1,124 @@
+"""Models with slots: adapters' tensors are inputs, so that one ONNX file serves many adapters.
+
+A slot is an input that may be left out: then it has its default, with which the model is as it was
+before the adapter. Sizes that an adapter decides, such as LoRA's rank, are 0 there, and may be any
+for an adapter that is put in. Slots are called what the adapter's tensors are called in the model,
+in the graph and in adapters' files alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from peftsurgery.capture import GraphModel, capture
+from peftsurgery.errors import SurgeryError
+from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
+from peftsurgery.formats.onnx.runtime import TOLERANCE
+from peftsurgery.formats.onnx.translate import in_full_precision
+from peftsurgery.formats.trial_inputs import difference, seen_inputs
+from peftsurgery.language.slots import slotted
+from peftsurgery.surgery.applying import operate
+from peftsurgery.surgery.fold.flattening import flatten
+from peftsurgery.surgery.fold.folding import fold
+from peftsurgery.surgery.model.operated import OperatedModel, active_operations
+from peftsurgery.surgery.model.shared import unoperated
+from peftsurgery.surgery.rewrite.inputs import changes_inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """Slots of a model: tensors by the names that they have in it.
+
+    ``values`` are the adapters' own, ``defaults`` what stands for them where none is given, and
+    ``sizes`` the axes that may have any size, each with the size's name.
+    """
+
+    values: Tensors = field(default_factory=dict)
+    defaults: Tensors = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+    def of_size(self, free: int) -> dict[str, Tensor]:
+        """Zeros for the slots with axes of any size, which are ``free`` here."""
+        shapes = {
+            name: [free if axis in axes else n for axis, n in enumerate(self.values[name].shape)]
+            for name, axes in self.sizes.items()
+        }
+        return {name: self.values[name].new_zeros(shape) for name, shape in shapes.items()}
+
+
+def with_slots(model: GraphModel) -> tuple[OperatedModel, Slots]:
+    """Say a model's active adapters with slots, in fp32. PSG413 if none is active."""
+    if not isinstance(model, OperatedModel) or not active_operations(model):
+        raise SurgeryError("PSG413", "no adapter is active that could be put in and left out")
+    model = flatten(model)
+    old = active_operations(model)
+    rules = [slotted(operation.file, operation.settings) for operation in old]
+    names = _names({operation.name: operation.file.name for operation in old})
+    new = [
+        replace(
+            operation,
+            file=operation.file.model_copy(update={"rules": tuple(each.rule for each in mine)}),
+            name=names[operation.name],
+        )
+        for operation, mine in zip(old, rules, strict=True)
+    ]
+    made = operate(_in_full_precision(model), new).eval()
+    known = {id(each.rule): each for mine in rules for each in mine}
+    numbers = {c.parameters[name] for c in made.cuts for name in known[id(c.rule)].numbers}
+    learnt = iter(model.learnt(*names).values())
+    start = {name: value.detach() for name, value in made.learnt().items()}
+    values = {n: v if n in numbers else next(learnt).detach().float() for n, v in start.items()}
+    sizes = {
+        cut.parameters[name]: {axis: cut.rule.params[name].shape[axis].text for axis in axes}
+        for cut in made.cuts
+        for name, axes in known[id(cut.rule)].free.items()
+    }
+    return made, Slots(values, start, sizes)
+
+
+def _names(files: Mapping[str, str]) -> dict[str, str]:
+    """The adapters' names in a graph: their method's, so that any adapter of it fits."""
+    alone = len(set(files.values())) == len(files)
+    return dict(files) if alone else {name: name for name in files}
+
+
+def _in_full_precision(model: OperatedModel) -> GraphModel:
+    """The base of a model; captured again in fp32 if it is kept in half precision."""
+    base = unoperated(model)
+    plain = fold(base)
+    whole = in_full_precision(plain)
+    return base if whole is plain else capture(whole, seen_inputs(model))
+
+
+def that_can_be_left_out(slots: Slots, calls: NamedCalls, without: NamedCalls) -> Slots:
+    """Choose defaults with which calls are those ``without`` an adapter. PSG413 if there are none.
+
+    Sizes that are free are 0; what is left starts as the rule says, or is 0 too.
+    """
+    model = calls.module
+    if calls.cached and isinstance(model, OperatedModel) and any(map(changes_inputs, model.cuts)):
+        raise SurgeryError(
+            "PSG413",
+            "an adapter that lengthens the text does so once, and a graph with a cache is called "
+            "for every token",
+            "export it without a cache",
+        )
+    empty = {**slots.defaults, **slots.of_size(0)}
+    zeros = {name: tensor.new_zeros(tensor.shape) for name, tensor in empty.items()}
+    given = without.unseen()[0]
+    wanted = without.outputs(given)
+    for defaults in (empty, zeros):
+        try:
+            found = calls.outputs(given, defaults)
+        except RuntimeError:  # not everything can be done with nothing
+            continue
+        if difference(wanted, found).within(TOLERANCE):
+            return replace(slots, defaults=defaults)
+    raise SurgeryError(
+        "PSG413",
+        "no tensors of the adapter leave the model as it was",
+        "fold it: adapters='fold'",
+    )
