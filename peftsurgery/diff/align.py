@@ -29,6 +29,8 @@ from peftsurgery.diff.hashes import (
 Pairs = dict[str, str]
 Alike = Callable[[Node, Node], bool]
 RADIUS = 2
+CALL = "call"
+"""The op of a block's call; what is behind it and a space says which block's."""
 
 
 def align(a: Nodes, b: Nodes) -> Pairs:
@@ -65,9 +67,10 @@ def _located(node: Node) -> Hashable:
 
 def _may_be_retyped(one: Node, other: Node) -> bool:
     """Whether one operator may stand for another: both compute something, of as many values."""
-    fixed = {"read", "input", "output", "call"}
+    fixed = {"read", "input", "output", CALL}
+    ops = {each.op.partition(" ")[0] for each in (one, other)}
     same = one.op == other.op
-    return same or (not {one.op, other.op} & fixed and len(one.operands) == len(other.operands))
+    return same or (not ops & fixed and len(one.operands) == len(other.operands))
 
 
 class _Matching:

@@ -36,8 +36,12 @@ def users(nodes: Nodes) -> dict[str, list[tuple[str, int]]]:
 
 
 def with_names(node: Node) -> Hashable:
-    """A node with the names of its module and its tensor."""
-    return node.op, node.module, node.form
+    """A node with the names of its module and its tensor, an input with its dtype.
+
+    What a block is given is numbered, and with one more before it a mask has a size's number.
+    """
+    dtype = node.shape.partition("[")[0] if node.op == "input" else ""
+    return node.op, node.module, node.form, dtype
 
 
 def without_names(node: Node) -> Hashable:

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsurgery.capture.names import join
+from peftsurgery.diff.align import CALL
 from peftsurgery.diff.description import Description, Insertion, Node, SiteFacts, TensorFacts
 from peftsurgery.diff.names import folded
 from peftsurgery.diff.script import Edit, GraphEdits, Script
+from peftsurgery.diff.sizes import is_resized, size_keys
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ Moved = Sequence[tuple[str | None, str | None]]
 def lines(script: Script, a: Description, b: Description) -> list[Line]:
     """All changes, the widest first: config, blocks, insertions, sites, operations, tensors."""
     moved = [(e.before, e.after) for e in script.blocks if e.before != e.after]
-    operations = list(_operations(script.graphs))
+    operations = list(_operations(script.graphs, a))
     renamed = {where for _, sign, where, _ in operations if sign == ">"}
     entries = [
         *_config(script.config),
@@ -146,32 +148,42 @@ def _facts(old: SiteFacts, new: SiteFacts) -> str:
     return ", ".join(f"{name} {one} → {other}" for name, one, other in pairs)
 
 
-def _operations(graphs: Iterable[GraphEdits]) -> Iterator[Entry]:
+def _operations(graphs: Iterable[GraphEdits], a: Description) -> Iterator[Entry]:
     for graph in graphs:
         if graph.before is None:
             continue
-        told = list(_by_module(graph))
+        told = list(_by_module(graph, size_keys(a.classes[graph.before].nodes, graph.edits)))
         for _, path in graph.places:
             yield from (("graph", sign, join(path, module), text) for module, sign, text in told)
 
 
-def _by_module(graph: GraphEdits) -> Iterator[tuple[str, str, str]]:
-    """(module, sign, text) for what a shape class does otherwise, adapters' own doing left out."""
+def _by_module(graph: GraphEdits, sizes: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """(module, sign, text) for what a shape class does otherwise, adapters' own doing left out.
+
+    ``sizes`` are the keys of nodes that are numbers: what only reads others of these is told in the
+    line of what is of another size.
+    """
     surgery = {
-        edit.after or edit.before: node.surgery or ("block" if node.op == "call" else "")
+        edit.after or edit.before: node.surgery or ("block" if node.op == CALL else "")
         for edit in graph.edits
-        if edit.before is None or edit.after is None
         for node in [edit.old if edit.new is None else edit.new]
+        if edit.before is None
+        or edit.after is None
+        or (node.op == CALL and "renamed" in edit.kinds)
     }
     own = [edit for edit in graph.edits if not _follows(edit, surgery)]
+    resized = [edit for edit in own if is_resized(edit, sizes)]
     modules: dict[str, list[Edit]] = {}
     for edit in own:
+        if edit in resized:
+            continue
         shown = edit.old if edit.new is None else edit.new
         modules.setdefault(_owner(shown), []).append(edit)
     for module, edits in modules.items():
         for sign, text in _texts(edits):
             yield module, sign, text
     sized = [edit for edit in own if edit.kinds == ("reshaped",) and edit.new.op != "read"]
+    sized += resized
     if sized:
         yield "", "~", f"{_counted(sized)} of another size"
     renamed = Counter(
@@ -191,7 +203,7 @@ def _follows(edit: Edit, surgery: Mapping[str | None, str]) -> bool:
     """Whether an adapter made this: it put the node in or took it out, made it again, or feeds it.
 
     ``surgery`` names the adapter of each node that was added or removed; the call of a block that
-    is new or gone is told with the block.
+    is new or gone, or has moved, is told with the block.
     """
     old: Node | None = edit.old
     new: Node | None = edit.new
@@ -199,7 +211,8 @@ def _follows(edit: Edit, surgery: Mapping[str | None, str]) -> bool:
         return bool(surgery[edit.after or edit.before])
     if "redone" in edit.kinds:
         return True
-    if edit.kinds != ("rewired",) or len(new.operands) != len(old.operands):
+    kinds = set(edit.kinds) - ({"renamed"} if new.op == CALL else set())
+    if kinds != {"rewired"} or len(new.operands) != len(old.operands):
         return False
     changed = (pair for pair in zip(old.operands, new.operands, strict=True) if pair[0] != pair[1])
     return all(any(surgery.get(operand) for operand in pair) for pair in changed)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from graphlib import TopologicalSorter
 from typing import Any
 
-from peftsurgery.diff.align import Pairs, align
+from peftsurgery.capture.names import join
+from peftsurgery.diff.align import CALL, Pairs, align
 from peftsurgery.diff.blocks import BlockPairs, Classes, align_blocks
 from peftsurgery.diff.description import Description, Insertion, Node, ShapeClass, TensorFacts
 from peftsurgery.diff.names import Renaming
@@ -141,7 +142,7 @@ def _graph_edits(
             start = mine[place] if place < len(mine) else by_form.get(classes.forms[1][label])
             if (start, label) not in numbers:
                 numbers[start, label] = len(graphs)
-                graphs.append(_compared(a, b, start, label, pairs))
+                graphs.append(_compared(a, b, start, label, pairs, (one or path, path)))
                 places.append([])
             used.append(numbers[start, label])
             if one is not None:
@@ -166,15 +167,38 @@ def _block_kinds(one: str | None, path: str, changed: bool) -> tuple[str, ...]:
 
 
 def _compared(
-    a: Description, b: Description, start: str | None, label: str, blocks: BlockPairs
+    a: Description,
+    b: Description,
+    start: str | None,
+    label: str,
+    blocks: BlockPairs,
+    place: tuple[str, str],
 ) -> tuple[GraphEdits, Pairs]:
+    """The edits of one shape class to another, as they are made at a place in both models."""
     target = b.classes[label]
     nodes = {} if start is None else a.classes[start].nodes
-    pairs = align(nodes, target.nodes)
+    pairs = align(_called_as(nodes, place[0], blocks), _called_as(target.nodes, place[1], None))
     back = {other: one for one, other in pairs.items()}
     edits = list(_node_edits(nodes, target.nodes, back))
     edits += [Edit(("removed",), k, None, nodes[k], None) for k in nodes if k not in pairs]
     return GraphEdits(start, label, target.kind, tuple(edits), keys=back), pairs
+
+
+def _called_as(
+    nodes: Mapping[str, Node], block: str, pairs: BlockPairs | None
+) -> Mapping[str, Node]:
+    """Nodes whose calls are told apart by the block they call, as the second model names it.
+
+    A call of a block that is gone is like no other.
+    """
+    calls = {}
+    for key, node in nodes.items():
+        if node.op == CALL:
+            path = join(block, node.module)
+            other = path if pairs is None else pairs.get(path)
+            name = f"{CALL} {other}" if other is not None else f"{CALL} of nothing in {path}"
+            calls[key] = replace(node, op=name, module="")
+    return {**nodes, **calls}
 
 
 def _node_edits(

@@ -218,7 +218,7 @@ rules:
     rewrite: y + linear(linear(x, A), B)
 """
     lines = told(diff(graph, ps.apply(graph, ps.parse_rules(rule))))
-    assert "+ layers.{0..2,4..5}.attn.q: +thin(rank 2) on attn.q ×5" in lines
+    assert "+ layers.{0..2,4..5}.attn.q: thin(rank 2) on attn.q ×5" in lines
 
 
 def test_renaming_all_modules_changes_names_only() -> None:

@@ -147,7 +147,7 @@ def test_the_panel_says_what_is_known_of_a_site(see: Any, lora: Diff) -> None:
     for part in (
         "layers.1.attn.q",
         "attn.q",
-        "+lora_qv(rank 8)",
+        "+ lora_qv(rank 8) on attn.q",
         "y ← y + scale·B·A·drop(x)",
         "folds into W ← W + scale·B·A",
         "layers.1.attn.q.lora_qv.A",
