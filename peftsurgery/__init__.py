@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from peftsurgery.errors import SurgeryError as SurgeryError
     from peftsurgery.formats.adapterhub.directory import from_adapterhub as from_adapterhub
     from peftsurgery.formats.adapterhub.directory import to_adapterhub as to_adapterhub
+    from peftsurgery.formats.export_adapter import export_adapter as export_adapter
     from peftsurgery.formats.extraction import extract as extract
     from peftsurgery.formats.onnx.export import export_onnx as export_onnx
     from peftsurgery.formats.peft.directory import from_peft as from_peft
@@ -66,6 +67,7 @@ _HOME = {
     "combine": "surgery.combine.combining",
     "diff": "diff.comparison",
     "eject": "surgery.applying",
+    "export_adapter": "formats.export_adapter",
     "export_onnx": "formats.onnx.export",
     "extract": "formats.extraction",
     "flatten": "surgery.fold.flattening",

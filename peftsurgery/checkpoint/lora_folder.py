@@ -97,14 +97,14 @@ def read_lora_config(folder: Path) -> dict[str, Any]:
     return read_object(folder / CONFIG, "PSG501")
 
 
-def read_lora_folder(folder: Path) -> LoraFolder:
-    """The plain LoRA adapter in a directory.
+def read_lora_folder(folder: Path, said: str | None = None) -> LoraFolder:
+    """The plain LoRA adapter in a directory; ``said`` is what errors call it, if not its path.
 
     Raises SurgeryError: PSG501 and PSG503 for a config that cannot be read or used, PSG505 to
     PSG507 for tensors that cannot, PSG520 for what is more than a plain LoRA.
     """
     config = read_lora_config(folder)
-    _check_plain(folder, config)
+    _check_plain(said or f"'{folder}'", config)
     if not (folder / TENSORS).exists():
         raise SurgeryError(
             "PSG505", f"'{folder}' has no {TENSORS}", "pickle files are never loaded"
@@ -131,9 +131,9 @@ def strangers(config: Mapping[str, Any]) -> Iterator[str]:
             yield key
 
 
-def _check_plain(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_plain(said: str, config: Mapping[str, Any]) -> None:
     for key in strangers(config):
-        message = f"'{folder}' is no plain LoRA: its {key} is {config.get(key)!r:.60}"
+        message = f"{said} is no plain LoRA: its {key} is {config.get(key)!r:.60}"
         hint = "turn it into one: as_lora, or `peftsurgery export --as-lora RANK`"
         raise SurgeryError("PSG520", message, hint)
 

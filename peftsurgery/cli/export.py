@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +18,22 @@ from peftsurgery.cli.kit import (
     print_result,
 )
 from peftsurgery.cli.progress import doing
-from peftsurgery.outputs import check_free, fresh
+from peftsurgery.outputs import check_free
+from peftsurgery.places import check_apart
 
 if TYPE_CHECKING:
     from peftsurgery.surgery.model.operated import OperatedModel
 
-FORMATS = {
+ADAPTERS = {
     "peft": "an adapter's directory for peft",
     "adapterhub": "an adapter's directory for AdapterHub's library",
+    "vllm": "an adapter's directory for vLLM",
+    "gguf": "an adapter's file for llama.cpp",
+    "mlx": "an adapter's directory for mlx-lm",
+    "kohya": "an adapter's file for diffusers and other image tools",
+}
+FORMATS = {
+    **ADAPTERS,
     "onnx": "a file with the active adapters folded in, checked in onnxruntime",
 }
 
@@ -33,6 +43,12 @@ FORMATS = {
 @click.option("--to", "to", type=click.Choice(list(FORMATS)), required=True, help="The format.")
 @output_option()
 @name_option("Which adapter, if there are several.")
+@click.option(
+    "--as-lora",
+    metavar="RANK|ENERGY",
+    help="Turn what the adapter changes into a plain LoRA: of at most a rank (16), by the share of "
+    "each change's energy that is kept (0.99), or of the rank that each needs (1.0).",
+)
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
 @other_base_option
 @force_option
@@ -42,45 +58,77 @@ def export(
     to: str,
     out: Path,
     name: str | None,
+    as_lora: str | None,
     base: str | None,
     allow_other_base: bool,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write the adapter of a saved SURGERY to OUT in the format of another library."""
+    """Write the adapter of SURGERY, a saved one or a directory of peft's, to OUT for a program."""
+    wish = _wish(as_lora)
     inputs = [surgery, *([base] if base else [])]
-    check_free(out, inputs, force)
+    check_apart(out, inputs)
+    if to not in ADAPTERS:
+        check_free(out, inputs, force)
+    about: dict[str, Any] = {}
     with doing(f"opening {surgery}"):
-        from peftsurgery.surgery.loading import load
-        from peftsurgery.surgery.plan.cut import notes_of
-
-        operated = load(surgery, base, allow_other_base)
-        if name is not None and to == "onnx":
+        operated = _opened(surgery, base, allow_other_base)
+        if name is not None and (wish is not None or to not in ADAPTERS):
             operated.choose(name)
+        if wish is not None:
+            from peftsurgery.surgery.fold.as_lora import lora_with_error
+
+            operated, errors = lora_with_error(operated, **wish)
+            about["lora"] = {weight: asdict(error) for weight, error in errors.items()}
+            name = None
     with doing(f"writing {out}"):
-        if to == "onnx":
-            about = _write_onnx(operated, out)
-        else:
-            with fresh(out, inputs, force) as part:
-                about = _write_adapter(operated, to, part, name)
-    notes = list(dict.fromkeys([*notes_of(operated.operations), *about.get("notes", ())]))
+        about |= _written(operated, to, out, name, force)
+    found = [*_notes(operated), *about.pop("notes", ())]
+    notes = list(dict.fromkeys(found))
     words = "\n".join([f"{out}: {FORMATS[to]}", *(f"note: {note}" for note in notes)])
-    print_result({"format": to, "out": str(out), **about, "notes": notes}, words, as_json)
+    said = {"schema": "peftsurgery.export/1", "format": to, "out": str(out), **about}
+    print_result({**said, "notes": notes}, words, as_json)
 
 
-def _write_adapter(
-    operated: OperatedModel, to: str, part: Path, name: str | None
+def _wish(given: str | None) -> dict[str, Any] | None:
+    """The rank or the energy that is asked for; None for none."""
+    if given is None:
+        return None
+    try:
+        return {"rank": int(given)} if given.isdecimal() else {"energy": float(given)}
+    except ValueError:
+        message = f"'{given}' is neither a rank (16) nor a share of the energy (0.99)"
+        raise click.BadParameter(message, param_hint="--as-lora") from None
+
+
+def _opened(surgery: str, base: str | None, allow_other_base: bool) -> OperatedModel:
+    from peftsurgery.checkpoint.lora_folder import CONFIG
+    from peftsurgery.formats.pretrained import open_adapter
+    from peftsurgery.surgery.loading import load
+
+    if (Path(surgery) / CONFIG).is_file():
+        return open_adapter(Path(surgery), base, allow_other_base)
+    return load(surgery, base, allow_other_base)
+
+
+def _notes(operated: OperatedModel) -> Iterator[str]:
+    from peftsurgery.surgery.plan.cut import notes_of
+
+    yield from notes_of(operated.operations)
+    for name, lost in operated.report.lost.items():
+        yield f"'{name}' lacks {lost:.2%} of the change that it was made of"
+
+
+def _written(
+    operated: OperatedModel, to: str, out: Path, name: str | None, force: bool
 ) -> dict[str, Any]:
-    from peftsurgery.formats.adapterhub.directory import to_adapterhub
-    from peftsurgery.formats.peft.directory import to_peft
+    if to not in ADAPTERS:
+        # it is written beside OUT and takes its name, with its data if they are apart
+        from peftsurgery.formats.onnx.export import export_onnx
 
-    notes = {"peft": to_peft, "adapterhub": to_adapterhub}[to](operated, part, name)
-    files = sorted(str(file.relative_to(part)) for file in part.rglob("*") if file.is_file())
-    return {"files": files, "notes": list(notes or ())}
+        return export_onnx(operated, out).to_dict()
+    from peftsurgery.formats.export_adapter import TARGETS
 
-
-def _write_onnx(operated: OperatedModel, out: Path) -> dict[str, Any]:
-    # it is written beside OUT and takes its name, with its data if they are apart
-    from peftsurgery.formats.onnx.export import export_onnx
-
-    return export_onnx(operated, out).to_dict()
+    notes = TARGETS[to](operated, out, name, force)
+    inside = (str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
+    return {"files": sorted(inside) or [out.name], "notes": list(notes)}

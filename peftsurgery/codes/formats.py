@@ -84,4 +84,15 @@ CODES = {
         "weights, and nothing else. The key or tensor named makes this one more than that. "
         "`peftsurgery export --as-lora RANK` and `as_lora` turn any foldable change into one.",
     ),
+    "PSG521": CodeInfo(
+        "a program cannot be given an adapter",
+        "The program would refuse, ignore or misread the part named, so nothing is written. A "
+        "merge (`fold`) says everything; `as_lora` makes smaller ranks.",
+    ),
+    "PSG522": CodeInfo(
+        "a program's names for an architecture are not known",
+        "Programs name the modules of each architecture in their own way, and some order the rows "
+        "of their weights otherwise. What is known is in the YAML table of each folder of "
+        "peftsurgery/formats.",
+    ),
 }

@@ -9,6 +9,8 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.checkpoint.loras import llama, saved_lora
+
 
 @pytest.fixture(scope="module")
 def surgery(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -102,3 +104,21 @@ def test_an_export_from_another_base_is_refused_or_says_so(
     assert "other values" in outcome.json["notes"][0]
     record = json.loads((tmp_path / "out" / "peftsurgery.json").read_text())
     assert "embeddings.LayerNorm.bias" in record["exported"][0]["other_base"]
+
+
+def test_a_directory_of_pefts_is_exported_as_a_lora_of_less_rank(run: Any, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    folder = saved_lora(tmp_path / "dora", use_dora=True, lora_dropout=0.1)
+    given = ("export", folder, "--base", tmp_path / "base", "--to", "gguf", "--json")
+    outcome = run(*given, "-o", tmp_path / "out.gguf")
+    assert outcome.json["error"]["code"] == "PSG520"
+    outcome = run(*given, "-o", tmp_path / "out.gguf", "--as-lora", "2")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["schema"] == "peftsurgery.export/1"
+    assert {each["rank"] for each in outcome.json["lora"].values()} == {2}
+    assert "lacks" in outcome.json["notes"][-1]
+    assert (tmp_path / "out.gguf").read_bytes()[:4] == b"GGUF"
+    outcome = run(*given, "-o", tmp_path / "x", "--as-lora", "much")
+    assert (outcome.json["error"]["code"], outcome.code) == ("PSG901", 2)
+    outcome = run(*given, "-o", folder / "x.gguf", "--as-lora", "2")
+    assert outcome.json["error"]["code"] == "PSG602"

@@ -1,0 +1,1 @@
+"""The names of kohya's trainer, which diffusers and other image tools read: written."""

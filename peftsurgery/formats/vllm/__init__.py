@@ -1,0 +1,1 @@
+"""vLLM's rules for peft directories: written."""

@@ -1,0 +1,1 @@
+"""Exports read by the programs that they are for, and compared with the folded model."""

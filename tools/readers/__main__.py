@@ -1,0 +1,181 @@
+"""Read exports by the real programs: ``tools/readers/run``.
+
+For each architecture a small model with random weights is given a rank-stabilised LoRA of two
+ranks, exported, read, and compared with the operated model's outputs. Prints a line for each, and
+exits with 1 if one differs by more than the program's own precision.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import PeftModel
+
+import peftsurgery as ps
+
+HERE = Path(__file__).parent
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {"tie_word_embeddings": False},
+    "Mistral": {"tie_word_embeddings": False},
+    "Qwen2": {"tie_word_embeddings": False},
+    "Qwen3": {"tie_word_embeddings": False, "head_dim": 16},
+    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "Phi3": {"tie_word_embeddings": False},
+}
+# The largest difference that is the program's own: llama.cpp keeps keys and values in fp16, and its
+# base alone is as far from transformers.
+BOUNDS = {"llama.cpp": 1e-2, "mlx-lm": 1e-4, "peft": 1e-4, "diffusers": 1e-4}
+
+
+def operated(folder: Path, name: str, changes: dict[str, Any]) -> ps.OperatedModel:
+    """A small model in ``folder/base`` with a trained LoRA, of another rank in its last layer."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    shaken(model)
+    model.save_pretrained(folder / "base")
+    _say_theta(folder / "base" / "config.json")
+    made = ps.apply(
+        ps.capture(str(folder / "base")),
+        ["lora_all_linear"],
+        settings={"stabilised": True, "rank": 4, "alpha": 6},
+        by=[{"where": {"layers": "1"}, "rank": 7}],
+    )
+    shaken(made, trained=True)
+    return made.eval()
+
+
+def shaken(model: torch.nn.Module, trained: bool = False) -> None:
+    """Move weights, or what is trained, at random."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not trained or parameter.requires_grad:
+                noise = torch.randn_like(parameter)
+                parameter.add_((0.15 if trained else 0.05) * noise)
+
+
+def _say_theta(file: Path) -> None:
+    """Say the base of the rotary frequencies as other programs read it too."""
+    config = json.loads(file.read_text())
+    config["rope_theta"] = (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+    file.write_text(json.dumps(config))
+
+
+def by_llama(home: Path, model: ps.OperatedModel, folder: Path, ids: Any, wanted: Any) -> float:
+    """Largest difference of llama.cpp's log-probabilities, where they are above 1e-6."""
+    python, out = home / "venv/bin/python", folder / "adapter.gguf"
+    ps.export_adapter(model, out, "gguf")
+    said = json.loads(printed(python, HERE / "gguf_reader.py", out))
+    assert said["keys"]["general.type"] == "adapter"
+    printed(python, HERE / "base_gguf.py", folder / "base", folder / "base.gguf")
+    (folder / "ids.json").write_text(json.dumps(ids[0].tolist()))
+    reader = ("node", HERE / "llama_reader.mjs", home / "node", folder / "base.gguf")
+    found = json.loads(printed(*reader, out, folder / "ids.json"))
+    logs = wanted[0] - np.log(np.exp(wanted[0]).sum(-1, keepdims=True))
+    return max(
+        abs(np.log(share) - logs[place][token])
+        for place, row in enumerate(found)
+        for token, share in row
+        if share > 1e-6
+    )
+
+
+def by_mlx(home: Path, model: ps.OperatedModel, folder: Path, ids: Any, wanted: Any) -> float:
+    """Largest difference of mlx-lm's logits."""
+    ps.export_adapter(model, folder / "mlx", "mlx")
+    return _read_by(home, "mlx_reader.py", folder, "mlx", ids, wanted)
+
+
+def by_peft(home: Path, model: ps.OperatedModel, folder: Path, ids: Any, wanted: Any) -> float:
+    """Largest difference of peft's logits, of the directory that is made for vLLM."""
+    ps.export_adapter(model, folder / "vllm", "vllm")
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    theirs = PeftModel.from_pretrained(base, str(folder / "vllm")).eval()
+    with torch.no_grad():
+        found = theirs(torch.from_numpy(ids)).logits.double().numpy()
+    return float(np.abs(found - wanted).max())
+
+
+def by_diffusers(home: Path, folder: Path) -> float:
+    """Largest difference of a text encoder's outputs in diffusers."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = transformers.CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=99)
+    encoder = transformers.CLIPTextModel(config).eval()
+    shaken(encoder)
+    encoder.save_pretrained(folder / "base")
+    model = ps.apply(ps.capture(encoder), "rslora", rank=3).eval()
+    shaken(model, trained=True)
+    ids = torch.randint(3, 98, (1, 9))
+    with torch.no_grad():
+        wanted = model(ids).last_hidden_state.double().numpy()
+    ps.export_adapter(model, folder / "kohya", "kohya")
+    return _read_by(home, "kohya_reader.py", folder, "kohya", ids.numpy(), wanted)
+
+
+def _read_by(home: Path, script: str, folder: Path, out: str, ids: Any, wanted: Any) -> float:
+    np.save(folder / "ids.npy", ids)
+    given = (folder / "base", folder / out, folder / "ids.npy", folder / "found.npy")
+    printed(home / "venv/bin/python", HERE / script, *given)
+    return float(np.abs(np.load(folder / "found.npy") - wanted).max())
+
+
+def printed(*command: str | Path) -> str:
+    """What a program prints; its own complaints if it fails."""
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        raise SystemExit(f"{command[1]}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+Reader = Callable[[Path, ps.OperatedModel, Path, Any, Any], float]
+READERS: dict[str, Reader] = {"llama.cpp": by_llama, "mlx-lm": by_mlx, "peft": by_peft}
+
+
+def main(home: Path, only: list[str]) -> int:
+    """Read every export; returns the exit code."""
+    lines: list[tuple[str, str, float, float]] = []
+    for name, changes in MODELS.items():
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            model = operated(folder, name, changes)
+            ids = torch.randint(3, 256, (1, 12))
+            with torch.no_grad():
+                wanted = model(input_ids=ids).logits.double()
+                moved = float((model.base(input_ids=ids).logits - wanted).abs().max())
+            for program, read in READERS.items():
+                if not only or program in only:
+                    gap = read(home, model, folder, ids.numpy(), wanted.numpy())
+                    lines.append((name, program, gap, moved))
+                    print(f"{name:8} {program:10} {gap:.1e} apart, moved by {moved:.1e}")
+    if not only or "diffusers" in only:
+        with TemporaryDirectory() as temporary:
+            gap = by_diffusers(home, Path(temporary))
+            lines.append(("CLIP", "diffusers", gap, 0.0))
+            print(f"{'CLIP':8} {'diffusers':10} {gap:.1e} apart")
+    return int(any(gap > BOUNDS[program] for _, program, gap, _ in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]).absolute(), sys.argv[2:]))
