@@ -82,22 +82,13 @@ def extras_of(packages: list[Package]) -> dict[str, dict[str, str | None]]:
     return found
 
 
-def machine(with_torch: bool) -> dict[str, Any]:
-    """Cores, memory in GiB, and with torch its threads and the accelerator; None for unknown."""
-    found: dict[str, Any] = {
+def machine() -> dict[str, Any]:
+    """Number of cores, and memory in GiB; None for unknown."""
+    return {
         "cores": os.cpu_count(),
-        "threads": None,
         "memory_gib": _gib("SC_PHYS_PAGES"),
         "free_gib": _gib("SC_AVPHYS_PAGES"),
-        "accelerator": None,
     }
-    if with_torch:
-        import torch
-
-        found["threads"] = torch.get_num_threads()
-        if torch.cuda.is_available():
-            found["accelerator"] = torch.cuda.get_device_name()
-    return found
 
 
 def _gib(pages: str) -> float | None:

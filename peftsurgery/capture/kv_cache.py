@@ -28,6 +28,7 @@ from transformers.integrations import sdpa_attention
 
 from peftsurgery.capture import ops
 from peftsurgery.capture.stack import inherit
+from peftsurgery.capture.tensors import number_or_self
 from peftsurgery.capture.withheld import names_of, refused
 
 # The lengths of a layer, as conditions ask for them: the tokens it saw, how many of them are still
@@ -257,6 +258,10 @@ class Layers(Sequence[Any]):
         """What a layer keeps, its number and the content of the one it stands for aside."""
         aside = ("index", "keys", "values")
         return {key: v for key, v in vars(self.every[number]).items() if key not in aside}
+
+    def told_of(self, number: int) -> dict[str, Any]:
+        """The same, with numbers in place of tensors that are one (the length of a window)."""
+        return {key: number_or_self(value) for key, value in self.kept_by(number).items()}
 
 
 class _StandIn:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from peftsurgery.capture.program import TensorInfo
 from peftsurgery.errors import SurgeryError
@@ -103,3 +105,14 @@ def _fake(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, requires_grad=tensor.requires_grad)
     return empty
+
+
+def number_or_self(value: Any) -> Any:
+    """The dtype and number of a tensor that is a single one with content; else the value itself.
+
+    It is read beside any trace, which learns nothing of it.
+    """
+    if type(value) is not torch.Tensor or value.dim() or value.is_meta:
+        return value
+    with unset_fake_temporarily(), disable_proxy_modes_tracing():
+        return value.dtype, value.item()

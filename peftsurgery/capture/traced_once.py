@@ -261,7 +261,7 @@ class Once:
     ) -> dict[Attribute, Token]:
         """What each layer of the cache keeps whose number an attribute may be."""
         return {
-            (name, key): (type(layers.every[value]).__bases__, tokens.of(layers.kept_by(value)))
+            (name, key): (type(layers.every[value]).__bases__, tokens.of(layers.told_of(value)))
             for name, part in parts
             for key, value in vars(part).items()
             if (type(part), key) in self.watched and type(value) is int and 0 <= value < len(layers)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import time
+import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import click
 
 from peftsurgery.cli.kit import json_option, print_result
-from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.installed import Package, extras_of, machine, packages_needed
 from peftsurgery.version import __version__
 
@@ -30,7 +31,8 @@ def doctor(as_json: bool) -> int:
     packages = list(packages_needed())
     needed = {package.name: package.version for package in packages if package.extra is None}
     present = all(needed.get(name, "") is not None for name in CORE)
-    seconds, error = _trial() if present else (None, "there is nothing to capture with")
+    tried = _trial() if present else {"capture_error": "there is nothing to capture with"}
+    error = tried.get("capture_error")
     report = {
         "peftsurgery": __version__,
         "python": platform.python_version(),
@@ -38,30 +40,30 @@ def doctor(as_json: bool) -> int:
         "packages": needed,
         "extras": extras_of(packages),
         "untested": [asdict(p) for p in packages if p.state in ("newer", "older")],
-        "machine": machine(present),
-        "capture_seconds": seconds,
+        "machine": {**machine(), **{key: tried.get(key) for key in ("threads", "accelerator")}},
+        "capture_seconds": tried.get("capture_seconds"),
         "capture_error": error,
     }
     print_result(report, "\n".join(_lines(report, packages)), as_json)
     return 0 if error is None else 3
 
 
-def _trial() -> tuple[float | None, str | None]:
-    """Capture a tiny module and run it: the seconds it took, or why it cannot be done here."""
-    start = time.perf_counter()
-    try:
-        import torch
-        from torch import nn
+def _trial() -> dict[str, Any]:
+    """What trying a capture in a process of its own found, of which this one needs no torch.
 
-        from peftsurgery.capture import capture
+    A library that takes its process down with it is an error like others.
+    """
+    import subprocess
 
-        module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-        inputs = torch.ones(3, 4)
-        model = capture(module, inputs=(inputs,))
-        torch.testing.assert_close(model(inputs), module(inputs))
-    except (ImportError, SurgeryError, AssertionError) as error:
-        return None, first_line(error)
-    return round(time.perf_counter() - start, 2), None
+    command = [sys.executable, "-c", "from peftsurgery.cli.trial import main; main()"]
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=here)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines()[-1:] or [f"it ended with {done.returncode}"]
+        return {"capture_error": said[0]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def _lines(report: dict[str, Any], packages: list[Package]) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from email.message import Message
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +64,7 @@ def test_a_newer_transformers_is_said_with_what_was_tested(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(monkeypatch, **{**HERE, "transformers": "5.99.0"})
-    monkeypatch.setattr(doctor, "_trial", lambda: (0.1, None))
+    monkeypatch.setattr(doctor, "_trial", lambda: {"capture_seconds": 0.1})
     outcome = run("doctor")
     assert "5.99.0  NEWER than what was tested (<5.25,>=5.23)" in outcome.out
     assert outcome.code == 0
@@ -85,8 +86,21 @@ def test_without_torch_the_versions_are_shown_all_the_same(
 
 def test_a_trial_that_fails_hides_no_version(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, **{**HERE, "transformers": "7.0.0"})
-    monkeypatch.setattr(doctor, "_trial", lambda: (None, "cannot import name 'exporters'"))
+    monkeypatch.setattr(
+        doctor, "_trial", lambda: {"capture_error": "cannot import name 'exporters'"}
+    )
     outcome = run("doctor")
     assert outcome.code == 3
     assert "7.0.0  NEWER" in outcome.out
     assert "a trial capture failed: cannot import name 'exporters'" in outcome.out
+
+
+def test_a_library_that_ends_its_process_is_an_error_like_others(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch.py").write_text("import os; os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    outcome = run("doctor", "--json")
+    assert outcome.code == 3
+    assert "-6" in outcome.json["capture_error"]
+    assert outcome.json["packages"]["torch"]
