@@ -9,6 +9,7 @@ from types import FrameType
 import click
 
 from peftsurgery.cli.apply import apply
+from peftsurgery.cli.check import check
 from peftsurgery.cli.diff import diff
 from peftsurgery.cli.doctor import doctor
 from peftsurgery.cli.explain import explain
@@ -46,6 +47,7 @@ for command in (
     export,
     extract,
     merge,
+    check,
     diff,
     inspect,
     why,

@@ -1,5 +1,6 @@
 """extract and merge, as a user calls them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +46,49 @@ def test_refusals_have_codes_and_leave_nothing(
     outcome = run(*arguments, "-o", tmp_path / "out", "--json")
     assert outcome.json["error"]["code"] == code
     assert list(tmp_path.iterdir()) == []
+
+
+def changed(folder: Path, **values: object) -> None:
+    """Put other values into an adapter's config."""
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("program", "values", "does"),
+    [
+        ("vllm", {"use_dora": True}, ["refuses"]),
+        ("vllm", {"bias": "all", "modules_to_save": ["lm_head"]}, ["refuses", "refuses"]),
+        ("vllm", {"alpha_pattern": {"q_proj": 3}}, ["ignores"]),
+        ("vllm", {"r": 1024}, ["refuses"]),
+        ("llama.cpp", {"use_rslora": True, "alpha_pattern": {"q_proj": 3}}, ["misreads"] * 2),
+        ("llama.cpp", {"use_rslora": False}, []),
+        ("peft", {}, []),
+    ],
+)
+def test_what_a_program_does_otherwise_is_told(
+    run: Any, tmp_path: Path, program: str, values: dict[str, Any], does: list[str]
+) -> None:
+    folder = saved_lora(tmp_path / "lora")
+    changed(folder, **values)
+    outcome = run("check", folder, "--for", program, "--json")
+    assert [finding["does"] for finding in outcome.json["findings"]] == does
+    assert outcome.json["schema"] == "peftsurgery.check/1"
+    assert outcome.code == (1 if does else 0)
+
+
+def test_modules_that_a_base_lacks_are_told_and_programs_that_are_not_known_refused(
+    run: Any, tmp_path: Path
+) -> None:
+    folder = saved_lora(tmp_path / "lora")
+    llama(num_hidden_layers=1).save_pretrained(tmp_path / "short")
+    outcome = run("check", folder, "--for", "vllm", "--base", tmp_path / "short")
+    assert outcome.code == 1
+    assert "layers.1.self_attn.q_proj" in outcome.out
+    llama().save_pretrained(tmp_path / "base")
+    outcome = run("check", folder, "--for", "vllm", "--base", tmp_path / "base")
+    assert (outcome.code, "as it is meant" in outcome.out) == (0, True)
+    outcome = run("check", folder, "--for", "llama", "--json")
+    assert (outcome.json["error"]["code"], outcome.code) == ("PSG904", 2)
+    outcome = run("check", tmp_path / "nothing", "--for", "vllm", "--json")
+    assert outcome.json["error"]["code"] == "PSG501"

@@ -125,7 +125,7 @@ def by_diffusers(home: Path, folder: Path) -> float:
     encoder = transformers.CLIPTextModel(config).eval()
     shaken(encoder)
     encoder.save_pretrained(folder / "base")
-    model = ps.apply(ps.capture(encoder), "rslora", rank=3).eval()
+    model = ps.apply(ps.capture(encoder), "lora_attention", rank=3, stabilised=True).eval()
     shaken(model, trained=True)
     ids = torch.randint(3, 98, (1, 9))
     with torch.no_grad():

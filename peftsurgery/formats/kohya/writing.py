@@ -28,7 +28,10 @@ def to_kohya(model: OperatedModel, out: Path, name: str | None, force: bool) -> 
         names = _names(lora, row)
         with one_file(out, FILE, force, places_read(model)) as file:
             _write(lora, names, file)
-    return ()
+    wanted = row.get("wanted", "")
+    if any(module.endswith(wanted) for module in lora.layers):
+        return ()
+    return (f"diffusers loads it only with an adapter of '{wanted}' in it",)
 
 
 def _names(lora: LoraFolder, row: dict[str, Any]) -> dict[str, str]:
