@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -31,10 +31,11 @@ ADAPTERS = {
     "gguf": "an adapter's file for llama.cpp",
     "mlx": "an adapter's directory for mlx-lm",
     "kohya": "an adapter's file for diffusers and other image tools",
+    "ort-adapter": "an adapter's file for onnxruntime, for a model of `onnx --adapters inputs`",
 }
 FORMATS = {
     **ADAPTERS,
-    "onnx": "a file with the active adapters folded in, checked in onnxruntime",
+    "onnx": "a model with the active adapters in it, checked in onnxruntime",
 }
 
 
@@ -49,6 +50,15 @@ FORMATS = {
     help="Turn what the adapter changes into a plain LoRA: of at most a rank (16), by the share of "
     "each change's energy that is kept (0.99), or of the rank that each needs (1.0).",
 )
+@click.option(
+    "--adapters",
+    type=click.Choice(["fold", "inputs"]),
+    help="For onnx: fold the adapters into the weights (as without it), or have their tensors as "
+    "inputs that may be left out.",
+)
+@click.option(
+    "--cache", is_flag=True, help="For onnx: keys and values of past tokens go in and out."
+)
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
 @other_base_option
 @force_option
@@ -59,6 +69,8 @@ def export(
     out: Path,
     name: str | None,
     as_lora: str | None,
+    adapters: Literal["fold", "inputs"] | None,
+    cache: bool,
     base: str | None,
     allow_other_base: bool,
     force: bool,
@@ -66,6 +78,8 @@ def export(
 ) -> None:
     """Write the adapter of SURGERY, a saved one or a directory of peft's, to OUT for a program."""
     wish = _wish(as_lora)
+    if to != "onnx" and (adapters is not None or cache):
+        raise click.UsageError("--adapters and --cache are for --to onnx")
     inputs = [surgery, *([base] if base else [])]
     check_apart(out, inputs)
     if to not in ADAPTERS:
@@ -82,7 +96,12 @@ def export(
             about["lora"] = {weight: asdict(error) for weight, error in errors.items()}
             name = None
     with doing(f"writing {out}"):
-        about |= _written(operated, to, out, name, force)
+        if to in ADAPTERS:
+            about |= _written(operated, to, out, name, force)
+        else:  # it is written beside OUT and takes its name, with its data if they are apart
+            from peftsurgery.formats.onnx.export import export_onnx
+
+            about |= export_onnx(operated, out, adapters or "fold", cache).to_dict()
     found = [*_notes(operated), *about.pop("notes", ())]
     notes = list(dict.fromkeys(found))
     words = "\n".join([f"{out}: {FORMATS[to]}", *(f"note: {note}" for note in notes)])
@@ -122,13 +141,8 @@ def _notes(operated: OperatedModel) -> Iterator[str]:
 def _written(
     operated: OperatedModel, to: str, out: Path, name: str | None, force: bool
 ) -> dict[str, Any]:
-    if to not in ADAPTERS:
-        # it is written beside OUT and takes its name, with its data if they are apart
-        from peftsurgery.formats.onnx.export import export_onnx
-
-        return export_onnx(operated, out).to_dict()
     from peftsurgery.formats.export_adapter import TARGETS
 
-    notes = TARGETS[to](operated, out, name, force)
+    notes = TARGETS[to.partition("-")[0]](operated, out, name, force)
     inside = (str(file.relative_to(out)) for file in out.rglob("*") if file.is_file())
     return {"files": sorted(inside) or [out.name], "notes": list(notes)}

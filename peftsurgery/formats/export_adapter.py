@@ -12,13 +12,14 @@ from peftsurgery.formats.adapterhub.directory import to_adapterhub
 from peftsurgery.formats.gguf.writing import to_gguf
 from peftsurgery.formats.kohya.writing import to_kohya
 from peftsurgery.formats.mlx.writing import to_mlx
+from peftsurgery.formats.onnx.adapter_file import to_ort
 from peftsurgery.formats.peft.directory import to_peft
 from peftsurgery.formats.plain_lora import places_read
 from peftsurgery.formats.vllm.writing import to_vllm
 from peftsurgery.outputs import fresh
 from peftsurgery.surgery.model.operated import OperatedModel
 
-Target = Literal["peft", "adapterhub", "vllm", "gguf", "mlx", "kohya"]
+Target = Literal["peft", "adapterhub", "vllm", "gguf", "mlx", "kohya", "ort"]
 Write = Callable[[OperatedModel, Path, str | None, bool], tuple[str, ...]]
 
 
@@ -39,6 +40,7 @@ TARGETS: Mapping[str, Write] = {
     "gguf": to_gguf,
     "mlx": to_mlx,
     "kohya": to_kohya,
+    "ort": to_ort,
 }
 
 
@@ -52,9 +54,11 @@ def export_adapter(
 ) -> tuple[str, ...]:
     """Write the adapter ``name`` (or the only one) for another program; returns notes for users.
 
-    ``to`` is peft, adapterhub, vllm (a peft directory within its rules), gguf (llama.cpp), mlx or
-    kohya (diffusers). The last four take plain LoRA alone: :func:`as_lora` makes one of any
-    foldable change. ``path`` is a directory; for gguf and kohya it may be a file. It must not
+    ``to`` is peft, adapterhub, vllm (a peft directory within its rules), gguf (llama.cpp), mlx,
+    kohya (diffusers) or ort (onnxruntime, for a model that :func:`export_onnx` wrote with
+    ``adapters="inputs"``). vllm, gguf, mlx and kohya take plain LoRA alone: :func:`as_lora` makes
+    one of any foldable change. ``path`` is a directory; for gguf, kohya and ort it may be a file.
+    It must not
     exist, unless with ``force`` or as a directory for one file. Nothing is written if the program
     would refuse, ignore or misread any part.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 import pytest
+from onnxruntime import AdapterFormat
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.loras import llama, saved_lora
@@ -48,6 +49,17 @@ def test_an_adapter_is_written_under_the_names_of_its_library(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_adapter_for_onnxruntime_has_the_names_of_the_model(
+    run: Any, surgery: Path, tmp_path: Path
+) -> None:
+    outcome = run("export", surgery, "--to", "ort-adapter", "-o", tmp_path / "a.onnx_adapter")
+    assert outcome.code == 0, outcome.out
+    read = AdapterFormat.read_adapter(str(tmp_path / "a.onnx_adapter")).get_parameters()
+    known = load_file(surgery / "adapter.safetensors")
+    assert {name.rpartition(".")[2] for name in read} == {"A", "B", "scale_slot"}
+    assert len([name for name in read if name.endswith(".A")]) == len(known) // 2
+
+
 @pytest.mark.slow
 def test_an_onnx_file_is_checked_and_written(run: Any, surgery: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
@@ -63,6 +75,7 @@ def test_an_onnx_file_is_checked_and_written(run: Any, surgery: Path, tmp_path: 
     ("arguments", "code", "exit_code"),
     [
         (("--to", "keras"), "PSG901", 2),
+        (("--to", "peft", "--cache"), "", 2),
         (("--to", "onnx", "--name", "nobody"), "PSG310", 3),
         (("--to", "peft", "--name", "nobody"), "PSG511", 3),
         (("--to", "adapterhub", "--name", "nobody"), "PSG511", 3),

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
 from peftsurgery import SurgeryError
-from peftsurgery.formats.onnx.adapter_file import to_ort
 from tests.models.captured import captured
 from tests.surgery.reference import randomise
 
@@ -65,7 +64,7 @@ def test_a_file_with_a_cache_generates_as_the_original_does(
     ps.export_onnx(model, tmp_path / "inputs.onnx", adapters="inputs", cache=True)
     result = ps.export_onnx(model, tmp_path / "folded.onnx", cache=True)
     assert result.outputs[:3] == ("logits", "present.0.key", "present.0.value")
-    to_ort(model, tmp_path / "a.onnx_adapter")
+    ps.export_adapter(model, tmp_path / "a.onnx_adapter", "ort")
     ids = torch.tensor([[5, 9, 2, 7]])
 
     def wanted(plain: LlamaForCausalLM) -> list[int]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery import SurgeryError
-from peftsurgery.formats.onnx.adapter_file import to_ort
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.reference import adapted, pairs_of, randomise
@@ -41,7 +40,7 @@ def test_adapters_of_any_rank_are_put_in_and_left_out(tmp_path: Path) -> None:
     other = operated("bert", "lora_qv", seed=2, rank=7, alpha=3, stabilised=True)
     result = ps.export_onnx(one, tmp_path / "m.onnx", adapters="inputs")
     for number, model in enumerate((one, other)):
-        to_ort(model, tmp_path / f"{number}.onnx_adapter")
+        ps.export_adapter(model, tmp_path / f"{number}.onnx_adapter", "ort")
     inputs, original = ZOO["bert"].inputs(5, 13), ZOO["bert"].build()
     close: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
     with torch.no_grad():
@@ -64,7 +63,7 @@ def test_six_methods_on_architectures(name: str, rule: str, tmp_path: Path) -> N
     model = operated(name, rule)
     result = ps.export_onnx(model, tmp_path / "m.onnx", adapters="inputs")
     assert result.difference <= 1e-5
-    to_ort(model, tmp_path / "a.onnx_adapter")
+    ps.export_adapter(model, tmp_path / "a.onnx_adapter", "ort")
     inputs = ZOO[name].inputs(3, 9)
     with torch.no_grad():
         wanted = model(**inputs)[0]
@@ -80,7 +79,7 @@ def test_tokens_are_put_in_and_left_out(rule: str, tmp_path: Path) -> None:
     one = operated("bert", rule, length=3)
     other = operated("bert", rule, seed=2, length=5)
     ps.export_onnx(one, tmp_path / "m.onnx", adapters="inputs")
-    to_ort(other, tmp_path / "a.onnx_adapter")
+    ps.export_adapter(other, tmp_path / "a.onnx_adapter", "ort")
     inputs = ZOO["bert"].inputs(2, 6)
     with torch.no_grad():
         wanted = other(**inputs)[0]
