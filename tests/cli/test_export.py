@@ -75,7 +75,7 @@ def test_an_onnx_file_is_checked_and_written(run: Any, surgery: Path, tmp_path: 
     ("arguments", "code", "exit_code"),
     [
         (("--to", "keras"), "PSG901", 2),
-        (("--to", "peft", "--cache"), "", 2),
+        (("--to", "peft", "--cache"), "PSG901", 2),
         (("--to", "onnx", "--name", "nobody"), "PSG310", 3),
         (("--to", "peft", "--name", "nobody"), "PSG511", 3),
         (("--to", "adapterhub", "--name", "nobody"), "PSG511", 3),
