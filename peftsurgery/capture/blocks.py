@@ -134,12 +134,7 @@ class Splitter:
 
     def build(self, span: Span) -> Program:
         """The program of a span; nested spans become calls."""
-        graph = fx.Graph()
-        value_of: dict[fx.Node, fx.Node] = {}
-        for node in span.inputs:
-            value_of[node] = graph.placeholder(node.name)
-            value_of[node].meta.update(node.meta)
-        copier = Copier(graph, value_of, span.path)
+        copier = Copier(span.path, span.inputs)
         for child, run in self.runs(span):
             if child is None:
                 for node in run:
@@ -147,8 +142,7 @@ class Splitter:
             else:
                 inner = self.span(child, run)
                 copier.call(inner, self.build(inner))
-        results = fx.map_arg(tuple(span.outputs), copier.value)
-        graph.output(results[0] if span.single else results)
+        graph = copier.finished(span.outputs, span.single)
         program = self.library.intern(graph, *self.describe_block(span.path, graph), span.path)
         known = self.programs.setdefault(span.path, [])
         if program not in known:
@@ -187,7 +181,8 @@ class Splitter:
         inputs: dict[fx.Node, None] = {}
         for node in nodes:
             for source in node.all_input_nodes:
-                if source not in inside and not _is_own(source, path):
+                is_own = source.op == "get_attr" and str(source.target).startswith(f"{path}.")
+                if source not in inside and not is_own:
                     inputs[source] = None
         outputs = [n for n in nodes if any(user not in inside for user in n.users)]
         return Span(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
@@ -209,16 +204,18 @@ class Splitter:
         return self.modules[path].type, modules, tensors
 
 
-def _is_own(node: fx.Node, path: str) -> bool:
-    return node.op == "get_attr" and str(node.target).startswith(f"{path}.")
-
-
 class Copier:
-    """Copies nodes of the flat graph into a block's graph, with names relative to the block."""
+    """Copies nodes of a graph into one of their own, with names relative to the module at ``path``.
 
-    def __init__(self, graph: fx.Graph, value_of: dict[fx.Node, fx.Node], path: str) -> None:
-        self.graph, self.value_of = graph, value_of
+    ``inputs`` are the nodes that the new graph takes.
+    """
+
+    def __init__(self, path: str, inputs: Iterable[fx.Node]) -> None:
+        self.graph, self.value_of = fx.Graph(), dict[fx.Node, fx.Node]()
         self.prefix = f"{path}." if path else ""
+        for node in inputs:
+            self.value_of[node] = self.graph.placeholder(node.name)
+            self.value_of[node].meta.update(node.meta)
 
     def value(self, node: fx.Node) -> fx.Node:
         """The copy of ``node``; a tensor read is made here when it is first needed."""
@@ -229,10 +226,33 @@ class Copier:
         return self.value_of[node]
 
     def copy(self, node: fx.Node) -> None:
-        """Copy a node, with the tensors that it reads."""
+        """Copy a node, with the tensors that it reads, unless a call gives it already."""
+        if node in self.value_of:
+            return
         for source in node.all_input_nodes:
             self.value(source)
-        self.value_of[node] = self.graph.node_copy(node, self.value)
+        made = self.value_of[node] = self.graph.node_copy(node, self.value)
+        if made.op == "call_module":
+            made.target = str(made.target).removeprefix(self.prefix)
+
+    def take(self, call: fx.Node, outputs: Sequence[Any], single: bool) -> None:
+        """Let a call stand for its one output, or picks of it for each; none reads a None."""
+        for number, node in enumerate(outputs):
+            if node is None:
+                continue
+            value = call
+            if not single:
+                value = self.graph.call_function(operator.getitem, (call, number))
+                value.meta["val"] = node.meta.get("val")
+                inherit(value, call)
+            hand_on(node, value)
+            self.value_of[node] = value
+
+    def finished(self, outputs: Iterable[Any], single: bool) -> fx.Graph:
+        """The graph, which returns these values, or the one value itself."""
+        results = fx.map_arg(tuple(outputs), self.value)
+        self.graph.output(results[0] if single else results)
+        return self.graph
 
     def call(self, span: Span, program: Program) -> None:
         """Insert the call of a nested block, and the picks of its outputs if it has several."""
@@ -244,16 +264,7 @@ class Copier:
         values = tuple(node.meta.get("val") for node in span.outputs)
         call.meta["val"] = values[0] if span.single else values
         call.meta["nn_module_stack"] = _outer_stack(span)
-        if span.single:
-            hand_on(span.outputs[0], call)
-            self.value_of[span.outputs[0]] = call
-            return
-        for number, node in enumerate(span.outputs):
-            pick = self.graph.call_function(operator.getitem, (call, number))
-            pick.meta["val"] = node.meta.get("val")
-            inherit(pick, call)
-            hand_on(node, pick)
-            self.value_of[node] = pick
+        self.take(call, span.outputs, span.single)
 
 
 def _outer_stack(span: Span) -> dict[str, tuple[str, str]]:

@@ -24,6 +24,7 @@ from peftsurgery.capture.module_calls import GIVEN, hand_on
 from peftsurgery.capture.program import Program
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.sizes import evaluate_sizes, shape_texts, with_shapes
+from peftsurgery.reach import reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,25 +88,20 @@ def computed_from(
     """
     graph = fx.Graph()
     outer: dict[fx.Node, fx.Node] = {}
-    needed = _ancestors(values.values())
+    needed = {*reach(values.values(), lambda node: node.all_input_nodes)}
     for node in given.top.graph.nodes:
         if node.op == "placeholder" or node in needed:
             outer[node] = graph.node_copy(node, outer.__getitem__)
     known = {node.name: outer[node] for node in given.top.graph.find_nodes(op="placeholder")}
     known |= {name: outer[node] for name, node in values.items()}
-    inner: dict[fx.Node, fx.Node] = {}
-    for node in behind.top.graph.nodes:
-        if node.op == "placeholder":
-            inner[node] = known[node.name]
-            hand_on(node, known[node.name], (GIVEN,))
-        elif node.op == "output":
-            graph.output(fx.map_arg(node.args[0], inner.__getitem__))
-        else:
-            inner[node] = graph.node_copy(node, inner.__getitem__)
     top = behind.top
+    inner = {node: known[node.name] for node in top.graph.find_nodes(op="placeholder")}
+    taken = {node.name: made for node, made in inner.items()}
+    for node, made in inner.items():
+        hand_on(node, made, (GIVEN,))
+    graph.output(graph.graph_copy(top.graph, inner))
     tensors = {**given.top.tensors, **top.tensors}
     program = Program(f"{top.label}<{given.top.label}", graph, top.kind, top.modules, tensors)
-    taken = {node.name: inner[node] for node in behind.top.graph.find_nodes(op="placeholder")}
     capture = replace(
         given,
         programs={**behind.programs, "": (program,)},
@@ -113,8 +109,8 @@ def computed_from(
         mode=given.mode if behind.mode is None else behind.mode,
         calls={**given.calls, **behind.calls},
     )
-    made = ChangeableInputs(capture, taken, behind.conditions, given.conditions)
-    return replace(made, capture=replace(capture, conditions=made.conditions({})))
+    whole = ChangeableInputs(capture, taken, behind.conditions, given.conditions)
+    return replace(whole, capture=replace(capture, conditions=whole.conditions({})))
 
 
 def call_behind(given: Capture, values: Mapping[str, fx.Node], sources: Sequence[str]) -> Call:
@@ -134,14 +130,3 @@ def call_behind(given: Capture, values: Mapping[str, fx.Node], sources: Sequence
         for name, node in values.items()
     }
     return replace(given.call, tensors=dict(sorted({**rest, **made}.items())))
-
-
-def _ancestors(nodes: Any) -> set[fx.Node]:
-    """The nodes, and all that they are computed from."""
-    found, stack = set(), list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found

@@ -24,56 +24,21 @@ _ADAPTERS = "adapters are put in by apply() or from_peft(), and switched by acti
 FILES = "save() writes what was learnt, fold() makes a model of the original's class"
 _RECOMPUTE = "ask the captured model itself for it"
 
+# one row for all methods that are refused with the same hint
+_ROWS: Mapping[str, str] = {
+    "resize_token_embeddings resize_position_embeddings": _AGAIN,
+    "set_input_embeddings set_output_embeddings set_encoder set_decoder": _AGAIN,
+    "set_attn_implementation set_experts_implementation set_use_kernels dequantize": _AGAIN,
+    "initialize_weights init_weights tie_weights insert pop clear": _AGAIN,
+    "generate_batch init_continuous_batching continuous_batching_context_manager": _AGAIN,
+    "add_adapter load_adapter set_adapter enable_adapters disable_adapters": _ADAPTERS,
+    "delete_adapter enable_peft_hotswap get_adapter_state_dict": _ADAPTERS,
+    "save_pretrained push_to_hub save_distributed_checkpoint": FILES,
+    "activation_checkpointing_enable activation_checkpointing_disable": _RECOMPUTE,
+    "gradient_checkpointing_enable gradient_checkpointing_disable": _RECOMPUTE,
+}
 REFUSED: Mapping[str, str] = MappingProxyType(
-    {
-        **dict.fromkeys(
-            (
-                "resize_token_embeddings",
-                "resize_position_embeddings",
-                "set_input_embeddings",
-                "set_output_embeddings",
-                "set_encoder",
-                "set_decoder",
-                "set_attn_implementation",
-                "set_experts_implementation",
-                "set_use_kernels",
-                "initialize_weights",
-                "init_weights",
-                "dequantize",
-                "tie_weights",
-                "generate_batch",
-                "init_continuous_batching",
-                "continuous_batching_context_manager",
-                "insert",
-                "pop",
-                "clear",
-            ),
-            _AGAIN,
-        ),
-        **dict.fromkeys(
-            (
-                "add_adapter",
-                "load_adapter",
-                "set_adapter",
-                "enable_adapters",
-                "disable_adapters",
-                "delete_adapter",
-                "enable_peft_hotswap",
-                "get_adapter_state_dict",
-            ),
-            _ADAPTERS,
-        ),
-        **dict.fromkeys(("save_pretrained", "push_to_hub", "save_distributed_checkpoint"), FILES),
-        **dict.fromkeys(
-            (
-                "activation_checkpointing_enable",
-                "activation_checkpointing_disable",
-                "gradient_checkpointing_enable",
-                "gradient_checkpointing_disable",
-            ),
-            _RECOMPUTE,
-        ),
-    }
+    {name: hint for names, hint in _ROWS.items() for name in names.split()}
 )
 """Methods of transformers' classes that a captured module has not, and what to do instead."""
 

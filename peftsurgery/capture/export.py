@@ -27,7 +27,7 @@ from transformers.exporters.exporter_dynamo import (
     register_cache_pytrees_for_model,
     reset_model_state,
 )
-from transformers.exporters.utils import apply_patches
+from transformers.exporters.utils import apply_patches, patch_attribute
 
 from peftsurgery.capture.attributes import kept_attributes
 from peftsurgery.capture.higher_order import inline_regions
@@ -297,22 +297,12 @@ def _prepared(
                 stack.enter_context(as_if_run())
         stack.enter_context(kept_generators())
         module.train(train)
-        stack.enter_context(_every_size_alike())
+        # a size of one is a size like others, and a decision on it a condition of the capture
+        stack.enter_context(patch_attribute(fx_config, "backed_size_oblivious", lambda _: True))
         stack.enter_context(without_fast_path())
         stack.enter_context(_explicit_forward(module, call, flags, watch))
         stack.enter_context(torch.enable_grad())
         yield
-
-
-@contextlib.contextmanager
-def _every_size_alike() -> Iterator[None]:
-    """Let a size of one be a size like others, and a decision on it a condition of the capture."""
-    before = fx_config.backed_size_oblivious
-    fx_config.backed_size_oblivious = True
-    try:
-        yield
-    finally:
-        fx_config.backed_size_oblivious = before
 
 
 @contextlib.contextmanager

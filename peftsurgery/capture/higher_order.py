@@ -79,13 +79,8 @@ def _inline_autocast(graph: fx.Graph, call: fx.Node, inner: fx.Graph) -> None:
 
 def _copy(graph: fx.Graph, inner: fx.Graph, inputs: Sequence[Any]) -> list[fx.Node]:
     """Copy a region's nodes to where nodes are inserted now; its outputs."""
-    placeholders = inner.find_nodes(op="placeholder")
-    value_of: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
-    for node in inner.nodes:
-        if node.op not in ("placeholder", "output"):
-            value_of[node] = graph.node_copy(node, value_of.__getitem__)
-    returned = cast("list[fx.Node]", inner.output_node().args[0])
-    return [value_of[result] for result in returned]
+    value_of = dict(zip(inner.find_nodes(op="placeholder"), inputs, strict=True))
+    return [*cast("list[fx.Node]", graph.graph_copy(inner, value_of))]
 
 
 def _replace(graph: fx.Graph, call: fx.Node, results: Sequence[fx.Node]) -> None:

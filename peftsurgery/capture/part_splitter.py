@@ -17,7 +17,7 @@ from torch import fx
 
 from peftsurgery.capture.blocks import Copier
 from peftsurgery.capture.calling import PartCall, pass_on
-from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, hand_on
+from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall
 from peftsurgery.capture.names import join
 from peftsurgery.capture.program import Program
 from peftsurgery.capture.stack import stack_paths
@@ -151,26 +151,15 @@ class PartSplitter:
         single: bool,
     ) -> fx.Graph:
         """The graph of a part's (or the block's own) stretch, with the parts in it called."""
-        graph = fx.Graph()
-        value_of: dict[fx.Node, fx.Node] = {}
-        for node in inputs:
-            value_of[node] = graph.placeholder(node.name)
-            value_of[node].meta.update(node.meta)
-        copier = Copier(graph, value_of, within)
+        copier = Copier(within, inputs)
         owners = {node: self._owner(node, within) for node in nodes}
         for owner, run in _runs(nodes, owners, lambda part: join(self.path, part)):
             if owner is None:
                 for node in run:
-                    if node in value_of:
-                        continue  # picked from what a block gave
                     copier.copy(node)
-                    if node.op == "call_module":
-                        value_of[node].target = _beneath(str(node.target), within)
             else:
                 self._call(copier, owner, run, within)
-        results = fx.map_arg(tuple(outputs), copier.value)
-        graph.output(results[0] if single else results)
-        return graph
+        return copier.finished(outputs, single)
 
     def _call(self, copier: Copier, owner: _Owner, run: list[fx.Node], within: str) -> None:
         """Insert the call of a part, and the picks of what it gives."""
@@ -204,7 +193,8 @@ class PartSplitter:
         holder = _beneath(owner.part, within).rpartition(".")[0]
         parent = copier.graph.create_node("get_attr", join(holder, "itself"))
         arguments = [copier.value(node) for node in values]
-        made.take(copier, copier.graph.call_function(plan, (parent, *arguments)))
+        made_call = copier.graph.call_function(plan, (parent, *arguments))
+        copier.take(made_call, made.outputs, made.single)
 
     def _argument(self, owner: _Owner, index: int) -> fx.Node:
         """The node that is an argument of a call."""
@@ -253,17 +243,6 @@ class _Stretch:
     def position(self, node: fx.Node) -> int | None:
         """Which of the outputs a node is."""
         return self.outputs.index(node) if node in self.outputs else None
-
-    def take(self, copier: Copier, call: fx.Node) -> None:
-        """Let what a call gives stand for the outputs, in a copy of the graph around it."""
-        for number, node in enumerate(self.outputs):
-            if node is None:
-                continue
-            value = call
-            if not self.single:
-                value = copier.graph.call_function(operator.getitem, (call, number))
-            hand_on(node, value)
-            copier.value_of[node] = value
 
 
 def _of_block(call: fx.Node, program: Program) -> _Stretch:

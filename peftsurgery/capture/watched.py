@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Protocol
 
 from torch import nn
@@ -21,6 +22,17 @@ class Listener(Protocol):
 
     def note(self, path: str) -> None:
         """Mark the part at a path as one that must be called."""
+
+
+def _noting(name: str) -> Any:
+    """A method by which modules register a hook; the part is really called from then on."""
+
+    def register(self: Watched, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._note()
+        handle: RemovableHandle = getattr(super(Watched, self), name)(*args, **kwargs)
+        return handle
+
+    return functools.wraps(getattr(nn.Module, name))(register)
 
 
 class Watched(nn.Module):
@@ -54,30 +66,11 @@ class Watched(nn.Module):
         if self._watching is not None and path:
             self._watching.note(path)
 
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """Register the hook as on any module; the part is really called from now on."""
-        self._note()
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """Register the hook as on any module; the part is really called from now on."""
-        self._note()
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """Register the hook as on any module; the part is really called from now on."""
-        self._note()
-        return super().register_full_backward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """Register the hook as on any module; the part is really called from now on."""
-        self._note()
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
-        """Register the hook as on any module; the part is really called from now on."""
-        self._note()
-        return super().register_backward_hook(*args, **kwargs)
+    register_forward_pre_hook = _noting("register_forward_pre_hook")
+    register_forward_hook = _noting("register_forward_hook")
+    register_full_backward_pre_hook = _noting("register_full_backward_pre_hook")
+    register_full_backward_hook = _noting("register_full_backward_hook")
+    register_backward_hook = _noting("register_backward_hook")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._watching is not None:
