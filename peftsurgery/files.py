@@ -28,13 +28,16 @@ def read_object(file: Path, code: str) -> dict[str, Any]:
             content = stream.read(MAX_JSON + 1)
         if len(content) > MAX_JSON:
             raise SurgeryError(code, f"{file} is larger than {MAX_JSON} bytes")
-        found = json.loads(
-            content.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        return parse_object(content)
     except (OSError, ValueError, RecursionError) as error:
         raise SurgeryError(code, f"{file} cannot be read: {error}") from None
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that bytes are. ValueError for none, a key twice, NaN or infinity."""
+    found = json.loads(content.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant)
     if not isinstance(found, dict):
-        raise SurgeryError(code, f"{file} holds no JSON object")
+        raise ValueError("it is no JSON object")
     return found
 
 
@@ -127,7 +130,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key '{twice}' appears twice")
+        raise ValueError(f"the key '{twice:.80}' appears twice")
     return found
 
 

@@ -8,7 +8,6 @@ the two does not exist yet.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
+from peftsurgery.files import read_object
 
 Identity = tuple[int, int]
 
@@ -24,7 +24,6 @@ NAMING = {
     "surgery.json": ("base",),
     "adapter_config.json": ("base_model_name_or_path", "model_name"),
 }
-_LARGEST = 64 * 2**20  # a manifest with the fingerprints of a large base is some megabytes
 
 
 def check_apart(target: str | Path, read: Iterable[str | Path | None]) -> None:
@@ -93,12 +92,9 @@ def _named_in(folder: Path) -> Iterator[str]:
 def object_in(file: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if it cannot be read, which whoever opens it will say."""
     try:
-        if not os.path.isfile(file) or file.stat().st_size > _LARGEST:
-            return {}
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_object(file, "PSG603")
+    except SurgeryError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 class _Target:

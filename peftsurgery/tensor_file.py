@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 from peftsurgery.errors import SurgeryError
+from peftsurgery.files import parse_object
 
 MAX_HEADER = 100 * 2**20  # what the safetensors library itself takes
 MAX_TENSORS = 2**18  # a thousand layers of 256 experts; each costs a reader a kilobyte
@@ -85,9 +86,7 @@ def read_header(path: Path, code: str = "PSG207") -> TensorFile:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(found.st_size - 8, MAX_HEADER):
                 raise ValueError("its header has no such length")
-            content = json.loads(
-                stream.read(length).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_none
-            )
+            content = parse_object(stream.read(length))
         return _checked(path, content, 8 + length, found.st_size)
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
@@ -130,10 +129,8 @@ def size_of(dtype: str, shape: Iterable[int]) -> int:
     return bits // 8
 
 
-def _checked(path: Path, content: Any, offset: int, size: int) -> TensorFile:
+def _checked(path: Path, content: dict[str, Any], offset: int, size: int) -> TensorFile:
     """The file that a header describes. ValueError if it cannot be so."""
-    if not isinstance(content, dict):
-        raise ValueError("its header is no JSON object")
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata are not texts")
@@ -169,16 +166,3 @@ def _tensor(name: str, entry: Any) -> Tensor:
 
 def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it has '{name:.80}' twice")
-        found[name] = value
-    return found
-
-
-def _none(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no number of JSON")

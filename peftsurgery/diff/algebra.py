@@ -18,7 +18,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language.checking import TOLERANCE, random_outputs, site_result
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.language.evaluation import Context
-from peftsurgery.language.readings import fold, penalty, rewrite, shape_of
+from peftsurgery.language.readings import fold, penalty, rewrite, shapes_of
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.specimens import Specimen, variants
 
@@ -102,7 +102,7 @@ def _distance(
 
 def _shapes(each: RuleWithSettings, specimen: Specimen) -> Shapes:
     env = specimen.environment(each.settings)
-    return {name: shape_of(param, each.rule, env) for name, param in each.rule.params.items()}
+    return shapes_of(each.rule, env)
 
 
 def _bound(each: RuleWithSettings, specimen: Specimen, params: Mapping[str, Tensor]) -> Env:

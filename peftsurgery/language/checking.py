@@ -25,7 +25,7 @@ from peftsurgery.language.environment import mapped
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.loading import load_rules
-from peftsurgery.language.readings import fold, initial_values, penalty, rewrite, shape_of
+from peftsurgery.language.readings import fold, initial_values, penalty, rewrite, shapes_of
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
@@ -176,8 +176,7 @@ def _check(
     title = f"rule {number} ({rule.kind.name}) at {specimen.title}"
     env = specimen.environment(settings)
     initial_values(rule, env, {}, generator=generator)
-    shapes = {name: shape_of(param, rule, env) for name, param in rule.params.items()}
-    for name, shape in shapes.items():
+    for name, shape in shapes_of(rule, env).items():
         env[name] = torch.randn(shape, generator=generator, dtype=torch.float64)
     if rule.over:
         env[OUTPUTS] = random_outputs(env[str(rule.kind.result)], generator)
@@ -187,10 +186,9 @@ def _check(
     _check_shapes(title, rule, env, values)
     _check_traces(title, rule, env)
     _check_shapes(title, rule, env, _fake(rule, env, context))
-    difference = None
-    if rule.fold and specimen.operation is not None:
-        difference = _difference(title, rule, specimen, env, values)
-    return Check(number, specimen.title, True, difference)
+    operation = specimen.operation if rule.fold else None
+    folded = None if operation is None else _difference(title, rule, operation, env, values)
+    return Check(number, specimen.title, True, folded)
 
 
 def random_outputs(result: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
@@ -204,7 +202,7 @@ def _check_shapes(
 ) -> None:
     for name, value in values.items():
         old, new = getattr(env[name], "shape", None), getattr(value, "shape", None)
-        free = rule.kind.lengthens or (rule.kind.resizes and _alike(old, new))
+        free = rule.kind.lengthens or (rule.kind.is_inputs and _alike(old, new))
         if old != new and not free:
             message = f"{title}: {name} has shape {_sizes(old)}, the rewrite {_sizes(new)}"
             raise SurgeryError("PSG131", message, where=rule.rewrite[name].where())
@@ -240,19 +238,21 @@ def _fake(rule: Rule, env: Mapping[str, Any], context: Context) -> dict[str, Any
 
 
 def _difference(
-    title: str, rule: Rule, specimen: Specimen, env: Mapping[str, Any], rewritten: Mapping[str, Any]
+    title: str,
+    rule: Rule,
+    operation: Operation,
+    env: Mapping[str, Any],
+    rewritten: Mapping[str, Any],
 ) -> float:
     """Largest difference of folded and rewritten operation, relative to the largest value."""
-    if specimen.operation is None:
-        return 0.0
     folded = fold(rule, env)
     for name, weight in folded.items():
         was = getattr(env[name], "shape", None)
         if isinstance(was, torch.Size) and was != weight.shape:
             message = f"{title}: {name} has shape {_sizes(was)}, the fold {_sizes(weight.shape)}"
             raise SurgeryError("PSG131", message, where=rule.fold[name].where())
-    expected = site_result(rule, specimen.operation, env, rewritten)
-    actual = specimen.operation({**specimen.bindings, **folded})
+    expected = site_result(rule, operation, env, rewritten)
+    actual = operation({**env, **folded})
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
     if not difference <= TOLERANCE:
         text = ", ".join(f"{name} = {e.text}" for name, e in rule.fold.items())

@@ -13,7 +13,7 @@ from typing import Any
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.expression import Expression, check_calls, check_names
 from peftsurgery.language.initial import FROM_WEIGHTS, INITIALISERS
-from peftsurgery.language.operators import OPERATORS
+from peftsurgery.language.operators import OPERATORS, is_word
 from peftsurgery.language.pattern import compile_pattern
 from peftsurgery.language.schema import Ranks, Rule
 from peftsurgery.language.storage import STORES
@@ -106,7 +106,7 @@ def _foldable(rule: Rule) -> tuple[str, ...]:
 def check_words(words: Mapping[str, Any], taken: Collection[str], what: str) -> None:
     """Refuse words that cannot be names, or hide others. PSG106."""
     for word in words:
-        if not word.isidentifier() or not word.isascii() or word.startswith("__"):
+        if not is_word(word):
             message = f"'{word}' cannot be the name of a {what}"
             raise SurgeryError("PSG106", message, where=position_of(word))
         if word in taken:

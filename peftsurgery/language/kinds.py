@@ -21,9 +21,9 @@ class Kind:
 
     ``steps`` are the values in the order in which they are computed: those of a later step are made
     of those before, and are not there yet when these are rewritten. ``optional`` values are None
-    where a site has none, and are then not rewritten. ``outputs`` are
-    the values that leave the model there. At a kind that ``resizes``, new values may have other
-    sizes than those they replace; at one that ``lengthens``, they may be of more tokens.
+    where a site has none, and are then not rewritten. ``outputs`` are the values that leave the
+    model there. At a kind that ``is_inputs``, the model's own, new values may have other sizes than
+    those they replace; at one that ``lengthens``, they may be of more tokens.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Kind:
     optional: tuple[str, ...] = ()
     functions: Mapping[str, Operator] = field(default_factory=dict, compare=False, repr=False)
     outputs: tuple[str, ...] = ()
-    resizes: bool = False
+    is_inputs: bool = False
     lengthens: bool = False
 
     @property
@@ -135,7 +135,7 @@ KINDS: Mapping[str, Kind] = {
             (*_SEQUENCE[1:], *_DECODER, "answer"),
             SEQUENCES,
             ("logits",),
-            True,
+            is_inputs=True,
         ),
         Kind(
             "positions",

@@ -98,7 +98,7 @@ def operator(
         known = (_table if function.__module__ in _SHIPPED else _known()).get(name)
         if known is not None and not is_same(known.function, function):
             raise SurgeryError("PSG143", f"there is already an operator '{name}': {known.usage}")
-        if not name.isidentifier() or not name.isascii() or name.startswith("__"):
+        if not is_word(name):
             raise SurgeryError("PSG143", f"'{name}' cannot be the name of an operator")
         forms = (maths,) if isinstance(maths, str) else maths
         _table[name] = Operator.of(function, name, commutative=commutative, maths=forms, aten=aten)
@@ -111,6 +111,11 @@ def _known() -> dict[str, Operator]:
     for module in _SHIPPED:
         importlib.import_module(module)
     return _table
+
+
+def is_word(name: str) -> bool:
+    """Whether expressions can call something by this name."""
+    return name.isidentifier() and name.isascii() and not name.startswith("__")
 
 
 def is_same(one: Callable[..., Any], other: Callable[..., Any]) -> bool:

@@ -18,7 +18,7 @@ from peftsurgery.language.evaluation import PLAIN, Context, describe_value, eval
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS
-from peftsurgery.language.schema import Flat, Param, Rule
+from peftsurgery.language.schema import Param, Rule
 from peftsurgery.lazily import torch
 from peftsurgery.reach import reach
 
@@ -38,16 +38,17 @@ def rewrite(rule: Rule, env: Mapping[str, Any], context: Context = PLAIN) -> dic
     return {k: evaluate(e, names, operators, context) for k, e in rule.rewrite.items()}
 
 
-def flat_values(flat: Flat, rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the trained method; ``env`` binds sizes, settings and the parameters."""
-    names = with_lets(env, rule.let)
-    return {name: evaluate(expression, names) for name, expression in flat.params.items()}
-
-
 def fold(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
     """Evaluate the rule's fold: each weight's new value, in the dtype of ``env``."""
+    return values_of(rule.fold, rule, env)
+
+
+def values_of(
+    expressions: Mapping[Any, Expression], rule: Rule, env: Mapping[str, Any]
+) -> dict[Any, Any]:
+    """Evaluate expressions about a rule's sites: one by one, what is let by the rule only once."""
     names = with_lets(env, rule.let)
-    return {name: evaluate(expression, names) for name, expression in rule.fold.items()}
+    return {name: evaluate(expression, names) for name, expression in expressions.items()}
 
 
 def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,10 +56,9 @@ def penalty(rule: Rule, env: Mapping[str, Any]) -> dict[str, Any]:
 
     ``env`` binds weights, sizes, settings and parameters. Raises PSG133 for what is no number.
     """
-    names = with_lets(env, rule.let)
-    values: dict[str, Any] = {}
-    for kind, expression in rule.penalty.items():
-        values[kind] = value = evaluate(expression, names)
+    values = values_of(rule.penalty, rule, env)
+    for kind, value in values.items():
+        expression = rule.penalty[kind]
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             message = f"'{expression.text}' has shape {list(value.shape)}, and a penalty has none"
             raise SurgeryError("PSG133", message, where=expression.where())
@@ -74,6 +74,11 @@ def shape_of(param: Param, rule: Rule, env: Mapping[str, Any]) -> tuple[int, ...
         where = param.shape[0].where() if param.shape else None
         raise SurgeryError("PSG122", message, where=where)
     return tuple(sizes)
+
+
+def shapes_of(rule: Rule, env: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a rule's parameters; ``env`` binds sizes and settings. Raises PSG122."""
+    return {name: shape_of(param, rule, env) for name, param in rule.params.items()}
 
 
 def _size(expression: Expression, env: Mapping[str, Any]) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.environment import Environment
-from peftsurgery.language.readings import fold, initial_values, rewrite, shape_of, weights_read
+from peftsurgery.language.readings import fold, initial_values, rewrite, shapes_of, weights_read
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.specimens import Specimen, variants
 
@@ -50,8 +50,7 @@ class Effect:
 
     def shapes(self, settings: Settings) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters at this specimen."""
-        env = self.specimen.environment(settings)
-        return {name: shape_of(param, self.rule, env) for name, param in self.rule.params.items()}
+        return shapes_of(self.rule, self.specimen.environment(settings))
 
     def random(self, settings: Settings, seed: int = 0) -> dict[str, Tensor]:
         """Random parameters."""

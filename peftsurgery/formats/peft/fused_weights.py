@@ -70,7 +70,7 @@ def _settings(cuts: Sequence[Cut]) -> dict[str, Any]:
     first = cuts[0]
     file = first.operation.file
     rank, alpha = _summed(file), file.carried(FORMAT).get(peft_words().parts["scaled"])
-    own = {name: first.operation.settings[name] for name in file.with_}
+    own = first.operation.own_settings
     for cut in cuts:
         for name in {*file.with_, *file.let} - {rank, alpha}:
             if cut.operation.settings[name] != first.operation.settings[name]:

@@ -113,11 +113,6 @@ def _same(first: str, found: Any, second: str, wanted: Any) -> None:
         raise ValueError(f"{first} {found} {second} {wanted}")
 
 
-def site_function(function: Callable[..., Any]) -> Operator:
-    """The entry of a site function, which a rule calls by its name."""
-    return Operator.of(function)
-
-
 def entries(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
     """The entries of site functions, by name."""
     return {function.__name__: Operator.of(function) for function in functions}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftsurgery.checkpoint.tensor_merge import Merge
-from peftsurgery.language.readings import fold, shape_of
+from peftsurgery.language.readings import fold, shapes_of
 from peftsurgery.language.rule_algebra import axes_of, near
 from peftsurgery.surgery.combine.merge_tensors import merge_tensors
 from peftsurgery.surgery.combine.strategies import (
@@ -61,7 +61,7 @@ class Factored(Form):
         parts = [_turned(cut, _weight_change(share)) for share in shares]
         # as the weight is stored, so that what is drawn at random is drawn in that order
         total = _turned(cut, merge_tensors(self.merge, parts, [share.weight for share in shares]))
-        shapes = {n: shape_of(p, cut.rule, cut.numbers) for n, p in cut.rule.params.items()}
+        shapes = shapes_of(cut.rule, cut.numbers)
         one = axes_of(cut.rule, left, structure.sized)[0]
         rows = math.prod(shapes[left]) // shapes[left][one]
         matrix = total.reshape(rows, -1)
@@ -80,7 +80,7 @@ class Factored(Form):
         structure = self.structure(cut, shares)
         left, right, scale = _factors_of_weight(structure)
         U, V = self.halves.pop(id(shares))
-        shapes = {n: shape_of(p, cut.rule, cut.numbers) for n, p in cut.rule.params.items()}
+        shapes = shapes_of(cut.rule, cut.numbers)
         one, other = (axes_of(cut.rule, name, structure.sized)[0] for name in (left, right))
         missing = shapes[left][one] - V.shape[0]
         made = {name: V.new_zeros(shape) for name, shape in shapes.items()}

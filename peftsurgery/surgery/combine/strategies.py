@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftsurgery.checkpoint.tensor_merge import Merge
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.readings import initial_values, shape_of
+from peftsurgery.language.readings import initial_values, shapes_of
 from peftsurgery.language.rule_algebra import Effect, axes_of, effects, near, sizes_said
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
@@ -165,7 +165,7 @@ class Joined(Form):
         pairs = zip(shares, structure.ratios, strict=True)
         weights = [share.weight * ratio for share, ratio in pairs]
         self.show(structure, structure.change, weights)
-        shapes = {n: shape_of(p, cut.rule, cut.numbers) for n, p in cut.rule.params.items()}
+        shapes = shapes_of(cut.rule, cut.numbers)
         return self.join(structure, shapes, [share.params for share in shares], weights)
 
     def join(
@@ -265,8 +265,7 @@ def one_size(operation: Operation, sites: Sequence[Sequence[Share]]) -> str:
 
 def with_size(operation: Operation, size: str, value: int) -> dict[str, Any]:
     """An operation's settings with another size."""
-    own = {name: operation.settings[name] for name in operation.file.with_}
-    return resolve_settings(operation.file, {**own, size: value})
+    return resolve_settings(operation.file, {**operation.own_settings, size: value})
 
 
 def _is_copy(shares: Sequence[Share]) -> bool:

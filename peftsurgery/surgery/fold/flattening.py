@@ -17,7 +17,7 @@ from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.loading import load_rules
-from peftsurgery.language.readings import flat_values
+from peftsurgery.language.readings import values_of
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.applying import remade
@@ -86,7 +86,7 @@ def _fill(
         flat = source.operation.file.flat
         assert flat is not None
         env = environment(source, TensorDomain(model.get_parameter))
-        for name, value in flat_values(flat, source.rule, env).items():
+        for name, value in values_of(flat.params, source.rule, env).items():
             parameter = made.get_parameter(cut.parameters[name])
             if parameter.shape != value.shape:
                 raise SurgeryError(

@@ -57,7 +57,7 @@ class ChangedInputs:
             (operation.name, rule)
             for operation in operations
             for rule in operation.file.rules
-            if rule.kind.resizes and rule.applies(operation.settings)
+            if rule.kind.is_inputs and rule.applies(operation.settings)
         ]
         names = frozenset(name for _, rule in rules for name in bound_names(rule))
         return cls(module, names, frozenset(adapter for adapter, _ in rules))

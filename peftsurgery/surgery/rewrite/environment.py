@@ -59,7 +59,7 @@ def environment(cut: Cut, domain: Domain) -> Environment:
 
     def value(name: str) -> Any:
         if name not in site.nodes:
-            return None if kind.resizes else domain.replay(cut).mask()
+            return None if kind.is_inputs else domain.replay(cut).mask()
         found = domain.bound(cut, name)
         if site.slice is not None and name == kind.result:
             found = site.slice.take(found, -1)
@@ -73,7 +73,7 @@ def environment(cut: Cut, domain: Domain) -> Environment:
     def outputs(name: str) -> Any:
         return torch.stack([output(group, domain, compute_dtype(cut)) for group in cut.over], -2)
 
-    bound = {*site.nodes, *kind.optional} if not kind.resizes else {*kind.values}
+    bound = {*site.nodes, *kind.optional} if not kind.is_inputs else {*kind.values}
     values = [name for name in kind.values if name in bound] if domain.has_values else []
     weights = kind.weights if domain.has_values else {*kind.weights, *cut.weights}
     made: dict[str, Callable[[str], Any]] = dict.fromkeys(values, value)

@@ -31,7 +31,7 @@ Find = Callable[[Call], Capture]
 
 def changes_inputs(cut: Cut) -> bool:
     """Whether a cut is at the model's inputs and may change their sizes."""
-    return cut.rule.kind.resizes
+    return cut.rule.kind.is_inputs
 
 
 def new_shapes(cuts: Iterable[Cut]) -> dict[str, tuple[Any, ...]]:

@@ -146,7 +146,7 @@ class RowWalk(Walk):
 def check_lengths(cuts: Iterable[Cut]) -> None:
     """Refuse cuts that make the inputs longer, which all rows of a batch would share. PSG313."""
     for cut in cuts:
-        if cut.rule.kind.resizes:
+        if cut.rule.kind.is_inputs:
             raise SurgeryError(
                 "PSG313",
                 f"{cut.operation.name} changes the length of the text, and all rows have one",

@@ -23,7 +23,7 @@ from peftsurgery.capture.schemas import arguments, op
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.operators import Operator
-from peftsurgery.language.site_functions.sites import KEYS, site_function, tokens
+from peftsurgery.language.site_functions.sites import KEYS, entries, tokens
 from peftsurgery.surgery.rewrite.batch_axis import token_mean
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, is_regular
 from peftsurgery.surgery.rewrite.rerun import INPUTS, Region, core_region, find_region
@@ -54,9 +54,9 @@ class Replay:
     def functions(self) -> dict[str, Operator]:
         """The site's functions that differ from their plain definitions."""
         own = (self.attention, self.tokens, self.extend, self.unmasked, self.norm, self.token_mean)
-        kind = KINDS.get(self.site.kind)  # a pattern's is the rule's own
-        known = kind.functions if kind and not kind.resizes else {}  # an input has no nodes to run
-        return {f.__name__: site_function(f) for f in own if f.__name__ in known}
+        kind = KINDS.get(self.site.kind)  # a pattern's is the rule's own; inputs have no nodes
+        known = kind.functions if kind and not kind.is_inputs else {}
+        return dict(entries(*(f for f in own if f.__name__ in known)))
 
     def attention(self, q: Any, k: Any, v: Any, mask: Any = None) -> Any:
         """Run the core on these queries, keys, values and mask.
