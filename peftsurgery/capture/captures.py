@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from peftsurgery.capture.blocks import Library, Splitter, block_paths
 from peftsurgery.capture.cleanup import clean_up
-from peftsurgery.capture.export import Exported, export
+from peftsurgery.capture.export import export
 from peftsurgery.capture.generating import cache_argument
 from peftsurgery.capture.module_calls import ModuleCalls, noted_calls
 from peftsurgery.capture.modules import module_infos
@@ -21,7 +21,14 @@ from peftsurgery.capture.signature import Call, example, map_tensors, widen
 from peftsurgery.capture.sizes import Check, compile_check, in_words, is_limit
 from peftsurgery.capture.sources import Source
 from peftsurgery.capture.surroundings import Surroundings, outside, surroundings
-from peftsurgery.capture.tensors import is_fake, is_plain, tensor_infos, tensor_names, traceable
+from peftsurgery.capture.tensors import (
+    is_fake,
+    is_plain,
+    owner_of,
+    tensor_infos,
+    tensor_names,
+    traceable,
+)
 from peftsurgery.capture.threads import making, traced_alone
 from peftsurgery.capture.writes import check_writes
 from peftsurgery.errors import SurgeryError
@@ -102,7 +109,7 @@ class Captures:
         self.blocks = block_paths(source.module)
         self.library = Library()
         self.constants: dict[str, torch.Tensor] = {}
-        self._made: dict[tuple[str, Casts, Surroundings], list[Capture]] = {}
+        self._made: dict[Key, list[Capture]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
         return self
@@ -165,7 +172,7 @@ class Captures:
         return Capture(
             splitter.programs,
             exported.output,
-            _inputs(exported),
+            tuple(node.name for node in exported.module.graph.find_nodes(op="placeholder")),
             exported.conditions,
             exported.mode,
             example(call),
@@ -176,16 +183,12 @@ class Captures:
     def _name_constants(self, module: fx.GraphModule) -> None:
         """Give each constant tensor of a capture a name that no other capture uses."""
         for node in module.graph.find_nodes(op="get_attr"):
-            value = _attribute(module, str(node.target))
+            value = getattr(*owner_of(module, str(node.target)), None)
             if str(node.target) in self.tensors or not isinstance(value, torch.Tensor):
                 continue
             name = f"_constant_{len(self.constants)}"
             self.constants[name] = value.detach()
             node.target = name
-
-
-def _inputs(exported: Exported) -> tuple[str, ...]:
-    return tuple(node.name for node in exported.module.graph.find_nodes(op="placeholder"))
 
 
 def _counters(module: nn.Module) -> frozenset[str]:
@@ -219,8 +222,3 @@ def _tangible(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
         return tensor
     sizes = [size if isinstance(size, int) else size.node.hint for size in tensor.shape]
     return torch.zeros(sizes, dtype=tensor.dtype, device=device)
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(module.get_submodule(owner), leaf, None)

@@ -151,19 +151,15 @@ class Masks:
     def _watching(self, core: Callable[..., Any]) -> Callable[..., Any]:
         """Note whether a core that gets such a mask would do something else without it."""
 
-        def attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **named: Any) -> Any:
+        def attend(module: Any, *args: Any, **named: Any) -> Any:
+            mask = named["attention_mask"] if "attention_mask" in named else args[3]
             if isinstance(mask, Tensor) and _memory(mask) in self._causal:
                 causal = named.get("is_causal")
                 causal = getattr(module, "is_causal", True) if causal is None else causal
                 self.matters |= self._causal[_memory(mask)][1] != bool(causal)
-            return core(module, query, key, value, mask, **named)
+            return core(module, *args, **named)
 
-        def called(module: Any, *args: Any, **named: Any) -> Any:
-            if "attention_mask" in named:
-                args = (*args, named.pop("attention_mask"))
-            return attend(module, *args, **named)
-
-        return called
+        return attend
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from peftsurgery.capture.serving import Serving
 from peftsurgery.capture.signature import Call, bind_call, takes, with_cache
 from peftsurgery.capture.sources import Source, check_plain, open_source
 from peftsurgery.capture.surroundings import outside, surroundings
-from peftsurgery.capture.tensors import named_tensors, parameters_of, tensor_at
+from peftsurgery.capture.tensors import named_tensors, owner_of, parameters_of, tensor_at
 from peftsurgery.capture.threads import GATE, making
 from peftsurgery.capture.waiting import Waiting
 from peftsurgery.capture.watched import original_at
@@ -76,8 +76,7 @@ class GraphModel(Likeness):
         self._watched: list[tuple[str, nn.Module, str, str, torch.dtype]] = [
             (name, part, "_parameters" if info.parameter else "_buffers", leaf, info.dtype)
             for name, info in captures.tensors.items()
-            for owner, _, leaf in [name.rpartition(".")]
-            for part in [self.get_submodule(owner)]
+            for part, leaf in [owner_of(self, name)]
         ]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -385,5 +384,5 @@ def _fill(module: nn.Module, name: str, blank: torch.Tensor, value: torch.Tensor
     if isinstance(blank, nn.Parameter):
         torch.utils.swap_tensors(blank, nn.Parameter(value, requires_grad=blank.requires_grad))
         return
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._buffers[leaf] = value
+    part, leaf = owner_of(module, name)
+    part._buffers[leaf] = value

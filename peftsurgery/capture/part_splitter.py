@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from torch import fx
@@ -287,30 +287,26 @@ def _together(
     groups: dict[Any, list[fx.Node]] = {}
     for node in nodes:
         groups.setdefault(owners[node] or node, []).append(node)
-    keys = list(groups)
-    number = {key: index for index, key in enumerate(keys)}
-    of = {node: number[owners[node] or node] for node in nodes}
-    needs: list[set[int]] = [
-        {of[s] for n in groups[key] for s in n.all_input_nodes if s in of} - {number[key]}
-        for key in keys
-    ]
-    ready = [index for index, needed in enumerate(needs) if not needed]
+    number = {node: index for index, group in enumerate(groups.values()) for node in group}
+    calls, needs = list(groups.items()), TopologicalSorter[int]()
+    for index, (_, group) in enumerate(calls):
+        sources = {number[s] for node in group for s in node.all_input_nodes if s in number}
+        needs.add(index, *(sources - {index}))
+    try:
+        needs.prepare()
+    except CycleError as error:
+        cycle = [calls[index][0] for index in error.args[1]]
+        torn = next(key.part for key in cycle if isinstance(key, _Owner))
+        reason = "what it computes depends on itself by way of other code"
+        raise unfit(path(torn), reason) from None
     result: list[tuple[_Owner | None, list[fx.Node]]] = []
-    done = set[int]()
-    heapify(ready)
-    while ready:
-        index = heappop(ready)
-        done.add(index)
-        key = keys[index]
-        result.append((key if isinstance(key, _Owner) else None, groups[key]))
-        for other, needed in enumerate(needs):
-            if index in needed:
-                needed.discard(index)
-                if not needed:
-                    heappush(ready, other)
-    if len(done) < len(keys):
-        torn = next(k for k in keys if isinstance(k, _Owner) and number[k] not in done)
-        raise unfit(path(torn.part), "what it computes depends on itself by way of other code")
+    ready: list[int] = []
+    while needs.is_active():
+        ready = sorted((*ready, *needs.get_ready()))
+        first = ready.pop(0)
+        key, group = calls[first]
+        result.append((key if isinstance(key, _Owner) else None, group))
+        needs.done(first)
     return result
 
 

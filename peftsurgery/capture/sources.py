@@ -291,18 +291,11 @@ def _read_generation_config(model: PreTrainedModel, spec: str) -> None:
     """Give the model its settings for generation, as ``from_pretrained`` does. PSG206."""
     if not model.can_generate():
         return
-    wanted = dict.fromkeys(("generation_config", "from_auto_class", "from_pipeline"))
-    loading = {"cache_dir": None, "force_download": False, "proxies": None, "token": None}
+    names = ("generation_config", "from_auto_class", "from_pipeline", "cache_dir", "proxies")
+    unset = dict.fromkeys((*names, "token", "revision"))
+    off = dict.fromkeys(("force_download", "local_files_only", "trust_remote_code"), False)
     try:
-        model.adjust_generation_fn(
-            **wanted,
-            **loading,
-            pretrained_model_name_or_path=spec,
-            local_files_only=False,
-            revision=None,
-            subfolder="",
-            trust_remote_code=False,
-        )
+        model.adjust_generation_fn(**unset, **off, pretrained_model_name_or_path=spec, subfolder="")
     except CONFIG_ERRORS as error:
         raise SurgeryError(
             "PSG206", f"the generation config of '{spec}' is no valid one: {error}"

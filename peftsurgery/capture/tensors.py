@@ -39,6 +39,12 @@ def tensor_infos(module: nn.Module) -> dict[str, TensorInfo]:
     }
 
 
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The part of a module that holds a tensor, and the tensor's name there."""
+    owner, _, leaf = name.rpartition(".")
+    return module.get_submodule(owner), leaf
+
+
 def tensor_at(part: nn.Module, table: str, leaf: str) -> torch.Tensor:
     """A parameter or buffer, or what its value is computed of: it may have been parametrised.
 

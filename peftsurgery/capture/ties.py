@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from peftsurgery.capture.tensors import named_tensors, tensor_names
+from peftsurgery.capture.tensors import named_tensors, owner_of, tensor_names
 
 
 def untie_as_stored(model: nn.Module, directory: Path) -> None:
@@ -57,7 +57,6 @@ def _read(files: dict[str, Path], name: str) -> torch.Tensor:
 
 
 def _untie(model: nn.Module, name: str) -> None:
-    owner, _, leaf = name.rpartition(".")
-    old = model.get_parameter(name)
+    old, (part, leaf) = model.get_parameter(name), owner_of(model, name)
     new = nn.Parameter(torch.empty_like(old), requires_grad=old.requires_grad)
-    model.get_submodule(owner).register_parameter(leaf, new)
+    part.register_parameter(leaf, new)

@@ -10,7 +10,7 @@ folded weights equals the rewritten operation to 1e-9 in double precision.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ class CheckReport:
 
     name: str
     checks: tuple[Check, ...]
+    trained: tuple[int, ...]
     unchecked: tuple[int, ...]
-    trained: tuple[int, ...] = ()
     words: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -79,12 +79,7 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
-        return {
-            "name": self.name,
-            "checks": [{**vars(check), "unfit": list(check.unfit)} for check in self.checks],
-            "trained": list(self.trained),
-            "unchecked": list(self.unchecked),
-        }
+        return {name: value for name, value in asdict(self).items() if name != "words"}
 
 
 @checked
@@ -117,7 +112,7 @@ def check_rules(
             checks += _check_variants(number, rule, settings, sizes or {}, generator)
         else:
             unchecked.append(number)
-    return CheckReport(file.name, tuple(checks), tuple(unchecked), tuple(trained), tuple(words))
+    return CheckReport(file.name, tuple(checks), tuple(trained), tuple(unchecked), tuple(words))
 
 
 def _done(rule: Rule) -> str:

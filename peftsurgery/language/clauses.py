@@ -151,15 +151,14 @@ def _layers(items: Iterable[int | str]) -> Clause:
 
 
 def _shape(wanted: tuple[int | None, ...]) -> Clause:
-    text = "shape: [" + ", ".join("any" if size is None else str(size) for size in wanted) + "]"
+    text = ", ".join("any" if size is None else str(size) for size in wanted)
 
-    def holds(site: Placed) -> bool:
-        shape = weight_shape(site)
+    def fits(shape: list[int] | None) -> bool:
         if shape is None or len(shape) != len(wanted):
             return False
         return all(w is None or w == s for w, s in zip(wanted, shape, strict=True))
 
-    return Clause("shape", text, holds, lambda s: f"shape is {weight_shape(s)}, not {text[7:]}")
+    return _is("shape", f"[{text}]", weight_shape, fits)
 
 
 def weight_shape(site: Placed) -> list[int] | None:
@@ -185,12 +184,15 @@ def _matched(names: Iterable[str], roles: Roles) -> Clause:
 
 
 def _fact(name: str, value: Any) -> Clause:
-    text = f"{name}: {value}"
+    return _is(name, str(value), lambda s: s.facts.get(name), lambda found: bool(found == value))
 
-    def holds(site: Placed) -> bool:
-        return bool(site.facts.get(name) == value)
 
-    return Clause(name, text, holds, lambda s: f"{name} is {s.facts.get(name)}, not {value}")
+def _is(
+    key: str, wanted: str, read: Callable[[Placed], Any], fits: Callable[[Any], bool]
+) -> Clause:
+    """The clause that what is read of a site is the wanted."""
+    text, holds = f"{key}: {wanted}", lambda site: fits(read(site))
+    return Clause(key, text, holds, lambda site: f"{key} is {read(site)}, not {wanted}")
 
 
 def _combined(where: Where, roles: Roles) -> Iterator[Clause]:

@@ -46,16 +46,12 @@ def _lines(file: RuleFile) -> Iterator[str]:
         yield f"  {name} = {maths(expression, settings)}"
     for number, rule in enumerate(file.rules, 1):
         yield ""
-        yield from (f"  {line}" for line in _rule(number, rule, settings))
+        yield f"  {number}. {describe_sites(rule)}"
+        yield from (f"     {name} {text}" for name, text in rule_facts(rule, settings))
     if file.flat is not None:
         values = {**file.flat.settings, **file.flat.params}
         given = ", ".join(f"{name} = {value}" for name, value in values.items())
         yield f"  trained, it is {file.flat.rule} with {given}"
-
-
-def _rule(number: int, rule: Rule, settings: dict[str, object]) -> Iterator[str]:
-    yield f"{number}. {describe_sites(rule)}"
-    yield from (f"   {name} {text}" for name, text in rule_facts(rule, settings))
 
 
 def describe_sites(rule: Rule) -> str:

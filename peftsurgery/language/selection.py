@@ -47,6 +47,10 @@ class Candidate:
         """Why the site was dropped, one text for each failed clause."""
         return [clause.reason(self.site) for clause in self.failed]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as ``--json`` prints it."""
+        return {"site": site_name(self.site), "reasons": self.reasons}
+
     def __str__(self) -> str:
         return f"{site_name(self.site)}: {'; '.join(self.reasons) or 'kept'}"
 
@@ -132,10 +136,7 @@ class Selection:
             "name": self.name,
             "sites": [site_dict(site) for site in self.kept],
             "counts": [{"clause": text, "left": count} for text, count in self.counts()],
-            "near_misses": [
-                {"site": site_name(miss.site), "reasons": miss.reasons}
-                for miss in self.near_misses()
-            ],
+            "near_misses": [miss.to_dict() for miss in self.near_misses()],
         }
 
     def __str__(self) -> str:

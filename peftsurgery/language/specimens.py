@@ -105,13 +105,8 @@ def _linear_site(
     lead: tuple[int, ...], biased: bool, generator: torch.Generator, sizes: Sizes
 ) -> Specimen:
     width, rows = sizes["in"], sizes["out"]
-    given = {
-        "x": _random(generator, *lead, width),
-        "W": _random(generator, rows, width),
-        "b": _random(generator, rows) if biased else 0.0,
-        **sizes,
-    }
-    return _specimen(f"in {width}, out {rows}, {_bias(biased)}", given, _linear)
+    drawn = _drawn(generator, x=(*lead, width), W=(rows, width), b=(rows,) if biased else None)
+    return _specimen(f"in {width}, out {rows}, {_bias(biased)}", {**drawn, **sizes}, _linear)
 
 
 def _linear(env: Mapping[str, Any]) -> Tensor:
@@ -121,13 +116,8 @@ def _linear(env: Mapping[str, Any]) -> Tensor:
 
 def _experts(generator: torch.Generator, sizes: Sizes) -> Specimen:
     count, width, rows = sizes["experts"], sizes["in"], sizes["out"]
-    given = {
-        "x": _random(generator, count, 5, width),
-        "W": _random(generator, count, rows, width),
-        "b": 0.0,
-        **sizes,
-    }
-    return _specimen(f"in {width}, out {rows}, {count} experts", given, _linear)
+    drawn = _drawn(generator, x=(count, 5, width), W=(count, rows, width), b=None)
+    return _specimen(f"in {width}, out {rows}, {count} experts", {**drawn, **sizes}, _linear)
 
 
 def _embedding(generator: torch.Generator, sizes: Sizes) -> Specimen:
@@ -151,16 +141,11 @@ def _conv_site(
     sizes: Sizes,
 ) -> Specimen:
     width, rows, groups = sizes["in"], sizes["out"], window[-1]
-    given = {
-        "x": _random(generator, 2, width, 9, 8),
-        "W": _random(generator, rows, max(width // groups, 1), *kernel),
-        "b": _random(generator, rows) if biased else 0.0,
-        **sizes,
-        "kernel": kernel,
-        **dict(zip(_WINDOW, window, strict=True)),
-    }
+    shape = (rows, max(width // groups, 1), *kernel)
+    drawn = _drawn(generator, x=(2, width, 9, 8), W=shape, b=(rows,) if biased else None)
+    facts = {"kernel": kernel, **dict(zip(_WINDOW, window, strict=True))}
     title = f"in {width}, out {rows}, kernel {kernel}, {groups} groups, {_bias(biased)}"
-    return _specimen(title, given, _conv)
+    return _specimen(title, {**drawn, **sizes, **facts}, _conv)
 
 
 def _conv(env: Mapping[str, Any]) -> Tensor:
@@ -175,13 +160,9 @@ TOKENS = 12
 
 def _norm_site(biased: bool, generator: torch.Generator, sizes: Sizes) -> Specimen:
     width = sizes["hidden"]
-    given = {
-        "x": _random(generator, 2, TOKENS, width),
-        "W": _random(generator, width),
-        "b": _random(generator, width) if biased else 0.0,
-        "hidden": width,
-    }
-    return _specimen(f"hidden {width}, {_bias(biased)}", given, _norm)
+    bias = (width,) if biased else None
+    drawn = _drawn(generator, x=(2, TOKENS, width), W=(width,), b=bias)
+    return _specimen(f"hidden {width}, {_bias(biased)}", {**drawn, **sizes}, _norm)
 
 
 def _norm(env: Mapping[str, Any]) -> Tensor:
@@ -220,8 +201,8 @@ def _heads(heads: int, kv_heads: int, *dims: int) -> list[Sizes]:
 
 def _residual(generator: torch.Generator, sizes: Sizes) -> Specimen:
     width = sizes["hidden"]
-    given = {name: _random(generator, 2, 3, width) for name in ("h", "x")}
-    return _specimen(f"hidden {width}", {**given, **sizes}, lambda env: env["x"] + env["h"])
+    drawn = _drawn(generator, h=(2, 3, width), x=(2, 3, width))
+    return _specimen(f"hidden {width}", {**drawn, **sizes}, lambda env: env["x"] + env["h"])
 
 
 def _inputs(length: int, given: bool, generator: torch.Generator, sizes: Sizes) -> Specimen:
@@ -255,6 +236,11 @@ def _parameter(
 
 def _specimen(title: str, given: Mapping[str, Any], operation: Operation) -> Specimen:
     return Specimen(title, {**given, "y": operation(given)}, operation)
+
+
+def _drawn(generator: torch.Generator, **shapes: tuple[int, ...] | None) -> dict[str, Any]:
+    """Random values of these shapes; 0 for what a site is without."""
+    return {n: 0.0 if s is None else _random(generator, *s) for n, s in shapes.items()}
 
 
 def _random(generator: torch.Generator, *shape: int) -> Tensor:

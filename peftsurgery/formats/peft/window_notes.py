@@ -38,11 +38,7 @@ def window_notes(model: GraphModel, length: int) -> tuple[str, ...]:
 
 def _buffer(source: Source, name: str) -> Tensor | None:
     """A buffer of the base, read now if it has to be; None for parameters and constants."""
-    owner, _, leaf = name.rpartition(".")
-    try:
-        found = source.module.get_submodule(owner)._buffers.get(leaf)
-    except AttributeError:
-        return None
+    found = dict(source.module.named_buffers(remove_duplicate=False)).get(name)
     if found is None or not found.is_meta or not source.is_readable:
         return found
-    return source.weights().get_submodule(owner)._buffers.get(leaf)
+    return source.weights().get_buffer(name)

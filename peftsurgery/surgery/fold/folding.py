@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
-from peftsurgery.capture.tensors import named_tensors, tensor_names
+from peftsurgery.capture.tensors import named_tensors, owner_of, tensor_names
 from peftsurgery.capture.threads import making
 from peftsurgery.surgery.fold.untying import untie
 from peftsurgery.surgery.fourbit.requantise import FoldError, Gap, error_of, pack_layers
@@ -90,8 +90,7 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
     memo: dict[int, Any] = {}
     for name, tensor in sorted(named_tensors(source), key=lambda item: item[0] in changed):
         here = model._copies.base_name(name) if isinstance(model, OperatedModel) else name
-        owner, _, leaf = here.rpartition(".")
-        mine: torch.Tensor = getattr(model.get_submodule(owner), leaf).detach()
+        mine: torch.Tensor = getattr(*owner_of(model, here)).detach()
         if name in changed:
             mine = tensor.new_empty(0)  # replaced below; it may be packed, which is no weight
         if isinstance(tensor, nn.Parameter):
@@ -102,8 +101,7 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
     names = tensor_names(source)
     made: dict[str, nn.Parameter] = {}
     for name, value in changed.items():
-        owner, _, leaf = name.rpartition(".")
-        part = plain.get_submodule(owner)
+        part, leaf = owner_of(plain, name)
         old = part._parameters[leaf]
         trainable = old is None or old.requires_grad
         twins = (made[a] for a in names[name] if a in made and torch.equal(made[a], value))

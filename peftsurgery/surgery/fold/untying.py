@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftsurgery.capture.tensors import named_tensors
+from peftsurgery.capture.tensors import named_tensors, owner_of
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.quiet import quiet
 
@@ -41,8 +41,7 @@ def _separate(plain: nn.Module) -> None:
     """Copy what has several names; a module that has several keeps its one tensor."""
     slots: dict[int, tuple[nn.Module, str]] = {}
     for name, tensor in named_tensors(plain):
-        owner, _, leaf = name.rpartition(".")
-        slot = plain.get_submodule(owner), leaf
+        slot = owner_of(plain, name)
         if slots.setdefault(id(tensor), slot) == slot:
             continue
         copy = tensor.detach().clone()

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from peftsurgery.capture.tensors import owner_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.fourbit.pack import PackedWeight, bitsandbytes, pack, unpack
 
@@ -95,8 +96,7 @@ def pack_layers(module: nn.Module, stored: Mapping[str, PackedWeight]) -> None:
 
 
 def _pack_layer(module: nn.Module, name: str, stored: PackedWeight) -> None:
-    path, _, leaf = name.rpartition(".")
-    old = module.get_submodule(path)
+    old, leaf = owner_of(module, name)
     if not isinstance(old, nn.Linear | Conv1D) or leaf != "weight":
         raise _no_layer(
             f"'{name}' is the weight of a {type(old).__name__}, which has no four-bit form"
@@ -119,8 +119,7 @@ def _pack_layer(module: nn.Module, name: str, stored: PackedWeight) -> None:
         quant_type=kind,
     ).to(weight.device)
     layer.bias = old.bias
-    parent, _, child = path.rpartition(".")
-    setattr(module.get_submodule(parent), child, layer.train(old.training))
+    setattr(*owner_of(module, name.removesuffix(".weight")), layer.train(old.training))
 
 
 def _declare(model: PreTrainedModel, stored: Mapping[str, PackedWeight]) -> None:

@@ -68,10 +68,9 @@ class Coverage:
 
     def lines(self) -> list[str]:
         """The shares as a report prints them: of weights, by kind and by role."""
-        weights = [
-            kind for kind in ("linear", "experts", "embedding", "conv") if kind in self.kinds
-        ]
-        lines = [f"coverage: {_listed({kind: self.kinds[kind] for kind in weights})}"]
+        weights = ("linear", "experts", "embedding", "conv")
+        found = {kind: self.kinds[kind] for kind in weights if kind in self.kinds}
+        lines = [f"coverage: {_listed(found)}"]
         if self.roles:
             lines.append(f"  by role: {_listed(self.roles)}")
         if self.uncovered:

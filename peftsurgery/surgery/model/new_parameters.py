@@ -32,9 +32,8 @@ def new_parameters(
     for cut in cuts:
         own = join(cut.placed.block, cut.holder)
         if not all(join(own, name) in made for name in cut.parameters):
-            for name, value in _starts(
-                cut, given, made, dense, _device(cut, stored, device)
-            ).items():
+            starts = _starts(cut, given, made, dense, _device(cut, stored, device))
+            for name, value in starts.items():
                 param = nn.Parameter(value, requires_grad=cut.rule.params[name].train)
                 made[join(own, name)] = made.setdefault(cut.parameters[name], param)
         if cut.rule.train and cut.placed.parameter is not None:

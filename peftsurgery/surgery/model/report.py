@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -11,7 +12,7 @@ from torch import nn
 
 from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
-from peftsurgery.language.selection import NUMBER, Selection, joined, site_name
+from peftsurgery.language.selection import NUMBER, Selection, joined
 from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
 from peftsurgery.surgery.plan.cut import Cut
@@ -46,6 +47,12 @@ class Report:
         """One entry for each site that was cut, in the model's order for each rule."""
         return [_match(cut) for cut in self.plan.cuts]
 
+    @property
+    def near_misses(self) -> list[dict[str, Any]]:
+        """The sites that each rule nearly matched, with the reasons."""
+        chosen = ((each.name, miss) for each in self.plan.selections for miss in each.near_misses())
+        return [{"rule": name, **miss.to_dict()} for name, miss in chosen]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
         return {
@@ -55,7 +62,7 @@ class Report:
             "active": [name for name, active in self.adapters.items() if active],
             "trainable": self.trainable,
             "total": self.total,
-            "near_misses": [miss for chosen in self.plan.selections for miss in _misses(chosen)],
+            "near_misses": self.near_misses,
             "notes": list(self.notes),
             "lost": self.lost,
         }
@@ -67,15 +74,12 @@ class Report:
             for m in self.matches
         ]
         shares = [(name, f"{share}") for name, share in self.coverage.roles.items()]
-        misses = [miss for chosen in self.plan.selections for miss in _misses(chosen)]
+        misses = [(m["site"], "; ".join(m["reasons"])) for m in self.near_misses]
         return shown(
             f"trainable: {self.trainable:,} of {self.total:,} parameters",
             table(("adapter", "role", "site", "added"), matches),
             table(("role", "matched"), shares),
-            table(
-                ("nearly matched", "why not"),
-                [(m["site"], "; ".join(m["reasons"])) for m in misses],
-            ),
+            table(("nearly matched", "why not"), misses),
             notes(self.notes),
         )
 
@@ -121,19 +125,9 @@ def _match(cut: Cut) -> dict[str, Any]:
     }
 
 
-def _misses(selection: Selection) -> list[dict[str, Any]]:
-    return [
-        {"rule": selection.name, "site": site_name(miss.site), "reasons": miss.reasons}
-        for miss in selection.near_misses()
-    ]
-
-
 def _lines(selection: Selection) -> list[str]:
     """A rule's matches counted by role, and its nearest misses."""
-    roles: dict[str, int] = {}
-    for site in selection.kept:
-        name = site.role or site.kind
-        roles[name] = roles.get(name, 0) + 1
+    roles = Counter(site.role or site.kind for site in selection.kept)
     counted = ", ".join(f"{count} {role}" for role, count in roles.items())
     lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]
     lines += [f"  not {text}" for text in _folded(selection)]

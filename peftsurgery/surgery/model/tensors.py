@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from peftsurgery.capture.tensors import owner_of
+
 
 def frozen(tensor: Tensor) -> nn.Parameter:
     """A parameter of one's own over the same memory, not trained."""
@@ -23,9 +25,8 @@ def share(
     parameters: dict[int, nn.Parameter] = {}
     buffers: dict[int, Tensor] = {}
     for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner, _, their_leaf = there(name).rpartition(".")
-        part, tensor = mine.get_submodule(path), getattr(other.get_submodule(owner), their_leaf)
+        part, leaf = owner_of(mine, name)
+        tensor = getattr(*owner_of(other, there(name)))
         if leaf in part._parameters:
             part._parameters[leaf] = parameters.setdefault(id(tensor), frozen(tensor))
         else:
@@ -38,5 +39,5 @@ def put(module: nn.Module, names: Iterable[str], value: Tensor) -> None:
     """Give a parameter, under all of these names, another tensor."""
     parameter = frozen(value)
     for name in names:
-        owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._parameters[leaf] = parameter
+        part, leaf = owner_of(module, name)
+        part._parameters[leaf] = parameter

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from peftsurgery.capture.tensors import owner_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name
 
@@ -135,10 +136,6 @@ class TrainedCopies:
 
 
 def _exchange(model: nn.Module, one: str, other: str) -> None:
-    (here, first), (there, second) = _slot(model, one), _slot(model, other)
-    here[first], there[second] = there[second], here[first]
-
-
-def _slot(model: nn.Module, name: str) -> tuple[dict[str, nn.Parameter | None], str]:
-    owner, _, leaf = name.rpartition(".")
-    return model.get_submodule(owner)._parameters, leaf
+    (here, first), (there, second) = owner_of(model, one), owner_of(model, other)
+    mine, theirs = here._parameters, there._parameters
+    mine[first], theirs[second] = theirs[second], mine[first]

@@ -29,8 +29,7 @@ def check_reached(first: Plan, now: Plan, is_made: Callable[[Cut], bool]) -> Non
 
     ``is_made`` says of a cut whether it takes part in the call: what rests may be lost.
     """
-    known = {name for cut in first.cuts for name in cut.parameters.values()}
-    new = [n for cut in now.cuts for n in cut.parameters.values() if n not in known]
+    new = [n for cut in now.cuts for n in cut.parameters.values() if n not in first.added]
     if new:
         raise SurgeryError(
             "PSG307",
