@@ -15,6 +15,22 @@ from safetensors.torch import load_file, save
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import read_header
 
+# The dtypes of torch by the names that the format has for them.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 # What parameters can be; the eight-bit floats are for storage, and nothing is computed in them.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

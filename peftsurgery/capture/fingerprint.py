@@ -30,6 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from peftsurgery.capture.names import join
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
+from peftsurgery.finite_tensors import DTYPES
 from peftsurgery.model_files import are_here, read_model_files
 from peftsurgery.tensor_file import Tensor as StoredTensor
 from peftsurgery.tensor_file import TensorFile, read_header
@@ -38,23 +39,7 @@ ALGORITHM = "blake2b-128"
 WHOLE, BLOCKS, BLOCK = 65_536, 32, 256
 SAMPLING = f"tensors of more than {WHOLE} elements: {BLOCKS} even blocks of {BLOCK} elements"
 
-# What safetensors calls the dtypes of torch.
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Spans = Sequence[tuple[int, int]]
 _LINE = re.compile(r"(\w+)\[([\d,]*)\] ([0-9a-f]{32})")
 
@@ -143,19 +128,15 @@ class Sampled:
         """Print of the tensor, as if it were cast to ``dtype`` first."""
         content = self.read(spans(self.count))
         if dtype is not None and dtype != self.dtype:
-            values = torch.frombuffer(bytearray(content), dtype=_TORCH[self.dtype])
-            content = _bytes(values.to(_TORCH[dtype]))
+            values = torch.frombuffer(bytearray(content), dtype=DTYPES[self.dtype])
+            content = _bytes(values.to(DTYPES[dtype]))
         digest = hashlib.blake2b(content, digest_size=16).hexdigest()
         return TensorPrint(dtype or self.dtype, self.shape, digest)
 
     def can_be_cast(self, dtype: str) -> bool:
         """Whether casting to ``dtype`` loses nothing that a tensor of ``dtype`` can hold."""
-        mine, other = _TORCH.get(self.dtype), _TORCH.get(dtype)
-        if (
-            mine is None
-            or other is None
-            or not (mine.is_floating_point and other.is_floating_point)
-        ):
+        mine, other = DTYPES.get(self.dtype), DTYPES.get(dtype)
+        if not (mine and mine.is_floating_point and other and other.is_floating_point):
             return False
         wide, narrow = torch.finfo(mine), torch.finfo(other)
         return wide.eps <= narrow.eps and wide.max >= narrow.max and wide.tiny <= narrow.tiny
@@ -283,4 +264,4 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
-    return DTYPES.get(dtype, str(dtype).removeprefix("torch."))
+    return NAMES.get(dtype, str(dtype).removeprefix("torch."))

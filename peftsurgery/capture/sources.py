@@ -28,15 +28,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from peftsurgery.capture.builds import FILES, Build, class_named, resize
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
+from peftsurgery.finite_tensors import DTYPES, FLOATS
 from peftsurgery.model_files import are_here, read_model_files
 from peftsurgery.quiet import quiet
-
-FLOATING = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 # What configs of transformers, and the models made of them, raise for values that do not fit.
 CONFIG_ERRORS = (
@@ -308,9 +302,9 @@ def _stored_dtype(directory: Path) -> torch.dtype | None:
         try:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.offset_keys():
-                    dtype = stored.get_slice(name).get_dtype()
-                    if dtype in FLOATING:
-                        return FLOATING[dtype]
+                    dtype = DTYPES.get(stored.get_slice(name).get_dtype())
+                    if dtype in FLOATS:
+                        return dtype
         except (OSError, SafetensorError):
             return None  # read again, and reported, when the weights are wanted
     return None

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from peftsurgery.capture.fingerprint import DTYPES, Sampled
+from peftsurgery.capture.fingerprint import NAMES, Sampled
 from peftsurgery.capture.names import join
 from peftsurgery.diff.description import Description, Node, ShapeClass, TensorFacts
 from peftsurgery.diff.figures import Figures
@@ -160,7 +160,7 @@ class _Reader:
     def _value(self, name: str) -> Sampled:
         held, step = self.initial[name], -1 if name in self.turned else 1
         shape = tuple(held.dims)[::step]
-        kind = DTYPES.get(getattr(torch, _dtype(held.data_type), torch.float32), "")
+        kind = NAMES.get(getattr(torch, _dtype(held.data_type), torch.float32), "")
 
         def read(spans: Iterable[tuple[int, int]]) -> bytes:
             array = self._array(held)
