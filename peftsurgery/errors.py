@@ -72,7 +72,13 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint that names the nearest known words, or all of them when none is near.
+    """A hint that names the nearest known words, or all of them when none is near."""
+    known = sorted(known)
+    return nearest(name, known) or f"known here: {', '.join(known)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """A hint that names the nearest known words, or None when none is near.
 
     Near are the one that is most like it, which comes first, and those of which it is a part.
     """
@@ -81,4 +87,4 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     near = list(dict.fromkeys([*filter(None, [closest(name, known)]), *holding]))
     if len(near) > 1:
         return f"did you mean '{near[0]}'? or one of {', '.join(near[1:])}?"
-    return f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+    return f"did you mean '{near[0]}'?" if near else None

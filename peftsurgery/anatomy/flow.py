@@ -94,6 +94,10 @@ class Flow:
         except OpaqueError:
             return None
 
+    def rows_at(self, site: Site, target: fx.Node, beside: bool = False) -> set[int]:
+        """The same rows, whether activated or not; none if they cannot be followed."""
+        return set().union(*(self.rows(site, target, beside) or {}).values())
+
     def is_signal(self, node: fx.Node) -> bool:
         """Whether a value is data in floating point, not a mask, a table or a position."""
         found = value(node)

@@ -126,8 +126,7 @@ class _Branch:
         found: set[int] = set()
         for target in targets:
             if site.nodes["y"] in self.flow.between(site.nodes["y"], target):
-                rows = self.flow.rows(site, target, beside=True)
-                found |= set() if rows is None else rows[False] | rows[True]
+                found |= self.flow.rows_at(site, target, beside=True)
         return found
 
     def _key(self) -> fx.Node | None:

@@ -70,7 +70,7 @@ def _projections(
     for linear, letters in shared.items():
         made.append(Assignment(linear, "attn." + "".join(letters), site))
         if len(letters) > 1:
-            rows = {p: _rows(flow, linear, getattr(core, p)) for p in letters}
+            rows = {p: flow.rows_at(linear, getattr(core, p)) for p in letters}
             made += slices(linear, rows, site)
     return made
 
@@ -87,11 +87,6 @@ def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> lis
     if any(s is None for s in cut.values()) or len(total) != sum(map(len, rows.values())):
         return []
     return [Assignment(linear, f"attn.{p}", site, p, found) for p, found in cut.items()]
-
-
-def _rows(flow: Flow, linear: Site, target: fx.Node) -> set[int]:
-    found = flow.rows(linear, target)
-    return set() if found is None else found[False] | found[True]
 
 
 def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
@@ -127,7 +122,7 @@ def _head_sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -
     size = int(shape(core.q)[-1])
     counts: dict[str, int] = {}
     for part, held in (("q", core.q), ("k", core.shared[0])):
-        rows = sum(len(_rows(flow, linear, getattr(core, part))) for linear in feeders[part])
+        rows = sum(len(flow.rows_at(linear, getattr(core, part))) for linear in feeders[part])
         if rows and not (part == "k" and core.keeps_repeats):
             counts[part] = rows // size
         else:

@@ -34,9 +34,8 @@ def _routers(flow: Flow, choice: fx.Node) -> Iterator[Site]:
     """The linear whose output a node chooses experts by, if it does."""
     if not has(choice, Trait.CHOICE) or not flow.is_signal(choice.all_input_nodes[0]):
         return
-    weighted = [
-        n for n in backward(operands(choice)[:1], lambda n: _ends(flow, n)) if _ends(flow, n)
-    ]
+    way = backward(operands(choice)[:1], lambda n: _ends(flow, n))
+    weighted = [n for n in way if _ends(flow, n)]
     scores = {flow.products[n] for n in weighted if n in flow.products}
     if len(scores) == 1 and len(scores) == len(weighted):
         router = scores.pop()

@@ -182,7 +182,7 @@ def open_source(spec: str, build: Build = FILES) -> Source:
             message = f"'{spec}' is called for the model and cannot be made {what}"
             raise SurgeryError("PSG218", message, "name a model's directory or hub id")
         return Source(_call_factory(spec), spec)
-    if not here and (not _is_hub_id(spec) or _is_nearly_here(spec)):
+    if not here and (not is_hub_id(spec) or _is_nearly_here(spec)):
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
         message = f"'{spec}' is not a model directory: it has no config.json"
@@ -339,7 +339,7 @@ def _call_factory(spec: str) -> nn.Module:
     return made
 
 
-def _is_hub_id(spec: str) -> bool:
+def is_hub_id(spec: str) -> bool:
     """Whether a text can name a model of the hub: owner/name, or the name alone of an old one."""
     return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec) is not None
 

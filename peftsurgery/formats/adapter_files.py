@@ -50,14 +50,6 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
     return (json.dumps(dict(config), indent=2, sort_keys=True) + "\n").encode()
 
 
-def write_adapter_files(folder: Path, contents: Mapping[str, bytes], marker: str) -> None:
-    """Write files by their names in ``folder``, or leave what is there alone.
-
-    PSG601 if the place is not empty and has no file ``marker``, PSG603 if the system refuses.
-    """
-    files.write_files(folder, contents, marker, "PSG601", "an adapter's directory")
-
-
 def brief(value: Any) -> str:
     """A value of a config inside a message."""
     text = repr(value)

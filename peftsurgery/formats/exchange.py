@@ -20,8 +20,7 @@ import yaml
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.files import remove
-from peftsurgery.formats.adapter_files import write_adapter_files
+from peftsurgery.files import remove, write_files
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.loading import load_rules
@@ -131,11 +130,11 @@ def write_exported(
     holds anything but such files (``marker`` is one of them), PSG602, PSG603.
     """
     mine = [operation for operation in model.operations if operation.name == name]
-    files = {**contents, **export_record(model.source, mine)}
-    check_places(model, *(folder / file for file in (*files, *stale)))
-    write_adapter_files(folder, files, marker)
-    remove(folder / file for file in stale if file not in files)
-    clear_export_record(folder, files)
+    written = {**contents, **export_record(model.source, mine)}
+    check_places(model, *(folder / file for file in (*written, *stale)))
+    write_files(folder, written, marker, "PSG601", "an adapter's directory")
+    remove(folder / file for file in stale if file not in written)
+    clear_export_record(folder, written)
 
 
 def is_paired(model: GraphModel) -> bool:

@@ -12,12 +12,12 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from peftsurgery.capture.sources import is_hub_id
 from peftsurgery.surgery.model.fold_record import FILE, as_json, base_folder, fold_record
 from peftsurgery.surgery.model.operated import OperatedModel, active_operations
 
 CARD = "README.md"
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")
-_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:
@@ -65,5 +65,5 @@ def hub_id(base: str) -> str | None:
         found = _CACHED.fullmatch(part) if inner == "snapshots" else None
         if found:
             return "/".join(name for name in found.groups() if name)
-    is_id = _ID.fullmatch(base) and "--" not in base and not os.path.lexists(base)
+    is_id = is_hub_id(base) and "--" not in base and not os.path.lexists(base)
     return base if is_id else None

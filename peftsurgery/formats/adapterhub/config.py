@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peftsurgery.errors import SurgeryError, closest, did_you_mean
+from peftsurgery.errors import SurgeryError, did_you_mean, nearest
 from peftsurgery.formats.adapter_files import brief
 from peftsurgery.formats.adapterhub.layout import MATRICES
 from peftsurgery.formats.adapterhub.library import (
@@ -124,8 +124,7 @@ class HubConfig:
                 name = key.removeprefix(prefix)
                 if "." not in name and name != "architecture" and name not in known:
                     message = f"the adapter's config has {name} = {brief(value)}"
-                    hint = f"the library's keys: {', '.join(known)}"
-                    hint = did_you_mean(name, known) if closest(name, known) else hint
+                    hint = nearest(name, known) or f"the library's keys: {', '.join(known)}"
                     raise SurgeryError("PSG504", f"{message}, which is not honoured", hint)
 
     def _alike(self, file: RuleFile) -> list[Flat]:

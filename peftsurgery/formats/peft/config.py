@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NoReturn
 
-from peftsurgery.errors import SurgeryError, did_you_mean
+from peftsurgery.errors import SurgeryError, did_you_mean, nearest
 from peftsurgery.formats.adapter_files import brief
 from peftsurgery.formats.exchange import fits_setting, forms
 from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
@@ -69,7 +69,7 @@ class AdapterConfig:
                 raise SurgeryError("PSG504", message, f"honoured: {allowed}")
             if key not in known and value not in (None, False, "", [], {}):
                 message = f"the adapter's config has {key} = {brief(value)}, which is not honoured"
-                raise SurgeryError("PSG504", message, _near(key, known))
+                raise SurgeryError("PSG504", message, nearest(key, known))
         for key in peft_words().patterns.values():
             if not isinstance(self.pattern(key), dict):
                 raise SurgeryError("PSG503", f"the adapter's {key} is no object")
@@ -131,8 +131,3 @@ def _check_value(key: str, source: str, value: Any, default: Any) -> None:
 
 def _refuse_value(source: str, value: Any) -> NoReturn:
     raise SurgeryError("PSG503", f"the adapter's {source} cannot be {brief(value)}")
-
-
-def _near(key: str, known: Iterable[str]) -> str | None:
-    hint = did_you_mean(key, known)
-    return hint if hint.startswith("did you mean") else None

@@ -23,7 +23,12 @@ from peftsurgery.formats.joined_tensors import JoinedTensor, joined_tensors, val
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.library import FORMAT, listings
 from peftsurgery.formats.peft.rank_patterns import spread
-from peftsurgery.formats.peft.target_modules import check_listed, check_targets, nearest, unlike
+from peftsurgery.formats.peft.target_modules import (
+    check_listed,
+    check_targets,
+    nearest_path,
+    unlike,
+)
 from peftsurgery.formats.peft.trained_modules import trained_plan
 from peftsurgery.formats.peft.whole_model import is_whole, whole_plan
 from peftsurgery.language.rule_file import RuleFile
@@ -130,7 +135,7 @@ def _site_of(
     reached = any(name == path for name, _ in module.named_modules())
     why = "is not reached by these inputs" if reached else "is not in the model"
     message = f"the tensor '{key}' is for '{path}', which {why}"
-    raise SurgeryError("PSG506", message, nearest(path, known))
+    raise SurgeryError("PSG506", message, nearest_path(path, known))
 
 
 def _fitting(

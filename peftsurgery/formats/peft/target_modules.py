@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.capture.tensors import tensor_names
-from peftsurgery.errors import SurgeryError, closest, did_you_mean
+from peftsurgery.errors import SurgeryError, nearest
 from peftsurgery.formats.peft.config import AdapterConfig, leaves
 from peftsurgery.language.paths import full_match
 
@@ -94,13 +94,12 @@ def ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def nearest_path(name: str, known: Collection[str]) -> str:
     """Hint with the nearest names, exact paths under another prefix first."""
     ending = [other for other in known if ends(other, name) or ends(name, other)]
     if ending:
         return f"did you mean '{max(ending, key=len)}'? the adapter was made for another class"
-    hint = did_you_mean(name, known)
-    return hint if hint.startswith("did you mean") else "the adapter was made for another base"
+    return nearest(name, known) or "the adapter was made for another base"
 
 
 def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
@@ -152,9 +151,8 @@ def _check_each(names: Iterable[str], modules: list[str]) -> None:
     for name in names:
         if not any(ends(module, name) for module in modules):
             known = {*leaves(modules)} if "." not in name else set(modules)
-            hint = did_you_mean(name, known) if closest(name, known) else None
             message = f"target_modules names '{name}', and no module of the model is called that"
-            raise SurgeryError("PSG508", message, hint)
+            raise SurgeryError("PSG508", message, nearest(name, known))
 
 
 def linears(model: nn.Module, but: Iterable[str] = ()) -> set[str]:

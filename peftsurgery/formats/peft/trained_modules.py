@@ -21,7 +21,7 @@ from peftsurgery.formats.exchange import AdapterPlan, training
 from peftsurgery.formats.joined_tensors import JoinedTensor
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.library import peft_words
-from peftsurgery.formats.peft.target_modules import nearest, saved_whole
+from peftsurgery.formats.peft.target_modules import nearest_path, saved_whole
 from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.model.operated import OperatedModel
 
@@ -134,7 +134,7 @@ def _check_covered(model: nn.Module, adapter: PeftAdapter) -> None:
         if covered or (task is not None and name in task.heads and not exists):
             continue
         message = f"modules_to_save names '{name}', and the adapter has no tensors for it"
-        raise SurgeryError("PSG508", message, None if exists else nearest(name, modules))
+        raise SurgeryError("PSG508", message, None if exists else nearest_path(name, modules))
 
 
 def _training_plan(
@@ -189,4 +189,4 @@ def _homeless(model: nn.Module, adapter: PeftAdapter, name: str) -> SurgeryError
     if name in known:
         message = f"the tensor '{key}' is for a parameter that the adapter's config leaves out"
         return SurgeryError("PSG506", message, "see its bias and modules_to_save")
-    return SurgeryError("PSG506", f"the tensor '{key}' has no place", nearest(name, known))
+    return SurgeryError("PSG506", f"the tensor '{key}' has no place", nearest_path(name, known))
