@@ -27,22 +27,15 @@ from peftsurgery.surgery.rewrite.site_functions import Replay
 
 
 class Domain(ABC):
-    """Domain of a reading: where values, weights and parameters of a cut come from."""
-
-    has_values = True
-    """Whether what flows through the site can be read; if not, what it is told of weights can."""
+    """Domain of a reading: where weights and parameters of a cut come from."""
 
     @abstractmethod
     def bound(self, cut: Cut, name: str) -> Any:
-        """A value or a weight that the cut's site binds."""
+        """A weight that the cut's site binds; where values can be read, or a value."""
 
     @abstractmethod
     def parameter(self, cut: Cut, name: str) -> Any:
         """A parameter that the cut adds."""
-
-    def replay(self, cut: Cut) -> Replay:
-        """Site functions in this domain, if it has values."""
-        raise NotImplementedError
 
     def cast(self, cut: Cut, name: str, value: Any) -> Any:
         """A value or a weight in the dtype that the cut computes in."""
@@ -50,11 +43,47 @@ class Domain(ABC):
 
     def context(self, cut: Cut) -> Context:
         """Context for evaluating the cut's expressions in this domain."""
-        return Context(functions=self.replay(cut).functions if self.has_values else {})
+        return Context()
+
+
+class ValueDomain(Domain):
+    """Domain in which what flows through a site can be read too, and run through it again."""
+
+    @abstractmethod
+    def replay(self, cut: Cut) -> Replay:
+        """Site functions in this domain."""
+
+    def context(self, cut: Cut) -> Context:
+        """Context for evaluating the cut's expressions: with its site's functions."""
+        return Context(functions=self.replay(cut).functions)
 
 
 def environment(cut: Cut, domain: Domain) -> Environment:
     """Bind the names of a cut's rule; each is looked up in the domain when first read."""
+    site, kind = cut.site, cut.rule.kind
+
+    def weight(name: str) -> Any:
+        if name not in site.nodes:
+            return 0.0
+        return domain.cast(cut, name, orient(domain.bound(cut, name), site, name))
+
+    def outputs(name: str) -> Any:
+        return torch.stack([output(group, domain, compute_dtype(cut)) for group in cut.over], -2)
+
+    made: dict[str, Callable[[str], Any]]
+    if isinstance(domain, ValueDomain):
+        made = _values(cut, domain)
+    else:  # what a pattern binds may be a weight too
+        made = dict.fromkeys(cut.weights, weight)
+    made |= dict.fromkeys(kind.weights, weight)
+    made |= dict.fromkeys(cut.rule.params, lambda name: domain.parameter(cut, name))
+    if cut.over:
+        made[OUTPUTS] = outputs
+    return Environment(cut.numbers, made)
+
+
+def _values(cut: Cut, domain: ValueDomain) -> dict[str, Callable[[str], Any]]:
+    """What flows through a cut's site, by the names that are bound there."""
     site, kind = cut.site, cut.rule.kind
 
     def value(name: str) -> Any:
@@ -65,23 +94,8 @@ def environment(cut: Cut, domain: Domain) -> Environment:
             found = site.slice.take(found, -1)
         return domain.cast(cut, name, as_seen(site, name, found))
 
-    def weight(name: str) -> Any:
-        if name not in site.nodes:
-            return 0.0
-        return domain.cast(cut, name, orient(domain.bound(cut, name), site, name))
-
-    def outputs(name: str) -> Any:
-        return torch.stack([output(group, domain, compute_dtype(cut)) for group in cut.over], -2)
-
-    bound = {*site.nodes, *kind.optional} if not kind.is_inputs else {*kind.values}
-    values = [name for name in kind.values if name in bound] if domain.has_values else []
-    weights = kind.weights if domain.has_values else {*kind.weights, *cut.weights}
-    made: dict[str, Callable[[str], Any]] = dict.fromkeys(values, value)
-    made |= dict.fromkeys(weights, weight)
-    made |= dict.fromkeys(cut.rule.params, lambda name: domain.parameter(cut, name))
-    if cut.over:
-        made[OUTPUTS] = outputs
-    return Environment(cut.numbers, made)
+    bound = {*kind.values} if kind.is_inputs else {*site.nodes, *kind.optional}
+    return dict.fromkeys((name for name in kind.values if name in bound), value)
 
 
 def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
@@ -99,8 +113,6 @@ def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
 class TensorDomain(Domain):
     """Domain of real tensors, read by their names in the model."""
 
-    has_values = False
-
     def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
         self.read = read
 
@@ -117,7 +129,7 @@ class TensorDomain(Domain):
         return value
 
 
-class FakeDomain(Domain):
+class FakeDomain(ValueDomain):
     """Domain of fake tensors: those of the capture, or ``known`` ones."""
 
     def __init__(self, known: Mapping[str, Any] = MappingProxyType({})) -> None:

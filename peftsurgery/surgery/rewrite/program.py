@@ -31,7 +31,7 @@ from peftsurgery.language.evaluation import Context
 from peftsurgery.language.readings import fold, rewrite
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of, is_float
-from peftsurgery.surgery.rewrite.environment import Domain, environment
+from peftsurgery.surgery.rewrite.environment import ValueDomain, environment
 from peftsurgery.surgery.rewrite.layout import as_held, disorient
 from peftsurgery.surgery.rewrite.rerun import calls_for_more, find_region
 from peftsurgery.surgery.rewrite.site_functions import Replay
@@ -265,7 +265,7 @@ class Inserted(GraphAppendingTracer):
         return node
 
 
-class ProxyDomain(Domain):
+class ProxyDomain(ValueDomain):
     """Domain of fx proxies of what stands for a program's nodes now; reading appends nodes.
 
     ``old`` are the nodes whose values are replaced, as they are so far; what is appended serves

@@ -25,6 +25,7 @@ from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.operators import Operator
 from peftsurgery.language.site_functions.sites import KEYS, entries, tokens
 from peftsurgery.surgery.rewrite.batch_axis import token_mean
+from peftsurgery.surgery.rewrite.dtypes import cast
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, is_regular
 from peftsurgery.surgery.rewrite.rerun import INPUTS, Region, core_region, find_region
 
@@ -68,8 +69,7 @@ class Replay:
         given = {"q": q, "k": k, "v": v, "mask": mask}
         self.given = {node: self.held(name, given[name]) for name, node in self.inputs.items()}
         result = as_seen(self.site, "o", self.region.run(self.given, self.outside))
-        same = value(self.region.end).dtype == self.dtype
-        self.result = result if same else result.to(self.dtype)
+        self.result = cast(result, value(self.region.end).dtype, self.dtype)
         return self.result
 
     @cached_property
@@ -100,9 +100,7 @@ class Replay:
         node = self.site.nodes.get(name)
         if node is None or given is None:
             return given
-        given = as_held(self.site, name, given)
-        known: torch.dtype = value(node).dtype
-        return given if known == self.dtype or not known.is_floating_point else given.to(known)
+        return cast(as_held(self.site, name, given), self.dtype, value(node).dtype)
 
     def mask(self) -> Any:
         """The mask that the core has: None if every query sees every key."""
@@ -146,12 +144,10 @@ class Replay:
         """The norm that follows the addition, of h; h itself where none follows."""
         if "normed" not in self.site.nodes:
             return h
-        end = self.site.nodes["normed"]
-        region = find_region([self.site.nodes["y"]], end)
-        known: torch.dtype = value(self.site.nodes["y"]).dtype
-        given = {self.site.nodes["y"]: h if known == self.dtype else h.to(known)}
-        result = region.run(given, self.outside)
-        return result if value(end).dtype == self.dtype else result.to(self.dtype)
+        y, end = (self.site.nodes[name] for name in ("y", "normed"))
+        given = {y: cast(h, self.dtype, value(y).dtype)}
+        result = find_region([y], end).run(given, self.outside)
+        return cast(result, value(end).dtype, self.dtype)
 
     def token_mean(self, v: Any) -> Any:
         """The mean of v over the tokens of each sequence."""
