@@ -29,7 +29,7 @@ from peftsurgery.capture.tensors import (
     tensor_names,
     traceable,
 )
-from peftsurgery.capture.threads import making, traced_alone
+from peftsurgery.capture.threads import known_or_made, traced_alone
 from peftsurgery.capture.writes import check_writes
 from peftsurgery.errors import SurgeryError
 
@@ -128,16 +128,14 @@ class Captures:
         if not call.tensors:
             raise SurgeryError("PSG203", f"{self.infos[''].type} was called without a tensor")
         key = (call.signature, casts, surroundings())
-        found = self._known(key, call, training)
-        if found is not None:
-            return found
-        with making():
-            found = self._known(key, call, training)  # another thread may have made it meanwhile
-            if found is None:
-                state = key[-1]
-                found = outside(lambda: self._make(call, training, casts, state), state)
-                self._made[key] = [*self._made.get(key, ()), found]
-        return found
+
+        def make() -> Capture:
+            state = key[-1]
+            made = outside(lambda: self._make(call, training, casts, state), state)
+            self._made[key] = [*self._made.get(key, ()), made]
+            return made
+
+        return known_or_made(lambda: self._known(key, call, training), make)
 
     def _known(self, key: Key, call: Call, training: bool) -> Capture | None:
         known = (c for c in self._made.get(key, ()) if c.fits(call.leaves, training))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 from peftsurgery.capture.captures import Capture
-from peftsurgery.capture.threads import making
+from peftsurgery.capture.threads import known_or_made
 
 
 class Serving:
@@ -24,13 +24,12 @@ class Serving:
     def ready(self, choice: Hashable, capture: Capture, make: Callable[[], Capture]) -> Capture:
         """The capture under a choice, made now if it is not there yet. Only making it waits."""
         key = (choice, id(capture))
-        found = self._made.get(key)
-        if found is None:
-            with making():
-                found = self._made.get(key)  # another thread may have made it meanwhile
-                if found is None:
-                    found = self._made[key] = (capture, make())
-        return found[1]
+
+        def made() -> tuple[Capture, Capture]:
+            self._made[key] = (capture, make())
+            return self._made[key]
+
+        return known_or_made(lambda: self._made.get(key), made)[1]
 
     def captures(self, choice: Hashable) -> tuple[Capture, ...]:
         """The captures made under a choice, in the order in which they were made."""

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 from torch.fx.experimental import proxy_tensor
@@ -22,6 +22,8 @@ from torch.fx.experimental import proxy_tensor
 # What a call waits for may itself wait for a capture (in a hook, or in another process): a trace
 # gives it so many seconds, and begins then, at the price of another rounding.
 PATIENCE = 20.0
+
+Made = TypeVar("Made")
 
 _LOCK = threading.Lock()
 # Goes with whatever runs for the holder, in a thread of its own too: a capture may need another.
@@ -43,6 +45,17 @@ def making() -> Iterator[None]:
             yield
         finally:
             _IS_HELD.reset(token)
+
+
+def known_or_made(known: Callable[[], Made | None], make: Callable[[], Made]) -> Made:
+    """What is known already, else what ``make`` makes and keeps; only making it waits."""
+    found = known()
+    if found is None:
+        with making():
+            found = known()  # another thread may have made it meanwhile
+            if found is None:
+                found = make()
+    return found
 
 
 class Gate:

@@ -16,7 +16,7 @@ from peftsurgery.capture.called_parts import with_calls
 from peftsurgery.capture.captures import Capture
 from peftsurgery.capture.modules import Block, Part
 from peftsurgery.capture.program import Program
-from peftsurgery.capture.threads import making
+from peftsurgery.capture.threads import known_or_made
 from peftsurgery.capture.watched import original_at
 
 _GLOBAL = (
@@ -62,13 +62,14 @@ class Waiting:
             return capture
         awaited = {path for path in tuple(self.noted) if _is_awaited(model, path)}
         if any(_GLOBAL):
-            awaited |= {
-                p for p, calls in capture.calls.items() if not any(c.is_opaque for c in calls)
-            }
+            every = capture.calls.items()
+            awaited |= {p for p, calls in every if not any(c.is_opaque for c in calls)}
         wanted = frozenset(awaited)
         if not wanted:
             return capture
-        return self._known(capture, wanted) or self._twin(model, capture, wanted)
+        return known_or_made(
+            lambda: self._known(capture, wanted), lambda: self._twin(model, capture, wanted)
+        )
 
     def replaced(self, model: Part) -> str | None:
         """Path of a part that was replaced by another module; None if there is none."""
@@ -84,18 +85,14 @@ class Waiting:
         return next(fits, None)
 
     def _twin(self, model: Part, capture: Capture, wanted: frozenset[str]) -> Capture:
-        with making():
-            known = self._known(capture, wanted)
-            if known is not None:
-                return known  # another thread made it
-            twin = with_calls(capture, wanted, self._made)
-            self._made += 1
-            for block, programs in _blocks(model, twin):
-                block.programs = {**block.programs, **{each.label: each for each in programs}}
-            self.twins.append((capture, wanted, twin))
-            while len(self.twins) > KEPT:
-                _forget(model, *self.twins.pop(0)[::2])
-            return twin
+        twin = with_calls(capture, wanted, self._made)
+        self._made += 1
+        for block, programs in _blocks(model, twin):
+            block.programs = {**block.programs, **{each.label: each for each in programs}}
+        self.twins.append((capture, wanted, twin))
+        while len(self.twins) > KEPT:
+            _forget(model, *self.twins.pop(0)[::2])
+        return twin
 
 
 def _forget(model: Part, capture: Capture, twin: Capture) -> None:

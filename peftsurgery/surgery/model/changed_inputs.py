@@ -25,7 +25,7 @@ from peftsurgery.capture.changeable_inputs import (
     computed_from,
 )
 from peftsurgery.capture.signature import Call, takes
-from peftsurgery.capture.threads import making
+from peftsurgery.capture.threads import known_or_made, making
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, Operation
 from peftsurgery.surgery.plan.mode import Mode
@@ -112,11 +112,12 @@ class ChangedInputs:
 
     def _versions_of(self, capture: Capture, find: Find) -> list[ChangeableInputs]:
         """Versions of a capture with rewritable inputs, at least one. Raises PSG351 for none."""
-        if id(capture) not in self._versions:
-            with making():
-                if id(capture) not in self._versions:  # another thread may have made it meanwhile
-                    self._add(capture, find, {})
-        return self._versions[id(capture)]
+
+        def made() -> list[ChangeableInputs]:
+            self._add(capture, find, {})
+            return self._versions[id(capture)]
+
+        return known_or_made(lambda: self._versions.get(id(capture)), made)
 
     def _add(self, capture: Capture, find: Find, shapes: Shapes) -> ChangeableInputs:
         """A further version, for inputs that have these shapes once they are changed."""
