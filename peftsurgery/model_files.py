@@ -39,50 +39,50 @@ class ModelFiles:
         return {n: (file, tensor) for file in self.files for n, tensor in file.tensors.items()}
 
 
-def read_model_files(folder: Path, code: str = "PSG207") -> ModelFiles:
+def read_model_files(folder: Path) -> ModelFiles:
     """Read the headers of a model's weights, as transformers would find them.
 
-    Raises SurgeryError with ``code`` if there are none, a shard is missing, damaged or outside the
-    directory, or the index names a tensor that is not there.
+    PSG207 if there are none, a shard is missing, damaged or outside the directory, or the index
+    names a tensor that is not there.
     """
-    index, names = _named(folder, code)
+    index, names = _named(folder)
     if not names:
         hint = "weights are read from safetensors only"
-        raise SurgeryError(code, f"'{folder}' holds neither {SINGLE} nor {INDEX}", hint)
-    files = tuple(read_header(folder / name, code) for name in names)
+        raise SurgeryError("PSG207", f"'{folder}' holds neither {SINGLE} nor {INDEX}", hint)
+    files = tuple(read_header(folder / name) for name in names)
     held = {name: file.path.name for file in files for name in file.tensors}
     if sum(len(file.tensors) for file in files) != len(held):
-        raise SurgeryError(code, f"two shards of '{folder}' hold a tensor of one name")
+        raise SurgeryError("PSG207", f"two shards of '{folder}' hold a tensor of one name")
     for name, shard in index["weight_map"].items() if index is not None else ():
         if held.get(name) != shard:
             message = f"{folder / INDEX} has '{name}' in {shard}, and it is in"
-            raise SurgeryError(code, f"{message} {held.get(name, 'none of the shards')}")
+            raise SurgeryError("PSG207", f"{message} {held.get(name, 'none of the shards')}")
     return ModelFiles(folder, files, index)
 
 
-def are_here(folder: Path, code: str = "PSG207") -> bool:
+def are_here(folder: Path) -> bool:
     """Whether a directory holds a model's weights, all the files that its index names.
 
-    Raises SurgeryError with ``code`` for a damaged index.
+    PSG207 for a damaged index.
     """
-    _, names = _named(folder, code)
+    _, names = _named(folder)
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
-def _named(folder: Path, code: str) -> tuple[Mapping[str, Any] | None, list[str]]:
+def _named(folder: Path) -> tuple[Mapping[str, Any] | None, list[str]]:
     """The index of a model's weights, if it has one, and the names of their files, if any."""
     if (folder / SINGLE).exists():
         return None, [SINGLE]
     if not (folder / INDEX).exists():
         return None, []
-    index = read_object(folder / INDEX, code)
+    index = read_object(folder / INDEX, "PSG207")
     where = index.get("weight_map")
     if not isinstance(where, dict) or not where:
-        raise SurgeryError(code, f"{folder / INDEX} has no 'weight_map'")
+        raise SurgeryError("PSG207", f"{folder / INDEX} has no 'weight_map'")
     for name, shard in where.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
             message = f"{folder / INDEX} has '{name}' in {shard!r:.80}, which is no file beside it"
-            raise SurgeryError(code, message)
+            raise SurgeryError("PSG207", message)
     return index, sorted(set(where.values()))
 
 

@@ -37,16 +37,16 @@ _LEAST, _MOST = 0, 0x12DD9BB3
 _WORDS = 624
 
 
-def starts(count: int = 8) -> list[tuple[int, ...]]:
+def starts() -> list[tuple[int, ...]]:
     """Generator states to test with: one draws the smallest numbers, one the largest.
 
-    A choice by a threshold differs between these two. ``count`` others draw pseudo-random numbers,
-    so that most other choices differ too. Extremes fill half a state only: a method that rejects
-    them reaches the numbers behind.
+    A choice by a threshold differs between these two. Eight others draw pseudo-random numbers, so
+    that most other choices differ too. Extremes fill half a state only: a method that rejects them
+    reaches the numbers behind.
     """
     draw = random.Random(0)
     extremes = ([word] * (_WORDS // 2) for word in (_LEAST, _MOST))
-    heads = [*extremes, *([] for _ in range(count))]
+    heads = [*extremes, *([] for _ in range(8))]
     return [
         (*head, *(draw.getrandbits(32) for _ in range(_WORDS - len(head))), 0) for head in heads
     ]

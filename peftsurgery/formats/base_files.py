@@ -22,7 +22,7 @@ def companions(origin: str) -> Path | None:
         return None
 
 
-def copy_missing(source: Path, folder: Path, has_tokenizer: bool = False) -> Iterator[str]:
+def copy_missing(source: Path, folder: Path, has_tokenizer: bool) -> Iterator[str]:
     """Copy what is not weights and not written yet; model cards stay, they describe the base.
 
     The files of a tokenizer belong together: with ``has_tokenizer``, the base's stay behind.

@@ -186,9 +186,9 @@ def _check(
     return Check(number, specimen.title, True, folded)
 
 
-def random_outputs(result: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Random stand-ins for what ``count`` adapters make of a result: (..., adapters, features)."""
-    shape = (*result.shape[:-1], count, result.shape[-1])
+def random_outputs(result: Tensor, generator: torch.Generator) -> Tensor:
+    """Random stand-ins for what three adapters make of a result: (..., adapters, features)."""
+    shape = (*result.shape[:-1], 3, result.shape[-1])
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 

@@ -94,9 +94,7 @@ def _size(expression: Expression, env: Mapping[str, Any]) -> int:
     raise SurgeryError("PSG122", message, hint, expression.where())
 
 
-def check_sizes(
-    rule: Rule, settings: Mapping[str, Any], let: Mapping[str, Expression] = MappingProxyType({})
-) -> None:
+def check_sizes(rule: Rule, settings: Mapping[str, Any], let: Mapping[str, Expression]) -> None:
     """Refuse sizes of parameters that are wrong whatever the site: settings alone decide them.
 
     ``let`` are the numbers of the rule's file. Raises PSG122, and what evaluation raises.
@@ -175,7 +173,7 @@ def weights_read(
 
 
 def names_in(
-    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
+    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any]
 ) -> frozenset[str]:
     """The names that expressions of a rule read, through ``let`` names too."""
     start = [name for expression in expressions for name in names_read(expression, env)]
@@ -185,6 +183,5 @@ def names_in(
 
 def in_dtype(value: Any, dtype: torch.dtype) -> Any:
     """A tensor of floating-point numbers in ``dtype``; anything else as it is."""
-    return (
-        value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-    )
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value

@@ -73,7 +73,7 @@ class Roles:
         """Roles with one more predicate."""
         return replace(self, predicates={**self.predicates, name: predicate})
 
-    def cut_by(self, name: str, where: str | None = None) -> frozenset[str]:
+    def cut_by(self, name: str, where: str | None) -> frozenset[str]:
         """The modules that an earlier adapter or rule cut (PSG145 if there is none such)."""
         if name not in self.matched:
             hint = did_you_mean(name, self.matched) if self.matched else "apply it first"
