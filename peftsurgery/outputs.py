@@ -45,9 +45,8 @@ def check_free(out: Path, inputs: Iterable[str | Path] = (), force: bool = False
     check_apart(out, inputs)
     if os.path.lexists(out):
         if not force:
-            raise SurgeryError(
-                "PSG601", f"'{out}' exists already", "choose another name or --force"
-            )
+            hint = "choose another name or --force"
+            raise SurgeryError("PSG601", f"'{out}' exists already", hint)
         _check_replaceable(out)
     if not out.absolute().parent.is_dir():
         raise SurgeryError("PSG603", f"'{out.parent}' is not a directory")

@@ -50,9 +50,8 @@ def find_embeddings(flow: Flow) -> list[Site]:
             if weight is not None and isinstance(ids, fx.Node):
                 tables.append(_Table(_site(node, weight, ids), given_ids(ids)))
     roles = _own_roles(tables)
-    roles |= _given_roles(
-        flow, [t for t in tables if t.given is not None and t not in roles], roles
-    )
+    unknown = [t for t in tables if t.given is not None and t not in roles]
+    roles |= _given_roles(flow, unknown, roles)
     return [replace(table.site, role=_role(table, roles)) for table in tables]
 
 

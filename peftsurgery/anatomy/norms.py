@@ -41,9 +41,8 @@ def _spelled(node: fx.Node) -> Site | None:
     if op(node) != "rsqrt":
         return None
     products = [user for user in node.users if op(user) == "mul"]
-    if len(products) != 1 or not any(
-        op(n) == "mean" for n in backward([node], lambda n: op(n) == "mean")
-    ):
+    way = backward([node], lambda n: op(n) == "mean")
+    if len(products) != 1 or not any(op(n) == "mean" for n in way):
         return None
     scaled = products[0]
     x = next((n for n in operands(scaled) if n is not node), None)

@@ -93,12 +93,10 @@ class _Branch:
             return []
         query = next(n for n in self.normed if n is not key)
         read = [site for site, is_first in self.linears.items() if is_first]
-        rows = {
-            site: {"q": self._rows(site, [query]), "k": self._rows(site, [key])} for site in read
-        }
-        convolved = [n for n in self.nodes if is_depthwise(n)]
-        for site, found in rows.items():
-            found["v"] = self._rows(site, convolved) - found["q"] - found["k"]
+        convolved, rows = [n for n in self.nodes if is_depthwise(n)], {}
+        for site in read:
+            q, k, v = (self._rows(site, targets) for targets in ([query], [key], convolved))
+            rows[site] = {"q": q, "k": k, "v": v - q - k}
         if not all(any(found[part] for found in rows.values()) for part in "qkv"):
             return []
         roles = [Assignment(self.last, "attn.o")]

@@ -121,9 +121,8 @@ def residual_sites(
             }
             nodes = {"h": h, "x": join.x, "y": join.y}
             if facts["norm"] == "post":
-                nodes["normed"] = next(
-                    y for y, norm in normalised.items() if norm.nodes["x"] is join.y
-                )
+                after = (y for y, norm in normalised.items() if norm.nodes["x"] is join.y)
+                nodes["normed"] = next(after)
             module = common([site.module for site in last]) if last else owner(h)
             sites.append(Site("residual", module, None, None, nodes, facts))
     return sites

@@ -93,13 +93,11 @@ def _picks_tokens(node: fx.Node, chosen: set[fx.Node], router: Site) -> bool:
     if not has(node, Trait.PICK) or node.args[0] in chosen or not isinstance(node.args[0], fx.Node):
         return False
     source, where = node.args[0], node.args[1]
-    dims = (
-        [d for d, n in enumerate(where) if n in chosen] if isinstance(where, Sequence) else [where]
-    )
-    sizes = shape(source)
-    per_expert = any(
-        isinstance(dim, int) and fixed(sizes[dim]) == router.facts["out"] for dim in dims
-    )
+    sizes, dims = shape(source), [where]
+    if isinstance(where, Sequence):
+        dims = [dim for dim, index in enumerate(where) if index in chosen]
+    known = [fixed(sizes[dim]) for dim in dims if isinstance(dim, int)]
+    per_expert = router.facts["out"] in known
     is_vectors = parameter_of(source)[0] is not None and len(sizes) < 3
     return not per_expert or is_vectors
 

@@ -162,14 +162,12 @@ class _Surveyor:
 
     def is_ordered(self, frame: Frame, site: Site) -> bool:
         """Whether the mask that a core is passed tells earlier from later tokens."""
-        passed = [
+        passed = (
             (call.frame, call.node.args[number])
             for call in self.calls.callers(frame)
             for number in site.facts["mask_inputs"]
-        ]
-        return any(
-            self._compares(caller, value) for caller, value in passed if isinstance(value, fx.Node)
         )
+        return any(isinstance(mask, fx.Node) and self._compares(at, mask) for at, mask in passed)
 
     def _compares(self, frame: Frame, node: fx.Node) -> bool:
         key = (frame.program, node)

@@ -89,9 +89,8 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def is_size(node: fx.Node) -> bool:
     """Whether a node stands for a number: a symbolic size, a scalar, a flag."""
-    return isinstance(
-        node.meta.get("val"), (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
-    )
+    numbers = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return isinstance(node.meta.get("val"), numbers)
 
 
 def concrete(size: Any) -> int:

@@ -130,15 +130,12 @@ def resize(model: PreTrainedModel, build: Build) -> None:
         return
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     gpus = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+    # one by one: torch.manual_seed reaches devices not in use, for good
+    generators = (torch.default_generator, *(torch.cuda.default_generators[i] for i in gpus))
     try:
         with quiet(), kept_generators(), torch.no_grad():
-            for generator in (
-                torch.default_generator,
-                *(torch.cuda.default_generators[i] for i in gpus),
-            ):
-                generator.manual_seed(
-                    SEED
-                )  # torch.manual_seed reaches devices not in use, for good
+            for generator in generators:
+                generator.manual_seed(SEED)
             model.resize_token_embeddings(build.vocabulary, mean_resizing=not on_meta)
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise _unresized(model, build, first_line(error)) from error

@@ -111,9 +111,8 @@ def run_part(part: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], run: 
     ]
     result = run(plan.program, inputs)
     running.outputs = [result] if plan.single else list(result)
-    returned = [
-        _returned(plan, number, running.outputs, leaves) for number in range(len(plan.outputs))
-    ]
+    count = len(plan.outputs)
+    returned = [_returned(plan, number, running.outputs, leaves) for number in range(count)]
     return pytree.tree_unflatten(returned, plan.call.result)
 
 
@@ -151,9 +150,7 @@ def _taken(running: _Running, given: Sequence[Any], result: Any) -> Any:
         output = plan.outputs[number]
         if output is not None:
             outputs[output] = leaf
-        elif leaf is not (expected := _returned(plan, number, (), given)) and not _equal(
-            leaf, expected
-        ):
+        elif not _equal(leaf, _returned(plan, number, (), given)):
             raise _changed(plan, "returns something else in the place of a value it only passes on")
     if any(output is _NOTHING for output in outputs):
         raise _changed(plan, "does not compute a value that other parts of the model need")
@@ -164,7 +161,8 @@ _NOTHING = object()
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and isinstance(one, int | float | str) and one == other
+    plain = type(one) is type(other) and isinstance(one, int | float | str)
+    return one is other or (plain and one == other)
 
 
 def _leaves(part: nn.Module, plan: PartCall, args: tuple[Any, ...], kwargs: Any) -> list[Any]:

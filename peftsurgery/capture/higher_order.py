@@ -47,9 +47,8 @@ def inline_regions(module: fx.GraphModule) -> None:
             elif call.target is CAST:
                 _inline_autocast(module.graph, call, inner.graph)
             else:
-                raise SurgeryError(
-                    "PSG201", f"a graph with '{call.target}' in it cannot be operated on"
-                )
+                message = f"a graph with '{call.target}' in it cannot be operated on"
+                raise SurgeryError("PSG201", message)
         module.graph.erase_node(node)
 
 

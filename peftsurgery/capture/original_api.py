@@ -64,9 +64,8 @@ class Likeness(Part):
         """
         asked = [f"{name}=..." for name, value in others.items() if value]
         if asked:
-            raise SurgeryError(
-                "PSG216", f"save_pretrained of a captured model has no {', '.join(asked)}", FILES
-            )
+            message = f"save_pretrained of a captured model has no {', '.join(asked)}"
+            raise SurgeryError("PSG216", message, FILES)
         if not is_main_process:
             return
         directory = Path(save_directory)

@@ -105,7 +105,6 @@ def _with_regions(source: str, scope: dict[str, Any]) -> str:
         if depth < 0:
             break
     if depth:
-        raise SurgeryError(
-            "PSG201", "a region of autocast that begins in one block ends in another"
-        )
+        message = "a region of autocast that begins in one block ends in another"
+        raise SurgeryError("PSG201", message)
     return "\n".join(lines)

@@ -140,10 +140,8 @@ class Source:
                 ignore_mismatched_sizes=self.build.labels is not None,
             )
         except (OSError, RuntimeError, SafetensorError) as error:
-            reason = first_line(error)
-            raise SurgeryError(
-                "PSG207", f"no weights could be read from {self.origin}: {reason}"
-            ) from error
+            message = f"no weights could be read from {self.origin}: {first_line(error)}"
+            raise SurgeryError("PSG207", message) from error
         resize(model, self.build)
         kind, apart = type(model).__name__, tied_apart(self.module, model)
         if apart:
@@ -234,9 +232,8 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             model = kind._from_config(config, dtype=config.dtype or torch.float32)
     except CONFIG_ERRORS as error:
-        raise SurgeryError(
-            "PSG206", f"this config makes no {kind.__name__}: {first_line(error)}"
-        ) from error
+        message = f"this config makes no {kind.__name__}: {first_line(error)}"
+        raise SurgeryError("PSG206", message) from error
     return model.eval()
 
 
@@ -249,9 +246,8 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     try:
         return transformers.AutoModel._model_mapping[type(config)]
     except KeyError:
-        raise SurgeryError(
-            "PSG206", f"transformers has no model class for '{config.model_type}'"
-        ) from None
+        message = f"transformers has no model class for '{config.model_type}'"
+        raise SurgeryError("PSG206", message) from None
 
 
 def _config(spec: str) -> PreTrainedConfig:
@@ -267,18 +263,15 @@ def _config(spec: str) -> PreTrainedConfig:
             )
         kind = raw.get("model_type")
         if not isinstance(kind, str) or kind not in known:
-            hint = (
-                did_you_mean(str(kind), known.keys()) if kind else "config.json names no model_type"
-            )
+            hint = did_you_mean(str(kind), known) if kind else "config.json names no model_type"
             raise SurgeryError("PSG206", f"'{spec}' has an unknown model_type: {kind!r}", hint)
     try:
         return AutoConfig.from_pretrained(spec)
     except OSError as error:
         raise SurgeryError("PSG205", f"no model '{spec}': {first_line(error)}") from error
     except CONFIG_ERRORS as error:
-        raise SurgeryError(
-            "PSG206", f"the config of '{spec}' is no valid one: {first_line(error)}"
-        ) from error
+        message = f"the config of '{spec}' is no valid one: {first_line(error)}"
+        raise SurgeryError("PSG206", message) from error
 
 
 def _read_generation_config(model: PreTrainedModel, spec: str) -> None:
@@ -291,9 +284,8 @@ def _read_generation_config(model: PreTrainedModel, spec: str) -> None:
     try:
         model.adjust_generation_fn(**unset, **off, pretrained_model_name_or_path=spec, subfolder="")
     except CONFIG_ERRORS as error:
-        raise SurgeryError(
-            "PSG206", f"the generation config of '{spec}' is no valid one: {error}"
-        ) from error
+        message = f"the generation config of '{spec}' is no valid one: {error}"
+        raise SurgeryError("PSG206", message) from error
 
 
 def _stored_dtype(directory: Path) -> torch.dtype | None:

@@ -89,9 +89,8 @@ def traceable(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module
     try:
         return copy.deepcopy(module, dict(memo))
     except (TypeError, RuntimeError) as error:
-        raise SurgeryError(
-            "PSG201", f"{type(module).__name__} cannot be copied to be captured: {error}"
-        ) from error
+        message = f"{type(module).__name__} cannot be copied to be captured: {error}"
+        raise SurgeryError("PSG201", message) from error
 
 
 def is_fake(tensors: Iterable[torch.Tensor]) -> bool:

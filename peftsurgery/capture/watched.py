@@ -78,14 +78,10 @@ class Watched(nn.Module):
                 self._note()
             elif isinstance(value, nn.Module) or name in vars(self)["_originals"]:
                 self._put(name, value)
-            elif (
-                not _is_rate(self, name) and _is_constant(self, name) and vars(self)[name] != value
-            ):
-                raise SurgeryError(
-                    "PSG220",
-                    f"'{join(self._path, name)}' is a constant of the capture",
-                    "set it on the original, and capture that again",
-                )
+            elif _is_constant(self, name) and vars(self)[name] != value:
+                message = f"'{join(self._path, name)}' is a constant of the capture"
+                hint = "set it on the original, and capture that again"
+                raise SurgeryError("PSG220", message, hint)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -147,9 +143,10 @@ def original_at(model: Any, path: str) -> Any:
 
 
 def _is_constant(part: nn.Module, name: str) -> bool:
-    """Whether a graph may have this attribute as a constant."""
+    """Whether a graph may have this attribute as a constant; of a dropout it reads the rate."""
     public = name in vars(part)["_settings"] and not name.startswith("_")
-    return public and isinstance(vars(part)[name], _CONSTANTS)
+    is_rate = name == RATE and isinstance(part, nn.modules.dropout._DropoutNd)
+    return public and not is_rate and isinstance(vars(part)[name], _CONSTANTS)
 
 
 def _unchanging(path: str, name: str, what: str) -> SurgeryError:
@@ -158,8 +155,3 @@ def _unchanging(path: str, name: str, what: str) -> SurgeryError:
         f"'{join(path, name)}' cannot be {what}: the capture calls the modules there were",
         "put another module in a part's place, or change the original and capture it again",
     )
-
-
-def _is_rate(part: nn.Module, name: str) -> bool:
-    """Whether it is the rate of a dropout, which graphs read of the module."""
-    return name == RATE and isinstance(part, nn.modules.dropout._DropoutNd)

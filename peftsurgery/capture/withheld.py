@@ -17,9 +17,8 @@ POSITIONAL = "*"  # stands for the name of an argument that is given by position
 
 def refused(why: str) -> SurgeryError:
     """The error for a model or a cache of another kind."""
-    return SurgeryError(
-        "PSG210", f"the cache cannot be left to its owner: {why}", "generate with use_cache=False"
-    )
+    message = f"the cache cannot be left to its owner: {why}"
+    return SurgeryError("PSG210", message, "generate with use_cache=False")
 
 
 def names_of(more: Sequence[Any], named: Mapping[str, Any]) -> str:

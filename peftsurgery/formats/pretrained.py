@@ -224,11 +224,9 @@ def _opened(
     named = base or read_peft_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")
-    adapter = read_adapter(path)
-    graph = (
-        open_peft_base(named, adapter, kind, allow_other_base) if isinstance(named, str) else named
-    )
-    return from_peft(graph, path, allow_other_base=allow_other_base)
+    if isinstance(named, str):
+        named = open_peft_base(named, read_adapter(path), kind, allow_other_base)
+    return from_peft(named, path, allow_other_base=allow_other_base)
 
 
 def weight_changes(before: nn.Module, after: nn.Module) -> Iterator[WeightChange]:
@@ -297,9 +295,8 @@ def check_written(
         for inputs in cases:
             gap = difference(_outputs(wanted, inputs), _outputs(again, inputs))
             if not gap.within(tolerance):
-                raise SurgeryError(
-                    "PSG410", f"reloaded, the outputs differ by {gap.largest:.1e} from the operated"
-                )
+                message = f"reloaded, the outputs differ by {gap.largest:.1e} from the operated"
+                raise SurgeryError("PSG410", message)
             largest = max(largest, gap.largest)
     wanted.train(was_training)
     return largest

@@ -115,9 +115,8 @@ def _placeholders(model: GraphModel) -> list[fx.Node]:
     known = inspect.signature(model.source.module.forward).parameters
     for node in nodes:
         if node.name not in known or not isinstance(node.meta.get("val"), Tensor):
-            raise SurgeryError(
-                "PSG414", f"no example can be made of '{node.name}', which is not a tensor argument"
-            )
+            message = f"no example can be made of '{node.name}', which is not a tensor argument"
+            raise SurgeryError("PSG414", message)
     return nodes
 
 

@@ -72,9 +72,8 @@ def laid_over(base: Document, own: Document, said: OnBase) -> Document:
         raise SurgeryError("PSG109", message, "further rules go under `rules:`", position)
     changes = [*said.change, *({} for _ in rules[len(said.change) :])]
     wheres = {"where": said.where} if said.where else {}
-    changed = [
-        _laid(_laid(rule, wheres), change) for rule, change in zip(rules, changes, strict=True)
-    ]
+    pairs = zip(rules, changes, strict=True)
+    changed = [_laid(_laid(rule, wheres), change) for rule, change in pairs]
     under = {key: value for key, value in base.data.items() if key not in ("name", "about")}
     over = {key: value for key, value in own.data.items() if key not in OnBase.model_fields}
     over["rules"] = [*changed, *more] if isinstance(more, list) else more

@@ -269,9 +269,10 @@ def site_result(
     changed = {name: value for name, value in rewritten.items() if name != result}
     # what goes in may be another, and so may be what the result is made of
     found = operation({**env, **changed})
-    return (
-        rewrite(rule, {**env, **changed, result: found})[result] if result in rewritten else found
-    )
+    if result not in rewritten:
+        return found
+    made: Tensor = rewrite(rule, {**env, **changed, result: found})[result]
+    return made
 
 
 def _sizes(shape: Any) -> str:

@@ -52,10 +52,8 @@ def check_rule(rule: Rule, numbers: Collection[str]) -> None:
         shared = () if isinstance(param.shared, bool) else (param.shared,)
         for number in (*param.shape, *shared):
             check_expression(number, sizes)
-        initial = within(rule.let, known)
-        check_expression(
-            param.init, {*initial, *INITIALISERS}, {*OPERATORS, *INITIALISERS, *FROM_WEIGHTS}
-        )
+        words = {*within(rule.let, known), *INITIALISERS}
+        check_expression(param.init, words, {*OPERATORS, *INITIALISERS, *FROM_WEIGHTS})
         known.add(name)
     for name, expression in rule.rewrite.items():
         early = {*numbers, *values, *params} - {*kind.after(name)}
@@ -123,10 +121,9 @@ def _check_targets(rule: Rule) -> None:
     if rule.fold and not rule.rewrite:
         raise SurgeryError("PSG106", "a `fold:` without its `rewrite:`", where=position)
     if rule.over and (rule.fold or rule.rewrite.keys() != {kind.result}):
-        message = (
-            f"a rule `over` other adapters rewrites {kind.result} alone and folds into nothing"
-        )
-        raise SurgeryError("PSG106", message, where=position_of(rule.over[0]))
+        what = f"rewrites {kind.result} alone and folds into nothing"
+        message, where = f"a rule `over` other adapters {what}", position_of(rule.over[0])
+        raise SurgeryError("PSG106", message, where=where)
     check_keys(rule.rewrite, {*kind.values, *kind.weights}, "`rewrite:` gives")
     check_keys(rule.fold, _foldable(rule), "`fold:` gives")
     check_keys(rule.store, kind.weights, "`store:` gives")
@@ -139,6 +136,5 @@ def check_keys(given: Iterable[str], known: Collection[str], verb: str) -> None:
     for key in given:
         if key not in known:
             hint = did_you_mean(key, known) if known else None
-            raise SurgeryError(
-                "PSG106", f"{verb} '{key}', which is not bound", hint, position_of(key)
-            )
+            message = f"{verb} '{key}', which is not bound"
+            raise SurgeryError("PSG106", message, hint, position_of(key))

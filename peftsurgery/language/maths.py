@@ -100,11 +100,10 @@ def maths(
     ``settings`` decide any ``if``; they and the names in ``scalars`` are numbers, everything else
     is a tensor. ``functions`` may be called beside the operators.
     """
-    known, numbers = settings or {}, set(scalars)
+    known = settings or {}
+    numbers = {*known, *scalars}
     env = {
-        name: Symbol(
-            _GREEK.get(name, name), ATOM, name in known or name in numbers, known.get(name)
-        )
+        name: Symbol(_GREEK.get(name, name), ATOM, name in numbers, known.get(name))
         for name in expression.names
     }
     operators = {**OPERATORS, **functions}

@@ -142,9 +142,8 @@ def _spellings(pattern: Applied, value: Any) -> Iterator[tuple[Any, ...]]:
 
 def _arguments(operator: Operator, node: fx.Node) -> tuple[Any, ...] | None:
     """A node's arguments in the operator's order, if the operator can stand for it."""
-    if writes(node.target) or any(
-        value not in (None, 1, False, "none") for value in node.kwargs.values()
-    ):
+    usual = (None, 1, False, "none")
+    if writes(node.target) or any(value not in usual for value in node.kwargs.values()):
         return None  # a variant, such as gelu by tanh or an addition scaled by alpha
     if op(node) in operator.aten:
         return tuple(node.args)
@@ -159,10 +158,10 @@ def _arguments(operator: Operator, node: fx.Node) -> tuple[Any, ...] | None:
 def _bind(name: str, value: Any, bound: Bindings) -> Iterator[Bindings]:
     if name not in bound:
         yield {**bound, name: value}
-    elif _core(bound[name]) is _core(value) or (
-        not isinstance(value, fx.Node) and bound[name] == value
-    ):
-        yield bound
+    else:
+        is_equal = not isinstance(value, fx.Node) and bound[name] == value
+        if is_equal or _core(bound[name]) is _core(value):
+            yield bound
 
 
 def _core(value: Any) -> Any:

@@ -88,12 +88,10 @@ class HubConfig:
         members = config.get("configs") if config.get("architecture") == UNION else [config]
         if not isinstance(members, list) or not all(isinstance(part, dict) for part in members):
             raise SurgeryError("PSG503", "the adapter's union of configs is no list of objects")
-        if not 0 < len(members) <= MAX_UNION or any(
-            p.get("architecture") == UNION for p in members
-        ):
-            raise SurgeryError(
-                "PSG504", "the adapter's union of configs is not one of a few configs"
-            )
+        is_nested = any(part.get("architecture") == UNION for part in members)
+        if is_nested or not 0 < len(members) <= MAX_UNION:
+            message = "the adapter's union of configs is not one of a few configs"
+            raise SurgeryError("PSG504", message)
         for part in members:
             known = parts()
             architecture = part.get("architecture")

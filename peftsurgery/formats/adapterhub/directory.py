@@ -153,6 +153,6 @@ def _written(model: OperatedModel, name: str) -> Written:
 
 def _contents(model: OperatedModel, written: Written, folder: str = "") -> dict[str, bytes]:
     files = module_files(ADAPTER, written.config, written.tensors, folder)
-    return files | (
-        module_files(HEAD, head_config(model), written.head, folder) if written.head else {}
-    )
+    if written.head:
+        files |= module_files(HEAD, head_config(model), written.head, folder)
+    return files

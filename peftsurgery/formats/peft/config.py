@@ -36,9 +36,7 @@ class AdapterConfig:
             hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
             raise SurgeryError("PSG502", f"the adapter's peft_type is {brief(kind)}", hint)
         of_kind = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] == kind]
-        for key, wanted in {
-            k: v for f in of_kind for k, v in f.identifying(FORMAT).items()
-        }.items():
+        for key, wanted in (item for f in of_kind for item in f.identifying(FORMAT).items()):
             if isinstance(wanted, bool) and not isinstance(self.value(key), bool):
                 _refuse_value(key, self.value(key))
         files = [flat_form(file) for file in of_kind if not self._strangers(file)]

@@ -175,9 +175,7 @@ def _merge(name: str, adapted: Sequence[Adapted]) -> dict[str, Any]:
         config[key] = usual
         odd = {module: value for module, value in values.items() if value != usual}
         if odd and key in patterns:
-            config[patterns[key]] = {
-                f"^{re.escape(module)}": value for module, value in odd.items()
-            }
+            config[patterns[key]] = {f"^{re.escape(path)}": value for path, value in odd.items()}
         elif odd:
             module, value = next(iter(odd.items()))
             raise SurgeryError(

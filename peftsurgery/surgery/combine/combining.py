@@ -128,9 +128,8 @@ def _checked(model: OperatedModel, weights: Mapping[str, float], name: str) -> d
     for other, weight in weights.items():
         check_name(other, model.adapters)
         if not is_number(weight):
-            raise SurgeryError(
-                "PSG317", f"the weight of '{other}' is {weight!r:.60}, not a finite number"
-            )
+            message = f"the weight of '{other}' is {weight!r:.60}, not a finite number"
+            raise SurgeryError("PSG317", message)
     if adapter_name(name) in model.adapters:
         raise SurgeryError("PSG304", f"the model has an adapter '{name}' already")
     return {other: float(weight) for other, weight in weights.items()}

@@ -114,7 +114,5 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
 
 
 def _is_broken(changed: Mapping[str, torch.Tensor], aliases: Iterable[str]) -> bool:
-    values = [changed.get(alias) for alias in aliases]
-    return any(
-        value is None or values[0] is None or not torch.equal(value, values[0]) for value in values
-    )
+    first, *others = (changed.get(alias) for alias in aliases)
+    return first is None or any(other is None or not torch.equal(other, first) for other in others)

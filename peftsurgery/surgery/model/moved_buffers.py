@@ -35,13 +35,11 @@ def put_buffers(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None
     for name, value in given.items():
         buffer = mine[name]
         if buffer.shape != value.shape:
-            raise SurgeryError(
-                "PSG308", f"'{name}' has shape {list(value.shape)}, not {list(buffer.shape)}"
-            )
+            shapes = f"{list(value.shape)}, not {list(buffer.shape)}"
+            raise SurgeryError("PSG308", f"'{name}' has shape {shapes}")
         if not torch.can_cast(value.dtype, buffer.dtype):
-            raise SurgeryError(
-                "PSG606", f"'{name}' holds {value.dtype}, and the buffer {buffer.dtype}"
-            )
+            dtypes = f"{value.dtype}, and the buffer {buffer.dtype}"
+            raise SurgeryError("PSG606", f"'{name}' holds {dtypes}")
         buffer.copy_(value)
 
 

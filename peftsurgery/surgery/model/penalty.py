@@ -29,9 +29,8 @@ def penalty_of(cuts: Iterable[Cut], read: Callable[[str], Tensor]) -> Tensor | N
         if cut.rule.penalty:
             weights = (*cut.weights.values(), cut.site.slice)
             sites[cut.operation, id(cut.rule), (*cut.parameters.values(), *weights)] = cut
-    widely = TensorDomain(
-        lambda name: wide(read(name))
-    )  # in fp32 or wider, whatever the model is in
+    # in fp32 or wider, whatever the model is in
+    widely = TensorDomain(lambda name: wide(read(name)))
     groups: dict[tuple[str, str], list[Tensor]] = {}
     for cut in sites.values():
         for kind, value in penalty(cut.rule, environment(cut, widely)).items():

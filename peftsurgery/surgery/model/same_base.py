@@ -110,10 +110,8 @@ def _folded_before(made: Made, source: Source) -> list[str]:
     home = base_folder(source)
     earlier = folded_into(home)
     again = [entry for entry in earlier if entry.get("content") == made.content]
-    named = everything_read([made.base])[:1]
-    its_own = home is not None and any(
-        os.path.exists(place) and os.path.samefile(place, home) for place in named
-    )
+    named = filter(os.path.exists, everything_read([made.base])[:1])
+    its_own = home is not None and any(os.path.samefile(place, home) for place in named)
     return _said_folded(again if its_own else earlier)
 
 

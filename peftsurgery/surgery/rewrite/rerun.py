@@ -146,9 +146,8 @@ def _core_nodes(site: Site) -> Region:
 def _masked(core: fx.Node) -> tuple[Any, Any]:
     """The arguments of a core that had no mask, with a stand-in for one."""
     mask = fx.Graph().placeholder("mask")
-    rest = {
-        k: v for k, v in core.kwargs.items() if k not in ("attn_mask", "is_causal", "dropout_p")
-    }
+    given = ("attn_mask", "is_causal", "dropout_p")
+    rest = {key: value for key, value in core.kwargs.items() if key not in given}
     return (*core.args[:3], mask, arguments(core)["dropout_p"]), rest
 
 

@@ -134,9 +134,8 @@ class RowWalk(Walk):
         if axis.together is not None:
             times = ATEN.sym_size.int(other, 0) // ATEN.sym_size.int(mask, 0)
             flat, wide = ((-1, 1), (-1, times)) if axis.together else ((1, -1), (times, -1))
-            mask = ATEN.reshape.default(
-                ATEN.expand.default(ATEN.view.default(mask, flat), wide), (-1,)
-            )
+            each = ATEN.expand.default(ATEN.view.default(mask, flat), wide)
+            mask = ATEN.reshape.default(each, (-1,))
         shape = tuple(-1 if dim == axis.dim else 1 for dim in range(node.meta["val"].dim()))
         chosen = ATEN.where.self(ATEN.view.default(mask, shape), taken, other).node
         chosen.meta["val"] = node.meta.get("val")

@@ -31,9 +31,8 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     if not (folder / "tokenizer_config.json").is_file():
         return {}
     found = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}
-    return {
-        str(file.relative_to(folder)): file.read_bytes() for file in sorted(found) if file.is_file()
-    }
+    files = sorted(file for file in found if file.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def own_tokenizer(build: Build) -> dict[str, bytes]:

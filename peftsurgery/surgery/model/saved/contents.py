@@ -80,10 +80,8 @@ class Held:
             lines.append(f"  {operation.file.name}({settings})")
             if operation.where.given():
                 lines.append(f"  only where {describe_where(operation.where)}")
-            if operation.origin.other_base:
-                lines.append(
-                    f"  on another base than it was made for: {operation.origin.other_base}"
-                )
+            if other := operation.origin.other_base:
+                lines.append(f"  on another base than it was made for: {other}")
         if self.trained:
             rest = f" and {len(self.trained) - 1} more" if self.trained[1:] else ""
             lines.append(f"  trains of the base: {self.trained[0]}{rest}")
