@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from peftsurgery.capture.names import join
 from peftsurgery.capture.sources import Source
+from peftsurgery.capture.tensors import persistent_buffers
 from peftsurgery.errors import SurgeryError
 from peftsurgery.finite_tensors import DTYPES
 from peftsurgery.model_files import are_here, read_model_files
@@ -122,7 +122,7 @@ class Sampled:
     @property
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype, if torch has it."""
-        return _TORCH.get(self.dtype)
+        return DTYPES.get(self.dtype)
 
     def print(self, dtype: str | None = None) -> TensorPrint:
         """Print of the tensor, as if it were cast to ``dtype`` first."""
@@ -186,14 +186,11 @@ def spans(count: int) -> list[tuple[int, int]]:
 
 def _saved_as(module: nn.Module) -> dict[str, Tensor]:
     """A module's parameters and persistent buffers, once each, by their names in its files."""
-    tensors: dict[str, Tensor] = dict(module.named_parameters())
-    seen: set[int] = set()
-    for path, part in module.named_modules():
-        for leaf, buffer in part.named_buffers(recurse=False):
-            if leaf not in part._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                tensors[join(path, leaf)] = buffer
-    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+    buffers = persistent_buffers(module)
+    first = {id(buffer): name for name, buffer in reversed(buffers.items())}
+    once = {name: buffer for name, buffer in buffers.items() if first[id(buffer)] == name}
+    named = {**dict(module.named_parameters()), **once}
+    plain = {name: tensor.detach() for name, tensor in named.items()}
     return revert_weight_conversion(module, plain) if isinstance(module, PreTrainedModel) else plain
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
+from peftsurgery.capture.names import join
 from peftsurgery.capture.program import TensorInfo
 from peftsurgery.errors import SurgeryError
 
@@ -21,6 +22,16 @@ def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Persistent buffers of a module, by name."""
+    return {
+        join(path, name): buffer
+        for path, part in module.named_modules()
+        for name, buffer in part.named_buffers(recurse=False)
+        if name not in part._non_persistent_buffers_set
+    }
 
 
 def tensor_names(module: nn.Module) -> dict[str, list[str]]:

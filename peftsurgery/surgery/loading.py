@@ -12,10 +12,11 @@ from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel, capture, open_source
 from peftsurgery.capture.builds import Build, tokens_of
 from peftsurgery.capture.model import capture_source
+from peftsurgery.capture.tensors import persistent_buffers
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.applying import check_covered, operate
 from peftsurgery.surgery.fold.vocabulary import built
-from peftsurgery.surgery.model.moved_buffers import persistent_buffers, put_buffers
+from peftsurgery.surgery.model.moved_buffers import put_buffers
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.same_base import check_base, compare_base
 from peftsurgery.surgery.model.saved.manifest import (

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 
 
@@ -41,13 +40,3 @@ def put_buffers(mine: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None
             dtypes = f"{value.dtype}, and the buffer {buffer.dtype}"
             raise SurgeryError("PSG606", f"'{name}' holds {dtypes}")
         buffer.copy_(value)
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Persistent buffers of a module, by name."""
-    return {
-        join(path, name): buffer
-        for path, part in module.named_modules()
-        for name, buffer in part.named_buffers(recurse=False)
-        if name not in part._non_persistent_buffers_set
-    }

@@ -29,6 +29,7 @@ from peftsurgery.capture import Capture, GraphModel
 from peftsurgery.capture.generating import check_generates
 from peftsurgery.capture.program import generate_forward
 from peftsurgery.capture.signature import Call
+from peftsurgery.capture.tensors import persistent_buffers
 from peftsurgery.capture.threads import making
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.choices import Choice
@@ -36,7 +37,7 @@ from peftsurgery.surgery.model.choosing import ChoosingModel
 from peftsurgery.surgery.model.generation import check_outputs, check_prompts, split_inputs
 from peftsurgery.surgery.model.holders import add_parameter
 from peftsurgery.surgery.model.learnt import Learnt
-from peftsurgery.surgery.model.moved_buffers import moved_buffers, persistent_buffers
+from peftsurgery.surgery.model.moved_buffers import moved_buffers
 from peftsurgery.surgery.model.new_parameters import new_parameters, read_weights
 from peftsurgery.surgery.model.penalty import penalty_of
 from peftsurgery.surgery.model.report import Report, capture_notes, counted
