@@ -130,9 +130,9 @@ class GraphModel(Likeness):
 
     def _find(self, call: Call) -> Capture:
         """The capture that serves a call, as this model runs it."""
-        return self._served(self._captured(call))
+        return self._served(self.original_capture(call))
 
-    def _captured(self, call: Call) -> Capture:
+    def original_capture(self, call: Call) -> Capture:
         """The capture that serves a call, as the original runs it."""
         return self._captures.find(call, self.training, self._casts())
 
@@ -191,6 +191,11 @@ class GraphModel(Likeness):
                 block.programs = {**block.programs, **{each.label: each for each in programs}}
         self._take_constants()
         return ready
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the model has its weights."""
+        return self._bound
 
     def bind(self) -> None:
         """Read the weights now if the model was captured without them; PSG207 if there are none."""
@@ -325,7 +330,7 @@ def _captured(
     with _saying_what_was_tried(kwargs if inputs is None else {}):
         graph_model._find(bind_call(source.module, args, kwargs))
     if cache:
-        graph_model._captured(graph_model.call_of(**first_inputs(source.module)))
+        graph_model.original_capture(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
 
 
@@ -345,7 +350,7 @@ def capture_again(model: GraphModel, source: Source) -> GraphModel:
         graph_model = GraphModel(Captures(source, model._captures.cache))
         graph_model._find(model.base_capture.call)
         if model._captures.cache:
-            graph_model._captured(graph_model.call_of(**first_inputs(source.module)))
+            graph_model.original_capture(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
 
 

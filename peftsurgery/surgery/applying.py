@@ -158,7 +158,7 @@ def carried_out(
     Raises what :func:`apply` raises of them.
     """
     inputs = ChangedInputs.of(operations, model.source.module)
-    plan = make_plan(operations, inputs.planned(model.base_capture, model._captured))
+    plan = make_plan(operations, inputs.planned(model.base_capture, model.original_capture))
     check_plan(plan, (name for name, _ in unoperated(model).named_parameters()))
     for cut in plan.distinct_cuts:
         check_inputs(cut) if changes_inputs(cut) else check_shapes(cut)
@@ -167,7 +167,7 @@ def carried_out(
 
 def learnt_by(model: GraphModel) -> Learnt:
     """State to carry over into a model made of this one; empty for a captured model."""
-    return model._all_learnt() if isinstance(model, OperatedModel) else Learnt()
+    return model.all_learnt() if isinstance(model, OperatedModel) else Learnt()
 
 
 def check_taken(
@@ -178,9 +178,9 @@ def check_taken(
     known: Mapping[str, torch.Tensor],
 ) -> None:
     """Refuse parameter values that new operations lack or do not take. Raises PSG311."""
-    old = set(map(operated._copies.name, learnt_by(model).values))
+    old = set(map(operated.own_name, learnt_by(model).values))
     given = dict(known)
-    operated._copies.rename(given, "", [operation.name for operation in operations])
+    operated.take_names(given, [operation.name for operation in operations])
     check_covered(source, operated.learnt().keys() - old, given.keys() - old)
 
 

@@ -65,7 +65,7 @@ def load_on(
     operations = [replace(op, origin=op.origin.read(compared)) for op in manifest.operations]
     given = tensors, manifest.active, manifest.left_out, manifest.lost
     operated = operate(graph, operations, *given)
-    operated._copies.rename(tensors, "", names)
+    operated.take_names(tensors, names)
     buffers = {name: tensors.pop(name) for name in persistent_buffers(operated) if name in tensors}
     if buffers:
         operated.bind()

@@ -111,7 +111,7 @@ def test_a_cache_that_reads_what_it_is_told_is_refused(monkeypatch: pytest.Monke
         telling(patch)
         captured = ps.capture(model)
         call = captured.call_of(ids(2, 5), **{str(cache_argument(model)): cache}, use_cache=True)
-        captured._captured(call)
+        captured.original_capture(call)
     with pytest.raises(ps.SurgeryError, match="beside keys and values") as caught:
         captured(ids(2, 5), **{str(cache_argument(model)): cache}, use_cache=True)
     assert caught.value.code == "PSG210"

@@ -89,7 +89,7 @@ def _rebuild(model: GraphModel, changed: Mapping[str, torch.Tensor]) -> nn.Modul
     source = model.source.weights()
     memo: dict[int, Any] = {}
     for name, tensor in sorted(named_tensors(source), key=lambda item: item[0] in changed):
-        here = model._copies.base_name(name) if isinstance(model, OperatedModel) else name
+        here = model.base_name(name) if isinstance(model, OperatedModel) else name
         mine: torch.Tensor = getattr(*owner_of(model, here)).detach()
         if name in changed:
             mine = tensor.new_empty(0)  # replaced below; it may be packed, which is no weight

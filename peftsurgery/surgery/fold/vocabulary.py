@@ -68,7 +68,7 @@ def _source(base: GraphModel, build: Build) -> Source:
             f"to have one of {build.vocabulary}",
             "put each adapter on a base of its own",
         )
-    if given.on_meta and not base._bound:
+    if given.on_meta and not base.is_bound:
         return given.resized(whole)
     plain = fold(base)
     assert isinstance(plain, PreTrainedModel)

@@ -115,7 +115,7 @@ class ChoosingModel(SharedModel):
         first = self.base_capture
         changed = self._rewriting.inputs.changed_in(mode)
         self._served(
-            self._rewriting.inputs.planned(first, self._captured) if changed else first, mode
+            self._rewriting.inputs.planned(first, self.original_capture) if changed else first, mode
         )
 
     @contextmanager

@@ -141,7 +141,7 @@ class OperatedModel(ChoosingModel):
             if not adapters or owner in adapters
         }
 
-    def _all_learnt(self) -> Learnt:
+    def all_learnt(self) -> Learnt:
         """State to carry over into a model that is made of this one."""
         mode, trains = self._adapters.mode, self._adapters.trains(self)
         left_out, exact = dict(mode.left_out), self._rewriting.exact
@@ -259,13 +259,13 @@ class OperatedModel(ChoosingModel):
         ``prepared`` says that they are changed already.
         """
         mode = self._adapters.mode if mode is None else mode
-        capture = self._captured(call)
+        capture = self.original_capture(call)
         inputs = self._rewriting.inputs
         if prepared or not inputs.changed_in(mode):
             return self._served(capture, mode)
         serve = partial(self._served, mode=mode)
         changed = partial(self._rewriting.new_shapes, mode)
-        return inputs.fitting(capture, call, self.training, self._captured, serve, changed)
+        return inputs.fitting(capture, call, self.training, self.original_capture, serve, changed)
 
     def _transformed(self, capture: Capture, mode: Mode) -> Capture:
         """Rewrite a capture by the cuts that take part in a mode. Raises PSG307, PSG318."""

@@ -52,6 +52,18 @@ class SharedModel(GraphModel):
         """The base's weights that the model keeps packed, whichever adapters are active."""
         return self._packed.weights
 
+    def base_name(self, name: str) -> str:
+        """The current name of a tensor of the base: a copy that is trained may have its own."""
+        return self._copies.base_name(name)
+
+    def own_name(self, name: str) -> str:
+        """The current name of what an adapter added or trains, by the name it has in all models."""
+        return self._copies.name(name)
+
+    def take_names(self, state: dict[str, Tensor], adapters: Collection[str]) -> None:
+        """Give copies in ``state``, of these adapters, the names that they have here."""
+        self._copies.rename(state, "", adapters)
+
     def _pack(self) -> None:
         """Keep packed what the plan stores, and dense what only the model before had packed."""
         infos, base = self._captures.tensors, self.base
