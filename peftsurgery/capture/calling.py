@@ -98,11 +98,9 @@ def run_part(part: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], run: 
     if running is None and _STACK.calls and _stands_in(part, _STACK.calls[-1].plan.program):
         running = _STACK.calls[-1]
     if running is None:
-        raise SurgeryError(
-            "PSG204",
-            f"this {type(part).__name__} cannot be called by itself",
-            "call the model; hooks, and modules put in its place, see its calls",
-        )
+        message = f"this {type(part).__name__} cannot be called by itself"
+        hint = "call the model; hooks, and modules put in its place, see its calls"
+        raise SurgeryError("PSG204", message, hint)
     plan = running.plan
     leaves = _leaves(part, plan, tuple(args), kwargs)
     beside = iter(plan.beside)
@@ -202,8 +200,5 @@ def original_forward(kind: type) -> Callable[..., Any]:
 
 
 def _changed(plan: PartCall, what: str) -> SurgeryError:
-    return SurgeryError(
-        "PSG221",
-        f"'{plan.path}', with its hooks or with what is in its place, {what}",
-        "return what the original returns, with other values",
-    )
+    message = f"'{plan.path}', with its hooks or with what is in its place, {what}"
+    return SurgeryError("PSG221", message, "return what the original returns, with other values")

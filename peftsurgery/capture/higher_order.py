@@ -31,11 +31,8 @@ def inline_regions(module: fx.GraphModule) -> None:
     """
     for node in module.graph.nodes:
         if getattr(node.target, "__module__", None) == TRANSFORMS:
-            raise SurgeryError(
-                "PSG201",
-                "a graph with torch.vmap in it cannot be operated on",
-                "write the batch as an axis of the tensors",
-            )
+            message = "a graph with torch.vmap in it cannot be operated on"
+            raise SurgeryError("PSG201", message, "write the batch as an axis of the tensors")
     for node in list(module.graph.find_nodes(op="get_attr")):
         inner = getattr(module, str(node.target), None) if "." not in str(node.target) else None
         if not isinstance(inner, fx.GraphModule):

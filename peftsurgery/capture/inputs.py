@@ -22,11 +22,8 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
     if main not in _MAKERS:
-        raise SurgeryError(
-            "PSG202",
-            f"no example can be made of '{main}', the main input of {type(model).__name__}",
-            "give some: capture(model, inputs={...})",
-        )
+        message = f"no example can be made of '{main}', the main input of {type(model).__name__}"
+        raise SurgeryError("PSG202", message, "give some: capture(model, inputs={...})")
     wanted = [main]
     if main == "input_ids":
         wanted.append("attention_mask")

@@ -113,11 +113,8 @@ class Masks:
                 found: Tensor | None = original(positions)
                 return found
             if "position_ids" in self.call.tensors:
-                raise SurgeryError(
-                    "PSG201",
-                    "whether a mask is left out depends on the values of 'position_ids'",
-                    "give a mask beside them",
-                )
+                message = "whether a mask is left out depends on the values of 'position_ids'"
+                raise SurgeryError("PSG201", message, "give a mask beside them")
             return None
 
         return find

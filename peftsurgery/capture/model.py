@@ -228,11 +228,8 @@ class GraphModel(Likeness):
         """Refuse to save or fold a model with a replaced submodule. Raises PSG220."""
         path = self._waiting.replaced(self)
         if path is not None:
-            raise SurgeryError(
-                "PSG220",
-                f"another module is in the place of '{path}', which the capture does not have",
-                "put the part itself in its place again",
-            )
+            message = f"another module is in the place of '{path}', which the capture does not have"
+            raise SurgeryError("PSG220", message, "put the part itself in its place again")
 
     def _casts(self) -> Casts:
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
@@ -356,11 +353,9 @@ def capture_again(model: GraphModel, source: Source) -> GraphModel:
 
 def _made_inputs(module: nn.Module) -> Mapping[str, Any]:
     if not isinstance(module, PreTrainedModel):
-        raise SurgeryError(
-            "PSG202",
-            f"example inputs are needed to capture a {type(module).__name__}",
-            "capture(module, inputs=(x,)) or capture(module, inputs={'x': x})",
-        )
+        message = f"example inputs are needed to capture a {type(module).__name__}"
+        hint = "capture(module, inputs=(x,)) or capture(module, inputs={'x': x})"
+        raise SurgeryError("PSG202", message, hint)
     return example_inputs(module)
 
 

@@ -129,11 +129,8 @@ def mirror(
                 continue
             inner = join(path, name)
             if hasattr(copy, name):
-                raise SurgeryError(
-                    "PSG209",
-                    f"the module '{inner}' has a name that a captured model needs for itself",
-                    "rename it in the model",
-                )
+                message = f"the module '{inner}' has a name that a captured model needs for itself"
+                raise SurgeryError("PSG209", message, "rename it in the model")
             if id(child) not in made:
                 made[id(child)] = _counterpart(child, infos[inner], inner in blocks)
                 build(child, made[id(child)], inner)

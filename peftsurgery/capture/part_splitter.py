@@ -312,11 +312,8 @@ def _together(
 
 def unfit(path: str, reason: str) -> SurgeryError:
     """The refusal of a part that cannot be called by itself."""
-    return SurgeryError(
-        "PSG220",
-        f"'{path}' cannot be made a call of its own: {reason}",
-        "take a module around it or in it, or the original",
-    )
+    message = f"'{path}' cannot be made a call of its own: {reason}"
+    return SurgeryError("PSG220", message, "take a module around it or in it, or the original")
 
 
 def _beneath(path: str, around: str) -> str:

@@ -77,11 +77,9 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         if kind is inspect.Parameter.VAR_KEYWORD:
             named.update(value)
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            raise SurgeryError(
-                "PSG203",
-                f"{type(module).__name__}.forward takes *{name}",
-                "wrap the module in one whose forward names its inputs",
-            )
+            message = f"{type(module).__name__}.forward takes *{name}"
+            hint = "wrap the module in one whose forward names its inputs"
+            raise SurgeryError("PSG203", message, hint)
         else:
             named[name] = value
     named = {name: value for name, value in named.items() if value is not None}

@@ -121,11 +121,9 @@ class Source:
     @quiet()
     def _load(self) -> nn.Module:
         if self.origin is None or not isinstance(self.module, PreTrainedModel):
-            raise SurgeryError(
-                "PSG207",
-                f"this {type(self.module).__name__} is on the meta device and has no weights",
-                "capture a model that has them, or a directory that holds them",
-            )
+            message = f"this {type(self.module).__name__} is on the meta device and has no weights"
+            hint = "capture a model that has them, or a directory that holds them"
+            raise SurgeryError("PSG207", message, hint)
         if self.folder is not None and are_here(self.folder):
             read_model_files(self.folder)  # refused if damaged: not all that is, transformers sees
         is_resized = self.build.vocabulary is not None

@@ -150,8 +150,6 @@ def _is_constant(part: nn.Module, name: str) -> bool:
 
 
 def _unchanging(path: str, name: str, what: str) -> SurgeryError:
-    return SurgeryError(
-        "PSG220",
-        f"'{join(path, name)}' cannot be {what}: the capture calls the modules there were",
-        "put another module in a part's place, or change the original and capture it again",
-    )
+    message = f"'{join(path, name)}' cannot be {what}: the capture calls the modules there were"
+    hint = "put another module in a part's place, or change the original and capture it again"
+    return SurgeryError("PSG220", message, hint)

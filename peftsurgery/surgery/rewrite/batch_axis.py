@@ -222,8 +222,5 @@ def _size(site: Site, program: Program, batch: Batch, outside: Outside) -> Any:
 
 
 def _unknown(site: Site) -> SurgeryError:
-    return SurgeryError(
-        "PSG327",
-        f"it is not known which of the tokens in '{site.module}' are of one sequence",
-        "leave such sites out with `where:`",
-    )
+    message = f"it is not known which of the tokens in '{site.module}' are of one sequence"
+    return SurgeryError("PSG327", message, "leave such sites out with `where:`")

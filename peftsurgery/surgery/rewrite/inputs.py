@@ -95,11 +95,8 @@ def _check_absent(cut: Cut, bound: Mapping[str, Any]) -> None:
 
 
 def _not_given(cut: Cut, name: str) -> SurgeryError:
-    return SurgeryError(
-        "PSG305",
-        f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs",
-        "call the model with inputs that give it",
-    )
+    message = f"{cut.operation.name} rewrites '{name}', and the model has none for these inputs"
+    return SurgeryError("PSG305", message, "call the model with inputs that give it")
 
 
 def bound_names(rule: Rule) -> frozenset[str]:

@@ -264,8 +264,5 @@ def _followed(before: Sequence[int], axis: int, after: Sequence[int]) -> int | N
 
 
 def _refuse(node: fx.Node, why: str) -> SurgeryError:
-    return SurgeryError(
-        "PSG320",
-        f"the attention core cannot be run with more keys: at '{op(node)}', {why}",
-        "leave such cores out with `where:`",
-    )
+    message = f"the attention core cannot be run with more keys: at '{op(node)}', {why}"
+    return SurgeryError("PSG320", message, "leave such cores out with `where:`")

@@ -74,11 +74,9 @@ class RowWalk(Walk):
         """
         if self.batch.size is None:
             where = cut.placed.block or "the model"
-            raise SurgeryError(
-                "PSG313",
-                f"no axis of what {where} is given is known to be the batch",
-                "call the model for the rows of each adapter alone",
-            )
+            message = f"no axis of what {where} is given is known to be the batch"
+            hint = "call the model for the rows of each adapter alone"
+            raise SurgeryError("PSG313", message, hint)
         values, node = self.values_of(cut), self.first.get(cut.site.parameter)
         if cut.rule.train and node is not None:
             copy = partial(self.own_copy, cut, node, values)
@@ -146,11 +144,9 @@ def check_lengths(cuts: Iterable[Cut]) -> None:
     """Refuse cuts that make the inputs longer, which all rows of a batch would share. PSG313."""
     for cut in cuts:
         if cut.rule.kind.is_inputs:
-            raise SurgeryError(
-                "PSG313",
-                f"{cut.operation.name} changes the length of the text, and all rows have one",
-                "call the model for the rows of this adapter alone",
-            )
+            message = f"{cut.operation.name} changes the length of the text, and all rows have one"
+            hint = "call the model for the rows of this adapter alone"
+            raise SurgeryError("PSG313", message, hint)
 
 
 def pass_rows(call: fx.Node) -> None:

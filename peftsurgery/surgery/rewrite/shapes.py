@@ -19,11 +19,8 @@ def check_shapes(cut: Cut) -> None:
     """
     for name in cut.rule.rewrite:
         if name not in cut.site.nodes:
-            raise SurgeryError(
-                "PSG305",
-                f"{cut.operation.name} rewrites '{name}', and {cut.placed.module} has none",
-                "leave such sites out with `where:`",
-            )
+            message = f"{cut.operation.name} rewrites '{name}', and {cut.placed.module} has none"
+            raise SurgeryError("PSG305", message, "leave such sites out with `where:`")
     for name, value in _fake_rewrite(cut).items():
         if cut.rule.kind.lengthens:
             continue
