@@ -173,7 +173,7 @@ def weights_read(
 
 
 def names_in(
-    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any]
+    expressions: Iterable[Expression], rule: Rule, env: Mapping[str, Any] = MappingProxyType({})
 ) -> frozenset[str]:
     """The names that expressions of a rule read, through ``let`` names too."""
     start = [name for expression in expressions for name in names_read(expression, env)]
