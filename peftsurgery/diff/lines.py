@@ -171,12 +171,11 @@ def _by_module(graph: GraphEdits, sizes: Collection[str]) -> Iterator[tuple[str,
         or edit.after is None
         or (node.op == CALL and "renamed" in edit.kinds)
     }
-    own = [edit for edit in graph.edits if not _follows(edit, surgery)]
-    resized = [edit for edit in own if is_resized(edit, sizes)]
+    found = [edit for edit in graph.edits if not _follows(edit, surgery)]
+    resized = [edit for edit in found if is_resized(edit, sizes)]
+    own = [edit for edit in found if not is_resized(edit, sizes)]
     modules: dict[str, list[Edit]] = {}
     for edit in own:
-        if edit in resized:
-            continue
         shown = edit.old if edit.new is None else edit.new
         modules.setdefault(_owner(shown), []).append(edit)
     for module, edits in modules.items():

@@ -26,6 +26,7 @@ class Renaming:
     def __init__(self, blocks: Mapping[str, str], gone: Collection[str]) -> None:
         self.blocks, self.gone = blocks, gone
         self.modules: dict[str, str] = {}
+        self.around: dict[str, str] = {}
         self.tensors: dict[str, str] = {}
 
     def learn(self, place: tuple[str, str], old: Node, new: Node) -> None:
@@ -35,12 +36,14 @@ class Renaming:
             self.tensors.setdefault(one, other)
             one, other = one.rpartition(".")[0], other.rpartition(".")[0]
         self.modules.setdefault(one, other)
+        while (one := one.rpartition(".")[0]) and (other := other.rpartition(".")[0]):
+            self.around.setdefault(one, other)  # of a module without nodes of its own
 
     def path(self, path: str) -> str | None:
         """A module's path in the other model; None if its block is gone."""
         if any(path == block or path.startswith(f"{block}.") for block in self.gone):
             return None
-        known = self.modules.get(path)
+        known = self.modules.get(path, self.around.get(path))
         return translated_path(path, self.blocks) if known is None else known
 
     def tensor(self, name: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-import peftsurgery as ps
 from peftsurgery.diff.comparison import diff
 from tests.diff.models import Layer, Recipe, captured
 
@@ -21,10 +20,3 @@ def test_the_call_of_a_layer_put_in_is_the_one_that_is_new(place: int) -> None:
     added = [edit.after for edit in top.edits if edit.before is None]
     assert added == [f"+layers_{place}"]
     assert not [line for line in found.summary.lines if line.part == "graph"]
-
-
-def test_sizes_that_are_asked_for_now_are_one_line_of_a_block() -> None:
-    graph = captured()
-    found = diff(graph, ps.apply(graph, "prompt_tuning", length=3))
-    told = [line for line in found.summary.lines if line.part == "graph"]
-    assert not [line for line in told if "operands" in line.text]
