@@ -53,7 +53,7 @@ def graphs() -> dict[str, float]:
             model.model.layers[40].mlp.act_fn = torch.nn.GELU()
         sides.append(ps.capture(model))
     started = time.process_time()
-    found = ps.diff(*sides)
+    found = ps.diff(sides[0], sides[1])
     seconds = time.process_time() - started
     lines = [str(line) for line in found.summary.lines]
     return {"seconds": seconds, "peak": _peak(), "lines": len(lines)}
@@ -101,7 +101,7 @@ def compared(folder: str, change: str) -> dict[str, float]:
     def compare() -> None:
         compare_weights(in_file(paths[0]), in_file(paths[1]), {})
 
-    found = {}
+    found: dict[str, float] = {}
     for state in ("warm", "cold"):
         times: dict[str, list[float]] = {"read": [], "compared": []}
         for _ in range(TURNS):
