@@ -184,7 +184,8 @@ def test_links_lead_to_parts_and_out_of_changes(see: Any, lora: Diff) -> None:
     assert seen.panel.startswith("layers.0.attn.q")
     assert seen.is_open("layers.0.attn.q")
     seen.tab.locator("#panel a", has_text="ln").first.click()
-    assert seen.focused == "layers.0.ln"
+    # the address changes at once, and what it leads to is shown in an event of its own
+    seen.tab.wait_for_function("document.activeElement.dataset.id === 'layers.0.ln'")
     assert seen.tab.url.endswith("#/layers.0.ln")
     seen.tab.evaluate("location.hash = '#/nothing.there'")
     assert seen.focused == "layers.0.ln"
