@@ -184,7 +184,8 @@ def test_a_row_may_use_a_fusion_and_another_what_is_fused(name: str) -> None:
         graph = ps.apply(graph, "pfeiffer", name=adapter, exact=True)
     model = randomise(ps.apply(graph, "adapter_fusion", name="fused", adapters=["one", "two"]))
     names = ["one", "fused", None, "two"]
-    assert torch.equal(logits(model, 4, adapters=names), expected(model, names, 4))
+    got, alone = logits(model, 4, adapters=names), expected(model, names, 4)
+    torch.testing.assert_close(got, alone, rtol=0, atol=1e-6)  # what is grouped is rounded apart
 
 
 class Turned(nn.Module):
