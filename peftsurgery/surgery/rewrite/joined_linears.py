@@ -23,6 +23,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 PLAIN = (Tensor, torch.nn.Parameter)
+FEW = 16
 
 
 class Term(NamedTuple):
@@ -84,6 +85,8 @@ def joined_linears(
     of its own number. With ``compute``, terms are computed and added in that dtype, and each sum is
     rounded to the dtype of x. Equal to the terms one by one, but for a few rounding errors.
     """
+    if not torch.is_grad_enabled() and is_short(x):
+        return _of_few_rows(x, weights, biases, starts, downs, given, ups, terms, compute)
     inputs = JoinedInputs(x, weights, biases, starts, downs, given, ups)
     added = tuple(Term(*term) for term in terms)
     tensors = [tensor for tensor in inputs.row if tensor is not None]
@@ -94,6 +97,37 @@ def joined_linears(
         made: tuple[Tensor, ...] = _JoinedLinears.apply(empty, added, compute, *inputs.row)
         return made
     return _forward(inputs, added, compute)[0]
+
+
+def is_short(x: Tensor) -> bool:
+    """Whether x has so few rows that the number of calls counts, and not what they compute."""
+    return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
+
+
+def _of_few_rows(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
+    downs: Sequence[Tensor],
+    given: Sequence[Tensor],
+    ups: Sequence[Tensor],
+    terms: Sequence[tuple[int, int, float]],
+    compute: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    """The results by as few calls as there can be, each of which may be made anywhere."""
+    seen = x if compute is None else x.to(compute)
+    hidden = [*(F.linear(seen, down) for down in downs), *given]
+    results: list[Any] = [
+        F.linear(x, weight, bias) if weight is not None else start
+        for weight, bias, start in zip(weights, biases, starts, strict=True)
+    ]
+    sums = results if compute is None else [y.to(compute) for y in results]
+    for (index, number, scale), up in zip(terms, ups, strict=True):
+        sums[index] = torch.add(sums[index], F.linear(hidden[number], up), alpha=scale)
+    if compute is None:
+        return tuple(sums)
+    return tuple(y.to(like.dtype) for y, like in zip(sums, results, strict=True))
 
 
 def one_by_one(

@@ -260,3 +260,15 @@ def test_on_the_meta_device() -> None:
 
 def gradients_on_meta(made: tuple[Tensor, ...], values: Row) -> tuple[Tensor, ...]:
     return torch.autograd.grad(made, values, [torch.ones_like(y) for y in made])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("compute", [None, torch.float32], ids=str)
+def test_few_rows_without_gradients(rows: int, compute: torch.dtype | None) -> None:
+    dtype = torch.float64 if compute is None else torch.bfloat16
+    values = row(dtype, compute or dtype, (rows,))
+    with torch.no_grad():
+        made, expected = joined(*values, compute=compute), plain(*values, compute=compute)
+    for mine, theirs in pairs(made, expected):
+        assert mine.dtype == theirs.dtype
+        close(mine, theirs, 1e-14 if compute is None else 1e-2)
