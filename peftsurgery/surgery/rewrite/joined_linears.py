@@ -24,6 +24,8 @@ from torch.nn import functional as F
 
 PLAIN = (Tensor, torch.nn.Parameter)
 FEW = 16
+"""Rows up to which a call without gradients is made of the fewest torch calls: each costs more than
+what it computes."""
 
 
 class Term(NamedTuple):
