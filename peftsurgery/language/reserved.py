@@ -9,7 +9,7 @@ from __future__ import annotations
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.strict import position_of
 
-RESERVED = frozenset({"model", "rules", "name", "train", "settings", "where", "by"})
+RESERVED = frozenset({"model", "rules", "name", "train", "settings", "where", "by", "exact"})
 
 
 def check_reachable(setting: str) -> None:
