@@ -48,17 +48,17 @@ def test_a_rule_applies_where_its_condition_holds() -> None:
 def test_a_file_says_which_config_is_its_own() -> None:
     file = ps.parse_rules("""
 name: t
-with: {rank: 4, exact: false}
+with: {rank: 4, precise: false}
 rules:
   - match: linear
     params: {A: {shape: [out, in]}}
     rewrite: y + linear(x, A)
     checkpoint: {peft: {A: lora_A, modules: target_modules}}
-checkpoint: {peft: {peft_type: LORA, r: rank, with: {exact: true}}}
+checkpoint: {peft: {peft_type: LORA, r: rank, with: {precise: true}}}
 """)
     assert file.identifying("peft") == {"peft_type": "LORA"}
     assert file.carried("peft") == {"r": "rank"}
-    assert file.implied("peft") == {"exact": True}
+    assert file.implied("peft") == {"precise": True}
     assert file.rules[0].suffixes("peft") == {"A": "lora_A"}
     assert file.rules[0].listing("peft") == "target_modules"
     assert file.identifying("other") == file.carried("other") == {}
