@@ -22,7 +22,7 @@ def test_it_gives_the_originals_tokens(name: str) -> None:
         assert torch.equal(tokens(remembering(name), **settings), expected), settings
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_prefill_and_every_step_are_exact(name: str) -> None:
     """Beyond a sliding window (of 4) too, and where several tokens follow a past."""
     fed, mask = ids(3, 7), torch.tensor(LEFT_PADDED)

@@ -84,7 +84,7 @@ class Halves(blocks.Block):
 LIKE_ANOTHER = {"Windows": 1, "Marks": 2, "Graded": 2}
 
 
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("t5", marks=pytest.mark.slow)])
 def test_the_graph_is_the_plain_traces(name: str) -> None:
     module = deeper(name, 3).train()
     assert compared(module, entry(name).inputs(2, 6))
@@ -196,6 +196,7 @@ def test_the_classes_are_left_as_they_were() -> None:
     assert (dict(vars(blocks.Asks)), dict(vars(nn.Linear))) == before
 
 
+@pytest.mark.slow
 def test_a_model_that_keeps_a_cache_of_two_is_captured() -> None:
     sizes = {"d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
     model = T5ForConditionalGeneration(T5Config(**sizes, vocab_size=40, decoder_start_token_id=0))

@@ -59,7 +59,7 @@ def test_adapters_of_any_rank_are_put_in_and_left_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "opt", "t5", "distilbert"])
 @pytest.mark.parametrize("rule", ["lora_qv", "dora", "ia3", "pfeiffer", "bitfit"])
-def test_six_methods_on_architectures(name: str, rule: str, tmp_path: Path) -> None:
+def test_methods_on_architectures(name: str, rule: str, tmp_path: Path) -> None:
     model = operated(name, rule)
     result = ps.export_onnx(model, tmp_path / "m.onnx", adapters="inputs")
     assert result.difference <= 1e-5
@@ -74,6 +74,7 @@ def test_six_methods_on_architectures(name: str, rule: str, tmp_path: Path) -> N
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["prefix_tuning", "prompt_tuning"])
 def test_tokens_are_put_in_and_left_out(rule: str, tmp_path: Path) -> None:
     one = operated("bert", rule, length=3)
