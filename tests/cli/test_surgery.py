@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertModel
 
 import peftsurgery as ps
-from peftsurgery.cli import export
+from peftsurgery.formats.onnx import export as onnx_export
+from peftsurgery.formats.onnx.file import OnnxFile
 from tests.cli.conftest import small_bert
 
 RULE = """
@@ -230,7 +231,12 @@ def test_layers_stay_left_out_of_an_adapter_that_a_command_names(
     assert changed
     assert not any(".layer.0." in name for name in changed)
     given: list[ps.OperatedModel] = []
-    monkeypatch.setattr(export, "_write_onnx", lambda model, out: given.append(model) or {})
+
+    def export_onnx(model: ps.OperatedModel, *_: Any) -> OnnxFile:
+        given.append(model)
+        return OnnxFile("", None, {}, (), 0.0, "float32")
+
+    monkeypatch.setattr(onnx_export, "export_onnx", export_onnx)
     where = ("--to", "onnx", "--name", "a", "-o", tmp_path / "model.onnx")
     assert run("export", tmp_path / "surgery", *where).code == 0
     assert [(each.active, each.left_out) for each in given] == [(("a",), {"a": [0]})]
