@@ -102,6 +102,8 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def _fitting(name: str, value: Any, default: Any) -> Any:
     """The value as the rules read it. PSG121 if it is of another type than the default."""
     value = _plain(value)
+    if isinstance(default, list) and value is None:
+        return None  # as in a page: a clause whose names are nothing holds everywhere
     if isinstance(default, list) and not isinstance(value, list):
         value = [value]
     wanted = "a value" if default is None else _type(default)

@@ -181,3 +181,9 @@ def test_a_setting_given_twice_is_refused():
     with pytest.raises(SurgeryError) as refusal:
         parse_overrides(["rank=2", " rank = 2"])
     assert refusal.value.code == "PSG121"
+
+
+def test_nothing_in_place_of_a_list_is_nothing() -> None:
+    # as a page says it: `roles: null` is every linear
+    assert resolve_settings(load_rules("lora"), {"roles": None})["roles"] is None
+    assert resolve_settings(load_rules("lora"), {"roles": "attn.k"})["roles"] == ["attn.k"]
