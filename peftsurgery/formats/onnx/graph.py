@@ -12,7 +12,7 @@ from torch.export import Dim
 from peftsurgery.capture import GraphModel
 from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
 from peftsurgery.formats.onnx.file import OnnxFile, name_sizes, write_checked
-from peftsurgery.formats.onnx.runtime import check_outputs, need_onnx
+from peftsurgery.formats.onnx.runtime import check_outputs
 from peftsurgery.formats.onnx.slots import Slots
 from peftsurgery.formats.onnx.translate import translate
 
@@ -27,7 +27,6 @@ def write_graph(
 
     It is checked against the calls ``without`` what is in the slots, and with their own values.
     """
-    need_onnx()
 
     def check(file: Path) -> float:
         tried = without.unseen()

@@ -87,10 +87,10 @@ def joined_linears(
     of its own number. With ``compute``, terms are computed and added in that dtype, and each sum is
     rounded to the dtype of x. Equal to the terms one by one, but for a few rounding errors.
     """
-    if not torch.is_grad_enabled() and is_short(x):
-        return _of_few_rows(x, weights, biases, starts, downs, given, ups, terms, compute)
     inputs = JoinedInputs(x, weights, biases, starts, downs, given, ups)
     added = tuple(Term(*term) for term in terms)
+    if not torch.is_grad_enabled() and is_short(x):
+        return one_by_one(inputs, added, compute)
     tensors = [tensor for tensor in inputs.row if tensor is not None]
     if not (is_plain_call(tensors) and _fit(inputs, compute)):
         return one_by_one(inputs, added, compute)
@@ -104,32 +104,6 @@ def joined_linears(
 def is_short(x: Tensor) -> bool:
     """Whether x has so few rows that the number of calls counts, and not what they compute."""
     return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
-
-
-def _of_few_rows(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    starts: Sequence[Tensor | None],
-    downs: Sequence[Tensor],
-    given: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    terms: Sequence[tuple[int, int, float]],
-    compute: torch.dtype | None,
-) -> tuple[Tensor, ...]:
-    """The results by as few calls as there can be, each of which may be made anywhere."""
-    seen = x if compute is None else x.to(compute)
-    hidden = [*(F.linear(seen, down) for down in downs), *given]
-    results: list[Any] = [
-        F.linear(x, weight, bias) if weight is not None else start
-        for weight, bias, start in zip(weights, biases, starts, strict=True)
-    ]
-    sums = results if compute is None else [y.to(compute) for y in results]
-    for (index, number, scale), up in zip(terms, ups, strict=True):
-        sums[index] = torch.add(sums[index], F.linear(hidden[number], up), alpha=scale)
-    if compute is None:
-        return tuple(sums)
-    return tuple(y.to(like.dtype) for y, like in zip(sums, results, strict=True))
 
 
 def one_by_one(
@@ -147,7 +121,7 @@ def one_by_one(
         results = [result.to(compute) for result in results]
     for term, up in zip(terms, inputs.ups, strict=True):
         added = F.linear(hidden[term.hidden], up)
-        results[term.result] = results[term.result] + term.scale * added
+        results[term.result] = torch.add(results[term.result], added, alpha=term.scale)
     if compute is not None:
         results = [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
     return tuple(results)
