@@ -6,8 +6,6 @@ The two take turns, so whatever else the machine does strikes both; medians are 
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +14,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
+from tools.bench.turns import median, taken
 
-ROUNDS, WARM_UP, BATCH, LENGTH = 15, 3, 4, 128
+ROUNDS, BATCH, LENGTH = 15, 4, 128
 CONFIG = {
     "vocab_size": 2000,
     "hidden_size": 512,
@@ -89,11 +88,5 @@ def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
 
 
 def _medians(ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    for number in range(ROUNDS + WARM_UP):
-        for name, run in (("ours", ours), ("theirs", theirs)):
-            start = time.perf_counter()
-            run()
-            if number >= WARM_UP:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+    times = taken({"ours": ours, "theirs": theirs}, ROUNDS)
+    return {name: median(times, name) for name in times}
