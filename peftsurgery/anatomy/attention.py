@@ -14,7 +14,7 @@ they can be told apart), ``o`` what the core returns, and ``q_operand``, ``k_ope
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -36,6 +36,7 @@ from peftsurgery.anatomy.values import (
     width,
 )
 from peftsurgery.capture.schemas import arguments, op
+from peftsurgery.reach import reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,11 +215,28 @@ def before_repeat(node: fx.Node) -> fx.Node:
     return source if len(shape(source)) == len(shape(node)) else node
 
 
-def projection_out(flow: Flow, core: Core) -> Site | None:
-    """The linear that projects what the core returns, or None."""
-    values = forward([core.o], LIGHT)
+def projection_out(flow: Flow, core: Core, returned: Collection[fx.Node]) -> Site | None:
+    """The linear that projects what the core returns, or None.
+
+    ``returned`` is what all cores of the program return: their sums and differences are projected
+    for each of them.
+    """
+
+    def goes_on(node: fx.Node) -> bool:
+        if has(node, LIGHT):
+            return True
+        both = operands(node)
+        return has(node, Trait.ADDITION) and all(_is_made_of(n, returned) for n in both)
+
+    values = reach([core.o], lambda node: (n for n in node.users if goes_on(n)))
     readers = {site: None for value in values for site in flow.by_input.get(value, ())}
     return next(iter(readers)) if len(readers) == 1 else None
+
+
+def _is_made_of(node: fx.Node, returned: Collection[fx.Node]) -> bool:
+    """Whether a value is what a core returns, but for layout, scale and norms."""
+    found = backward([node], lambda n: n in returned or not has(n, LIGHT))
+    return any(n in returned for n in found)
 
 
 def reads_cache(flow: Flow, core: Core) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -57,12 +57,17 @@ class Calls:
         label = node.kwargs.get("program")
         return self._by_name.get((join(frame.path, str(node.target)), str(label)))
 
-    def walk(self, frame: Frame, node: fx.Node) -> Iterator[tuple[Frame, fx.Node]]:
-        """Walk backwards from values, across block calls in both directions.
+    def walk(
+        self,
+        frame: Frame,
+        node: fx.Node,
+        stop: Callable[[tuple[Frame, fx.Node]], bool] | None = None,
+    ) -> Iterator[tuple[Frame, fx.Node]]:
+        """Walk backwards from values, across block calls in both directions, up to where to stop.
 
         Yields (frame, node).
         """
-        return reach([(frame, node)], self._sources)
+        return reach([(frame, node)], self._sources, stop)
 
     def _sources(self, value: tuple[Frame, fx.Node]) -> list[tuple[Frame, fx.Node]]:
         frame, node = value

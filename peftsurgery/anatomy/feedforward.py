@@ -99,5 +99,5 @@ def _single(flow: Flow, linear: Site, down: Site) -> list[Assignment]:
     cut = {"gate": as_slice(rows[True], whole), "up": as_slice(rows[False] - rows[True], whole)}
     roles = [Assignment(linear, "ffn.gate_up")]
     if linear.kind == "linear" and all(cut.values()):
-        roles += [Assignment(linear, f"ffn.{n}", None, n, found) for n, found in cut.items()]
+        roles += [Assignment(linear, f"ffn.{n}", (), n, found) for n, found in cut.items()]
     return roles

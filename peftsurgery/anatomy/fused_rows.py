@@ -123,7 +123,8 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
 
         def real(n: fx.Node, chosen: dict[fx.Node, Numbers] = chosen) -> Any:
             if n in chosen:
-                return chosen[n].rows.contiguous()
+                rows = chosen[n].rows.contiguous()
+                return rows.double() if op(node) == "view_as_complex" else rows
             found = n.meta.get("val")
             if isinstance(found, torch.Tensor):
                 return _constant(n)
@@ -134,6 +135,8 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
         activated = any(numbers.activated for numbers in chosen.values())
         assert callable(node.target)
         made = node.target(*args, **kwargs)
+        if op(node) == "view_as_real":
+            made = made.long()
         if isinstance(made, (list, tuple)):
             result.append([Numbers(piece, activated) for piece in made])
         else:

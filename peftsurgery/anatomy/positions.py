@@ -38,7 +38,15 @@ def find_positions(flow: Flow, tables: Sequence[Site], cores: Sequence[Site]) ->
     for p, y, kind, module in (*_tables(tables), *_numbers(flow)):
         core = next((c for c in cores if is_ancestor(y, c.nodes["o"])), None)
         facts = {"kind": kind, "op": op(y)}
-        site = Site("positions", module, None, None, {"p": p, "y": y}, facts, core=core)
+        site = Site(
+            "positions",
+            module,
+            None,
+            None,
+            {"p": p, "y": y},
+            facts,
+            cores=() if core is None else (core,),
+        )
         found.setdefault((p, y), site)
     return list(found.values())
 

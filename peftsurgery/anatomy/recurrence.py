@@ -104,7 +104,7 @@ class _Branch:
             letters = [part for part in "qkv" if found[part]]
             roles += [Assignment(site, "attn." + "".join(letters))] if letters else []
             if len(letters) > 1:
-                roles += slices(site, {part: found[part] for part in letters}, None)
+                roles += slices(site, {part: found[part] for part in letters})
         return roles
 
     def state_space(self) -> list[Assignment]:

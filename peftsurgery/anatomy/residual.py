@@ -132,7 +132,7 @@ def sublayer(last: Sequence[Site]) -> dict[str, str]:
     """Facts ``after`` and ``kind`` of a sublayer that ends with these linears."""
     roles = {site.role for site in last}
     if roles == {"attn.o"}:
-        kinds = {site.core.facts["kind"] for site in last if site.core is not None}
+        kinds = {core.facts["kind"] for site in last for core in site.cores}
         return {"after": "attention", **({"kind": kinds.pop()} if len(kinds) == 1 else {})}
     return {"after": "ffn" if "ffn.down" in roles else "other"}
 

@@ -17,37 +17,43 @@ from peftsurgery.anatomy.attention import (
 )
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import as_slice
+from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, Slice
-from peftsurgery.anatomy.values import backward, fixed_width, shape
+from peftsurgery.anatomy.values import backward, fixed_width, shape, width
 from peftsurgery.capture.names import common
+from peftsurgery.reach import reach
 
 PARTS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
 class Assignment:
-    """Role of a linear, or of a slice of it, with the attention core that it serves."""
+    """Role of a linear, or of a slice of it, with the attention cores that it serves."""
 
     linear: Site
     role: str
-    core: Site | None = None
+    cores: tuple[Site, ...] = ()
     label: str | None = None
     slice: Slice | None = None
 
 
 def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list[Assignment]]:
-    """Attention sites of cores, and the q, k, v and o projections around each."""
+    """Attention sites of cores, and the q, k, v and o projections around them."""
     sites: list[Site] = []
-    roles: list[Assignment] = []
-    for core in cores:
+    outs: dict[Site, list[Site]] = {}
+    served = Served(flow)
+    known = list(cores)
+    returned = {core.o for core in known}
+    for core in known:
         feeders = _feeders(flow, core)
-        out = projection_out(flow, core)
+        out = projection_out(flow, core, returned)
         site = _site(flow, core, feeders, out)
         sites.append(site)
-        roles += _projections(flow, core, site, feeders)
+        served.note(core, site, feeders)
         if out is not None:
-            roles.append(Assignment(out, "attn.o", site))
-    return sites, roles
+            outs.setdefault(out, []).append(site)
+    projected = [Assignment(out, "attn.o", tuple(those)) for out, those in outs.items()]
+    return sites, [*served.assignments(), *projected]
 
 
 def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
@@ -58,27 +64,49 @@ def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
     }
 
 
-def _projections(
-    flow: Flow, core: Core, site: Site, feeders: Mapping[str, Sequence[Site]]
+class Served:
+    """What linears are projections of: the parts of the cores that read them, and by which rows."""
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self.cores: dict[Site, list[Site]] = {}
+        self.rows: dict[Site, dict[str, set[int]]] = {}
+        self.through: set[Site] = set()
+
+    def note(self, core: Core, site: Site, feeders: Mapping[str, Sequence[Site]]) -> None:
+        """Note a core, its attention site and the linears that its parts come from.
+
+        A linear that another of them reads serves the core itself by its other rows alone: of the
+        projection to a latent of keys and values, those that are the keys' rotary part.
+        """
+        every = {linear for linears in feeders.values() for linear in linears}
+        self.through |= {one for linear in every for one in self.flow.origin(linear.nodes["x"])}
+        for part, linears in feeders.items():
+            for linear in linears:
+                rows = self.rows.setdefault(linear, {}).setdefault(part, set())
+                rows |= self.flow.rows_at(linear, getattr(core, part), beside=True)
+                known = self.cores.setdefault(linear, [])
+                known += [] if site in known else [site]
+
+    def assignments(self) -> list[Assignment]:
+        """The role of every projection; for a fused one, of the whole and of its slices."""
+        made = []
+        for linear, rows in self.rows.items():
+            cores = tuple(self.cores[linear])
+            parts = slices(linear, rows, cores)
+            if linear not in self.through:
+                made.append(Assignment(linear, "attn." + "".join(rows), cores))
+                parts = parts if len(rows) > 1 else []
+            made += parts
+        return made
+
+
+def slices(
+    linear: Site, rows: Mapping[str, set[int]], cores: tuple[Site, ...] = ()
 ) -> list[Assignment]:
-    """The role of every projection; for a fused one, of the whole and of its slices."""
-    shared: dict[Site, list[str]] = {}
-    for part in PARTS:
-        for linear in feeders[part]:
-            shared.setdefault(linear, []).append(part)
-    made = []
-    for linear, letters in shared.items():
-        made.append(Assignment(linear, "attn." + "".join(letters), site))
-        if len(letters) > 1:
-            rows = {p: flow.rows_at(linear, getattr(core, p)) for p in letters}
-            made += slices(linear, rows, site)
-    return made
-
-
-def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> list[Assignment]:
     """The role of each slice, if the rows of each are regular and no two share a row.
 
-    ``site`` is the core that they are for. What is held turned is not cut.
+    ``cores`` are those that they are for. What is held turned is not cut.
     """
     if "y" in linear.turned:
         return []
@@ -86,7 +114,7 @@ def slices(linear: Site, rows: Mapping[str, set[int]], site: Site | None) -> lis
     total = set().union(*rows.values())
     if any(s is None for s in cut.values()) or len(total) != sum(map(len, rows.values())):
         return []
-    return [Assignment(linear, f"attn.{p}", site, p, found) for p, found in cut.items()]
+    return [Assignment(linear, f"attn.{p}", cores, p, found) for p, found in cut.items()]
 
 
 def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
@@ -100,7 +128,8 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     nodes |= {"x": read.pop()} if len(read) == 1 else {}
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
     facts |= _head_sizes(flow, core, feeders)
-    facts["kind"] = _kind(feeders)
+    facts["kind"] = _kind(flow, feeders)
+    facts["borrowed"] = tuple(p for p in PARTS if not feeders[p] and _is_passed(flow, nodes[p]))
     inside = mask_nodes(flow, core)
     facts["causal"] = core.is_causal or depends_on_order(inside) or reads_cache(flow, core)
     inputs = list(flow.graph.find_nodes(op="placeholder"))
@@ -118,22 +147,38 @@ def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
 
 
 def _head_sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
-    """heads, kv_heads and head_dim."""
-    size = int(shape(core.q)[-1])
+    """heads, kv_heads, head_dim, and v_head_dim: the size of a value, which may be another."""
+    k, v = core.shared
+    size, of_value = int(shape(core.q)[-1]), width(v)
     counts: dict[str, int] = {}
-    for part, held in (("q", core.q), ("k", core.shared[0])):
-        rows = sum(len(flow.rows_at(linear, getattr(core, part))) for linear in feeders[part])
-        if rows and not (part == "k" and core.keeps_repeats):
-            counts[part] = rows // size
-        else:
+    for part, held in (("q", core.q), ("k", k)):
+        rows = [len(flow.rows_at(linear, getattr(core, part))) for linear in feeders[part]]
+        if len(rows) == 1 and rows[0] and not (part == "k" and core.keeps_repeats):
+            counts[part] = rows[0] // size
+        else:  # heads are put together from several projections, or made of none
             counts[part] = int(shape(held)[1]) if len(shape(held)) == 4 else 1
-    return {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": size}
+    sizes = {"heads": counts["q"], "kv_heads": counts["k"], "head_dim": size}
+    return {**sizes, "v_head_dim": size if of_value is None else of_value}
 
 
-def _kind(feeders: Mapping[str, Sequence[Site]]) -> str:
-    queries = {s.nodes["x"] for s in feeders["q"]}
-    keys = {s.nodes["x"] for s in feeders["k"]}
+def _kind(flow: Flow, feeders: Mapping[str, Sequence[Site]]) -> str:
+    """Self if queries and keys are made of one value, by whatever projections; else cross."""
+    queries, keys = (_read(flow, feeders[part]) for part in "qk")
     return "self" if queries & keys else "cross"
+
+
+def _read(flow: Flow, linears: Sequence[Site]) -> set[fx.Node]:
+    """What linears read, and what linears before them read of which alone that is made."""
+    chain = reach(linears, lambda linear: flow.origin(linear.nodes["x"]))
+    return {linear.nodes["x"] for linear in chain}
+
+
+def _is_passed(flow: Flow, node: fx.Node) -> bool:
+    """Whether a value comes from outside the program as it is, but for its layout and scale."""
+    made = flow.made_of(node, lambda n: n in flow.products)
+    if any(n in flow.products or has(n, Trait.OPAQUE) for n in made):
+        return False
+    return any(n.op == "placeholder" and flow.is_signal(n) for n in made)
 
 
 def _around(linears: Sequence[Site]) -> str:
@@ -150,7 +195,7 @@ def with_role(site: Site, given: Assignment, whole: Site | None = None) -> Site:
     return replace(
         site,
         role=given.role,
-        core=given.core,
+        cores=given.cores,
         facts=facts,
         slice=given.slice,
         label=given.label,

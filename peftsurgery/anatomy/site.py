@@ -98,8 +98,8 @@ class Site:
 
     ``nodes`` binds the names a rule may use to graph values; see the module that finds each kind.
     ``facts`` holds sizes and properties, ``turned`` the names of weights
-    that are stored as (in, out). ``core`` is the attention site of a projection, and
-    ``whole`` the fused projection that a slice is part of.
+    that are stored as (in, out). ``cores`` are the attention sites that a projection serves: two
+    where two cores read one projection. ``whole`` is the fused projection that a slice is part of.
     """
 
     kind: str
@@ -111,7 +111,7 @@ class Site:
     slice: Slice | None = None
     turned: frozenset[str] = frozenset()
     label: str | None = None
-    core: Site | None = None
+    cores: tuple[Site, ...] = ()
     whole: Site | None = None
 
     def __repr__(self) -> str:
@@ -134,8 +134,8 @@ class Placed:
     """A site in one block of a model, under its absolute names.
 
     ``layer`` is the block's index in its list (the outermost list, if lists are nested), ``type``
-    the class of the module that owns the site, ``attention`` the id of the core it belongs to, and
-    ``program`` the one whose graph the site's nodes are in.
+    the class of the module that owns the site, ``attentions`` the ids of the cores it belongs to,
+    and ``program`` the one whose graph the site's nodes are in.
     """
 
     site: Site
@@ -143,7 +143,7 @@ class Placed:
     program: Program
     layer: int | None = None
     type: str = ""
-    attention: str | None = None
+    attentions: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     relations: Relations | None = field(default=None, repr=False)
 

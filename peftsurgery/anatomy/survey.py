@@ -103,7 +103,7 @@ class _Surveyor:
                 program,
                 layer_index(join(path, site.module), self.lists),
                 type_of(program, site),
-                attention_of(site, path),
+                attentions_of(site, path),
                 self.extra(frame, site, heads),
                 self.neighbours,
             )
@@ -112,8 +112,8 @@ class _Surveyor:
 
     def extra(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
         """Facts of a site that depend on the callers of its block."""
-        if site.kind == "attention" and not site.facts["causal"] and self.is_ordered(frame, site):
-            return {"causal": True}
+        if site.kind == "attention":
+            return self.of_core(frame, site)
         if site.kind == "residual" and site.facts["after"] == "other":
             call = call_of(site.nodes["h"])
             callee = None if call is None else self.calls.callee(frame, call)
@@ -128,6 +128,31 @@ class _Surveyor:
             return self.head_of(frame, site, heads)
         return {}
 
+    def of_core(self, frame: Frame, site: Site) -> dict[str, Any]:
+        """Facts of a core: whether it is causal, and whose keys and values it borrows."""
+        found: dict[str, Any] = {"causal": True} if self.orders(frame, site) else {}
+        lenders = {part: self.lenders(frame, site.nodes[part]) for part in site.facts["borrowed"]}
+        if lenders:
+            found["borrowed"] = tuple(f"attn.{part}" for part, cores in lenders.items() if cores)
+        kinds = {core.facts["kind"] for core in lenders.get("k", ())}
+        return found | ({"kind": kinds.pop()} if len(kinds) == 1 else {})
+
+    def lenders(self, frame: Frame, node: fx.Node) -> list[Site]:
+        """The cores of other blocks whose projections a value that a block is passed comes from."""
+
+        def is_product(at: tuple[Frame, fx.Node]) -> bool:
+            return at[1] in analyse(at[0].program).flow.products
+
+        made = [at for at in self.calls.walk(frame, node, is_product) if is_product(at)]
+        lent = {(at, analyse(at.program).flow.products[product].parameter) for at, product in made}
+        return [
+            core
+            for at, parameter in lent
+            for site in analyse(at.program).sites
+            if site.kind == "linear" and site.parameter == parameter
+            for core in site.cores
+        ]
+
     def head_of(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
         """Role of a parameter that a head linear reads: the head's role."""
         for linear in analyse(frame.program).flow.linears:
@@ -138,8 +163,8 @@ class _Surveyor:
 
     def core_of(self, frame: Frame, site: Site) -> tuple[Frame, Site] | None:
         """The attention that positions are for, and where it is: the first that they come to."""
-        if site.core is not None:
-            return frame, site.core
+        if site.cores:
+            return frame, site.cores[0]
 
         def called(node: fx.Node) -> Frame | None:
             return self.calls.callee(frame, node) if node.op == "call_module" else None
@@ -214,7 +239,7 @@ def type_of(program: Program, site: Site) -> str:
     return program.kind if info is None else info.type
 
 
-def attention_of(site: Site, path: str) -> str | None:
-    """The id of the core that a site belongs to, or is: unique in a model."""
-    core = site if site.kind == "attention" else site.core
-    return None if core is None else f"{join(path, core.module)}:{core.nodes['o'].name}"
+def attentions_of(site: Site, path: str) -> tuple[str, ...]:
+    """The ids of the cores that a site serves, or is: each unique in a model."""
+    cores = (site,) if site.kind == "attention" else site.cores
+    return tuple(f"{join(path, core.module)}:{core.nodes['o'].name}" for core in cores)

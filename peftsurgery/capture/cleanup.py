@@ -1,9 +1,10 @@
 """Clean-up passes over a flat exported graph: leftovers of the tracer go, what it fixed follows.
 
 In order: regions without gradient or with autocast are inlined, assertions and casts that change
-nothing are dropped, in-place arithmetic becomes ordinary, operands that are one tensor get names of
-their own, train flags and devices become values of the graph, every user of a tied weight reads it
-by its own name, and arithmetic on sizes moves to the front.
+nothing are dropped, in-place arithmetic becomes ordinary, tensors that are filled piece by piece
+become concatenations, operands that are one tensor get names of their own, train flags and devices
+become values of the graph, every user of a tied weight reads it by its own name, and arithmetic on
+sizes moves to the front.
 Each pass changes the graph in place and leaves what it computes unchanged.
 """
 
@@ -20,6 +21,7 @@ from peftsurgery.capture.higher_order import AUTOCAST, inline_regions
 from peftsurgery.capture.module_calls import hand_on
 from peftsurgery.capture.names import join
 from peftsurgery.capture.operands import part_operands
+from peftsurgery.capture.pieces import join_pieces
 from peftsurgery.capture.randomness import RATE, TRAIN_FLAGS, is_random
 from peftsurgery.capture.schemas import arguments, shares_memory, writes
 from peftsurgery.capture.stack import inherit, stack_paths
@@ -54,6 +56,7 @@ def clean_up(
     drop_assertions(graph)
     drop_idle_casts(graph)
     make_functional(graph)
+    join_pieces(graph)
     part_operands(graph)
     if mode is not False:
         follow_training(graph, counters, dropouts)

@@ -110,7 +110,7 @@ KINDS: Mapping[str, Kind] = {
             "an attention core: o from queries q (projected from x), keys k, values v and a mask",
             (("x",), ("q", "k", "v", "mask"), ("o",)),
             (),
-            ("heads", "kv_heads", "head_dim", "hidden", "layer"),
+            ("heads", "kv_heads", "head_dim", "v_head_dim", "hidden", "layer"),
             "o",
             ("mask",),
             ATTENTION,

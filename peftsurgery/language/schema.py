@@ -70,9 +70,12 @@ class Expect(Strict):
     exactly: int | None = Field(default=None, ge=0, strict=True)
     """The number of sites; what a plain number means."""
     per_attention: int | None = Field(default=None, ge=0, strict=True)
-    """The number of sites for every attention core that the clauses besides `role` leave."""
+    """The number of roles at every attention core that the clauses besides `role` leave. A role
+    that a core takes from another layer, with no projection of its own, counts, and is reported."""
     per_block: int | None = Field(default=None, ge=0, strict=True)
     """The number of sites in every block where the clauses besides `role` leave one."""
+    borrowed: StrictBool = True
+    """Whether `per_attention` counts what an attention core takes from another layer."""
 
 
 class Param(Strict):

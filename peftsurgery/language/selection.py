@@ -7,7 +7,6 @@ against what its rule expects, and only then cut.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -26,6 +25,7 @@ from peftsurgery.language.clauses import (
     of_kind,
     passes,
 )
+from peftsurgery.language.counted import Counted
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.roles import Roles
 from peftsurgery.language.schema import Rule
@@ -187,54 +187,24 @@ class Selection:
             raise SurgeryError(code, f"{self.name}: {complaint}", self.trail())
         return None
 
+    @cached_property
+    def counted(self) -> Counted:
+        """The chosen sites with those that they are counted against."""
+        besides = [clause for clause in self.clauses if clause.key not in ("role", "whole")]
+        near = [c.site for c in self.candidates if not any(f in besides for f in c.failed)]
+        cores = [site for site in self.sites if site.kind == "attention"]
+        return Counted(
+            self.kept,
+            near,
+            [site for site in cores if passes(besides, site)],
+            [clause for clause in self.clauses if clause.key == "role"],
+        )
+
     def _complaint(self) -> str | None:
         if self.rule is None:
             return None
-        expect, count = self.rule.expect, len(self.kept)
-        matched = f"matched {count} {self._noun}, expected"
-        if expect.exactly is not None and count != expect.exactly:
-            return f"{matched} {expect.exactly}"
-        if expect.at_least is not None and count < expect.at_least:
-            return f"{matched} at least {expect.at_least}"
-        if expect.at_most is not None and count > expect.at_most:
-            return f"{matched} at most {expect.at_most}"
-        for wanted, group in ((expect.per_attention, "attention"), (expect.per_block, "block")):
-            if wanted is not None:
-                complaint = self._uneven(wanted, group)
-                if complaint:
-                    return f"{matched} {wanted} per {group}: {complaint}"
-        return None
-
-    def _uneven(self, wanted: int, attribute: str) -> str | None:
-        """Describe cores or blocks in reach with another number of sites than expected.
-
-        None if none.
-
-        A weight that is used twice in one (for tokens, and for their distances) counts once.
-        """
-        kept = {(getattr(s, attribute), s.parameter or id(s), s.site.label) for s in self.kept}
-        held = Counter(group for group, *_ in kept)
-        groups = self._reach(attribute)
-        if not groups:
-            return f"the model has no {attribute}" if wanted else None
-        wrong = [group for group in groups if held[group] != wanted]
-        if not wrong:
-            return None
-        shown = ", ".join(f"{group or 'the model itself'} has {held[group]}" for group in wrong[:3])
-        return shown + (f" and {len(wrong) - 3} more differ" if len(wrong) > 3 else "")
-
-    def _reach(self, attribute: str) -> list[str]:
-        """The cores or blocks of every site that passes all clauses but ``role``.
-
-        Attention cores count by themselves, so one whose projections were not recognised is missed
-        by no one.
-        """
-        others = [clause for clause in self.clauses if clause.key not in ("role", "whole")]
-        near = [c.site for c in self.candidates if not any(f in others for f in c.failed)]
-        if attribute == "attention":
-            near += [s for s in self.sites if s.kind == "attention" and passes(others, s)]
-        groups = [getattr(site, attribute) for site in near]
-        return list(dict.fromkeys(group for group in groups if group is not None))
+        found = self.counted.complaint(self.rule.expect)
+        return found and f"matched {len(self.kept)} {self._noun}, expected {found}"
 
 
 def select(

@@ -175,7 +175,8 @@ def _attention(masked: bool, more_keys: int, generator: torch.Generator, sizes: 
     """A core; ``more_keys`` than queries, as where a text goes on, or attends to another."""
     heads, kv_heads, width = (sizes[name] for name in ("heads", "kv_heads", "head_dim"))
     queries = _random(generator, 2, heads, 5, width)
-    keys, values = (_random(generator, 2, kv_heads, 5 + more_keys, width) for _ in "kv")
+    keys = _random(generator, 2, kv_heads, 5 + more_keys, width)
+    values = _random(generator, 2, kv_heads, 5 + more_keys, sizes["v_head_dim"])
     mask = _random(generator, 2, 1, 5, 5 + more_keys) if masked else None
     given = {
         "x": _random(generator, 2, 5, heads * width),
@@ -183,7 +184,7 @@ def _attention(masked: bool, more_keys: int, generator: torch.Generator, sizes: 
         "k": keys,
         "v": values,
         "mask": mask,
-        "o": torch.zeros_like(queries),
+        "o": torch.zeros(2, heads, 5, sizes["v_head_dim"]),
         **sizes,
         "layer": 0,
         "hidden": heads * width,
@@ -196,7 +197,8 @@ def _attention(masked: bool, more_keys: int, generator: torch.Generator, sizes: 
 
 
 def _heads(heads: int, kv_heads: int, *dims: int) -> list[Sizes]:
-    return [{"heads": heads, "kv_heads": kv_heads, "head_dim": dim} for dim in (*dims, 16, 64, 128)]
+    known = {"heads": heads, "kv_heads": kv_heads}
+    return [{**known, "head_dim": dim, "v_head_dim": dim} for dim in (*dims, 16, 64, 128)]
 
 
 def _residual(generator: torch.Generator, sizes: Sizes) -> Specimen:

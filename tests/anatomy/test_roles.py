@@ -62,11 +62,11 @@ def test_attention_has_the_facts_of_the_config(name: str) -> None:
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_parts_of_a_core_name_it(name: str) -> None:
     sites = surveyed(name)
-    cores = {site.attention for site in sites if site.kind == "attention"}
+    cores = {site.attentions for site in sites if site.kind == "attention"}
     parts = [site for site in sites if (site.role or "").startswith("attn.")]
-    assert {site.attention for site in parts} == cores
+    assert {site.attentions for site in parts} == cores
     for core in cores:
-        roles = {site.role for site in parts if site.attention == core}
+        roles = {site.role for site in parts if site.attentions == core}
         assert {"attn.q", "attn.k", "attn.v", "attn.o"} <= roles
 
 

@@ -88,7 +88,7 @@ def test_equal_blocks_share_their_sites() -> None:
 
 def test_the_parts_of_one_core_know_it_and_are_its_neighbours() -> None:
     for core in (site for site in sites() if site.kind == "attention"):
-        mine = [s for s in sites() if s.attention == core.attention and s.kind == "linear"]
+        mine = [s for s in sites() if s.attentions == core.attentions and s.kind == "linear"]
         assert {s.role for s in mine} == {*("attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv")}
         assert all(s.module.startswith(core.module) for s in mine)
         (out,) = (s for s in mine if s.role == "attn.o")

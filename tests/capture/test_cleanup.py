@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from peftsurgery.capture import cleanup, ops
+from peftsurgery.capture.pieces import join_pieces
 
 aten = torch.ops.aten
 
@@ -179,3 +180,88 @@ def test_sizes_are_computed_before_all_else() -> None:
         number for number, target in enumerate(order) if "sym_size" in target or "mul" in target
     )
     assert run(module, torch.randn(5, 6)).shape == (15, 2)
+
+
+def filled(x: Tensor) -> Tensor:
+    made = x.new_empty(x.shape[0], 5)
+    made[:, :2] = x[:, :2]
+    made[:, 2:] = x[:, 1:4]
+    return made.sin()
+
+
+def filled_backwards(x: Tensor) -> Tensor:
+    made = torch.zeros(x.shape[0], 5)
+    made[:, -3:] = x[:, :3]
+    made[:, :2] = x[:, 2:4]
+    return made.sin()
+
+
+def filled_in_part(x: Tensor) -> Tensor:
+    made = x.new_zeros(x.shape[0], 5)
+    made[:, :2] = x[:, :2]
+    made[:, 3:] = x[:, 1:3]
+    return made.sin()
+
+
+def read_between(x: Tensor) -> Tensor:
+    made = x.new_zeros(x.shape[0], 5)
+    made[:, :2] = x[:, :2]
+    early = made.sum()
+    made[:, 2:] = x[:, 1:4]
+    return made.sin() + early
+
+
+def written_twice(x: Tensor) -> Tensor:
+    made = x.new_zeros(x.shape[0], 5)
+    made[:, :3] = x[:, :3]
+    made[:, 2:] = x[:, 1:4]
+    return made.sin()
+
+
+def source_changed(x: Tensor) -> Tensor:
+    source = x[:, :2].clone()
+    made = x.new_empty(x.shape[0], 5)
+    made[:, :2] = source
+    source.mul_(0)
+    made[:, 2:] = x[:, 1:4]
+    return made.sin() + source.sum()
+
+
+def cast_on_the_way(x: Tensor) -> Tensor:
+    made = x.new_empty(x.shape[0], 5)
+    made[:, :2] = x[:, :2].to(torch.float64)
+    made[:, 2:] = x[:, 1:4]
+    return made.sin()
+
+
+def one_for_all(x: Tensor) -> Tensor:
+    made = x.new_empty(x.shape[0], 5)
+    made[:, :2] = x[:, :1]
+    made[:, 2:] = x[:, 1:4]
+    return made.sin()
+
+
+@pytest.mark.parametrize(
+    ("body", "is_joined"),
+    [
+        (filled, True),
+        (filled_backwards, True),
+        (filled_in_part, False),
+        (read_between, False),
+        (written_twice, False),
+        (source_changed, False),
+        (cast_on_the_way, False),
+        (one_for_all, True),
+    ],
+)
+def test_what_is_filled_piece_by_piece_is_concatenated(
+    body: Callable[[Tensor], Tensor], is_joined: bool
+) -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    module = exported(body, x)
+    cleanup.drop_assertions(module.graph)
+    join_pieces(module.graph)
+    module.recompile()
+    assert (aten.cat.default in targets(module)) is is_joined
+    assert (aten.copy_.default in targets(module)) is not is_joined
+    assert torch.equal(run(module, x), body(x))

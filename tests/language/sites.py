@@ -16,13 +16,17 @@ class Site:
     role: str | None = None
     layer: int | None = None
     block: str = ""
-    attention: str | None = None
+    attentions: tuple = ()
     type: str = "Linear"
     parameter: str | None = None
     facts: dict = field(default_factory=dict)
     feeds: tuple = ()
     fed_by: tuple = ()
     site: Part = field(default_factory=Part)
+    extra: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.role = self.extra.get("role", self.role)
 
 
 def decoder(layers=4):
@@ -30,10 +34,12 @@ def decoder(layers=4):
     sites = []
     for i in range(layers):
         block = f"model.layers.{i}"
-        core = Site("attention", f"{block}.attn", layer=i, block=block, attention=f"core{i}")
+        core = Site("attention", f"{block}.attn", layer=i, block=block, attentions=(f"core{i}",))
         sites.append(core)
         for role in "qkvo":
-            site = Site("linear", f"{block}.attn.{role}_proj", f"attn.{role}", i, block, f"core{i}")
+            site = Site(
+                "linear", f"{block}.attn.{role}_proj", f"attn.{role}", i, block, (f"core{i}",)
+            )
             site.facts = {"in": 8, "out": 8, "op": "linear", "dtype": "torch.float32"}
             site.feeds = (core,) if role != "o" else ()
             site.fed_by = (core,) if role == "o" else ()
@@ -59,11 +65,11 @@ def fused(layers=2):
     sites = []
     for i in range(layers):
         block = f"h.{i}"
-        whole = Site("linear", f"{block}.c_attn", "attn.qkv", i, block, f"core{i}")
+        whole = Site("linear", f"{block}.c_attn", "attn.qkv", i, block, (f"core{i}",))
         sites.append(whole)
         for role in "qkv":
             part = Part(role, whole.site)
-            site = Site("linear", f"{block}.c_attn", f"attn.{role}", i, block, f"core{i}")
+            site = Site("linear", f"{block}.c_attn", f"attn.{role}", i, block, (f"core{i}",))
             site.site = part
             sites.append(site)
     return sites

@@ -1,6 +1,7 @@
 """Selection: what each clause keeps, why it drops the rest, and what a rule may expect."""
 
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -173,10 +174,61 @@ def test_a_core_whose_projections_were_not_recognised_is_not_passed_over():
     sites = decoder()
     for site in sites:
         if site.layer == 2 and site.kind == "linear":
-            site.role = site.attention = None
+            site.role, site.attentions = None, ()
     error = refusal("{role: [attn.q, attn.v]}", sites, expect="{per_attention: 2}", check=True)
     assert error.code == "PSG302"
     assert "core2 has 0" in error.message
+
+
+def test_roles_count_and_not_sites():
+    """Two projections to values are one role: they are not queries and values."""
+    sites = decoder()
+    for site in sites:
+        if site.role == "attn.q":
+            site.role = "attn.v"
+    error = refusal("{role: [attn.q, attn.v]}", sites, expect="{per_attention: 2}", check=True)
+    assert error.code == "PSG302"
+    assert "core0 has 1 (attn.v)" in error.message
+    joint = [replace(site, module=f"{site.module}_2") for site in decoder() if site.role]
+    both = chosen("{role: [attn.q, attn.v]}", decoder() + joint, expect="{per_attention: 2}")
+    both.check()
+    assert len(both.kept) == 16
+
+
+def test_a_projection_may_serve_two_cores():
+    sites = decoder(1)
+    second = Site("attention", "model.layers.0.attn", layer=0, attentions=("second",))
+    for site in sites:
+        site.attentions += ("second",) if site.role else ()
+    chosen("{role: [attn.q, attn.v]}", [*sites, second], expect="{per_attention: 2}").check()
+    for site in sites:
+        site.attentions = site.attentions[:1]
+    error = refusal(
+        "{role: [attn.q, attn.v]}", [*sites, second], expect="{per_attention: 2}", check=True
+    )
+    assert "second has 0" in error.message
+
+
+def test_what_a_core_takes_from_another_layer_is_no_error_unless_the_rule_says_so():
+    def sharing():
+        sites = [s for s in decoder() if s.layer != 3 or s.role not in ("attn.k", "attn.v")]
+        for site in sites:
+            if site.kind == "attention" and site.layer == 3:
+                site.facts = {"borrowed": ("attn.k", "attn.v")}
+        return sites
+
+    found = chosen("{role: [attn.q, attn.v]}", sharing(), expect="{per_attention: 2}")
+    found.check()
+    assert found.counted.borrowed == {"core3": ["attn.v"]}
+    expect = "{per_attention: 2, borrowed: false}"
+    error = refusal("{role: [attn.q, attn.v]}", sharing(), expect=expect, check=True)
+    assert "core3 has 1 (attn.q)" in error.message
+    left = [s for s in sharing() if s.role != "attn.q" or s.layer != 3]
+    error = refusal("{role: [attn.q, attn.v]}", left, expect="{per_attention: 2}", check=True)
+    assert "core3 has 0" in error.message, "queries are not borrowed"
+    nothing = [s for s in sharing() if s.layer == 3]
+    error = refusal("{role: attn.v}", nothing, expect="{per_attention: 1}", check=True)
+    assert error.code == "PSG301"
 
 
 def test_parts_of_a_fused_weight_give_way_to_the_whole_if_both_are_chosen():

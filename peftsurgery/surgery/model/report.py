@@ -53,6 +53,15 @@ class Report:
         chosen = ((each.name, miss) for each in self.plan.selections for miss in each.near_misses())
         return [{"rule": name, **miss.to_dict()} for name, miss in chosen]
 
+    @property
+    def borrowed(self) -> list[dict[str, Any]]:
+        """The roles that a rule asks for and an attention core takes from another layer."""
+        return [
+            {"rule": each.name, "attention": core, "roles": roles}
+            for each in self.plan.selections
+            for core, roles in each.counted.borrowed.items()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
         return {
@@ -63,6 +72,7 @@ class Report:
             "trainable": self.trainable,
             "total": self.total,
             "near_misses": self.near_misses,
+            "borrowed": self.borrowed,
             "notes": list(self.notes),
             "lost": self.lost,
         }
@@ -131,12 +141,22 @@ def _lines(selection: Selection) -> list[str]:
     counted = ", ".join(f"{count} {role}" for role, count in roles.items())
     lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]
     lines += [f"  not {text}" for text in _folded(selection)]
-    return lines
+    lent = [
+        f"{core.rpartition(':')[0]} takes {' and '.join(roles)} from another layer"
+        for core, roles in selection.counted.borrowed.items()
+    ]
+    return lines + [f"  {joined(texts)}" for texts in _alike(lent)]
 
 
 def _folded(selection: Selection, limit: int = 2) -> list[str]:
     """The nearest misses, those of equal layers as one: ``layers.{0,1,2}.k_proj: ...``."""
+    misses = map(str, selection.near_misses(len(selection.dropped)))
+    return [joined(texts) for texts in _alike(misses)[:limit]]
+
+
+def _alike(texts: Iterable[str]) -> list[list[str]]:
+    """Texts in groups of those that differ in the numbers of layers alone."""
     groups: dict[str, list[str]] = {}
-    for text in map(str, selection.near_misses(len(selection.dropped))):
+    for text in texts:
         groups.setdefault(NUMBER.sub("*", text), []).append(text)
-    return [joined(texts) for texts in list(groups.values())[:limit]]
+    return list(groups.values())

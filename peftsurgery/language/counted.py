@@ -1,0 +1,104 @@
+"""Sites that a rule chose, counted as the rule expects: in all, by block, by attention core."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from peftsurgery.anatomy import Placed
+from peftsurgery.language.clauses import Clause, passes
+from peftsurgery.language.schema import Expect
+
+
+@dataclass(frozen=True, eq=False)
+class Counted:
+    """Chosen sites and what they are counted against.
+
+    ``near`` are the sites of the rule's kind that pass all clauses but ``role``, ``cores`` the
+    attention sites that do: cores count by themselves, so that one whose projections were not
+    recognised is not passed over. ``asked`` are the clauses about roles.
+    """
+
+    kept: Sequence[Placed]
+    near: Sequence[Placed]
+    cores: Sequence[Placed]
+    asked: Sequence[Clause]
+
+    def complaint(self, expect: Expect) -> str | None:
+        """What was expected and is not so, as an error says it after "expected"; None if all is."""
+        count = len(self.kept)
+        if expect.exactly is not None and count != expect.exactly:
+            return f"{expect.exactly}"
+        if expect.at_least is not None and count < expect.at_least:
+            return f"at least {expect.at_least}"
+        if expect.at_most is not None and count > expect.at_most:
+            return f"at most {expect.at_most}"
+        for wanted, uneven, group in (
+            (expect.per_attention, self._uneven_cores, "attention"),
+            (expect.per_block, self._uneven_blocks, "block"),
+        ):
+            found = None if wanted is None else uneven(wanted, expect.borrowed)
+            if found is not None:
+                return f"{wanted} per {group}: {found}"
+        return None
+
+    def _uneven_blocks(self, wanted: int, _: bool) -> str | None:
+        """Describe the blocks in reach with another number of sites; None if there are none.
+
+        A weight that is used twice in one (for tokens, and for their distances) counts once.
+        """
+        kept = {(s.block, s.parameter or id(s), s.site.label) for s in self.kept}
+        held = Counter(block for block, *_ in kept)
+        blocks = list(dict.fromkeys(site.block for site in self.near))
+        if not blocks:
+            return "the model has no block" if wanted else None
+        return _few(
+            [f"{b or 'the model itself'} has {held[b]}" for b in blocks if held[b] != wanted]
+        )
+
+    def _uneven_cores(self, wanted: int, may_borrow: bool) -> str | None:
+        """Describe the attention cores in reach with another number of roles; None if none.
+
+        Roles count, not sites: two projections to queries are one role.
+        """
+        if not self.roles:
+            return "the model has no attention" if wanted else None
+        wrong = {
+            core: held
+            for core, held in self.roles.items()
+            if len(held) != wanted
+            and not (may_borrow and len(held.union(self.borrowed.get(core, ()))) == wanted)
+        }
+        few = [f"{core} has {len(held)}{_named(held)}" for core, held in wrong.items()]
+        return _few(few) or (None if self.kept or not wanted else "no core has any")
+
+    @cached_property
+    def roles(self) -> dict[str, set[str]]:
+        """The roles of the chosen sites at each attention core in reach."""
+        found = {core: set[str]() for s in (*self.near, *self.cores) for core in s.attentions}
+        for site in self.kept:
+            for core in site.attentions:
+                found.setdefault(core, set()).add(site.role or site.kind)
+        return found
+
+    @cached_property
+    def borrowed(self) -> dict[str, list[str]]:
+        """The roles asked for that attention cores take from other layers, by core."""
+        found: dict[str, list[str]] = {}
+        for site in self.cores:
+            for role in site.facts.get("borrowed", ()) if self.asked else ():
+                if passes(self.asked, replace(site, extra={**site.extra, "role": role})):
+                    found.setdefault(site.attentions[0], []).append(role)
+        return found
+
+
+def _named(roles: set[str]) -> str:
+    return f" ({', '.join(sorted(roles))})" if roles else ""
+
+
+def _few(wrong: Sequence[str]) -> str | None:
+    """The first of some faults and how many more there are; None if there are none."""
+    more = f" and {len(wrong) - 3} more differ" if len(wrong) > 3 else ""
+    return ", ".join(wrong[:3]) + more if wrong else None
