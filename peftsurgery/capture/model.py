@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from peftsurgery.arguments import checked
 from peftsurgery.capture.captures import Capture, Captures, Casts
 from peftsurgery.capture.classes import become_like
+from peftsurgery.capture.factories import Inputs
 from peftsurgery.capture.generating import (
     check_generates,
     first_inputs,
@@ -281,14 +282,15 @@ class GraphModel(Likeness):
 @checked
 def capture(
     model: nn.Module | str | Path,
-    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    inputs: Inputs | None = None,
     cache: bool = False,
 ) -> GraphModel:
     """Capture a model as graphs.
 
     ``model`` is a live module, or what the command line takes for MODEL (a directory, a hub id,
     ``package.module:factory``), which is captured on the meta device. ``inputs`` are example
-    arguments, a tuple or a dict, with a batch of at least 2; a transformers model needs none.
+    arguments, a tuple or a dict, with a batch of at least 2; a transformers model needs none, nor
+    does a factory that returns ``(module, inputs)``.
     With ``cache``, a causal language model returns what it remembers from every call in eval mode,
     and what ``generate`` calls first is captured now; without, both are done when they are asked
     for. Raises PSG201 if the model cannot be exported, PSG202 if it needs inputs, PSG212 if it
@@ -302,7 +304,7 @@ def capture(
 
 def capture_source(
     source: Source,
-    inputs: Mapping[str, Any] | tuple[Any, ...] | None = None,
+    inputs: Inputs | None = None,
     cache: bool = False,
 ) -> GraphModel:
     """Capture the module of a source; see :func:`capture`."""
@@ -315,16 +317,15 @@ def _source(model: nn.Module | str | Path) -> Source:
     return Source(model) if isinstance(model, nn.Module) else open_source(str(model))
 
 
-def _captured(
-    source: Source, inputs: Mapping[str, Any] | tuple[Any, ...] | None, cache: bool
-) -> GraphModel:
+def _captured(source: Source, inputs: Inputs | None, cache: bool) -> GraphModel:
     check_plain(source.module)
     if cache:
         check_generates(source.module)
     graph_model = GraphModel(Captures(source, cache))
-    example = _made_inputs(source.module) if inputs is None else inputs
+    given = source.inputs if inputs is None else inputs
+    example = _made_inputs(source) if given is None else given
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
-    with _saying_what_was_tried(kwargs if inputs is None else {}):
+    with _saying_what_was_tried(kwargs if given is None else {}):
         graph_model._find(bind_call(source.module, args, kwargs))
     if cache:
         graph_model.original_capture(graph_model.call_of(**first_inputs(source.module)))
@@ -351,10 +352,13 @@ def capture_again(model: GraphModel, source: Source) -> GraphModel:
     return graph_model
 
 
-def _made_inputs(module: nn.Module) -> Mapping[str, Any]:
+def _made_inputs(source: Source) -> Mapping[str, Any]:
+    module = source.module
     if not isinstance(module, PreTrainedModel):
         message = f"example inputs are needed to capture a {type(module).__name__}"
         hint = "capture(module, inputs=(x,)) or capture(module, inputs={'x': x})"
+        if source.origin is not None:
+            hint = f"let {source.origin} return (module, inputs): a tuple, or a dict by name"
         raise SurgeryError("PSG202", message, hint)
     return example_inputs(module)
 

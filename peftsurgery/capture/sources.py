@@ -8,7 +8,6 @@ first runs.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftsurgery.capture.builds import FILES, Build, class_named, resize
+from peftsurgery.capture.factories import Inputs, made_by
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
 from peftsurgery.finite_tensors import DTYPES, FLOATS
@@ -49,9 +49,9 @@ class Source:
     """The module a capture was made of; ``weights()`` is the same module with its tensors.
 
     ``build`` says what is otherwise than in the files there, whose config is ``stored``, or in the
-    live model that is the module of ``unbuilt``. Once the
-    weights are loaded, ``notes`` says which tensors the module and the files do not share, and
-    ``missing`` names those that the files have no values for.
+    live model that is the module of ``unbuilt``. ``inputs`` are the example inputs that the module
+    came with, if it did. Once the weights are loaded, ``notes`` says which tensors the module and
+    the files do not share, and ``missing`` names those that the files have no values for.
     """
 
     def __init__(
@@ -61,10 +61,12 @@ class Source:
         build: Build = FILES,
         stored: PreTrainedConfig | None = None,
         before: Source | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         self.module = module
         self.origin = origin
         self.build = build
+        self.inputs = inputs
         self.stored = getattr(module, "config", None) if stored is None else stored
         self.unbuilt = self if before is None else before
         self.notes: tuple[str, ...] = ()
@@ -177,7 +179,8 @@ def open_source(spec: str, build: Build = FILES) -> Source:
             what = build.kind or f"a model with {build.labels} labels"
             message = f"'{spec}' is called for the model and cannot be made {what}"
             raise SurgeryError("PSG218", message, "name a model's directory or hub id")
-        return Source(_call_factory(spec), spec)
+        module, inputs = made_by(spec)
+        return Source(module, spec, inputs=inputs)
     if not here and (not is_hub_id(spec) or _is_nearly_here(spec)):
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
@@ -308,25 +311,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise SurgeryError("PSG205", f"{file} holds no JSON object")
     return raw
-
-
-def _call_factory(spec: str) -> nn.Module:
-    module_name, _, name = spec.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, SyntaxError, ValueError) as error:
-        raise SurgeryError("PSG205", f"'{spec}': {error}") from None
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise SurgeryError("PSG205", f"'{spec}': no '{name}' to call", did_you_mean(name, known))
-    # seeded, so that a base of random weights is the same one whenever it is made again
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(0)
-        made = factory()
-    if not isinstance(made, nn.Module):
-        raise SurgeryError("PSG205", f"'{spec}' made a {type(made).__name__}, not an nn.Module")
-    return made
 
 
 def is_hub_id(spec: str) -> bool:

@@ -26,7 +26,8 @@ CODES = {
     "PSG205": CodeInfo(
         "there is no such model",
         "MODEL is a directory with a config.json, a hub id (owner/name), package.module:factory, "
-        "or a saved surgery.",
+        "or a saved surgery. A factory is called without arguments and returns a module, or "
+        "(module, inputs) with a tuple or a dict of example inputs.",
     ),
     "PSG206": CodeInfo(
         "the config names no known model",
