@@ -96,14 +96,14 @@ class GraphModel(Likeness):
 
         Returns its outputs, flat, in the graph's order.
         """
-        capture = self._waiting.serve(self, capture)
+        forward = self.runnable(self._waiting.serve(self, capture).top).forward
         if not any(isinstance(leaf, torch.Tensor) and leaf.is_cpu for leaf in leaves):
-            return capture.top.forward(self, *leaves)
+            return forward(self, *leaves)
         if torch.compiler.is_dynamo_compiling():
-            return capture.top.forward(self, *leaves)
+            return forward(self, *leaves)
         GATE.enter()
         try:
-            return capture.top.forward(self, *leaves)
+            return forward(self, *leaves)
         finally:
             GATE.leave()
 

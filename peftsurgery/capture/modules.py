@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftsurgery.capture.calling import run_part
 from peftsurgery.capture.classes import become_like
+from peftsurgery.capture.compiling import Compiling
 from peftsurgery.capture.copying import Copied
 from peftsurgery.capture.names import join
 from peftsurgery.capture.program import ModuleInfo, Program
@@ -29,6 +30,8 @@ class Part(Copied, Watched):
 
     # Classes made of this one and an original's are called in this way, and registered nowhere.
     __call__: Callable[..., Any] = nn.Module.__call__
+    # What compiles the programs of this part, once that is asked of the model.
+    compiling: Compiling | None = None
 
     def __init__(self, info: ModuleInfo) -> None:
         super().__init__()
@@ -46,7 +49,11 @@ class Part(Copied, Watched):
 
     def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """The outputs of a program of this part."""
-        return program.forward(self, *inputs)
+        return self.runnable(program).forward(self, *inputs)
+
+    def runnable(self, program: Program) -> Program:
+        """A program as this part runs it: compiled, if that is asked."""
+        return program if self.compiling is None else self.compiling.program(program)
 
     def __repr__(self) -> str:
         return self._shown_name() + super().__repr__().removeprefix(self._get_name())
@@ -79,7 +86,8 @@ class Block(Part):
     def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
         """The outputs of a program, which is run again in the backward pass if that is asked."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(program.forward, self, *inputs, use_reentrant=False)
+            run = self.runnable(program).forward
+            return checkpoint(run, self, *inputs, use_reentrant=False)
         return super()._run(program, inputs)
 
     @property

@@ -21,6 +21,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from peftsurgery.capture.classes import FILES
+from peftsurgery.capture.compiling import Compiling
 from peftsurgery.capture.modules import Block, Part
 from peftsurgery.capture.sources import Source
 from peftsurgery.errors import SurgeryError
@@ -118,6 +119,20 @@ class Likeness(Part):
         """The dtype of the first parameter that holds real numbers."""
         floating = (p.dtype for p in self.parameters() if p.is_floating_point())
         return next(floating, torch.get_default_dtype())
+
+    def compile(self, **options: Any) -> None:
+        """Compile what the model runs from now on, in calls, in training and in ``generate``.
+
+        ``options`` are torch.compile's (backend, mode, dynamic, ...); ``disable=True`` undoes it.
+        Blocks of one shape class are compiled once, when a call first needs them, and the top graph
+        calls them as ever: hooks, switched adapters and recomputation work on. PSG223 for options
+        that torch.compile does not take, PSG224 in a call if its backend fails, as for want of a
+        C++ compiler.
+        """
+        compiling = None if options.get("disable") else Compiling(options)
+        for part in self.modules():
+            if isinstance(part, Part):
+                part.compiling = compiling
 
     def gradient_checkpointing(self, enabled: bool = True, every: int = 1) -> None:
         """Recompute each block's forward in the backward pass instead of keeping activations.

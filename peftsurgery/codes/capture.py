@@ -126,4 +126,18 @@ CODES = {
         "The message says why: the file is none, is damaged, or has no graph. `diff` reads ONNX "
         "files with the package onnx, which comes with the extra of that name.",
     ),
+    "PSG223": CodeInfo(
+        "torch.compile does not take these options",
+        "compile() hands its options to torch.compile, which knows them by name: backend (one of "
+        "torch.compiler.list_backends(), or a function), mode or options, dynamic, fullgraph and "
+        "disable. torch's reference of torch.compile says what each may be.",
+    ),
+    "PSG224": CodeInfo(
+        "the model cannot be compiled",
+        "The backend of compile() failed in a call. Inductor, which is taken unless another is "
+        "named, needs a C++ compiler and Python's headers for the CPU (on Debian the packages g++ "
+        "and python3-dev; the variable CXX names another compiler), and Triton for a GPU. With "
+        "compile(backend='aot_eager') it is seen whether that is all that is missing; "
+        "compile(disable=True) lets the model run uncompiled.",
+    ),
 }
