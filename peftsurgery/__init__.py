@@ -11,6 +11,7 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from peftsurgery.offered import offer as _offer
 from peftsurgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -99,6 +100,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+_offer("diff", lambda: __getattr__("diff"))
 
 
 def __dir__() -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import peftsurgery as ps
+from peftsurgery.offered import offered
 
 WRONG: dict[str, Any] = {
     "None": None,
@@ -110,3 +111,7 @@ def test_a_state_dict_is_pickled_and_a_model_is_copied(tmp_path: Path) -> None:
         assert torch.equal(twin(x), model(x))
         assert torch.equal(same(x), model(x))
         assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+
+
+def test_what_rooms_below_are_offered_is_the_public_function() -> None:
+    assert offered("diff") is ps.diff

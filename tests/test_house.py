@@ -32,7 +32,7 @@ ARCHITECTURES = {name.lower() for name in CONFIG_MAPPING_NAMES}
 # Where the package's files are, from the lowest to the highest: a file may import what is in its
 # own room and in those before it. Rooms of surgery are listed by themselves.
 ORDER = (
-    *("version", "lazily", "reach", "codes", "errors", "installed", "quiet", "notebook"),
+    *("version", "lazily", "offered", "reach", "codes", "errors", "installed", "quiet", "notebook"),
     *("files", "tensor_file", "model_files", "finite_tensors", "places", "outputs", "arguments"),
     *("capture", "anatomy", "language", "checkpoint"),
     *("surgery.plan", "surgery.fourbit", "surgery.rewrite", "surgery.model", "surgery.applying"),
@@ -160,6 +160,9 @@ def targets(node: ast.AST, names: set[str]) -> Iterator[str]:
             base = module.removeprefix(prefix)
             inner = [f"{base}.{alias.name}" for alias in aliases]
             yield from ((name if name in names else base) for name in inner)
+        case ast.Call(func=ast.Attribute(attr="import_module"), args=[ast.Constant(value=str(m))]):
+            if m.partition(".")[0] == PACKAGE.name:
+                yield m.removeprefix(prefix) if m.startswith(prefix) else "__init__"
         case _:
             pass
 

@@ -14,7 +14,6 @@ How a call is served, top-down:
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,6 +30,7 @@ from peftsurgery.capture.program import generate_forward
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.tensors import persistent_buffers
 from peftsurgery.capture.threads import making
+from peftsurgery.offered import offered
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.choices import Choice
 from peftsurgery.surgery.model.choosing import ChoosingModel
@@ -175,8 +175,7 @@ class OperatedModel(ChoosingModel):
 
         That is ``peftsurgery.diff(o.base, o, weights, shape)``, and raises what that raises.
         """
-        public = importlib.import_module("peftsurgery")  # what compares models is made of them
-        return public.diff(self.base, self, weights, shape)
+        return offered("diff")(self.base, self, weights, shape)
 
     def _buffer_of_base(self, name: str) -> Tensor:
         self.base.bind()
