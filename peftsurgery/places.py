@@ -9,10 +9,13 @@ the two does not exist yet.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
@@ -75,7 +78,6 @@ def hub_folder(name: str) -> Path | None:
     """The directory of the hub's cache that holds a model, if ``name`` is one that is there."""
     if name.count("/") > 1 or os.path.isabs(name) or ":" in name or "\\" in name:
         return None
-    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
     folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
@@ -178,3 +180,8 @@ def _identity(path: str | Path) -> list[Identity]:
 
 def _real(path: str | Path) -> Path:
     return Path(os.path.realpath(path))
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether a text can name a model of the hub: owner/name, or the name alone of an old one."""
+    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec) is not None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
 from peftsurgery.finite_tensors import DTYPES, FLOATS
 from peftsurgery.model_files import are_here, read_model_files
+from peftsurgery.places import is_hub_id
 from peftsurgery.quiet import quiet
 
 # What configs of transformers, and the models made of them, raise for values that do not fit.
@@ -311,11 +311,6 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise SurgeryError("PSG205", f"{file} holds no JSON object")
     return raw
-
-
-def is_hub_id(spec: str) -> bool:
-    """Whether a text can name a model of the hub: owner/name, or the name alone of an old one."""
-    return re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec) is not None
 
 
 def _nearby(spec: str) -> str:

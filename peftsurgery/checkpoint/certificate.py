@@ -16,12 +16,12 @@ from typing import Any
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import read_bytes
+from peftsurgery.checkpoint.record import FILE
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.model_files import read_model_files
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
-CERTIFICATE = "peftsurgery.json"
 CHUNK = 2**20
 
 
@@ -32,7 +32,7 @@ def certificate(
 
     ``weights`` are the names of its safetensors files, ``tensors`` what is said of each tensor.
     """
-    kept = {*weights, CERTIFICATE}
+    kept = {*weights, FILE}
     files = {name: _hash(folder / name) for name in _names(folder) if name not in kept}
     headers = {name: _hash_header(read_header(folder / name)) for name in sorted(weights)}
     said = {**record, "tensors": tensors, "headers": headers, "files": files}
@@ -76,15 +76,15 @@ def verify(out: str | Path) -> Verified:
 
 def read_certificate(folder: Path) -> dict[str, Any]:
     """The certificate in a directory. PSG609 if there is none, or one of an earlier kind."""
-    said = read_object(folder / CERTIFICATE, "PSG609")
+    said = read_object(folder / FILE, "PSG609")
     tensors, headers, files = (said.get(name) for name in ("tensors", "headers", "files"))
     if not (isinstance(tensors, dict) and isinstance(headers, dict) and isinstance(files, dict)):
-        message = f"{folder / CERTIFICATE} has no hashes of what was written"
+        message = f"{folder / FILE} has no hashes of what was written"
         raise SurgeryError("PSG609", message, "fold again with fold_checkpoint")
     are_entries = all(isinstance(entry, dict) for entry in tensors.values())
     hashes = [entry.get("sha256") for entry in tensors.values()] if are_entries else [None]
     if not all(isinstance(each, str) for each in (*hashes, *headers.values(), *files.values())):
-        raise SurgeryError("PSG609", f"{folder / CERTIFICATE} holds hashes that are none")
+        raise SurgeryError("PSG609", f"{folder / FILE} holds hashes that are none")
     return said
 
 
@@ -111,7 +111,7 @@ def _differences(folder: Path, said: Mapping[str, Any]) -> Iterator[str]:
     """What is not as the certificate says."""
     files = read_model_files(folder)
     headers = {file.path.name: _hash_header(file) for file in files.files}
-    names = {name for name in _names(folder) if name not in headers and name != CERTIFICATE}
+    names = {name for name in _names(folder) if name not in headers and name != FILE}
     for name in sorted(headers.keys() | said["headers"].keys()):
         if headers.get(name) != said["headers"].get(name):
             yield f"the header of '{name}'"

@@ -13,14 +13,12 @@ from typing import Any
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, ulp, wide_dtype
-from peftsurgery.checkpoint.numpy_operators import NUMPY
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+from peftsurgery.checkpoint.row_wise import folded
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.environment import Environment, with_lets
-from peftsurgery.language.evaluation import PLAIN, evaluate
 from peftsurgery.tensor_file import Tensor, TensorFile
 
-BLOCK = 2**18  # elements that are computed at once, where a rule folds each row by itself
+BLOCK = 2**16  # elements that are computed at once, where a rule folds each row by itself
 
 Found = Mapping[str, tuple[TensorFile, Tensor]]
 
@@ -98,50 +96,14 @@ class Folding:
             return
         sites = self.plan.together(name)
         others = sorted({name, *(other for site in sites for other in site.weights.values())})
+        keys = {key for site in sites for key in site.parameters.values()}
+        learnt = {key: self._adapters(key, wide) for key in keys}
         for rows in _row_blocks([self.base[other][1] for other in others], sites):
             before = {other: self._read(other, wide, rows) for other in others}
             now = dict(before)
             for site in sites:
-                self._fold(site, now, rows, wide)
+                _fold(site, now, learnt, rows)
             yield before[name], now[name]
-
-    def _fold(
-        self, site: SiteFold, now: dict[str, Array], rows: slice | None, wide: np.dtype[Any]
-    ) -> None:
-        """FoldMeasure the rows of a site's weights that are in ``now``."""
-
-        def weight(short: str) -> Array | float:
-            if short not in site.weights:
-                return 0.0
-            value = now[site.weights[short]]
-            value = np.swapaxes(value, -1, -2) if short in site.turned else value
-            return value if site.slice is None else _take(value, site.slice)
-
-        def parameter(short: str) -> Array:
-            value, axis = self._adapters(site.parameters[short], wide), None
-            if rows is not None and site.rows is not None:
-                axis = site.rows.get(short)
-            return value if axis is None else value[(slice(None),) * axis + (rows,)]
-
-        made: dict[str, Callable[[str], Any]] = dict.fromkeys((*site.weights, *site.absent), weight)
-        made |= dict.fromkeys(site.parameters, parameter)
-        bound = Environment(site.numbers, made)
-        names = with_lets(bound, site.let, PLAIN, NUMPY)
-        results = {k: evaluate(e, names, NUMPY) for k, e in site.fold.items()}
-        for environment in (bound, names):
-            environment.release()
-        for short, value in results.items():
-            if short not in site.weights:
-                if np.any(value):
-                    message = f"{site.adapter} folds into a bias, and {site.module} has none"
-                    hint = "add a bias to the model, or keep the adapter"
-                    raise SurgeryError("PSG405", message, hint)
-                continue
-            whole = now[site.weights[short]]
-            turned = short in site.turned
-            if site.slice is not None:
-                value = _put(np.swapaxes(whole, -1, -2) if turned else whole, site.slice, value)
-            now[site.weights[short]] = np.swapaxes(value, -1, -2) if turned else value
 
     def _read(self, name: str, wide: np.dtype[Any], rows: slice | None = None) -> Array:
         file, tensor = self.base[name]
@@ -151,15 +113,58 @@ class Folding:
         return found.astype(wide)
 
     def _adapters(self, name: str, wide: np.dtype[Any]) -> Array:
-        return read_rows(*self.adapter[name]).astype(wide)
+        file, tensor = self.adapter[name]
+        value = read_rows(file, tensor)
+        if not np.isfinite(value).all():
+            raise SurgeryError("PSG505", f"{file.path}: '{name}' holds NaN or infinity")
+        return value.astype(wide)
+
+
+def _fold(
+    site: SiteFold, now: dict[str, Array], learnt: Mapping[str, Array], rows: slice | None
+) -> None:
+    """Fold the rows of a site's weights that are in ``now``, with the adapter's tensors."""
+
+    def weight(short: str) -> Array | float:
+        if short not in site.weights:
+            return 0.0
+        value = now[site.weights[short]]
+        value = np.swapaxes(value, -1, -2) if short in site.turned else value
+        return value if site.slice is None else _take(value, site.slice)
+
+    def parameter(short: str) -> Array:
+        value, axis = learnt[site.parameters[short]], None
+        if rows is not None and site.rows is not None:
+            axis = site.rows.get(short)
+        return value if axis is None else value[(slice(None),) * axis + (rows,)]
+
+    made: dict[str, Callable[[str], Any]] = dict.fromkeys((*site.weights, *site.absent), weight)
+    made |= dict.fromkeys(site.parameters, parameter)
+    results = folded(site.fold, site.let, site.numbers, made)
+    for short, value in results.items():
+        if short not in site.weights:
+            if np.any(value):
+                message = f"{site.adapter} folds into a bias, and {site.module} has none"
+                hint = "add a bias to the model, or keep the adapter"
+                raise SurgeryError("PSG405", message, hint)
+            continue
+        whole = now[site.weights[short]]
+        turned = short in site.turned
+        if site.slice is not None:
+            value = _put(np.swapaxes(whole, -1, -2) if turned else whole, site.slice, value)
+        now[site.weights[short]] = np.swapaxes(value, -1, -2) if turned else value
+
+
+def is_by_rows(site: SiteFold) -> bool:
+    """Whether a fold needs no more of a weight than the rows that it gives."""
+    return site.rows is not None and site.slice is None and not site.turned
 
 
 def _row_blocks(tensors: Sequence[Tensor], sites: Iterable[SiteFold]) -> Iterator[slice | None]:
     """Blocks of rows in which tensors can be folded by themselves; None for all of them at once."""
     largest = max(tensor.count for tensor in tensors)
     lengths = {tensor.shape[:1] for tensor in tensors}
-    by_rows = all(s.rows is not None and s.slice is None and not s.turned for s in sites)
-    if not by_rows or len(lengths) != 1 or largest <= BLOCK:
+    if not all(map(is_by_rows, sites)) or len(lengths) != 1 or largest <= BLOCK:
         yield None
         return
     (rows,) = lengths.pop()

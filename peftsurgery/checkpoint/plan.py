@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peftsurgery.language.expression import Expression
+from peftsurgery.tensor_file import TensorFile
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,15 @@ class FoldPlan:
             mine = [site for site in self.sites if not names.isdisjoint(site.weights.values())]
             names |= {weight for site in mine for weight in site.weights.values()}
         return mine
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan with what it is carried out on: the base's directory, and the adapter's tensors."""
+
+    plan: FoldPlan
+    base: Path
+    adapter: TensorFile
 
 
 def without_repeats(sites: Iterable[SiteFold]) -> Iterator[SiteFold]:

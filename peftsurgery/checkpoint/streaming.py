@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
-from peftsurgery.checkpoint.certificate import CERTIFICATE, certificate, is_as_said
+from peftsurgery.checkpoint.certificate import certificate, is_as_said
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
-from peftsurgery.checkpoint.plan import FoldPlan
+from peftsurgery.checkpoint.plan import FoldPlan, Planned
+from peftsurgery.checkpoint.record import FILE
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import (
@@ -121,23 +122,21 @@ class Streamed:
 
 
 def fold_files(
-    plan: FoldPlan,
-    base: Path,
-    adapter: TensorFile,
+    planned: Planned,
     out: Path,
     dtype: str | None = None,
     resume: bool = False,
     reversible: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> FoldReport:
-    """Carry out a plan on the files of ``base``, with the tensors of ``adapter``; write ``out``.
+    """Carry out a plan on the files of its base, with the tensors of its adapter; write ``out``.
 
     ``dtype`` (as safetensors calls it) is given to all tensors of floating-point numbers; with
     ``reversible``, residuals are written beside the weights (:mod:`.residual`). Raises
     SurgeryError: PSG402 and PSG403 for values that cannot be written, PSG415 if nothing would
     change, PSG416 for tensors that plan and files do not both have, PSG603 and PSG610 for places.
     """
-    files = read_model_files(base)
+    plan, adapter, files = planned.plan, planned.adapter, read_model_files(planned.base)
     _check(plan, files, adapter)
     folding = Folding(plan, files.tensors, {n: (adapter, t) for n, t in adapter.tensors.items()})
     streamed = Streamed(folding, dtype, progress or (lambda size: None))
@@ -164,7 +163,7 @@ def fold_files(
         for name, content in _small_files(plan, files, written).items():
             into.write(name, [content])
         record = {**plan.record, "added": [*added, *plan.files]}
-        into.write(CERTIFICATE, [certificate(record, into.path, wanted, tensors)])
+        into.write(FILE, [certificate(record, into.path, wanted, tensors)])
     return FoldReport(out, changed, len(tensors), written, trusted)
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import read_bytes
-from peftsurgery.checkpoint.certificate import CERTIFICATE, read_certificate
+from peftsurgery.checkpoint.certificate import read_certificate
 from peftsurgery.checkpoint.part_folder import part_folder
+from peftsurgery.checkpoint.record import FILE
 from peftsurgery.checkpoint.residual import CHUNK, chunks_of, unpacked, width_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
@@ -61,7 +62,7 @@ def unfold_checkpoint(
     with part_folder(target, _identity(said, files), resume=False) as into:
         for file in files.files:
             into.write(file.path.name, _restored(file, said, origin is None))
-        skipped = {CERTIFICATE, *said.get("added", [])} if origin is None else {CERTIFICATE}
+        skipped = {FILE, *said.get("added", [])} if origin is None else {FILE}
         for name, path in other_files(files.folder).items():
             if name not in skipped:
                 into.write(name, [path.read_bytes()])

@@ -98,7 +98,7 @@ def _opened(spec: str, base: str | None) -> GraphModel | str:
 
 def _describe(file: Path) -> None:
     """Print a line for each tensor of a safetensors file: name, dtype, shape, a hash."""
-    from peftsurgery.capture.fingerprint import in_file
+    from peftsurgery.fingerprint import in_file
 
     for name, tensor in sorted(in_file(file).items()):
         click.echo(f"{clean(name)} {tensor.print()}")

@@ -60,6 +60,11 @@ from peftsurgery.outputs import check_free, fresh
     is_flag=True,
     help="With --stream: also write what `unfold` restores the base from, without the base.",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Say what a fold of files would read, write, compute and need; write nothing.",
+)
 @other_base_option
 @force_option
 @json_option
@@ -76,22 +81,23 @@ def fold(
     dtype: str | None,
     resume: bool,
     reversible: bool,
+    dry_run: bool,
     allow_other_base: bool,
     force: bool,
     as_json: bool,
 ) -> None:
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
-    if stream:
+    if stream or dry_run:
         if kind or name or onnx or requantise or verify or force:
             raise click.UsageError("--stream goes only with --base, and with options that say so")
-        _stream(surgery, base, out, dtype, resume, reversible, allow_other_base, as_json)
+        where = (surgery, base, out, dtype)
+        _on_files(where, resume, reversible, allow_other_base, dry_run, as_json)
         return
     if dtype or resume or reversible:
         raise click.UsageError("--dtype, --resume and --reversible go with --stream")
     if onnx is not None and requantise:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
-    inputs = [surgery, *([base] if base else [])]
-    inside = None if onnx is None else _inside(onnx, out)
+    inputs, inside = [surgery, *([base] if base else [])], onnx and _inside(onnx, out)
     if onnx is not None and inside is None:
         check_free(onnx, inputs, force)
     from peftsurgery.formats.pretrained import fold_to_directory
@@ -115,21 +121,23 @@ def fold(
     print_result({**result.to_dict(), "out": str(out)}, words, as_json)
 
 
-def _stream(
-    surgery: str,
-    base: str | None,
-    out: Path,
-    dtype: str | None,
+def _on_files(
+    where: tuple[str, str | None, Path, str | None],
     resume: bool,
     reversible: bool,
     allow_other_base: bool,
+    dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Fold on files."""
-    from peftsurgery.formats.streamed_fold import fold_checkpoint
+    """Fold on files, or say what that would take."""
+    from peftsurgery.formats.streamed_fold import estimate_fold, fold_checkpoint
 
-    with doing(f"folding {surgery}"):
-        report = fold_checkpoint(surgery, base, out, dtype, resume, reversible, allow_other_base)
+    if dry_run:
+        found = estimate_fold(*where, reversible, allow_other_base)
+        print_result(found.to_dict(), found, as_json)
+        return
+    with doing(f"folding {where[0]}"):
+        report = fold_checkpoint(*where, resume, reversible, allow_other_base)
     print_result(report.to_dict(), report, as_json)
 
 

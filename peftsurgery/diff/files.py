@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftsurgery.capture.fingerprint import Sampled, in_file
 from peftsurgery.diff.lines import folded_lines
 from peftsurgery.diff.rules import rule_entries
 from peftsurgery.diff.summary import Summary
 from peftsurgery.diff.weights import Entry, compare_weights, weight_entries
 from peftsurgery.errors import SurgeryError
+from peftsurgery.fingerprint import Sampled, in_file
 from peftsurgery.language.loading import load_rules
 
 RULES, TENSORS = (".yaml", ".yml"), (".safetensors",)

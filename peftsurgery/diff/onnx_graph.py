@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from peftsurgery.capture.fingerprint import NAMES, Sampled
+from peftsurgery.capture.fingerprint import NAMES
 from peftsurgery.capture.names import join
 from peftsurgery.diff.description import Description, Node, ShapeClass, TensorFacts
 from peftsurgery.diff.figures import Figures
 from peftsurgery.errors import SurgeryError
+from peftsurgery.fingerprint import Sampled
 
 SUFFIX = ".onnx"
 SCOPES = "pkg.torch.onnx.name_scopes"

@@ -9,12 +9,13 @@ from pathlib import Path
 from torch import fx
 
 from peftsurgery.capture import GraphModel
-from peftsurgery.capture.fingerprint import Sampled, in_memory, weights_of
+from peftsurgery.capture.fingerprint import in_memory, weights_of
 from peftsurgery.diff.describing import describe_model, served, shape_of_value
 from peftsurgery.diff.description import Description, SiteFacts, TensorFacts
 from peftsurgery.diff.figures import Figures, measure
 from peftsurgery.diff.onnx_graph import read_onnx
 from peftsurgery.errors import SurgeryError
+from peftsurgery.fingerprint import Sampled
 from peftsurgery.surgery.model.operated import OperatedModel
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftsurgery.capture.fingerprint import Sampled
+from peftsurgery.fingerprint import Sampled
+from peftsurgery.finite_tensors import DTYPES
 
 CHUNK = 2**17
 """Elements that are read and worked on at a time."""
@@ -123,7 +124,7 @@ def pair_of(a: Tensor, b: Tensor) -> TensorPair:
 
 def pair_of_stored(a: Sampled, b: Sampled) -> TensorPair | None:
     """Two tensors where they are; None for a dtype that torch has not."""
-    kinds = a.torch_dtype, b.torch_dtype
+    kinds = DTYPES.get(a.dtype), DTYPES.get(b.dtype)
     if kinds[0] is None or kinds[1] is None:
         return None
     return _paired(a.shape, (kinds[0], kinds[1]), (_of_file(a), _of_file(b)))

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from peftsurgery.capture.fingerprint import Sampled
 from peftsurgery.diff.names import without_numbers
 from peftsurgery.diff.tensor_change import Change, measure_pair
 from peftsurgery.diff.tensor_pair import pair_of_stored
+from peftsurgery.fingerprint import Sampled
 
 Entry = tuple[str, str, str, str]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from peftsurgery.model_files import WEIGHT_FILES, is_weights, pipeline_parts
-from peftsurgery.surgery.model.saved.build import is_tokenizer_file
+from peftsurgery.tokenizer_files import is_tokenizer_file
 
 
 def companions(origin: str) -> Path | None:

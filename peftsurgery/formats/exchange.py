@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
@@ -23,11 +21,9 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import remove, write_files
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression
-from peftsurgery.language.loading import load_rules
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.language.shipped import shipped
 from peftsurgery.language.where import Where
 from peftsurgery.surgery.applying import check_taken, operate
 from peftsurgery.surgery.model.fold_record import clear_export_record, export_record
@@ -55,20 +51,6 @@ class AdapterPlan:
         self.operations.extend(other.operations)
         self.cuts.extend(other.cuts)
         self.known.update(other.known)
-
-
-@cache
-def words_of(table: Path) -> dict[str, Any]:
-    """Load a library's word table, a YAML file."""
-    found: dict[str, Any] = yaml.safe_load(table.read_text(encoding="utf-8"))
-    return found
-
-
-@cache
-def forms(format_name: str) -> tuple[RuleFile, ...]:
-    """The shipped rule files of methods that a format has too."""
-    files = (load_rules(name) for name in shipped())
-    return tuple(file for file in files if file.identifying(format_name))
 
 
 def check_captured(model: object, function: str) -> None:
@@ -198,18 +180,6 @@ def config_of(operation: Operation, form: RuleFile, format_name: str) -> dict[st
     """Config of an operation: keys that identify the method, and those that carry settings."""
     carried = form.carried(format_name).items()
     return form.identifying(format_name) | {key: operation.settings[name] for key, name in carried}
-
-
-def fits_setting(value: Any, default: Any, counts: bool) -> bool:
-    """Whether a config's value can be that of a setting with this default.
-
-    It is of the default's kind; numbers are not negative, and what ``counts`` is at least 1.
-    """
-    if counts:
-        return type(value) is int and value > 0
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return type(value) in (int, float) and 0 <= value < 2**63
-    return isinstance(value, type(default))
 
 
 def training(parameters: Iterable[str], method: str, about: str, name: str) -> Operation:

@@ -1,46 +1,15 @@
-"""The card of a folded model: a short README.md with the front matter that the hub reads."""
+"""What is written into a folded model's directory about the fold: the record, and a card."""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
-import yaml
 from transformers import PreTrainedModel
 
-from peftsurgery.capture.sources import is_hub_id
-from peftsurgery.surgery.model.fold_record import FILE, as_json, base_folder, fold_record
+from peftsurgery.checkpoint.card import CARD, card_of
+from peftsurgery.checkpoint.record import FILE, as_json
+from peftsurgery.surgery.model.fold_record import base_folder, fold_record
 from peftsurgery.surgery.model.operated import OperatedModel, active_operations
-
-CARD = "README.md"
-_CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")
-
-
-def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:
-    """The card of a model, of which ``record`` says what was folded into it."""
-    base = "" if record.get("base") is None else str(record["base"])
-    named = hub_id(base)
-    shown = named or Path(base).name
-    matter: dict[str, Any] = {} if named is None else {"base_model": named}
-    matter |= {"library_name": "transformers"} if is_transformers else {}
-    matter["tags"] = ["peftsurgery"]
-    title = f"{Path(shown).name}, folded" if shown else "A folded model"
-    lines = [_line(entry) for entry in record["folded"]] or ["- no adapter"]
-    head = yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)
-    what = f"The weights of `{shown}`" if shown else "The weights of a base"
-    return "\n".join(
-        [
-            f"---\n{head}---\n",
-            f"# {title}\n",
-            f"{what}, with these adapters folded into them:\n",
-            *lines,
-            f"\n`{FILE}` has the rules, their settings and the versions in full.\n",
-        ]
-    )
 
 
 def write_record(folder: Path, model: OperatedModel) -> None:
@@ -50,20 +19,3 @@ def write_record(folder: Path, model: OperatedModel) -> None:
     if base is None or not (base / CARD).exists():
         text = card_of(record, isinstance(model.source.module, PreTrainedModel))
         (folder / CARD).write_text(text, encoding="utf-8")
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    settings = ", ".join(f"{key}={value}" for key, value in dict(entry["settings"]).items())
-    other = entry.get("other_base")
-    warning = "; **made for another base**" if other else ""
-    return f"- `{entry['adapter']}`: {entry['method']}({settings}){warning}"
-
-
-def hub_id(base: str) -> str | None:
-    """A base's name on the hub: if it lies in the hub's cache, or is a name and no place here."""
-    for part, inner in pairwise(Path(base).parts):
-        found = _CACHED.fullmatch(part) if inner == "snapshots" else None
-        if found:
-            return "/".join(name for name in found.groups() if name)
-    is_id = is_hub_id(base) and "--" not in base and not os.path.lexists(base)
-    return base if is_id else None

@@ -43,10 +43,10 @@ from peftsurgery.surgery.fold.vocabulary import missing_values
 from peftsurgery.surgery.fourbit.requantise import FoldError, pack_layers
 from peftsurgery.surgery.loading import load_on
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.saved.build import tokenizer_files
 from peftsurgery.surgery.model.saved.manifest import is_surgery
 from peftsurgery.surgery.model.writable import check_places
 from peftsurgery.surgery.plan.cut import notes_of
+from peftsurgery.tokenizer_files import tokenizer_files
 
 WEIGHTS = "model.safetensors"
 

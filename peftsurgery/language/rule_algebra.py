@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.environment import Environment
+from peftsurgery.language.parameter_axes import axes_of, sized_axes
 from peftsurgery.language.readings import fold, initial_values, rewrite, shapes_of, weights_read
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.specimens import Specimen, variants
@@ -129,18 +130,6 @@ def effects(rule: Rule, numbers: Mapping[str, Any]) -> Iterator[Effect]:
             break
 
 
-def axes_of(rule: Rule, name: str, sized: Collection[str]) -> list[int]:
-    """The axes of a parameter whose size is said in terms of these settings."""
-    shape = rule.params[name].shape
-    return [axis for axis, size in enumerate(shape) if set(sized) & size.names.keys()]
-
-
-def sizes_said(rule: Rule, settings: Collection[str]) -> list[str]:
-    """The settings that are sizes of a rule's parameters, such as a rank."""
-    names = {name for param in rule.params.values() for size in param.shape for name in size.names}
-    return [name for name in settings if name in names]
-
-
 def near(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
     scale = float(other.abs().max()) if other.numel() else 0.0
@@ -190,13 +179,3 @@ def some_rows(
         return value.narrow(axes[name], start, end - start) if is_long else value
 
     return Environment({}, dict.fromkeys(env, cut))
-
-
-def sized_axes(rule: Rule, size: str) -> dict[str, int]:
-    """The axis that has this size, of each parameter that has one."""
-    return {
-        name: axis
-        for name, param in rule.params.items()
-        for axis, each in enumerate(param.shape)
-        if each.text == size
-    }

@@ -7,7 +7,7 @@ from typing import Any
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.rule_algebra import axes_of
+from peftsurgery.language.parameter_axes import axes_of
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
 

@@ -16,17 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.capture.fingerprint import (
-    BLOCK,
-    WHOLE,
-    Fingerprint,
-    Weights,
-    in_file,
-    in_folder,
-    spans,
-    weights_of,
-)
+from peftsurgery.capture.fingerprint import Weights, print_as, weights_of
 from peftsurgery.capture.sources import Source, open_source
+from peftsurgery.fingerprint import BLOCK, WHOLE, Fingerprint, in_file, in_folder, spans
 from tests.formats.made import model_directory
 from tests.models.zoo import ZOO
 
@@ -127,7 +119,7 @@ def test_a_large_tensor_is_read_in_samples_that_a_cast_keeps(tmp_path: Path) -> 
     save_file(rounded, tmp_path / "half" / "model.safetensors")
     for name, half in in_folder(tmp_path / "half").items():
         content = half.read(spans(half.count))
-        cast = live.tensors[name].print("BF16")
+        cast = print_as(live.tensors[name], "BF16")
         assert cast.content == hashlib.blake2b(content, digest_size=16).hexdigest()
         assert cast != live.tensors[name].print()
 

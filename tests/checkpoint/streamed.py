@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+from peftsurgery.checkpoint.plan import FoldPlan, Planned, SiteFold
 from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.language.expression import parse
 from peftsurgery.tensor_file import read_header
@@ -69,7 +69,7 @@ def main() -> None:
     base, adapter, out = map(Path, sys.argv[1:4])
     plan = plan_of(len(list(base.glob("*.safetensors"))))
     print("begun", flush=True)
-    fold_files(plan, base, read_header(adapter), out, resume=True, reversible=True)
+    fold_files(Planned(plan, base, read_header(adapter)), out, resume=True, reversible=True)
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in status if line.startswith("VmHWM"))
     heavy = sorted({"torch", "transformers"} & sys.modules.keys())

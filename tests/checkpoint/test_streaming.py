@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from peftsurgery.checkpoint.certificate import verify
-from peftsurgery.checkpoint.plan import FoldPlan
+from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.checkpoint.unfolding import unfold_checkpoint
 from peftsurgery.errors import SurgeryError
@@ -79,7 +79,7 @@ def test_memory_is_flat_whatever_the_size_of_the_base(tmp_path: Path) -> None:
 def test_runs_that_are_killed_and_resumed_write_what_one_run_writes(tmp_path: Path) -> None:
     base, adapter = streamed.made_at(tmp_path, 6, 1024)
     plan = streamed.plan_of(6)
-    fold_files(plan, base, read_header(adapter), tmp_path / "whole", reversible=True)
+    fold_files(Planned(plan, base, read_header(adapter)), tmp_path / "whole", reversible=True)
     before, draw = content(base), random.Random(0)
     out, killed = tmp_path / "out", 0
     while killed < 12:
@@ -93,7 +93,9 @@ def test_runs_that_are_killed_and_resumed_write_what_one_run_writes(tmp_path: Pa
             for path in out.iterdir():
                 path.unlink()
             out.rmdir()
-    report = fold_files(plan, base, read_header(adapter), out, resume=True, reversible=True)
+    report = fold_files(
+        Planned(plan, base, read_header(adapter)), out, resume=True, reversible=True
+    )
     assert content(out) == content(tmp_path / "whole")
     assert content(base) == before
     assert len(report.changed) == 6
@@ -103,17 +105,17 @@ def test_runs_that_are_killed_and_resumed_write_what_one_run_writes(tmp_path: Pa
 def test_a_file_that_was_damaged_since_is_written_again(tmp_path: Path) -> None:
     base, adapter = streamed.made_at(tmp_path, 3, 16)
     plan, given = streamed.plan_of(3), read_header(adapter)
-    fold_files(plan, base, given, tmp_path / "whole")
+    fold_files(Planned(plan, base, given), tmp_path / "whole")
     interrupted = FoldPlan(plan.sites, record=plan.record, files={"bad\0name": b""})
     with pytest.raises(ValueError, match="null byte"):
-        fold_files(interrupted, base, given, tmp_path / "out")
+        fold_files(Planned(interrupted, base, given), tmp_path / "out")
     part = tmp_path / "out.part"
     shards = sorted(part.glob("*.safetensors"))
     assert len(shards) == 3
     data = bytearray(shards[1].read_bytes())
     data[-1] ^= 1
     shards[1].write_bytes(data)
-    report = fold_files(plan, base, given, tmp_path / "out", resume=True)
+    report = fold_files(Planned(plan, base, given), tmp_path / "out", resume=True)
     assert report.resumed == (shards[0].name, shards[2].name)
     assert content(tmp_path / "out") == content(tmp_path / "whole")
     assert verify(tmp_path / "out").tensors == 6
@@ -137,7 +139,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, where: 
             stream.seek(given.offset + tensor.start)
             stream.write(np.float32("nan").tobytes())
     with pytest.raises(SurgeryError, match=code):
-        fold_files(plan, base, given, tmp_path / "out")
+        fold_files(Planned(plan, base, given), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter.safetensors", "base"]
 
 
@@ -158,5 +160,5 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, damage: dict[str, Any]) -
     index = json.loads(file.read_text())
     file.write_text(json.dumps({**index, "weight_map": {**index["weight_map"], **damage}}))
     with pytest.raises(SurgeryError, match="PSG207"):
-        fold_files(streamed.plan_of(2), base, read_header(adapter), tmp_path / "out")
+        fold_files(Planned(streamed.plan_of(2), base, read_header(adapter)), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -216,7 +216,7 @@ def test_a_wrong_path_of_a_model_comes_with_what_is_near(
 
 
 def test_a_hub_id_without_an_owner_is_asked_for_as_one() -> None:
-    from peftsurgery.capture.sources import is_hub_id
+    from peftsurgery.places import is_hub_id
 
     assert all(map(is_hub_id, ["gpt2", "bert-base-uncased", "owner/name", "a.b/c_d-1"]))
     assert not any(map(is_hub_id, ["./gpt2", "../a", "/a", "a/b/c", "a//b", "", "a/./b", "~/a"]))

@@ -57,6 +57,22 @@ def test_a_fold_is_streamed_verified_and_unfolded(
     assert error["code"] == "PSG417"
 
 
+def test_a_dry_run_says_what_a_fold_takes_and_writes_nothing(
+    tmp_path: Path, surgery: tuple[Path, Path]
+) -> None:
+    base, saved = surgery
+    before = {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    found = said("fold", saved, "-o", tmp_path / "out", "--dry-run")
+    size = sum(value.nbytes for value in load_file(base / "model.safetensors").values())
+    assert found["changed"] == 2
+    assert size < float(str(found["write"])) < size + 10_000
+    assert not list(tmp_path.iterdir())
+    assert before == {path: path.read_bytes() for path in base.rglob("*") if path.is_file()}
+    (tmp_path / "out").mkdir()
+    error = said("fold", saved, "-o", tmp_path / "out", "--dry-run", code=3)["error"]
+    assert "PSG601" in str(error)
+
+
 @pytest.mark.parametrize("option", [("--dtype", "float32"), ("--resume",), ("--reversible",)])
 def test_options_of_a_streamed_fold_are_refused_without_it(
     tmp_path: Path, surgery: tuple[Path, Path], option: tuple[str, ...]

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import peftsurgery as ps
-from peftsurgery.capture.fingerprint import in_file
 from peftsurgery.diff.tensor_change import Change, measure_change
 from peftsurgery.diff.tensor_pair import SMALL
 from peftsurgery.diff.weights import compare_weights
+from peftsurgery.fingerprint import in_file
 
 ROWS, COLUMNS = 1500, 400
 UNSEEN = 7  # a row between those of the sample

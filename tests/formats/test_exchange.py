@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftsurgery.formats.exchange import fits_setting
+from peftsurgery.formats.words import fits_setting
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,8 @@ def _low_rank(shape: Any) -> Any:
 
 def compared(folder: str, change: str) -> dict[str, float]:
     """Seconds of reading both and of comparing them, warm and cold, and the peak in GiB."""
-    from peftsurgery.capture.fingerprint import in_file
     from peftsurgery.diff.weights import compare_weights
+    from peftsurgery.fingerprint import in_file
 
     paths = [Path(folder, f"{name}.safetensors") for name in ("first", change)]
 

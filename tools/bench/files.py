@@ -69,7 +69,7 @@ def by_files(folder: str) -> dict[str, float]:
     """The part of a streamed fold that is done on files, without torch, for the same LoRA."""
     from safetensors.numpy import load_file
 
-    from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+    from peftsurgery.checkpoint.plan import FoldPlan, Planned, SiteFold
     from peftsurgery.checkpoint.streaming import fold_files
     from peftsurgery.language.expression import parse
     from peftsurgery.tensor_file import read_header
@@ -90,7 +90,8 @@ def by_files(folder: str) -> dict[str, float]:
         for path in sorted(paths)
     )
     return _timed(
-        folder, lambda base, out: fold_files(FoldPlan(sites), base, read_header(learnt), out)
+        folder,
+        lambda base, out: fold_files(Planned(FoldPlan(sites), base, read_header(learnt)), out),
     )
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean, nearest
-from peftsurgery.formats.adapter_files import brief
 from peftsurgery.formats.adapterhub.layout import MATRICES
 from peftsurgery.formats.adapterhub.library import (
     FORMAT,
@@ -28,7 +27,7 @@ from peftsurgery.formats.adapterhub.library import (
     flattened,
     parts,
 )
-from peftsurgery.formats.exchange import fits_setting, forms
+from peftsurgery.formats.words import brief, fits_setting, forms
 from peftsurgery.language.rule_file import RuleFile
 
 # Before this version the library scaled by alpha where it should have by alpha / r.

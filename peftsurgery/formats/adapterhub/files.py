@@ -27,13 +27,8 @@ import torch
 
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.finite_tensors import as_safetensors
-from peftsurgery.formats.adapter_files import (
-    check_adapter_tensors,
-    config_bytes,
-    nearby,
-    read_config,
-    read_safetensors,
-)
+from peftsurgery.formats.adapter_files import check_adapter_tensors, read_safetensors
+from peftsurgery.formats.words import config_bytes, nearby, read_config
 
 SETUP = "adapter_setup.json"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapter_files import config_bytes, read_config
 from peftsurgery.formats.adapterhub.files import FUSION, SETUP, read_hub_config
 from peftsurgery.formats.adapterhub.library import FUSED, parts, version
+from peftsurgery.formats.words import config_bytes, read_config
 from peftsurgery.surgery.plan.cut import adapter_name
 
 

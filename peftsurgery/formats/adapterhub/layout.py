@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from peftsurgery.anatomy import Placed
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.adapterhub.library import FORMAT, layouts, named, sublayers
-from peftsurgery.formats.exchange import forms
+from peftsurgery.formats.words import forms
 
 
 @dataclass(frozen=True)

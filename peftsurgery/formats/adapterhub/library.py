@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.formats.exchange import words_of
+from peftsurgery.formats.words import words_of
 from peftsurgery.language.schema import Rule
 
 FORMAT, LIBRARY = "adapterhub", "AdapterHub"

@@ -12,7 +12,6 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import Array
 from peftsurgery.checkpoint.lora_folder import LoraFolder, LoraLayer
-from peftsurgery.formats.exchange import words_of
 from peftsurgery.formats.gguf.file import GgufTensor, gguf_bytes
 from peftsurgery.formats.plain_lora import (
     check_alone,
@@ -27,6 +26,7 @@ from peftsurgery.formats.plain_lora import (
     row_of,
     unsaid,
 )
+from peftsurgery.formats.words import words_of
 from peftsurgery.surgery.model.operated import OperatedModel
 
 FILE, LAYERS, PROGRAM = "adapter.gguf", "model.layers", "llama.cpp"

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from peftsurgery.checkpoint.lora_folder import LoraFolder
-from peftsurgery.formats.exchange import words_of
 from peftsurgery.formats.plain_lora import one_file, places_read, plain_lora, row_of, unsaid
+from peftsurgery.formats.words import words_of
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.tensor_file import header_of, laid_out
 

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from peftsurgery.checkpoint.lora_folder import CONFIG, LoraFolder
-from peftsurgery.formats.exchange import words_of
 from peftsurgery.formats.plain_lora import (
     check_alone,
     check_flat,
@@ -27,6 +26,7 @@ from peftsurgery.formats.plain_lora import (
     row_of,
     unsaid,
 )
+from peftsurgery.formats.words import words_of
 from peftsurgery.outputs import fresh
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.tensor_file import header_of, laid_out

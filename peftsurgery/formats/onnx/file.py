@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.capture import GraphModel
+from peftsurgery.checkpoint.record import FILE, as_json
 from peftsurgery.errors import SurgeryError
-from peftsurgery.surgery.model.fold_record import FILE, as_json, fold_record
+from peftsurgery.surgery.model.fold_record import fold_record
 from peftsurgery.surgery.model.operated import active_operations
 from peftsurgery.surgery.model.writable import check_places
 

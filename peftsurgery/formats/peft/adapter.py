@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.capture.tensors import tensor_names
+from peftsurgery.formats.adapter_files import read_safetensors
 from peftsurgery.formats.peft.config import AdapterConfig
-from peftsurgery.formats.peft.files import read_peft_config, read_peft_tensors
+from peftsurgery.formats.peft.files import read_peft_config, tensors_file
 from peftsurgery.formats.peft.library import known_names
-from peftsurgery.formats.peft.target_modules import saved_whole
+from peftsurgery.formats.peft.module_paths import saved_whole
 from peftsurgery.formats.peft.tensor_keys import Names, sort_keys
 
 
@@ -51,5 +52,5 @@ class PeftAdapter:
 def read_adapter(folder: Path) -> PeftAdapter:
     """The adapter in a directory. PSG501 to PSG506 for one that is damaged or not honoured."""
     config = AdapterConfig(read_peft_config(folder))
-    tensors = read_peft_tensors(folder)
+    tensors = read_safetensors(tensors_file(folder))
     return PeftAdapter(folder, config, tensors, sort_keys(tensors, known_names()))

@@ -12,9 +12,8 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 from peftsurgery.errors import SurgeryError, did_you_mean, nearest
-from peftsurgery.formats.adapter_files import brief
-from peftsurgery.formats.exchange import fits_setting, forms
 from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
+from peftsurgery.formats.words import brief, fits_setting, forms
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.rule_file import RuleFile
 

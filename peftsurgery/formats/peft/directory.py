@@ -13,7 +13,6 @@ from pathlib import Path
 from peftsurgery.arguments import checked_but
 from peftsurgery.capture import GraphModel
 from peftsurgery.finite_tensors import as_safetensors
-from peftsurgery.formats.adapter_files import config_bytes
 from peftsurgery.formats.exchange import check_captured, chosen_adapter, installed, write_exported
 from peftsurgery.formats.peft.adapter import read_adapter
 from peftsurgery.formats.peft.files import BASE, CONFIG, TENSORS
@@ -22,6 +21,7 @@ from peftsurgery.formats.peft.needed_base import with_vocabulary
 from peftsurgery.formats.peft.reading import peft_plan
 from peftsurgery.formats.peft.whole_model import prefix_notes
 from peftsurgery.formats.peft.writing import peft_contents
+from peftsurgery.formats.words import config_bytes
 from peftsurgery.surgery.model.adapters import check_left_out
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.saved.build import own_tokenizer

@@ -11,10 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.adapter_files import nearby, read_config, read_safetensors
+from peftsurgery.formats.words import nearby, read_config
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BASE = "base_model_name_or_path"
@@ -33,10 +31,10 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_peft_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's tensors, in memory of their own. PSG505 if there are none or not finite."""
+def tensors_file(folder: Path) -> Path:
+    """The file that holds an adapter's tensors. PSG505 if there is none, or only a pickle."""
     if (folder / TENSORS).is_file():
-        return read_safetensors(folder / TENSORS)
+        return folder / TENSORS
     if (folder / PICKLE).exists():
         message = f"'{folder}' holds its tensors in {PICKLE}, a pickle, which is never loaded"
         hint = "save the adapter again with peft's save_pretrained(safe_serialization=True)"

@@ -22,8 +22,8 @@ import torch
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.library import FORMAT, peft_words
+from peftsurgery.language.parameter_axes import axes_of
 from peftsurgery.language.readings import fold, initial_values, weights_read
-from peftsurgery.language.rule_algebra import axes_of
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.model.operated import OperatedModel

@@ -8,9 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers.models.auto import modeling_auto
-
-from peftsurgery.formats.exchange import forms, words_of
+from peftsurgery.formats.words import forms, words_of
 from peftsurgery.language.loading import load_rules
 from peftsurgery.language.rule_file import RuleFile
 
@@ -55,12 +53,6 @@ def peft_words() -> PeftWords:
     tasks = {name: PeftTask(**entry) for name, entry in table["tasks"].items()}
     whole = {name: WholeMethod(**entry) for name, entry in table["whole"].items()}
     return PeftWords(**{**table, "tasks": tasks, "whole": whole})
-
-
-def classes_of(task: str) -> Mapping[str, Any]:
-    """The classes for a task by the type of model, as transformers lists them; none for others."""
-    known = peft_words().tasks.get(task)
-    return {} if known is None else getattr(modeling_auto, known.classes)
 
 
 def flat_form(file: RuleFile) -> RuleFile:

@@ -12,7 +12,6 @@ base's, as peft has it when it loads them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from peftsurgery.capture import GraphModel, Source, open_source
 from peftsurgery.capture.builds import FILES, Build, class_named, labels_for, tables, tokens_of
@@ -27,13 +27,13 @@ from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.config import AdapterConfig
-from peftsurgery.formats.peft.library import FORMAT, classes_of
+from peftsurgery.formats.peft.library import FORMAT, peft_words
 from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.fold.vocabulary import built
 from peftsurgery.surgery.loading import open_built
 from peftsurgery.surgery.model.operated import OperatedModel
-from peftsurgery.surgery.model.saved.build import MOST, tokenizer_files
 from peftsurgery.surgery.model.saved.manifest import is_surgery
+from peftsurgery.tokenizer_files import tokenizer_files, tokens_needed
 
 
 def open_peft_base(
@@ -233,21 +233,6 @@ def _lacking(model: nn.Module, owners: Mapping[str, nn.Module], known: set[str])
                 yield name
 
 
-def tokens_needed(folder: Path) -> int:
-    """How many tokens the tokenizer in a directory needs for those that were added to it; or 0."""
-    ids: list[Any] = []
-    for file, part in (("tokenizer.json", "added_tokens"), ("added_tokens.json", None)):
-        if not (folder / file).is_file():
-            continue
-        try:
-            read = json.loads((folder / file).read_text(encoding="utf-8"))
-            found = read if part is None else {str(n): t["id"] for n, t in enumerate(read[part])}
-            ids += found.values()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            continue  # another kind of tokenizer, or none
-    return max((i + 1 for i in ids if isinstance(i, int) and i < MOST), default=0)
-
-
 def saved_tables(model: OperatedModel, adapted: Collection[str]) -> dict[str, Tensor]:
     """The tables of a base with another vocabulary than its files, as peft saves them with it.
 
@@ -264,3 +249,9 @@ def with_vocabulary(model: GraphModel, adapter: PeftAdapter) -> GraphModel:
     """A captured model with the vocabulary that an adapter needs; the model as it is, else."""
     base = model.base if isinstance(model, OperatedModel) else model
     return built(model, vocabulary_for(base.source.module, adapter))
+
+
+def classes_of(task: str) -> Mapping[str, Any]:
+    """The classes for a task by the type of model, as transformers lists them; none for others."""
+    known = peft_words().tasks.get(task)
+    return {} if known is None else getattr(modeling_auto, known.classes)

@@ -8,7 +8,7 @@ matches no module, or when tensors are left over; here both are errors.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import nn
@@ -18,11 +18,15 @@ from transformers.pytorch_utils import Conv1D
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError, nearest
 from peftsurgery.formats.peft.config import AdapterConfig, leaves
-from peftsurgery.language.paths import full_match
+from peftsurgery.formats.peft.module_paths import (
+    IN_LIST,
+    ends,
+    is_in_layers,
+    is_listed,
+    target_test,
+)
 
 ALL_LINEAR = "all-linear"
-LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
-IN_LIST = re.compile(r"(?:.*?\.)?([^.]*)\.(\d+)\.")
 
 
 def check_targets(config: AdapterConfig, model: nn.Module, covered: Collection[str]) -> None:
@@ -57,68 +61,12 @@ def tied(model: nn.Module, path: str) -> set[str]:
     return {name.rpartition(".")[0] for name in names}
 
 
-def target_test(config: AdapterConfig) -> Callable[[str], bool]:
-    """Whether a config means a module, by its path; as peft decides it."""
-    wanted = config.values.get("target_modules")
-    excluded = _name_test(config, "exclude_modules")
-    saved = [full_match(rf"(.*\.)?{name}(\..*)?") for name in config.names("modules_to_save")]
-    named = _name_test(config, "target_modules")
-    in_layer = (lambda path: True) if isinstance(wanted, str) else _layer_test(config)
-
-    def means(path: str) -> bool:
-        if excluded(path) or any(holds(path) for holds in saved):
-            return False
-        exact = not isinstance(wanted, str) and path in (wanted or ())
-        return exact or (named(path) and in_layer(path))
-
-    return means
-
-
-def _name_test(config: AdapterConfig, key: str) -> Callable[[str], bool]:
-    value = config.values.get(key)
-    if isinstance(value, str):
-        return full_match(value)
-    names = config.names(key)
-    return lambda path: any(ends(path, name) for name in names)
-
-
-def saved_whole(path: str, names: Iterable[str]) -> bool:
-    """Whether a module is, or lies in, one that modules_to_save names by the end of its path."""
-    parts = path.split(".")
-    heads = (".".join(parts[: n + 1]) for n in range(len(parts)))
-    return any(head.endswith(name) for head in heads for name in names)
-
-
-def ends(path: str, name: str) -> bool:
-    """Whether a path is a name or ends with it, at a dot."""
-    return path == name or path.endswith(f".{name}")
-
-
 def nearest_path(name: str, known: Collection[str]) -> str:
     """Hint with the nearest names, exact paths under another prefix first."""
     ending = [other for other in known if ends(other, name) or ends(name, other)]
     if ending:
         return f"did you mean '{max(ending, key=len)}'? the adapter was made for another class"
     return nearest(name, known) or "the adapter was made for another base"
-
-
-def _layer_test(config: AdapterConfig) -> Callable[[str], bool]:
-    """Whether a module is in one of the layers_to_transform, if the config names any."""
-    layers = config.values.get("layers_to_transform")
-    if layers is None or layers == []:
-        return lambda path: True
-    wanted = [layers] if isinstance(layers, int) else layers
-    if not isinstance(wanted, list) or not all(isinstance(layer, int) for layer in wanted):
-        raise SurgeryError("PSG503", "the adapter's layers_to_transform are no numbers")
-    return lambda path: _is_in_layers(path, wanted, config.names("layers_pattern"))
-
-
-def _is_in_layers(path: str, layers: Collection[int], lists: Collection[str]) -> bool:
-    """Whether a module is in one of these layers of the lists of these names, or of any list."""
-    patterns = [re.compile(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.") for name in lists]
-    found = (pattern.match(path) for pattern in patterns or [LAYER])
-    first = next((match for match in found if match), None)
-    return first is not None and int(first[1]) in layers
 
 
 def unlike(model: nn.Module, path: str) -> str | None:
@@ -178,18 +126,11 @@ def check_listed(
     if value is None:
         return  # peft looks it up by the model's type; the tensors are all there is to go by
     wanted = value if isinstance(value, str) else config.names(key)
-    meant = {module for module in covered if _is_listed(wanted, module)}
+    meant = {module for module in covered if is_listed(wanted, module)}
     for module in sorted(meant ^ set(listed)):
         verb = "does not mean" if module in listed else "means"
         message = f"{key} {verb} '{module}', and the shape of its tensor tells otherwise"
         raise SurgeryError("PSG508", message, f"correct {key}")
-
-
-def _is_listed(wanted: list[str] | str, module: str) -> bool:
-    """Whether such a list means an adapted module: peft looks at endings, dot or no dot."""
-    if isinstance(wanted, str):
-        return full_match(wanted)(module)
-    return any(module.endswith(name) for name in wanted)
 
 
 def say_listed(
@@ -198,7 +139,7 @@ def say_listed(
     """A list that means these of the adapted modules; a part of ``target_modules`` if it can be."""
     if isinstance(targets, list):
         names = [name for name in targets if any(ends(path, name) for path in paths)]
-        if {module for module in adapted if _is_listed(names, module)} == set(paths):
+        if {module for module in adapted if is_listed(names, module)} == set(paths):
             return names
     return "|".join(re.escape(path) for path in sorted(paths))
 
@@ -216,7 +157,7 @@ def say_targets(paths: Collection[str], modules: Collection[str], layered: bool)
     by_name = {m for m in modules if any(ends(m, name) for name in names)}
     if by_name == set(paths):
         return {"target_modules": sorted(names)}
-    meant = {m for m in by_name if m in names or _is_in_layers(m, layers, lists)}
+    meant = {m for m in by_name if m in names or is_in_layers(m, layers, lists)}
     if layered and layers and meant == set(paths):
         said = {"layers_to_transform": sorted(layers), "layers_pattern": sorted(lists)}
         return {"target_modules": sorted(names), **said}

@@ -21,7 +21,8 @@ from peftsurgery.formats.exchange import AdapterPlan, training
 from peftsurgery.formats.joined_tensors import JoinedTensor
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.library import peft_words
-from peftsurgery.formats.peft.target_modules import nearest_path, saved_whole
+from peftsurgery.formats.peft.module_paths import saved_whole
+from peftsurgery.formats.peft.target_modules import nearest_path
 from peftsurgery.formats.peft.tensor_keys import own_key
 from peftsurgery.surgery.model.operated import OperatedModel
 

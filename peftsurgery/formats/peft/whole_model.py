@@ -35,7 +35,8 @@ from peftsurgery.formats.joined_tensors import JoinedTensor, joined_tensors, val
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.config import AdapterConfig
 from peftsurgery.formats.peft.files import BASE
-from peftsurgery.formats.peft.library import FORMAT, LIBRARY, WholeMethod, classes_of, peft_words
+from peftsurgery.formats.peft.library import FORMAT, LIBRARY, WholeMethod, peft_words
+from peftsurgery.formats.peft.needed_base import classes_of
 from peftsurgery.formats.peft.tensor_keys import without_wrapper
 from peftsurgery.formats.peft.trained_modules import say_trained
 from peftsurgery.formats.peft.window_notes import window_notes

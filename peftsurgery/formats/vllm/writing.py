@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from peftsurgery.checkpoint.lora_folder import LoraFolder, NewLayer, write_lora
-from peftsurgery.formats.exchange import words_of
 from peftsurgery.formats.plain_lora import check_flat, padded, places_read, plain_lora, unsaid
+from peftsurgery.formats.words import words_of
 from peftsurgery.outputs import fresh
 from peftsurgery.surgery.model.operated import OperatedModel
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftsurgery.checkpoint.tensor_merge import Merge
+from peftsurgery.language.parameter_axes import axes_of
 from peftsurgery.language.readings import fold, shapes_of
-from peftsurgery.language.rule_algebra import axes_of, near
+from peftsurgery.language.rule_algebra import near
 from peftsurgery.surgery.combine.merge_tensors import merge_tensors
 from peftsurgery.surgery.combine.strategies import (
     Form,

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from peftsurgery.checkpoint.tensor_merge import Merge
 from peftsurgery.errors import SurgeryError
+from peftsurgery.language.parameter_axes import axes_of, sizes_said
 from peftsurgery.language.readings import initial_values, shapes_of
-from peftsurgery.language.rule_algebra import Effect, axes_of, effects, near, sizes_said
+from peftsurgery.language.rule_algebra import Effect, effects, near
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.surgery.combine.merge_tensors import merge_tensors

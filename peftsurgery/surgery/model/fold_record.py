@@ -6,7 +6,6 @@ beside an exported adapter if that is on another base than it was made for.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -15,14 +14,18 @@ from typing import Any
 from peftsurgery.capture.fingerprint import weights_of
 from peftsurgery.capture.original_api import loaded_from
 from peftsurgery.capture.sources import Source
-from peftsurgery.errors import SurgeryError
-from peftsurgery.files import read_object, remove
-from peftsurgery.language.loading import dump_rules
+from peftsurgery.checkpoint.record import (
+    FILE,
+    FORMAT,
+    as_json,
+    entry_of,
+    folded_into,
+    record_of,
+)
+from peftsurgery.files import remove
+from peftsurgery.made_with import now, versions
 from peftsurgery.places import object_in
-from peftsurgery.surgery.model.made_with import now, versions
 from peftsurgery.surgery.plan.cut import Operation
-
-FILE, FORMAT = "peftsurgery.json", 1
 
 
 def base_folder(source: Source) -> Path | None:
@@ -32,27 +35,11 @@ def base_folder(source: Source) -> Path | None:
     return source.folder or given
 
 
-def folded_into(folder: Path | None) -> list[dict[str, Any]]:
-    """What a model's directory says was folded into it; nothing for an ordinary one. PSG609."""
-    if folder is None or not (folder / FILE).is_file():
-        return []
-    entries = read_object(folder / FILE, "PSG609").get("folded")
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise SurgeryError("PSG609", f"{folder / FILE} does not list what was folded")
-    return entries
-
-
 def fold_record(source: Source, operations: Iterable[Operation]) -> dict[str, Any]:
     """What the file says of a base that operations are folded into."""
     weights = weights_of(source)
-    return {
-        "format": FORMAT,
-        "base": source.origin,
-        "fingerprint": None if weights is None else weights.fingerprint.summary(),
-        "folded": [*folded_into(base_folder(source)), *(_entry(source, op) for op in operations)],
-        "versions": versions(),
-        "date": now(),
-    }
+    entries = [*folded_into(base_folder(source)), *(_entry(source, op) for op in operations)]
+    return record_of(source.origin, None if weights is None else weights.fingerprint, entries)
 
 
 def export_record(source: Source, operations: Collection[Operation]) -> dict[str, bytes]:
@@ -81,20 +68,14 @@ def _entry(source: Source, operation: Operation) -> dict[str, Any]:
     Here and not beside the base: what is folded next is folded into an ordinary directory.
     """
     origin, build = operation.origin, source.build
-    return {
-        "adapter": operation.name,
-        "method": operation.file.name,
-        "settings": operation.own_settings,
-        **({"where": operation.where.as_data()} if operation.where.given() else {}),
-        "rules": dump_rules(operation.file),
-        "from": None if origin.folder is None else str(origin.folder),
-        "content": origin.content,
-        "seed": origin.seed,
-        "other_base": origin.other_base,
+    return entry_of(
+        operation.name,
+        operation.file,
+        operation.own_settings,
+        origin.folder,
+        origin.content,
+        operation.where,
+        seed=origin.seed,
+        other_base=origin.other_base,
         **({"build": build.to_dict()} if build else {}),
-    }
-
-
-def as_json(record: dict[str, Any]) -> bytes:
-    """A record as its file holds it."""
-    return (json.dumps(record, indent=2, default=str) + "\n").encode()
+    )

@@ -16,16 +16,18 @@ from typing import Any
 from torch import Tensor
 
 from peftsurgery.capture.fingerprint import (
-    Fingerprint,
-    TensorPrint,
     Weights,
-    content_digest,
+    can_be_cast,
+    in_memory,
+    print_as,
     weights_of,
 )
 from peftsurgery.capture.sources import Source
+from peftsurgery.checkpoint.record import FILE, folded_into
 from peftsurgery.errors import SurgeryError
+from peftsurgery.fingerprint import Fingerprint, TensorPrint, content_digest
 from peftsurgery.places import everything_read
-from peftsurgery.surgery.model.fold_record import FILE, base_folder, folded_into
+from peftsurgery.surgery.model.fold_record import base_folder
 from peftsurgery.surgery.plan.origin import Origin
 
 HINT = "--allow-other-base, allow_other_base=True in Python, takes it all the same"
@@ -82,7 +84,8 @@ def check_adapter_base(
     A base that something was folded into is another one, unless the adapter names it. PSG319.
     """
     named = base if isinstance(base, str) else None
-    origin = compare_base(Made(folder, named, content_digest(tensors)), source)
+    content = content_digest(map(in_memory, tensors.values()))
+    origin = compare_base(Made(folder, named, content), source)
     check_base(origin, source, allow_other_base)
     return origin
 
@@ -148,9 +151,9 @@ def _unequal(
         old, new = wanted[name], here.tensors[name]
         if old.shape != new.shape:
             shapes.append(f"'{name}' is {list(new.shape)} and was {list(old.shape)}")
-        elif old.dtype != new.dtype and not new.can_be_cast(old.dtype):
+        elif old.dtype != new.dtype and not can_be_cast(new, old.dtype):
             dtypes.append(f"'{name}' is in {new.dtype} and was recorded in {old.dtype}")
-        elif new.print(old.dtype) != old:
+        elif print_as(new, old.dtype) != old:
             values.append(name)
     yield from shapes[:1]
     if values:

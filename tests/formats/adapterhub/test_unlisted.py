@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import peftsurgery as ps
 from peftsurgery.formats.adapterhub import library
-from peftsurgery.formats.exchange import words_of
+from peftsurgery.formats.words import words_of
 from tests.formats.adapterhub.test_directory import cases, logits, tensors_in
 from tests.formats.golden import GOLDEN, captured, expected
 

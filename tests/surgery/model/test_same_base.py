@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
 from peftsurgery.capture.builds import Build
-from peftsurgery.formats.model_card import card_of, hub_id
+from peftsurgery.checkpoint.card import card_of, hub_id
 from peftsurgery.surgery.plan.cut import notes_of
 from tests.formats.made import model_directory, saved_surgery
 from tests.models.zoo import ZOO

@@ -15,34 +15,15 @@ from typing import Any
 from peftsurgery.capture.builds import FACTS, FILES, Build
 from peftsurgery.errors import SurgeryError
 from peftsurgery.finite_tensors import as_safetensors, read_tensors
+from peftsurgery.tokenizer_files import tokenizer_files
 
 ROWS = "base.safetensors"
 MOST = 2**24  # more tokens, or labels, than any model has
-
-# What the files of a tokenizer are called; those of one model belong together.
-_TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "bpe.codes", "emoji.json", "chat_template*", "additional_chat_templates/*"),
-)
-
-
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The files of the tokenizer in a directory, by their names there; none if there is none."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return {}
-    found = {file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}
-    files = sorted(file for file in found if file.is_file())
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def own_tokenizer(build: Build) -> dict[str, bytes]:
     """The files of a build's own tokenizer, by their names; none if it is the base's."""
     return {} if build.tokenizer is None else tokenizer_files(build.tokenizer)
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a file, by its name in a model's directory, is one of a tokenizer's."""
-    return any(Path(name).match(pattern.removesuffix("/*")) for pattern in _TOKENIZER_FILES)
 
 
 def build_contents(build: Build) -> tuple[dict[str, Any], dict[str, bytes]]:

@@ -22,8 +22,9 @@ import torch
 
 from peftsurgery import files, finite_tensors
 from peftsurgery.capture.builds import Build
-from peftsurgery.capture.fingerprint import Fingerprint, content_digest
+from peftsurgery.capture.fingerprint import in_memory
 from peftsurgery.errors import SurgeryError
+from peftsurgery.fingerprint import Fingerprint, content_digest
 from peftsurgery.language.loading import load_rules
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where, where_of
@@ -79,7 +80,7 @@ class Manifest:
 
     def made_for(self, tensors: Mapping[str, torch.Tensor]) -> Made:
         """The base that the surgery, with these tensors, was made for."""
-        content, replaced = content_digest(tensors), frozenset(tensors)
+        content, replaced = content_digest(map(in_memory, tensors.values())), frozenset(tensors)
         return Made(self.path, self.base, content, self.fingerprint, replaced, records=True)
 
 

@@ -17,11 +17,12 @@ from peftsurgery.capture.fingerprint import weights_of
 from peftsurgery.capture.sources import Source
 from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.language.loading import dump_rules
+from peftsurgery.made_with import now, versions
 from peftsurgery.places import object_in
-from peftsurgery.surgery.model.made_with import now, versions
-from peftsurgery.surgery.model.saved.build import ROWS, build_contents, tokenizer_files
+from peftsurgery.surgery.model.saved.build import ROWS, build_contents
 from peftsurgery.surgery.model.saved.manifest import FORMAT, MANIFEST, RULES, TENSORS
 from peftsurgery.surgery.plan.cut import Operation
+from peftsurgery.tokenizer_files import tokenizer_files
 
 
 @dataclass(frozen=True)

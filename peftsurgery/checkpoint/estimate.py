@@ -1,0 +1,111 @@
+"""What a fold of files will take, told from headers alone: nothing is read of any tensor."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peftsurgery.checkpoint.arrays import FLOATS
+from peftsurgery.checkpoint.fold_tensor import BLOCK, is_by_rows
+from peftsurgery.checkpoint.plan import FoldPlan, Planned
+from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
+from peftsurgery.tensor_file import BITS, Tensor
+
+FIXED = 90 * 2**20  # bytes of the interpreter with what a fold imports
+COPIES = 9  # arrays in fp32, of the elements that are computed at once, that are there together
+
+
+@dataclass(frozen=True)
+class FoldEstimate:
+    """What a fold will take, in bytes, and the tensors that it changes.
+
+    ``read`` and ``write`` are of all files, ``fold`` of the tensors that change; ``memory`` is the
+    peak of the process; ``disk`` what the output needs at most, of which ``free`` is there.
+    """
+
+    base: Path
+    changed: int
+    tensors: int
+    files: int
+    read: int
+    write: int
+    fold: int
+    memory: int
+    disk: int
+    free: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The estimate as ``--json`` prints it."""
+        return {**asdict(self), "base": str(self.base), "dry_run": True}
+
+    def __str__(self) -> str:
+        what = f"{self.changed} of {self.tensors} tensors, in {self.files} files"
+        lines = [
+            f"would change {what} of '{self.base}'",
+            f"  read {gigabytes(self.read)}, write {gigabytes(self.write)}, of which "
+            f"{gigabytes(self.fold)} are computed",
+            f"  memory: about {self.memory / 2**20:.0f} MiB",
+            f"  disk: {gigabytes(self.disk)} needed, {gigabytes(self.free)} free",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(
+    planned: Planned, out: Path, dtype: str | None = None, reversible: bool = False
+) -> FoldEstimate:
+    """Estimate what carrying out a plan takes; the options are those of the fold."""
+    files, plan = read_model_files(planned.base), planned.plan
+    tensors = {name: tensor for name, (_, tensor) in files.tensors.items()}
+    changed = [tensors[name] for name in plan.changed]
+    size, fold = sum(t.size for t in tensors.values()), sum(t.size for t in changed)
+    write = sum(_written(tensor, dtype) for tensor in tensors.values()) + _others(plan, files)
+    learnt = sum(tensor.size for tensor in planned.adapter.tensors.values())
+    rewritten = fold if dtype is None else size  # read twice: to be changed, and to be hashed
+    return FoldEstimate(
+        base=planned.base,
+        changed=len(changed),
+        tensors=len(tensors),
+        files=len(files.files),
+        read=size + rewritten + learnt,
+        write=write,
+        fold=fold,
+        memory=FIXED + _working(plan, tensors.values()),
+        disk=write + (fold if reversible else 0),
+        free=shutil.disk_usage(out.absolute().parent).free,
+    )
+
+
+def gigabytes(count: int) -> str:
+    """A number of bytes as it is read."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"
+
+
+def _written(tensor: Tensor, dtype: str | None) -> int:
+    """Bytes that a tensor has in the output."""
+    return tensor.count * BITS[dtype] // 8 if dtype and tensor.dtype in FLOATS else tensor.size
+
+
+def _others(plan: FoldPlan, files: ModelFiles) -> int:
+    """Bytes of headers, of the index and of the files that hold no weights."""
+    kept = other_files(files.folder).items()
+    sizes = {name: path.stat().st_size for name, path in kept if name not in plan.without}
+    sizes |= {name: len(content) for name, content in plan.files.items()}
+    index = 0 if files.index is None else (files.folder / INDEX).stat().st_size
+    return sum(sizes.values()) + sum(file.offset for file in files.files) + index
+
+
+def _working(plan: FoldPlan, tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory for what is computed at once, in all threads together."""
+    held = {tensor.name: tensor for tensor in tensors}
+    sizes = []
+    for site in plan.sites:
+        mine = [held[name] for name in site.weights.values()]
+        count = max(tensor.count for tensor in mine)
+        sizes.append(min(count, BLOCK) if is_by_rows(site) else sum(t.count for t in mine))
+    sizes += [held[name].count for name in plan.replaced]
+    threads = len(os.sched_getaffinity(0))
+    return sum(sorted(sizes)[-threads:]) * 4 * COPIES

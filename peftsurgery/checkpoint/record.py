@@ -1,0 +1,78 @@
+"""``peftsurgery.json``: what was folded into which base, as the file says it.
+
+It is in the directory of a folded model; what was in the base already stays listed there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from peftsurgery.errors import SurgeryError
+from peftsurgery.files import read_object
+from peftsurgery.fingerprint import Fingerprint
+from peftsurgery.language.loading import dump_rules
+from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.where import EVERYWHERE, Where
+from peftsurgery.made_with import now, versions
+
+FILE, FORMAT = "peftsurgery.json", 1
+
+
+def record_of(
+    base: str | None, fingerprint: Fingerprint | None, folded: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What the file says of a base that adapters are folded into; ``folded`` are their entries."""
+    return {
+        "format": FORMAT,
+        "base": base,
+        "fingerprint": None if fingerprint is None else fingerprint.summary(),
+        "folded": [*folded],
+        "versions": versions(),
+        "date": now(),
+    }
+
+
+def entry_of(
+    adapter: str,
+    file: RuleFile,
+    settings: Mapping[str, Any],
+    folder: Path | None,
+    content: str | None,
+    where: Where = EVERYWHERE,
+    **more: Any,
+) -> dict[str, Any]:
+    """One adapter's rules as the record lists them.
+
+    ``settings`` are those that the rule file declares, ``folder`` and ``content`` where the adapter
+    was read and the hash of its tensors, ``where`` what narrowed it.
+    """
+    return {
+        "adapter": adapter,
+        "method": file.name,
+        "settings": dict(settings),
+        **({"where": where.as_data()} if where.given() else {}),
+        "rules": dump_rules(file),
+        "from": None if folder is None else str(folder),
+        "content": content,
+        "seed": None,
+        "other_base": None,
+        **more,
+    }
+
+
+def folded_into(folder: Path | None) -> list[dict[str, Any]]:
+    """What a model's directory says was folded into it; nothing for an ordinary one. PSG609."""
+    if folder is None or not (folder / FILE).is_file():
+        return []
+    entries = read_object(folder / FILE, "PSG609").get("folded")
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise SurgeryError("PSG609", f"{folder / FILE} does not list what was folded")
+    return entries
+
+
+def as_json(record: dict[str, Any]) -> bytes:
+    """A record as its file holds it."""
+    return (json.dumps(record, indent=2, default=str) + "\n").encode()

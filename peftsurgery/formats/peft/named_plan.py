@@ -1,0 +1,53 @@
+"""Plans of folds by the names of a peft adapter's tensors: see :mod:`.named_sites`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from peftsurgery.checkpoint.card import CARD, card_of
+from peftsurgery.checkpoint.plan import FoldPlan, Planned
+from peftsurgery.checkpoint.record import entry_of, record_of
+from peftsurgery.fingerprint import Fingerprint, content_digest, on_disk
+from peftsurgery.formats.peft.files import BASE, CONFIG, read_peft_config
+from peftsurgery.formats.peft.named_sites import NamedFold, named_fold
+from peftsurgery.model_files import are_here, read_model_files
+from peftsurgery.tokenizer_files import is_tokenizer_file, tokenizer_files
+
+
+def named_plan(adapter: Path, base: str | None, recorded: bool = True) -> Planned | None:
+    """Plan the fold of a peft adapter by names; None if they do not say all that it takes.
+
+    ``base`` is the directory of its base, if not the one that the adapter names. With ``recorded``
+    the tensors of both are read for their fingerprints. Raises PSG207 for weights that cannot be
+    read, PSG501 to PSG506 for an adapter that is damaged or not honoured.
+    """
+    if not (adapter / CONFIG).is_file():
+        return None
+    named = base or read_peft_config(adapter).get(BASE)
+    if not named or not os.path.isdir(named) or not are_here(Path(named)):
+        return None
+    files = read_model_files(Path(named))
+    fold = named_fold(adapter, files)
+    if fold is None:
+        return None
+    own = tokenizer_files(adapter)
+    names = [each.name for each in files.folder.iterdir()]
+    without = frozenset(name for name in names if own and is_tokenizer_file(name))
+    record = _record(fold, adapter, str(named)) if recorded else {}
+    if recorded and not (files.folder / CARD).exists():
+        own = {**own, CARD: card_of(record, is_transformers=True).encode()}
+    plan = FoldPlan(fold.sites, record=record, files=own, without=without)
+    return Planned(plan, files.folder, fold.adapter.file)
+
+
+def _record(fold: NamedFold, folder: Path, base: str) -> dict[str, Any]:
+    """What is folded into what."""
+    file, held = fold.adapter.file, fold.adapter.held
+    content = content_digest(on_disk(file, tensor) for tensor in file.tensors.values())
+    entries = (
+        entry_of("default", rules, settings, folder, content) for rules, settings in fold.methods
+    )
+    prints = {name: on_disk(*where).print() for name, where in held.items()}
+    return record_of(base, Fingerprint(prints), entries)
