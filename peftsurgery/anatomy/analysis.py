@@ -22,7 +22,7 @@ from peftsurgery.anatomy.recurrence import recurrent_roles
 from peftsurgery.anatomy.residual import Join, find_joins, residual_sites
 from peftsurgery.anatomy.roles import Assignment, attention_roles, with_role
 from peftsurgery.anatomy.routing import router_roles
-from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.site import Site, Slice
 from peftsurgery.capture import Program
 
 
@@ -88,17 +88,17 @@ def _analyse(program: Program) -> Anatomy:
 
 def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:
     """The linears by their y, wholes only."""
-    return {site.nodes["y"]: site for site in linears if site.slice is None}
+    return {site.nodes["y"]: site for site in linears if site.taken is None}
 
 
 def linear_sites(flow: Flow, assigned: Sequence[Assignment]) -> list[Site]:
     """The linears with their roles, each fused one followed by its slices."""
-    by_linear: dict[str, list[Assignment]] = {}
+    by_linear: dict[tuple[str | None, Slice | None], list[Assignment]] = {}
     for part in assigned:  # every use of a weight has the role of one of them
-        by_linear.setdefault(str(part.linear.parameter), []).append(part)
+        by_linear.setdefault((part.linear.parameter, part.linear.slice), []).append(part)
     sites = []
     for linear in flow.linears:
-        mine = by_linear.get(str(linear.parameter), [])
+        mine = by_linear.get((linear.parameter, linear.slice), [])
         whole = [part for part in mine if part.slice is None][:1]
         site = with_role(linear, whole[0]) if whole else linear
         sites.append(site)

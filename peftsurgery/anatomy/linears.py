@@ -7,6 +7,7 @@
     inner(x, W), tensordot(x, W)    W is (out, in), or (in, out)
     einsum("btd,od->bto", x, W)     any order of axes in which x and y are as above, or turned
     bmm(x, W.expand(...))           W is (in, out): a matrix for all of a batch is one
+    linear(x, W[8:24], b[8:24])     the site has those rows of W and b for its ``slice``
     grouped_mm(x, W3), bmm(x, W3)   one matrix an expert    kind "experts"
 
 Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out)
@@ -18,7 +19,7 @@ What is ``turned`` has its last two axes exchanged: x (..., in, n), y (..., out,
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx
@@ -26,6 +27,7 @@ from torch import fx
 from peftsurgery.anatomy.ops import Trait, has, meaning
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import is_tensor, operands, parameter_of, shape, sizes, value
+from peftsurgery.anatomy.weight_rows import WeightRows, part_of
 from peftsurgery.capture.schemas import op
 
 
@@ -50,11 +52,13 @@ class _Product:
 
 def _linear(node: fx.Node) -> Site | None:
     product = _product(node)
-    if product is not None:
+    if product is not None and is_tensor(product.x) and matrix_of(product.x)[0] is None:
         matrix, flipped = matrix_of(product.weight)
-        is_value = is_tensor(product.x) and matrix_of(product.x)[0] is None
-        if matrix is not None and len(shape(matrix)) == 2 and is_value:
+        if matrix is not None and len(shape(matrix)) == 2:
             return _site(node, product, matrix, flipped)
+        part = part_of(product.weight, 1 if "W" in product.turned else 0)
+        if part is not None:
+            return _part_site(node, product, part)
     return _experts(node) if meaning(node).turned else None
 
 
@@ -131,9 +135,30 @@ def _site(node: fx.Node, product: _Product, matrix: fx.Node, flipped: bool) -> S
         vector, node = _added_bias(node, rows, "y" in turned)
     x, y = (product.x, node) if turned & {"x", "y"} else _outer(product.x, node)
     nodes = {"x": x, "W": matrix, "y": y}
+    if vector is None and is_tensor(product.bias):
+        vector = product.bias  # it is computed: whoever folds a bias is to know that there is one
     if vector is not None:
         nodes["b"] = vector
     return make(nodes, turned)
+
+
+def _part_site(node: fx.Node, product: _Product, part: WeightRows) -> Site | None:
+    """The site of a product with some rows of a matrix, and with those of its bias if it has one.
+
+    None if the bias is another tensor's: what is a whole there and a part here is no one site.
+    """
+    nodes = {"W": part.parameter, "y": node, "x": product.x}
+    if product.bias is not None:
+        bias = part_of(product.bias, 0)
+        if bias is None or bias.rows != part.rows:
+            return None
+        nodes["b"] = bias.parameter
+    turned = product.turned ^ frozenset("W" if part.flipped else "")
+    if not turned & {"x", "y"}:
+        nodes["x"], nodes["y"] = _outer(product.x, node)
+    whole = make(nodes, turned, out=part.rows.rows)
+    last = part.rows.start + part.rows.length
+    return replace(whole, slice=part.rows, label=f"{part.rows.start}_{last}")
 
 
 def make(

@@ -112,9 +112,18 @@ def slices(
         return []
     cut = {p: as_slice(found, linear.facts["out"]) for p, found in rows.items()}
     total = set().union(*rows.values())
-    if any(s is None for s in cut.values()) or len(total) != sum(map(len, rows.values())):
+    if len(total) != sum(map(len, rows.values())):
         return []
-    return [Assignment(linear, f"attn.{p}", cores, p, found) for p, found in cut.items()]
+    made = [Assignment(linear, f"attn.{p}", cores, p, found) for p, found in cut.items()]
+    return made if all(part.slice and rows_of_weight(linear, part.slice) for part in made) else []
+
+
+def rows_of_weight(linear: Site, taken: Slice) -> Slice | None:
+    """The rows of the weight that make some rows of a linear's result; None if not regular."""
+    if linear.slice is None:
+        return taken
+    rows = linear.slice.indices()
+    return as_slice([rows[row] for row in taken.indices()], linear.slice.whole)
 
 
 def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
@@ -189,15 +198,19 @@ def _around(linears: Sequence[Site]) -> str:
 
 def with_role(site: Site, given: Assignment, whole: Site | None = None) -> Site:
     """The linear with its role, its core and its slice."""
-    facts = dict(site.facts)
+    facts, rows, label = dict(site.facts), site.slice, given.label
     if given.slice is not None:
         facts["out"] = given.slice.rows
+        rows = rows_of_weight(site, given.slice)
+    elif rows is not None:
+        label = given.role.rpartition(".")[2]
     return replace(
         site,
         role=given.role,
         cores=given.cores,
         facts=facts,
-        slice=given.slice,
-        label=given.label,
+        slice=rows,
+        taken=given.slice,
+        label=label,
         whole=whole,
     )

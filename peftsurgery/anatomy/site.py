@@ -97,9 +97,11 @@ class Site:
     """What has a meaning in a program's graph.
 
     ``nodes`` binds the names a rule may use to graph values; see the module that finds each kind.
-    ``facts`` holds sizes and properties, ``turned`` the names of weights
-    that are stored as (in, out). ``cores`` are the attention sites that a projection serves: two
-    where two cores read one projection. ``whole`` is the fused projection that a slice is part of.
+    ``facts`` holds sizes and properties, ``turned`` the names of weights that are stored as
+    (in, out). ``slice`` are the rows of its weights that are its own, ``taken`` those of its
+    result, where one product makes the results of several sites: then ``whole`` is the site of that
+    product. ``cores`` are the attention sites that a projection serves: two where two cores read
+    one projection.
     """
 
     kind: str
@@ -109,6 +111,7 @@ class Site:
     nodes: Mapping[str, fx.Node]
     facts: Mapping[str, Any]
     slice: Slice | None = None
+    taken: Slice | None = None
     turned: frozenset[str] = frozenset()
     label: str | None = None
     cores: tuple[Site, ...] = ()

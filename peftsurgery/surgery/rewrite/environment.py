@@ -90,8 +90,8 @@ def _values(cut: Cut, domain: ValueDomain) -> dict[str, Callable[[str], Any]]:
         if name not in site.nodes:
             return None if kind.is_inputs else domain.replay(cut).mask()
         found = domain.bound(cut, name)
-        if site.slice is not None and name == kind.result:
-            found = site.slice.take(found, -1)
+        if site.taken is not None and name == kind.result:
+            found = site.taken.take(found, -1)
         return domain.cast(cut, name, as_seen(site, name, found))
 
     bound = {*kind.values} if kind.is_inputs else {*site.nodes, *kind.optional}

@@ -335,8 +335,8 @@ def finished(change: Replacement, value: Any, domain: ProxyDomain) -> fx.Node:
         value = disorient(domain.proxy(change.node), cut.site, name, value)
     else:
         value = as_held(cut.site, name, value)
-    if cut.site.slice is not None and name == cut.rule.kind.result:
-        value = cut.site.slice.put(domain.proxy(change.node), -1, value)
+    if cut.site.taken is not None and name == cut.rule.kind.result:
+        value = cut.site.taken.put(domain.proxy(change.node), -1, value)
     value.node.meta["val"] = change.node.meta.get("val")
     new: fx.Node = value.node
     return new

@@ -28,13 +28,17 @@ def check_readers(cuts: Iterable[Cut], sites: Iterable[Placed]) -> None:
     ``sites`` are all those of the capture that the cuts are in.
     """
     reads: dict[str, list[Placed]] = {}
+    parts: dict[tuple[str, str | None], list[Site]] = {}
     for placed in sites:
         if placed.kind == "parameter" and placed.parameter:
             reads.setdefault(placed.parameter, []).append(placed)
+        elif placed.slice is not None and placed.site.taken is None:
+            parts.setdefault((placed.block, placed.parameter), []).append(placed.site)
     known: dict[Any, fx.Node | None] = {}  # blocks of one shape class are looked at once
     for name, made in _by_weight(cuts):
         for read in reads.get(name, ()):
             mine = frozenset(cut.site for cut in made if _is_beside(cut, read))
+            mine |= {s for s in parts.get((read.block, name), ()) if _is_apart(s, mine)}
             key = (read.site, mine)
             if key not in known:
                 known[key] = next(_others(read, mine), None)
@@ -55,6 +59,12 @@ def _by_weight(cuts: Iterable[Cut]) -> list[tuple[str, Sequence[Cut]]]:
                 key = (cut.operation, id(cut.rule), cut.weights[short])
                 found.setdefault(key, []).append(cut)
     return [(name, made) for (_, _, name), made in found.items()]
+
+
+def _is_apart(site: Site, mine: Iterable[Site]) -> bool:
+    """Whether a site reads none of the rows of a weight that these sites read."""
+    rows = set(site.slice.indices()) if site.slice is not None else set[int]()
+    return all(s.slice is not None and rows.isdisjoint(s.slice.indices()) for s in mine)
 
 
 def _is_beside(cut: Cut, read: Placed) -> bool:

@@ -25,8 +25,8 @@ def check_shapes(cut: Cut) -> None:
         if cut.rule.kind.lengthens:
             continue
         expected = as_seen(cut.site, name, cut.site.nodes[name].meta["val"])
-        if cut.site.slice is not None and name == cut.rule.kind.result:
-            expected = cut.site.slice.take(expected, -1)
+        if cut.site.taken is not None and name == cut.rule.kind.result:
+            expected = cut.site.taken.take(expected, -1)
         if tuple(value.shape) != tuple(expected.shape):
             raise SurgeryError(
                 "PSG306",
