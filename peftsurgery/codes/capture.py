@@ -140,4 +140,11 @@ CODES = {
         "compile(backend='aot_eager') it is seen whether that is all that is missing; "
         "compile(disable=True) lets the model run uncompiled.",
     ),
+    "PSG225": CodeInfo(
+        "the model is sharded over several processes",
+        "FSDP2 and tensor parallelism leave a part of every parameter with each process. Such a "
+        "model is called, trained and saved; save() is called by all processes, puts the parts "
+        "together, and the first process writes them. Folds, exports and further operations need "
+        "whole parameters: load the saved surgery in one process.",
+    ),
 }

@@ -17,6 +17,7 @@ import torch
 
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import GraphModel
+from peftsurgery.capture.sharded import check_whole
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import remove, write_files
 from peftsurgery.language.evaluation import evaluate
@@ -83,11 +84,15 @@ def installed(
 
 
 def chosen_adapter(model: object, name: str | None, library: str) -> str:
-    """Choose the adapter to write: ``name``, or the only one. Raises PSG511 if unclear."""
-    operations = model.operations if isinstance(model, OperatedModel) else ()
-    names = list(dict.fromkeys(operation.name for operation in operations))
-    if not names:
+    """Choose the adapter to write: ``name``, or the only one.
+
+    Raises PSG511 if unclear, PSG225 if other processes hold parts of the model.
+    """
+    if not isinstance(model, OperatedModel) or not model.operations:
         raise SurgeryError("PSG511", "the model has no adapters", "apply rules to it first")
+    check_whole(model)
+    operations = model.operations
+    names = list(dict.fromkeys(operation.name for operation in operations))
     fused = {inner for operation in operations for inner in fused_names(operation)}
     outer = [known for known in names if known not in fused]
     if name is None and len(outer) > 1:

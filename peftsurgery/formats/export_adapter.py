@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from peftsurgery.arguments import checked_but
+from peftsurgery.capture.sharded import check_whole
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.adapterhub.directory import to_adapterhub
 from peftsurgery.formats.gguf.writing import to_gguf
@@ -64,8 +65,10 @@ def export_adapter(
 
     Raises SurgeryError: PSG510 to PSG512 as :func:`to_peft` and :func:`to_adapterhub` do, PSG520
     for what is no plain LoRA, PSG521 for a part that the program cannot say, PSG522 for an
-    architecture whose names there are not known, PSG601 to PSG603 for places.
+    architecture whose names there are not known, PSG601 to PSG603 for places, PSG225 for a sharded
+    model.
     """
+    check_whole(model)
     try:
         return TARGETS[to](model, Path(path), name, force)
     except OSError as error:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peftsurgery.arguments import checked
+from peftsurgery.capture.sharded import sharded_like, whole
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import write_whole
 from peftsurgery.finite_tensors import FLOATS, as_safetensors, read_tensors
@@ -177,9 +178,10 @@ class RankAllocator:
         first, second = self.schedule.beta1, self.schedule.beta2
         sensitivity, uncertainty = (self._running[key] for key in _RUNNING)
         for name in (name for site in self.sites for name in site.axes):
-            parameter = self.model.get_parameter(name)
+            stored = self.model.get_parameter(name)
+            parameter = whole(stored)
             zero = torch.zeros_like(parameter)
-            now = zero if parameter.grad is None else (parameter * parameter.grad).abs()
+            now = zero if stored.grad is None else (parameter * whole(stored.grad)).abs()
             mean = first * sensitivity.get(name, zero) + (1 - first) * now
             spread = second * uncertainty.get(name, zero) + (1 - second) * (now - mean).abs()
             sensitivity[name], uncertainty[name] = mean, spread
@@ -221,7 +223,8 @@ class RankAllocator:
             lost = ~self.kept[site.zero].to(parameter.device)
             shape = [1] * parameter.dim()
             shape[site.axes[site.zero]] = -1
-            parameter.masked_fill_(lost.reshape(shape), 0.0)
+            zeroed = whole(parameter).masked_fill(lost.reshape(shape), 0.0)
+            parameter.copy_(sharded_like(zeroed, parameter))
 
     def _count(self) -> int:
         """How many ranks there are at all sites together."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.capture import GraphModel
+from peftsurgery.capture.sharded import check_whole
 from peftsurgery.checkpoint.record import FILE, as_json
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.model.fold_record import fold_record
@@ -69,6 +70,7 @@ def write_checked(
     nothing is left. Raises PSG602 for a place that the model was read from, PSG603 for one that no
     file can have.
     """
+    check_whole(model)
     check_places(model, path, data_of(path))
     if path.is_dir():
         raise SurgeryError("PSG603", f"'{path}' is a directory", "name a file: model.onnx")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from peftsurgery.anatomy import Placed, survey
 from peftsurgery.arguments import checked
+from peftsurgery.capture.sharded import check_whole
 from peftsurgery.checkpoint.low_rank import (
     Factors,
     Wanted,
@@ -98,6 +99,7 @@ def lora_with_error(
 ) -> tuple[OperatedModel, dict[str, LoraError]]:
     """:func:`as_lora`, with the error of every weight by its name."""
     wanted = checked_wish(rank, energy)
+    check_whole(model)
     model.bind()
     name = model.active[0] if len(model.active) == 1 else "as_lora"
     sites = _sites(model)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
+from peftsurgery.capture.sharded import check_whole
 from peftsurgery.capture.tensors import named_tensors, owner_of, tensor_names
 from peftsurgery.capture.threads import making
 from peftsurgery.surgery.fold.untying import untie
@@ -50,6 +51,7 @@ def fold_with_error(model: GraphModel, requantise: bool = False) -> tuple[nn.Mod
     """
     model.bind()
     model.check_in_place()
+    check_whole(model)
     changed: dict[str, torch.Tensor] = {}
     gaps: dict[str, Gap] = {}
     for weight in _weights_of(model, requantise):

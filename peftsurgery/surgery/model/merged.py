@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftsurgery.capture.sharded import first_sharded
 from peftsurgery.capture.threads import making
 from peftsurgery.capture.watched import original_at
 from peftsurgery.errors import SurgeryError
@@ -109,8 +110,7 @@ def check_evaluated(model: nn.Module) -> None:
 def check_mergeable(model: nn.Module) -> None:
     """Refuse to merge in training, and weights that are shared out among processes. PSG355."""
     check_evaluated(model)
-    # a DTensor, by what it has: its module takes time to import
-    sharded = next((n for n, p in model.named_parameters() if hasattr(p, "device_mesh")), None)
+    sharded = first_sharded(model)
     if sharded is not None:
         message = f"'{sharded}' is shared out among processes, and cannot be merged"
         raise SurgeryError("PSG355", message, "merge the model before it is sharded, or fold it")

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from peftsurgery.capture import Capture, GraphModel
 from peftsurgery.capture.generating import check_generates
 from peftsurgery.capture.program import generate_forward
+from peftsurgery.capture.sharded import by_the_first, check_whole, first_sharded, whole
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.tensors import persistent_buffers
 from peftsurgery.capture.threads import making
@@ -142,7 +143,8 @@ class OperatedModel(ChoosingModel):
         }
 
     def all_learnt(self) -> Learnt:
-        """State to carry over into a model that is made of this one."""
+        """State to carry over into a model that is made of this one. PSG225 if it is sharded."""
+        check_whole(self)
         mode, trains = self._adapters.mode, self._adapters.trains(self)
         left_out, exact = dict(mode.left_out), self._rewriting.exact
         return Learnt(self._values(), mode.names, left_out, trains, self._lost, exact)
@@ -157,7 +159,8 @@ class OperatedModel(ChoosingModel):
 
         All adapters are saved, active or not, unless ``names`` chooses among them (PSG310). No
         base weights and no pickle. A surgery that is there is replaced, file by file; PSG604 if
-        something else is, PSG207 if what is trained of the base was never anywhere.
+        something else is, PSG207 if what is trained of the base was never anywhere. Of a sharded
+        model (FSDP2, tensor parallelism) all processes call it, and the first one writes.
         """
         self.check_in_place()
         folder, saved = Path(path), self._adapters.to_save(names)
@@ -166,9 +169,12 @@ class OperatedModel(ChoosingModel):
         if any(value.is_meta for value in self._values().values()):
             self.bind()
         mode, trained = self._adapters.mode, self._copies.owners()
-        moved = moved_buffers(persistent_buffers(self), self._buffer_of_base)
-        own = mode.names, dict(mode.left_out), self._lost, trained, self.learnt(*saved), moved
-        write_surgery(folder, saved, Saved(self.source, self.operations, *own))
+        buffers = {name: whole(buffer) for name, buffer in persistent_buffers(self).items()}
+        moved = moved_buffers(buffers, self._buffer_of_base)
+        learnt = {name: whole(value) for name, value in self.learnt(*saved).items()}
+        own = mode.names, dict(mode.left_out), self._lost, trained, learnt, moved
+        write = partial(write_surgery, folder, saved, Saved(self.source, self.operations, *own))
+        write() if first_sharded(self) is None else by_the_first(write)
 
     def diff(self, weights: bool = False, shape: tuple[int, int] | None = None) -> Any:
         """What is different from the base with the adapters that are active now, as a ``Diff``.
@@ -275,7 +281,7 @@ class OperatedModel(ChoosingModel):
 
     def _penalty(self, mode: Mode) -> Tensor | None:
         cuts = taking_part(self.cuts, mode)
-        return penalty_of(cuts, partial(self._read, mode.replacing))
+        return penalty_of(cuts, lambda name: whole(self._read(mode.replacing, name)))
 
     @property
     def captures(self) -> tuple[Capture, ...]:
