@@ -234,10 +234,16 @@ class GraphModel(Likeness):
 
     def _casts(self) -> Casts:
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
+        found = [
+            (name, tensor_at(part, table, leaf))
+            for name, part, table, leaf, dtype in self._watched
+            if (tensor := part.__dict__[table].get(leaf)) is None or tensor.dtype is not dtype
+        ]
+        dtypes = self._captures.tensors
         return frozenset(
             (name, tensor.dtype)
-            for name, part, table, leaf, dtype in self._watched
-            if (tensor := tensor_at(part, table, leaf)).dtype != dtype and _is_cast(tensor)
+            for name, tensor in found
+            if tensor.dtype != dtypes[name].dtype and _is_cast(tensor)
         )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:

@@ -7,7 +7,7 @@ serves them all, and whatever is learnt of the graph (its sites, their roles) is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +21,23 @@ _FUNCTIONS = (
     *("add", "sub", "mul", "div", "neg", "pow", "rsqrt", "sqrt", "exp", "cos", "sin", "tanh"),
     *("sigmoid", "relu", "mean", "cat", "stack", "matmul", "bmm", "mm", "addmm", "transpose", "t"),
     *("unsqueeze", "squeeze", "reshape", "where", "masked_fill", "embedding", "layer_norm"),
-    *("dropout", "softmax", "eq", "ne", "lt", "le", "gt", "ge", "select", "permute"),
+    *("dropout", "softmax", "eq", "ne", "lt", "le", "gt", "ge", "select", "permute", "flatten"),
+    *("unflatten", "chunk", "conv2d", "cumsum", "gather", "abs", "log"),
 )
-_METHODS = ("view", "expand", "contiguous")
+_METHODS = ("view", "expand", "contiguous", "detach")
 _LAYERS = ("linear", "silu", "gelu", "scaled_dot_product_attention")
 
-_OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.\w+(?=\()")
-# Operators whose bindings take the same arguments in the same order, in every overload.
+_OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)(?=\()")
+# Operators whose bindings take the same arguments in the same order, in every overload that a
+# capture has, or else in those that are named.
 BINDINGS = {
     **{name: f"torch.{name}" for name in _FUNCTIONS},
     **{name: f"torch.Tensor.{name}" for name in _METHODS},
     **{name: f"torch._C._nn.{name}" for name in _LAYERS},
+    **{f"to.{overload}": "torch.Tensor.to" for overload in ("dtype", "device", "other")},
+    "sym_size.int": "torch.Tensor.size",
+    "new_ones.default": "torch.Tensor.new_ones",
+    **{f"arange.{overload}": "torch.arange" for overload in ("default", "start", "start_step")},
 }
 
 
@@ -93,10 +99,54 @@ def generate_forward(graph: fx.Graph, label: str) -> Callable[..., Any]:
     """The function that runs ``graph``; ``self`` provides its tensors and nested blocks."""
     python = graph.python_code("self")
     scope = dict(python.globals)
-    source = _with_bindings(_with_regions(python.src, scope))
+    source = _with_bindings(_with_regions(_with_reads(python.src, graph), scope))
     exec(compile(source, f"<peftsurgery {label}>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward
+
+
+def _with_reads(source: str, graph: fx.Graph) -> str:
+    """The source with each part looked up once, and what it holds read from its own tables.
+
+    Modules look up what they hold by a function of Python, which takes as long as a small operator.
+    What is in no table (the parametrised, the pruned) is read by name, as ever.
+    """
+    reads = {n.name: n for n in graph.nodes if n.op in ("get_attr", "call_module")}
+    lines, parts = list[str](), {"": "self"}
+    for line in source.splitlines():
+        name, _, code = line.strip().partition(" = ")
+        read = _by_name(str(reads[name].target)) if name in reads else ""
+        if not read or not code.startswith(read):
+            lines.append(line)
+            continue
+        holder, _, leaf = str(reads[name].target).rpartition(".")
+        for path in _paths(holder):
+            if path not in parts:
+                around, _, part = path.rpartition(".")
+                parts[path] = f"part_{len(parts)}"
+                lines.append(f"    {parts[path]} = {_found(parts[around], '_modules', part)}")
+        table = "_parameters" if reads[name].op == "get_attr" else "_modules"
+        lines.append(f"    {name} = ({_found(parts[holder], table, leaf)}){code[len(read) :]}")
+    return "\n".join(lines)
+
+
+def _paths(path: str) -> Iterator[str]:
+    """The paths of a part and of those around it, outer ones first; none for the model's own."""
+    names = path.split(".") if path else []
+    return (".".join(names[: count + 1]) for count in range(len(names)))
+
+
+def _by_name(path: str) -> str:
+    """How a generated forward reads what is at a path."""
+    text = "self"
+    for name in path.split("."):
+        text = f"{text}.{name}" if name.isidentifier() else f'getattr({text}, "{name}")'
+    return text
+
+
+def _found(part: str, table: str, name: str) -> str:
+    """What a part has in a table under a name, or else as an attribute."""
+    return f'{part}.{table}["{name}"] if "{name}" in {part}.{table} else getattr({part}, "{name}")'
 
 
 def _with_bindings(source: str) -> str:
@@ -104,7 +154,12 @@ def _with_bindings(source: str) -> str:
 
     They reach the same operators, and bind their arguments in a third of the time.
     """
-    return _OPERATOR.sub(lambda found: BINDINGS.get(found[1], found[0]), source)
+
+    def binding(found: re.Match[str]) -> str:
+        name, overload = found.groups()
+        return BINDINGS.get(name) or BINDINGS.get(f"{name}.{overload}") or found[0]
+
+    return _OPERATOR.sub(binding, source)
 
 
 def _with_regions(source: str, scope: dict[str, Any]) -> str:

@@ -8,9 +8,10 @@ has conditions on them, and a call that does not meet them makes another capture
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, TypeGuard
 
 import torch
@@ -37,13 +38,16 @@ class Call:
     past: Past | None = None
     trace: Traced | None = None
 
-    @property
-    def leaves(self) -> list[Any]:
+    @cached_property
+    def leaves(self) -> tuple[Any, ...]:
         """The values of the call in the order in which a captured graph takes them."""
-        past = [] if self.past is None else [self.past.cache]
-        return [*pytree.tree_leaves(dict(self.tensors)), *past]
+        past = () if self.past is None else (self.past.cache,)
+        values = tuple(self.tensors.values())
+        if any(type(value) is not torch.Tensor for value in values):
+            values = tuple(pytree.tree_leaves(dict(self.tensors)))
+        return (*values, *past)
 
-    @property
+    @cached_property
     def signature(self) -> str:
         """Text key of a call's structure.
 
@@ -68,26 +72,21 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     Raises PSG203 if the module's forward does not take them.
     """
     try:
-        bound = _signature(module).bind(*args, **kwargs)
+        places = _places(module, len(args), tuple(kwargs))
     except TypeError as error:
         raise SurgeryError("PSG203", f"{type(module).__name__}.forward: {error}") from None
-    named: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        if kind is inspect.Parameter.VAR_KEYWORD:
-            named.update(value)
-        elif kind is inspect.Parameter.VAR_POSITIONAL:
-            message = f"{type(module).__name__}.forward takes *{name}"
-            hint = "wrap the module in one whose forward names its inputs"
-            raise SurgeryError("PSG203", message, hint)
-        else:
-            named[name] = value
-    named = {name: value for name, value in named.items() if value is not None}
-    pasts = [Past(name, named.pop(name)) for name in list(named) if is_cache(named[name])]
+    values = (*args, *kwargs.values())
+    tensors, flags, pasts = dict[str, Any](), dict[str, Any](), list[Past]()
+    for name, place in places:
+        value = values[place]
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value
+        elif is_cache(value):
+            pasts.append(Past(name, value))
+        elif value is not None:
+            (tensors if _has_tensor(value) else flags)[name] = value
     if len(pasts) > 1:
         raise refused(f"there are {len(pasts)} of them")
-    tensors = {name: value for name, value in named.items() if _has_tensor(value)}
-    flags = {name: value for name, value in named.items() if name not in tensors}
     call = Call(dict(sorted(tensors.items())), flags)
     return with_cache(call, pasts[0]) if pasts else call
 
@@ -135,16 +134,62 @@ def stand_for(forward: Any, original: Callable[..., Any]) -> None:
 
 def _signature(module: nn.Module) -> inspect.Signature:
     """Signature of the module's own forward without self, even while another replaces it."""
+    forward, function = _forward(module)
+    return inspect.signature(forward) if function is None else _method_signature(function)
+
+
+def _forward(module: nn.Module) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+    """The module's own forward, and the function that it is a method of.
+
+    None for a function of the module's own: it may hold the module, and is not to be remembered.
+    """
     forward = module.forward
     forward = getattr(forward, "stands_for", forward)
-    function = getattr(forward, "__func__", None)
-    return inspect.signature(forward) if function is None else _method_signature(function)
+    return forward, getattr(forward, "__func__", None)
 
 
 @lru_cache(maxsize=256)  # decorated forwards take longer to inspect than a small block to run
 def _method_signature(function: Callable[..., Any]) -> inspect.Signature:
     signature = inspect.signature(function)
     return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+Places = tuple[tuple[str, int], ...]
+"""By name of an argument: which of a call's values it gets, those by position counted first."""
+
+
+def _places(module: nn.Module, count: int, names: tuple[str, ...]) -> Places:
+    """Where the arguments of ``count`` values by position, and of others by ``names``, belong.
+
+    That depends on nothing else. TypeError if the forward does not take them.
+    """
+    forward, function = _forward(module)
+    if function is None:
+        return _bound(inspect.signature(forward), count, names)
+    return _method_places(function, count, names)
+
+
+@lru_cache(maxsize=1024)  # to bind anew would take as long as several operators of a small model
+def _method_places(function: Callable[..., Any], count: int, names: tuple[str, ...]) -> Places:
+    return _bound(_method_signature(function), count, names)
+
+
+def _bound(signature: inspect.Signature, count: int, names: tuple[str, ...]) -> Places:
+    by_name = {name: count + number for number, name in enumerate(names)}
+    found: list[tuple[str, int]] = []
+    for name, place in signature.bind(*range(count), **by_name).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            found += place.items()
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            hint = "wrap the module in one whose forward names its inputs"
+            raise SurgeryError("PSG203", f"the module's forward takes *{name}", hint)
+        else:
+            found.append((name, place))
+    twice = [name for name, count in Counter(name for name, _ in found).items() if count > 1]
+    if twice:
+        raise TypeError(f"two values for '{twice[0]}'")
+    return tuple(found)
 
 
 def widen(call: Call) -> Call:

@@ -76,7 +76,7 @@ def measure(
 
 def _inputs(capture: Capture, shape: tuple[int, int] | None) -> list[Any]:
     """The example's values on meta; sizes that vary are as ``shape`` has them."""
-    leaves = capture.call.leaves
+    leaves = list(capture.call.leaves)
     if shape is None:
         return leaves
     found = []

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
+import random
+import re
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.capture import capture
+from peftsurgery.capture.signature import bind_call
 from peftsurgery.errors import SurgeryError
 from tests.capture.pairs import assert_same, pair, pair_of
 from tests.models.zoo import text
@@ -162,3 +169,95 @@ def test_other_input_dtypes_are_other_captures() -> None:
     both = pair_of(Counting(), {"a": torch.arange(4), "b": torch.arange(3)})
     assert_same(*both.run(a=torch.randn(4), b=torch.arange(2)))
     assert len(both.graph.captures) == 2
+
+
+class Mixed(nn.Module):
+    """Takes arguments of every kind."""
+
+    def forward(self, x: Any, /, y: Any = 3, *, z: Any, w: Any = None, **more: Any) -> Any:
+        return x
+
+
+def own_forward() -> nn.Module:
+    module = Mixed()
+    module.forward = lambda a, b=2, **more: a
+    return module
+
+
+VALUES = (torch.ones(2), torch.ones(2, dtype=torch.long), 1, True, None, [torch.ones(1)], "x", {})
+
+
+@pytest.mark.parametrize("module", [Mixed(), own_forward(), pair("llama").original], ids=type)
+def test_arguments_are_bound_as_python_binds_them_whatever_was_bound_before(module: Any) -> None:
+    chosen = random.Random(0)
+    names = ("y", "z", "w", "a", "b", "x", "input_ids", "attention_mask", "labels", "use_cache")
+    signature = inspect.signature(module.forward)
+    bound = 0
+    for _ in range(600):
+        args = tuple(chosen.choices(VALUES, k=chosen.randrange(4)))
+        kwargs = {n: chosen.choice(VALUES) for n in chosen.sample(names, chosen.randrange(5))}
+        try:
+            given = dict(signature.bind(*args, **kwargs).arguments)
+            if "x" in given.get("more", {}) and "x" in given:
+                raise TypeError("two values for 'x'")
+        except TypeError as error:
+            with pytest.raises(SurgeryError, match=re.escape(str(error))) as caught:
+                bind_call(module, args, kwargs)
+            assert caught.value.code == "PSG203"
+            continue
+        more = {k: v for n in ("more", "kwargs") for k, v in given.pop(n, {}).items()}
+        expected = {n: v for n, v in {**given, **more}.items() if v is not None}
+        call = bind_call(module, args, kwargs)
+        assert call.tensors.keys().isdisjoint(call.flags)
+        found = {**call.tensors, **call.flags}
+        assert found.keys() == expected.keys()
+        assert all(found[name] is value for name, value in expected.items())
+        assert all(isinstance(v, Tensor | list) for v in call.tensors.values())
+        assert list(call.tensors) == sorted(call.tensors)
+        bound += 1
+    assert bound > 20
+
+
+def test_a_forward_that_is_put_in_the_place_of_another_is_asked_anew() -> None:
+    module, x = Variadic(), torch.ones(2)
+    with pytest.raises(SurgeryError):
+        bind_call(module, (x, x), {})
+    module.forward = lambda first, second: first
+    assert list(bind_call(module, (x, x), {}).tensors) == ["first", "second"]
+    module.forward = lambda second, third: second
+    assert list(bind_call(module, (x, x), {}).tensors) == ["second", "third"]
+    kept = Variadic.forward
+    try:
+        Variadic.forward = lambda self, one, two: one
+        del module.forward
+        assert list(bind_call(module, (x, x), {}).tensors) == ["one", "two"]
+    finally:
+        Variadic.forward = kept
+
+
+def test_a_module_is_not_kept_for_its_forward() -> None:
+    module = Mixed()
+    module.forward = functools.partial(Mixed.forward, module)
+    bind_call(module, (torch.ones(2),), {"z": 1})
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_order_and_the_way_in_which_arguments_come_make_no_difference() -> None:
+    both = pair("llama")
+    x, mask = torch.randint(100, (2, 6)), torch.ones(2, 6).long()
+    mask[0, 0] = 0
+    ways: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
+        ((x, mask), {}),
+        ((x,), {"attention_mask": mask}),
+        ((), {"attention_mask": mask, "input_ids": x}),
+        ((), {"use_cache": None, "input_ids": x, "attention_mask": mask}),
+        ((), {"input_ids": mask, "attention_mask": x}),
+        ((mask, mask), {}),
+        ((x, None), {}),
+    ]
+    for _ in range(2):
+        for args, kwargs in ways:
+            assert_same(*both.run(*args, **kwargs))

@@ -73,12 +73,12 @@ class Choice:
     rows: Rows | None = None
     prepared: bool = False
 
-    def leaves(self, capture: Capture, call: Call) -> list[Any]:
+    def leaves(self, capture: Capture, call: Call) -> tuple[Any, ...]:
         """Input values of a capture: the call's, and the adapter number of each row."""
         if self.rows is None:
             return call.leaves
         batch = call.leaves[capture.names.index(batch_input(capture).name)]
-        return [*call.leaves, self.rows.numbers(self.mode.names, batch)]
+        return (*call.leaves, self.rows.numbers(self.mode.names, batch))
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,6 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 PLAIN = (Tensor, torch.nn.Parameter)
-FEW = 16
-"""Rows up to which a call without gradients is made of the fewest torch calls: each costs more than
-what it computes."""
 
 
 class Term(NamedTuple):
@@ -71,39 +68,22 @@ class JoinedInputs:
 
 
 def joined_linears(
-    x: Tensor,
-    weights: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    starts: Sequence[Tensor | None],
-    downs: Sequence[Tensor],
-    given: Sequence[Tensor],
-    ups: Sequence[Tensor],
-    terms: Sequence[tuple[int, int, float]],
-    compute: torch.dtype | None = None,
+    inputs: JoinedInputs, terms: Sequence[Term], compute: torch.dtype | None = None
 ) -> tuple[Tensor, ...]:
-    """The results of several linears of ``x``, (..., out) each, with ``terms`` added to them.
+    """The results of several linears of x, (..., out) each, with ``terms`` added to them.
 
-    Tensors are those of :class:`JoinedInputs`; a term is (result, hidden, scale) and takes the up
-    of its own number. With ``compute``, terms are computed and added in that dtype, and each sum is
-    rounded to the dtype of x. Equal to the terms one by one, but for a few rounding errors.
+    A term takes the up of its own number. With ``compute``, terms are computed and added in that
+    dtype, and each sum is rounded to the dtype of x. Equal to the terms one by one, but for a few
+    rounding errors.
     """
-    inputs = JoinedInputs(x, weights, biases, starts, downs, given, ups)
-    added = tuple(Term(*term) for term in terms)
-    if not torch.is_grad_enabled() and is_short(x):
-        return one_by_one(inputs, added, compute)
     tensors = [tensor for tensor in inputs.row if tensor is not None]
     if not (is_plain_call(tensors) and _fit(inputs, compute)):
-        return one_by_one(inputs, added, compute)
+        return one_by_one(inputs, terms, compute)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         empty = inputs.filled([None] * len(inputs.row))
-        made: tuple[Tensor, ...] = _JoinedLinears.apply(empty, added, compute, *inputs.row)
+        made: tuple[Tensor, ...] = _JoinedLinears.apply(empty, terms, compute, *inputs.row)
         return made
-    return _forward(inputs, added, compute)[0]
-
-
-def is_short(x: Tensor) -> bool:
-    """Whether x has so few rows that the number of calls counts, and not what they compute."""
-    return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
+    return _forward(inputs, terms, compute)[0]
 
 
 def one_by_one(

@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from peftsurgery.anatomy.values import sizes
 from peftsurgery.capture.schemas import op, overwritten
 from peftsurgery.surgery.rewrite.dtypes import dtype_of
-from peftsurgery.surgery.rewrite.joined_linears import joined_linears
+from peftsurgery.surgery.rewrite.joined_call import JoinedCall
+from peftsurgery.surgery.rewrite.joined_linears import JoinedInputs, Term
 
 ATEN = torch.ops.aten
 
@@ -313,31 +314,41 @@ def _join(graph: fx.Graph, group: Sequence[InsertedSum]) -> None:
     place, place_of = group[0].root, {n: i for i, n in enumerate(graph.nodes)}
     for node in (node for each in group for node in _tensors(each)):
         _bring(node, place, place_of)
-    downs: dict[Any, fx.Node] = {}
-    given: list[fx.Node] = []
-    terms, ups = [], []
-    for each in group:
-        for hidden in each.hidden:
-            if each.is_down(hidden):
-                downs.setdefault(hidden, _down(hidden))
-            else:
-                given.append(hidden)
-    number = {node: index for index, node in enumerate([*downs, *given])}
-    for index, each in enumerate(group):
-        for summand in each.summands:
-            terms.append((index, number[summand.hidden], summand.scale))
-            ups.append(summand.up)
     with graph.inserting_before(place):
-        weights = [_weight(graph, each.base) for each in group]
-        biases = [None if each.base is None else each.base.bias for each in group]
-        starts = [each.start if each.base is None else None for each in group]
-        args = (group[0].x, weights, biases, starts, [*downs.values()], given, ups, terms)
-        joined = graph.call_function(joined_linears, (*args, group[0].compute))
+        inputs, terms = _joined(graph, group)
+        tensors = dict.fromkeys(node for node in inputs.row if node is not None)
+        number = {node: index for index, node in enumerate(tensors)}
+        places = inputs.filled([n if n is None else number[n] for n in inputs.row])
+        call = JoinedCall(places, terms, group[0].compute)
+        joined = graph.call_function(call, tuple(tensors))
         joined.meta = {**place.meta}
         for index, each in enumerate(group):
             result = graph.call_function(operator.getitem, (joined, index))
             result.meta = dict(each.root.meta)
             each.root.replace_all_uses_with(result)
+
+
+def _joined(graph: fx.Graph, group: Sequence[InsertedSum]) -> tuple[JoinedInputs, list[Term]]:
+    """What a group's sums read, and their terms."""
+    downs: dict[fx.Node, fx.Node] = {}
+    given: list[fx.Node] = []
+    for each in group:
+        for hidden in each.hidden:
+            if each.is_down(hidden):
+                downs[hidden] = _down(hidden)
+            else:
+                given.append(hidden)
+    number = {node: index for index, node in enumerate([*downs, *given])}
+    terms, ups = list[Term](), list[fx.Node]()
+    for index, each in enumerate(group):
+        for summand in each.summands:
+            terms.append(Term(index, number[summand.hidden], summand.scale))
+            ups.append(summand.up)
+    weights = [_weight(graph, each.base) for each in group]
+    biases = [None if each.base is None else each.base.bias for each in group]
+    starts = [each.start if each.base is None else None for each in group]
+    inputs = JoinedInputs(group[0].x, weights, biases, starts, [*downs.values()], given, ups)
+    return inputs, terms
 
 
 def _weight(graph: fx.Graph, base: BaseLinear | None) -> fx.Node | None:

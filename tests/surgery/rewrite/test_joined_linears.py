@@ -11,10 +11,17 @@ import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftsurgery.surgery.rewrite.joined_linears import joined_linears
+from peftsurgery.surgery.rewrite.joined_call import FEW, JoinedCall
+from peftsurgery.surgery.rewrite.joined_linears import JoinedInputs, Term, joined_linears
 
 Row = tuple[Tensor, ...]
-TERMS = ((0, 0, 2.0), (1, 1, -0.5), (1, 2, 1), (2, 0, 0.25))
+TERMS = (Term(0, 0, 2.0), Term(1, 1, -0.5), Term(1, 2, 1), Term(2, 0, 0.25))
+# x, two linears, the second with a bias, and a start; two downs, a hidden value, four ups
+PLACES = JoinedInputs(0, (1, 2, None), (None, 3, None), (None, None, 4), (5, 6), (7,), range(8, 12))
+
+CALLS = {
+    compute: JoinedCall(PLACES, TERMS, compute) for compute in (None, torch.float32, torch.float64)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,9 +40,7 @@ def row(dtype: torch.dtype, compute: torch.dtype, leading: tuple[int, ...] = (2,
 
 def joined(*row: Tensor, compute: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """Three results of one call: a linear, one with a bias, and one with a start of its own."""
-    x, one, two, bias, start, *narrow = row
-    linears = (one, two, None), (None, bias, None), (None, None, start)
-    return joined_linears(x, *linears, narrow[:2], narrow[2:3], narrow[3:], TERMS, compute)
+    return CALLS[compute](*row)
 
 
 def plain(*row: Tensor, compute: torch.dtype | None = None) -> tuple[Tensor, ...]:
@@ -98,7 +103,7 @@ def close(mine: Tensor, theirs: Tensor, bound: float) -> None:
 
 def test_bases_alone_keep_their_bits() -> None:
     x, one, two, bias, *_ = row(torch.float32, torch.float32)
-    made = joined_linears(x, (one, two), (None, bias), (None, None), (), (), (), ())
+    made = joined_linears(JoinedInputs(x, (one, two), (None, bias), (None, None), (), (), ()), ())
     assert torch.equal(made[0], F.linear(x, one))
     assert torch.equal(made[1], F.linear(x, two, bias))
 
@@ -186,12 +191,12 @@ def test_layouts_of_every_kind() -> None:
 def test_other_dtypes_and_broadcasting_are_computed_as_torch_does() -> None:
     x, one, *_ = row(torch.float64, torch.float64)
     up, single = torch.randn(16, 4, dtype=torch.float64), torch.randn(1, 5, 4, dtype=torch.float64)
-    call = (x, (one,), (None,), (None,), (), (single,), (up,), ((0, 0, 3.0),))
-    made = joined_linears(*call)[0]
-    torch.testing.assert_close(made, F.linear(x, one) + 3.0 * F.linear(single, up))
-    mixed = joined_linears(
-        x.float(), (one.float(),), (None,), (None,), (), (single,), (up,), ((0, 0, 3.0),)
+    call = JoinedCall(
+        JoinedInputs(0, (1,), (None,), (None,), (), (2,), (3,)), [Term(0, 0, 3.0)], None
     )
+    made = call(x, one, single, up)[0]
+    torch.testing.assert_close(made, F.linear(x, one) + 3.0 * F.linear(single, up))
+    mixed = call(x.float(), one.float(), single, up)
     assert mixed[0].dtype == torch.float64
 
 
@@ -262,7 +267,7 @@ def gradients_on_meta(made: tuple[Tensor, ...], values: Row) -> tuple[Tensor, ..
     return torch.autograd.grad(made, values, [torch.ones_like(y) for y in made])
 
 
-@pytest.mark.parametrize("rows", [1, 16, 17])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
 @pytest.mark.parametrize("compute", [None, torch.float32], ids=str)
 def test_few_rows_without_gradients(rows: int, compute: torch.dtype | None) -> None:
     dtype = torch.float64 if compute is None else torch.bfloat16
@@ -272,3 +277,16 @@ def test_few_rows_without_gradients(rows: int, compute: torch.dtype | None) -> N
     for mine, theirs in pairs(made, expected):
         assert mine.dtype == theirs.dtype
         close(mine, theirs, 1e-14 if compute is None else 1e-2)
+
+
+def test_a_tensor_in_two_places_is_given_once() -> None:
+    places = JoinedInputs(0, (1, 1), (None, None), (None, None), (2,), (), (3, 3))
+    call = JoinedCall(places, [Term(0, 0, 1.0), Term(1, 0, 2.0)], None)
+    shapes = (3, 8), (8, 8), (2, 8), (8, 2)
+    x, weight, down, up = (torch.randn(*shape, dtype=torch.float64) for shape in shapes)
+    added = F.linear(F.linear(x, down), up)
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            one, two = call(x, weight, down, up)
+        torch.testing.assert_close(one, F.linear(x, weight) + added)
+        torch.testing.assert_close(two, F.linear(x, weight) + 2 * added)
