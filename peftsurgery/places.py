@@ -63,7 +63,7 @@ def everything_read(given: Iterable[str | Path | None]) -> list[Path]:
         path = _place(waiting.pop(0))
         if path is not None and path not in found:
             found[path] = None
-            waiting += _named_in(path)
+            waiting += named_in(path)
     return list(found)
 
 
@@ -84,7 +84,7 @@ def hub_folder(name: str) -> Path | None:
     return folder if os.path.isdir(folder) else None
 
 
-def _named_in(folder: Path) -> Iterator[str]:
+def named_in(folder: Path) -> Iterator[str]:
     """The models that a saved surgery or an adapter says it was made for."""
     for file, keys in NAMING.items():
         content = object_in(folder / file)

@@ -18,10 +18,11 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
+from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
-from peftsurgery.checkpoint.record import FILE
+from peftsurgery.checkpoint.record import FILE, folded_into
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import (
@@ -33,41 +34,6 @@ from peftsurgery.model_files import (
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
 
 CHUNK = 2**20  # bytes that are copied at once
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """What a streamed fold wrote: the certificate's account, and how much it read and wrote."""
-
-    out: Path
-    changed: Mapping[str, Any]
-    tensors: int
-    written: int
-    resumed: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as ``--json`` prints it."""
-        return {
-            "out": str(self.out),
-            "tensors": self.tensors,
-            "changed": dict(self.changed),
-            "written": self.written,
-            "resumed": list(self.resumed),
-            "notes": list(self.notes),
-        }
-
-    def __str__(self) -> str:
-        lines = [f"changed {len(self.changed)} of {self.tensors} tensors, in '{self.out}'"]
-        if self.changed:
-            name = max(self.changed, key=lambda each: self.changed[each]["relative"] or 0.0)
-            most = self.changed[name]
-            lines.append(f"  most, by {most['relative'] or 0.0:.2%} of its norm: {name}")
-            worst = max(each["rounding"] for each in self.changed.values())
-            lines.append(f"  largest rounding error: {worst:.1e}")
-        if self.resumed:
-            lines.append(f"  taken over from the run before: {', '.join(self.resumed)}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -128,13 +94,15 @@ def fold_files(
     resume: bool = False,
     reversible: bool = False,
     progress: Callable[[int], None] | None = None,
+    allow_unchanged: bool = False,
 ) -> FoldReport:
     """Carry out a plan on the files of its base, with the tensors of its adapter; write ``out``.
 
     ``dtype`` (as safetensors calls it) is given to all tensors of floating-point numbers; with
     ``reversible``, residuals are written beside the weights (:mod:`.residual`). Raises
     SurgeryError: PSG402 and PSG403 for values that cannot be written, PSG415 if nothing would
-    change, PSG416 for tensors that plan and files do not both have, PSG603 and PSG610 for places.
+    change and that is not allowed, PSG416 for tensors that plan and files do not both have, PSG603
+    and PSG610 for places.
     """
     plan, adapter, files = planned.plan, planned.adapter, read_model_files(planned.base)
     _check(plan, files, adapter)
@@ -153,18 +121,27 @@ def fold_files(
                 each.result()
         tensors = {tensor: entry for name in wanted for tensor, entry in into.done[name].items()}
         changed = {name: e["change"] for name, e in tensors.items() if "change" in e}
-        if not any(change["moved"] for change in changed.values()):
-            message = "the fold changes no element of any weight"
-            hint = "the adapter is untrained, or too small for the dtype that is written"
-            raise SurgeryError("PSG415", message, hint)
+        _check_changed(changed, allow_unchanged)
         added = _write_residuals(into, wanted.values(), tensors) if reversible else []
         folded = [read_header(into.path / name) for name in wanted]
         written = sum(tensor.size for file in folded for tensor in file.tensors.values())
-        for name, content in _small_files(plan, files, written).items():
+        small = _small_files(plan, files, written)
+        for name, content in small.items():
             into.write(name, [content])
         record = {**plan.record, "added": [*added, *plan.files]}
         into.write(FILE, [certificate(record, into.path, wanted, tensors)])
-    return FoldReport(out, changed, len(tensors), written, trusted)
+    mine = plan.record.get("folded", ())[len(folded_into(planned.base)) :]
+    adapters = dict.fromkeys(entry["adapter"] for entry in mine)
+    copied = tuple(name for name in small if name not in {INDEX, *plan.files})
+    return FoldReport(out, changed, len(tensors), written, trusted, (), tuple(adapters), copied)
+
+
+def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
+    """Refuse a fold that does nothing. PSG415."""
+    if not allow_unchanged and not any(each["moved"] for each in changed.values()):
+        message = "the fold changes no element of any weight"
+        hint = "it is untrained, or too small for the dtype; --allow-unchanged writes it anyway"
+        raise SurgeryError("PSG415", message, hint)
 
 
 def _write_residuals(

@@ -1,10 +1,16 @@
-"""``peftsurgery fold``: write the model with what was sewn in folded into its weights."""
+"""``peftsurgery fold``: write the model with what was sewn in folded into its weights.
+
+Where the base is a directory of safetensors, its files are folded a few rows at a time. What that
+cannot do (a tie that is broken, ONNX, four bits) is done on the model in memory.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,7 +23,52 @@ from peftsurgery.cli.kit import (
     print_result,
 )
 from peftsurgery.cli.progress import doing
+from peftsurgery.errors import SurgeryError
 from peftsurgery.outputs import check_free, fresh
+
+NOT_ON_FILES = "PSG416"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a run of the command was asked for: its arguments and options."""
+
+    surgery: str
+    base: str | None
+    kind: str | None
+    out: Path
+    name: tuple[str, ...]
+    onnx: Path | None
+    requantise: bool
+    verify: bool
+    stream: bool
+    dtype: str | None
+    resume: bool
+    reversible: bool
+    dry_run: bool
+    allow_unchanged: bool
+    allow_other_base: bool
+    force: bool
+    as_json: bool
+
+    @property
+    def inputs(self) -> list[str]:
+        """The places that are read."""
+        return [self.surgery, *([self.base] if self.base else [])]
+
+    @property
+    def in_memory(self) -> str | None:
+        """An option that is given and needs the whole model, if there is one."""
+        given: dict[str, Any] = {"--class": self.kind, "--name": self.name, "--onnx": self.onnx}
+        given["--requantise"] = self.requantise
+        return next((option for option, value in given.items() if value), None)
+
+    @property
+    def by_files(self) -> str | None:
+        """An option that is given and is about files alone, if there is one."""
+        given = {"--stream": self.stream, "--dtype": self.dtype, "--resume": self.resume}
+        given |= {"--reversible": self.reversible, "--dry-run": self.dry_run}
+        return next((option for option, value in given.items() if value), None)
 
 
 @click.command()
@@ -47,98 +98,117 @@ from peftsurgery.outputs import check_free, fresh
 @click.option(
     "--stream",
     is_flag=True,
-    help="Fold the base's files a few rows at a time, without building the model.",
+    help="Fold on the base's files or not at all; without it, in memory where that is needed.",
 )
 @click.option(
     "--dtype",
     metavar="DTYPE",
-    help="With --stream: write float32, bfloat16 or float16 instead of the base's dtype.",
+    help="Write float32, bfloat16 or float16 instead of the base's dtype.",
 )
-@click.option("--resume", is_flag=True, help="With --stream: go on with a run that was broken off.")
+@click.option("--resume", is_flag=True, help="Go on with a run that was broken off.")
 @click.option(
     "--reversible",
     is_flag=True,
-    help="With --stream: also write what `unfold` restores the base from, without the base.",
+    help="Also write what `unfold` restores the base from, without the base.",
 )
 @click.option(
     "--dry-run",
     is_flag=True,
     help="Say what a fold of files would read, write, compute and need; write nothing.",
 )
+@click.option(
+    "--allow-unchanged",
+    is_flag=True,
+    help="Write the result of an adapter that changes nothing, such as an untrained one.",
+)
 @other_base_option
 @force_option
 @json_option
-def fold(
-    surgery: str,
-    base: str | None,
-    kind: str | None,
-    out: Path,
-    name: tuple[str, ...],
-    onnx: Path | None,
-    requantise: bool,
-    verify: bool,
-    stream: bool,
-    dtype: str | None,
-    resume: bool,
-    reversible: bool,
-    dry_run: bool,
-    allow_other_base: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+def fold(**given: Any) -> None:
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
-    if stream or dry_run:
-        if kind or name or onnx or requantise or verify or force:
-            raise click.UsageError("--stream goes only with --base, and with options that say so")
-        where = (surgery, base, out, dtype)
-        _on_files(where, resume, reversible, allow_other_base, dry_run, as_json)
-        return
-    if dtype or resume or reversible:
-        raise click.UsageError("--dtype, --resume and --reversible go with --stream")
-    if onnx is not None and requantise:
+    asked = Asked(**given)
+    if asked.by_files and asked.in_memory:
+        message = f"{asked.by_files} folds files, and {asked.in_memory} needs the model in memory"
+        raise click.UsageError(message)
+    if asked.onnx is not None and asked.requantise:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
-    inputs, inside = [surgery, *([base] if base else [])], onnx and _inside(onnx, out)
-    if onnx is not None and inside is None:
-        check_free(onnx, inputs, force)
+    if asked.by_files or (asked.in_memory is None and _has_files(asked)):
+        try:
+            _on_files(asked)
+        except SurgeryError as error:
+            if asked.by_files or error.code != NOT_ON_FILES:
+                raise
+            _in_memory(asked, f"folded in memory: {error.message}")
+    else:
+        _in_memory(asked)
+
+
+def _has_files(asked: Asked) -> bool:
+    """Whether the base is a directory whose weights are safetensors files."""
+    from peftsurgery.formats.streamed_fold import has_files
+
+    return has_files(asked.surgery, asked.base)
+
+
+def _on_files(asked: Asked) -> None:
+    """Fold on files, or say what that would take."""
+    from peftsurgery.formats.streamed_fold import checked_outputs, estimate_fold, fold_checkpoint
+
+    where, other = (asked.surgery, asked.base), asked.allow_other_base
+    if asked.dry_run:
+        found = estimate_fold(*where, asked.out, asked.dtype, asked.reversible, other)
+        print_result(found.to_dict(), found, asked.as_json)
+        return
+    with ExitStack() as stack:
+        stack.enter_context(doing(f"folding {asked.surgery}"))
+        # what is replaced stays until all is done; else a run that is broken off can go on
+        out = (
+            stack.enter_context(fresh(asked.out, asked.inputs, True)) if asked.force else asked.out
+        )
+        report = fold_checkpoint(
+            *where,
+            out,
+            dtype=asked.dtype,
+            resume=asked.resume,
+            reversible=asked.reversible,
+            allow_other_base=other,
+            allow_unchanged=asked.allow_unchanged,
+        )
+        if asked.verify:
+            report = replace(report, verified=checked_outputs(*where, out, other))
+    report = replace(report, out=asked.out)
+    print_result(report.to_dict(), report, asked.as_json)
+
+
+def _in_memory(asked: Asked, *notes: str) -> None:
+    """Fold the model itself."""
     from peftsurgery.formats.pretrained import fold_to_directory
 
-    with fresh(out, inputs, force) as part, doing(f"folding {surgery}"):
-        file = onnx if inside is None else part / inside
+    inputs, onnx, out = (
+        [asked.surgery, *([asked.base] if asked.base else [])],
+        asked.onnx,
+        asked.out,
+    )
+    inside = None if onnx is None else _inside(onnx, out)
+    if onnx is not None and inside is None:
+        check_free(onnx, inputs, asked.force)
+    with fresh(out, inputs, asked.force) as part, doing(f"folding {asked.surgery}"):
         result = fold_to_directory(
-            surgery,
+            asked.surgery,
             part,
-            base=base,
-            onnx=file,
-            verify=verify,
-            adapters=name,
-            requantise=requantise,
-            allow_other_base=allow_other_base,
-            kind=kind,
+            base=asked.base,
+            onnx=onnx if inside is None else part / inside,
+            verify=asked.verify,
+            adapters=asked.name,
+            requantise=asked.requantise,
+            allow_other_base=asked.allow_other_base,
+            kind=asked.kind,
         )
+    result = replace(result, notes=(*result.notes, *notes))
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))
     words = f"{result}\nfolded model in {out}"
-    print_result({**result.to_dict(), "out": str(out)}, words, as_json)
-
-
-def _on_files(
-    where: tuple[str, str | None, Path, str | None],
-    resume: bool,
-    reversible: bool,
-    allow_other_base: bool,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    """Fold on files, or say what that would take."""
-    from peftsurgery.formats.streamed_fold import estimate_fold, fold_checkpoint
-
-    if dry_run:
-        found = estimate_fold(*where, reversible, allow_other_base)
-        print_result(found.to_dict(), found, as_json)
-        return
-    with doing(f"folding {where[0]}"):
-        report = fold_checkpoint(*where, resume, reversible, allow_other_base)
-    print_result(report.to_dict(), report, as_json)
+    print_result({**result.to_dict(), "out": str(out)}, words, asked.as_json)
 
 
 def _inside(file: Path, out: Path) -> Path | None:

@@ -111,4 +111,10 @@ CODES = {
         "An adapter is extracted from two checkpoints with the same tensors. One of them has a "
         "tensor that the other lacks, or has in another shape (a vocabulary of another size).",
     ),
+    "PSG421": CodeInfo(
+        "The plan of a fold could not be made",
+        "What the names of an adapter's tensors leave open is told by the base's graph, which a "
+        "process of its own captures without weights. It ended before it was done: it may have "
+        "been killed, or found no memory. Try again, or fold in Python after `import torch`.",
+    ),
 }

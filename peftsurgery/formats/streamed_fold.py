@@ -1,12 +1,16 @@
 """Folds of checkpoints: an adapter's directory made into a plan, which is carried out on files.
 
 The plan says which weight a site reads, which rows of it, and how it lies in memory. Most adapters
-of peft's say that by the names of their tensors; for others the base is captured, without weights.
+of peft's say that by the names of their tensors; for others the base is captured, without weights,
+in a process of its own unless torch is here already.
 Carrying it out needs the weights and no graph; see :mod:`peftsurgery.checkpoint`.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +18,16 @@ from tempfile import TemporaryDirectory
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.estimate import FoldEstimate, estimate
+from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.checkpoint.plan import Planned
-from peftsurgery.checkpoint.streaming import FoldReport, fold_files
+from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.named_plan import named_plan
+from peftsurgery.formats.plan_process import planned_apart
+from peftsurgery.model_files import are_here
 from peftsurgery.outputs import check_free
+from peftsurgery.places import named_in
+from peftsurgery.quiet import quiet
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -33,6 +42,7 @@ def fold_checkpoint(
     reversible: bool = False,
     allow_other_base: bool = False,
     progress: Callable[[int], None] | None = None,
+    allow_unchanged: bool = False,
 ) -> FoldReport:
     """Fold an adapter's directory into the files of its base, without building the model.
 
@@ -45,13 +55,14 @@ def fold_checkpoint(
     certificate that :func:`verify` checks.
 
     Raises what :func:`fold` raises of rules that cannot be folded, PSG319 for another base, PSG415
-    if nothing would change, PSG416 for what cannot be folded on files, PSG601 and PSG602 for a
-    place that is taken or read, PSG610 for what an earlier run left.
+    if nothing would change (``allow_unchanged`` writes it anyway), PSG416 for what cannot be folded
+    on files, PSG601 and PSG602 for a place that is taken or read, PSG610 for what an earlier run
+    left.
     """
     target, code = _checked(adapter, base, out, dtype, reversible)
     with _planned(Path(adapter), base, allow_other_base) as planned:
         check_free(target, [str(planned.base)])
-        return fold_files(planned, target, code, resume, reversible, progress)
+        return fold_files(planned, target, code, resume, reversible, progress, allow_unchanged)
 
 
 def estimate_fold(
@@ -70,6 +81,37 @@ def estimate_fold(
     with _planned(Path(adapter), base, allow_other_base, recorded=False) as planned:
         check_free(target, [str(planned.base)])
         return estimate(planned, target, code, reversible)
+
+
+def has_files(adapter: str | Path, base: str | Path | None) -> bool:
+    """Whether the base of an adapter is a directory whose weights are safetensors files.
+
+    PSG207 for an index that is damaged.
+    """
+    named = base if base is not None else next(iter(named_in(Path(adapter))), None)
+    return named is not None and os.path.isdir(named) and are_here(Path(named))
+
+
+def checked_outputs(
+    adapter: str | Path, base: str | Path | None, out: str | Path, allow_other_base: bool = False
+) -> float:
+    """Compare a folded directory, as transformers loads it, with the operated model.
+
+    The models must fit in memory. Returns the largest difference of outputs at two shapes; ``out``
+    is removed where that is too large: PSG410.
+    """
+    from peftsurgery.formats.pretrained import check_written, open_adapter
+    from peftsurgery.formats.trial_inputs import unseen_inputs
+
+    named = None if base is None else str(base)
+    try:
+        with quiet():
+            operated = open_adapter(Path(adapter), named, allow_other_base)
+            cases = unseen_inputs(operated)
+            return check_written(operated, operated.source.module, Path(out), cases)
+    except SurgeryError:
+        shutil.rmtree(out)
+        raise
 
 
 def _checked(
@@ -99,7 +141,10 @@ def _planned(
     if planned is not None:
         yield planned
         return
-    from peftsurgery.formats.captured_plan import captured_plan
-
     with TemporaryDirectory() as room:
+        if "torch" not in sys.modules:
+            yield planned_apart(adapter, named, allow_other_base, Path(room))
+            return
+        from peftsurgery.formats.captured_plan import captured_plan
+
         yield captured_plan(adapter, named, allow_other_base, Path(room))

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
+from peftsurgery.checkpoint import fold_tensor
 from peftsurgery.cli.root import root
 
 
@@ -74,11 +77,83 @@ def test_a_dry_run_says_what_a_fold_takes_and_writes_nothing(
 
 
 @pytest.mark.parametrize("option", [("--dtype", "float32"), ("--resume",), ("--reversible",)])
-def test_options_of_a_streamed_fold_are_refused_without_it(
+def test_options_that_are_about_files_are_refused_beside_those_that_need_the_model(
     tmp_path: Path, surgery: tuple[Path, Path], option: tuple[str, ...]
 ) -> None:
-    error = said("fold", surgery[1], "-o", tmp_path / "out", *option, code=2)["error"]
-    assert "--stream" in str(error)
-    error = said("fold", surgery[1], "-o", tmp_path / "out", "--stream", "--verify", code=2)
-    assert "--stream" in str(error)
-    assert not (tmp_path / "out").exists()
+    for other in (("--requantise",), ("--onnx", str(tmp_path / "model.onnx"))):
+        error = said("fold", surgery[1], "-o", tmp_path / "out", *option, *other, code=2)["error"]
+        assert option[0] in str(error)
+        assert other[0] in str(error)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fold_without_options_is_made_on_files_and_checked_against_the_model(
+    tmp_path: Path, surgery: tuple[Path, Path]
+) -> None:
+    base, saved = surgery
+    report = said("fold", saved, "-o", tmp_path / "out", "--verify")
+    assert float(str(report["verified"])) < 1e-5
+    assert said("verify", tmp_path / "out")["changed"] == 2
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    assert isinstance(report["changed"], list)
+    assert {change["name"] for change in report["changed"]} == {
+        name for name in before if not torch.equal(before[name], after[name])
+    }
+    # replaced only when all is done, and only if that is asked for
+    assert "PSG601" in str(said("fold", saved, "-o", tmp_path / "out", code=3)["error"])
+    said("fold", saved, "-o", tmp_path / "out", "--dtype", "float64", "--force")
+    assert {v.dtype for v in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        torch.float64
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_not_as_operated_is_removed(
+    tmp_path: Path, surgery: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = {"checked": False}
+
+    def rounded(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        wrong["checked"] = True
+        return values * 1.01
+
+    folded = fold_tensor.folded
+    monkeypatch.setattr(
+        fold_tensor,
+        "folded",
+        lambda *given: {name: rounded(value) for name, value in folded(*given).items()},
+    )
+    error = said("fold", surgery[1], "-o", tmp_path / "out", "--verify", code=4)["error"]
+    assert "PSG410" in str(error)
+    assert wrong["checked"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_changes_nothing_is_written_only_if_that_is_asked_for(
+    tmp_path: Path, surgery: tuple[Path, Path]
+) -> None:
+    base = surgery[0]
+    ps.apply(ps.capture(str(base)), "lora_qv", rank=2).save(tmp_path / "surgery")
+    asked = ("fold", tmp_path / "surgery", "-o", tmp_path / "out")
+    assert "PSG415" in str(said(*asked, code=3)["error"])
+    assert [path.name for path in tmp_path.iterdir()] == ["surgery"]
+    said(*asked, "--allow-unchanged")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "out"))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_what_files_cannot_do_is_done_in_memory_with_a_note(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, vocab_size=32, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = ps.apply(ps.capture(str(tmp_path / "base")), "lora_embedding", rank=2)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("lora_embedding.A"):
+                value.normal_()
+    model.save(tmp_path / "surgery")
+    asked = ("fold", tmp_path / "surgery", "-o", tmp_path / "out")
+    assert "PSG416" in str(said(*asked, "--stream", code=3)["error"])
+    report = said(*asked)
+    assert report["untied"]
+    assert "tied to" in str(report["notes"])

@@ -250,7 +250,8 @@ def test_nothing_is_left_of_a_fold_that_stops_midway(
 
     monkeypatch.setattr(pretrained, "copy_missing", stop)
     before = files_of(llama[0]) | files_of(llama[1])
-    assert command("fold", llama[1], "-o", tmp_path / "out")[0] == code
+    in_memory = ("--class", "LlamaForCausalLM")
+    assert command("fold", llama[1], "-o", tmp_path / "out", *in_memory)[0] == code
     assert list(tmp_path.iterdir()) == []
     assert files_of(llama[0]) | files_of(llama[1]) == before
 

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +277,34 @@ def test_a_saved_surgery_is_folded_as_well(tmp_path: Path, llama: tuple[Path, Pa
     after = tensors_of(tmp_path / "out")
     assert after
     assert all(torch.equal(value, wanted[name]) for name, value in after.items())
+
+
+@pytest.mark.slow
+def test_what_names_leave_open_is_planned_by_a_process_of_its_own(
+    tmp_path: Path, llama: tuple[Path, Path]
+) -> None:
+    base, _ = llama
+    sizes = {"intermediate_size": 48, "tie_word_embeddings": False}
+    plain = base_at(tmp_path / "plain", "Llama", torch.float32, "1GB", **sizes)
+    adapter = adapter_at(tmp_path / "lora", plain, target_modules=["embed_tokens", "q_proj"])
+    code = (
+        "import sys; from peftsurgery.cli.root import root; "
+        "rc = 0\ntry: root(sys.argv[1:])\nexcept SystemExit as e: rc = e.code\n"
+        "print(rc, sorted({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+
+    def ran(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=True)
+
+    done = ran("fold", adapter, "--base", plain, "-o", tmp_path / "out", "--stream")
+    assert done.stdout.splitlines()[-1] == "0 []", done.stderr
+    original = AutoModelForCausalLM.from_pretrained(plain)
+    merged = peft.PeftModel.from_pretrained(original, adapter).merge_and_unload().state_dict()
+    for name, value in tensors_of(tmp_path / "out").items():
+        assert torch.allclose(value, merged[name], rtol=1e-5, atol=2e-6), name
+    # what it refuses is refused here by the same code
+    done = ran("fold", adapter, "--base", base, "-o", tmp_path / "other", "--stream", "--json")
+    assert done.stdout.splitlines()[-1] == "3 []"
+    assert "PSG5" in done.stdout
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,84 @@
+"""Plans of folds as JSON: made in one process, carried out in another.
+
+    {"sites": [{"weights": {"W": "...q_proj.weight"}, "fold": {"W": "W + scale * (B @ A)"}, ...}],
+     "replaced": {}, "record": {...}, "files": {"README.md": "<base64>"}, "without": []}
+
+Expressions are their texts, sizes that are several numbers are lists.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+from peftsurgery.language.expression import Expression, parse
+
+
+def plan_as_json(plan: FoldPlan) -> bytes:
+    """Write a plan as JSON."""
+    files = {name: base64.b64encode(content).decode() for name, content in plan.files.items()}
+    said = {
+        "sites": [_site_as_data(site) for site in plan.sites],
+        "replaced": dict(plan.replaced),
+        "record": dict(plan.record),
+        "files": files,
+        "without": sorted(plan.without),
+    }
+    return json.dumps(said, default=str).encode()
+
+
+def plan_from_json(content: bytes) -> FoldPlan:
+    """Read what :func:`plan_as_json` wrote."""
+    said = json.loads(content)
+    return FoldPlan(
+        sites=tuple(_site(entry) for entry in said["sites"]),
+        replaced=said["replaced"],
+        record=said["record"],
+        files={name: base64.b64decode(text) for name, text in said["files"].items()},
+        without=frozenset(said["without"]),
+    )
+
+
+def _site_as_data(site: SiteFold) -> dict[str, Any]:
+    return {
+        "adapter": site.adapter,
+        "module": site.module,
+        "weights": dict(site.weights),
+        "parameters": dict(site.parameters),
+        "numbers": dict(site.numbers),
+        "fold": _texts(site.fold),
+        "let": _texts(site.let),
+        "absent": list(site.absent),
+        "turned": sorted(site.turned),
+        "slice": site.slice,
+        "rows": None if site.rows is None else dict(site.rows),
+    }
+
+
+def _site(entry: Mapping[str, Any]) -> SiteFold:
+    part = entry["slice"]
+    return SiteFold(
+        **{name: entry[name] for name in ("adapter", "module", "weights", "parameters", "rows")},
+        numbers={name: _number(value) for name, value in entry["numbers"].items()},
+        fold=_expressions(entry["fold"]),
+        let=_expressions(entry["let"]),
+        absent=tuple(entry["absent"]),
+        turned=frozenset(entry["turned"]),
+        slice=None if part is None else tuple(part),
+    )
+
+
+def _number(value: Any) -> Any:
+    """A size or a setting; sizes that are several numbers are tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _texts(expressions: Mapping[str, Expression]) -> dict[str, str]:
+    return {name: expression.text for name, expression in expressions.items()}
+
+
+def _expressions(texts: Mapping[str, str]) -> dict[str, Expression]:
+    return {name: parse(text) for name, text in texts.items()}
