@@ -68,6 +68,10 @@ OPERATOR_EXAMPLES: Mapping[str, str] = {
 
 SITE_VALUES: Mapping[str, Mapping[str, Any]] = {
     "linear": {"x": torch.tensor([[[1.0, 2.0], [3.0, 6.0]]])},
+    "experts": {
+        "x": torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]),
+        "A": torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]),
+    },
     "attention": {
         "q": torch.ones(1, 4, 3, 8),
         "k": torch.ones(1, 2, 3, 8),
@@ -91,6 +95,7 @@ SITE_VALUES: Mapping[str, Mapping[str, Any]] = {
 
 SITE_EXAMPLES: Mapping[str, Mapping[str, str]] = {
     "linear": {"token_mean": "token_mean(x)"},
+    "experts": {"expert_linear": "expert_linear(x, A)"},
     "attention": {
         "attention": "attention(q, k, v, mask)",
         "concat": "concat(tokens(P), k)",
@@ -128,7 +133,7 @@ STORE_EXAMPLES: Mapping[str, str] = {"fp4": "fp4(128, False)", "nf4": "nf4(64)"}
 
 FACTS: Mapping[str, Mapping[str, str]] = {
     "linear": {"op": "the graph's operation: linear, addmm, mm, bmm, ..."},
-    "experts": {"op": "the graph's operation: bmm, grouped_mm, ..."},
+    "experts": {"op": "the graph's operation: bmm, _grouped_mm, linear (in a loop), ..."},
     "embedding": {"op": "embedding"},
     "conv": {
         "op": "the graph's operation: conv1d, conv2d, convolution, ...",

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from peftsurgery.anatomy.experts import find_experts
 from peftsurgery.anatomy.fused_rows import OpaqueError, arriving
 from peftsurgery.anatomy.linears import find_linears
 from peftsurgery.anatomy.ops import Trait, has
@@ -35,7 +36,8 @@ class Flow:
         self.graph = graph
         self.nodes: Sequence[fx.Node] = tuple(graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
-        self.products: dict[fx.Node, Site] = find_linears(graph, parameters)
+        found = find_linears(graph, parameters) | find_experts(graph, parameters)
+        self.products = {node: found[node] for node in sorted(found, key=self.order.__getitem__)}
         self.linears = list(self.products.values())
         self._origins: dict[fx.Node, Origin] = {}
         self._mixed: set[fx.Node] = set()

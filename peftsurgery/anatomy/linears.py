@@ -8,7 +8,6 @@
     einsum("btd,od->bto", x, W)     any order of axes in which x and y are as above, or turned
     bmm(x, W.expand(...))           W is (in, out): a matrix for all of a batch is one
     linear(x, W[8:24], b[8:24])     the site has those rows of W and b for its ``slice``
-    grouped_mm(x, W3), bmm(x, W3)   one matrix an expert    kind "experts"
 
 Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out)
 with the leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
@@ -32,7 +31,7 @@ from peftsurgery.capture.schemas import op
 
 
 def find_linears(graph: fx.Graph, parameters: Collection[str]) -> dict[fx.Node, Site]:
-    """The linear and experts sites of a graph in its order, by the node that multiplies.
+    """The linear sites of a graph in its order, by the node that multiplies.
 
     A product with a tensor that is none of the ``parameters`` is arithmetic.
     """
@@ -59,7 +58,7 @@ def _linear(node: fx.Node) -> Site | None:
         part = part_of(product.weight, 1 if "W" in product.turned else 0)
         if part is not None:
             return _part_site(node, product, part)
-    return _experts(node) if meaning(node).turned else None
+    return None
 
 
 def _product(node: fx.Node) -> _Product | None:
@@ -204,18 +203,3 @@ def _outer(x: fx.Node, y: fx.Node) -> tuple[fx.Node, fx.Node]:
     if same and sizes(back)[-1:] == sizes(y)[-1:] and sizes(wide)[-1:] == sizes(x)[-1:]:
         return wide, back
     return x, y
-
-
-def _experts(node: fx.Node) -> Site | None:
-    """The site of a product with one matrix for each expert (3-D weight)."""
-    inputs = operands(node)
-    for operand in inputs:
-        matrix, flipped = parameter_of(operand)
-        if matrix is not None and len(shape(matrix)) == 3:
-            others = [n for n in inputs if n is not operand and parameter_of(n)[0] is None]
-            if not others:
-                return None
-            nodes = {"x": others[0], "W": matrix, "y": node}
-            turned = frozenset("" if flipped else "W")
-            return make(nodes, turned, kind="experts", experts=int(shape(matrix)[0]))
-    return None

@@ -151,10 +151,11 @@ def _apart(one: Any, other: Any, specimen: Specimen) -> float:
 
 
 def _rewritten(rule: Rule, specimen: Specimen, env: Env) -> dict[str, Any]:
-    values = rewrite(rule, env, Context(functions=specimen.functions))
+    context = Context(functions=specimen.functions)
+    values = rewrite(rule, env, context)
     if specimen.operation is None:
         return values
-    return {"the site": site_result(rule, specimen.operation, env, values)}
+    return {"the site": site_result(rule, specimen.operation, env, values, context)}
 
 
 def _folded(rule: Rule, specimen: Specimen, env: Env) -> dict[str, Any]:

@@ -182,7 +182,9 @@ def _check(
     _check_traces(title, rule, env)
     _check_shapes(title, rule, env, _fake(rule, env, context))
     operation = specimen.operation if rule.fold else None
-    folded = None if operation is None else _difference(title, rule, operation, env, values)
+    folded = None
+    if operation is not None:
+        folded = _difference(title, rule, operation, env, values, context)
     return Check(number, specimen.title, True, folded)
 
 
@@ -238,6 +240,7 @@ def _difference(
     operation: Operation,
     env: Mapping[str, Any],
     rewritten: Mapping[str, Any],
+    context: Context,
 ) -> float:
     """Largest difference of folded and rewritten operation, relative to the largest value."""
     folded = fold(rule, env)
@@ -246,7 +249,7 @@ def _difference(
         if isinstance(was, torch.Size) and was != weight.shape:
             message = f"{title}: {name} has shape {_sizes(was)}, the fold {_sizes(weight.shape)}"
             raise SurgeryError("PSG131", message, where=rule.fold[name].where())
-    expected = site_result(rule, operation, env, rewritten)
+    expected = site_result(rule, operation, env, rewritten, context)
     actual = operation({**env, **folded})
     difference = float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
     if not difference <= TOLERANCE:
@@ -258,12 +261,16 @@ def _difference(
 
 
 def site_result(
-    rule: Rule, operation: Operation, env: Mapping[str, Any], rewritten: Mapping[str, Any]
+    rule: Rule,
+    operation: Operation,
+    env: Mapping[str, Any],
+    rewritten: Mapping[str, Any],
+    context: Context,
 ) -> Tensor:
     """What a site computes once some of its bindings are rewritten: inputs first, then the result.
 
     ``env`` binds the site's values and the rule's parameters; ``rewritten`` is what
-    :func:`rewrite` makes of them.
+    :func:`rewrite` makes of them in this ``context``.
     """
     result = rule.kind.result or "y"
     changed = {name: value for name, value in rewritten.items() if name != result}
@@ -271,7 +278,7 @@ def site_result(
     found = operation({**env, **changed})
     if result not in rewritten:
         return found
-    made: Tensor = rewrite(rule, {**env, **changed, result: found})[result]
+    made: Tensor = rewrite(rule, {**env, **changed, result: found}, context)[result]
     return made
 
 

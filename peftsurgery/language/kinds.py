@@ -12,7 +12,13 @@ from typing import Any
 
 from peftsurgery.language.operators import Operator
 from peftsurgery.language.site_functions.sequences import SEQUENCES
-from peftsurgery.language.site_functions.sites import ATTENTION, LINEAR, POSITIONS, RESIDUAL
+from peftsurgery.language.site_functions.sites import (
+    ATTENTION,
+    EXPERTS,
+    LINEAR,
+    POSITIONS,
+    RESIDUAL,
+)
 
 
 @dataclass(frozen=True)
@@ -82,11 +88,13 @@ KINDS: Mapping[str, Kind] = {
         ),
         Kind(
             "experts",
-            "a product with one matrix for each expert: W is (experts, out, in)",
+            "a product with one matrix for each expert, that of the row: y = x Wᵀ + b, W is "
+            "(experts, out, in), b is (experts, out)",
             (("x",), ("y",)),
-            ("W",),
+            ("W", "b"),
             ("in", "out", "experts"),
             "y",
+            functions=EXPERTS,
         ),
         Kind(
             "embedding",

@@ -8,7 +8,7 @@ sizes, since a rule may be for sizes that a number divides. All numbers are doub
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +20,8 @@ from torch import Tensor
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.kinds import KINDS
 from peftsurgery.language.operators import Operator
-from peftsurgery.language.site_functions.sites import core
+from peftsurgery.language.site_functions import sites as site
+from peftsurgery.language.site_functions.sites import core, entries
 
 _PER_TOKEN = ("mask", "positions", "types", "labels")
 
@@ -114,10 +115,27 @@ def _linear(env: Mapping[str, Any]) -> Tensor:
     return torch.add(torch.matmul(x, W.transpose(-2, -1)), b)
 
 
-def _experts(generator: torch.Generator, sizes: Sizes) -> Specimen:
+def _experts(grouped: bool, biased: bool, generator: torch.Generator, sizes: Sizes) -> Specimen:
+    """A batch of rows for each expert, or ``grouped`` rows, of which most experts have none."""
     count, width, rows = sizes["experts"], sizes["in"], sizes["out"]
-    drawn = _drawn(generator, x=(count, 5, width), W=(count, rows, width), b=None)
-    return _specimen(f"in {width}, out {rows}, {count} experts", {**drawn, **sizes}, _linear)
+    bias = (count, rows) if biased else None
+    own = [count - 1] * 2 + [0] * 3  # the expert of each row
+    lead = (len(own),) if grouped else (count, 5)
+    drawn = _drawn(generator, x=(*lead, width), W=(count, rows, width), b=bias)
+
+    def expert_linear(x: Tensor, W: Tensor) -> Tensor:
+        return torch.stack([x[row] @ W[expert].mT for row, expert in enumerate(own)])
+
+    def operation(env: Mapping[str, Any]) -> Tensor:
+        product = expert_linear if grouped else site.expert_linear
+        b = env["b"]
+        added = b if not biased else b[own] if grouped else b[:, None]
+        return torch.add(product(env["x"], env["W"]), added)
+
+    title = f"in {width}, out {rows}, {count} experts, {_bias(biased)}"
+    kept = "in groups" if grouped else "in batches"
+    made = _specimen(f"{title}, {kept}", {**drawn, **sizes}, operation)
+    return replace(made, functions=entries(expert_linear) if grouped else {})
 
 
 def _embedding(generator: torch.Generator, sizes: Sizes) -> Specimen:
@@ -266,7 +284,10 @@ _VARIANTS: Mapping[str, tuple[tuple[Maker, Sequence[Sizes]], ...]] = {
         (partial(_linear_site, (4,), False), _pairs("in", "out", (13, 20))),
         (partial(_linear_site, (1,), True), _SQUARE),
     ),
-    "experts": tuple((_experts, sizes) for sizes in _EXPERTS),
+    "experts": tuple(
+        (partial(_experts, grouped, biased), sizes)
+        for (grouped, biased), sizes in zip(((False, False), (True, True)), _EXPERTS, strict=True)
+    ),
     "embedding": (
         (_embedding, _pairs("in", "out", (11, 6))),
         (_embedding, _pairs("in", "out", (5, 16))),

@@ -20,8 +20,9 @@ RIGHT = {
     "match: parameter, rewrite: W + D, fold: W + D, params: {D: {shape: [rows, columns]}}": 1,
     "match: residual, rewrite: {y: 2 * y, x: x - h}": 2,
     "match: linear, rewrite: {x: 2 * x, y: 3 * y}, fold: {W: 6 * W, b: 3 * b}": 3,
-    "match: experts, rewrite: 'y + matmul(x, transpose(D))', fold: W + D, "
+    "match: experts, rewrite: 'y + expert_linear(x, D)', fold: W + D, "
     "params: {D: {shape: [experts, out, in]}}": 2,
+    "match: experts, rewrite: {W: W * s}, fold: W * s, params: {s: {shape: [experts, 1, in]}}": 2,
 }
 
 WRONG = {

@@ -101,7 +101,9 @@ RECIPES: Mapping[str, Recipe] = {
 }
 
 ELSEWHERE = {
+    "lora_all": "without experts it is lora_all_linear",
     "lora_conv": "MiniLM has no convolutions",
+    "lora_experts": "MiniLM has no experts",
     "adalora_conv": "MiniLM has no convolutions",
     "lora": "it is lora_qv with its default roles",
     "nf4": "it trains nothing by itself: see qlora",

@@ -63,6 +63,15 @@ def unmasked(k: Tensor) -> Tensor:
     return k.new_zeros(1, 1, 1, k.shape[KEYS])
 
 
+def expert_linear(x: Tensor, W: Tensor) -> Tensor:
+    """The product of x, or of what has its rows, with one matrix for each expert.
+
+    W is (experts, out, in). Each row meets the matrix of its expert, as it does in the site's own
+    product, whether the model keeps rows in groups, in batches or by their experts' numbers.
+    """
+    return torch.matmul(x, W.transpose(-2, -1))
+
+
 def precede(p: Tensor, length: int) -> Tensor:
     """The positions p, after those of ``length`` tokens that come right before the first."""
     first = p[..., :1].repeat_interleave(length, -1)
@@ -120,5 +129,6 @@ def entries(*functions: Callable[..., Any]) -> Mapping[str, Operator]:
 
 ATTENTION = entries(attention, concat, tokens, extend, unmasked, token_mean)
 LINEAR = entries(token_mean)
+EXPERTS = entries(expert_linear)
 POSITIONS = entries(precede)
 RESIDUAL = entries(norm, token_mean)

@@ -86,6 +86,6 @@ def _others(read: Placed, sites: Collection[Site]) -> Iterator[fx.Node]:
 
 def _inside(site: Site) -> Iterator[fx.Node]:
     """A site's result, and what it is computed from up to what the site binds."""
-    result = site.nodes["y"]
-    bound = {node for node in site.nodes.values() if node is not result}
-    return backward([result], lambda node: node in bound)
+    made = [site.nodes[name] for name in ("y", "product") if name in site.nodes]
+    bound = {node for node in site.nodes.values() if node not in made}
+    return backward(made[:1], lambda node: node in bound)

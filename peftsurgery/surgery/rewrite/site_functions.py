@@ -2,6 +2,7 @@
 
     attention(q, k, v, mask)    the core: repeated heads, scores, biases, caps, softmax, dropout
     extend(mask, length)        the mask in the model's own kind: added, True to see, True to hide
+    expert_linear(x, W)         the product with a matrix for each expert, rows grouped as they are
     norm(h)                     the norm after a residual addition
     token_mean(v)               the mean over the tokens of each sequence
 
@@ -26,6 +27,7 @@ from peftsurgery.language.operators import Operator
 from peftsurgery.language.site_functions.sites import KEYS, entries, tokens
 from peftsurgery.surgery.rewrite.batch_axis import token_mean
 from peftsurgery.surgery.rewrite.dtypes import cast
+from peftsurgery.surgery.rewrite.expert_product import expert_product
 from peftsurgery.surgery.rewrite.layout import as_held, as_seen, is_regular
 from peftsurgery.surgery.rewrite.rerun import INPUTS, Region, core_region, find_region
 
@@ -54,7 +56,8 @@ class Replay:
     @property
     def functions(self) -> dict[str, Operator]:
         """The site's functions that differ from their plain definitions."""
-        own = (self.attention, self.tokens, self.extend, self.unmasked, self.norm, self.token_mean)
+        core = (self.attention, self.tokens, self.extend, self.unmasked)
+        own = (*core, self.expert_linear, self.norm, self.token_mean)
         kind = KINDS.get(self.site.kind)  # a pattern's is the rule's own; inputs have no nodes
         known = kind.functions if kind and not kind.is_inputs else {}
         return dict(entries(*(f for f in own if f.__name__ in known)))
@@ -148,6 +151,10 @@ class Replay:
         given = {y: cast(h, self.dtype, value(y).dtype)}
         result = find_region([y], end).run(given, self.outside)
         return cast(result, value(end).dtype, self.dtype)
+
+    def expert_linear(self, x: Any, W: Any) -> Any:
+        """The product of x, or of what has its rows, with one matrix for each expert."""
+        return expert_product(self.site, x, W, self.outside, self.dtype)
 
     def token_mean(self, v: Any) -> Any:
         """The mean of v over the tokens of each sequence."""
