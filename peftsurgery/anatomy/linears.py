@@ -51,7 +51,7 @@ class _Product:
 
 def _linear(node: fx.Node) -> Site | None:
     product = _product(node)
-    if product is not None and is_tensor(product.x) and matrix_of(product.x)[0] is None:
+    if product is not None and is_tensor(product.x) and _is_signal(product.x):
         matrix, flipped = matrix_of(product.weight)
         if matrix is not None and len(shape(matrix)) == 2:
             return _site(node, product, matrix, flipped)
@@ -59,6 +59,11 @@ def _linear(node: fx.Node) -> Site | None:
         if part is not None:
             return _part_site(node, product, part)
     return None
+
+
+def _is_signal(x: fx.Node) -> bool:
+    """Whether a factor is no matrix of weights: learned queries are repeated for all of a batch."""
+    return matrix_of(x)[0] is None or len(shape(x)) > 2
 
 
 def _product(node: fx.Node) -> _Product | None:

@@ -138,7 +138,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
     facts |= _head_sizes(flow, core, feeders)
     facts["kind"] = _kind(flow, feeders)
-    facts["borrowed"] = tuple(p for p in PARTS if not feeders[p] and _is_passed(flow, nodes[p]))
+    facts["unprojected"] = tuple(p for p in PARTS if not feeders[p] and _is_given(flow, nodes[p]))
     inside = mask_nodes(flow, core)
     facts["causal"] = core.is_causal or depends_on_order(inside) or reads_cache(flow, core)
     inputs = list(flow.graph.find_nodes(op="placeholder"))
@@ -182,12 +182,10 @@ def _read(flow: Flow, linears: Sequence[Site]) -> set[fx.Node]:
     return {linear.nodes["x"] for linear in chain}
 
 
-def _is_passed(flow: Flow, node: fx.Node) -> bool:
-    """Whether a value comes from outside the program as it is, but for its layout and scale."""
+def _is_given(flow: Flow, node: fx.Node) -> bool:
+    """Whether no product makes a value: the program is passed it, or it is a parameter."""
     made = flow.made_of(node, lambda n: n in flow.products)
-    if any(n in flow.products or has(n, Trait.OPAQUE) for n in made):
-        return False
-    return any(n.op == "placeholder" and flow.is_signal(n) for n in made)
+    return not any(n in flow.products or has(n, Trait.OPAQUE) for n in made)
 
 
 def _around(linears: Sequence[Site]) -> str:

@@ -129,29 +129,33 @@ class _Surveyor:
         return {}
 
     def of_core(self, frame: Frame, site: Site) -> dict[str, Any]:
-        """Facts of a core: whether it is causal, and whose keys and values it borrows."""
+        """Facts of a core: whether it is causal, and what it has no projection of its own for."""
         found: dict[str, Any] = {"causal": True} if self.orders(frame, site) else {}
-        lenders = {part: self.lenders(frame, site.nodes[part]) for part in site.facts["borrowed"]}
-        if lenders:
-            found["borrowed"] = tuple(f"attn.{part}" for part, cores in lenders.items() if cores)
-        kinds = {core.facts["kind"] for core in lenders.get("k", ())}
+        origins = {part: self.origin(frame, site.nodes[part]) for part in site.facts["unprojected"]}
+        known = (part for part, origin in origins.items() if origin is not None)
+        found["unprojected"] = tuple(f"attn.{part}" for part in known)
+        kinds = {core.facts["kind"] for core in origins.get("k") or ()}
         return found | ({"kind": kinds.pop()} if len(kinds) == 1 else {})
 
-    def lenders(self, frame: Frame, node: fx.Node) -> list[Site]:
-        """The cores of other blocks whose projections a value that a block is passed comes from."""
+    def origin(self, frame: Frame, node: fx.Node) -> list[Site] | None:
+        """The cores of other blocks whose projections a value that a block is passed comes from.
+
+        None if it comes from a product that serves no core: from a projection that is not known.
+        """
 
         def is_product(at: tuple[Frame, fx.Node]) -> bool:
             return at[1] in analyse(at[0].program).flow.products
 
         made = [at for at in self.calls.walk(frame, node, is_product) if is_product(at)]
         lent = {(at, analyse(at.program).flow.products[product].parameter) for at, product in made}
-        return [
+        cores = [
             core
             for at, parameter in lent
             for site in analyse(at.program).sites
             if site.kind == "linear" and site.parameter == parameter
             for core in site.cores
         ]
+        return cores if cores or not lent else None
 
     def head_of(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
         """Role of a parameter that a head linear reads: the head's role."""

@@ -39,7 +39,7 @@ class Counted:
             (expect.per_attention, self._uneven_cores, "attention"),
             (expect.per_block, self._uneven_blocks, "block"),
         ):
-            found = None if wanted is None else uneven(wanted, expect.borrowed)
+            found = None if wanted is None else uneven(wanted, not expect.complete)
             if found is not None:
                 return f"{wanted} per {group}: {found}"
         return None
@@ -58,7 +58,7 @@ class Counted:
             [f"{b or 'the model itself'} has {held[b]}" for b in blocks if held[b] != wanted]
         )
 
-    def _uneven_cores(self, wanted: int, may_borrow: bool) -> str | None:
+    def _uneven_cores(self, wanted: int, may_lack: bool) -> str | None:
         """Describe the attention cores in reach with another number of roles; None if none.
 
         Roles count, not sites: two projections to queries are one role.
@@ -69,7 +69,7 @@ class Counted:
             core: held
             for core, held in self.roles.items()
             if len(held) != wanted
-            and not (may_borrow and len(held.union(self.borrowed.get(core, ()))) == wanted)
+            and not (may_lack and len(held.union(self.unprojected.get(core, ()))) == wanted)
         }
         few = [f"{core} has {len(held)}{_named(held)}" for core, held in wrong.items()]
         return _few(few) or (None if self.kept or not wanted else "no core has any")
@@ -84,11 +84,11 @@ class Counted:
         return found
 
     @cached_property
-    def borrowed(self) -> dict[str, list[str]]:
-        """The roles asked for that attention cores take from other layers, by core."""
+    def unprojected(self) -> dict[str, list[str]]:
+        """The roles asked for that attention cores have no projection of their own for, by core."""
         found: dict[str, list[str]] = {}
         for site in self.cores:
-            for role in site.facts.get("borrowed", ()) if self.asked else ():
+            for role in site.facts.get("unprojected", ()) if self.asked else ():
                 if passes(self.asked, replace(site, extra={**site.extra, "role": role})):
                     found.setdefault(site.attentions[0], []).append(role)
         return found

@@ -71,11 +71,12 @@ class Expect(Strict):
     """The number of sites; what a plain number means."""
     per_attention: int | None = Field(default=None, ge=0, strict=True)
     """The number of roles at every attention core that the clauses besides `role` leave. A role
-    that a core takes from another layer, with no projection of its own, counts, and is reported."""
+    that a core has no projection for (its keys are another layer's, its query is a parameter)
+    counts, and is reported."""
     per_block: int | None = Field(default=None, ge=0, strict=True)
     """The number of sites in every block where the clauses besides `role` leave one."""
-    borrowed: StrictBool = True
-    """Whether `per_attention` counts what an attention core takes from another layer."""
+    complete: StrictBool = False
+    """Whether every attention core must have its own projection for each role that is counted."""
 
 
 class Param(Strict):

@@ -129,6 +129,47 @@ KINDS = {
 }
 
 
+IMAGE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 8,
+}
+POOLING = {  # the head of a vision model, whose query is learned
+    "a query that is projected by rows of a weight": (
+        hf("SiglipVisionModel", "SiglipVisionConfig", **IMAGE),
+        {
+            ("attn.q", "attention.in_proj_weight", tuple(range(32))),
+            ("attn.kv", "attention.in_proj_weight", tuple(range(32, 96))),
+            ("attn.k", "attention.in_proj_weight", tuple(range(32, 64))),
+            ("attn.v", "attention.in_proj_weight", tuple(range(64, 96))),
+            ("attn.o", "attention.out_proj", None),
+        },
+        [],
+    ),
+    "a query that is a parameter": (
+        hf("Aimv2VisionModel", "Aimv2VisionConfig", **IMAGE),
+        {("attn.k", "k_proj", None), ("attn.v", "v_proj", None)},
+        ["attn.q"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", POOLING)
+def test_a_head_that_pools_has_keys_and_values(name: str) -> None:
+    build, expected, unprojected = POOLING[name]
+    torch.manual_seed(0)
+    model = ps.capture(build().eval())
+    sites = [site for site in survey(model.captures[0]) if site.module.startswith("head")]
+    found = {as_found(site) for site in sites if (site.role or "").startswith("attn.")}
+    assert {(role, path.removeprefix("head."), rows) for role, path, rows in found} == expected
+    report = ps.apply(model, "lora_qv").report
+    assert [one for each in report.unprojected for one in each["roles"]] == unprojected
+
+
 @cache
 def captured(name: str) -> ps.GraphModel:
     torch.manual_seed(0)
@@ -208,8 +249,8 @@ def test_values_leave_the_probabilities_as_they_are(name: str) -> None:
 def test_a_rule_is_told_what_a_layer_takes_from_another() -> None:
     model = captured("gemma4")
     report = ps.apply(model, "lora_qv").report
-    assert "layers.{2..3}.self_attn takes attn.v from another layer" in str(report)
-    assert [entry["roles"] for entry in report.to_dict()["borrowed"]] == [["attn.v"]] * 2
+    assert "layers.{2..3}.self_attn has no projection of its own for attn.v" in str(report)
+    assert [entry["roles"] for entry in report.to_dict()["unprojected"]] == [["attn.v"]] * 2
     assert report.to_dict()["coverage"]["attn.v"] == {"matched": 2, "of": 2}
     strict = ps.parse_rules(
         """
@@ -218,7 +259,7 @@ about: Every core is to have values of its own.
 rules:
   - match: linear
     where: {role: [attn.q, attn.v]}
-    expect: {per_attention: 2, borrowed: false}
+    expect: {per_attention: 2, complete: true}
     rewrite: 2 * y
 """
     )

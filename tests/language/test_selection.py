@@ -209,23 +209,23 @@ def test_a_projection_may_serve_two_cores():
     assert "second has 0" in error.message
 
 
-def test_what_a_core_takes_from_another_layer_is_no_error_unless_the_rule_says_so():
+def test_a_core_without_a_projection_of_its_own_is_no_error_unless_the_rule_says_so():
     def sharing():
         sites = [s for s in decoder() if s.layer != 3 or s.role not in ("attn.k", "attn.v")]
         for site in sites:
             if site.kind == "attention" and site.layer == 3:
-                site.facts = {"borrowed": ("attn.k", "attn.v")}
+                site.facts = {"unprojected": ("attn.k", "attn.v")}
         return sites
 
     found = chosen("{role: [attn.q, attn.v]}", sharing(), expect="{per_attention: 2}")
     found.check()
-    assert found.counted.borrowed == {"core3": ["attn.v"]}
-    expect = "{per_attention: 2, borrowed: false}"
+    assert found.counted.unprojected == {"core3": ["attn.v"]}
+    expect = "{per_attention: 2, complete: true}"
     error = refusal("{role: [attn.q, attn.v]}", sharing(), expect=expect, check=True)
     assert "core3 has 1 (attn.q)" in error.message
     left = [s for s in sharing() if s.role != "attn.q" or s.layer != 3]
     error = refusal("{role: [attn.q, attn.v]}", left, expect="{per_attention: 2}", check=True)
-    assert "core3 has 0" in error.message, "queries are not borrowed"
+    assert "core3 has 0" in error.message, "queries are projected"
     nothing = [s for s in sharing() if s.layer == 3]
     error = refusal("{role: attn.v}", nothing, expect="{per_attention: 1}", check=True)
     assert error.code == "PSG301"

@@ -1,40 +1,33 @@
-"""Capture every architecture of transformers, small and with random weights, against the original.
+"""Capture every architecture of transformers, small and with random weights, and operate on it.
 
-python tools/bench/sweep.py --seconds 60 --minutes 30     every model type
-python tools/bench/sweep.py bert llama t5                 some of them
+python -m tools.bench.sweep --seconds 60 --minutes 30     every model type
+python -m tools.bench.sweep bert llama t5                 some of them
+python -m tools.bench.sweep --done FILE                   go on where FILE, which is written, ends
 
-Each is captured in a process of its own and compared at a shape it was not captured with. It is
-exact, or refused with a code, or has no small config that this script can guess (unfit), or wrong.
+Each is captured in a process of its own and compared with the original at a shape it was not
+captured with. It is exact, or refused with a code, or has no small config that this script can make
+(unfit), or wrong. On each exact capture, `lora_qv` and `lora_all_linear` are applied, given random
+numbers and folded; the oracle is arithmetic of this script's own: the folded weights minus the
+original ones must be what the factors give, at the rows that the report names, and nothing
+elsewhere. What a rule says of a model that it refuses is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import multiprocessing
 import os
 import time
 from collections import Counter
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-# Names that configs give to their sizes, and small values that go together.
-SMALL: dict[str, int] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 32),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim"), 64),
-    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"), 64),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
-    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
-    **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "qk_head_dim"), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    "word_embed_proj_dim": 32,
-    "vocab_size": 99,
-    "sliding_window": 4,
-}
-SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+from tools.bench.sweep_configs import REPAIRED, SMALL, SPECIAL
+
+RULES = ("lora_qv", "lora_all_linear")
 
 
 def small_model(kind: str) -> Any:
@@ -44,10 +37,12 @@ def small_model(kind: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config_class = CONFIG_MAPPING[kind]
+    torch.manual_seed(0)
+    if kind in REPAIRED:
+        return AutoModel.from_config(config_class(**REPAIRED[kind])).eval()
     default = config_class()
     sizes = {k: v for k, v in SMALL.items() if isinstance(getattr(default, k, None), int)}
     special = {k: v for k, v in SPECIAL.items() if getattr(default, k, None) is not None}
-    torch.manual_seed(0)
     return AutoModel.from_config(config_class(**sizes, **special)).eval()
 
 
@@ -63,8 +58,8 @@ def unseen_inputs(model: Any) -> dict[str, Any]:
     return larger
 
 
-def compare(model: Any, answer: Connection) -> str:
-    """Capture and compare: "exact", or what differs. Sends a word when the original has run."""
+def swept(model: Any, answer: Connection) -> None:
+    """Capture, compare, and apply the rules; sends a word for each, when the original has run."""
     import torch
 
     from peftsurgery.capture import capture
@@ -73,12 +68,66 @@ def compare(model: Any, answer: Connection) -> str:
     model.config.use_cache = False
     with torch.no_grad():
         expected = model(**inputs)
-        answer.send("it runs")
-        actual = capture(model)(**inputs)
+        answer.send(("capture", "crashed: an error without a code"))
+        captured = capture(model)
+        actual = captured(**inputs)
     # What a model remembers for the next call (caches, mems) is not captured unless asked for.
     pairs = [(expected[key], b) for key, b in actual.items() if isinstance(b, torch.Tensor)]
     wrong = [(a.float() - b.float()).abs().max().item() for a, b in pairs if not torch.equal(a, b)]
-    return f"wrong by {max(wrong):.1e}" if wrong else "exact"
+    answer.send(("capture", f"wrong by {max(wrong):.1e}" if wrong else "exact"))
+    for rule in RULES:
+        answer.send((rule, "crashed: an error without a code"))
+        answer.send((rule, operated(model, captured, rule)))
+
+
+def operated(model: Any, captured: Any, rule: str) -> str:
+    """What became of a rule: how much of the model it reached, why not, or what it did wrong."""
+    import torch
+
+    import peftsurgery as ps
+
+    try:
+        made = ps.apply(captured, rule)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name in made.report.added:
+                parameter = made.get_parameter(name)
+                parameter.copy_(torch.randn_like(parameter) / 8)
+        wrong = wrong_weights(model, made, ps.fold(made))
+    except ps.SurgeryError as error:
+        return f"refused: {str(error).splitlines()[0]}"
+    if wrong:
+        return f"wrong: {', '.join(wrong)}"
+    left = {role: share for role, share in made.report.coverage.roles.items() if share.matched == 0}
+    return f"applied at {len(made.report.matches)}" + (f", not {', '.join(left)}" if left else "")
+
+
+def wrong_weights(model: Any, made: Any, folded: Any) -> list[str]:
+    """The weights whose change is not what the factors of the report's matches give."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    before = {name: value.double() for name, value in model.state_dict().items()}
+    expected = {name: value.clone() for name, value in before.items()}
+    for match in made.report.matches:
+        A, B = (made.get_parameter(name).double() for name in sorted(match["added"]))
+        change, part = 2 * (B @ A), match["slice"]
+        weight = expected[match["parameter"]]
+        is_turned = isinstance(model.get_submodule(match["module"]), Conv1D)
+        held = weight.mT if is_turned else weight
+        if part is None:
+            held += change
+        else:
+            rows = torch.arange(len(held))
+            inside = (rows % part["period"] - part["start"]) % part["period"] < part["length"]
+            held[rows[inside]] += change
+    after = folded.state_dict()
+    return [
+        name
+        for name, value in expected.items()
+        if value.is_floating_point()
+        and not torch.allclose(after[name].double(), value, atol=1e-5, rtol=1e-5)
+    ]
 
 
 def attempt(kind: str, answer: Connection) -> None:
@@ -88,35 +137,33 @@ def attempt(kind: str, answer: Connection) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     model = small_model(kind)
     try:
-        answer.send(compare(model, answer))
+        swept(model, answer)
     except SurgeryError as error:
-        answer.send(f"refused: {error}")
+        answer.send(("capture", f"refused: {str(error).splitlines()[0]}"))
 
 
-def bounded(kind: str, seconds: float) -> str:
-    """What became of one model type within a time."""
+def bounded(kind: str, seconds: float) -> dict[str, str]:
+    """What became of one model type within a time, by step."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(target=attempt, args=(kind, sender))
     process.start()
     sender.close()
-    result = "unfit: no small config, or the original fails"
+    found: dict[str, str] = {}
     end = time.monotonic() + seconds
     try:
         while receiver.poll(max(0, end - time.monotonic())):
-            result = str(receiver.recv())
-            if result != "it runs":
-                return result
-            result = "crashed: an error without a code"
-        return "slow: it took too long"
+            step, result = receiver.recv()
+            found[step] = str(result)
+        return {**found, "slow": "it took too long"}
     except EOFError:
-        return result
+        return found or {"capture": "unfit: no small config, or the original fails"}
     finally:
         process.kill()
         process.join()
 
 
 def main() -> None:
-    """Print a line for each model type, and the counts."""
+    """Print a line for each step of each model type, and the counts."""
     import torch
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -125,19 +172,30 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--seconds", type=float, default=60, help="for one model")
     parser.add_argument("--minutes", type=float, default=30, help="for all of them")
+    parser.add_argument("--done", type=Path, help="results, a line of JSON for each model type")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    importlib.import_module("peftsurgery.capture")  # once, for all the forks
+    importlib.import_module("peftsurgery")  # once, for all the forks
+    done: dict[str, dict[str, str]] = {}
+    if options.done and options.done.exists():
+        done = dict(json.loads(line) for line in options.done.read_text().splitlines())
     end = time.monotonic() + 60 * options.minutes
     kinds = options.kinds or [kind for kind in CONFIG_MAPPING if kind in MODEL_MAPPING_NAMES]
-    counts: Counter[str] = Counter()
     for kind in kinds:
-        if time.monotonic() > end:
-            break
-        result = bounded(kind, options.seconds)
-        counts[result.split(":")[0].split(" ")[0]] += 1
-        print(f"{kind:28} {result.splitlines()[0][:160]}", flush=True)
-    print(dict(counts), f"of {len(kinds)}")
+        if kind not in done and time.monotonic() < end:
+            done[kind] = bounded(kind, options.seconds)
+            if options.done:
+                with options.done.open("a") as file:
+                    file.write(json.dumps([kind, done[kind]]) + "\n")
+            for step, result in done[kind].items():
+                print(f"{kind:28} {step:16} {result[:150]}", flush=True)
+    counts = Counter(
+        (step, result.split(":")[0].split(" ")[0])
+        for kind in kinds
+        for step, result in done.get(kind, {}).items()
+    )
+    for (step, result), count in sorted(counts.items()):
+        print(f"{step:16} {result:10} {count:4} of {len(kinds)}")
 
 
 if __name__ == "__main__":

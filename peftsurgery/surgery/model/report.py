@@ -54,12 +54,12 @@ class Report:
         return [{"rule": name, **miss.to_dict()} for name, miss in chosen]
 
     @property
-    def borrowed(self) -> list[dict[str, Any]]:
-        """The roles that a rule asks for and an attention core takes from another layer."""
+    def unprojected(self) -> list[dict[str, Any]]:
+        """The roles that a rule asks for and an attention core has no projection of its own for."""
         return [
             {"rule": each.name, "attention": core, "roles": roles}
             for each in self.plan.selections
-            for core, roles in each.counted.borrowed.items()
+            for core, roles in each.counted.unprojected.items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Report:
             "trainable": self.trainable,
             "total": self.total,
             "near_misses": self.near_misses,
-            "borrowed": self.borrowed,
+            "unprojected": self.unprojected,
             "notes": list(self.notes),
             "lost": self.lost,
         }
@@ -142,8 +142,8 @@ def _lines(selection: Selection) -> list[str]:
     lines = [f"{selection.name}: {len(selection.kept)} sites ({counted})"]
     lines += [f"  not {text}" for text in _folded(selection)]
     lent = [
-        f"{core.rpartition(':')[0]} takes {' and '.join(roles)} from another layer"
-        for core, roles in selection.counted.borrowed.items()
+        f"{core.rpartition(':')[0]} has no projection of its own for {' and '.join(roles)}"
+        for core, roles in selection.counted.unprojected.items()
     ]
     return lines + [f"  {joined(texts)}" for texts in _alike(lent)]
 

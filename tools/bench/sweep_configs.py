@@ -1,0 +1,143 @@
+"""Small configs for the sweep: sizes by the names that configs give them, and repaired ones.
+
+A config of defaults with small numbers put into it is unfit where its numbers must go together in a
+way that their names do not say; those of popular architectures are written out here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Names that configs give to their sizes, and small values that go together.
+SMALL: dict[str, int] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size"), 32),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "n_inner", "hidden_dim"), 64),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), 2),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "v_head_dim", "qk_head_dim"), 8),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    "word_embed_proj_dim": 32,
+    "vocab_size": 99,
+    "sliding_window": 4,
+}
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    **SPECIAL,
+}
+_LATENT: dict[str, Any] = {
+    **_TEXT,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_PAIR: dict[str, Any] = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "decoder_start_token_id": 0,
+    "max_position_embeddings": 64,
+    **SPECIAL,
+}
+_EXPERTS: dict[str, Any] = {**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2}
+_MIXED: dict[str, Any] = {
+    **_TEXT,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_SHARED: dict[str, Any] = {
+    **_TEXT,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 99,
+    "hidden_size_per_layer_input": 8,
+}
+
+REPAIRED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_LATENT, "topk_method": "greedy"},
+    "deepseek_v3": _LATENT,
+    "glm4_moe_lite": _LATENT,
+    "minicpm3": _LATENT,
+    "youtu": _LATENT,
+    "gemma3n_text": {
+        **_SHARED,
+        "intermediate_size": [64] * 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "laurel_rank": 4,
+        "altup_num_inputs": 2,
+    },
+    "gemma4_text": {**_SHARED, "global_head_dim": 8},
+    "prophetnet": {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "encoder_ffn_dim": 64,
+        "num_encoder_layers": 2,
+        "num_encoder_attention_heads": 4,
+        "decoder_ffn_dim": 64,
+        "num_decoder_layers": 2,
+        "num_decoder_attention_heads": 4,
+    },
+    "pegasus_x": {**_PAIR, "block_size": 4, "num_global_tokens": 2},
+    "big_bird": {**_TEXT, "attention_type": "original_full"},
+    "jetmoe": {**_EXPERTS, "kv_channels": 8},
+    "mixtral": _EXPERTS,
+    "qwen2_moe": {
+        **_TEXT,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "gpt_oss": {**_EXPERTS, "head_dim": 8},
+    "llama4_text": {**_EXPERTS, "head_dim": 8, "intermediate_size_mlp": 64},
+    "qwen3_5_text": _MIXED,
+    "minimax": {**_EXPERTS, "head_dim": 8, "layer_types": _MIXED["layer_types"]},
+    "siglip_vision_model": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "image_size": 16,
+        "patch_size": 8,
+    },
+    "mllama_text_model": {**_TEXT, "cross_attention_layers": [1]},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "vocab_size": 99,
+        "attn_config": {"kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+}
