@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from peftsurgery.diff.files import are_files, compare_files
 from peftsurgery.diff.lines import folded_lines, lines
 from peftsurgery.diff.markdown import markdown
 from peftsurgery.diff.onnx_graph import is_onnx
+from peftsurgery.diff.operations import LEFT_OUT, Entry, count_operations, operation_entries
 from peftsurgery.diff.page import page
 from peftsurgery.diff.script import Script, compare
 from peftsurgery.diff.side import Side, comparable, side_of_model, side_of_onnx
@@ -23,6 +25,8 @@ from peftsurgery.diff.text import rendered
 from peftsurgery.diff.weights import TensorChange, compare_weights, weight_entries
 from peftsurgery.notebook import shown, table
 from peftsurgery.surgery.loading import open_model
+
+COMPARED = "inputs, outputs, tensors and kinds of operations"
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def diff(
 
     ``a`` and ``b`` are captured or operated models, models to capture, what the command line takes
     for MODEL, or ONNX files. An operated model is what it is with the adapters that are active now;
-    an ONNX file is compared with a model of torch by inputs, outputs and tensors alone, since ONNX
+    an ONNX file is compared with a model of torch by inputs, outputs, tensors, and how often each
+    module does what (products, attention cores, norms, activations, sums of streams), since ONNX
     has operators of its own. ``weights`` compares the base's weights too, tensor by tensor, as they
     lie in files or in memory, or as active adapters trained them. ``shape`` is (batch, tokens) of
     the forward whose cost is counted, instead of the example that each model was captured with.
@@ -96,16 +101,17 @@ def diff(
     script = compare(first, second)
     changes = _weights(one, other, script) if weights else None
     changed = folded_lines(weight_entries(changes or ()))
+    operations = [] if one.is_whole else folded_lines(_operations(one, other))
     tables = (script.blocks, script.tensors, script.sites, script.insertions)
     differs = {
-        "structure": any(tables),
+        "structure": any(tables) or bool(operations),
         "config": bool(script.config),
         "weights": bool(changed),
     }
-    told = [*lines(script, first, second), *changed]
-    compared = "" if one.is_whole else "inputs, outputs and tensors"
+    told = [*lines(script, first, second), *operations, *changed]
+    limits = ("", "") if one.is_whole else (COMPARED, LEFT_OUT)
     figures = one.figures, other.figures
-    summary = Summary(_names(a, b), figures, told, differs, changes, compared)
+    summary = Summary(_names(a, b), figures, told, differs, changes, *limits)
     return Diff(summary, (first, second), script)
 
 
@@ -115,6 +121,11 @@ def _side(model: GraphModel | nn.Module | str | Path, shape: tuple[int, int] | N
     if not isinstance(model, GraphModel):
         model = capture(model) if isinstance(model, nn.Module) else open_model(str(model))
     return side_of_model(model, shape)
+
+
+def _operations(one: Side, other: Side) -> Iterator[Entry]:
+    counted = (count_operations(side.nodes()) for side in (one, other))
+    return operation_entries(*counted)
 
 
 def _weights(one: Side, other: Side, script: Script) -> list[TensorChange]:

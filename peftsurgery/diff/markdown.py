@@ -21,6 +21,8 @@ def _lines(summary: Summary) -> Iterator[str]:
     yield f"### {first} → {second}"
     yield ""
     yield f"{summary.sentence().capitalize()}."
+    if summary.left_out:
+        yield f"Not compared: {summary.left_out}."
     if not summary.lines:
         return
     rows = summary.headline()

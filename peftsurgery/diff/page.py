@@ -30,11 +30,10 @@ def page(
 ) -> str:
     """The whole file; without ``models`` and their ``script`` there is no graph."""
     numbers = {id(line): number for number, line in enumerate(summary.lines)}
-    at = summary.figures[0].at if summary.figures else ""
     said = "\n".join([
         f"<p>{escape(summary.sentence())}</p>",
         _headline(summary),
-        f"<p class=note>FLOPs and activations of one forward at {escape(at)}</p>" if at else "",
+        *(f"<p class=note>{escape(note)}</p>" for note in summary.notes()),
         *(_changes(title, found, numbers) for title, found in summary.parts()),
     ])  # fmt: skip
     data = None

@@ -11,8 +11,9 @@ from torch import fx
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.fingerprint import in_memory, weights_of
 from peftsurgery.diff.describing import describe_model, served, shape_of_value
-from peftsurgery.diff.description import Description, SiteFacts, TensorFacts
+from peftsurgery.diff.description import Description, Node, SiteFacts, TensorFacts
 from peftsurgery.diff.figures import Figures, measure
+from peftsurgery.diff.flat import flattened
 from peftsurgery.diff.onnx_graph import read_onnx
 from peftsurgery.errors import SurgeryError
 from peftsurgery.fingerprint import Sampled
@@ -23,15 +24,17 @@ from peftsurgery.surgery.model.operated import OperatedModel
 class Side:
     """A model's description and figures, and what gives its tensors' values by name.
 
-    ``inputs`` are the shapes of the inputs by name, ``outputs`` those of the outputs in order.
-    ``origins`` are the names in the file of tensors that have other names in the description, and
-    ``unsaved`` tensors that the model has, but no file of it. ``operators`` names whose they are;
-    the description of a side that is not whole has no graph.
+    ``nodes`` gives those of the whole graph, in order. ``inputs`` are the shapes of the inputs by
+    name, ``outputs`` those of the outputs in order. ``origins`` are the names in the file of
+    tensors that have other names in the description, and ``unsaved`` tensors that the model has,
+    but no file of it. ``operators`` names whose they are; the description of a side that is not
+    whole has no graph.
     """
 
     description: Description
     figures: Figures
     values: Callable[[], Mapping[str, Sampled]]
+    nodes: Callable[[], Mapping[str, Node]]
     inputs: Mapping[str, str]
     outputs: tuple[str, ...]
     operators: str
@@ -57,6 +60,7 @@ def side_of_model(model: GraphModel, shape: tuple[int, int] | None = None) -> Si
         description,
         measure(model, description, shape),
         values,
+        lambda: flattened(served(model), description.classes),
         {name: shape_of_value(node) for name, node in inputs if shape_of_value(node)},
         tuple(map(shape_of_value, outputs)),
         "torch",
@@ -77,14 +81,24 @@ def side_of_onnx(path: Path) -> Side:
     """An ONNX file. Raises what :func:`read_onnx` raises."""
     graph = read_onnx(path)
     inputs, outputs = graph.ends
-    figures, origins = graph.figures, graph.origins
-    return Side(graph.description, figures, lambda: graph.values, inputs, outputs, "ONNX", origins)
+    nodes = graph.description.classes["0"].nodes
+    return Side(
+        graph.description,
+        graph.figures,
+        lambda: graph.values,
+        lambda: nodes,
+        inputs,
+        outputs,
+        "ONNX",
+        graph.origins,
+    )
 
 
 def comparable(one: Side, other: Side) -> tuple[Side, Side]:
     """Two sides as they can be compared: whole, or what is at their ends.
 
-    Those are inputs, outputs and tensors, where the operators are of two libraries.
+    Those are inputs, outputs and tensors, where the operators are of two libraries; what these do
+    is counted beside (:mod:`peftsurgery.diff.operations`).
     """
     if one.operators == other.operators:
         return one, other

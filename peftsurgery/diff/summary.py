@@ -29,7 +29,8 @@ _UNITS = ("", "k", "M", "G", "T", "P")
 class Summary:
     """A difference, ready to be shown: ``differs`` says of structure, config, weights whether.
 
-    ``compared`` names all that was compared, if that is not the whole of both.
+    ``compared`` names all that was compared, if that is not the whole of both, and ``left_out``
+    what was not.
     """
 
     names: tuple[str, str]
@@ -38,6 +39,7 @@ class Summary:
     differs: Mapping[str, bool]
     weights: Sequence[TensorChange] | None = None
     compared: str = ""
+    left_out: str = ""
 
     def parts(self) -> Iterator[tuple[str, list[Line]]]:
         """The lines under the title of their part, in order; parts without a line are left out."""
@@ -45,6 +47,14 @@ class Summary:
             found = [line for line in self.lines if line.part == part]
             if found:
                 yield title, found
+
+    def notes(self) -> Iterator[str]:
+        """Sentences below the changes: at which shape was counted, and what was not compared."""
+        at = self.figures[0].at if self.figures else ""
+        if self.lines and at:
+            yield f"FLOPs and activations of one forward at {at}"
+        if self.left_out:
+            yield f"not compared: {self.left_out}"
 
     def headline(self) -> list[tuple[str, str, str, str]]:
         """(figure, of a, of b, difference) in words."""
@@ -88,6 +98,7 @@ class Summary:
             "equal": not any(self.differs.values()),
             "differs": dict(self.differs),
             "compared": self.compared or None,
+            "left_out": self.left_out or None,
             "headline": {"a": a and a.to_dict(), "b": b and b.to_dict()},
             "changes": [asdict(line) for line in self.lines],
             "weights": None if self.weights is None else [e.to_dict() for e in self.weights],

@@ -33,9 +33,8 @@ def rendered(summary: Summary, width: int | None = None, colour: bool = False) -
     for title, found in summary.parts():
         console.print(Text(title, style="bold"))
         console.print(Padding(_changes(found), (0, 0, 0, 2)))
-    at = summary.figures[0].at if summary.figures else ""
-    if summary.lines and at:
-        console.print(Text(f"FLOPs and activations of one forward at {at}", style="dim"))
+    for note in summary.notes():
+        console.print(Text(note, style="dim"))
     text = console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
     return "\n".join(line.rstrip() for line in text.splitlines())
 

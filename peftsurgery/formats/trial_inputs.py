@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
+from peftsurgery.anatomy.values import fixed
 from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 
@@ -51,7 +52,7 @@ def seen_inputs(model: GraphModel) -> Inputs:
 def free_axes(model: GraphModel) -> dict[str, list[int]]:
     """The axes of each input whose size may vary."""
     return {
-        node.name: [i for i, size in enumerate(node.meta["val"].shape) if not isinstance(size, int)]
+        node.name: [i for i, size in enumerate(node.meta["val"].shape) if fixed(size) is None]
         for node in _placeholders(model)
     }
 
@@ -136,8 +137,9 @@ def _make(
 
 def _shape(sizes: Any, batch: int | None, stretch: Callable[[int], int]) -> Iterator[int]:
     for axis, size in enumerate(sizes):
-        if isinstance(size, int):
-            yield size
+        known = fixed(size)
+        if known is not None:
+            yield known
         elif axis == 0 and batch is not None:
             yield batch
         else:
