@@ -1,9 +1,16 @@
 """What README shows runs, and prints what it says."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftsurgery as ps
+from tests.surgery.model.processes import run_to_end
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -31,3 +38,20 @@ def test_the_snippets_run_in_order(
     assert shown[0] in printed
     assert "lora_qv: 4 sites" in printed
     assert (tmp_path / "surgery" / "adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", blocks("py"), ids=["sharded", "launched"])
+def test_the_scripts_run_as_their_first_line_says(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, _, command = text.splitlines()[0].removeprefix("# ").partition(": ")
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    here = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", os.pathsep.join((str(here), os.environ["PATH"])))
+    run_to_end(command.split(), tmp_path)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
+    config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    trained = ps.load(tmp_path / name.removesuffix(".py"), ps.capture(LlamaForCausalLM(config)))
+    assert all(value.abs().max() > 0 for value in trained.learnt().values())

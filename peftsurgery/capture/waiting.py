@@ -16,8 +16,10 @@ from peftsurgery.capture.called_parts import with_calls
 from peftsurgery.capture.captures import Capture
 from peftsurgery.capture.modules import Block, Part
 from peftsurgery.capture.program import Program
+from peftsurgery.capture.sharded import is_sharded
 from peftsurgery.capture.threads import known_or_made
 from peftsurgery.capture.watched import original_at
+from peftsurgery.errors import SurgeryError
 
 _GLOBAL = (
     torch_module._global_forward_hooks,
@@ -55,8 +57,9 @@ class Waiting:
     def serve(self, model: Part, capture: Capture) -> Capture:
         """The capture itself, or its twin that calls the marked parts.
 
-        PSG220 if one of them cannot be called by itself. What waits for every part of any model (a
-        hook for all modules) does not see those that are given or give an object of Python.
+        PSG220 if one of them cannot be called by itself, PSG226 if its weights are split. What
+        waits for every part of any model (a hook for all modules) does not see those that are given
+        or give an object of Python.
         """
         if not self.noted and not any(_GLOBAL):
             return capture
@@ -85,6 +88,8 @@ class Waiting:
         return next(fits, None)
 
     def _twin(self, model: Part, capture: Capture, wanted: frozenset[str]) -> Capture:
+        for path in sorted(wanted):
+            _check_undivided(original_at(model, path), path)
         twin = with_calls(capture, wanted, self._made)
         self._made += 1
         for block, programs in _blocks(model, twin):
@@ -93,6 +98,18 @@ class Waiting:
         while len(self.twins) > KEPT:
             _forget(model, *self.twins.pop(0)[::2])
         return twin
+
+
+def _check_undivided(part: Part, path: str) -> None:
+    """Refuse a part whose weights stay sharded while it is called. PSG226.
+
+    FSDP2 puts those of its modules together (``unshard``) before a call.
+    """
+    stays = any(is_sharded(value) for value in part._parameters.values())
+    if stays and not hasattr(part, "unshard"):
+        message = f"'{path}' is split by a plan of tensor parallelism"
+        hint = "fully_shard() its blocks, or split what fold() makes of the model"
+        raise SurgeryError("PSG226", message, hint)
 
 
 def _forget(model: Part, capture: Capture, twin: Capture) -> None:

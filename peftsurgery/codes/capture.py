@@ -147,4 +147,11 @@ CODES = {
         "together, and the first process writes them. Folds, exports and further operations need "
         "whole parameters: load the saved surgery in one process.",
     ),
+    "PSG226": CodeInfo(
+        "a captured model is split by a plan of tensor parallelism",
+        "Such a plan lets a part give its share of the features to the code behind it, which takes "
+        "the sizes of what it is given. A graph has the sizes of whole tensors there. Shard the "
+        "model with FSDP2 (fully_shard), or fold it: the folded model is of the original's class, "
+        "for which the plan is.",
+    ),
 }
