@@ -2,7 +2,8 @@
 
 The floor is the original, frozen, with a backward pass down to its embeddings. Each turn gives a
 ratio of processor time to the floor's in the same turn, of which the medians are shown. Memory is
-what a step keeps for its backward pass beside the parameters, in MB.
+what a step keeps for its backward pass beside the parameters, in MB. Linears are those of a Llama,
+experts those of a Mixtral, which peft adapts as ``target_parameters``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import peftsurgery as ps
 from tools.bench.fresh import measured
@@ -25,9 +26,14 @@ from tools.bench.fresh import measured
 ROUNDS, WARM_UP = 12, 2
 WIDTHS = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
 CONFIG = {"vocab_size": 2000, "num_attention_heads": 8, "num_key_value_heads": 8, **WIDTHS}
+EXPERTS = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+ALL = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
 SITES = {
-    "lora_qv": ["q_proj", "v_proj"],
-    "lora_all_linear": [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],
+    "lora_qv": {"target_modules": ["q_proj", "v_proj"]},
+    "lora_all_linear": {"target_modules": ALL},
+    "lora_experts": {
+        "target_parameters": [f"mlp.experts.{name}_proj" for name in ("gate_up", "down")]
+    },
 }
 CASES = [
     (rule, dtype, shape)
@@ -59,8 +65,8 @@ def overhead(rule: str, dtype: str, shape: str) -> dict[str, list[float]]:
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**CONFIG, use_cache=False)).to(getattr(torch, dtype))
-    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=SITES[rule])
+    base = _base(rule).to(getattr(torch, dtype))
+    settings = peft.LoraConfig(r=8, lora_alpha=16, **SITES[rule])
     theirs = peft.get_peft_model(copy.deepcopy(base), settings)
     ours = ps.apply(ps.capture(base), rule, rank=8, alpha=16)
     base.requires_grad_(False).get_input_embeddings().weight.requires_grad_(True)
@@ -72,6 +78,13 @@ def overhead(rule: str, dtype: str, shape: str) -> dict[str, list[float]]:
         "forward": _ratios([_forward(model, batch) for model in models]),
         "kept": [_kept(model, batch) for model in models[1:]],
     }
+
+
+def _base(rule: str) -> Any:
+    """The model that has what a rule adapts."""
+    if "target_parameters" in SITES[rule]:
+        return MixtralForCausalLM(MixtralConfig(**{**CONFIG, **EXPERTS}, use_cache=False))
+    return LlamaForCausalLM(LlamaConfig(**CONFIG, use_cache=False))
 
 
 def _step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
