@@ -103,6 +103,8 @@ def _print_tree(model: str, capture: Capture, found: Sequence[Placed]) -> None:
     from rich.text import Text
     from rich.tree import Tree
 
+    from peftsurgery.surgery.model.coverage import Coverage
+
     sites: dict[str, list[Placed]] = {}
     for site in found:
         sites.setdefault(site.block, []).append(site)
@@ -115,6 +117,11 @@ def _print_tree(model: str, capture: Capture, found: Sequence[Placed]) -> None:
         span = equal[0] if len(equal) == 1 else f"{equal[0]} … {equal[-1]}"
         count = "1 block" if len(equal) == 1 else f"{len(equal)} equal blocks"
         _add_sites(tree.add(Text(f"{clean(span)}  {kind}, {count}")), sites.get(equal[0], []))
+    layers = Coverage.of(found, ()).layers
+    for row in layers:
+        counts = (f"{name} {share.of}" for name, share in row.roles.items())
+        span = f"{row.first}" if row.first == row.last else f"{row.first} … {row.last}"
+        tree.add(Text(clean(f"roles of {row.stack}.{span}: {', '.join(counts)}")))
     for note in capture.notes:
         tree.add(Text(f"note: {clean(note)}", style="yellow"))
     # A terminal cuts long lines; a pipe gets them whole.

@@ -153,5 +153,7 @@ def test_it_is_exported_as_onnx(
     inputs = inputs_for(3, 6, 9)
     session = onnxruntime.InferenceSession(tmp_path / "unet.onnx")
     (output,) = session.run(None, {name: value.numpy() for name, value in inputs.items()})
-    assert run("diff", SPEC, tmp_path / "unet.onnx").code == 0  # sizes that are fixed are so there too
+    assert (
+        run("diff", SPEC, tmp_path / "unet.onnx").code == 0
+    )  # sizes that are fixed are so there too
     np.testing.assert_allclose(output, expected(**inputs).detach(), atol=1e-5)

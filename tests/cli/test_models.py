@@ -21,6 +21,7 @@ def test_inspect_shows_equal_blocks_once_with_their_roles(run: Any, bert: Path) 
     query = [line for line in outcome.out.splitlines() if "self.query" in line]
     assert len(query) == 1
     assert "attn.q" in query[0]
+    assert "roles of encoder.layer.0 … 1: attn.q 1, attn.k 1, attn.v 1, attn.o 1" in outcome.out
 
 
 def test_inspect_json_lists_every_site_of_every_block(run: Any, bert: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peftsurgery.anatomy import Placed
@@ -25,6 +25,25 @@ class Matched:
 
 
 @dataclass(frozen=True)
+class CoveredLayers:
+    """Layers of one stack that are covered alike, and how much of each of their roles was cut."""
+
+    stack: str
+    first: int
+    last: int
+    roles: Mapping[str, Matched]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as ``--json`` prints it: the shares are those of one layer."""
+        roles = {name: vars(share) for name, share in self.roles.items()}
+        return {"stack": self.stack, "first": self.first, "last": self.last, "roles": roles}
+
+    def __str__(self) -> str:
+        span = str(self.first) if self.first == self.last else f"{{{self.first}..{self.last}}}"
+        return f"{self.stack}.{span}: {_listed(self.roles)}"
+
+
+@dataclass(frozen=True)
 class Coverage:
     """Share of a model's sites that rules matched, by role and by kind.
 
@@ -36,6 +55,7 @@ class Coverage:
     roles: Mapping[str, Matched]
     kinds: Mapping[str, Matched]
     uncovered: tuple[str, ...]
+    layers: tuple[CoveredLayers, ...] = ()
 
     @staticmethod
     def of(sites: Iterable[Placed], cut: Iterable[Placed]) -> Coverage:
@@ -48,15 +68,20 @@ class Coverage:
                 parts.setdefault((site.block, id(site.site.whole)), []).append(site)
         roles: dict[str, list[bool]] = {}
         kinds: dict[str, list[bool]] = {}
+        layers: dict[tuple[str, int], dict[str, list[bool]]] = {}
         for site in known:
             mine = [_key(part) in matched for part in parts.get(_key(site), ())]
             within = site.site.whole is not None and (site.block, id(site.site.whole)) in matched
             is_cut = _key(site) in matched or within or (bool(mine) and all(mine))
             if site.role is not None and site.kind != "parameter":
                 roles.setdefault(site.role, []).append(is_cut)
+                if site.layer is not None:
+                    layer = layers.setdefault((_stack(site), site.layer), {})
+                    layer.setdefault(site.role, []).append(is_cut)
             if site.site.whole is None:
                 kinds.setdefault(site.kind, []).append(is_cut or any(mine))
-        return Coverage(_matched(roles), _matched(kinds), _uncovered(known))
+        by_layer = {place: _matched(found) for place, found in layers.items()}
+        return Coverage(_matched(roles), _matched(kinds), _uncovered(known), _alike(by_layer))
 
     def to_dict(self) -> dict[str, Any]:
         """The shares as ``--json`` prints them, under the report's keys."""
@@ -64,6 +89,7 @@ class Coverage:
             "coverage": {name: vars(share) for name, share in self.roles.items()},
             "kinds": {name: vars(share) for name, share in self.kinds.items()},
             "uncovered": list(self.uncovered),
+            "layers": [row.to_dict() for row in self.layers],
         }
 
     def lines(self) -> list[str]:
@@ -73,6 +99,7 @@ class Coverage:
         lines = [f"coverage: {_listed(found)}"]
         if self.roles:
             lines.append(f"  by role: {_listed(self.roles)}")
+            lines += [f"    {row}" for row in self.layers]
         if self.uncovered:
             alike = list(dict.fromkeys(_NUMBER.sub("*", name) for name in self.uncovered))
             more = f" and {len(alike) - SHOWN} more" if len(alike) > SHOWN else ""
@@ -85,6 +112,24 @@ class Coverage:
 
 def _key(site: Placed) -> tuple[str, int]:
     return site.block, id(site.site)
+
+
+def _stack(site: Placed) -> str:
+    """The list of layers that a site lies in: the path before the number of its layer."""
+    names = site.module.split(".")
+    return ".".join(names[: names.index(str(site.layer))])
+
+
+def _alike(layers: Mapping[tuple[str, int], Mapping[str, Matched]]) -> tuple[CoveredLayers, ...]:
+    """Rows of layers, those next to each other that are covered alike in one."""
+    rows: list[CoveredLayers] = []
+    for (stack, layer), roles in sorted(layers.items(), key=lambda item: item[0]):
+        last = rows[-1] if rows else None
+        if last is not None and (last.stack, last.last + 1, last.roles) == (stack, layer, roles):
+            rows[-1] = replace(last, last=layer)
+        else:
+            rows.append(CoveredLayers(stack, layer, layer, roles))
+    return tuple(rows)
 
 
 def _matched(found: Mapping[str, Sequence[bool]]) -> dict[str, Matched]:

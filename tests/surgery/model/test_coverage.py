@@ -42,6 +42,28 @@ def test_what_is_cut_whole_is_cut_in_every_part_and_the_other_way_round() -> Non
     ]
 
 
+def test_layers_that_are_covered_alike_are_one_row() -> None:
+    model = captured("bart")
+    even = ps.apply(model, "lora_qv").report
+    stacks = [(row["stack"], row["first"], row["last"]) for row in even.to_dict()["layers"]]
+    assert stacks == [("model.decoder.layers", 0, 1), ("model.encoder.layers", 0, 1)]
+    decoder, encoder = (row["roles"]["attn.q"] for row in even.to_dict()["layers"])
+    assert decoder == {"matched": 2, "of": 2}, "self and cross attention"
+    assert encoder == {"matched": 1, "of": 1}
+    some = ps.apply(model, "lora_qv", where={"layers": 1}).report
+    rows = [
+        (row["stack"], row["first"], row["roles"]["attn.q"]["matched"])
+        for row in some.to_dict()["layers"]
+    ]
+    assert rows == [
+        ("model.decoder.layers", 0, 0),
+        ("model.decoder.layers", 1, 2),
+        ("model.encoder.layers", 0, 0),
+        ("model.encoder.layers", 1, 1),
+    ]
+    assert "model.encoder.layers.1: attn.q 1 of 1, attn.k 0 of 1, attn.v 1 of 1" in str(some)
+
+
 def test_every_adapter_counts() -> None:
     operated = ps.apply(captured("bert"), "lora_qv", name="a")
     operated = ps.apply(operated, "lora_attention", name="b")
