@@ -25,6 +25,17 @@ FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 
+# What codecs read besides: whole numbers, and floats of eight bits.
+NUMBERS: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        **FLOATS,
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
+        **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
+    }
+)
+
 
 def wide_dtype(dtype: str) -> np.dtype[Any]:
     """The dtype in which changes of a weight are added: fp64 for one in fp64, else fp32."""
@@ -33,7 +44,7 @@ def wide_dtype(dtype: str) -> np.dtype[Any]:
 
 def read_rows(file: TensorFile, tensor: Tensor, start: int = 0, end: int | None = None) -> Array:
     """Rows ``start`` to ``end`` of a tensor (along its first axis; all of a scalar), as stored."""
-    dtype, rows = FLOATS[tensor.dtype], tensor.shape[0] if tensor.shape else 1
+    dtype, rows = NUMBERS[tensor.dtype], tensor.shape[0] if tensor.shape else 1
     end = rows if end is None else end
     width = tensor.size // max(rows, 1)
     content = read_bytes(file, tensor, start * width, (end - start) * width)

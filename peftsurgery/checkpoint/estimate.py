@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
+from peftsurgery.checkpoint.codecs.coded import PlainView, needed_view
 from peftsurgery.checkpoint.fold_tensor import BLOCK, is_by_rows
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
@@ -59,9 +59,11 @@ def estimate(
 ) -> FoldEstimate:
     """Estimate what carrying out a plan takes; the options are those of the fold."""
     files, plan = read_model_files(planned.base), planned.plan
-    tensors = {name: tensor for name, (_, tensor) in files.tensors.items()}
+    view = needed_view(files, plan.changed)
+    tensors = {name: tensor for name, (_, tensor) in view.tensors.items()}
     changed = [tensors[name] for name in plan.changed]
-    size, fold = sum(t.size for t in tensors.values()), sum(t.size for t in changed)
+    size = sum(tensor.size for file in files.files for tensor in file.tensors.values())
+    fold = sum(tensor.size for tensor in changed)
     write = sum(_written(tensor, dtype) for tensor in tensors.values()) + _others(plan, files)
     learnt = sum(tensor.size for tensor in planned.adapter.tensors.values())
     rewritten = fold if dtype is None else size  # read twice: to be changed, and to be hashed
@@ -73,7 +75,7 @@ def estimate(
         read=size + rewritten + learnt,
         write=write,
         fold=fold,
-        memory=FIXED + _working(plan, tensors.values()),
+        memory=FIXED + _working(plan, view),
         disk=write + (fold if reversible else 0),
         free=shutil.disk_usage(out.absolute().parent).free,
     )
@@ -98,10 +100,10 @@ def _others(plan: FoldPlan, files: ModelFiles) -> int:
     return sum(sizes.values()) + sum(file.offset for file in files.files) + index
 
 
-def _working(plan: FoldPlan, tensors: Iterable[Tensor]) -> int:
+def _working(plan: FoldPlan, view: PlainView) -> int:
     """Bytes of memory for what is computed at once, in all threads together."""
-    held = {tensor.name: tensor for tensor in tensors}
-    sizes = []
+    held = {name: tensor for name, (_, tensor) in view.tensors.items()}
+    sizes = [view.coded[name].tensor.count for name in view.coded]
     for site in plan.sites:
         mine = [held[name] for name in site.weights.values()]
         count = max(tensor.count for tensor in mine)

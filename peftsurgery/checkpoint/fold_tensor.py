@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, ulp, wide_dtype
+from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
 from peftsurgery.checkpoint.row_wise import folded
 from peftsurgery.errors import SurgeryError
@@ -65,11 +66,15 @@ class FoldMeasure:
 
 @dataclass(frozen=True)
 class Folding:
-    """Fold of one checkpoint: its plan, and where the tensors of base and adapter are."""
+    """Fold of one checkpoint: its plan, and where the tensors of base and adapter are.
+
+    ``coded`` are the base's weights that are read through a codec.
+    """
 
     plan: FoldPlan
     base: Found
     adapter: Found
+    coded: Mapping[str, CodedWeight] = field(default_factory=dict)
 
     def blocks(self, name: str, dtype: str, change: FoldMeasure) -> Iterator[bytes]:
         """Yield a changed tensor's bytes in ``dtype``, in order; ``change`` is filled on the way.
@@ -92,22 +97,34 @@ class Folding:
         _, tensor = self.base[name]
         wide = wide_dtype(tensor.dtype)
         if name in self.plan.replaced:
-            yield self._read(name, wide), self._adapters(self.plan.replaced[name], wide)
+            yield self._read(name, wide, {}), self._adapters(self.plan.replaced[name], wide)
             return
         sites = self.plan.together(name)
         others = sorted({name, *(other for site in sites for other in site.weights.values())})
         keys = {key for site in sites for key in site.parameters.values()}
         learnt = {key: self._adapters(key, wide) for key in keys}
+        whole = {n: self.coded[n].values() for n in others if n in self.coded}
         for rows in _row_blocks([self.base[other][1] for other in others], sites):
-            before = {other: self._read(other, wide, rows) for other in others}
+            before = {other: self._read(other, wide, whole, rows) for other in others}
             now = dict(before)
             for site in sites:
                 _fold(site, now, learnt, rows)
             yield before[name], now[name]
 
-    def _read(self, name: str, wide: np.dtype[Any], rows: slice | None = None) -> Array:
-        file, tensor = self.base[name]
-        found = read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
+    def _read(
+        self,
+        name: str,
+        wide: np.dtype[Any],
+        whole: Mapping[str, Array],
+        rows: slice | None = None,
+    ) -> Array:
+        """Rows of a tensor of the base, ``whole`` ones of which are in memory already."""
+        if name in self.coded:
+            values = whole[name] if name in whole else self.coded[name].values()
+            found = values if rows is None else values[rows]
+        else:
+            file, tensor = self.base[name]
+            found = read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
         if not np.isfinite(found).all():
             raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
         return found.astype(wide)

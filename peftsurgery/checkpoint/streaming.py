@@ -18,6 +18,7 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
+from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView, needed_view
 from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
@@ -41,6 +42,7 @@ class Streamed:
     """A fold under way: what is read, the dtype that changed tensors get, who hears of progress."""
 
     folding: Folding
+    view: PlainView
     dtype: str | None = None
     progress: Callable[[int], None] = field(default=lambda size: None, repr=False)
 
@@ -50,7 +52,7 @@ class Streamed:
 
     def write_file(self, into: PartFolder, file: TensorFile) -> None:
         """Write one file of the base again, its tensors in the same order."""
-        held = sorted(file.tensors.values(), key=lambda tensor: tensor.start)
+        held = self.view.of(file)
         tensors = laid_out((each.name, self.dtype_of(each), each.shape) for each in held)
         said: dict[str, Any] = {}
 
@@ -60,29 +62,35 @@ class Streamed:
                 digest, measure = hashlib.sha256(), FoldMeasure()
                 is_kept = self._is_kept(tensor)
                 changed = self.folding.blocks(tensor.name, tensor.dtype, measure)
-                for block in self._base(tensor) if is_kept else changed:
+                for block in self._base(tensor.name) if is_kept else changed:
                     digest.update(block)
                     self.progress(len(block))
                     yield block
-                before = digest if is_kept else self._hash_of_base(tensor)
+                before = digest if is_kept else self._hash_of_base(tensor.name)
                 said[tensor.name] = _account(digest.hexdigest(), before.hexdigest(), measure)
 
         into.write(file.path.name, blocks(), said)
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor of the result is the base's, byte for byte."""
+        if tensor.name in self.view.coded:
+            return False
         same = tensor.dtype == self.folding.base[tensor.name][1].dtype
         return same and tensor.name not in self.folding.plan.changed
 
-    def _base(self, tensor: Tensor) -> Iterator[bytes]:
+    def _base(self, name: str) -> Iterator[bytes]:
         """The bytes of the base's tensor of the same name."""
-        file, source = self.folding.base[tensor.name]
+        file, source = self.folding.base[name]
         for start in range(0, source.size, CHUNK):
             yield bytes(read_bytes(file, source, start, min(CHUNK, source.size - start)))
 
-    def _hash_of_base(self, tensor: Tensor) -> Any:
+    def _hash_of_base(self, name: str) -> Any:
         digest = hashlib.sha256()
-        for block in self._base(tensor):
+        if name in self.view.coded:
+            for each in self.view.coded[name].hashes().values():
+                digest.update(each.encode())
+            return digest
+        for block in self._base(name):
             digest.update(block)
         return digest
 
@@ -105,35 +113,43 @@ def fold_files(
     and PSG610 for places.
     """
     plan, adapter, files = planned.plan, planned.adapter, read_model_files(planned.base)
-    _check(plan, files, adapter)
-    folding = Folding(plan, files.tensors, {n: (adapter, t) for n, t in adapter.tensors.items()})
-    streamed = Streamed(folding, dtype, progress or (lambda size: None))
+    view = needed_view(files, plan.changed)
+    _check(plan, view, adapter, reversible)
+    learnt = {name: (adapter, tensor) for name, tensor in adapter.tensors.items()}
+    streamed = Streamed(
+        Folding(plan, view.tensors, learnt, view.coded),
+        view,
+        dtype,
+        progress or (lambda size: None),
+    )
     wanted = {file.path.name: file for file in files.files}
     with part_folder(out, _identity(plan, files, adapter, (dtype, reversible)), resume) as into:
         trusted = tuple(name for name in wanted if _is_whole(into, name))
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            runs = [
-                pool.submit(streamed.write_file, into, file)
-                for name, file in wanted.items()
-                if name not in trusted
-            ]
-            for each in runs:
-                each.result()
+        _write_shards(streamed, into, (file for n, file in wanted.items() if n not in trusted))
         tensors = {tensor: entry for name in wanted for tensor, entry in into.done[name].items()}
         changed = {name: e["change"] for name, e in tensors.items() if "change" in e}
         _check_changed(changed, allow_unchanged)
         added = _write_residuals(into, wanted.values(), tensors) if reversible else []
         folded = [read_header(into.path / name) for name in wanted]
         written = sum(tensor.size for file in folded for tensor in file.tensors.values())
-        small = _small_files(plan, files, written)
+        small = _small_files(plan, view, folded, written)
         for name, content in small.items():
             into.write(name, [content])
         record = {**plan.record, "added": [*added, *plan.files]}
+        record |= {"coded": _hashes(view)} if view.coded else {}
         into.write(FILE, [certificate(record, into.path, wanted, tensors)])
     mine = plan.record.get("folded", ())[len(folded_into(planned.base)) :]
     adapters = dict.fromkeys(entry["adapter"] for entry in mine)
     copied = tuple(name for name in small if name not in {INDEX, *plan.files})
     return FoldReport(out, changed, len(tensors), written, trusted, (), tuple(adapters), copied)
+
+
+def _write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFile]) -> None:
+    """Write files of the base again, as many at once as there are processors."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        runs = [pool.submit(streamed.write_file, into, file) for file in files]
+        for each in runs:
+            each.result()
 
 
 def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
@@ -164,8 +180,11 @@ def _write_residuals(
     return names
 
 
-def _check(plan: FoldPlan, files: ModelFiles, adapter: TensorFile) -> None:
+def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile, reversible: bool) -> None:
     """Refuse a plan whose tensors are not there, and an adapter that it leaves out. PSG416."""
+    if files.coded and reversible:
+        message = f"'{files.folder}' is quantised and is written plain, which has no residual"
+        raise SurgeryError("PSG416", message, "unfold from the base itself")
     needed = {name for site in plan.sites for name in site.weights.values()} | plan.replaced.keys()
     for name in sorted(needed):
         if name not in files.tensors:
@@ -178,18 +197,29 @@ def _check(plan: FoldPlan, files: ModelFiles, adapter: TensorFile) -> None:
         raise SurgeryError("PSG416", f"{where} '{name}'")
 
 
-def _small_files(plan: FoldPlan, files: ModelFiles, size: int) -> dict[str, bytes]:
+def _hashes(view: PlainView) -> dict[str, str]:
+    """The hashes of all tensors that a codec keeps, by which the base is known again."""
+    return {name: each for weight in view.coded.values() for name, each in weight.hashes().items()}
+
+
+def _small_files(
+    plan: FoldPlan, view: PlainView, folded: Iterable[TensorFile], size: int
+) -> dict[str, bytes]:
     """The other files: those of the base, those of the plan, and the index.
 
     An index says how many bytes all tensors have; where they are as many as before, it is kept.
     """
+    files, left = view.files, {*plan.without, *(BESIDE if view.coded else ())}
     kept = other_files(files.folder).items()
-    contents = {name: path.read_bytes() for name, path in kept if name not in plan.without}
+    contents = {name: path.read_bytes() for name, path in kept if name not in left}
+    if view.coded:
+        contents[CONFIG] = view.config()
     if files.index is not None:
         contents[INDEX] = (files.folder / INDEX).read_bytes()
-        if size != sum(tensor.size for _, tensor in files.tensors.values()):
+        if view.coded or size != sum(tensor.size for _, tensor in files.tensors.values()):
             metadata = {**dict(files.index.get("metadata") or {}), "total_size": size}
-            index = {**files.index, "metadata": metadata}
+            where = {name: file.path.name for file in folded for name in file.tensors}
+            index = {**files.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
             contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     return {**contents, **plan.files}
 

@@ -91,7 +91,9 @@ def _restored(file: TensorFile, said: Mapping[str, Any], by_residual: bool) -> I
     with file.path.open("rb") as stream:
         yield stream.read(file.offset)
     for tensor in sorted(file.tensors.values(), key=lambda each: each.start):
-        entry = said["tensors"].get(tensor.name, {})
+        coded = said.get("coded") or {}
+        own = {"sha256": coded[tensor.name]} if tensor.name in coded else {}
+        entry = own or said["tensors"].get(tensor.name, {})
         digest = hashlib.sha256()
         is_made = by_residual and "base" in entry
         for block in _unfolded(file, tensor, entry) if is_made else _plain(file, tensor):

@@ -86,7 +86,8 @@ CODES = {
     "PSG416": CodeInfo(
         "The fold cannot be made on files",
         "A weight is not in the base's files as the model has it, is tied to another, or kept in a "
-        "form that cannot be added to; or adapter and fold do not have the same tensors. "
+        "form that cannot be added to, or that is not what its quantiser's config says; or adapter "
+        "and fold do not have the same tensors. "
         "`fold_to_directory` builds the model and folds in memory.",
     ),
     "PSG417": CodeInfo(

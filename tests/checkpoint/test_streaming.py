@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path: Path, where: 
     elif where == "adapter":
         plan = FoldPlan(plan.sites, replaced={"layers.0.up.weight": "new"}, record=plan.record)
     else:
-        code = "PSG403"
+        code = "PSG505"
         tensor = given.tensors["1.A"]
         with adapter.open("r+b") as stream:
             stream.seek(given.offset + tensor.start)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.card import CARD, card_of
+from peftsurgery.checkpoint.codecs.coded import plain_view
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.record import entry_of, record_of
 from peftsurgery.fingerprint import Fingerprint, content_digest, on_disk
@@ -29,7 +30,7 @@ def named_plan(adapter: Path, base: str | None, recorded: bool = True) -> Planne
     if not named or not os.path.isdir(named) or not are_here(Path(named)):
         return None
     files = read_model_files(Path(named))
-    fold = named_fold(adapter, files)
+    fold = named_fold(adapter, plain_view(files))
     if fold is None:
         return None
     own = tokenizer_files(adapter)
@@ -44,7 +45,7 @@ def named_plan(adapter: Path, base: str | None, recorded: bool = True) -> Planne
 
 def _record(fold: NamedFold, folder: Path, base: str) -> dict[str, Any]:
     """What is folded into what."""
-    file, held = fold.adapter.file, fold.adapter.held
+    file, held = fold.adapter.file, fold.adapter.base.files.tensors
     content = content_digest(on_disk(file, tensor) for tensor in file.tensors.values())
     entries = (
         entry_of("default", rules, settings, folder, content) for rules, settings in fold.methods

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
+from peftsurgery.checkpoint.codecs.coded import PlainView
 from peftsurgery.checkpoint.plan import SiteFold
 from peftsurgery.checkpoint.record import FILE
 from peftsurgery.checkpoint.row_wise import parameter_shape, row_axes
@@ -29,7 +30,6 @@ from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where
-from peftsurgery.model_files import ModelFiles
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 from peftsurgery.tokenizer_files import tokens_needed
 
@@ -63,7 +63,7 @@ class NamedAdapter:
     config: AdapterConfig
     file: TensorFile
     names: Names
-    base: ModelFiles
+    base: PlainView
 
     @cached_property
     def held(self) -> Mapping[str, tuple[TensorFile, Tensor]]:
@@ -186,7 +186,7 @@ class NamedFold:
         return found
 
 
-def named_fold(folder: Path, base: ModelFiles) -> NamedFold | None:
+def named_fold(folder: Path, base: PlainView) -> NamedFold | None:
     """What an adapter does to the files of its base; None if its names leave that open.
 
     Raises PSG501 to PSG506 for an adapter that is damaged or not honoured.

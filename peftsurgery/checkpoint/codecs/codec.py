@@ -1,0 +1,33 @@
+"""What a codec is: a matrix said by several tensors of a file, read as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peftsurgery.checkpoint.arrays import Array
+
+Shapes = Mapping[str, tuple[int, ...]]
+Parts = Mapping[str, Array]
+Said = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How a quantiser keeps a weight (out, in).
+
+    ``parts`` are the endings of its tensors' names after the module's, by what they are; the first
+    is the one in whose place the weight stands, ``optional`` ones may be missing. ``shape`` gives
+    the weight's shape from those of the parts, where they alone say it; ``decode`` gives its values
+    in fp32 from the parts, as stored, and the config of the quantiser. ``refuses`` says why a
+    config is none that is read; None for one that is.
+    """
+
+    name: str
+    parts: Mapping[str, str]
+    shape: Callable[[Parts, Said], tuple[int, int]]
+    decode: Callable[[Parts, Said], Array]
+    refuses: Callable[[Said], str | None] = lambda said: None
+    optional: tuple[str, ...] = ()
+    small: tuple[str, ...] = ()
