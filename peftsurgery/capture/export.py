@@ -27,7 +27,7 @@ from transformers.exporters.exporter_dynamo import (
     register_cache_pytrees_for_model,
     reset_model_state,
 )
-from transformers.exporters.utils import apply_patches, patch_attribute
+from transformers.exporters.utils import patch_attribute
 
 from peftsurgery.capture.attributes import kept_attributes
 from peftsurgery.capture.higher_order import inline_regions
@@ -35,6 +35,7 @@ from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.modes import Reads, noted_reads
 from peftsurgery.capture.module_calls import Notes
+from peftsurgery.capture.patches import patched
 from peftsurgery.capture.randomness import drawn_elsewhere, is_random, kept_generators, starts
 from peftsurgery.capture.recording import Record, Watch, is_steady, recorded
 from peftsurgery.capture.signature import Call, apart, stand_for, traced
@@ -288,7 +289,7 @@ def _prepared(
     with contextlib.ExitStack() as stack:
         if isinstance(module, PreTrainedModel):
             register_cache_pytrees_for_model(module)
-            stack.enter_context(apply_patches("dynamo"))
+            stack.enter_context(patched())
             stack.enter_context(reset_model_state(module))
             stack.enter_context((masks or Masks(call)).traced())
             if call.trace is None:
