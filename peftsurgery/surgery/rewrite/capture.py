@@ -17,6 +17,7 @@ from peftsurgery.surgery.rewrite.batch_axis import batches
 from peftsurgery.surgery.rewrite.inputs import changes_inputs, plan_inputs
 from peftsurgery.surgery.rewrite.optimise import optimised
 from peftsurgery.surgery.rewrite.program import Walk
+from peftsurgery.surgery.rewrite.row_form import row_form
 from peftsurgery.surgery.rewrite.rows import RowChoice, RowWalk, check_lengths, pass_rows
 
 
@@ -132,7 +133,9 @@ class Rewrites:
         label = "+".join(filter(None, (program.label, edits.adapters)))
         number = self.labels.get(label, 0)
         self.labels[label] = number + 1
-        running = None if self.exact or edits.choice is not None else optimised(graph)
+        running = None
+        if not self.exact:
+            running = optimised(graph) if edits.choice is None else row_form(graph)
         return program.rewritten(f"{label}.{number}" if number else label, graph, running)
 
 

@@ -1,0 +1,100 @@
+"""Rows with adapters of their own, run with fewer copies: the same bits as the program's text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+import peftsurgery as ps
+from peftsurgery.capture.program import generate_forward
+from peftsurgery.surgery.rewrite.row_form import chosen_rows, row_form, taken_rows
+from tests.models.captured import captured
+from tests.models.zoo import text
+
+ATEN = torch.ops.aten
+NUMBERS = ([0, 1, 2], [2, 2, 2, 0], [1], [])
+
+
+@pytest.mark.parametrize("numbers", NUMBERS, ids=str)
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_that_are_taken_are_those_of_the_stack(numbers: list[int], grad: bool) -> None:
+    tensors = [torch.randn(3, 4, requires_grad=True) for _ in range(3)]
+    tensors[1] = torch.randn(4, 3).t().requires_grad_()
+    index = torch.tensor(numbers, dtype=torch.long)
+    with torch.set_grad_enabled(grad):
+        made = taken_rows(tensors, index)
+    assert torch.equal(made, torch.stack(tensors).index_select(0, index))
+    assert made.requires_grad == grad
+
+
+@pytest.mark.parametrize("mask", [[True, True], [True, False], [False, False]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_are_chosen_as_by_where(mask: list[bool], dtype: torch.dtype) -> None:
+    new, old = torch.randn(2, 3, 4, dtype=dtype), torch.randn(2, 3, 4)
+    here = torch.tensor(mask).view(-1, 1, 1)
+    expected = torch.where(here, new, old)
+    with torch.no_grad():
+        made = chosen_rows(here, new, old)
+        narrow = chosen_rows(here, new[:1], old)
+    assert made.dtype == expected.dtype
+    assert torch.equal(made, expected)
+    assert torch.equal(narrow, torch.where(here, new[:1], old))
+
+
+def test_what_looks_on_sees_the_operators() -> None:
+    tensors, index = [torch.randn(4), torch.randn(4)], torch.tensor([1, 0, 1])
+    mask = torch.tensor([[True], [True]])
+    new, old = torch.randn(2, 2, 4), torch.randn(2, 2, 4)
+    with torch.no_grad():
+        over = torch.func.vmap(lambda i: taken_rows(tensors, i))(index.view(1, 3))
+        assert torch.equal(over[0], taken_rows(tensors, index))
+        both = torch.func.vmap(chosen_rows, in_dims=(None, 0, 0))(mask, new, old)
+        assert torch.equal(both, new)
+        meta = taken_rows([t.to("meta") for t in tensors], index.to("meta"))
+        assert meta.shape == (3, 4)
+        compiled = torch.compile(taken_rows, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(tensors, index), taken_rows(tensors, index))
+
+
+def test_a_value_that_is_written_later_is_no_alias() -> None:
+    def graph(is_written: bool) -> fx.Graph:
+        made = fx.Graph()
+        mask, new, old = map(made.placeholder, ("mask", "new", "old"))
+        node = made.call_function(ATEN.where.self, (mask, new, old))
+        node.meta["surgery"] = "rows"
+        result = made.call_function(ATEN.relu_.default, (node,)) if is_written else node
+        made.output(result)
+        return made
+
+    for is_written in (True, False):
+        values = torch.tensor([True, True]), torch.tensor([-1.0, 2.0]), torch.zeros(2)
+        with torch.no_grad():
+            made = generate_forward(row_form(graph(is_written)), "rows")(None, *values)
+            expected = generate_forward(graph(is_written), "rows")(None, *values)
+        assert torch.equal(made, expected)
+        assert torch.equal(values[1], torch.tensor([-1.0, 2.0]))
+
+
+def several(exact: bool) -> Any:
+    graph: Any = captured("llama")
+    for number, name in enumerate("abc"):
+        torch.manual_seed(number)
+        graph = ps.apply(graph, "lora_all_linear", name=name, exact=exact)
+        for value in graph.learnt(name).values():
+            value.data.normal_()
+    return graph.eval()
+
+
+def test_a_model_gives_the_bits_of_its_text() -> None:
+    ours, exact = several(False), several(True)
+    for seq in (1, 5):
+        batch: dict[str, Tensor] = text(4, seq)
+        for names in (["a", "b", "c", "b"], ["c", "c", "c", "c"], [None, "a", None, "b"]):
+            with torch.no_grad():
+                made, expected = (m(**batch, adapters=names).logits for m in (ours, exact))
+            assert torch.equal(made, expected)
+            trained = ours(**batch, adapters=names).logits
+            assert torch.equal(trained, expected)
