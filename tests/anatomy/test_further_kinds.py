@@ -101,6 +101,13 @@ KINDS = {
         2,
         latent(LOW_RANK),
     ),
+    "minicpm3": Kind(
+        hf("MiniCPM3Model", "MiniCPM3Config", **LATENT, q_lora_rank=16), 2, latent(LOW_RANK)
+    ),
+    "youtu": Kind(hf("YoutuModel", "YoutuConfig", **LATENT, q_lora_rank=16), 2, latent(LOW_RANK)),
+    "glm4_moe_lite": Kind(
+        hf("Glm4MoeLiteModel", "Glm4MoeLiteConfig", **LATENT, q_lora_rank=16), 2, latent(LOW_RANK)
+    ),
     "diffllama": Kind(  # the difference of two cores, which read the same projections
         hf("DiffLlamaModel", "DiffLlamaConfig", **SIZES, num_hidden_layers=2),
         2,
