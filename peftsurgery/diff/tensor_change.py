@@ -11,6 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from peftsurgery.diff.tensor_rank import Spectrum, foreseen, searched
 
 _EXPONENT = {torch.float32: 8, torch.float64: 11}
 """How many bits of a number are its exponent."""
+SPARSE = 1 / 8
+"""Up to this share of changed numbers, they are taken out to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,13 @@ def measure_pair(pair: TensorPair) -> Change:
         return Change("identical")
     eps = max(torch.finfo(dtype).eps for dtype in pair.dtypes)
     seen = foreseen(pair, sample, eps)
-    totals = _totals(pair, sample, eps, seen.directions)
+    totals = _totals(pair, sample, seen.directions)
     if not math.isfinite(totals.delta + totals.one):
         counts = _not_finite(pair)
         if any(counts):
             return Change("not finite", not_finite=counts)
         pair = replace(pair, wide=torch.float64)  # their squares only were too large
-        totals = _totals(pair, sample, eps, seen.directions.double())
+        totals = _totals(pair, sample, seen.directions.double())
     if not totals.largest:
         return Change("identical")
     norm, length = math.sqrt(totals.one), math.sqrt(totals.delta)
@@ -117,39 +120,65 @@ class _Totals:
     def add(self, part: RowsOfBoth) -> None:
         """Take some rows in."""
         one, delta = part.one.view(-1), part.delta.view(-1)
-        self.one += float(torch.dot(one, one))
-        self.delta += float(torch.dot(delta, delta))
-        self.product += float(torch.dot(one, delta))
         values = delta.numpy()
-        self.largest = max(self.largest, float(values.max()), -float(values.min()))
+        largest = max(float(values.max()), -float(values.min()))
+        self.one += float(torch.dot(one, one))
+        if largest:  # NaN too
+            self.delta += float(torch.dot(delta, delta))
+            self.product += float(torch.dot(one, delta))
+            self.largest = max(self.largest, largest)
 
 
-def _totals(pair: TensorPair, sample: RowsOfBoth, eps: float, directions: Tensor) -> _Totals:
+def _totals(pair: TensorPair, sample: RowsOfBoth, directions: Tensor) -> _Totals:
     signs = sample.one.sign(), sample.other.to(pair.wide).sign()
     flips = torch.count_nonzero(signs[0] * signs[1] < 0)
-    totals = _Totals(ulps=_ulps(sample, eps), flips=int(flips) / sample.one.numel())
+    scale = _Scale(pair.dtypes, pair.wide)
+    totals = _Totals(ulps=scale.largest(sample), flips=int(flips) / sample.one.numel())
     for _, part in pair.stretches():
         totals.add(part)
         if directions.numel():
             totals.images.append(part.delta @ directions)
         if totals.ulps <= 1:  # else it is no rounding, whatever comes
-            totals.ulps = max(totals.ulps, _ulps(part, eps))
+            totals.ulps = max(totals.ulps, scale.largest(part))
     return totals
 
 
-def _ulps(part: RowsOfBoth, eps: float) -> float:
-    """The largest change in units of the last place."""
-    size = torch.maximum(part.one.abs(), part.other.to(part.one.dtype).abs())
-    return float((part.delta.abs() / _ulp(size, eps)).max())
+class _Scale:
+    """Measures changes in units of the last place of the coarser dtype, in memory that it keeps.
 
+    The unit is never below the smallest number of either dtype.
+    """
 
-def _ulp(size: Tensor, eps: float) -> Tensor:
-    """The distance of neighbouring numbers at each size, of a dtype with this ``eps``."""
-    info, bits = torch.finfo(size.dtype), torch.int32 if size.itemsize == 4 else torch.int64
-    # a number with its fraction's bits taken away is the power of two below it
-    mask = -(1 << (8 * size.itemsize - _EXPONENT[size.dtype] - 1))
-    below = size.clamp_min(info.tiny).view(bits).bitwise_and_(mask).view(size.dtype)
-    return below.mul_(eps)
+    def __init__(self, dtypes: tuple[torch.dtype, ...], wide: torch.dtype) -> None:
+        infos = [torch.finfo(dtype) for dtype in dtypes]
+        self.eps = max(info.eps for info in infos)
+        self.least = max(info.tiny * info.eps for info in infos)
+        self.room = [torch.empty(0, dtype=wide) for _ in range(2)]
+
+    def largest(self, part: RowsOfBoth) -> float:
+        """The largest change of some rows; where few numbers changed, only these are looked at."""
+        one, other, delta = (each.reshape(-1) for each in (part.one, part.other, part.delta))
+        changed = delta.numpy() != 0
+        count = int(np.count_nonzero(changed))
+        if count < SPARSE * changed.size:
+            places = torch.from_numpy(np.flatnonzero(changed))
+            one, other, delta = one[places], other[places], delta[places]
+        if not count:
+            return 0.0
+        if len(self.room[0]) < len(one):
+            self.room = [torch.empty_like(one) for _ in range(2)]
+        unit, change = (each[: len(one)] for each in self.room)
+        torch.maximum(torch.abs(one, out=change), unit.copy_(other).abs_(), out=unit)
+        self._to_units(unit)
+        return float(torch.abs(delta, out=change).div_(unit).max())
+
+    def _to_units(self, sizes: Tensor) -> None:
+        """Make of each size, in place, the distance of the numbers next to it."""
+        info, bits = torch.finfo(sizes.dtype), torch.int32 if sizes.itemsize == 4 else torch.int64
+        # a number with its fraction's bits taken away is the power of two below it
+        mask = -(1 << (8 * sizes.itemsize - _EXPONENT[sizes.dtype] - 1))
+        sizes.clamp_min_(info.tiny).view(bits).bitwise_and_(mask)
+        sizes.mul_(self.eps).clamp_min_(self.least)
 
 
 def _counted(pair: TensorPair) -> Change:

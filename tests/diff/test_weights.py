@@ -104,3 +104,28 @@ def test_what_an_adapter_trained_of_the_base_is_compared_by_value() -> None:
     assert [line.where for line in lines] == ["layers.1.mlp.up.bias"]
     operated.choose()
     assert not operated.diff(weights=True).summary.differs["weights"]
+
+
+def test_a_cast_to_a_dtype_of_smaller_range_is_a_rounding() -> None:
+    """Numbers below the smallest normal one of float16 lose digits, and are rounded too."""
+    weight = (0.02 * torch.randn(700, 400, generator=torch.Generator().manual_seed(0))).bfloat16()
+    found = measure_change(weight, weight.half())
+    one, other = (each.double().numpy() for each in (weight, weight.half()))
+    unit = np.maximum(np.abs(one) * 2.0**-8, np.spacing(np.float16(0)).astype(np.float64))
+    assert np.abs(other - one).max() > 0
+    assert np.all(np.abs(other - one) <= unit)
+    assert found.verdict == "rounding"
+    assert found.ulps <= 1
+
+
+@pytest.mark.parametrize("share", [0.001, 0.1, 0.2, 1.0])
+def test_units_are_those_of_the_changed_numbers_however_many_they_are(share: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    one = torch.randn(300, 1000, generator=generator)
+    chosen = torch.rand(one.shape, generator=generator) < share
+    other = torch.where(chosen, torch.nextafter(one, torch.tensor(9.0)), one)
+    assert measure_change(one, other).ulps == 1
+    other.view(-1)[chosen.view(-1).nonzero()[-1]] += 0.5
+    gaps = np.abs((other.double() - one.double()).numpy())
+    units = np.spacing(torch.maximum(one.abs(), other.abs()).numpy())
+    assert measure_change(one, other).ulps == pytest.approx((gaps / units).max(), rel=1e-4)
