@@ -1,13 +1,14 @@
 """Programs as torch.compile makes them: each distinct stretch of code once, called from the graph.
 
-    linear, view, cos, ...                ->   compiled stretch
+    embedding, arange, cos, ...           ->   embedding, arange, cos, ...
     block(h, program="LlamaDecoderLayer.0")    block(h, program="LlamaDecoderLayer.0")
     mean, linear, cross_entropy, ...           compiled stretch
 
 A stretch is what a program computes between two calls of blocks: all that an innermost block does,
-and what the model does before, between and behind its blocks. Its tensors are read by name around
-it and are its arguments, so blocks of one shape class call one function, whatever holds their
-tensors, and hooks, recomputation and caches stay outside of what is compiled.
+and what the model does between and behind its blocks. (What comes before the first block, masks and
+tables of positions, is little work in many kernels.) Its tensors are read by name around it and are
+its arguments, so blocks of one shape class call one function, whatever holds their tensors, and
+hooks, recomputation and caches stay outside of what is compiled.
 """
 
 from __future__ import annotations
@@ -116,8 +117,10 @@ def _reason(error: Exception) -> str:
 def _with_stretches(graph: fx.Graph, stretch: Callable[[fx.Graph], Any]) -> fx.Graph:
     """A graph in which long stretches are calls of what ``stretch`` makes of their own graph."""
     made, value_of = fx.Graph(), dict[fx.Node, fx.Node]()
+    is_before = bool(graph.find_nodes(op="call_module"))
     for nodes in _divided(graph):
-        if sum(node.op == "call_function" for node in nodes) < FEW:
+        is_before = is_before and not any(node.op == "call_module" for node in nodes)
+        if is_before or sum(node.op == "call_function" for node in nodes) < FEW:
             for node in nodes:
                 value_of[node] = made.node_copy(node, value_of.__getitem__)
             continue

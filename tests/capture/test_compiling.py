@@ -84,7 +84,7 @@ def test_what_is_compiled_does_not_grow_with_depth() -> None:
         assert_same_gradients(both)
         counts.append([len(module.graph.nodes) for module in backend.graphs])
     assert counts[0] == counts[1]
-    assert len(counts[0]) == 3  # what is before the blocks, a block, and what is behind them
+    assert len(counts[0]) == 2  # a block, and what is behind them
 
 
 @pytest.mark.slow
@@ -93,8 +93,8 @@ def test_stages_call_their_own_blocks_compiled() -> None:
     backend = compiled(both)
     with torch.no_grad():
         assert_same(*both.run(**ZOO["swin"].inputs(2, 6)))
-    convolutions = [m for m in backend.graphs if any("conv" in n.name for n in m.graph.nodes)]
-    assert len(convolutions) == 1  # the patches', before the stages: no stage is part of another
+    attending = [sum("dot_product" in str(n.target) for n in m.graph.nodes) for m in backend.graphs]
+    assert max(attending) == 1  # no stage is compiled with the layers in it
 
 
 @pytest.mark.slow

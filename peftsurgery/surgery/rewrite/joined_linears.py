@@ -91,7 +91,7 @@ def one_by_one(
 ) -> tuple[Tensor, ...]:
     """The same results by plain operations: what :func:`joined_linears` is an optimisation of."""
     seen = inputs.x if compute is None else inputs.x.to(compute)
-    hidden = [*(F.linear(seen, down) for down in inputs.downs), *inputs.given]
+    hidden = [*_narrow(seen, inputs.downs), *inputs.given]
     results = [
         F.linear(inputs.x, weight, bias) if start is None else start
         for weight, bias, start in zip(inputs.weights, inputs.biases, inputs.starts, strict=True)
@@ -105,6 +105,13 @@ def one_by_one(
     if compute is not None:
         results = [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
     return tuple(results)
+
+
+def _narrow(x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The products of x with each down; compiled, of one product: an export has ranks that vary."""
+    if len(downs) < 2 or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return [F.linear(x, down) for down in downs]
+    return F.linear(x, _stacked(downs)).split([len(down) for down in downs], -1)
 
 
 def is_plain_call(tensors: Sequence[Tensor]) -> bool:
