@@ -38,6 +38,7 @@ class PartFolder:
         with part.open("wb") as stream:
             for block in blocks:
                 stream.write(block)
+            stream.flush()
             _flush(stream.fileno())
         part.replace(file)
         _flush_folder(file.parent)
@@ -47,6 +48,7 @@ class PartFolder:
         """Note in the journal that a file is there."""
         with (self.path / JOURNAL).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"file": name, "said": said}) + "\n")
+            stream.flush()
             _flush(stream.fileno())
         self.done[name] = said
 
