@@ -154,7 +154,7 @@ def test_a_peft_directory_folds_to_what_peft_merges(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_minilm_comes_with_its_tokenizer_and_pipeline_and_without_its_card(tmp_path: Path) -> None:
+def test_minilm_comes_with_its_tokenizer_its_pipeline_and_its_other_files(tmp_path: Path) -> None:
     surgery = saved_surgery(minilm(), tmp_path / "surgery")
     code, _, errors = command("fold", surgery, "-o", tmp_path / "out", "--verify")
     assert code == 0, errors
@@ -169,7 +169,7 @@ def test_minilm_comes_with_its_tokenizer_and_pipeline_and_without_its_card(tmp_p
     wanted = expected(original, ps.load(surgery), dict(batch))
     torch.testing.assert_close(hidden, wanted, atol=1e-5, rtol=1e-5)
     assert (out / "1_Pooling" / "config.json").is_file()
-    assert not (out / "README.md").exists()
+    assert (out / "README.md").exists() == (Path(minilm()) / "README.md").exists()
 
 
 def test_weights_of_other_formats_are_left_behind_and_those_of_a_pipeline_are_not(
