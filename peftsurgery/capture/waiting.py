@@ -89,7 +89,7 @@ class Waiting:
 
     def _twin(self, model: Part, capture: Capture, wanted: frozenset[str]) -> Capture:
         for path in sorted(wanted):
-            _check_undivided(original_at(model, path), path)
+            _check_undivided(model, path)
         twin = with_calls(capture, wanted, self._made)
         self._made += 1
         for block, programs in _blocks(model, twin):
@@ -100,13 +100,15 @@ class Waiting:
         return twin
 
 
-def _check_undivided(part: Part, path: str) -> None:
+def _check_undivided(model: Part, path: str) -> None:
     """Refuse a part whose weights stay sharded while it is called. PSG226.
 
-    FSDP2 puts those of its modules together (``unshard``) before a call.
+    FSDP2 puts those of its modules, and of what is in them, together (``unshard``) before a call.
     """
-    stays = any(is_sharded(value) for value in part._parameters.values())
-    if stays and not hasattr(part, "unshard"):
+    names = path.split(".")
+    around = [original_at(model, ".".join(names[:count])) for count in range(len(names) + 1)]
+    stays = any(is_sharded(value) for value in around[-1]._parameters.values())
+    if stays and not any(hasattr(part, "unshard") for part in around):
         message = f"'{path}' is split by a plan of tensor parallelism"
         hint = "fully_shard() its blocks, or split what fold() makes of the model"
         raise SurgeryError("PSG226", message, hint)
