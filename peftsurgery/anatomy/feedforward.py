@@ -83,16 +83,24 @@ def _activated(flow: Flow, start: fx.Node) -> dict[Site, set[bool]]:
             if op(node) == "glu":
                 yield inner, False
 
+    made = flow.products | {site.nodes["y"]: site for site in flow.linears}
+    stacks: dict[str | None, Site] = {}  # the experts of one stack, in a loop, are one
     found: dict[Site, set[bool]] = {}
-    for node, active in reach([(start, False)], sources, lambda way: way[0] in flow.products):
-        if node in flow.products:
-            found.setdefault(flow.products[node], set()).add(active)
+    for node, active in reach([(start, False)], sources, lambda way: way[0] in made):
+        site = made.get(node)
+        if site is not None and site.kind == "experts":
+            site = stacks.setdefault(site.parameter, site)
+        if site is not None:
+            found.setdefault(site, set()).add(active)
     return found
 
 
 def _single(flow: Flow, linear: Site, down: Site) -> list[Assignment]:
     """The roles of one linear before the activation: an up, or gate and up in one."""
-    rows = flow.rows(linear, down.nodes["x"])
+    in_loop = linear.kind == "experts"  # whose outputs are joined, those of all experts
+    rows = flow.rows(linear, down.nodes["x"], beside=in_loop)
+    if in_loop and rows is not None and not any(rows.values()):
+        return []  # that of another expert
     if rows is None or not rows[False] - rows[True]:
         return [Assignment(linear, "ffn.up")]
     whole = linear.facts["out"]

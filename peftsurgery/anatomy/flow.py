@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,7 +19,7 @@ from peftsurgery.anatomy.fused_rows import OpaqueError, arriving
 from peftsurgery.anatomy.linears import find_linears
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import backward, operands, value
+from peftsurgery.anatomy.values import backward, operands, value, width
 from peftsurgery.anatomy.written_memory import written
 from peftsurgery.reach import reach
 
@@ -114,7 +115,7 @@ class Flow:
             return
         if has(node, Trait.OPAQUE):
             return
-        inputs = operands(node)
+        inputs = self._weighed(node) or operands(node)
         known = [self._origins[n] for n in inputs if n in self._origins]
         if any(n in self._mixed for n in inputs) or self._mixes(node, inputs, known):
             self._mixed.add(node)
@@ -123,14 +124,32 @@ class Flow:
         if node in self._mixed:
             self._origins[node] = NONE
 
+    def _weighed(self, node: fx.Node) -> list[fx.Node]:
+        """The outputs of experts whose rows a node multiplies by a number each; else nothing.
+
+        How much the router wants an expert is no second signal.
+        """
+        inputs = operands(node)
+        if has(node, Trait.SCALING) and len(inputs) == 2:
+            for rows, numbers in (inputs, inputs[::-1]):
+                known = self.origin(rows)
+                if known and all(s.kind == "experts" for s in known) and width(numbers) == 1:
+                    return [rows]
+        return []
+
     def _mixes(self, node: fx.Node, inputs: Sequence[fx.Node], known: Sequence[Origin]) -> bool:
         if has(node, Trait.LAYOUT):
             return False  # a concatenation has all the origins of its pieces
-        if len(set(known)) > 1:
+        if len({_signals(origin) for origin in known}) > 1:
             return True
         if not has(node, Trait.ADDITION) or not known:
             return False
         return any(n not in self._origins and is_stream(n) for n in inputs)
+
+
+def _signals(origin: Origin) -> frozenset[Any]:
+    """What tells the signals of an origin apart: the experts of one stack, in a loop, are one."""
+    return frozenset(site.parameter if site.kind == "experts" else site for site in origin)
 
 
 def is_stream(node: fx.Node) -> bool:

@@ -92,7 +92,11 @@ def test_experts_run_train_and_fold_as_the_loop_over_experts_with_merged_weights
 ) -> None:
     model = built(architecture, config, implementation)
     ids = torch.randint(3, 60, (2, 7))
-    operated = ps.apply(ps.capture(model), "lora_experts", rank=3, alpha=3).double().eval()
+    graph = ps.capture(model)
+    stacks = [site for site in ps.sites(graph).where(kind="experts") if ".self_" not in site.module]
+    assert {site.role for site in stacks} == {"ffn.gate_up", "ffn.down"}
+    assert len(ps.sites(graph).where(role="moe.router"))
+    operated = ps.apply(graph, "lora_experts", rank=3, alpha=3).double().eval()
     learnt = {name: nn.init.normal_(p, std=0.3) for name, p in operated.learnt().items()}
     loop = deepcopy(model)
     if implementation is not None:
