@@ -30,6 +30,8 @@ from transformers.exporters.exporter_dynamo import (
 from transformers.exporters.utils import patch_attribute
 
 from peftsurgery.capture.attributes import kept_attributes
+from peftsurgery.capture.equal_blocks.traced_once import Once, traced_once
+from peftsurgery.capture.equal_blocks.unfolding import Filling, unfold
 from peftsurgery.capture.higher_order import inline_regions
 from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
@@ -41,8 +43,6 @@ from peftsurgery.capture.recording import Record, Watch, is_steady, recorded
 from peftsurgery.capture.signature import Call, apart, stand_for, traced
 from peftsurgery.capture.sizes import size_conditions
 from peftsurgery.capture.stack import stack_paths
-from peftsurgery.capture.traced_once import Once, traced_once
-from peftsurgery.capture.unfolding import Filling, unfold
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.quiet import quiet
 

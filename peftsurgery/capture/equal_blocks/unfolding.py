@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from peftsurgery.capture.filling_in import BEGINS, BLOCK, ENDS, Passage, Place
+from peftsurgery.capture.equal_blocks.filling_in import BEGINS, BLOCK, ENDS, Passage, Place
+from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS
 from peftsurgery.capture.kv_cache import REMEMBER
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, hand_on
-from peftsurgery.capture.size_questions import SYMBOLS
 
 _ENCLOSING = (BEGINS, ENDS)
 

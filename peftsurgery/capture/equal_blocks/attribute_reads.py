@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from peftsurgery.capture.likeness import Standing
+from peftsurgery.capture.equal_blocks.likeness import Standing
 
 _NOTHING = object()
 Note = Callable[[dict[str, Any], str, FrameType], None]

@@ -29,9 +29,9 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Cache
 
-from peftsurgery.capture.attribute_reads import noted_attributes, watchable
 from peftsurgery.capture.blocks import block_paths
-from peftsurgery.capture.filling_in import (
+from peftsurgery.capture.equal_blocks.attribute_reads import noted_attributes, watchable
+from peftsurgery.capture.equal_blocks.filling_in import (
     Passage,
     Place,
     described,
@@ -40,15 +40,15 @@ from peftsurgery.capture.filling_in import (
     memory,
     sizes,
 )
+from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
+from peftsurgery.capture.equal_blocks.size_questions import Questions
+from peftsurgery.capture.equal_blocks.unfolding import Filling
 from peftsurgery.capture.kv_cache import Layers
-from peftsurgery.capture.likeness import Token, TokenMaker
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.modes import called_with
 from peftsurgery.capture.module_calls import Notes
 from peftsurgery.capture.randomness import drawn_elsewhere
-from peftsurgery.capture.size_questions import Questions
 from peftsurgery.capture.surroundings import surroundings
-from peftsurgery.capture.unfolding import Filling
 from peftsurgery.capture.watched import HOOKS
 
 _TRACER = "_ModuleStackTracer"

@@ -34,7 +34,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig
 
-from peftsurgery.capture.size_questions import SYMBOLS, expression
+from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
 
 Token = Any
 

@@ -12,7 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import peftsurgery as ps
-from peftsurgery.capture.traced_once import Once
+from peftsurgery.capture.equal_blocks.traced_once import Once
 from tests.models import blocks
 from tests.models.changing_blocks import CHANGING
 from tests.models.traces import cached, compared, deeper, traced

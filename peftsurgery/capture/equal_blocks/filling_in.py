@@ -26,9 +26,9 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
 from peftsurgery.capture.kv_cache import Layers
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, Notes, flatten
-from peftsurgery.capture.size_questions import SYMBOLS, expression
 from peftsurgery.capture.tensors import named_tensors
 
 _LIBRARY = torch.library.Library("peftsurgery", "FRAGMENT")
