@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from peftsurgery.formats.peft.directory import from_peft as from_peft
     from peftsurgery.formats.peft.directory import to_peft as to_peft
     from peftsurgery.formats.pretrained import fold_to_directory as fold_to_directory
+    from peftsurgery.formats.pt2.export import export_pt2 as export_pt2
     from peftsurgery.formats.streamed_fold import fold_checkpoint as fold_checkpoint
     from peftsurgery.language.checking import check_rules as check_rules
     from peftsurgery.language.loading import load_rules as load_rules
@@ -70,6 +71,7 @@ _HOME = {
     "eject": "surgery.applying",
     "export_adapter": "formats.export_adapter",
     "export_onnx": "formats.onnx.export",
+    "export_pt2": "formats.pt2.export",
     "extract": "formats.extraction",
     "flatten": "surgery.fold.flattening",
     "fold": "surgery.fold.folding",

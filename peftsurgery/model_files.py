@@ -18,6 +18,7 @@ from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 WEIGHT_FILES = (
     *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5"),
     *("*.msgpack", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data", "*.ot", "*.tflite"),
+    "*.pt2",
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -37,6 +38,17 @@ class ModelFiles:
     def tensors(self) -> dict[str, tuple[TensorFile, Tensor]]:
         """Every tensor by its name, with the file that it is in."""
         return {n: (file, tensor) for file in self.files for n, tensor in file.tensors.items()}
+
+
+def refuse_program(path: str | Path) -> None:
+    """Refuse a program of torch.export in the place of a model or an adapter. PSG227.
+
+    It is told by its name and not opened: reading one unpickles.
+    """
+    if Path(path).suffix.lower() == ".pt2" and os.path.isfile(path):
+        message = f"'{path}' is a program of torch.export; reading it could run code that is in it"
+        hint = "name the model or the surgery that it was made of"
+        raise SurgeryError("PSG227", message, hint)
 
 
 def read_model_files(folder: Path) -> ModelFiles:

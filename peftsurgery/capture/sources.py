@@ -28,7 +28,7 @@ from peftsurgery.capture.factories import Inputs, made_by
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
 from peftsurgery.finite_tensors import DTYPES, FLOATS
-from peftsurgery.model_files import are_here, read_model_files
+from peftsurgery.model_files import are_here, read_model_files, refuse_program
 from peftsurgery.places import is_hub_id
 from peftsurgery.quiet import quiet
 
@@ -171,8 +171,10 @@ def open_source(spec: str, build: Build = FILES) -> Source:
 
     It is of the class and has the labels that ``build`` wants; its vocabulary is for
     :meth:`Source.resized` to change. Raises PSG205 (no such model), PSG206 (a config of no known
-    class), PSG208 (remote code) and PSG218 (no class of that name for it).
+    class), PSG208 (remote code), PSG218 (no class of that name for it) and PSG227 (a program of
+    torch.export).
     """
+    refuse_program(spec)
     here = os.path.exists(spec)
     if ":" in spec and not here:
         if build.kind or build.labels:

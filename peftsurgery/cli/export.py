@@ -36,6 +36,7 @@ ADAPTERS = {
 FORMATS = {
     **ADAPTERS,
     "onnx": "a model with the active adapters in it, checked in onnxruntime",
+    "pt2": "a program of torch.export with the active adapters in it, checked by loading it",
 }
 
 
@@ -53,8 +54,8 @@ FORMATS = {
 @click.option(
     "--adapters",
     type=click.Choice(["fold", "inputs"]),
-    help="For onnx: fold the adapters into the weights (as without it), or have their tensors as "
-    "inputs that may be left out.",
+    help="For onnx and pt2: fold the adapters into the weights (onnx: as without it). For onnx: "
+    "have their tensors as inputs that may be left out.",
 )
 @click.option(
     "--cache", is_flag=True, help="For onnx: keys and values of past tokens go in and out."
@@ -78,11 +79,11 @@ def export(
 ) -> None:
     """Write the adapter of SURGERY, a saved one or a directory of peft's, to OUT for a program."""
     wish = _wish(as_lora)
-    if to != "onnx" and (adapters is not None or cache):
-        raise click.UsageError("--adapters and --cache are for --to onnx")
+    if to != "onnx" and (adapters == "inputs" or cache or (adapters and to in ADAPTERS)):
+        raise click.UsageError("--adapters inputs and --cache are for --to onnx, fold for pt2 too")
     inputs = [surgery, *([base] if base else [])]
     check_apart(out, inputs)
-    if to not in ADAPTERS:
+    if to == "onnx":
         check_free(out, inputs, force)
     about: dict[str, Any] = {}
     with doing(f"opening {surgery}"):
@@ -98,6 +99,8 @@ def export(
     with doing(f"writing {out}"):
         if to in ADAPTERS:
             about |= _written(operated, to, out, name, force)
+        elif to == "pt2":
+            about |= _program(operated, out, adapters == "fold", force)
         else:  # it is written beside OUT and takes its name, with its data if they are apart
             from peftsurgery.formats.onnx.export import export_onnx
 
@@ -136,6 +139,13 @@ def _notes(operated: OperatedModel) -> Iterator[str]:
     yield from notes_of(operated.operations)
     for name, lost in operated.report.lost.items():
         yield f"'{name}' lacks {lost:.2%} of the change that it was made of"
+
+
+def _program(operated: OperatedModel, out: Path, folded: bool, force: bool) -> dict[str, Any]:
+    from peftsurgery.formats.pt2.export import export_pt2
+
+    made = export_pt2(operated, out, "fold" if folded else "keep", force)
+    return {**made.to_dict(), "notes": made.notes}
 
 
 def _written(

@@ -154,4 +154,11 @@ CODES = {
         "model with FSDP2 (fully_shard), or fold it: the folded model is of the original's class, "
         "for which the plan is.",
     ),
+    "PSG227": CodeInfo(
+        "a program of torch.export is no model to open",
+        "A .pt2 file is what `export --to pt2` writes for torch to run. Reading one unpickles, "
+        "which can run any code that is in it, and what it holds is a flat graph without the "
+        "modules that rules speak of. No command opens one: name the model or the surgery that it "
+        "was made of. torch.export.load reads files that you trust.",
+    ),
 }

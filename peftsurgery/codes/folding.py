@@ -118,4 +118,17 @@ CODES = {
         "process of its own captures without weights. It ended before it was done: it may have "
         "been killed, or found no memory. Try again, or fold in Python after `import torch`.",
     ),
+    "PSG422": CodeInfo(
+        "the model cannot be written as a program of torch.export",
+        "torch.export cannot trace the model as it is, or has no form for a part of it; the reason "
+        "it gave is printed. The folded model (`--adapters fold`) has no parts but the original's.",
+        UNVERIFIED,
+    ),
+    "PSG423": CodeInfo(
+        "the program of torch.export is not the model",
+        "The file was read back and called at two shapes that its export had not seen, and its "
+        "outputs differ by more than rounding explains, or it could not be called. The file is "
+        "removed.",
+        UNVERIFIED,
+    ),
 }

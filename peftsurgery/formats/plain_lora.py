@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from peftsurgery.capture import GraphModel
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.checkpoint.arrays import Array
 from peftsurgery.checkpoint.lora_folder import LoraFolder, LoraLayer, read_lora_folder
@@ -87,7 +88,7 @@ def config_number(model: OperatedModel, key: str) -> int:
     return int(getattr(getattr(model.source.module, "config", None), key))
 
 
-def places_read(model: OperatedModel) -> list[str | Path]:
+def places_read(model: GraphModel) -> list[str | Path]:
     """The places that a model was made of, which nothing is written into."""
     return [place for place in model.read_from() if place is not None]
 

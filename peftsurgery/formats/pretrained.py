@@ -36,6 +36,7 @@ from peftsurgery.formats.peft.directory import from_peft
 from peftsurgery.formats.peft.files import BASE, CONFIG, read_peft_config
 from peftsurgery.formats.peft.needed_base import open_peft_base
 from peftsurgery.formats.trial_inputs import difference, output_tensors, unseen_inputs
+from peftsurgery.model_files import refuse_program
 from peftsurgery.places import give_usual_mode
 from peftsurgery.quiet import quiet
 from peftsurgery.surgery.fold.folding import fold_with_error
@@ -218,6 +219,7 @@ def _opened(
 ) -> OperatedModel:
     if is_surgery(path):
         return load_on(path, base, allow_other_base, kind)
+    refuse_program(path)
     if not (path / CONFIG).is_file():
         what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
         raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")

@@ -135,3 +135,37 @@ def test_a_directory_of_pefts_is_exported_as_a_lora_of_less_rank(run: Any, tmp_p
     assert (outcome.json["error"]["code"], outcome.code) == ("PSG901", 2)
     outcome = run(*given, "-o", folder / "x.gguf", "--as-lora", "2")
     assert outcome.json["error"]["code"] == "PSG602"
+
+
+def test_a_program_is_written_with_a_note_on_how_to_call_it(
+    run: Any, surgery: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "model.pt2"
+    outcome = run("export", surgery, "--to", "pt2", "-o", file, "--json")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["difference"] < 1e-5
+    assert "input_ids [batch, sequence]" in outcome.json["notes"][0]
+    assert "trust" in outcome.json["notes"][2]
+    again = ("export", surgery, "--to", "pt2", "-o", file, "--json")
+    assert run(*again).json["error"]["code"] == "PSG601"
+    assert run(*again, "--force", "--adapters", "fold").code == 0
+    assert run(*again, "--force", "--adapters", "inputs").json["error"]["code"] == "PSG901"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("inspect", "FILE"),
+        ("diff", "FILE", "FILE"),
+        ("fold", "FILE", "-o", "OUT"),
+        ("export", "FILE", "--to", "pt2", "-o", "OUT"),
+        ("apply", "FILE", "lora_qv", "-o", "OUT"),
+    ],
+)
+def test_no_command_reads_a_program(run: Any, tmp_path: Path, command: tuple[str, ...]) -> None:
+    file = tmp_path / "any.PT2"
+    file.write_bytes(b"whatever: it is not opened")
+    places = {"FILE": str(file), "OUT": str(tmp_path / "out")}
+    outcome = run(*(places.get(word, word) for word in command), "--json")
+    assert (outcome.json["error"]["code"], outcome.code) == ("PSG227", 3)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["any.PT2"]

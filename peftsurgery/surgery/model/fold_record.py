@@ -55,6 +55,12 @@ def export_record(source: Source, operations: Collection[Operation]) -> dict[str
     return {FILE: as_json({**record, "date": now()})}
 
 
+def program_record(source: Source, operations: Iterable[Operation]) -> dict[str, Any]:
+    """What a program's file says of the operations in it, which are not folded into the base."""
+    entries = [_entry(source, operation) for operation in operations]
+    return {**fold_record(source, ()), "exported": entries}
+
+
 def clear_export_record(folder: Path, written: Collection[str]) -> None:
     """Remove what an earlier export into a directory said, if ``written`` has no record. PSG603."""
     file = folder / FILE

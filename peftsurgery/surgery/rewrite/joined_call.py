@@ -71,4 +71,4 @@ class JoinedCall:
 
 def is_short(x: Tensor) -> bool:
     """Whether x has so few rows that the number of calls counts, and not what they compute."""
-    return x.numel() <= FEW * x.shape[-1] and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]

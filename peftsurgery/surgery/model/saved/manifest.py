@@ -28,6 +28,7 @@ from peftsurgery.fingerprint import Fingerprint, content_digest
 from peftsurgery.language.loading import load_rules
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.language.where import Where, where_of
+from peftsurgery.model_files import refuse_program
 from peftsurgery.surgery.model.same_base import Made
 from peftsurgery.surgery.model.saved.build import read_build
 from peftsurgery.surgery.plan.cut import Operation, is_adapter_name
@@ -85,7 +86,11 @@ class Manifest:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a saved surgery. PSG605 if it cannot be read or says what none does."""
+    """The manifest of a saved surgery.
+
+    PSG605 if it cannot be read or says what none does, PSG227 for a program of torch.export.
+    """
+    refuse_program(path)
     file = path / MANIFEST
     said = files.read_object(file, "PSG605")
     form, base, entries = said.get("format"), said.get("base"), said.get("operations")
