@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.formats.adapter_files import read_safetensors
-from peftsurgery.formats.peft.config import AdapterConfig
+from peftsurgery.formats.peft.config import PARAMETERS, AdapterConfig
 from peftsurgery.formats.peft.files import read_peft_config, tensors_file
 from peftsurgery.formats.peft.library import known_names
 from peftsurgery.formats.peft.module_paths import saved_whole
@@ -53,4 +53,5 @@ def read_adapter(folder: Path) -> PeftAdapter:
     """The adapter in a directory. PSG501 to PSG506 for one that is damaged or not honoured."""
     config = AdapterConfig(read_peft_config(folder))
     tensors = read_safetensors(tensors_file(folder))
-    return PeftAdapter(folder, config, tensors, sort_keys(tensors, known_names()))
+    names = sort_keys(tensors, known_names(), nested=bool(config.names(PARAMETERS)))
+    return PeftAdapter(folder, config, tensors, names)

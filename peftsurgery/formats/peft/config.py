@@ -17,6 +17,9 @@ from peftsurgery.formats.words import brief, fits_setting, forms
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.rule_file import RuleFile
 
+PARAMETERS = "target_parameters"
+STACKS = "experts"  # the kind of sites at parameters that the config may list
+
 
 class AdapterConfig:
     """The checked values of an adapter_config.json."""
@@ -26,6 +29,7 @@ class AdapterConfig:
         self.values = values
         self.files = self._methods()
         self._check_keys()
+        self._check_parameters()
 
     def _methods(self) -> tuple[RuleFile, ...]:
         """The shipped rule files that this config identifies."""
@@ -70,6 +74,25 @@ class AdapterConfig:
         for key in peft_words().patterns.values():
             if not isinstance(self.pattern(key), dict):
                 raise SurgeryError("PSG503", f"the adapter's {key} is no object")
+
+    def _check_parameters(self) -> None:
+        """Refuse parameters where peft does not put adapters, or not as it says. PSG503, PSG504."""
+        names = self.names(PARAMETERS)
+        if isinstance(self.values.get(PARAMETERS), str):
+            raise SurgeryError("PSG503", f"the adapter's {PARAMETERS} is no list of names")
+        if not names:
+            return
+        if not any(rule.kind.name == STACKS for file in self.files for rule in file.rules):
+            message = f"the adapter's config has {PARAMETERS} = {brief(names)}"
+            raise SurgeryError("PSG504", f"{message}, which its method has no rule for")
+        for key in peft_words().without_parameters:
+            if self.value(key) not in (None, False, 0, "none"):
+                message = f"the adapter has {key} = {brief(self.value(key))} and {PARAMETERS}"
+                raise SurgeryError("PSG504", message, "peft has no such adapters of parameters")
+
+    def stack_file(self) -> RuleFile:
+        """The rule file of this method at stacks of matrices; there is one with PARAMETERS."""
+        return next(f for f in self.files for rule in f.rules if rule.kind.name == STACKS)
 
     def pattern(self, key: str) -> Mapping[str, Any]:
         """The values by module pattern under a key; none if it is not there."""

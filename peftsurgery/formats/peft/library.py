@@ -39,6 +39,7 @@ class PeftWords:
     parts: Mapping[str, str]
     read: Collection[str]
     without_effect: Collection[str]
+    without_parameters: Collection[str]
     choices: Mapping[str, Collection[Any]]
     absent: Mapping[str, Any]
     counts: Collection[str]

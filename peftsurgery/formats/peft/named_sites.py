@@ -2,8 +2,9 @@
 
 A tensor `base_model.model.<module>.lora_A.weight` is for the linear whose weight the base's files
 have under `<module>.weight`, and the shapes of both say how that lies in memory. What names and
-shapes leave open (convolutions, tables of tokens, modules saved whole, a base that was folded into
-before) is for whoever captures the model: then there is no answer here rather than a guess.
+shapes leave open (convolutions, stacks, tables of tokens, modules saved whole, a base that was
+folded into before) is for whoever captures the model: then there is no answer here rather than a
+guess.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from peftsurgery.checkpoint.plan import SiteFold
 from peftsurgery.checkpoint.record import FILE
 from peftsurgery.checkpoint.row_wise import parameter_shape, row_axes
 from peftsurgery.files import read_object
-from peftsurgery.formats.peft.config import AdapterConfig
+from peftsurgery.formats.peft.config import PARAMETERS, AdapterConfig
 from peftsurgery.formats.peft.files import read_peft_config, tensors_file
 from peftsurgery.formats.peft.library import FORMAT, known_names, listings
 from peftsurgery.formats.peft.module_paths import is_listed, target_test
@@ -192,6 +193,8 @@ def named_fold(folder: Path, base: PlainView) -> NamedFold | None:
     Raises PSG501 to PSG506 for an adapter that is damaged or not honoured.
     """
     config = AdapterConfig(read_peft_config(folder))
+    if config.names(PARAMETERS):
+        return None
     file = read_header(tensors_file(folder), "PSG505")
     adapter = NamedAdapter(config, file, sort_keys(file.tensors, known_names()), base)
     if _is_more(adapter, folder) or adapter.named is None:

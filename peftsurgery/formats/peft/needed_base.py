@@ -28,7 +28,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.peft.adapter import PeftAdapter
 from peftsurgery.formats.peft.config import AdapterConfig
 from peftsurgery.formats.peft.library import FORMAT, peft_words
-from peftsurgery.formats.peft.tensor_keys import own_key
+from peftsurgery.formats.peft.tensor_keys import own_key, unwrapped
 from peftsurgery.surgery.fold.vocabulary import built
 from peftsurgery.surgery.loading import open_built
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -100,7 +100,7 @@ def lost(model: nn.Module, adapter: PeftAdapter) -> int:
     """Count the adapter's modules and parameters that a model lacks."""
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     owners = {name.rpartition(".")[0] for name in adapter.names.own}
-    return len({*adapter.names.added, *owners} - modules)
+    return len({*map(unwrapped, adapter.names.added), *owners} - modules)
 
 
 def vocabulary_for(model: nn.Module, adapter: PeftAdapter) -> Build:

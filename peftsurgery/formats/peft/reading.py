@@ -29,6 +29,7 @@ from peftsurgery.formats.peft.target_modules import (
     nearest_path,
     unlike,
 )
+from peftsurgery.formats.peft.target_parameters import stacks_plan, take_stacks
 from peftsurgery.formats.peft.trained_modules import trained_plan
 from peftsurgery.formats.peft.whole_model import is_whole, whole_plan
 from peftsurgery.language.rule_file import RuleFile
@@ -71,20 +72,35 @@ def peft_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterPlan
         plan = whole_plan(model, adapter, name)
     else:
         adapter = replace(adapter, tensors=spread(adapter.config, adapter.names, adapter.tensors))
-        plan = _modules_plan(model, adapter, name)
+        plan = _added_plan(model, adapter, name)
     plan.add(trained_plan(model, adapter, name))
     return plan
 
 
-def _modules_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterPlan:
-    """The operations for what is added to modules."""
-    config, module, added = adapter.config, model.source.module, adapter.names.added
-    sites = [site for site in survey(model.base_capture) if site.slice is None]
+def _added_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterPlan:
+    """The operations for what is added to modules, and to stacks of experts."""
+    module, every = model.source.module, survey(model.base_capture)
+    adapter, stacks = take_stacks(adapter, module)
+    plan = _modules_plan(every, module, adapter, name, stacks)
+    plan.add(stacks_plan(stacks, every, adapter, module, name))
+    return plan
+
+
+def _modules_plan(
+    every: Iterable[Placed],
+    module: nn.Module,
+    adapter: PeftAdapter,
+    name: str,
+    others: Iterable[str] = (),
+) -> AdapterPlan:
+    """The operations for what is added to modules; ``others`` has adapters too."""
+    config, added = adapter.config, adapter.names.added
+    sites = [site for site in every if site.slice is None]
     # an adapter does not say how its base is kept: that is for who captured the base to choose
     rules = [Option(file, rule) for file in config.files for rule in file.rules if not rule.store]
     placed = {path: _site_of(path, sites, rules, adapter, module) for path in added}
     check_targets(config, module, added)
-    config.check_patterns(added)
+    config.check_patterns([*added, *others])
     chosen = {path: _fitting(site, rules, adapter, module) for path, site in placed.items()}
     for key in listings(config.files):
         listed = [m for m, options in chosen.items() if options[0].rule.listing(FORMAT) == key]

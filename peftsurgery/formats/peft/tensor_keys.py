@@ -12,6 +12,7 @@ one part of the prefix is missing then: `base_model.<module>`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -36,10 +37,11 @@ class Names:
     frozen: dict[str, str] = field(default_factory=dict)
 
 
-def sort_keys(keys: Collection[str], known: Collection[str]) -> Names:
+def sort_keys(keys: Collection[str], known: Collection[str], nested: bool = False) -> Names:
     """Split the keys of a file. PSG504 for a wrapper in a wrapper, PSG506 without the prefix.
 
-    Names that are ``known`` follow a module's path; after a / they are those of no module.
+    Names that are ``known`` follow a module's path; after a / they are those of no module. With
+    ``nested``, wrappers of parameters lie in each other: they are told apart by their whole paths.
     """
     names = Names()
     copies = {TRAINED: names.again, ORIGINAL: names.frozen}
@@ -61,7 +63,8 @@ def sort_keys(keys: Collection[str], known: Collection[str]) -> Names:
             group[unwrapped(path)] = key
         else:
             module = path.removesuffix(f".{suffix}")
-            if module != unwrapped(module):
+            outer = re.sub(rf"(\.{WRAPPED})+$", "", module) if nested else module
+            if outer != unwrapped(module):
                 raise _nested(key, unwrapped(module))
             names.added.setdefault(module, {})[suffix] = key
     for name, key in names.again.items():

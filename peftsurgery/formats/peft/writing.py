@@ -20,12 +20,15 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import config_of
+from peftsurgery.formats.peft.config import PARAMETERS, STACKS
 from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.fused_weights import fuse
 from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
+from peftsurgery.formats.peft.module_paths import saved_whole
 from peftsurgery.formats.peft.needed_base import class_said, saved_tables
 from peftsurgery.formats.peft.rank_patterns import PATTERN, check_total, gather
 from peftsurgery.formats.peft.target_modules import say_listed, say_targets, unlike
+from peftsurgery.formats.peft.target_parameters import say_factors, say_parameters
 from peftsurgery.formats.peft.tensor_keys import added_key, without_wrapper
 from peftsurgery.formats.peft.trained_modules import Trained, say_trained
 from peftsurgery.formats.peft.whole_model import is_whole, prefix_notes, whole_files
@@ -34,13 +37,18 @@ from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.fold.flattening import flatten
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.rewrite.readers import check_readers
 
 WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """Adapter of one module in peft's form: config keys, tensors by suffix, and rule."""
+    """Adapter of one module in peft's form: config keys, tensors by suffix, and rule.
+
+    Of a stack of matrices, ``module`` is the name of the parameter: peft's config speaks of both
+    alike.
+    """
 
     module: str
     keys: Mapping[str, Any]
@@ -75,10 +83,11 @@ def _wrapped(
     model: OperatedModel, cuts: Sequence[Cut], name: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config and the tensors of an adapter of modules."""
-    adapted = [_adapted(model, group) for group in _by_module(cuts) if group[0].rule.params]
+    adapted = [_adapted(model, group) for group in _by_place(cuts) if group[0].rule.params]
     if not adapted:
         raise SurgeryError("PSG510", f"'{name}' adds no parameters, and peft has no such method")
-    paths = [one.module for one in adapted]
+    stacks = [one.module for one in adapted if one.rule.kind.name == STACKS]
+    paths = [one.module for one in adapted if one.module not in stacks]
     base = model.source.module
     modules = [path for path, _ in base.named_modules() if path]
     config = _merge(name, adapted)
@@ -89,8 +98,9 @@ def _wrapped(
         config[key] = say_listed([path for path in paths if listed[path] == key], paths, targets)
     pattern, values = gather((one.module, one.rule, one.tensors) for one in adapted)
     config |= {PATTERN: pattern} if pattern else {}
+    names, wrapped = say_parameters(stacks, base) if stacks else ([], {})
     tensors = {
-        added_key(module, suffix): value
+        added_key(wrapped.get(module, module), suffix): value
         for module, of_module in values.items()
         for suffix, value in of_module.items()
     }
@@ -101,26 +111,47 @@ def _wrapped(
     config["modules_to_save"] = said.modules or None
     if any(isinstance(base.get_submodule(path), Conv1D) for path in paths):
         config["fan_in_fan_out"] = True
+    config |= _with_parameters(name, names, stacks, config) if stacks else {}
     config |= {BASE: model.source.origin, **class_said(base), "inference_mode": True}
     return config, tensors | said.tensors
 
 
-def _by_module(cuts: Iterable[Cut]) -> list[list[Cut]]:
-    """The cuts at each module, and at a layer that is called twice only one of the two."""
+def _with_parameters(
+    name: str, names: Sequence[str], stacks: Sequence[str], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The key that lists parameters. PSG510 if the config has what peft has not at parameters."""
+    for key in peft_words().without_parameters:
+        if config.get(key) not in (None, False, 0, "none"):
+            message = f"'{name}' has {key} = {config[key]!r}, and '{stacks[0]}' is a stack"
+            hint = "peft has no such adapters of stacks; save the surgery itself with save()"
+            raise SurgeryError("PSG510", message, hint)
+    for stack in stacks:
+        if saved_whole(stack.rpartition(".")[0], config["modules_to_save"] or ()):
+            message = f"'{name}' adapts '{stack}' in a module that it trains whole"
+            raise SurgeryError("PSG510", message, "save the surgery itself with save()")
+    return {PARAMETERS: list(names)}
+
+
+def _by_place(cuts: Iterable[Cut]) -> list[list[Cut]]:
+    """The cuts at each module or stack, and at a layer that is called twice only one of the two."""
     groups: dict[str, dict[Any, Cut]] = {}
     for cut in cuts:
         if cut.rule.params or cut.rule.rewrite:
             key = (cut.operation, id(cut.rule), cut.site.slice)
-            groups.setdefault(cut.placed.module, {}).setdefault(key, cut)
+            is_stack = cut.rule.kind.name == STACKS
+            place = str(cut.placed.parameter) if is_stack else cut.placed.module
+            groups.setdefault(place, {}).setdefault(key, cut)
     return [list(group.values()) for group in groups.values()]
 
 
 def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
-    """Translate one module's cuts into peft's form."""
+    """Translate one place's cuts into peft's form."""
     first = cuts[0]
     for cut in cuts:
         _check_form(cut, cut.operation.file)
         check_total(cut)
+    if first.rule.kind.name == STACKS:
+        return _adapted_stack(model, cuts)
     _check_module(model.source.module, first)
     if all(cut.site.slice is not None for cut in cuts):
         whole, values = fuse(model, cuts)
@@ -133,6 +164,16 @@ def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
     keys = config_of(whole.operation, whole.operation.file, FORMAT)
     tensors = {table[n]: value for n, value in values.items()}
     return Adapted(first.placed.module, keys, tensors, whole.rule)
+
+
+def _adapted_stack(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
+    """Translate the cut at a stack into peft's form."""
+    first = cuts[0]
+    if len(cuts) > 1:
+        raise _refuse(first, "is adapted more than once under this name")
+    check_readers([c for c in model.cuts if c.rule is first.rule], model.foldable().sites)
+    keys = config_of(first.operation, first.operation.file, FORMAT)
+    return Adapted(str(first.placed.parameter), keys, say_factors(model, first), first.rule)
 
 
 def _check_form(cut: Cut, form: RuleFile) -> None:

@@ -218,7 +218,6 @@ NOT_HONOURED: dict[str, Any] = {
     "use_qalora": True,
     "arrow_config": {"top_k": 2},
     "alora_invocation_tokens": [3],
-    "target_parameters": ["experts.w"],
     "use_bdlora": {"nblocks": 2},
     "kasa_config": {"beta": 1.0},
     "velora_config": {"a": 1},
