@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -75,6 +75,7 @@ def test_the_rows_of_a_view_are_told(
     assert (found and (found.rows, found.flipped)) == (rows and (rows, flipped))
 
 
+@settings(max_examples=15)
 @given(st.data())
 def test_a_part_is_what_the_view_has(data: st.DataObject) -> None:
     size = data.draw(st.integers(2, 9))

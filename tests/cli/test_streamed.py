@@ -108,6 +108,7 @@ def test_a_fold_without_options_is_made_on_files_and_checked_against_the_model(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_what_is_not_as_operated_is_removed(
     tmp_path: Path, surgery: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_an_adapter_that_changes_nothing_is_written_only_if_that_is_asked_for(
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+@pytest.mark.slow
 def test_what_files_cannot_do_is_done_in_memory_with_a_note(tmp_path: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     config = LlamaConfig(**sizes, num_attention_heads=2, vocab_size=32, tie_word_embeddings=True)

@@ -45,7 +45,7 @@ def run(file: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("adapters", ["keep", "fold"])
+@pytest.mark.parametrize("adapters", ["keep", pytest.param("fold", marks=pytest.mark.slow)])
 def test_a_program_computes_the_original_with_its_adapters(
     adapters: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +163,7 @@ def test_a_full_disk_ends_in_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ps.export_pt2(operated("functional"), tmp_path / "model.pt2")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_captured_with_a_cache_returns_none(tmp_path: Path) -> None:
     model = ps.capture(ZOO["llama"].build(), cache=True)
     result = ps.export_pt2(model, tmp_path / "model.pt2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,8 +27,13 @@ def inputs() -> dict[str, Tensor]:
     return {"tgt": torch.randn(2, 5, WIDTH), "memory": torch.randn(2, 7, WIDTH)}
 
 
+@cache
+def captured() -> ps.GraphModel:
+    return ps.capture(decoder(), inputs=inputs())
+
+
 def trained(rule: str) -> ps.GraphModel:
-    operated = ps.apply(ps.capture(decoder(), inputs=inputs()), rule)
+    operated = ps.apply(captured(), rule)
     torch.manual_seed(2)
     with torch.no_grad():
         for parameter in operated.parameters():
@@ -76,7 +82,7 @@ rules:
         for name, parameter in by_hand.named_parameters():
             if "multihead_attn.in_proj" in name:
                 parameter[K] *= 3
-    operated = ps.apply(ps.capture(decoder(), inputs=inputs()), rules)
+    operated = ps.apply(captured(), rules)
     assert torch.allclose(operated(**inputs()), by_hand(**inputs()), atol=1e-6)
     for name, value in ps.fold(operated).state_dict().items():
         assert torch.equal(value, by_hand.state_dict()[name])
@@ -112,8 +118,7 @@ def test_a_surgery_of_parts_is_saved_and_loaded(tmp_path: Path) -> None:
     operated.save(tmp_path / "surgery")
     names = load_file(tmp_path / "surgery" / "adapter.safetensors").keys()
     assert "layers.0.multihead_attn.lora_qv.q.A" in names
-    base = ps.capture(decoder(), inputs=inputs())
-    again = ps.load(tmp_path / "surgery", base=base)
+    again = ps.load(tmp_path / "surgery", base=captured())
     assert torch.equal(again(**inputs()), operated(**inputs()))
     with pytest.raises(ps.SurgeryError) as caught:
         ps.to_peft(operated, tmp_path / "peft")
