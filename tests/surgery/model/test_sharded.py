@@ -11,7 +11,8 @@ import pytest
 from peftsurgery.surgery.model.saved.manifest import MANIFEST
 from tests.surgery.model.processes import together
 
-pytestmark = pytest.mark.slow  # two processes that import and capture take half a minute
+# Two processes that import and capture take half a minute: they are started once for all tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("sharded")]
 
 
 @pytest.fixture(scope="module")
