@@ -1,8 +1,8 @@
 """What README shows runs, and prints what it says."""
 
-import os
 import re
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -42,16 +42,21 @@ def test_the_snippets_run_in_order(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", blocks("py"), ids=["sharded", "launched"])
-def test_the_scripts_run_as_their_first_line_says(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_scripts_run_as_their_first_line_says(text: str, tmp_path: Path) -> None:
     name, _, command = text.splitlines()[0].removeprefix("# ").partition(": ")
     (tmp_path / name).write_text(text, encoding="utf-8")
-    here = Path(sys.executable).parent
-    monkeypatch.setenv("PATH", os.pathsep.join((str(here), os.environ["PATH"])))
-    run_to_end(command.split(), tmp_path)
+    run_to_end(installed(*command.split()), tmp_path)
     torch.manual_seed(0)
     sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 128}
     config = LlamaConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
     trained = ps.load(tmp_path / name.removesuffix(".py"), ps.capture(LlamaForCausalLM(config)))
     assert all(value.abs().max() > 0 for value in trained.learnt().values())
+
+
+def installed(command: str, *arguments: str) -> list[str]:
+    """A command of an installed package, run by this Python, on whose PATH it need not be."""
+    entry = next(e for e in entry_points(group="console_scripts") if e.name == command)
+    start = (
+        f"import sys, {entry.module}; sys.argv[0] = {command!r}; {entry.value.replace(':', '.')}()"
+    )
+    return [sys.executable, "-c", start, *arguments]
