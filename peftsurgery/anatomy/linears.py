@@ -51,7 +51,7 @@ class _Product:
 
 def _linear(node: fx.Node) -> Site | None:
     product = _product(node)
-    if product is not None and is_tensor(product.x) and _is_signal(product.x):
+    if product is not None and is_tensor(product.x) and _may_be_x(product.x):
         matrix, flipped = matrix_of(product.weight)
         if matrix is not None and len(shape(matrix)) == 2:
             return _site(node, product, matrix, flipped)
@@ -61,9 +61,9 @@ def _linear(node: fx.Node) -> Site | None:
     return None
 
 
-def _is_signal(x: fx.Node) -> bool:
+def _may_be_x(factor: fx.Node) -> bool:
     """Whether a factor is no matrix of weights: learned queries are repeated for all of a batch."""
-    return matrix_of(x)[0] is None or len(shape(x)) > 2
+    return matrix_of(factor)[0] is None or len(shape(factor)) > 2
 
 
 def _product(node: fx.Node) -> _Product | None:

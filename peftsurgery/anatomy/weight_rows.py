@@ -53,16 +53,12 @@ def part_of(node: Any, out: int) -> WeightRows | None:
 
 
 def _part(parameter: fx.Node, dim: int, ways: list[Any], flipped: bool) -> WeightRows | None:
-    sizes = shape(parameter)
-    others = [range(size) for size in sizes[:dim] + sizes[dim + 1 :]]
-    if [list(way) for way in ways[:dim] + ways[dim + 1 :]] != [list(all_) for all_ in others]:
-        return None
-    rows = as_slice(ways[dim], sizes[dim])
-    return (
-        None
-        if rows is None or rows.indices() != ways[dim]
-        else WeightRows(parameter, rows, flipped)
-    )
+    """The rows along ``dim``, if they are regular and in order, with all entries of each."""
+    sizes, wanted = shape(parameter), ways[dim]
+    rows = as_slice(wanted, sizes[dim])
+    is_full = all(way == list(range(sizes[at])) for at, way in enumerate(ways) if at != dim)
+    is_ordered = rows is not None and rows.indices() == wanted
+    return WeightRows(parameter, rows, flipped) if rows and is_full and is_ordered else None
 
 
 def _views(node: Any) -> list[fx.Node]:
