@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from types import MappingProxyType
 from typing import Any
 
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from peftsurgery.tensor_file import Tensor, TensorFile
 
 Array = npt.NDArray[Any]
+
+CHUNK = 2**20  # bytes that are read at once, to be copied or hashed
 
 # What can be computed with, by the format's names; other tensors are copied as bytes.
 FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -52,17 +55,39 @@ def read_rows(file: TensorFile, tensor: Tensor, start: int = 0, end: int | None 
     return np.frombuffer(content, dtype).reshape(shape)
 
 
+def as_bytes(value: Array) -> memoryview:
+    """The bytes of an array, as a file holds them."""
+    return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
+
+
 def read_bytes(file: TensorFile, tensor: Tensor, start: int, size: int) -> bytearray:
     """Bytes of a tensor, from its byte ``start`` on. Raises EOFError if the file has shrunk."""
     content = bytearray(size)
-    with file.path.open("rb", buffering=0) as stream:
-        done, place = 0, file.offset + tensor.start + start
-        while done < size:
-            got = os.preadv(stream.fileno(), [memoryview(content)[done:]], place + done)
-            if not got:
-                raise EOFError(f"{file.path} has become shorter")
-            done += got
+    with FileIO(file.path) as stream:
+        _fill(stream, memoryview(content), file.offset + tensor.start + start)
     return content
+
+
+def chunks(file: TensorFile, tensor: Tensor) -> Iterator[memoryview]:
+    """All bytes of a tensor, :data:`CHUNK` at a time, each in the memory of the one before.
+
+    Raises EOFError if the file has shrunk.
+    """
+    room = memoryview(bytearray(min(CHUNK, tensor.size)))
+    with FileIO(file.path) as stream:
+        for start in range(0, tensor.size, CHUNK):
+            part = room[: tensor.size - start]
+            _fill(stream, part, file.offset + tensor.start + start)
+            yield part
+
+
+def _fill(stream: FileIO, room: memoryview, place: int) -> None:
+    """Read from a place of a file on, until there is no more room."""
+    while room:
+        got = os.preadv(stream.fileno(), [room], place)
+        if not got:
+            raise EOFError(f"{stream.name} has become shorter")
+        room, place = room[got:], place + got
 
 
 def ulp(one: Array, other: Array, dtype: str) -> Array:

@@ -1,12 +1,12 @@
 """Certificates of folded checkpoints: ``peftsurgery.json``, by which an output can be checked.
 
 It has the hash of every tensor that was written and of every other file, and of each tensor that
-was changed the hash of the base's, how far it was moved, and how far it was rounded.
+was changed the hash of the base's, how far it was moved, and how far it was rounded. ``algorithm``
+names how it was hashed, and is what a tensor's entry calls its own hash.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.arguments import checked
-from peftsurgery.checkpoint.arrays import read_bytes
+from peftsurgery.checkpoint.hashing import (
+    ALGORITHM,
+    ALGORITHMS,
+    BEFORE,
+    hash_of,
+    hash_of_file,
+    hash_of_header,
+)
 from peftsurgery.checkpoint.record import FILE
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.model_files import read_model_files
-from peftsurgery.tensor_file import Tensor, TensorFile, read_header
-
-CHUNK = 2**20
+from peftsurgery.tensor_file import read_header
 
 
 def certificate(
@@ -33,9 +38,10 @@ def certificate(
     ``weights`` are the names of its safetensors files, ``tensors`` what is said of each tensor.
     """
     kept = {*weights, FILE}
-    files = {name: _hash(folder / name) for name in _names(folder) if name not in kept}
-    headers = {name: _hash_header(read_header(folder / name)) for name in sorted(weights)}
-    said = {**record, "tensors": tensors, "headers": headers, "files": files}
+    files = {name: hash_of_file(folder / name) for name in _names(folder) if name not in kept}
+    headers = {name: hash_of_header(read_header(folder / name)) for name in sorted(weights)}
+    hashes = {"algorithm": ALGORITHM, "tensors": tensors, "headers": headers, "files": files}
+    said = {**record, **hashes}
     return (json.dumps(said, indent=1, default=str) + "\n").encode()
 
 
@@ -75,17 +81,26 @@ def verify(out: str | Path) -> Verified:
 
 
 def read_certificate(folder: Path) -> dict[str, Any]:
-    """The certificate in a directory. PSG609 if there is none, or one of an earlier kind."""
+    """The certificate in a directory. PSG609 if there is none, or one of another kind."""
     said = read_object(folder / FILE, "PSG609")
+    algorithm = algorithm_of(said)
+    if algorithm not in list(ALGORITHMS):  # it may be anything, also what has no hash
+        message = f"{folder / FILE} was made with the algorithm {algorithm!r:.40}"
+        raise SurgeryError("PSG609", message, f"known here: {', '.join(ALGORITHMS)}")
     tensors, headers, files = (said.get(name) for name in ("tensors", "headers", "files"))
     if not (isinstance(tensors, dict) and isinstance(headers, dict) and isinstance(files, dict)):
         message = f"{folder / FILE} has no hashes of what was written"
         raise SurgeryError("PSG609", message, "fold again with fold_checkpoint")
     are_entries = all(isinstance(entry, dict) for entry in tensors.values())
-    hashes = [entry.get("sha256") for entry in tensors.values()] if are_entries else [None]
+    hashes = [entry.get(algorithm) for entry in tensors.values()] if are_entries else [None]
     if not all(isinstance(each, str) for each in (*hashes, *headers.values(), *files.values())):
         raise SurgeryError("PSG609", f"{folder / FILE} holds hashes that are none")
     return said
+
+
+def algorithm_of(said: Mapping[str, Any]) -> Any:
+    """The algorithm that a certificate names, or is from before there was more than one."""
+    return said.get("algorithm", BEFORE)
 
 
 def is_as_said(path: Path, said: Mapping[str, Any]) -> bool:
@@ -95,35 +110,28 @@ def is_as_said(path: Path, said: Mapping[str, Any]) -> bool:
     except SurgeryError:
         return False
     return file.tensors.keys() == said.keys() and all(
-        hash_of(file, tensor) == said[name]["sha256"] for name, tensor in file.tensors.items()
+        hash_of(file, tensor) == said[name][ALGORITHM] for name, tensor in file.tensors.items()
     )
-
-
-def hash_of(file: TensorFile, tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    digest = hashlib.sha256()
-    for start in range(0, tensor.size, CHUNK):
-        digest.update(read_bytes(file, tensor, start, min(CHUNK, tensor.size - start)))
-    return digest.hexdigest()
 
 
 def _differences(folder: Path, said: Mapping[str, Any]) -> Iterator[str]:
     """What is not as the certificate says."""
-    files = read_model_files(folder)
-    headers = {file.path.name: _hash_header(file) for file in files.files}
+    files, algorithm = read_model_files(folder), algorithm_of(said)
+    headers = {file.path.name: hash_of_header(file, algorithm) for file in files.files}
     names = {name for name in _names(folder) if name not in headers and name != FILE}
     for name in sorted(headers.keys() | said["headers"].keys()):
         if headers.get(name) != said["headers"].get(name):
             yield f"the header of '{name}'"
     for name in sorted(names | said["files"].keys()):
-        if name not in names or _hash(folder / name) != said["files"].get(name):
+        wanted = said["files"].get(name)
+        if name not in names or hash_of_file(folder / name, algorithm) != wanted:
             yield f"'{name}'"
     held = files.tensors
     for name in sorted(held.keys() | said["tensors"].keys()):
         if (
             name not in held
             or name not in said["tensors"]
-            or hash_of(*held[name]) != said["tensors"][name]["sha256"]
+            or hash_of(*held[name], algorithm) != said["tensors"][name][algorithm]
         ):
             yield f"the tensor '{name}'"
 
@@ -133,13 +141,3 @@ def _names(folder: Path) -> list[str]:
     found = (Path(around, name) for around, _, names in os.walk(folder) for name in names)
     paths = (path.relative_to(folder) for path in found)
     return sorted(str(path) for path in paths if not any(p.startswith(".") for p in path.parts))
-
-
-def _hash_header(file: TensorFile) -> str:
-    with file.path.open("rb") as stream:
-        return hashlib.sha256(stream.read(file.offset)).hexdigest()
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

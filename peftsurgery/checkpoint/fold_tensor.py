@@ -6,13 +6,14 @@ and what of the base's numbers was not finite.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, ulp, wide_dtype
+from peftsurgery.checkpoint.arrays import FLOATS, Array, as_bytes, read_rows, ulp, wide_dtype
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
 from peftsurgery.checkpoint.row_wise import folded
@@ -39,18 +40,27 @@ class FoldMeasure:
     _change: float = field(default=0.0, repr=False)
     _base: float = field(default=0.0, repr=False)
 
-    def add(self, before: Array, exact: Array, rounded: Array, dtype: str) -> None:
-        """Add a block: what was there, the sum in full precision, and what is written."""
+    def add(self, before: Array, exact: Array, rounded: Array, dtype: str) -> bool:
+        """Add a block: what was there, the sum in full precision, and what is written.
+
+        Returns whether all of them are finite; a sum of squares or a maximum that is tells that of
+        everything in it.
+        """
         gap = exact - before
         self.elements += exact.size
         self.moved += int(np.count_nonzero(rounded != before))
         self._change += float(np.vdot(gap, gap))
-        self._base += float(np.vdot(before, before))
-        if exact.size:
-            moved = np.abs(gap, out=gap) / ulp(before, exact, dtype)
-            self.largest = max(self.largest, float(moved.max()))
-            error = np.subtract(rounded, exact, out=gap)
-            self.rounding = max(self.rounding, float(np.abs(error, out=error).max()))
+        base = float(np.vdot(before, before))
+        self._base += base
+        if not exact.size:
+            return True
+        moved = np.abs(gap, out=gap)
+        moved /= ulp(before, exact, dtype)
+        self.largest = max(self.largest, float(moved.max()))
+        error = np.subtract(rounded, exact, out=gap)
+        rounding = float(np.abs(error, out=error).max())
+        self.rounding = max(self.rounding, rounding)
+        return math.isfinite(base) and math.isfinite(rounding)
 
     def to_dict(self) -> dict[str, Any]:
         """The measures, ``relative`` in parts of the base tensor's norm (None where that is 0)."""
@@ -76,28 +86,36 @@ class Folding:
     adapter: Found
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
 
-    def blocks(self, name: str, dtype: str, change: FoldMeasure) -> Iterator[bytes]:
+    def blocks(
+        self,
+        name: str,
+        dtype: str,
+        change: FoldMeasure,
+        read: Callable[[memoryview], object] = lambda content: None,
+    ) -> Iterator[memoryview]:
         """Yield a changed tensor's bytes in ``dtype``, in order; ``change`` is filled on the way.
 
+        ``read`` is told the base's bytes of the tensor, in order, unless they are a codec's.
         Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
         """
-        for before, exact in self._exact(name):
-            if not np.isfinite(exact).all():
-                raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity once it is folded")
-            with np.errstate(over="ignore"):
+        for before, exact in self._exact(name, read):
+            with np.errstate(over="ignore", invalid="ignore"):
                 stored = exact.astype(FLOATS[dtype])
-            rounded = stored.astype(exact.dtype)
-            if not np.isfinite(rounded).all():
-                raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
-            change.add(before, exact, rounded, dtype)
-            yield np.ascontiguousarray(stored).tobytes()
+                rounded = stored.astype(exact.dtype)
+                if not change.add(before, exact, rounded, dtype):
+                    _check_finite(name, dtype, before, exact, rounded)
+            yield as_bytes(stored)
 
-    def _exact(self, name: str) -> Iterator[tuple[Array, Array]]:
+    def _exact(
+        self, name: str, read: Callable[[memoryview], object]
+    ) -> Iterator[tuple[Array, Array]]:
         """A tensor before and after, block by block, in the dtype in which changes are added."""
         _, tensor = self.base[name]
         wide = wide_dtype(tensor.dtype)
         if name in self.plan.replaced:
-            yield self._read(name, wide, {}), self._adapters(self.plan.replaced[name], wide)
+            was = self._stored(name, {}, None)
+            read(as_bytes(was))
+            yield was.astype(wide), self._adapters(self.plan.replaced[name], wide)
             return
         sites = self.plan.together(name)
         others = sorted({name, *(other for site in sites for other in site.weights.values())})
@@ -105,29 +123,25 @@ class Folding:
         learnt = {key: self._adapters(key, wide) for key in keys}
         whole = {n: self.coded[n].values() for n in others if n in self.coded}
         for rows in _row_blocks([self.base[other][1] for other in others], sites):
-            before = {other: self._read(other, wide, whole, rows) for other in others}
+            stored = {other: self._stored(other, whole, rows) for other in others}
+            if name not in self.coded:
+                read(as_bytes(stored[name]))
+            before = {other: value.astype(wide) for other, value in stored.items()}
+            for other in others:
+                if other != name and not np.isfinite(before[other]).all():
+                    raise SurgeryError("PSG403", f"'{other}' holds NaN or infinity")
             now = dict(before)
             for site in sites:
                 _fold(site, now, learnt, rows)
             yield before[name], now[name]
 
-    def _read(
-        self,
-        name: str,
-        wide: np.dtype[Any],
-        whole: Mapping[str, Array],
-        rows: slice | None = None,
-    ) -> Array:
+    def _stored(self, name: str, whole: Mapping[str, Array], rows: slice | None) -> Array:
         """Rows of a tensor of the base, ``whole`` ones of which are in memory already."""
         if name in self.coded:
             values = whole[name] if name in whole else self.coded[name].values()
-            found = values if rows is None else values[rows]
-        else:
-            file, tensor = self.base[name]
-            found = read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
-        if not np.isfinite(found).all():
-            raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
-        return found.astype(wide)
+            return values if rows is None else values[rows]
+        file, tensor = self.base[name]
+        return read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
 
     def _adapters(self, name: str, wide: np.dtype[Any]) -> Array:
         file, tensor = self.adapter[name]
@@ -135,6 +149,16 @@ class Folding:
         if not np.isfinite(value).all():
             raise SurgeryError("PSG505", f"{file.path}: '{name}' holds NaN or infinity")
         return value.astype(wide)
+
+
+def _check_finite(name: str, dtype: str, before: Array, exact: Array, rounded: Array) -> None:
+    """Refuse a tensor with what is not finite. PSG402, PSG403."""
+    if not np.isfinite(before).all():
+        raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
+    if not np.isfinite(exact).all():
+        raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity once it is folded")
+    if not np.isfinite(rounded).all():
+        raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
 
 
 def _fold(

@@ -22,7 +22,7 @@ import numpy as np
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.arrays import Array
-from peftsurgery.checkpoint.certificate import hash_of
+from peftsurgery.checkpoint.hashing import hash_of
 from peftsurgery.checkpoint.lora_folder import (
     BASE,
     CONFIG,

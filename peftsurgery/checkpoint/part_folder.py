@@ -2,8 +2,9 @@
 
 ``OUT.part`` holds what is done of ``OUT``. A file in it is written under another name, flushed to
 the disk and renamed, and only then entered in the journal, with the hash of what it holds. Whoever
-resumes believes the journal of the same plan, and of a file only what its hash confirms. The last
-step renames the directory. A process that is killed, or a disk that is full, leaves ``OUT.part``.
+resumes believes the journal of the same plan, and of a file only what its hash confirms: so the
+journal itself need not be on the disk. The last step flushes the directory and renames it. A
+process that is killed, or a disk that is full, leaves ``OUT.part``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,32 +26,55 @@ JOURNAL = ".journal"
 
 
 @dataclass(frozen=True)
+class PartFile:
+    """A file in the making; threads may write parts of it at once."""
+
+    name: str
+    stream: FileIO
+
+    def write(self, block: bytes | memoryview, place: int) -> None:
+        """Write bytes from a place of the file on."""
+        left = memoryview(block)
+        while left:
+            done = os.pwrite(self.stream.fileno(), left, place)
+            left, place = left[done:], place + done
+
+
+@dataclass(frozen=True)
 class PartFolder:
     """A directory in the making, and what of it is done by name: what the journal says of each."""
 
     path: Path
     done: dict[str, Any]
 
-    def write(self, name: str, blocks: Iterable[bytes], said: Any = None) -> None:
-        """Write a file whole, or not at all, and enter it in the journal."""
+    def begun(self, name: str) -> PartFile:
+        """Begin a file; it has its name once it is :meth:`ended`."""
         file = self.path / name
         part = file.with_name(f".{file.name}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as stream:
+        return PartFile(name, FileIO(part, "w"))
+
+    def ended(self, file: PartFile, said: Any = None) -> None:
+        """Put a file that is whole in its place, and enter it in the journal with what is said."""
+        os.fsync(file.stream.fileno())
+        file.stream.close()
+        os.replace(file.stream.name, self.path / file.name)
+        self.enter(file.name, said)
+
+    def write(self, name: str, blocks: Iterable[bytes | memoryview], said: Any = None) -> None:
+        """Write a file of blocks that follow one another."""
+        file, place = self.begun(name), 0
+        with file.stream:
             for block in blocks:
-                stream.write(block)
-            stream.flush()
-            _flush(stream.fileno())
-        part.replace(file)
-        _flush_folder(file.parent)
-        self.enter(name, said)
+                file.write(block, place)
+                place += len(block)
+            self.ended(file, said)
 
     def enter(self, name: str, said: Any = None) -> None:
         """Note in the journal that a file is there."""
-        with (self.path / JOURNAL).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"file": name, "said": said}) + "\n")
-            stream.flush()
-            _flush(stream.fileno())
+        line = json.dumps({"file": name, "said": said}) + "\n"
+        with FileIO(self.path / JOURNAL, "a") as stream:  # at once: other threads have lines too
+            stream.write(line.encode())
         self.done[name] = said
 
 
@@ -70,6 +95,8 @@ def part_folder(out: Path, plan: str, resume: bool) -> Iterator[PartFolder]:
             except SurgeryError:  # trying again would end in the same way
                 shutil.rmtree(path)
                 raise
+            for around, _, _ in os.walk(path):
+                _flush_folder(Path(around))
             path.rename(out)  # with its journal: without, what is there could not be taken up
             (out / JOURNAL).unlink()
             _flush_folder(out.absolute().parent)
@@ -93,7 +120,6 @@ def _begun(path: Path, plan: str, resume: bool) -> dict[str, Any]:
     if not lines:
         _clear(path)
         journal.write_text(json.dumps({"plan": plan}) + "\n", encoding="utf-8")
-        _flush_folder(path)
         return {}
     if lines[0].get("plan") != plan:
         message = f"'{path}' was begun for another base, adapter or dtype"
@@ -141,10 +167,6 @@ def _locked(lock: Path, path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
-
-
-def _flush(handle: int) -> None:
-    os.fsync(handle)
 
 
 def _flush_folder(path: Path) -> None:

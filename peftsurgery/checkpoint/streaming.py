@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.checkpoint.arrays import FLOATS, read_bytes
+from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
 from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView, needed_view
 from peftsurgery.checkpoint.fold_report import FoldReport
-from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
+from peftsurgery.checkpoint.fold_tensor import Folding
+from peftsurgery.checkpoint.hashing import ALGORITHM
 from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.record import FILE, folded_into
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
+from peftsurgery.checkpoint.shards import Streamed, write_shards
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import (
     INDEX,
@@ -32,67 +31,7 @@ from peftsurgery.model_files import (
     other_files,
     read_model_files,
 )
-from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
-
-CHUNK = 2**20  # bytes that are copied at once
-
-
-@dataclass(frozen=True)
-class Streamed:
-    """A fold under way: what is read, the dtype that changed tensors get, who hears of progress."""
-
-    folding: Folding
-    view: PlainView
-    dtype: str | None = None
-    progress: Callable[[int], None] = field(default=lambda size: None, repr=False)
-
-    def dtype_of(self, tensor: Tensor) -> str:
-        """The dtype in which a tensor is written."""
-        return self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
-
-    def write_file(self, into: PartFolder, file: TensorFile) -> None:
-        """Write one file of the base again, its tensors in the same order."""
-        held = self.view.of(file)
-        tensors = laid_out((each.name, self.dtype_of(each), each.shape) for each in held)
-        said: dict[str, Any] = {}
-
-        def blocks() -> Iterator[bytes]:
-            yield header_of(tensors, file.metadata)
-            for tensor in tensors:
-                digest, measure = hashlib.sha256(), FoldMeasure()
-                is_kept = self._is_kept(tensor)
-                changed = self.folding.blocks(tensor.name, tensor.dtype, measure)
-                for block in self._base(tensor.name) if is_kept else changed:
-                    digest.update(block)
-                    self.progress(len(block))
-                    yield block
-                before = digest if is_kept else self._hash_of_base(tensor.name)
-                said[tensor.name] = _account(digest.hexdigest(), before.hexdigest(), measure)
-
-        into.write(file.path.name, blocks(), said)
-
-    def _is_kept(self, tensor: Tensor) -> bool:
-        """Whether a tensor of the result is the base's, byte for byte."""
-        if tensor.name in self.view.coded:
-            return False
-        same = tensor.dtype == self.folding.base[tensor.name][1].dtype
-        return same and tensor.name not in self.folding.plan.changed
-
-    def _base(self, name: str) -> Iterator[bytes]:
-        """The bytes of the base's tensor of the same name."""
-        file, source = self.folding.base[name]
-        for start in range(0, source.size, CHUNK):
-            yield bytes(read_bytes(file, source, start, min(CHUNK, source.size - start)))
-
-    def _hash_of_base(self, name: str) -> Any:
-        digest = hashlib.sha256()
-        if name in self.view.coded:
-            for each in self.view.coded[name].hashes().values():
-                digest.update(each.encode())
-            return digest
-        for block in self._base(name):
-            digest.update(block)
-        return digest
+from peftsurgery.tensor_file import TensorFile, header_of, read_header
 
 
 def fold_files(
@@ -125,7 +64,7 @@ def fold_files(
     wanted = {file.path.name: file for file in files.files}
     with part_folder(out, _identity(plan, files, adapter, (dtype, reversible)), resume) as into:
         trusted = tuple(name for name in wanted if _is_whole(into, name))
-        _write_shards(streamed, into, (file for n, file in wanted.items() if n not in trusted))
+        write_shards(streamed, into, (file for n, file in wanted.items() if n not in trusted))
         tensors = {tensor: entry for name in wanted for tensor, entry in into.done[name].items()}
         changed = {name: e["change"] for name, e in tensors.items() if "change" in e}
         _check_changed(changed, allow_unchanged)
@@ -142,14 +81,6 @@ def fold_files(
     adapters = dict.fromkeys(entry["adapter"] for entry in mine)
     copied = tuple(name for name in small if name not in {INDEX, *plan.files})
     return FoldReport(out, changed, len(tensors), written, trusted, (), tuple(adapters), copied)
-
-
-def _write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFile]) -> None:
-    """Write files of the base again, as many at once as there are processors."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        runs = [pool.submit(streamed.write_file, into, file) for file in files]
-        for each in runs:
-            each.result()
 
 
 def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
@@ -199,7 +130,7 @@ def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile, reversible: bo
 
 def _hashes(view: PlainView) -> dict[str, str]:
     """The hashes of all tensors that a codec keeps, by which the base is known again."""
-    return {name: each for weight in view.coded.values() for name, each in weight.hashes().items()}
+    return {name: each for weight in view.coded.values() for name, each in weight.hashes.items()}
 
 
 def _small_files(
@@ -224,18 +155,10 @@ def _small_files(
     return {**contents, **plan.files}
 
 
-def _account(written: str, before: str, measure: FoldMeasure) -> dict[str, Any]:
-    """What the certificate says of a tensor, by its hashes; of one that is the base's, its own."""
-    if written == before:
-        return {"sha256": written}
-    said = {"sha256": written, "base": before}
-    return {**said, "change": measure.to_dict()} if measure.elements else said
-
-
 def _identity(plan: FoldPlan, files: ModelFiles, adapter: TensorFile, options: Any) -> str:
     """Hash of all that decides what is written: what a run may be resumed by."""
     headers = [header_of(file.tensors.values(), file.metadata) for file in files.files]
-    told = repr((str(files.folder.resolve()), plan.sites, plan.replaced, options))
+    told = repr((str(files.folder.resolve()), plan.sites, plan.replaced, options, ALGORITHM))
     parts = [told.encode(), adapter.path.read_bytes(), *headers]
     return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.arguments import checked
-from peftsurgery.checkpoint.arrays import read_bytes
-from peftsurgery.checkpoint.certificate import read_certificate
+from peftsurgery.checkpoint.arrays import chunks, read_bytes
+from peftsurgery.checkpoint.certificate import algorithm_of, read_certificate
+from peftsurgery.checkpoint.hashing import new_digest
 from peftsurgery.checkpoint.part_folder import part_folder
 from peftsurgery.checkpoint.record import FILE
-from peftsurgery.checkpoint.residual import CHUNK, chunks_of, unpacked, width_of
+from peftsurgery.checkpoint.residual import chunks_of, unpacked, width_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
 from peftsurgery.outputs import check_free
@@ -86,27 +87,25 @@ def _identity(said: Mapping[str, Any], files: ModelFiles) -> str:
     return hashlib.sha256(repr((said["tensors"], str(files.folder))).encode()).hexdigest()
 
 
-def _restored(file: TensorFile, said: Mapping[str, Any], by_residual: bool) -> Iterator[bytes]:
+def _restored(
+    file: TensorFile, said: Mapping[str, Any], by_residual: bool
+) -> Iterator[bytes | memoryview]:
     """The bytes of one file of the base."""
+    algorithm = algorithm_of(said)
     with file.path.open("rb") as stream:
         yield stream.read(file.offset)
     for tensor in sorted(file.tensors.values(), key=lambda each: each.start):
         coded = said.get("coded") or {}
-        own = {"sha256": coded[tensor.name]} if tensor.name in coded else {}
+        own = {algorithm: coded[tensor.name]} if tensor.name in coded else {}
         entry = own or said["tensors"].get(tensor.name, {})
-        digest = hashlib.sha256()
+        digest = new_digest(algorithm)
         is_made = by_residual and "base" in entry
-        for block in _unfolded(file, tensor, entry) if is_made else _plain(file, tensor):
+        for block in _unfolded(file, tensor, entry) if is_made else chunks(file, tensor):
             digest.update(block)
             yield block
-        if digest.hexdigest() != entry.get("base", entry.get("sha256")):
+        if digest.hexdigest() != entry.get("base", entry.get(algorithm)):
             message = f"'{tensor.name}' of '{file.path}' is not the tensor that was folded"
             raise SurgeryError("PSG417", message)
-
-
-def _plain(file: TensorFile, tensor: Tensor) -> Iterator[bytes]:
-    for start in range(0, tensor.size, CHUNK):
-        yield bytes(read_bytes(file, tensor, start, min(CHUNK, tensor.size - start)))
 
 
 def _unfolded(file: TensorFile, tensor: Tensor, entry: Mapping[str, Any]) -> Iterator[bytes]:

@@ -78,7 +78,7 @@ def test_a_journal_whose_last_line_was_cut_off_is_believed_up_to_there(tmp_path:
         assert [line.get("file") for line in noted] == [None, "a", "b"]
 
 
-@pytest.mark.parametrize("moment", range(1, 8))
+@pytest.mark.parametrize("moment", range(1, 4))
 def test_a_full_disk_is_a_coded_error_and_leaves_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
 ) -> None:

@@ -1,35 +1,32 @@
-"""Folding a checkpoint: the streamed fold beside peft's merge and beside a copy of the files.
+"""Folding a checkpoint: the command, beside peft's merge and beside a copy of the files.
 
-``python -m tools.bench.files [LAYERS]`` makes a Llama of that many layers (103 MB each in bf16, in
-shards of 256 MB) and a LoRA of rank 16 for its q and v, and prints medians of three turns each, in
-fresh processes: wall seconds, and the peak of the process's memory.
+``python -m tools.bench files [LAYERS]...`` makes Llamas of so many layers (103 MB each in bf16, in
+shards of 256 MB) with a LoRA of rank 16 for q and v, and prints medians of turns that alternate:
+wall seconds, processor seconds and the peak of the memory, each of a whole process. Exit code 1 if
+a limit that the project sets itself is broken: wall seconds to the copy's and to peft's, memory.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench.fresh import measured
+from tools.bench.fresh import ROOT, measured
 
-TURNS = 3
-WAYS = ("copied", "streamed", "by_files", "merged")
-NAMES = {
-    "copied": "cp, with fsync",
-    "streamed": "fold, plan and all",
-    "by_files": "its part on files",
-    "merged": "peft: load, merge, save",
-}
+TURNS = 5
+COPY = 'cp -r "$0/base" "$0/out" && sync "$0"/out/*'
+COMMAND = "from peftsurgery.cli import main; main()"
+NAMES = {"copied": "cp -r, flushed", "folded": "peftsurgery fold", "merged": "peft: merge, save"}
+TO_COPY, TO_PEFT, PEAK = 1.3, 0.5, 160
 
 
 def made(folder: str, layers: str) -> None:
@@ -38,112 +35,94 @@ def made(folder: str, layers: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.set_default_dtype(torch.bfloat16)
     sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 16}
     config = LlamaConfig(**sizes, num_hidden_layers=int(layers), vocab_size=1024)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config)
     model.save_pretrained(Path(folder, "base"), max_shard_size="256MB")
     lora = peft.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     peft.get_peft_model(model, lora).save_pretrained(Path(folder, "adapter"))
 
 
-def copied(folder: str) -> dict[str, float]:
-    """Copy the base's files, and wait until they are on the disk."""
-
-    def run(base: Path, out: Path) -> None:
-        shutil.copytree(base, out)
-        for path in out.iterdir():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-    return _timed(folder, run)
-
-
-def streamed(folder: str) -> dict[str, float]:
-    """Fold as ``fold`` does: a plan by names, then the files; no torch is imported."""
-    import peftsurgery as ps
-
-    return _timed(folder, lambda base, out: ps.fold_checkpoint(_adapter(base), base, out))
-
-
-def by_files(folder: str) -> dict[str, float]:
-    """The part of a streamed fold that is done on files, without torch, for the same LoRA."""
-    from safetensors.numpy import load_file
-
-    from peftsurgery.checkpoint.plan import FoldPlan, Planned, SiteFold
-    from peftsurgery.checkpoint.streaming import fold_files
-    from peftsurgery.language.expression import parse
-    from peftsurgery.tensor_file import read_header
-
-    learnt = _adapter(Path(folder, "base")) / "adapter_model.safetensors"
-    paths = {key.rpartition(".lora_")[0] for key in load_file(learnt)}
-    sites = tuple(
-        SiteFold(
-            adapter="lora",
-            module=path,
-            weights={"W": f"{path.removeprefix('base_model.model.')}.weight"},
-            parameters={name: f"{path}.lora_{name}.weight" for name in "AB"},
-            numbers={"scale": 0.5},
-            fold={"W": parse("W + scale * (B @ A)")},
-            let={},
-            rows={"B": 0},
-        )
-        for path in sorted(paths)
-    )
-    return _timed(
-        folder,
-        lambda base, out: fold_files(Planned(FoldPlan(sites), base, read_header(learnt)), out),
-    )
-
-
-def merged(folder: str) -> dict[str, float]:
+def merged(folder: str) -> None:
     """Fold as peft does it: the model is loaded, merged and saved."""
     import peft
     from transformers import AutoModelForCausalLM
 
-    def run(base: Path, out: Path) -> None:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-        whole = peft.PeftModel.from_pretrained(model, _adapter(base)).merge_and_unload()
-        whole.save_pretrained(out, max_shard_size="256MB")
-
-    return _timed(folder, run)
+    base, adapter, out = (Path(folder, name) for name in ("base", "adapter", "out"))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    whole = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    whole.save_pretrained(out, max_shard_size="256MB")
 
 
-def _timed(folder: str, run: Callable[[Path, Path], object]) -> dict[str, float]:
-    """Seconds that a run takes, and the peak of this process's memory in MiB."""
-    base, out = Path(folder, "base"), Path(folder, "out")
+def run(folder: str, way: str) -> dict[str, float]:
+    """What one process takes: wall seconds, processor seconds, MiB at its peak.
+
+    Run in a fresh process itself: a new process begins with the peak of the one that starts it.
+    """
+    out = Path(folder, "out")
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    started = time.perf_counter()
-    run(base, out)
+    fold = ["fold", f"{folder}/adapter", "--base", f"{folder}/base", "-o", str(out)]
+    commands = {
+        "copied": ["sh", "-c", COPY, folder],
+        "folded": [sys.executable, "-c", COMMAND, *fold],
+        "merged": [sys.executable, "-m", "tools.bench.fresh", "files", "merged", folder],
+    }
+    quiet = {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+    streams = [(os.POSIX_SPAWN_OPEN, k, os.devnull, os.O_WRONLY, 0) for k in (1, 2)]
+    command, started = commands[way], time.perf_counter()
+    child = os.posix_spawnp(command[0], command, {**os.environ, **quiet}, file_actions=streams)
+    _, status, used = os.wait4(child, 0)
     seconds = time.perf_counter() - started
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return {"seconds": seconds, "peak": int(found[1]) / 1024}
+    assert status == 0, way
+    cpu = used.ru_utime + used.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "peak": used.ru_maxrss / 1024}
 
 
-def _adapter(base: Path) -> Path:
-    return base.with_name("adapter")
-
-
-def main(layers: str) -> None:
-    """Measure all ways in turn, and print their medians."""
+def shown(console: Console, layers: str, merge: bool) -> list[str]:
+    """Measure all ways in turn and print their medians; the limits that are broken."""
     with TemporaryDirectory() as folder:
         measured("files", "made", folder, layers)
-        size = sum(path.stat().st_size for path in Path(folder, "base").iterdir()) / 2**20
+        size = sum(path.stat().st_size for path in Path(folder, "base").iterdir()) / 1e9
         threads = len(os.sched_getaffinity(0))
-        runs = [
-            {way: measured("files", way, folder, threads=threads) for way in WAYS}
+        ways = [way for way in NAMES if merge or way != "merged"]
+        turns = [
+            {way: measured("files", "run", folder, way, threads=threads) for way in ways}
             for _ in range(TURNS)
         ]
-    table = Table(title=f"a fold of {size:.0f} MiB in bf16: medians of {TURNS} turns")
-    for column in ("what", "seconds", "to the copy", "peak MiB"):
+    table = Table(title=f"a fold of {size:.2f} GB in bf16: medians of {TURNS} turns")
+    for column in ("what", "wall s", "processor s", "to the copy", "to peft", "peak MiB"):
         table.add_column(column, justify="left" if column == "what" else "right")
-    copy = median(run["copied"]["seconds"] for run in runs)
-    for way in WAYS:
-        seconds, peak = (median(run[way][key] for run in runs) for key in ("seconds", "peak"))
-        table.add_row(NAMES[way], f"{seconds:.2f}", f"{seconds / copy:.2f}", f"{peak:.0f}")
-    Console(width=100).print(table)
+    found = {way: _medians(turns, way, ways) for way in ways}
+    for way, row in found.items():
+        texts = (f"{row['seconds']:.2f}", f"{row['cpu']:.2f}", f"{row['copied']:.2f}")
+        beside = f"{row['merged']:.2f}" if merge else "–"
+        table.add_row(NAMES[way], *texts, beside, f"{row['peak']:.0f}")
+    console.print(table)
+    ours = found["folded"]
+    limits = {"copied": TO_COPY, "merged": TO_PEFT, "peak": PEAK}
+    return [
+        f"{size:.1f} GB: {ours[name]:.2f} of {name}, where {limit} is the limit"
+        for name, limit in limits.items()
+        if name in ours and ours[name] > limit
+    ]
 
 
-if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "8")
+def _medians(turns: list[dict[str, Any]], way: str, ways: list[str]) -> dict[str, float]:
+    """Medians of a way's measures, and of its seconds over each other way's of the same turn."""
+    own = {name: median(turn[way][name] for turn in turns) for name in ("seconds", "cpu", "peak")}
+    ratios = {w: median(t[way]["seconds"] / t[w]["seconds"] for t in turns) for w in ways}
+    return {**own, **ratios}
+
+
+def main(arguments: list[str]) -> int:
+    """Measure each size; peft's merge is left out with ``--no-peft``."""
+    console = Console() if sys.stdout.isatty() else Console(width=132)
+    layers = [word for word in arguments if not word.startswith("--")] or ["5", "10", "20", "40"]
+    broken = [
+        each for count in layers for each in shown(console, count, "--no-peft" not in arguments)
+    ]
+    for limit in broken:
+        console.print(f"[red]{limit}[/red]")
+    return 1 if broken else 0

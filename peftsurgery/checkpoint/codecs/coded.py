@@ -7,7 +7,6 @@ they stay as they are.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_bytes, read_rows
+from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_rows
 from peftsurgery.checkpoint.codecs.bitsandbytes import FP4, INT8, NF4
 from peftsurgery.checkpoint.codecs.codec import Codec, Said
 from peftsurgery.checkpoint.codecs.fp8_blocks import FP8_BLOCKS
 from peftsurgery.checkpoint.codecs.packed import AWQ, GPTQ
+from peftsurgery.checkpoint.hashing import hash_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.model_files import ModelFiles
@@ -40,7 +40,6 @@ CODECS: Mapping[str, tuple[Codec, ...]] = MappingProxyType(
     }
 )
 DTYPES = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
-CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,10 @@ class CodedWeight:
             raise SurgeryError("PSG416", f"'{self.tensor.name}' in {self.codec.name} is {shapes}")
         return found
 
+    @cached_property
     def hashes(self) -> dict[str, str]:
         """The hash of each part, by the name of its tensor."""
-        found = {}
-        for file, tensor in self.parts.values():
-            digest = hashlib.sha256()
-            for start in range(0, tensor.size, CHUNK):
-                digest.update(read_bytes(file, tensor, start, min(CHUNK, tensor.size - start)))
-            found[tensor.name] = digest.hexdigest()
-        return found
+        return {tensor.name: hash_of(file, tensor) for file, tensor in self.parts.values()}
 
 
 @dataclass(frozen=True)

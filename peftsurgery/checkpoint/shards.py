@@ -1,0 +1,124 @@
+"""The files of weights of a streamed fold, written again by a thread for each processor.
+
+Threads take tensors, not files: a model in one file is written as fast as one in many. Where a
+tensor lies is known before, so each is written to its place. What is written is hashed on its way
+from the memory, and read once. Matrix products get no threads of their own meanwhile: those would
+wait for each other, and take several times the processor's time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from peftsurgery.checkpoint.arrays import FLOATS, chunks
+from peftsurgery.checkpoint.codecs.coded import PlainView
+from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
+from peftsurgery.checkpoint.hashing import ALGORITHM, new_digest
+from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
+from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A fold under way: what is read, the dtype that changed tensors get, who hears of progress."""
+
+    folding: Folding
+    view: PlainView
+    dtype: str | None = None
+    progress: Callable[[int], None] = field(default=lambda size: None, repr=False)
+
+    def dtype_of(self, tensor: Tensor) -> str:
+        """The dtype in which a tensor is written."""
+        return self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
+
+    def write(self, tensor: Tensor, into: PartFile, place: int) -> dict[str, Any]:
+        """Write a tensor from ``place`` of a file on; what the certificate says of it."""
+        digest, before, measure = new_digest(), new_digest(), FoldMeasure()
+        if self._is_kept(tensor):
+            blocks, before = chunks(*self.folding.base[tensor.name]), digest
+        else:
+            blocks = self.folding.blocks(tensor.name, tensor.dtype, measure, before.update)
+        for block in blocks:
+            digest.update(block)
+            into.write(block, place)
+            place += len(block)
+            self.progress(len(block))
+        if tensor.name in self.view.coded:
+            for each in self.view.coded[tensor.name].hashes.values():
+                before.update(each.encode())
+        return _account(digest.hexdigest(), before.hexdigest(), measure)
+
+    def _is_kept(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the result is the base's, byte for byte."""
+        if tensor.name in self.view.coded:
+            return False
+        same = tensor.dtype == self.folding.base[tensor.name][1].dtype
+        return same and tensor.name not in self.folding.plan.changed
+
+
+class Shard:
+    """One file of the base that is written again, its tensors in the same order."""
+
+    def __init__(self, streamed: Streamed, into: PartFolder, file: TensorFile) -> None:
+        """Lay the file out; ``into`` is where it is to be."""
+        held = streamed.view.of(file)
+        self.tensors = laid_out((each.name, streamed.dtype_of(each), each.shape) for each in held)
+        self._header = header_of(self.tensors, file.metadata)
+        self._streamed, self._into, self._name = streamed, into, file.path.name
+        self._said: dict[str, Any] = {tensor.name: None for tensor in self.tensors}
+        self._left, self._lock = 1 + len(self.tensors), Lock()
+        self._file: PartFile | None = None
+
+    def write(self, tensor: Tensor | None) -> None:
+        """Write one tensor, or the header; whoever writes the last part closes the file."""
+        with self._lock:
+            if self._file is None:
+                self._file = self._into.begun(self._name)
+        if tensor is None:
+            self._file.write(self._header, 0)
+        else:
+            place = len(self._header) + tensor.start
+            self._said[tensor.name] = self._streamed.write(tensor, self._file, place)
+        with self._lock:
+            self._left -= 1
+            is_whole = not self._left
+        if is_whole:
+            self._into.ended(self._file, self._said)
+
+    def leave(self) -> None:
+        """Close the file, whatever became of it."""
+        if self._file is not None:
+            self._file.stream.close()
+
+
+def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFile]) -> None:
+    """Write files of the base again. The first error ends all of it."""
+    shards = [Shard(streamed, into, file) for file in files]
+    parts = [(shard, part) for shard in shards for part in (None, *shard.tensors)]
+    alone = threadpool_limits(1, user_api="blas")
+    with alone, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        runs = [pool.submit(shard.write, part) for shard, part in parts]
+        try:
+            for run in as_completed(runs):
+                run.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            for shard in shards:
+                shard.leave()
+
+
+def _account(written: str, before: str, measure: FoldMeasure) -> dict[str, Any]:
+    """What the certificate says of a tensor, by its hashes; of one that is the base's, its own."""
+    if written == before:
+        return {ALGORITHM: written}
+    said = {ALGORITHM: written, "base": before}
+    return {**said, "change": measure.to_dict()} if measure.elements else said
