@@ -6,6 +6,7 @@ called by all of them, in the same order.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -59,5 +60,21 @@ def by_the_first(act: Callable[[], None]) -> None:
         except SurgeryError as error:
             refused = [error.args]
     distributed.broadcast_object_list(refused)
+    await_released()
     if refused[0] is not None:
         raise SurgeryError(*refused[0])
+
+
+def await_released(limit: float = 5.0) -> None:
+    """Wait, ``limit`` seconds at most, until threads of gloo have let go of what was sent so far.
+
+    Such a thread needs Python to let go of a tensor, and aborts a process whose Python has ended
+    meanwhile (torch 2.13): saving is often the last that a program does.
+    """
+    if "gloo" not in distributed.get_backend():
+        return
+    token: Any = torch.zeros(1)
+    distributed.broadcast(token, 0)
+    end = time.monotonic() + limit
+    while token._use_count() > 1 and time.monotonic() < end:
+        time.sleep(0.001)

@@ -152,6 +152,7 @@ def main(folder: Path) -> None:
     found["codes"] = codes
     file = folder / f"{distributed.get_rank()}.json"
     file.write_text(json.dumps(found), encoding="utf-8")
+    await_released()
     distributed.destroy_process_group()
 
 
