@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import peftsurgery as ps
 from peftsurgery.capture import Block
-from peftsurgery.capture.sharded import whole
+from peftsurgery.capture.sharded import await_released, whole
 from peftsurgery.surgery.model.operated import OperatedModel
 from tests.parity.models import batch, captured
 from tests.surgery.reference import randomise
