@@ -4,7 +4,9 @@ A core is a scaled_dot_product_attention call, or a softmax between two products
 
     o = matmul(softmax(mask(scale(matmul(q, k.T)))), v)
 
-Whatever the model does between the products (a bias of positions, a cap on the scores) is its own.
+An exponential that is divided by its sum is a softmax; a sigmoid may be in its place. Whatever the
+model does between the products (a bias of positions, a cap on the scores, a gate for each head,
+probabilities filled with zeros or made to sum to one again) is its own.
 Bindings of an attention site: ``q`` (..., heads, tokens, head_dim), ``k`` and ``v`` (before heads
 shared by several queries are repeated), ``x`` that the queries are projected from, if it is one
 value, ``mask`` if there is one (what says which keys are seen, without the model's biases where
@@ -38,6 +40,9 @@ from peftsurgery.anatomy.values import (
 from peftsurgery.capture.schemas import arguments, op
 from peftsurgery.reach import reach
 
+TOUCHES = Trait.LAYOUT | Trait.DROPOUT | Trait.FILL | Trait.SCALING
+"""What may be done to probabilities before they meet values."""
+
 
 @dataclass(frozen=True, eq=False)
 class Core:
@@ -53,6 +58,7 @@ class Core:
     scores: fx.Node | None = None  # the product of q and k
     softmax: fx.Node | None = None
     is_causal: bool = False
+    weights: fx.Node | None = None  # what the values are multiplied with
 
     @property
     def shared(self) -> tuple[fx.Node, fx.Node]:
@@ -79,7 +85,7 @@ def find_cores(flow: Flow) -> tuple[list[Core], list[fx.Node]]:
     """
     read: list[Core] = []
     unread: list[fx.Node] = []
-    for core in (core for node in flow.nodes for core in _core(flow, node)):
+    for core in {core.o: core for node in flow.nodes for core in _core(flow, node)}.values():
         parts = (core.q, *core.shared)
         is_known = width(core.q) is not None and all(map(_has_fixed_heads, parts))
         if len(set(parts)) == 3 and is_known:
@@ -100,7 +106,7 @@ def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
         q, o = unpacked_queries(given["query"], node)
         causal = given["is_causal"] is True
         yield Core(q, given["key"], given["value"], o, mask, False, node, is_causal=causal)
-    elif has(node, Trait.SOFTMAX):
+    elif has(node, Trait.SOFTMAX) or op(node) in ("exp", "sigmoid"):
         product = _weighted_sum(flow, node)
         if product is not None:
             yield from _by_hand(flow, node, *product)
@@ -125,13 +131,13 @@ def unpacked_queries(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     return (source, result) if back else (q, core)
 
 
-def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The product of the probabilities with v, and v."""
-    for probabilities in forward([softmax], Trait.LAYOUT | Trait.DROPOUT):
+def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The probabilities as they meet v, their product with it, and v."""
+    for probabilities in forward([softmax], TOUCHES):
         for user in probabilities.users:
             pair = factors(flow, user)
             if pair is not None and pair[0] is probabilities:
-                return user, pair[1]
+                return probabilities, user, pair[1]
     return None
 
 
@@ -150,7 +156,9 @@ def factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return cast("tuple[fx.Node, fx.Node]", tuple(pair))
 
 
-def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[Core]:
+def _by_hand(
+    flow: Flow, softmax: fx.Node, weights: fx.Node, o: fx.Node, v: fx.Node
+) -> Iterator[Core]:
     """The core of a softmax, if one product of its scores is that of queries and keys."""
     inside = backward([softmax], lambda n: n in flow.products or factors(flow, n) is not None)
     pairs = {n: pair for n in inside if flow.is_signal(n) and (pair := factors(flow, n))}
@@ -166,7 +174,7 @@ def _by_hand(flow: Flow, softmax: fx.Node, o: fx.Node, v: fx.Node) -> Iterator[C
         if plain and k in (pair[0], v):  # one tensor read in two layouts: cut where they part
             k, plain = pair[1], False
         mask = _mask(softmax, scores)
-        yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax)
+        yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax, weights=weights)
 
 
 def visibility(mask: fx.Node) -> fx.Node:

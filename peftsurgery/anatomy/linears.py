@@ -8,10 +8,12 @@
     einsum("btd,od->bto", x, W)     any order of axes in which x and y are as above, or turned
     bmm(x, W.expand(...))           W is (in, out): a matrix for all of a batch is one
     linear(x, W[8:24], b[8:24])     the site has those rows of W and b for its ``slice``
+    linear(x, W * g)                W is computed of parameters alone (:mod:`.made_weights`)
 
-Bindings: ``x`` (..., in), ``W`` the raw ``get_attr``, ``b`` a bias if any, ``y`` (..., out)
-with the leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right at ``y``. Where an
-addmm works on rows flattened by a view and its result is viewed back, x and y are the outer values.
+Bindings: ``x`` (..., in), ``W`` the raw ``get_attr`` or what computes it, ``b`` a bias if any,
+``y`` (..., out) with the leading sizes of ``x``, so that ``y + linear(linear(x, A), B)`` is right
+at ``y``. Where an addmm works on rows flattened by a view and its result is viewed back, x and y
+are the outer values.
 What is ``turned`` has its last two axes exchanged: x (..., in, n), y (..., out, n).
 """
 
@@ -23,9 +25,19 @@ from typing import Any
 
 from torch import fx
 
+from peftsurgery.anatomy.made_weights import MadeWeights, module_of
 from peftsurgery.anatomy.ops import Trait, has, meaning
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import is_tensor, operands, parameter_of, shape, sizes, value
+from peftsurgery.anatomy.values import (
+    is_swap,
+    is_tensor,
+    operands,
+    parameter_of,
+    shape,
+    sizes,
+    strip,
+    value,
+)
 from peftsurgery.anatomy.weight_rows import WeightRows, part_of
 from peftsurgery.capture.schemas import op
 
@@ -35,8 +47,15 @@ def find_linears(graph: fx.Graph, parameters: Collection[str]) -> dict[fx.Node, 
 
     A product with a tensor that is none of the ``parameters`` is arithmetic.
     """
-    found = ((node, _linear(node)) for node in graph.nodes if node.op == "call_function")
-    return {n: site for n, site in found if site is not None and site.parameter in parameters}
+    made = MadeWeights(parameters)
+    found: dict[fx.Node, Site] = {}
+    for node in graph.nodes:
+        site = _linear(node, made) if node.op == "call_function" else None
+        if site is not None and site.parameter in parameters:
+            found[node] = site
+        else:
+            made.note(node)
+    return found
 
 
 @dataclass(frozen=True)
@@ -49,24 +68,31 @@ class _Product:
     turned: frozenset[str] = frozenset()
 
 
-def _linear(node: fx.Node) -> Site | None:
-    product = _product(node)
-    if product is not None and is_tensor(product.x) and _may_be_x(product.x):
-        matrix, flipped = matrix_of(product.weight)
+def _linear(node: fx.Node, made: MadeWeights) -> Site | None:
+    product = _product(node, made)
+    if product is not None and is_tensor(product.x) and _may_be_x(node, product.x, made):
+        matrix, flipped = matrix_of(product.weight, made)
         if matrix is not None and len(shape(matrix)) == 2:
-            return _site(node, product, matrix, flipped)
+            return _site(node, product, matrix, flipped, made)
         part = part_of(product.weight, 1 if "W" in product.turned else 0)
         if part is not None:
             return _part_site(node, product, part)
     return None
 
 
-def _may_be_x(factor: fx.Node) -> bool:
-    """Whether a factor is no matrix of weights: learned queries are repeated for all of a batch."""
-    return matrix_of(factor)[0] is None or len(shape(factor)) > 2
+def _may_be_x(product: fx.Node, factor: fx.Node, made: MadeWeights) -> bool:
+    """Whether a factor is no matrix of weights: learned queries are repeated for all of a batch.
+
+    The operator itself says which of its operands is the weight, or it is the one that is learned.
+    """
+    if made.of(factor):
+        return False
+    matrix, _ = matrix_of(factor)
+    is_said = op(product) == "linear"
+    return matrix is None or len(shape(factor)) > 2 or (is_said and factor.op == "get_attr")
 
 
-def _product(node: fx.Node) -> _Product | None:
+def _product(node: fx.Node, made: MadeWeights) -> _Product | None:
     """An operator's operands by what they are in a product with a weight, if it is one."""
     if op(node) == "tensordot":
         return _tensordot(*node.args)
@@ -76,10 +102,16 @@ def _product(node: fx.Node) -> _Product | None:
     if not known.operands or node.kwargs:  # a bias and a product that are scaled
         return None
     x, weight, *bias = (node.args[i] for i in known.operands if i < len(node.args))
-    if not bias and known.turned and matrix_of(x)[0] is not None:  # the weight comes first
+    if not bias and known.turned and _comes_first(x, weight, made):
         is_vector = len(getattr(value(weight), "shape", ())) == 1
         return _Product(weight, x, turned=frozenset("" if is_vector else "xy"))
     return _Product(x, weight, bias[0] if bias else None, frozenset("W" if known.turned else ""))
+
+
+def _comes_first(first: Any, second: Any, made: MadeWeights) -> bool:
+    """Whether the first factor of a product is the weight, and the second the signal."""
+    matrix = matrix_of(first, made)[0]
+    return matrix is not None and (matrix.op == "get_attr" or matrix_of(second, made)[0] is None)
 
 
 def _tensordot(x: Any, weight: Any, of_x: Any = None, of_weight: Any = None) -> _Product | None:
@@ -115,10 +147,11 @@ def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
     return _Product(factors[1 - index], factors[index], turned=frozenset(turned))
 
 
-def matrix_of(node: Any) -> tuple[fx.Node | None, bool]:
+def matrix_of(node: Any, made: MadeWeights | None = None) -> tuple[fx.Node | None, bool]:
     """The parameter that a weight operand is, and whether it was transposed on the way.
 
     One matrix for all of a batch, with a leading axis that it is repeated along, is that matrix.
+    Where ``made`` is given, one that parameters make is a weight too.
     """
     while isinstance(node, fx.Node) and (has(node, Trait.EXPANSION) or op(node) == "unsqueeze"):
         source = node.all_input_nodes[0]
@@ -127,11 +160,20 @@ def matrix_of(node: Any) -> tuple[fx.Node | None, bool]:
         if any(size != 1 for size in sizes(source)[:-2]):
             return None, False
         node = source
-    return parameter_of(node)
+    found = parameter_of(node)
+    if found[0] is None and made is not None and part_of(node, 0) is None:
+        inner = strip(node, Trait.CAST)
+        if is_swap(inner) and made.of(inner.all_input_nodes[0]):
+            return inner.all_input_nodes[0], True
+        return (node, False) if made.of(node) else (None, False)
+    return found
 
 
-def _site(node: fx.Node, product: _Product, matrix: fx.Node, flipped: bool) -> Site:
+def _site(
+    node: fx.Node, product: _Product, matrix: fx.Node, flipped: bool, made: MadeWeights
+) -> Site:
     """The site of a product with a matrix, which is transposed on its way there if ``flipped``."""
+    multiplies = node
     turned = product.turned ^ frozenset("W" if flipped else "")
     rows = _out_in(matrix, "W" in turned)[0]
     vector, _ = parameter_of(product.bias)
@@ -143,7 +185,11 @@ def _site(node: fx.Node, product: _Product, matrix: fx.Node, flipped: bool) -> S
         vector = product.bias  # it is computed: whoever folds a bias is to know that there is one
     if vector is not None:
         nodes["b"] = vector
-    return make(nodes, turned)
+    sources = tuple(str(source.target) for source in made.of(matrix))
+    if not sources:
+        return make(nodes, turned)
+    whole = make(nodes, turned, made_of=sources)
+    return replace(whole, parameter=sources[0], module=module_of(multiplies, sources[0]))
 
 
 def _part_site(node: fx.Node, product: _Product, part: WeightRows) -> Site | None:

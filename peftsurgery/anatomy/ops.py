@@ -87,7 +87,7 @@ _ROWS: Mapping[str, Meaning] = {
     "masked_scatter copy scatter index_put index_copy slice_scatter select_scatter": Meaning(
         Trait.FILL
     ),
-    "pad constant_pad_nd clamp clamp_min clamp_max": Meaning(Trait.FILL),
+    "pad constant_pad_nd clamp clamp_min clamp_max nan_to_num": Meaning(Trait.FILL),
     "where": Meaning(Trait.FILL | Trait.POINTWISE),  # torch tags some of its overloads alone
     "masked_fill": Meaning(Trait.FILL | Trait.POINTWISE, neutral=0),
     # arithmetic

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import shape
 from peftsurgery.capture import TensorInfo
+from peftsurgery.capture.schemas import op
+from peftsurgery.reach import reach
 
 
 def find_parameters(
@@ -21,6 +24,8 @@ def find_parameters(
     for site in sites:
         kinds = {"W": "weight" if site.kind in ("linear", "conv", "experts") else site.kind}
         kinds["b"] = "bias"
+        for made in made_of(site).values():
+            uses |= {name: ("weight", site.kind) for name in made if name not in uses}
         for name, kind in kinds.items():
             node = site.nodes.get(name)
             if node is not None:
@@ -33,11 +38,23 @@ def find_parameters(
             continue
         kind, owner = uses.get(name) or (_kind(node), "other")
         facts = {"kind": kind, "of": owner, "shape": info.shape, "dtype": info.dtype}
+        if owner == "other":
+            facts["read_by"] = tuple(dict.fromkeys(op(user) for user in _readers(node)))
         if info.shape:
             facts |= {"rows": info.shape[0], "columns": info.shape[-1]}
         module = name.rpartition(".")[0]
         found[name] = Site("parameter", module, None, name, {"W": node}, facts)
     return list(found.values())
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a parameter, behind views and casts."""
+    way = reach([node], lambda n: n.users, lambda n: n is not node and not _is_seen_through(n))
+    return [n for n in way if n is not node and not _is_seen_through(n)]
+
+
+def _is_seen_through(node: fx.Node) -> bool:
+    return has(node, Trait.VIEW | Trait.CAST)
 
 
 def _kind(node: fx.Node) -> str:

@@ -151,7 +151,7 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
 
 def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
     """Every value from which a core's mask, or its masked scores, are computed."""
-    start = [node for node in (core.softmax, core.mask) if node is not None]
+    start = [node for node in (core.softmax, core.weights, core.mask) if node is not None]
     return set(backward(start, lambda node: node is core.scores or node in flow.products))
 
 

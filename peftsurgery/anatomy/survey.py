@@ -218,12 +218,12 @@ class _Surveyor:
 
     def heads(self, anatomy: Anatomy) -> dict[fx.Node, str]:
         """The heads of the model by their y."""
-        tables = {
-            site.facts["in"]
+        tables = [
+            site
             for program in {frame.program for frame in self.calls.frames}
             for site in analyse(program).sites
             if site.role == "embed.tokens"
-        }
+        ]
         taken = {site.nodes["y"] for site in anatomy.sites if site.kind == "linear" and site.role}
         return find_heads(anatomy.flow, tables, taken)
 

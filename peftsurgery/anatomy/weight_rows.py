@@ -41,7 +41,7 @@ def part_of(node: Any, out: int) -> WeightRows | None:
     if len(views) < 2 or len(shape(views[0])) not in (1, 2):
         return None
     numbers = [_pushed(views, dim) for dim in range(len(shape(views[0])))]
-    if any(found.dim() != len(numbers) for found in numbers):
+    if any(found.dim() != len(numbers) for found in numbers) or out >= len(numbers):
         return None
     for flipped in (False, True)[: len(numbers)]:
         held = [found.mT for found in numbers] if flipped else numbers

@@ -29,6 +29,8 @@ from peftsurgery.capture.randomness import TRAIN_FLAGS
 
 # Modules and functions of torch, whose flags captures know how to follow, and torch.export itself.
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+# Spectral norms and their kin decide by it whether to go on with their iteration.
+_DECIDING = str(Path(torch.__file__).parent / "nn" / "utils") + os.sep
 _UNKNOWN = object()
 
 
@@ -91,7 +93,8 @@ def called_with(attribute: str, frame: FrameType) -> Any:
 
 
 def _is_torchs(frame: FrameType) -> bool:
-    return frame.f_code.co_filename.startswith(_TORCH)
+    file = frame.f_code.co_filename
+    return file.startswith(_TORCH) and not file.startswith(_DECIDING)
 
 
 @dataclass(frozen=True)

@@ -131,4 +131,10 @@ CODES = {
         "removed.",
         UNVERIFIED,
     ),
+    "PSG424": CodeInfo(
+        "a computed weight cannot be what the fold makes it",
+        "The model computes the weight of its parameters (normalises or standardises it, masks it, "
+        "multiplies two factors). A fold undoes that, and refuses where it cannot be undone, or "
+        "where no values of the parameters make the new weight. The adapter works all the same.",
+    ),
 }

@@ -89,6 +89,10 @@ def _stored_names(
 
     Of a model without its head the files may lack the prefix, and of one with a head have it.
     """
+    for cut in cuts:
+        for names in cut.made.values():
+            why = f"the weight of '{cut.placed.module}' is computed of {', '.join(names)}"
+            raise SurgeryError("PSG416", why, "fold in memory: fold_to_directory")
     ties, held = tensor_names(module), files.tensors
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     stored = {}

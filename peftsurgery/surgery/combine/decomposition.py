@@ -105,8 +105,8 @@ def _weight_change(share: Share) -> Tensor:
     cut, device = share.cut, next(iter(share.params.values())).device
     known = {cut.parameters[name]: value.double() for name, value in share.params.items()}
     shape = cut.site.nodes["W"].meta["val"].shape
-    known[cut.weights["W"]] = torch.zeros(shape, dtype=torch.float64, device=device)
-    names = environment(cut, TensorDomain(known.__getitem__))
+    nothing = torch.zeros(shape, dtype=torch.float64, device=device)
+    names = environment(cut, TensorDomain(known.__getitem__, {"W": nothing}))
     change: Tensor = fold(cut.rule, names)["W"]
     return change.to(wide(next(iter(share.params.values()))).dtype)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from peftsurgery.anatomy import Placed, survey
+from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.arguments import checked
 from peftsurgery.capture.sharded import check_whole
 from peftsurgery.checkpoint.low_rank import (
@@ -149,7 +150,8 @@ def _sites(model: OperatedModel) -> dict[str, list[Placed]]:
     """The places that can have a LoRA, by the weight that they read; one for each module."""
     found: dict[str, dict[str, Placed]] = {}
     for site in survey(model.base_capture):
-        if site.kind in FORMS and site.slice is None and site.parameter is not None:
+        has_own = site.slice is None and not made_of(site.site)
+        if site.kind in FORMS and has_own and site.parameter is not None:
             found.setdefault(site.parameter, {}).setdefault(site.module, site)
     return {name: list(placed.values()) for name, placed in found.items()}
 

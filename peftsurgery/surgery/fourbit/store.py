@@ -96,6 +96,8 @@ def _stored_by(
         if cut.rule.train:
             trained.add(cut.placed.parameter)
         for name, expression in cut.rule.store.items():
+            if name in cut.made:
+                raise _refuse(cut.made[name][0], "is one of those that a weight is computed of")
             if name not in cut.weights:
                 continue  # a layer without a bias
             full, storage = cut.weights[name], storage_of(expression, cut.operation.settings)

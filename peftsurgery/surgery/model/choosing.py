@@ -179,7 +179,7 @@ class ChoosingModel(SharedModel):
             taking_part(self._plan.cuts, mode),
             self._plan.sites,
             lambda name: self._read(mode.replacing, name).detach(),
-            self.get_parameter,
+            self.tensor,
             whole,
             self.stored,
             self._unread,

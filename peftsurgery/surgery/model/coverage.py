@@ -49,12 +49,13 @@ class Coverage:
 
     A fused weight has the role of the whole and those of its parts: one that is cut as a whole is
     cut in every part, and is cut as a whole if every part is. ``uncovered`` are the parameters that
-    are no weight or bias of a site, so that rules reach them as bare parameters alone.
+    are no weight or bias of a site, so that rules reach them as bare parameters alone, each with
+    the operators that read it.
     """
 
     roles: Mapping[str, Matched]
     kinds: Mapping[str, Matched]
-    uncovered: tuple[str, ...]
+    uncovered: Mapping[str, tuple[str, ...]]
     layers: tuple[CoveredLayers, ...] = ()
 
     @staticmethod
@@ -101,9 +102,10 @@ class Coverage:
             lines.append(f"  by role: {_listed(self.roles)}")
             lines += [f"    {row}" for row in self.layers]
         if self.uncovered:
-            alike = list(dict.fromkeys(_NUMBER.sub("*", name) for name in self.uncovered))
+            alike = {_NUMBER.sub("*", name): by for name, by in self.uncovered.items()}
+            texts = [f"{name} (read by {', '.join(by)})" for name, by in alike.items()]
             more = f" and {len(alike) - SHOWN} more" if len(alike) > SHOWN else ""
-            shown = ", ".join(alike[:SHOWN])
+            shown = ", ".join(texts[:SHOWN])
             count = len(self.uncovered)
             noun = "parameter" if count == 1 else "parameters"
             lines.append(f"  {count} {noun} of no site with a weight: {shown}{more}")
@@ -136,9 +138,9 @@ def _matched(found: Mapping[str, Sequence[bool]]) -> dict[str, Matched]:
     return {name: Matched(sum(cut), len(cut)) for name, cut in found.items()}
 
 
-def _uncovered(sites: Iterable[Placed]) -> tuple[str, ...]:
-    names = (s.parameter for s in sites if s.kind == "parameter" and s.facts["of"] == "other")
-    return tuple(dict.fromkeys(name for name in names if name is not None))
+def _uncovered(sites: Iterable[Placed]) -> dict[str, tuple[str, ...]]:
+    others = (s for s in sites if s.kind == "parameter" and s.facts["of"] == "other")
+    return {str(site.parameter): site.facts["read_by"] for site in others}
 
 
 def _listed(counts: Mapping[str, Matched]) -> str:

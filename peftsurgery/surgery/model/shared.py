@@ -83,7 +83,13 @@ class SharedModel(GraphModel):
     def _read(self, active: Collection[str], name: str) -> Tensor:
         """Tensor that a call reads under a name with these adapters active, unpacked."""
         read = self._copies.read(name, active)
-        return self._packed.dense(name, self.get_parameter(read))
+        return self._packed.dense(name, self.tensor(read))
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or a buffer, by its name."""
+        owner, _, leaf = name.rpartition(".")
+        held: Tensor = getattr(self.get_submodule(owner), leaf)
+        return held
 
     def _read_weights(self) -> None:
         """Read the base's weights, and copy those that rules train."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftsurgery.anatomy import Placed
+from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.anatomy.site import Site
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
@@ -108,6 +109,17 @@ class Cut:
             for name, node in self.site.nodes.items()
             if node.op == "get_attr"
         }
+
+    @property
+    def made(self) -> dict[str, tuple[str, ...]]:
+        """The absolute names of the parameters that a computed weight of the site is made of."""
+        found = made_of(self.site)
+        return {n: tuple(join(self.placed.block, p) for p in names) for n, names in found.items()}
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The absolute names of the base's tensors that a fold may change."""
+        return (*self.weights.values(), *(n for names in self.made.values() for n in names))
 
     @property
     def done(self) -> tuple[Any, ...]:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 
+from peftsurgery.capture.names import join
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.language.environment import Environment
 from peftsurgery.language.evaluation import Context
 from peftsurgery.language.readings import rewrite, shape_of
 from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.rewrite.computed_weights import computed
 from peftsurgery.surgery.rewrite.dtypes import cast, compute_dtype, dtype_of
 from peftsurgery.surgery.rewrite.layout import as_seen, orient
 from peftsurgery.surgery.rewrite.site_functions import Replay
@@ -111,14 +113,24 @@ def output(cuts: Iterable[Cut], domain: Domain, dtype: torch.dtype) -> Any:
 
 
 class TensorDomain(Domain):
-    """Domain of real tensors, read by their names in the model."""
+    """Domain of real tensors, read by their names in the model.
 
-    def __init__(self, read: Callable[[str], torch.Tensor]) -> None:
-        self.read = read
+    ``given`` are weights to take instead, by the rule's names for them.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str], torch.Tensor],
+        given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> None:
+        self.read, self.given = read, given
 
     def bound(self, cut: Cut, name: str) -> torch.Tensor:
-        """A weight as it is read."""
-        return self.read(cut.weights[name])
+        """A weight as it is read, or as it is computed of what is read."""
+        if name in self.given:
+            return self.given[name]
+        block = cut.placed.block
+        return computed(cut.site.nodes[name], lambda node: self.read(join(block, str(node.target))))
 
     def parameter(self, cut: Cut, name: str) -> torch.Tensor:
         """A parameter as it is read."""

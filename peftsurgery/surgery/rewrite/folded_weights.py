@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from peftsurgery.anatomy import Placed
+from peftsurgery.anatomy.made_weights import made_of
+from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.readings import fold as folded
 from peftsurgery.language.readings import names_in
@@ -22,6 +25,7 @@ from peftsurgery.language.rule_algebra import rows_of, some_rows
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
 from peftsurgery.surgery.plan.cut import Cut, in_order
+from peftsurgery.surgery.rewrite.computed_weights import solved
 from peftsurgery.surgery.rewrite.environment import TensorDomain, environment
 from peftsurgery.surgery.rewrite.layout import disorient, wide_dtype
 from peftsurgery.surgery.rewrite.readers import check_readers
@@ -87,9 +91,7 @@ def exact_weights(
         dtypes = {name: value.dtype for name, value in exact.items()}
         for name in names if mine else ():
             exact[name] = exact[name].to(widen(dtypes[name]), copy=True)
-        for cut in mine:
-            _fold_cut(model, cut, exact, sizes)
-        changed = {cut.weights[name] for cut in mine for name in cut.rule.fold.keys() & cut.weights}
+        changed = {name for cut in mine for name in _fold_cut(model, cut, exact, sizes)}
         for name in names:
             if name in changed or name in model.whole:
                 yield name, exact.pop(name), dtypes[name]
@@ -117,21 +119,22 @@ def _by_weight(
     """
     groups: dict[str, tuple[dict[str, None], dict[Any, Cut]]] = {n: ({n: None}, {}) for n in others}
     for cut in cuts:
-        weights = cut.weights
-        names, made = dict.fromkeys(weights.values()), dict[Any, Cut]()
-        for known, earlier in (groups[name] for name in weights.values() if name in groups):
+        names, made = dict.fromkeys(cut.held), dict[Any, Cut]()
+        for known, earlier in (groups[name] for name in cut.held if name in groups):
             names, made = known | names, earlier | made
-        key = (cut.operation, id(cut.rule), cut.site.slice, *weights.items())
+        key = (cut.operation, id(cut.rule), cut.site.slice, *cut.weights.items(), *cut.made.items())
         made.setdefault(key, cut)
         groups |= dict.fromkeys(names, (names, made))
     together = {id(group): group for group in groups.values()}
     return [(names, made.values()) for names, made in together.values()]
 
 
-def _fold_cut(model: Foldable, cut: Cut, exact: Weights, sizes: dict[Any, str | None]) -> None:
-    """Apply one cut's fold to the ``exact`` weights, in place."""
+def _fold_cut(
+    model: Foldable, cut: Cut, exact: Weights, sizes: dict[Any, str | None]
+) -> Collection[str]:
+    """Apply one cut's fold to the ``exact`` weights, in place; returns which it changed."""
     names, rule = cut.weights, cut.rule
-    dtype = next(exact[full].dtype for full in names.values())
+    dtype = exact[cut.held[0]].dtype
 
     def read(full: str) -> torch.Tensor:
         if full in exact:
@@ -139,10 +142,11 @@ def _fold_cut(model: Foldable, cut: Cut, exact: Weights, sizes: dict[Any, str | 
         return check_finite(full, model.parameter(full).detach()).to(dtype)
 
     env = environment(cut, TensorDomain(read))
-    seen = {name: env[name] for name in names}
+    bound = (*names, *cut.made)
+    seen = {name: env[name] for name in bound}
     for rows, part in _blocks(cut, env, seen, sizes):
         for name, value in folded(rule, part).items():
-            if name in names:
+            if name in bound:
                 seen[name][rows] = value.clone() if _is_shared(value, seen[name]) else value
             elif torch.as_tensor(value).any():  # `b * s` is nothing where there is no bias
                 raise SurgeryError(
@@ -153,6 +157,33 @@ def _fold_cut(model: Foldable, cut: Cut, exact: Weights, sizes: dict[Any, str | 
     for name in rule.fold.keys() & names:
         if not _is_shared(seen[name], exact[names[name]]):
             exact[names[name]] = disorient(exact[names[name]], cut.site, name, seen[name])
+    changed = {names[name] for name in rule.fold.keys() & names}
+    for name in rule.fold.keys() & cut.made:
+        new = _solved(cut, name, disorient(None, cut.site, name, seen[name]), read)
+        exact |= new
+        changed |= new.keys()
+    return changed
+
+
+def _solved(
+    cut: Cut, name: str, target: torch.Tensor, read: Callable[[str], torch.Tensor]
+) -> Weights:
+    """The parameters, by name, that make a computed weight what it is to be. PSG424."""
+    block = cut.placed.block
+
+    def full(node: fx.Node) -> str:
+        return join(block, str(node.target))
+
+    own = made_of(cut.site)[name]
+    found = solved(cut.site.nodes[name], target, lambda node: read(full(node)), own)
+    if found is None:
+        raise SurgeryError(
+            "PSG424",
+            f"'{cut.operation.name}' cannot be folded at '{cut.placed.module}': its weight is "
+            f"computed of {', '.join(cut.made[name])}, none of whose values make the new one",
+            "leave it out with `where:`, or keep the adapter",
+        )
+    return {full(node): value for node, value in found.items()}
 
 
 def _blocks(
@@ -190,7 +221,7 @@ def _check_foldable(cut: Cut) -> None:
     read = names_in(cut.rule.fold.values(), cut.rule, cut.numbers)
     for name in sorted(read | cut.rule.fold.keys()):
         node = cut.site.nodes.get(name)
-        if node is not None and node.op != "get_attr":
+        if node is not None and node.op != "get_attr" and name not in cut.made:
             raise SurgeryError(
                 "PSG401",
                 f"'{cut.operation.name}' cannot be folded at '{cut.placed.module}': '{name}' is "

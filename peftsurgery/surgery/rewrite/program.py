@@ -222,7 +222,8 @@ class Walk:
         """
         for name, value in fold(cut.rule, names).items():
             node = None if name in cut.rule.rewrite else cut.site.nodes.get(name)
-            if node is None or node.op != "get_attr" or not isinstance(value, fx.Proxy):
+            is_weight = node is not None and (node.op == "get_attr" or name in cut.made)
+            if node is None or not is_weight or not isinstance(value, fx.Proxy):
                 continue
             value = cast(value, compute_dtype(cut), dtype_of(node))
             whole = disorient(domain.bound(cut, name), cut.site, name, value)

@@ -14,12 +14,14 @@ from typing import Any
 from torch import fx
 
 from peftsurgery.anatomy import Placed
+from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import backward, is_tensor
 from peftsurgery.errors import SurgeryError
 from peftsurgery.reach import reach
 from peftsurgery.surgery.plan.cut import Cut
+from peftsurgery.surgery.rewrite.computed_weights import expression
 
 
 def check_readers(cuts: Iterable[Cut], sites: Iterable[Placed]) -> None:
@@ -36,6 +38,10 @@ def check_readers(cuts: Iterable[Cut], sites: Iterable[Placed]) -> None:
             parts.setdefault((placed.block, placed.parameter), []).append(placed.site)
     known: dict[Any, fx.Node | None] = {}  # blocks of one shape class are looked at once
     for name, made in _by_weight(cuts):
+        ways = {expression(c.site.nodes[n]) for c in made for n, of in c.made.items() if name in of}
+        ways |= {name for c in made if name in c.weights.values()}
+        if len(ways) > 1:
+            raise _has_other_readers(made[0], name, "which computes another weight of it")
         for read in reads.get(name, ()):
             mine = frozenset(cut.site for cut in made if _is_beside(cut, read))
             mine |= {s for s in parts.get((read.block, name), ()) if _is_apart(s, mine)}
@@ -44,10 +50,14 @@ def check_readers(cuts: Iterable[Cut], sites: Iterable[Placed]) -> None:
                 known[key] = next(_others(read, mine), None)
             other = known[key]
             if other is not None:
-                what = f"'{made[0].operation.name}' cannot be folded: '{name}' has another reader"
-                hint = "let the rule match whatever reads the weight, or ship the saved surgery"
-                message = f"{what} ({other.name}), which the rule leaves as it is"
-                raise SurgeryError("PSG408", message, hint)
+                why = f"({other.name}), which the rule leaves as it is"
+                raise _has_other_readers(made[0], name, why)
+
+
+def _has_other_readers(cut: Cut, name: str, why: str) -> SurgeryError:
+    message = f"'{cut.operation.name}' cannot be folded: '{name}' has another reader {why}"
+    hint = "let the rule match whatever reads the weight, or ship the saved surgery"
+    return SurgeryError("PSG408", message, hint)
 
 
 def _by_weight(cuts: Iterable[Cut]) -> list[tuple[str, Sequence[Cut]]]:
@@ -55,10 +65,15 @@ def _by_weight(cuts: Iterable[Cut]) -> list[tuple[str, Sequence[Cut]]]:
     found: dict[tuple[Any, int, str], list[Cut]] = {}
     for cut in cuts:
         if cut.rule.kind.result in cut.rule.rewrite:
-            for short in cut.rule.fold.keys() & cut.weights.keys():
-                key = (cut.operation, id(cut.rule), cut.weights[short])
-                found.setdefault(key, []).append(cut)
+            for name in changed_names(cut):
+                found.setdefault((cut.operation, id(cut.rule), name), []).append(cut)
     return [(name, made) for (_, _, name), made in found.items()]
+
+
+def changed_names(cut: Cut) -> list[str]:
+    """The names of the weights that a cut folds into, and of those that they are computed of."""
+    names = {short: (full,) for short, full in cut.weights.items()} | cut.made
+    return [full for short in cut.rule.fold.keys() & names for full in names[short]]
 
 
 def _is_apart(site: Site, mine: Iterable[Site]) -> bool:
@@ -87,5 +102,6 @@ def _others(read: Placed, sites: Collection[Site]) -> Iterator[fx.Node]:
 def _inside(site: Site) -> Iterator[fx.Node]:
     """A site's result, and what it is computed from up to what the site binds."""
     made = [site.nodes[name] for name in ("y", "product") if name in site.nodes]
-    bound = {node for node in site.nodes.values() if node not in made}
+    bound = {node for name, node in site.nodes.items() if name not in made_of(site)}
+    bound -= {*made}
     return backward(made[:1], lambda node: node in bound)
