@@ -20,7 +20,7 @@ from peftsurgery.checkpoint.row_wise import folded
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile
 
-BLOCK = 2**16  # elements that are computed at once, where a rule folds each row by itself
+BLOCK = 2**17  # elements that are computed at once, where a rule folds each row by itself
 
 Found = Mapping[str, tuple[TensorFile, Tensor]]
 

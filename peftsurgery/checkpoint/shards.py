@@ -76,8 +76,8 @@ class Shard:
         self._left, self._lock = 1 + len(self.tensors), Lock()
         self._file: PartFile | None = None
 
-    def write(self, tensor: Tensor | None) -> None:
-        """Write one tensor, or the header; whoever writes the last part closes the file."""
+    def write(self, tensor: Tensor | None) -> bool:
+        """Write one tensor, or the header; whether that was the last part."""
         with self._lock:
             if self._file is None:
                 self._file = self._into.begun(self._name)
@@ -88,8 +88,11 @@ class Shard:
             self._said[tensor.name] = self._streamed.write(tensor, self._file, place)
         with self._lock:
             self._left -= 1
-            is_whole = not self._left
-        if is_whole:
+            return not self._left
+
+    def end(self) -> None:
+        """Wait until the file is on the disk, and give it its name."""
+        if self._file is not None:
             self._into.ended(self._file, self._said)
 
     def leave(self) -> None:
@@ -99,19 +102,24 @@ class Shard:
 
 
 def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFile]) -> None:
-    """Write files of the base again. The first error ends all of it."""
+    """Write files of the base again. The first error ends all of it.
+
+    One thread more waits for the disk.
+    """
     shards = [Shard(streamed, into, file) for file in files]
     parts = [(shard, part) for shard in shards for part in (None, *shard.tensors)]
-    alone = threadpool_limits(1, user_api="blas")
-    with alone, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        runs = [pool.submit(shard.write, part) for shard, part in parts]
+    alone, disk = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(1)
+    with alone, disk, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        runs = {pool.submit(shard.write, part): shard for shard, part in parts}
         try:
-            for run in as_completed(runs):
-                run.result()
+            ends = [disk.submit(runs[run].end) for run in as_completed(runs) if run.result()]
+            for end in ends:
+                end.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
         finally:
+            disk.shutdown()
             for shard in shards:
                 shard.leave()
 

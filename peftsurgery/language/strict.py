@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import inspect
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from textwrap import dedent
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import Document
@@ -38,11 +43,25 @@ class Strict(BaseModel):
         extra="forbid",
         populate_by_name=True,
         arbitrary_types_allowed=True,
-        use_attribute_docstrings=True,
     )
     noun: ClassVar[str] = "mapping"
     also: ClassVar[tuple[str, ...]] = ()
     """Keys that a file may have and that are gone by the time it gets here."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The schema of this mapping, in which docstrings of attributes describe the keys.
+
+        They are read from the source when a schema is asked for: each start would wait for it.
+        """
+        schema = handler(core_schema)
+        keys = handler.resolve_ref_schema(schema)["properties"]
+        for name, text in _docstrings(cls):
+            if name in cls.model_fields:
+                keys[cls.model_fields[name].alias or name]["description"] = text
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -56,6 +75,18 @@ class Strict(BaseModel):
                 message = f"unknown key '{key}' in a {cls.noun}"
                 raise SurgeryError("PSG105", message, did_you_mean(str(key), known), where)
         return data
+
+
+def _docstrings(cls: type) -> Iterator[tuple[str, str]]:
+    """The attributes of a class that have a docstring beneath them, and that."""
+    (tree,) = ast.parse(dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    for statement, after in pairwise(tree.body):
+        match statement, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                value=ast.Constant(value=str(t))
+            ):
+                yield name, inspect.cleandoc(t)
 
 
 def position_of(value: Any) -> str | None:
