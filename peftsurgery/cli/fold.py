@@ -152,6 +152,8 @@ def _has_files(asked: Asked) -> bool:
 
 def _on_files(asked: Asked) -> None:
     """Fold on files, or say what that would take."""
+    # a fold has a thread for each processor; numpy's own would wait for work and take their time
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from peftsurgery.formats.streamed_fold import checked_outputs, estimate_fold, fold_checkpoint
 
     where, other = (asked.surgery, asked.base), asked.allow_other_base
