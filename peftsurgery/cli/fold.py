@@ -126,6 +126,8 @@ class Asked:
 @json_option
 def fold(**given: Any) -> None:
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
+    # a fold has a thread for each processor; numpy's own would wait for work and take their time
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     asked = Asked(**given)
     if asked.by_files and asked.in_memory:
         message = f"{asked.by_files} folds files, and {asked.in_memory} needs the model in memory"
@@ -152,8 +154,6 @@ def _has_files(asked: Asked) -> bool:
 
 def _on_files(asked: Asked) -> None:
     """Fold on files, or say what that would take."""
-    # a fold has a thread for each processor; numpy's own would wait for work and take their time
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from peftsurgery.formats.streamed_fold import checked_outputs, estimate_fold, fold_checkpoint
 
     where, other = (asked.surgery, asked.base), asked.allow_other_base
