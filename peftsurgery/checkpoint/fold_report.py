@@ -14,7 +14,8 @@ class FoldReport:
 
     ``adapters`` are the names of what was folded, ``copied`` the base's other files that were taken
     over, ``resumed`` the files that an earlier run had written; ``verified`` is the largest
-    difference of outputs from the operated model, None where they were not compared.
+    difference of outputs from the operated model, None where they were not compared. ``part`` is
+    which part of the fold this tells of, where other parts are not written yet.
     """
 
     out: Path
@@ -26,6 +27,7 @@ class FoldReport:
     adapters: tuple[str, ...] = ()
     copied: tuple[str, ...] = ()
     verified: float | None = None
+    part: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
@@ -38,6 +40,7 @@ class FoldReport:
             "copied": list(self.copied),
             "resumed": list(self.resumed),
             "verified": self.verified,
+            "part": self.part,
             "notes": list(self.notes),
         }
 
@@ -57,4 +60,7 @@ class FoldReport:
         if self.verified is not None:
             lines.append(f"  reloaded and compared at two shapes: {self.verified:.1e} apart")
         lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"folded model in {self.out}"])
+        where = f"folded model in {self.out}"
+        if self.part is not None:
+            where = f"part {self.part} of {self.out} is written; other parts are not"
+        return "\n".join([*lines, where])

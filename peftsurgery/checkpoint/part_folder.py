@@ -5,6 +5,9 @@ the disk and renamed, and only then entered in the journal, with the hash of wha
 resumes believes the journal of the same plan, and of a file only what its hash confirms: so the
 journal itself need not be on the disk. The last step flushes the directory and renames it. A
 process that is killed, or a disk that is full, leaves ``OUT.part``.
+
+Several processes, on machines that share the directory, can make it in parts. Each has a journal
+and a lock of its own; the lock of the whole is held to begin and to finish.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -23,6 +27,32 @@ from typing import Any
 from peftsurgery.errors import SurgeryError
 
 JOURNAL = ".journal"
+WAIT, PAUSE = 60.0, 0.02  # seconds: for others to begin or finish, and from one look to the next
+
+
+@dataclass(frozen=True)
+class FoldPart:
+    """The ``number``-th of so many parts, counted from 1."""
+
+    number: int
+    of: int
+
+    def mine(self, names: Iterable[str]) -> list[str]:
+        """The names that fall to this part: every so-many-th."""
+        return [*names][self.number - 1 :: self.of]
+
+    @staticmethod
+    def parse(text: str) -> FoldPart:
+        """Read a part as it is asked for, "2/3". PSG904 for what is none."""
+        number, slash, of = text.partition("/")
+        if not slash or not (number.isdecimal() and of.isdecimal()) or len(of) > 6:
+            raise SurgeryError("PSG904", f"{text!r:.40} is no part", "write K/N, such as 2/3")
+        if not 1 <= int(number) <= int(of):
+            raise SurgeryError("PSG904", f"there is no part {text:.40}", "count from 1/N to N/N")
+        return FoldPart(int(number), int(of))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +76,7 @@ class PartFolder:
 
     path: Path
     done: dict[str, Any]
+    journal: str = JOURNAL
 
     def begun(self, name: str) -> PartFile:
         """Begin a file; it has its name once it is :meth:`ended`."""
@@ -73,7 +104,9 @@ class PartFolder:
     def enter(self, name: str, said: Any = None) -> None:
         """Note in the journal that a file is there."""
         line = json.dumps({"file": name, "said": said}) + "\n"
-        with FileIO(self.path / JOURNAL, "a") as stream:  # at once: other threads have lines too
+        with FileIO(
+            self.path / self.journal, "a"
+        ) as stream:  # at once: other threads have lines too
             stream.write(line.encode())
         self.done[name] = said
 
@@ -84,31 +117,93 @@ def part_folder(out: Path, plan: str, resume: bool) -> Iterator[PartFolder]:
 
     It becomes ``out`` when the block ends; if the block raises, it stays. ``plan`` identifies what
     is made. Raises SurgeryError: PSG603 if the system refuses, PSG610 if another process writes
-    there, or if what is there was begun by another plan or is not to be resumed.
+    there, or if what is there was begun by another plan, in parts, or is not to be resumed.
     """
-    path = out.with_name(f"{out.name}.part")
+    path = _beside(out)
+    with _system_errors(out), _locked(path):
+        yield from _put(_begun(path, plan, resume), out)
+
+
+@contextmanager
+def own_part(out: Path, plan: str, part: FoldPart) -> Iterator[PartFolder]:
+    """Make a part of a directory beside ``out``, or take up what is done of it.
+
+    Other processes may make other parts at once. If the block raises, all of it stays. Raises
+    SurgeryError: PSG603 if the system refuses, PSG610 if another process makes this part or the
+    whole, or if what is there was begun by another plan or in another number of parts.
+    """
+    path, journal = _beside(out), f"{JOURNAL}-{part.number}"
+    with _system_errors(out), _locked(path, part.number):
+        with _locked(path, wait=WAIT):
+            begun = _begun(path, plan, True, part.of)
+            lines = _lines(path / journal)  # that it was whole is not so while it is made again
+            kept = [line for line in lines if line.get("file") != _whole(part.number)]
+            _rewritten(path / journal, kept)
+        into = PartFolder(path, begun.done, journal)
+        yield into
+        into.enter(_whole(part.number))
+
+
+@contextmanager
+def all_parts(out: Path, plan: str, parts: int | None) -> Iterator[PartFolder | list[int]]:
+    """The directory that was made in parts, or the parts of it that are not made.
+
+    It becomes ``out`` when the block ends. No part at all is missing of what has become that
+    already. Raises what :func:`own_part` raises; ``parts`` is None for whoever does not know their
+    number.
+    """
+    path = _beside(out)
+    with _system_errors(out), _locked(path, wait=WAIT):
+        if not (path / JOURNAL).is_file():
+            yield []
+            return
+        begun = _begun(path, plan, True, parts)
+        count = _lines(path / JOURNAL)[0].get("parts", 1)
+        missing = [k for k in range(1, count + 1) if _whole(k) not in begun.done]
+        if missing:
+            yield missing
+        else:
+            yield from _put(begun, out)
+
+
+def _whole(part: int) -> str:
+    """What a journal calls it that a part is whole."""
+    return f".part-{part}"
+
+
+def _put(into: PartFolder, out: Path) -> Iterator[PartFolder]:
+    """Let a directory be finished, and give it its name."""
     try:
-        with _locked(path.with_name(f".{path.name}.lock"), path):
-            done = _begun(path, plan, resume)
-            try:
-                yield PartFolder(path, done)
-            except SurgeryError:  # trying again would end in the same way
-                shutil.rmtree(path)
-                raise
-            for around, _, _ in os.walk(path):
-                _flush_folder(Path(around))
-            path.rename(out)  # with its journal: without, what is there could not be taken up
-            (out / JOURNAL).unlink()
-            _flush_folder(out.absolute().parent)
+        yield into
+    except SurgeryError:  # trying again would end in the same way
+        shutil.rmtree(into.path)
+        raise
+    for around, _, _ in os.walk(into.path):
+        _flush_folder(Path(around))
+    into.path.rename(out)  # with its journals: without, what is there could not be taken up
+    for journal in _journals(out):
+        journal.unlink()
+    _flush_folder(out.absolute().parent)
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part")
+
+
+@contextmanager
+def _system_errors(out: Path) -> Iterator[None]:
+    """Say by PSG603 what the system refuses."""
+    try:
+        yield
     except OSError as error:
-        hint = f"what is done is in '{path}'; make room, and go on with --resume"
+        hint = f"what is done is in '{_beside(out)}'; make room, and go on with --resume"
         why = error.strerror or error
         raise SurgeryError("PSG603", f"'{out}' cannot be written: {why}", hint) from error
 
 
-def _begun(path: Path, plan: str, resume: bool) -> dict[str, Any]:
+def _begun(path: Path, plan: str, resume: bool, parts: int | None = 1) -> PartFolder:
     """Make the directory, or read what is done of it. PSG610."""
-    journal = path / JOURNAL
+    journal, first = path / JOURNAL, {"plan": plan, "parts": parts}
     if not os.path.lexists(path):
         path.mkdir()
     elif not resume:
@@ -119,16 +214,32 @@ def _begun(path: Path, plan: str, resume: bool) -> dict[str, Any]:
     lines = _lines(journal)
     if not lines:
         _clear(path)
-        journal.write_text(json.dumps({"plan": plan}) + "\n", encoding="utf-8")
-        return {}
+        _rewritten(journal, [first])
+        return PartFolder(path, {})
     if lines[0].get("plan") != plan:
         message = f"'{path}' was begun for another base, adapter or dtype"
         raise SurgeryError("PSG610", message, "remove it, and begin again")
-    # without a line that was cut off, since further ones are put after it
-    fresh = path / f"{JOURNAL}.part"
+    made_in = lines[0].get("parts", 1)
+    if parts not in (None, made_in):
+        how = "by one process" if made_in == 1 else f"in {made_in} parts"
+        hint = "go on with --resume" if made_in == 1 else f"go on with --part K/{made_in}"
+        raise SurgeryError("PSG610", f"'{path}' was begun {how}, not in {parts}", hint)
+    _rewritten(journal, lines)
+    entries = [line for each in _journals(path) for line in _lines(each)]
+    done = {str(line["file"]): line.get("said") for line in entries if "file" in line}
+    return PartFolder(path, done)
+
+
+def _journals(path: Path) -> list[Path]:
+    """The journals of all who made a directory, the whole's first."""
+    return [path / JOURNAL, *sorted(path.glob(f"{JOURNAL}-*"))]
+
+
+def _rewritten(journal: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write a journal without a line that was cut off, since further ones are put after it."""
+    fresh = journal.with_name(f".part{journal.name}")
     fresh.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     fresh.replace(journal)
-    return {str(line["file"]): line.get("said") for line in lines[1:] if "file" in line}
 
 
 def _lines(journal: Path) -> list[dict[str, Any]]:
@@ -155,18 +266,34 @@ def _clear(path: Path) -> None:
 
 
 @contextmanager
-def _locked(lock: Path, path: Path) -> Iterator[None]:
-    """Hold a lock, which a killed process gives back by itself. PSG610 if another one has it."""
-    with lock.open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            message = f"another process is writing '{path}'"
-            raise SurgeryError("PSG610", message, "wait for it") from None
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+def _locked(path: Path, part: int | None = None, wait: float = 0.0) -> Iterator[None]:
+    """Hold the lock of the whole or of a part, which a killed process gives back by itself.
+
+    PSG610 if another one has it for more than ``wait`` seconds.
+    """
+    own = "lock" if part is None else f"{part}.lock"
+    lock, end = path.with_name(f".{path.name}.{own}"), time.monotonic() + wait
+    while True:
+        with lock.open("w") as stream:
+            if _holds(stream.fileno(), lock):
+                try:
+                    yield
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+        if time.monotonic() >= end:
+            what = f"'{path}'" if part is None else f"part {part} of '{path}'"
+            raise SurgeryError("PSG610", f"another process is writing {what}", "wait for it")
+        time.sleep(PAUSE)
+
+
+def _holds(handle: int, lock: Path) -> bool:
+    """Whether the lock could be had, and is still the file of its name: holders remove it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(handle), lock.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _flush_folder(path: Path) -> None:

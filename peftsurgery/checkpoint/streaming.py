@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +21,19 @@ from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView, neede
 from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.checkpoint.fold_tensor import Folding
 from peftsurgery.checkpoint.hashing import ALGORITHM
-from peftsurgery.checkpoint.part_folder import PartFolder, part_folder
+from peftsurgery.checkpoint.part_folder import (
+    FoldPart,
+    PartFolder,
+    all_parts,
+    own_part,
+    part_folder,
+)
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.record import FILE, folded_into
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
 from peftsurgery.checkpoint.shards import Streamed, write_shards
 from peftsurgery.errors import SurgeryError
-from peftsurgery.model_files import (
-    INDEX,
-    ModelFiles,
-    other_files,
-    read_model_files,
-)
+from peftsurgery.model_files import INDEX, other_files, read_model_files
 from peftsurgery.tensor_file import TensorFile, header_of, read_header
 
 
@@ -42,45 +45,127 @@ def fold_files(
     reversible: bool = False,
     progress: Callable[[int], None] | None = None,
     allow_unchanged: bool = False,
+    part: FoldPart | None = None,
+    finish: bool = False,
 ) -> FoldReport:
     """Carry out a plan on the files of its base, with the tensors of its adapter; write ``out``.
 
     ``dtype`` (as safetensors calls it) is given to all tensors of floating-point numbers; with
-    ``reversible``, residuals are written beside the weights (:mod:`.residual`). Raises
-    SurgeryError: PSG402 and PSG403 for values that cannot be written, PSG415 if nothing would
-    change and that is not allowed, PSG416 for tensors that plan and files do not both have, PSG603
-    and PSG610 for places.
+    ``reversible``, residuals are written beside the weights (:mod:`.residual`). Of several
+    processes, each writes a ``part`` of the files of weights, and who finds that all are there
+    finishes ``out``; with ``finish``, none is written. Raises SurgeryError: PSG402 and PSG403 for
+    values that cannot be written, PSG415 if nothing would change and that is not allowed, PSG416
+    for tensors that plan and files do not both have, PSG603 and PSG610 for places, PSG610 if there
+    is more to do before ``finish``.
     """
+    fold = _prepared(planned, dtype, reversible, progress)
+    if part is None and not finish:
+        with part_folder(out, fold.identity, resume) as into:
+            trusted = fold.write(into, fold.files)
+            return replace(fold.finish(into, allow_unchanged), out=out, resumed=trusted)
+    mine = None
+    if part is not None:
+        with own_part(out, fold.identity, part) as into:
+            trusted = fold.write(into, part.mine(fold.files))
+            mine = replace(fold.report(into, part.mine(fold.files)), out=out, resumed=trusted)
+    with all_parts(out, fold.identity, None if part is None else part.of) as whole:
+        if isinstance(whole, PartFolder):
+            trusted = () if mine is None else mine.resumed
+            return replace(fold.finish(whole, allow_unchanged), out=out, resumed=trusted)
+    if mine is None:
+        which = f": {', '.join(map(str, whole))}" if whole else ""
+        message = f"not all parts of '{out}' are written{which}"
+        raise SurgeryError("PSG610", message, "run the others first, or wait for them")
+    return mine if out.is_dir() else replace(mine, part=str(part))
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A fold that is prepared: what is read and asked for. ``files`` are the base's, by name."""
+
+    planned: Planned
+    view: PlainView
+    streamed: Streamed
+    reversible: bool
+    files: Mapping[str, TensorFile]
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash of all that decides what is written: what a run may be resumed by."""
+        plan, adapter = self.planned.plan, self.planned.adapter
+        folder, options = self.view.folder.resolve(), (self.streamed.dtype, self.reversible)
+        headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
+        told = repr((str(folder), plan.sites, plan.replaced, options, ALGORITHM))
+        parts = [told.encode(), adapter.path.read_bytes(), *headers]
+        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
+
+    def write(self, into: PartFolder, names: Collection[str]) -> tuple[str, ...]:
+        """Write files of weights; those that an earlier run had written, and are as it says."""
+        trusted = tuple(name for name in names if _is_whole(into, name))
+        write_shards(self.streamed, into, (self.files[n] for n in names if n not in trusted))
+        for name in names if self.reversible else ():
+            changed = self._changed(into, name)
+            if changed:
+                now, said = read_header(into.path / name), dict[str, int]()
+                blocks = residual_of(self.files[name], now, changed, said)
+                into.write(f"{name}{RESIDUAL}", blocks, said)
+        return trusted
+
+    def _changed(self, into: PartFolder, name: str) -> list[str]:
+        """The tensors of a file that are not as they were, in its order."""
+        held = sorted(self.files[name].tensors.values(), key=lambda tensor: tensor.start)
+        return [each.name for each in held if "base" in into.done[name].get(each.name, ())]
+
+    def report(self, into: PartFolder, names: Iterable[str]) -> FoldReport:
+        """What was done with some files of weights, which are there."""
+        tensors = {key: entry for name in names for key, entry in into.done[name].items()}
+        changed = {name: entry["change"] for name, entry in tensors.items() if "change" in entry}
+        folded = [read_header(into.path / name) for name in names]
+        written = sum(tensor.size for file in folded for tensor in file.tensors.values())
+        plan = self.planned.plan
+        mine = plan.record.get("folded", ())[len(folded_into(self.planned.base)) :]
+        adapters = dict.fromkeys(entry["adapter"] for entry in mine)
+        return FoldReport(into.path, changed, len(tensors), written, adapters=tuple(adapters))
+
+    def finish(self, into: PartFolder, allow_unchanged: bool) -> FoldReport:
+        """Write what is more than weights: the other files, the index and the certificate."""
+        plan, report = self.planned.plan, self.report(into, self.files)
+        _check_changed(report.changed, allow_unchanged)
+        tensors = {key: entry for name in self.files for key, entry in into.done[name].items()}
+        added = [*self._residuals(into, tensors), *plan.files]
+        folded = [read_header(into.path / name) for name in self.files]
+        small = _small_files(plan, self.view, folded, report.written)
+        for name, content in small.items():
+            into.write(name, [content])
+        record = {**plan.record, "added": added}
+        record |= {"coded": _hashes(self.view)} if self.view.coded else {}
+        into.write(FILE, [certificate(record, into.path, self.files, tensors)])
+        return replace(report, copied=tuple(n for n in small if n not in {INDEX, *plan.files}))
+
+    def _residuals(self, into: PartFolder, tensors: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+        """The files of residuals; the entries of their tensors are told where those are."""
+        for name in (f"{each}{RESIDUAL}" for each in self.files if self.reversible):
+            for tensor, start in into.done.get(name, {}).items():
+                tensors[tensor]["residual"] = [name, start]
+            if name in into.done:
+                yield name
+
+
+def _prepared(
+    planned: Planned,
+    dtype: str | None,
+    reversible: bool,
+    progress: Callable[[int], None] | None,
+) -> _Fold:
+    """Check a plan against the files that it is carried out on. PSG416."""
     plan, adapter, files = planned.plan, planned.adapter, read_model_files(planned.base)
     view = needed_view(files, plan.changed)
     _check(plan, view, adapter, reversible)
     learnt = {name: (adapter, tensor) for name, tensor in adapter.tensors.items()}
-    streamed = Streamed(
-        Folding(plan, view.tensors, learnt, view.coded),
-        view,
-        dtype,
-        progress or (lambda size: None),
-    )
-    wanted = {file.path.name: file for file in files.files}
-    with part_folder(out, _identity(plan, files, adapter, (dtype, reversible)), resume) as into:
-        trusted = tuple(name for name in wanted if _is_whole(into, name))
-        write_shards(streamed, into, (file for n, file in wanted.items() if n not in trusted))
-        tensors = {tensor: entry for name in wanted for tensor, entry in into.done[name].items()}
-        changed = {name: e["change"] for name, e in tensors.items() if "change" in e}
-        _check_changed(changed, allow_unchanged)
-        added = _write_residuals(into, wanted.values(), tensors) if reversible else []
-        folded = [read_header(into.path / name) for name in wanted]
-        written = sum(tensor.size for file in folded for tensor in file.tensors.values())
-        small = _small_files(plan, view, folded, written)
-        for name, content in small.items():
-            into.write(name, [content])
-        record = {**plan.record, "added": [*added, *plan.files]}
-        record |= {"coded": _hashes(view)} if view.coded else {}
-        into.write(FILE, [certificate(record, into.path, wanted, tensors)])
-    mine = plan.record.get("folded", ())[len(folded_into(planned.base)) :]
-    adapters = dict.fromkeys(entry["adapter"] for entry in mine)
-    copied = tuple(name for name in small if name not in {INDEX, *plan.files})
-    return FoldReport(out, changed, len(tensors), written, trusted, (), tuple(adapters), copied)
+    folding = Folding(plan, view.tensors, learnt, view.coded)
+    streamed = Streamed(folding, view, dtype, progress or (lambda size: None))
+    named = {file.path.name: file for file in files.files}
+    return _Fold(planned, view, streamed, reversible, named)
 
 
 def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
@@ -89,26 +174,6 @@ def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
         message = "the fold changes no element of any weight"
         hint = "it is untrained, or too small for the dtype; --allow-unchanged writes it anyway"
         raise SurgeryError("PSG415", message, hint)
-
-
-def _write_residuals(
-    into: PartFolder, files: Iterable[TensorFile], tensors: Mapping[str, dict[str, Any]]
-) -> list[str]:
-    """Write residuals beside each file with changed tensors, whose entries say where they are."""
-    names = []
-    for file in files:
-        held = sorted(file.tensors.values(), key=lambda tensor: tensor.start)
-        changed = [tensor for tensor in held if "base" in tensors[tensor.name]]
-        name = f"{file.path.name}{RESIDUAL}"
-        if changed:
-            said: dict[str, int] = {}
-            now = read_header(into.path / file.path.name)
-            into.write(name, residual_of(file, now, [each.name for each in changed], said), said)
-        if changed:
-            names.append(name)
-            for tensor, start in into.done[name].items():
-                tensors[tensor]["residual"] = [name, start]
-    return names
 
 
 def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile, reversible: bool) -> None:
@@ -153,14 +218,6 @@ def _small_files(
             index = {**files.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
             contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
     return {**contents, **plan.files}
-
-
-def _identity(plan: FoldPlan, files: ModelFiles, adapter: TensorFile, options: Any) -> str:
-    """Hash of all that decides what is written: what a run may be resumed by."""
-    headers = [header_of(file.tensors.values(), file.metadata) for file in files.files]
-    told = repr((str(files.folder.resolve()), plan.sites, plan.replaced, options, ALGORITHM))
-    parts = [told.encode(), adapter.path.read_bytes(), *headers]
-    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
 def _is_whole(into: PartFolder, name: str) -> bool:

@@ -46,6 +46,8 @@ class Asked:
     resume: bool
     reversible: bool
     dry_run: bool
+    part: str | None
+    finish: bool
     allow_unchanged: bool
     allow_other_base: bool
     force: bool
@@ -68,6 +70,7 @@ class Asked:
         """An option that is given and is about files alone, if there is one."""
         given = {"--stream": self.stream, "--dtype": self.dtype, "--resume": self.resume}
         given |= {"--reversible": self.reversible, "--dry-run": self.dry_run}
+        given |= {"--part": self.part, "--finish": self.finish}
         return next((option for option, value in given.items() if value), None)
 
 
@@ -117,6 +120,16 @@ class Asked:
     help="Say what a fold of files would read, write, compute and need; write nothing.",
 )
 @click.option(
+    "--part",
+    metavar="K/N",
+    help="Write every N-th file of weights: N processes, with each K from 1 on, share a fold.",
+)
+@click.option(
+    "--finish",
+    is_flag=True,
+    help="Finish a fold of which all parts are written; the last part does that by itself.",
+)
+@click.option(
     "--allow-unchanged",
     is_flag=True,
     help="Write the result of an adapter that changes nothing, such as an untrained one.",
@@ -132,6 +145,10 @@ def fold(**given: Any) -> None:
     if asked.by_files and asked.in_memory:
         message = f"{asked.by_files} folds files, and {asked.in_memory} needs the model in memory"
         raise click.UsageError(message)
+    if (asked.part or asked.finish) and asked.force:
+        raise click.UsageError(
+            "--force cannot go with --part: what is written belongs to others too"
+        )
     if asked.onnx is not None and asked.requantise:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
     if asked.by_files or (asked.in_memory is None and _has_files(asked)):
@@ -175,8 +192,10 @@ def _on_files(asked: Asked) -> None:
             reversible=asked.reversible,
             allow_other_base=other,
             allow_unchanged=asked.allow_unchanged,
+            part=asked.part,
+            finish=asked.finish,
         )
-        if asked.verify:
+        if asked.verify and report.part is None:
             report = replace(report, verified=checked_outputs(*where, out, other))
     report = replace(report, out=asked.out)
     print_result(report.to_dict(), report, asked.as_json)

@@ -44,6 +44,7 @@ CODES = {
     "PSG610": CodeInfo(
         "An unfinished output is in the way",
         "OUT.part holds what an earlier run got done, or another process is writing it. `--resume` "
-        "goes on with it, if base, adapter and dtype are the same; else remove it.",
+        "goes on with it, if base, adapter and dtype are the same; else remove it. What was begun "
+        "in parts goes on with `--part K/N`, each K with the same N, until `--finish` finds all.",
     ),
 }

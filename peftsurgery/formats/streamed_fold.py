@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.estimate import FoldEstimate, estimate
 from peftsurgery.checkpoint.fold_report import FoldReport
+from peftsurgery.checkpoint.part_folder import FoldPart
 from peftsurgery.checkpoint.plan import Planned
 from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.errors import SurgeryError, did_you_mean
@@ -43,6 +44,8 @@ def fold_checkpoint(
     allow_other_base: bool = False,
     progress: Callable[[int], None] | None = None,
     allow_unchanged: bool = False,
+    part: str | None = None,
+    finish: bool = False,
 ) -> FoldReport:
     """Fold an adapter's directory into the files of its base, without building the model.
 
@@ -52,17 +55,21 @@ def fold_checkpoint(
     ``dtype`` ("float32", "bfloat16", "float16"); all other bytes are copied. With ``reversible``,
     residuals beside the weights let :func:`unfold_checkpoint` restore the base without the base.
     ``progress`` is told the bytes that are written. ``peftsurgery.json`` in ``out`` is the
-    certificate that :func:`verify` checks.
+    certificate that :func:`verify` checks. Several processes that share a file system each write a
+    ``part``, "2/3" every third file from the second on; who comes last finishes ``out``, or whoever
+    calls with ``finish``.
 
     Raises what :func:`fold` raises of rules that cannot be folded, PSG319 for another base, PSG415
     if nothing would change (``allow_unchanged`` writes it anyway), PSG416 for what cannot be folded
     on files, PSG601 and PSG602 for a place that is taken or read, PSG610 for what an earlier run
     left.
     """
+    mine = None if part is None else FoldPart.parse(part)
     target, code = _checked(adapter, base, out, dtype, reversible)
     with _planned(Path(adapter), base, allow_other_base) as planned:
         check_free(target, [str(planned.base)])
-        return fold_files(planned, target, code, resume, reversible, progress, allow_unchanged)
+        asked = code, resume, reversible, progress, allow_unchanged, mine, finish
+        return fold_files(planned, target, *asked)
 
 
 def estimate_fold(

@@ -1,6 +1,6 @@
 """A checkpoint and a LoRA for it, made with numpy alone, and the fold of them as a process runs it.
 
-Run as a program: BASE ADAPTER OUT. It prints its peak memory, and what heavy it has imported.
+Run as a program: BASE ADAPTER OUT [PART]. It prints its peak memory, and what heavy it imported.
 """
 
 import json
@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from peftsurgery.checkpoint.part_folder import FoldPart
 from peftsurgery.checkpoint.plan import FoldPlan, Planned, SiteFold
 from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.language.expression import parse
@@ -69,7 +70,9 @@ def main() -> None:
     base, adapter, out = map(Path, sys.argv[1:4])
     plan = plan_of(len(list(base.glob("*.safetensors"))))
     print("begun", flush=True)
-    fold_files(Planned(plan, base, read_header(adapter)), out, resume=True, reversible=True)
+    part = FoldPart.parse(sys.argv[4]) if sys.argv[4:] else None
+    planned = Planned(plan, base, read_header(adapter))
+    fold_files(planned, out, resume=True, reversible=True, part=part)
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(line for line in status if line.startswith("VmHWM"))
     heavy = sorted({"torch", "transformers"} & sys.modules.keys())

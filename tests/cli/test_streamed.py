@@ -60,6 +60,22 @@ def test_a_fold_is_streamed_verified_and_unfolded(
     assert error["code"] == "PSG417"
 
 
+def test_parts_of_a_fold_are_run_by_several_processes(
+    tmp_path: Path, surgery: tuple[Path, Path]
+) -> None:
+    _, saved = surgery
+    asked = ("fold", saved, "-o", tmp_path / "out")
+    assert said(*asked, "--part", "2/2")["part"] == "2/2"
+    error = said(*asked, "--finish", code=3)["error"]
+    assert isinstance(error, dict)
+    assert error["code"] == "PSG610"
+    assert "are written: 1" in str(error["message"])
+    assert said(*asked, "--part", "1/2")["part"] is None
+    assert said("verify", tmp_path / "out")["changed"] == 2
+    for wrong in (("--part", "3/2"), ("--part", "1/2", "--force"), ("--finish", "--name", "x")):
+        assert CliRunner().invoke(root, [*map(str, asked), *wrong]).exit_code == 2
+
+
 def test_a_dry_run_says_what_a_fold_takes_and_writes_nothing(
     tmp_path: Path, surgery: tuple[Path, Path]
 ) -> None:
