@@ -23,3 +23,12 @@ ARGUMENTS: Mapping[str, str] = {
     "answer": "labels",
 }
 """The argument that each name bound at the site of the inputs is."""
+
+SENSES: Mapping[str, str] = {
+    "pixel_values": "vision",
+    "pixel_values_videos": "vision",
+    "flattened_patches": "vision",
+    "input_features": "audio",
+    "input_values": "audio",
+}
+"""For each argument that holds what is seen or heard, which of the two."""

@@ -19,6 +19,7 @@ from peftsurgery.anatomy.heads import find_heads
 from peftsurgery.anatomy.inputs import find_inputs
 from peftsurgery.anatomy.residual import call_of, owner, sublayer
 from peftsurgery.anatomy.site import Placed, Relations, Site
+from peftsurgery.anatomy.towers import Towers
 from peftsurgery.capture import Capture, Program
 from peftsurgery.capture.names import join
 from peftsurgery.reach import reach
@@ -26,7 +27,8 @@ from peftsurgery.reach import reach
 
 def survey(capture: Capture) -> tuple[Placed, ...]:
     """The sites of a capture, block by block. A program is analysed once, whoever runs it."""
-    surveyor = _Surveyor(Calls(capture.programs))
+    calls = Calls(capture.programs)
+    surveyor = _Surveyor(calls, Towers(capture.top, calls))
     found = [placed for frame in surveyor.calls.frames for placed in surveyor.sites_of(frame)]
     surveyor.neighbours.know(found)
     inputs = find_inputs(capture)
@@ -75,8 +77,8 @@ class _Neighbours(Relations):
 class _Surveyor:
     """Places the sites of every frame of one capture."""
 
-    def __init__(self, calls: Calls) -> None:
-        self.calls = calls
+    def __init__(self, calls: Calls, towers: Towers) -> None:
+        self.calls, self.towers = calls, towers
         self.neighbours = _Neighbours()
         self.lists = self._lists()
         self.ordered: dict[tuple[Program, fx.Node], bool] = {}
@@ -104,11 +106,16 @@ class _Surveyor:
                 layer_index(join(path, site.module), self.lists),
                 type_of(program, site),
                 attentions_of(site, path),
-                self.extra(frame, site, heads),
+                self.extra(frame, site, heads) | self.tower(frame, site),
                 self.neighbours,
             )
             for site in sites
         ]
+
+    def tower(self, frame: Frame, site: Site) -> dict[str, Any]:
+        """The tower that a site is in, as a fact."""
+        found = self.towers.of(frame, site)
+        return {} if found is None else {"tower": found}
 
     def extra(self, frame: Frame, site: Site, heads: Mapping[fx.Node, str]) -> dict[str, Any]:
         """Facts of a site that depend on the callers of its block."""

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._export.utils import _compiling_state_context
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -79,7 +80,8 @@ def recorded(module: nn.Module, call: Call) -> Record:
 @contextmanager
 def _without_content(module: nn.Module, call: Call) -> Iterator[Mapping[str, Any]]:
     """The module with tensors that have no content, and the inputs of the call as such."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # sizes stay numbers; what the model asks of contents, and asserts, becomes a symbol
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     tensors: dict[str, torch.Tensor] = {
         name: mode.from_tensor(tensor) for name, tensor in named_tensors(module)
     }

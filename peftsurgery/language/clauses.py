@@ -100,6 +100,7 @@ def _plain(where: Where) -> Iterator[Clause]:
         "op": lambda site: site.facts.get("op"),
         "kind": lambda site: site.facts.get("kind"),
         "after": lambda site: site.facts.get("after"),
+        "tower": lambda site: site.facts.get("tower"),
         "block": lambda site: site.block,
         "dtype": lambda site: str(site.facts.get("dtype", "unknown")).removeprefix("torch."),
     }

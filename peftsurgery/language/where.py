@@ -72,6 +72,8 @@ class Where(Strict):
     """The fact `kind`: self or cross for attention, bias or weight for parameters."""
     after: Names | None = None
     """The fact `after`: the sublayer that a residual comes after."""
+    tower: Names | None = None
+    """What the site's input is made of: text, vision, audio, or connector between towers."""
     layers: Layers | None = None
     """Indices of the block in its list: 3, [0, 1], '4..', '..3', '2..5' (both ends included)."""
     block: Names | None = None

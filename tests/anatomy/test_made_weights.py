@@ -231,7 +231,7 @@ def test_what_needs_the_weight_itself_refuses_a_computed_one() -> None:
 name: stored
 about: Weights in four bits.
 rules:
-  - {match: linear, store: {W: "nf4(8, false)"}}
+  - {match: linear, store: {W: "nf4(64)"}}
 """
     )
     with pytest.raises(SurgeryError, match="PSG325"):

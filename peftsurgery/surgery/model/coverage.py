@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peftsurgery.anatomy import Placed
 
+WEIGHTS = ("linear", "experts", "embedding", "conv")
 SHOWN = 4  # how many parameters a report names
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)|^\d+(?=\.)")
 
@@ -45,7 +46,7 @@ class CoveredLayers:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Share of a model's sites that rules matched, by role and by kind.
+    """Share of a model's sites that rules matched, by role, by kind and, of weights, by tower.
 
     A fused weight has the role of the whole and those of its parts: one that is cut as a whole is
     cut in every part, and is cut as a whole if every part is. ``uncovered`` are the parameters that
@@ -57,6 +58,7 @@ class Coverage:
     kinds: Mapping[str, Matched]
     uncovered: Mapping[str, tuple[str, ...]]
     layers: tuple[CoveredLayers, ...] = ()
+    towers: Mapping[str, Matched] = field(default_factory=dict)
 
     @staticmethod
     def of(sites: Iterable[Placed], cut: Iterable[Placed]) -> Coverage:
@@ -70,6 +72,7 @@ class Coverage:
         roles: dict[str, list[bool]] = {}
         kinds: dict[str, list[bool]] = {}
         layers: dict[tuple[str, int], dict[str, list[bool]]] = {}
+        towers: dict[str, list[bool]] = {}
         for site in known:
             mine = [_key(part) in matched for part in parts.get(_key(site), ())]
             within = site.site.whole is not None and (site.block, id(site.site.whole)) in matched
@@ -81,8 +84,16 @@ class Coverage:
                     layer.setdefault(site.role, []).append(is_cut)
             if site.site.whole is None:
                 kinds.setdefault(site.kind, []).append(is_cut or any(mine))
+                if site.kind in WEIGHTS and "tower" in site.facts:
+                    towers.setdefault(site.facts["tower"], []).append(is_cut or any(mine))
         by_layer = {place: _matched(found) for place, found in layers.items()}
-        return Coverage(_matched(roles), _matched(kinds), _uncovered(known), _alike(by_layer))
+        return Coverage(
+            _matched(roles),
+            _matched(kinds),
+            _uncovered(known),
+            _alike(by_layer),
+            _matched(towers),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The shares as ``--json`` prints them, under the report's keys."""
@@ -91,13 +102,15 @@ class Coverage:
             "kinds": {name: vars(share) for name, share in self.kinds.items()},
             "uncovered": list(self.uncovered),
             "layers": [row.to_dict() for row in self.layers],
+            "towers": {name: vars(share) for name, share in self.towers.items()},
         }
 
     def lines(self) -> list[str]:
         """The shares as a report prints them: of weights, by kind and by role."""
-        weights = ("linear", "experts", "embedding", "conv")
-        found = {kind: self.kinds[kind] for kind in weights if kind in self.kinds}
+        found = {kind: self.kinds[kind] for kind in WEIGHTS if kind in self.kinds}
         lines = [f"coverage: {_listed(found)}"]
+        if len(self.towers) > 1:
+            lines.append(f"  by tower: {_listed(self.towers)}")
         if self.roles:
             lines.append(f"  by role: {_listed(self.roles)}")
             lines += [f"    {row}" for row in self.layers]
