@@ -20,8 +20,9 @@ from peftsurgery.capture.tensors import is_plain, named_tensors
 
 _CONTAINERS = (dict, list, deque, set)
 
-# What a module has by itself, or is given for a trace.
-_NOT_OWN = ("training", "forward")
+# What a module has by itself, or is given for a trace; and by which transformers knows that it has
+# hooked a model once and for all, to collect what is asked for.
+_NOT_OWN = ("training", "forward", "_output_capturing_hooks_installed")
 # What every module has: the tables of its weights, parts and hooks.
 _TABLES = frozenset(vars(nn.Module()))
 

@@ -30,6 +30,7 @@ from peftsurgery.capture.tensors import (
     traceable,
 )
 from peftsurgery.capture.threads import known_or_made, traced_alone
+from peftsurgery.capture.uncollected import uncollected
 from peftsurgery.capture.writes import check_writes
 from peftsurgery.errors import SurgeryError
 
@@ -131,7 +132,8 @@ class Captures:
 
         def make() -> Capture:
             state = key[-1]
-            made = outside(lambda: self._make(call, training, casts, state), state)
+            with uncollected():
+                made = outside(lambda: self._make(call, training, casts, state), state)
             self._made[key] = [*self._made.get(key, ()), made]
             return made
 

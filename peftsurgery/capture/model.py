@@ -40,6 +40,7 @@ from peftsurgery.capture.sources import Source, check_plain, open_source
 from peftsurgery.capture.surroundings import outside, surroundings
 from peftsurgery.capture.tensors import named_tensors, owner_of, parameters_of, tensor_at
 from peftsurgery.capture.threads import GATE, making
+from peftsurgery.capture.uncollected import uncollected
 from peftsurgery.capture.waiting import Waiting
 from peftsurgery.capture.watched import original_at
 from peftsurgery.errors import SurgeryError
@@ -184,7 +185,8 @@ class GraphModel(Likeness):
 
     def _equipped(self, capture: Capture, mode: Any) -> Capture:
         """A transformed capture whose programs the blocks have, and whose constants are here."""
-        ready = outside(lambda: self._transformed(capture, mode), capture.state)
+        with uncollected():
+            ready = outside(lambda: self._transformed(capture, mode), capture.state)
         for path, programs in ready.programs.items():
             if path:
                 block = original_at(self, path)

@@ -124,6 +124,7 @@ class Watch(TorchFunctionMode):
         self.names: dict[int, str] = {}
         self.numbers: dict[int, int | str] = {}
         self.kept: list[Any] = []  # so that no other tensor has its identity
+        self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``forward`` returns, with its steps in a new record."""
@@ -178,11 +179,7 @@ class Watch(TorchFunctionMode):
 
     def counts(self, value: Any) -> bool:
         """Whether a tensor is the counter of a batch norm."""
-        return any(
-            part.num_batches_tracked is value
-            for part in self.module.modules()
-            if isinstance(part, nn.modules.batchnorm._NormBase)
-        )
+        return any(norm.num_batches_tracked is value for norm in self.norms)
 
     def step(self, func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Step:
         """Record of one torch call: function, arguments and train flags, in comparable form."""

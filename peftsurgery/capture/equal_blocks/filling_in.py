@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import (
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from peftsurgery.capture.equal_blocks.collecting import collected
 from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
 from peftsurgery.capture.kv_cache import Layers
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, Notes, flatten
@@ -97,6 +98,7 @@ class Place:
         self.called = dict(tracer.num_calls)
         self.noted = {path: len(calls) for path, calls in notes.calls.items()}
         self.first_mark = len(notes.marks)
+        self.first_collected = {key: len(values) for key, values in collected().items()}
 
     def node_of(self, value: Any) -> fx.Node | None:
         """The node that a tensor is, unless the trace knows its value."""
@@ -121,7 +123,8 @@ class Place:
     def passage(self, result: Any) -> Passage | None:
         """What the call made, if it is all that it did and no more than nodes."""
         nodes = list(self._made())
-        leaves, structure = flatten(result)
+        more = {key: collected()[key][first:] for key, first in self.first_collected.items()}
+        leaves, structure = flatten((result, more))
         inside = set(nodes)
         results = [each for leaf in leaves if (each := self._result(leaf, inside)) is not None]
         now = self._nodes().items()
@@ -235,7 +238,10 @@ class Place:
             proxy = fx.Proxy(value_of[node], self.tracer)
             track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
         leaves = [self._value(result, made) for result in passage.results]
-        return (pytree.tree_unflatten(leaves, passage.structure),)
+        returned, more = pytree.tree_unflatten(leaves, passage.structure)
+        for key, values in collected().items():
+            values.extend(more[key])
+        return (returned,)
 
     @property
     def given(self) -> list[fx.Node]:

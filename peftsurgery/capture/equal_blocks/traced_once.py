@@ -31,6 +31,11 @@ from transformers import Cache
 
 from peftsurgery.capture.blocks import block_paths
 from peftsurgery.capture.equal_blocks.attribute_reads import noted_attributes, watchable
+from peftsurgery.capture.equal_blocks.collecting import (
+    is_collecting,
+    told_of_collected,
+    told_of_hooks,
+)
 from peftsurgery.capture.equal_blocks.filling_in import (
     Passage,
     Place,
@@ -236,6 +241,7 @@ class Once:
                     vars(part)["training"],
                     tuple(part._modules),
                     tuple(sorted(part._non_persistent_buffers_set)),
+                    told_of_hooks(part),
                 ),
                 *(_tensors(part._parameters, which), _tensors(part._buffers, which)),
             )
@@ -244,6 +250,7 @@ class Once:
         around = (
             *(surroundings(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             dict(os.environ),
+            told_of_collected(),
         )
         modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
         return _Situation(
@@ -295,7 +302,7 @@ class Once:
         return any(
             "forward" in vars(part)
             or any(
-                getattr(hook, "__self__", None) is not self.notes
+                not (getattr(hook, "__self__", None) is self.notes or is_collecting(hook))
                 for hooks in HOOKS
                 for hook in vars(part)[hooks].values()
             )
