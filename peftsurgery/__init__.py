@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from peftsurgery.offered import offer as _offer
+from peftsurgery.uncollected import uncollected as _uncollected
 from peftsurgery.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -101,7 +102,9 @@ __all__ = [*_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    with _uncollected():
+        home = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    return getattr(home, name)
 
 
 _offer("diff", lambda: __getattr__("diff"))

@@ -30,9 +30,9 @@ from peftsurgery.capture.tensors import (
     traceable,
 )
 from peftsurgery.capture.threads import known_or_made, traced_alone
-from peftsurgery.capture.uncollected import uncollected
 from peftsurgery.capture.writes import check_writes
 from peftsurgery.errors import SurgeryError
+from peftsurgery.uncollected import uncollected
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,11 @@ from peftsurgery.capture.sources import Source, check_plain, open_source
 from peftsurgery.capture.surroundings import outside, surroundings
 from peftsurgery.capture.tensors import named_tensors, owner_of, parameters_of, tensor_at
 from peftsurgery.capture.threads import GATE, making
-from peftsurgery.capture.uncollected import uncollected
 from peftsurgery.capture.waiting import Waiting
 from peftsurgery.capture.watched import original_at
 from peftsurgery.errors import SurgeryError
 from peftsurgery.notebook import notes, shown, table
+from peftsurgery.uncollected import uncollected
 
 
 class GraphModel(Likeness):

@@ -95,6 +95,28 @@ def test_labels_have_the_plain_traces_graph() -> None:
     assert compared(deeper("gpt2", 3).eval(), {**inputs, "labels": inputs["input_ids"]})
 
 
+WANTED = {"output_hidden_states": True, "output_attentions": True}
+
+
+@pytest.mark.parametrize("wanted", WANTED)
+def test_what_transformers_collects_of_blocks_is_the_plain_traces(wanted: str) -> None:
+    module: Any = deeper("llama", 4).eval()
+    module.set_attn_implementation("eager")
+    filled = compared(module, {**entry("llama").inputs(2, 6), wanted: True})
+    assert filled == ("model.layers.2", "model.layers.3")
+
+
+def test_what_is_collected_of_some_layers_only_is_traced() -> None:
+    module = deeper("llama", 4).eval()
+    assert compared(module, {**entry("llama").inputs(2, 6), "output_hidden_states": [2]}) == ()
+
+
+def test_hooks_for_which_nothing_collects_leave_blocks_equal() -> None:
+    module, inputs = deeper("llama", 4).eval(), entry("llama").inputs(2, 6)
+    module(**inputs, output_hidden_states=True)
+    assert {"model.layers.2", "model.layers.3"} <= set(compared(module, inputs))
+
+
 @pytest.mark.parametrize("past", [0, 5], ids=["prefill", "decode"])
 def test_a_block_names_its_layer_of_the_cache(past: int) -> None:
     module = deeper("llama", 4).eval()
