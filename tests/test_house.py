@@ -32,7 +32,17 @@ ARCHITECTURES = {name.lower() for name in CONFIG_MAPPING_NAMES}
 # Where the package's files are, from the lowest to the highest: a file may import what is in its
 # own room and in those before it. Rooms of surgery are listed by themselves.
 ORDER = (
-    *("version", "lazily", "offered", "reach", "codes", "errors", "installed", "made_with"),
+    *(
+        "version",
+        "lazily",
+        "offered",
+        "reach",
+        "uncollected",
+        "codes",
+        "errors",
+        "installed",
+        "made_with",
+    ),
     *("quiet", "notebook", "files", "tensor_file", "model_files", "fingerprint"),
     *("tokenizer_files", "finite_tensors", "places", "outputs", "arguments"),
     *("capture", "anatomy", "language", "checkpoint"),
