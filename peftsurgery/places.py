@@ -80,7 +80,11 @@ def hub_folder(name: str) -> Path | None:
         return None
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    try:
+        inner = repo_folder_name(repo_id=name, repo_type="model")
+    except ValueError:  # no id of the hub is written so
+        return None
+    folder = Path(constants.HF_HUB_CACHE, inner)
     return folder if os.path.isdir(folder) else None
 
 

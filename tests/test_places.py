@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub import constants
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.places import check_apart, everything_read
+from peftsurgery.places import check_apart, everything_read, hub_folder
 
 
 @pytest.fixture
@@ -142,3 +142,8 @@ def test_a_damaged_adapter_is_a_place_all_the_same(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"base": 3}', '{"base": null}'):
         (tmp_path / "surgery.json").write_text(content)
         assert everything_read([tmp_path]) == [tmp_path]
+
+
+@pytest.mark.parametrize("name", ["", "\0", " ", ".", "-a", "a" * 97, "a//b", "é"])
+def test_what_no_id_of_the_hub_looks_like_is_no_place(name: str) -> None:
+    assert hub_folder(name) is None

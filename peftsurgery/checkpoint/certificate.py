@@ -93,7 +93,12 @@ def read_certificate(folder: Path) -> dict[str, Any]:
         raise SurgeryError("PSG609", message, "fold again with fold_checkpoint")
     are_entries = all(isinstance(entry, dict) for entry in tensors.values())
     hashes = [entry.get(algorithm) for entry in tensors.values()] if are_entries else [None]
-    if not all(isinstance(each, str) for each in (*hashes, *headers.values(), *files.values())):
+    hashes += [entry["base"] for entry in tensors.values() if are_entries and "base" in entry]
+    coded, added = said.get("coded", {}), said.get("added", [])
+    if not isinstance(coded, dict) or not isinstance(added, list):
+        raise SurgeryError("PSG609", f"{folder / FILE} does not say what was there and what is new")
+    texts = (*hashes, *headers.values(), *files.values(), *coded.values(), *added)
+    if not all(isinstance(each, str) for each in texts):
         raise SurgeryError("PSG609", f"{folder / FILE} holds hashes that are none")
     return said
 

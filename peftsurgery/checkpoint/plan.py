@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class FoldPlan:
     files: Mapping[str, bytes] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
 
-    @property
+    @cached_property
     def changed(self) -> set[str]:
         """Names of the tensors that are written otherwise than the base has them."""
         return {*self.replaced, *(name for site in self.sites for name in site.changed)}

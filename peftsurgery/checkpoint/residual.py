@@ -17,6 +17,7 @@ import numpy as np
 
 from peftsurgery.checkpoint.arrays import read_bytes
 from peftsurgery.errors import SurgeryError
+from peftsurgery.files import check_regular
 from peftsurgery.tensor_file import BITS, Tensor, TensorFile
 
 CHUNK = 2**20  # bytes of a tensor; all but the last of its chunks have as many
@@ -72,13 +73,14 @@ def chunks_of(path: Path, start: int, tensor: Tensor) -> Iterator[tuple[int, int
     Raises SurgeryError PSG417 for a file that ends before.
     """
     try:
+        check_regular(path)
         with path.open("rb") as stream:
             stream.seek(start)
             for first in range(0, tensor.size, CHUNK):
                 (length,) = struct.unpack("<I", stream.read(4))
                 chunk = stream.read(min(length, 2 * CHUNK))
                 yield first, min(CHUNK, tensor.size - first), chunk
-    except (OSError, struct.error) as error:
+    except (OSError, ValueError, struct.error) as error:  # NUL in a name is a ValueError
         raise SurgeryError("PSG417", f"'{path}' is not what was written: {error}") from None
 
 

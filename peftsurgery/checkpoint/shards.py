@@ -9,8 +9,9 @@ wait for each other, and take several times the processor's time.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -101,24 +102,59 @@ class Shard:
             self._file.stream.close()
 
 
+class _Work:
+    """Parts of files that are to be written, as threads take them.
+
+    Each thread has a file of its own as long as there are enough: those that write one file wait
+    for each other.
+    """
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        self._parts = {shard: deque([None, *shard.tensors]) for shard in shards}
+        self._free, self._lock = deque(self._parts), Lock()
+
+    def taken(self) -> Iterator[tuple[Shard, Tensor | None]]:
+        """The parts that fall to one thread, one after the other."""
+        mine: Shard | None = None
+        while True:
+            with self._lock:
+                if mine is None or not self._parts.get(mine):
+                    left = (shard for shard, parts in self._parts.items() if parts)
+                    mine = self._free.popleft() if self._free else next(left, None)
+                if mine is None:
+                    return
+                part = self._parts[mine].popleft()
+            yield mine, part
+
+    def drop(self) -> None:
+        """Let no further part be taken."""
+        with self._lock:
+            self._free.clear()
+            self._parts.clear()
+
+
 def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFile]) -> None:
     """Write files of the base again. The first error ends all of it.
 
     One thread more waits for the disk.
     """
     shards = [Shard(streamed, into, file) for file in files]
-    parts = [(shard, part) for shard in shards for part in (None, *shard.tensors)]
+    work, count = _Work(shards), len(os.sched_getaffinity(0))
     alone, disk = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(1)
-    with alone, disk, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        runs = {pool.submit(shard.write, part): shard for shard, part in parts}
+
+    def write() -> list[Future[None]]:
+        return [disk.submit(shard.end) for shard, part in work.taken() if shard.write(part)]
+
+    with alone, disk, ThreadPoolExecutor(count) as pool:
         try:
-            ends = [disk.submit(runs[run].end) for run in as_completed(runs) if run.result()]
-            for end in ends:
-                end.result()
+            for run in as_completed([pool.submit(write) for _ in range(count)]):
+                for end in run.result():
+                    end.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            work.drop()
             raise
         finally:
+            pool.shutdown()
             disk.shutdown()
             for shard in shards:
                 shard.leave()

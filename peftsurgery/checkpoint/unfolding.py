@@ -95,7 +95,7 @@ def _restored(
     with file.path.open("rb") as stream:
         yield stream.read(file.offset)
     for tensor in sorted(file.tensors.values(), key=lambda each: each.start):
-        coded = said.get("coded") or {}
+        coded = said.get("coded", {})
         own = {algorithm: coded[tensor.name]} if tensor.name in coded else {}
         entry = own or said["tensors"].get(tensor.name, {})
         digest = new_digest(algorithm)
@@ -110,9 +110,11 @@ def _restored(
 
 def _unfolded(file: TensorFile, tensor: Tensor, entry: Mapping[str, Any]) -> Iterator[bytes]:
     """The base's bytes of a tensor that was changed, by its residual."""
-    name, start = entry.get("residual") or (None, 0)
-    if not isinstance(name, str) or Path(name).name != name or not isinstance(start, int):
-        raise SurgeryError("PSG609", f"the certificate has no residual of '{tensor.name}'")
+    match entry.get("residual"):
+        case [str(name), int(start)] if name and Path(name).name == name and 0 <= start < 2**63:
+            pass
+        case _:
+            raise SurgeryError("PSG609", f"the certificate has no residual of '{tensor.name}'")
     for first, size, chunk in chunks_of(file.path.with_name(name), start, tensor):
         after = bytes(read_bytes(file, tensor, first, size))
         try:

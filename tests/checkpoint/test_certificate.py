@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,45 @@ def test_other_algorithms_are_refused(folded: Path, algorithm: Any) -> None:
     rewritten(folded, algorithm=algorithm)  # None: the hashes are not under the name of SHA-256
     with pytest.raises(SurgeryError, match="PSG609"):
         verify(folded)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"added": None}, {"added": [1]}, {"coded": []}, {"coded": {"a": 1}}]
+)
+def test_what_lists_nothing_is_refused(folded: Path, changes: dict[str, Any]) -> None:
+    file = folded / "peftsurgery.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(SurgeryError, match="PSG609"):
+        verify(folded)
+
+
+@pytest.mark.parametrize(
+    "residual",
+    [
+        [0],
+        [],
+        "ab",
+        ["model-00000.safetensors.residual", -1],
+        ["", 0],
+        ["../x", 0],
+        ["a", 2**63],
+        None,
+    ],
+)
+def test_residuals_that_are_nowhere_are_refused(
+    folded: Path, tmp_path: Path, residual: Any
+) -> None:
+    tensors = json.loads((folded / "peftsurgery.json").read_text())["tensors"]
+    tensors["layers.0.q.weight"]["residual"] = residual
+    rewritten(folded, tensors=tensors)
+    with pytest.raises(SurgeryError, match="PSG609"):
+        unfold_checkpoint(folded, tmp_path / "back")
+    assert not list(tmp_path.glob("*back*"))
+
+
+def test_a_residual_that_is_a_pipe_does_not_hang(folded: Path, tmp_path: Path) -> None:
+    file = folded / "model-00000.safetensors.residual"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(SurgeryError, match=r"PSG417.*regular"):
+        unfold_checkpoint(folded, tmp_path / "back")
