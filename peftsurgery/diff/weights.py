@@ -15,6 +15,8 @@ from peftsurgery.diff.tensor_pair import pair_of_stored
 from peftsurgery.fingerprint import Sampled
 
 Entry = tuple[str, str, str, str]
+WAITING = 2
+"""So many threads more than compute: while one waits for the disk, another one has work."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def compare_weights(
 ) -> list[TensorChange]:
     """The changes of all tensors; ``names`` are those of ``a`` that ``b`` calls otherwise.
 
-    As many pairs at a time as torch has threads, each read some rows at a time.
+    Some more pairs at a time than torch has threads, each read some rows at a time.
     """
     made, seen = list[TensorChange](), set[str]()
     pairs = list[tuple[Sampled, Sampled]]()
@@ -72,7 +74,7 @@ def _changes(pairs: Sequence[tuple[Sampled, Sampled]]) -> list[Change]:
     order = sorted(range(len(pairs)), key=lambda number: -pairs[number][0].count)
     threads = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(threads, "diff", torch.set_num_threads, (1,)) as pool:
+        with ThreadPoolExecutor(threads + WAITING, "diff", torch.set_num_threads, (1,)) as pool:
             made = pool.map(lambda number: _change(*pairs[number]), order)
             found = dict(zip(order, made, strict=True))
     finally:

@@ -3,9 +3,12 @@
 ``python -m tools.bench differences [GIGABYTES]`` captures two Llamas of 70B on meta, one of them
 with another activation in a layer, and diffs them; then it writes checkpoints of so many gigabytes
 each (2 unless given) in bf16, and compares their tensors: the same, changed everywhere, with a
-folded LoRA, and cast. The time is put beside that of reading both files once, with their pages in
-memory (warm) and not (cold); turns alternate, and medians count. Exit code 1 if a difference of
-graphs takes 3 s of the processor or 1 GiB, or a cold comparison over 1.5 times the reading.
+folded LoRA, and cast. The time is put beside that of reading both files once: one after the other
+from the first byte to the last, 1 MiB at a time, by one thread that does nothing else. Before a
+warm turn both were read; before a cold one both are flushed and their pages dropped (fsync and
+posix_fadvise DONTNEED), and it is an error if the system still has any of 64 places of each. Turns
+alternate, and medians of the wall clock count. Exit code 1 if a difference of graphs takes 3 s of
+the processor or 1 GiB, or a cold comparison over 1.5 times the reading.
 """
 
 from __future__ import annotations
@@ -126,8 +129,19 @@ def _forget(paths: list[Path]) -> None:
     """Have the system drop the files' pages."""
     for path in paths:
         with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            handle, size = stream.fileno(), path.stat().st_size
+            os.fsync(handle)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            if any(_is_in_memory(handle, size * place // 64) for place in range(64)):
+                raise RuntimeError("this system keeps pages that it was told to drop")
+
+
+def _is_in_memory(handle: int, place: int) -> bool:
+    """Whether a read at a place of a file would not have to wait for the disk."""
+    try:
+        return os.preadv(handle, [bytearray(1)], place, os.RWF_NOWAIT) > 0
+    except BlockingIOError:
+        return False
 
 
 def _peak() -> float:
@@ -151,15 +165,16 @@ def main(arguments: list[str]) -> int:
             for name in CHANGES
         }
     table = Table(title=f"weights of two checkpoints on {threads} threads, beside reading them")
-    for column in ("change", "warm s", "to reading", "cold s", "to reading", "peak GiB"):
+    states = ("warm s", "reading s", "ratio", "cold s", "reading s", "ratio")
+    for column in ("change", *states, "peak GiB"):
         table.add_column(column, justify="left" if column == "change" else "right")
     for name, row in rows.items():
         cells = [
             cell
             for state in ("warm", "cold")
-            for cell in (f"{row[f'{state} compared']:.2f}", f"{_ratio(row, state):.2f}")
+            for cell in (row[f"{state} compared"], row[f"{state} read"], _ratio(row, state))
         ]
-        table.add_row(CHANGES[name], *cells, f"{row['peak']:.2f}")
+        table.add_row(CHANGES[name], *(f"{cell:.2f}" for cell in (*cells, row["peak"])))
     console.print(table)
     broken = list(_broken(deep, rows))
     for limit in broken:
