@@ -30,7 +30,27 @@ def read_object(file: Path, code: str) -> dict[str, Any]:
             raise SurgeryError(code, f"{file} is larger than {MAX_JSON} bytes")
         return parse_object(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise SurgeryError(code, f"{file} cannot be read: {error}") from None
+        raise SurgeryError(code, why_unread(file, error)) from None
+
+
+def why_unread(file: Path, error: Exception) -> str:
+    """A sentence on a file that could not be read: what is not there, or what is wrong with it."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        is_here = os.path.isdir(file.parent)
+        return f"there is nothing at '{file}'" if is_here else absence(file.parent, file.name)
+    if isinstance(error, IsADirectoryError):
+        return f"'{file}' is a directory, not a file"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"{file} cannot be read: {reason}"
+
+
+def absence(folder: Path, name: str) -> str:
+    """A sentence on a file that a directory has not, or on a directory that is none."""
+    if os.path.isdir(folder):
+        return f"'{folder}' has no {name}"
+    if os.path.lexists(folder):
+        return f"'{folder}' is a file, not a directory"
+    return f"there is nothing at '{folder}'"
 
 
 def parse_object(content: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.files import read_object
+from peftsurgery.files import absence, read_object
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
 # What the files of a model's weights are called, in any format; a copy in another than safetensors
@@ -21,6 +21,8 @@ WEIGHT_FILES = (
     "*.pt2",
 )
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+RECORD = "peftsurgery.json"
+"""What was folded into these weights."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def read_model_files(folder: Path) -> ModelFiles:
     index, names = _named(folder)
     if not names:
         hint = "weights are read from safetensors only"
-        raise SurgeryError("PSG207", f"'{folder}' holds neither {SINGLE} nor {INDEX}", hint)
+        what = f"'{folder}' holds neither {SINGLE} nor {INDEX}"
+        raise SurgeryError("PSG207", what if folder.is_dir() else absence(folder, SINGLE), hint)
     files = tuple(read_header(folder / name) for name in names)
     held = {name: file.path.name for file in files for name in file.tensors}
     if sum(len(file.tensors) for file in files) != len(held):

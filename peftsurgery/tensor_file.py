@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.files import parse_object
+from peftsurgery.files import parse_object, why_unread
 
 MAX_HEADER = 100 * 2**20  # what the safetensors library itself takes
 MAX_TENSORS = 2**18  # a thousand layers of 256 experts; each costs a reader a kilobyte
@@ -89,8 +89,7 @@ def read_header(path: Path, code: str = "PSG207") -> TensorFile:
             content = parse_object(stream.read(length))
         return _checked(path, content, 8 + length, found.st_size)
     except (OSError, ValueError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise SurgeryError(code, f"{path} cannot be read: {why}") from None
+        raise SurgeryError(code, why_unread(path, error)) from None
 
 
 def header_of(tensors: Iterable[Tensor], metadata: Mapping[str, str]) -> bytes:

@@ -25,6 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftsurgery.capture.builds import FILES, Build, class_named, resize
 from peftsurgery.capture.factories import Inputs, made_by
+from peftsurgery.capture.folded_module import folded_module, is_folded_module
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
 from peftsurgery.errors import SurgeryError, closest, did_you_mean, first_line
 from peftsurgery.finite_tensors import DTYPES, FLOATS
@@ -169,20 +170,20 @@ def _unshared(names: Iterable[str], where: str) -> list[str]:
 def open_source(spec: str, build: Build = FILES) -> Source:
     """The source that MODEL names: a directory or hub id, or ``package.module:factory``.
 
-    It is of the class and has the labels that ``build`` wants; its vocabulary is for
-    :meth:`Source.resized` to change. Raises PSG205 (no such model), PSG206 (a config of no known
-    class), PSG208 (remote code), PSG218 (no class of that name for it) and PSG227 (a program of
-    torch.export).
+    A directory may hold what ``fold`` made of a factory's module. The source is of the class and
+    has the labels that ``build`` wants; its vocabulary is for :meth:`Source.resized` to change.
+    Raises PSG205 (no such model), PSG206 (a config of no known class), PSG208 (remote code), PSG218
+    (no class of that name for it) and PSG227 (a program of torch.export).
     """
     refuse_program(spec)
     here = os.path.exists(spec)
-    if ":" in spec and not here:
+    if (":" in spec and not here) or is_folded_module(spec):
         if build.kind or build.labels:
             what = build.kind or f"a model with {build.labels} labels"
             message = f"'{spec}' is called for the model and cannot be made {what}"
             raise SurgeryError("PSG218", message, "name a model's directory or hub id")
-        module, inputs = made_by(spec)
-        return Source(module, spec, inputs=inputs)
+        module, inputs = folded_module(spec) if here else made_by(spec)
+        return Source(module, os.path.abspath(spec) if here else spec, inputs=inputs)
     if not here and (not is_hub_id(spec) or _is_nearly_here(spec)):
         raise SurgeryError("PSG205", f"no model at '{spec}'", _nearby(spec))
     if here and not os.path.isfile(os.path.join(spec, "config.json")):
@@ -271,7 +272,8 @@ def _config(spec: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(spec)
     except OSError as error:
-        raise SurgeryError("PSG205", f"no model '{spec}': {first_line(error)}") from error
+        message = f"no model at '{spec}', and on the hub: {first_line(error)}"
+        raise SurgeryError("PSG205", message) from error
     except CONFIG_ERRORS as error:
         message = f"the config of '{spec}' is no valid one: {first_line(error)}"
         raise SurgeryError("PSG206", message) from error

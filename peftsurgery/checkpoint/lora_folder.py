@@ -26,7 +26,7 @@ import yaml
 
 from peftsurgery.checkpoint.arrays import FLOATS, Array, read_bytes, read_rows
 from peftsurgery.errors import SurgeryError
-from peftsurgery.files import read_object
+from peftsurgery.files import absence, read_object
 from peftsurgery.language.paths import full_match
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
 
@@ -93,7 +93,7 @@ class LoraFolder:
 def read_lora_config(folder: Path) -> dict[str, Any]:
     """The config of an adapter, whatever it is of. PSG501 if there is none that can be read."""
     if not (folder / CONFIG).is_file():
-        raise SurgeryError("PSG501", f"'{folder}' has no {CONFIG}")
+        raise SurgeryError("PSG501", absence(folder, CONFIG))
     return read_object(folder / CONFIG, "PSG501")
 
 

@@ -17,8 +17,9 @@ from peftsurgery.language.loading import dump_rules
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.where import EVERYWHERE, Where
 from peftsurgery.made_with import now, versions
+from peftsurgery.model_files import RECORD
 
-FILE, FORMAT = "peftsurgery.json", 1
+FILE, FORMAT = RECORD, 1
 
 
 def record_of(

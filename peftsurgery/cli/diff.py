@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from peftsurgery.diff.comparison import Diff
 
 FORMATS = ("text", "json", "md", "html")
+CONFIG, ADAPTERS = "config.json", ("surgery.json", "adapter_config.json")
 PARTS = ("structure", "weights", "config")
 
 
@@ -88,12 +90,12 @@ def diff(
 
 def _opened(spec: str, base: str | None) -> GraphModel | str:
     """An adapter's directory opened on its base; what is a model by itself as it is."""
-    path = Path(spec)
-    if not path.is_dir() or (path / "config.json").is_file():
+    own, *adapters = (os.path.isfile(os.path.join(spec, file)) for file in (CONFIG, *ADAPTERS))
+    if own or not any(adapters):
         return spec
     from peftsurgery.formats.pretrained import open_adapter
 
-    return open_adapter(path, base)
+    return open_adapter(Path(spec), base)
 
 
 def _describe(file: Path) -> None:

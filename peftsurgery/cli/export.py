@@ -124,13 +124,9 @@ def _wish(given: str | None) -> dict[str, Any] | None:
 
 
 def _opened(surgery: str, base: str | None, allow_other_base: bool) -> OperatedModel:
-    from peftsurgery.checkpoint.lora_folder import CONFIG
     from peftsurgery.formats.pretrained import open_adapter
-    from peftsurgery.surgery.loading import load
 
-    if (Path(surgery) / CONFIG).is_file():
-        return open_adapter(Path(surgery), base, allow_other_base)
-    return load(surgery, base, allow_other_base)
+    return open_adapter(Path(surgery), base, allow_other_base)
 
 
 def _notes(operated: OperatedModel) -> Iterator[str]:

@@ -23,6 +23,7 @@ from peftsurgery.capture.names import join
 from peftsurgery.diff.description import Description, Node, ShapeClass, TensorFacts
 from peftsurgery.diff.figures import Figures
 from peftsurgery.errors import SurgeryError
+from peftsurgery.files import check_regular, why_unread
 from peftsurgery.fingerprint import Sampled
 
 SUFFIX = ".onnx"
@@ -66,14 +67,13 @@ def read_onnx(path: Path) -> OnnxGraph:
     message = onnx.ModelProto.__mro__[-2]  # protobuf's; beside it is what it raises
     damage = vars(sys.modules[message.__module__])["DecodeError"]
     try:
-        if not path.is_file():
-            raise ValueError("it is no regular file")
+        check_regular(path)
         model = onnx.load(path, load_external_data=False)
         if not model.graph.node:
             raise ValueError("it has no graph")
         return _Reader(model, path.parent).read()
     except (damage, OSError, ValueError, KeyError, SyntaxError) as error:
-        raise SurgeryError("PSG222", f"'{path}' cannot be read: {error}") from None
+        raise SurgeryError("PSG222", why_unread(path, error)) from None
 
 
 @dataclass

@@ -25,7 +25,7 @@ from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.files import write_whole
+from peftsurgery.files import absence, write_whole
 from peftsurgery.formats.base_files import companions, copy_missing
 from peftsurgery.formats.model_card import write_record
 from peftsurgery.formats.onnx.export import write_onnx
@@ -221,8 +221,9 @@ def _opened(
         return load_on(path, base, allow_other_base, kind)
     refuse_program(path)
     if not (path / CONFIG).is_file():
-        what = "holds neither a surgery nor a peft adapter" if path.is_dir() else "is no directory"
-        raise SurgeryError("PSG607", f"'{path}' {what}", "make one with `peftsurgery apply`")
+        what = f"'{path}' holds neither a surgery nor a peft adapter"
+        message = what if path.is_dir() else absence(path, CONFIG)
+        raise SurgeryError("PSG607", message, "make one with `peftsurgery apply`")
     named = base or read_peft_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")

@@ -55,7 +55,7 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     PSG501 if it is missing, is no JSON object, holds a key twice, NaN or infinity.
     """
     if not (folder / name).is_file():
-        raise SurgeryError("PSG501", f"'{folder}' has no {name}", nearby(folder, name))
+        raise SurgeryError("PSG501", files.absence(folder, name), nearby(folder, name))
     return files.read_object(folder / name, "PSG501")
 
 
@@ -67,6 +67,6 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 def nearby(folder: Path, marker: str) -> str | None:
     """The adapters that lie one level deeper, which is where libraries put those with names."""
     if not folder.is_dir():
-        return "there is no such directory"
+        return None
     inner = sorted(child.name for child in folder.iterdir() if (child / marker).is_file())
     return f"it holds adapters in {', '.join(inner[:5])}" if inner else None

@@ -15,6 +15,7 @@ import pytest
 from peftsurgery.cli.kit import clean, translate
 from peftsurgery.codes import CODES
 from peftsurgery.errors import SurgeryError
+from peftsurgery.files import why_unread
 
 
 def raising(error: BaseException) -> Callable[[], Any]:
@@ -241,3 +242,46 @@ def test_an_adapters_name_is_one_option_and_is_checked_before_the_model(
         assert run(*line, option, name, "--json").json["error"]["code"] == "PSG304"
     for command in ("apply", "fold", "export"):
         assert "--name, --adapter ADAPTER" in run(command, "--help").out
+
+
+OPENING = {
+    "export": ("export", "{}", "--to", "peft", "-o", "out"),
+    "fold": ("fold", "{}", "-o", "out"),
+    "unfold": ("unfold", "{}", "-o", "out"),
+    "verify": ("verify", "{}"),
+    "check": ("check", "{}", "--for", "peft"),
+    "merge": ("merge", "{}=0.5", "-o", "out"),
+    "extract": ("extract", "{}/base", "{}/tuned", "-o", "out"),
+    "inspect": ("inspect", "{}/x"),
+    "diff": ("diff", "{}/x.safetensors", "{}/y.safetensors"),
+    "onnx": ("diff", "{}/x.onnx", "{}/y.onnx"),
+    "describe": ("diff", "--describe", "{}"),
+}
+
+
+@pytest.mark.parametrize("command", OPENING)
+def test_a_path_with_nothing_or_a_file_is_told_in_words(
+    run: Any, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("gone", "gone/deeper"):
+        error = run(*(word.format(path) for word in OPENING[command]), "--json")
+        said = error.json["error"]["message"] + str(error.json["error"]["hint"])
+        assert error.code == 3
+        assert re.search(r"nothing at '|no model at '|there is no directory '", said), said
+        assert "Errno" not in said
+    Path("a_file").touch()
+    error = run(*(word.format("a_file") for word in OPENING[command]), "--json")
+    said = error.json["error"]["message"] + str(error.json["error"]["hint"])
+    assert (error.code, "Errno" in said) == (3, False)
+    assert command in ("describe", "extract", "inspect") or "is a file, not a directory" in said
+
+
+def test_what_may_not_be_read_is_told_in_words(tmp_path: Path) -> None:
+    file = tmp_path / "surgery.json"
+    assert why_unread(file, PermissionError(13, "Permission denied")) == (
+        f"{file} cannot be read: Permission denied"
+    )
+    assert why_unread(tmp_path, IsADirectoryError(21, "Is a directory")) == (
+        f"'{tmp_path}' is a directory, not a file"
+    )

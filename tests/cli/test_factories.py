@@ -3,6 +3,7 @@
 The expected values are those of the module itself, with what was sewn in added by hand.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftsurgery as ps
@@ -129,6 +130,48 @@ def test_it_is_folded_to_the_weights_that_are_computed_by_hand(
     assert outcome.code == 0, outcome.err
     folded = load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(folded, expected.state_dict(), rtol=1e-6, atol=1e-6)
+
+
+def test_what_was_folded_is_a_model_like_others(
+    run: Any, surgery: Path, expected: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    ps.fold_to_directory(surgery, out)
+    outcome = run("diff", SPEC, out, "--weights", "--json")
+    assert (outcome.code, outcome.json["differs"]) == (
+        1,
+        {"structure": False, "config": False, "weights": True},
+    )
+    assert {(e["where"], e["text"].partition(",")[0]) for e in outcome.json["changes"]} == {
+        (f"blocks.{{0..1}}.{part}.weight", "low-rank (rank 2)") for part in ("to_q", "to_v")
+    }
+    graph, inputs = ps.capture(str(out)), inputs_for(3, 6, 7)
+    torch.testing.assert_close(graph(**inputs), expected(**inputs), rtol=1e-5, atol=1e-5)
+    ps.apply(graph, "lora_qv").save(tmp_path / "onto")
+    assert run("inspect", tmp_path / "onto", "--json").json["base"] == str(out)
+
+
+@pytest.mark.parametrize(
+    ("base", "code"), [(None, "PSG205"), ("itself", "PSG205"), (f"{__name__}:inputs_for", "PSG205")]
+)
+def test_a_folded_module_that_nothing_makes_is_refused(
+    run: Any, surgery: Path, tmp_path: Path, base: str | None, code: str
+) -> None:
+    out = tmp_path / "out"
+    ps.fold_to_directory(surgery, out)
+    record = json.loads((out / "peftsurgery.json").read_text())
+    record["base"] = str(out) if base == "itself" else base
+    (out / "peftsurgery.json").write_text(json.dumps(record))
+    assert run("diff", SPEC, out, "--json").json["error"]["code"] == code
+
+
+def test_weights_of_another_module_are_refused(run: Any, surgery: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ps.fold_to_directory(surgery, out)
+    save_file({"other": torch.ones(2)}, out / "model.safetensors")
+    error = run("inspect", out, "--json").json["error"]
+    assert error["code"] == "PSG207"
+    assert SPEC in error["message"]
 
 
 def test_it_is_exported_under_kohyas_names(

@@ -278,7 +278,7 @@ def test_what_has_no_effect_on_a_trained_adapter_is_accepted(adapter: Adapter, k
 def test_a_directory_that_holds_named_adapters_says_so(adapter: Adapter) -> None:
     with pytest.raises(SurgeryError, match=r"PSG501: .*\n  it holds adapters in adapter"):
         ps.from_peft(captured(), adapter.folder.parent)
-    with pytest.raises(SurgeryError, match=r"PSG501: .*\n  there is no such directory"):
+    with pytest.raises(SurgeryError, match="PSG501: there is nothing at"):
         ps.from_peft(captured(), adapter.folder / "missing")
 
 
