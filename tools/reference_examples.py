@@ -132,7 +132,10 @@ INITIALISER_EXAMPLES: Mapping[str, str] = {
 STORE_EXAMPLES: Mapping[str, str] = {"fp4": "fp4(128, False)", "nf4": "nf4(64)"}
 
 FACTS: Mapping[str, Mapping[str, str]] = {
-    "linear": {"op": "the graph's operation: linear, addmm, mm, bmm, ..."},
+    "linear": {
+        "op": "the graph's operation: linear, addmm, mm, bmm, ...",
+        "kind": "of a projection of attention: self, cross, or linear where there is no softmax",
+    },
     "experts": {"op": "the graph's operation: bmm, _grouped_mm, linear (in a loop), ..."},
     "embedding": {"op": "embedding"},
     "conv": {

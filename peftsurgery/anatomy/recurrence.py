@@ -17,20 +17,25 @@ them ssm.x, and the last is ssm.out.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import fx
 
 from peftsurgery.anatomy.attention import factors
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import is_depthwise
+from peftsurgery.anatomy.gates import gate_rows
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.residual import Join
-from peftsurgery.anatomy.roles import Assignment, slices
+from peftsurgery.anatomy.roles import Assignment, role_of, slices
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import backward, operands, shape
 from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
+
+LINEAR = "linear"
+"""The fact ``kind`` of projections of a linear attention."""
 
 
 def mixes_tokens(flow: Flow, node: fx.Node) -> bool:
@@ -94,18 +99,38 @@ class _Branch:
         query = next(n for n in self.normed if n is not key)
         read = [site for site, is_first in self.linears.items() if is_first]
         convolved, rows = [n for n in self.nodes if is_depthwise(n)], {}
-        for site in read:
+        gates = gate_rows(self.flow, self._results(), self._readers)
+        for site in self.linears:
             q, k, v = (self._rows(site, targets) for targets in ([query], [key], convolved))
-            rows[site] = {"q": q, "k": k, "v": v - q - k}
-        if not all(any(found[part] for found in rows.values()) for part in "qkv"):
+            first = {"q": q, "k": k, "v": v - q - k} if site in read else {}
+            rows[site] = {**first, "gate": gates.get(site, set())}
+        if not all(any(found.get(part) for found in rows.values()) for part in "qkv"):
             return []
-        roles = [Assignment(self.last, "attn.o")]
+        roles = [Assignment(self.last, "attn.o", kind=LINEAR)]
         for site, found in rows.items():
-            letters = [part for part in "qkv" if found[part]]
-            roles += [Assignment(site, "attn." + "".join(letters))] if letters else []
-            if len(letters) > 1:
-                roles += slices(site, {part: found[part] for part in letters})
+            parts = {part: those for part, those in found.items() if those}
+            roles += [Assignment(site, role_of(parts), kind=LINEAR)] if parts else []
+            if len(parts) > 1:
+                roles += [replace(part, kind=LINEAR) for part in slices(site, parts)]
         return roles
+
+    @cached_property
+    def _readers(self) -> dict[fx.Node, list[fx.Node]]:
+        """What is made of every value, and what it is written into."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.nodes:
+            for source in self.flow.sources(node):
+                found.setdefault(source, []).append(node)
+        return found
+
+    def _results(self) -> list[fx.Node]:
+        """What is made of mixed tokens, and mixed no more on its way to the last linear."""
+        mixing = {n for n in self.nodes if mixes_tokens(self.flow, n) or n in self.decays}
+        mixing |= set(self.normed)
+        after = set(reach(mixing, lambda node: self._readers.get(node, ())))
+        before = set(reach(mixing, self.flow.sources))
+        last = before & after
+        return [n for n in after - before if not last.isdisjoint(self.flow.sources(n))]
 
     def state_space(self) -> list[Assignment]:
         """The roles of a state-space model."""

@@ -17,6 +17,7 @@ from peftsurgery.anatomy.attention import (
 )
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import as_slice
+from peftsurgery.anatomy.gates import gate_rows
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, Slice
 from peftsurgery.anatomy.values import backward, fixed_width, shape, width
@@ -35,6 +36,13 @@ class Assignment:
     cores: tuple[Site, ...] = ()
     label: str | None = None
     slice: Slice | None = None
+    kind: str | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The fact ``kind`` of a projection: that of its cores, if they are of one."""
+        kinds = {core.facts["kind"] for core in self.cores} or {self.kind}
+        return {"kind": kind} if len(kinds) == 1 and (kind := kinds.pop()) else {}
 
 
 def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list[Assignment]]:
@@ -52,6 +60,7 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
         served.note(core, site, feeders)
         if out is not None:
             outs.setdefault(out, []).append(site)
+            served.note_gates(site, gate_rows(flow, [core.o]))
     projected = [Assignment(out, "attn.o", tuple(those)) for out, those in outs.items()]
     return sites, [*served.assignments(), *projected]
 
@@ -88,6 +97,14 @@ class Served:
                 known = self.cores.setdefault(linear, [])
                 known += [] if site in known else [site]
 
+    def note_gates(self, site: Site, gates: Mapping[Site, set[int]]) -> None:
+        """Note what the result of a core is multiplied with."""
+        for linear, rows in gates.items():
+            if linear not in self.through:
+                self.rows.setdefault(linear, {}).setdefault("gate", set()).update(rows)
+                known = self.cores.setdefault(linear, [])
+                known += [] if site in known else [site]
+
     def assignments(self) -> list[Assignment]:
         """The role of every projection; for a fused one, of the whole and of its slices."""
         made = []
@@ -95,10 +112,17 @@ class Served:
             cores = tuple(self.cores[linear])
             parts = slices(linear, rows, cores)
             if linear not in self.through:
-                made.append(Assignment(linear, "attn." + "".join(rows), cores))
+                made.append(Assignment(linear, role_of(rows), cores))
                 parts = parts if len(rows) > 1 else []
             made += parts
         return made
+
+
+def role_of(parts: Iterable[str]) -> str:
+    """The role of a linear that is the projection to all of these: attn.qkv, attn.q_gate."""
+    names = sorted(parts, key=("q", "k", "v", "gate").index)
+    letters = "".join(name for name in names if name != "gate")
+    return "attn." + "_".join(filter(None, (letters, "gate" if "gate" in names else "")))
 
 
 def slices(
@@ -196,7 +220,7 @@ def _around(linears: Sequence[Site]) -> str:
 
 def with_role(site: Site, given: Assignment, whole: Site | None = None) -> Site:
     """The linear with its role, its core and its slice."""
-    facts, rows, label = dict(site.facts), site.slice, given.label
+    facts, rows, label = {**site.facts, **given.facts}, site.slice, given.label
     if given.slice is not None:
         facts["out"] = given.slice.rows
         rows = rows_of_weight(site, given.slice)

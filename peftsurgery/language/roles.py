@@ -22,6 +22,7 @@ Function = TypeVar("Function", bound=Predicate)
 
 VOCABULARY = (
     *("attn.q", "attn.k", "attn.v", "attn.o", "attn.qkv", "attn.qk", "attn.kv"),
+    *("attn.gate", "attn.q_gate", "attn.qkv_gate"),
     *("ffn.gate", "ffn.up", "ffn.down", "ffn.gate_up", "lm_head", "head"),
     *("moe.router", "ssm.in", "ssm.gate", "ssm.x", "ssm.dt", "ssm.out"),
     *("embed.tokens", "embed.positions", "embed.types"),

@@ -69,7 +69,8 @@ class Where(Strict):
     op: Names | None = None
     """The graph operation of the site: linear, addmm, ..."""
     kind: Names | None = None
-    """The fact `kind`: self or cross for attention, bias or weight for parameters."""
+    """The fact `kind`: self, cross or linear for attention and its projections, bias or weight for
+    parameters."""
     after: Names | None = None
     """The fact `after`: the sublayer that a residual comes after."""
     tower: Names | None = None

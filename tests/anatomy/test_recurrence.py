@@ -55,10 +55,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
             layer_types=["linear_attention"],
         ),
         {
-            "in_proj_qkvz": "attn.qkv",
+            "in_proj_qkvz": "attn.qkv_gate",
             "in_proj_qkvz.q": "attn.q",
             "in_proj_qkvz.k": "attn.k",
             "in_proj_qkvz.v": "attn.v",
+            "in_proj_qkvz.gate": "attn.gate",
             "in_proj_ba": None,
             "out_proj": "attn.o",
             "lm_head": "lm_head",
@@ -101,7 +102,7 @@ def test_mixers_have_the_roles_of_the_modeling_code_or_none(
     graph = ps.capture(entry.build(), entry.inputs(2, 3))
     assert roles(graph) == wanted
     rows = torch.arange(96).view(2, 48)  # of a delta net: two groups of 8 q, 8 k, 16 v and 16 z
-    parts = {"q": rows[:, :8], "k": rows[:, 8:16], "v": rows[:, 16:32]}
+    parts = {"q": rows[:, :8], "k": rows[:, 8:16], "v": rows[:, 16:32], "gate": rows[:, 32:]}
     for site in survey(graph.base_capture):
         if site.slice is not None:
             assert site.slice.indices() == parts[str(site.site.label)].flatten().tolist()
