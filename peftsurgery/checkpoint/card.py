@@ -13,9 +13,25 @@ import yaml
 
 from peftsurgery.checkpoint.record import FILE
 from peftsurgery.places import is_hub_id
+from peftsurgery.tokenizer_files import is_tokenizer_file, tokenizer_files
 
 CARD = "README.md"
 _CACHED = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")
+
+
+def files_beside(
+    adapter: Path, base: Path, record: Mapping[str, Any], library: bool
+) -> tuple[dict[str, bytes], frozenset[str]]:
+    """The files that a fold writes beside the weights, and those of the base that it leaves out.
+
+    The adapter's own tokenizer takes the place of the base's. A base without a card gets one if
+    there is a ``record``; ``library`` tells whether it is a model of transformers.
+    """
+    own = tokenizer_files(adapter)
+    names = [each.name for each in base.iterdir()] if own else []
+    if record and not (base / CARD).exists():
+        own = {**own, CARD: card_of(record, library).encode()}
+    return own, frozenset(name for name in names if is_tokenizer_file(name))
 
 
 def card_of(record: Mapping[str, Any], is_transformers: bool) -> str:

@@ -21,7 +21,7 @@ def plan_as_json(plan: FoldPlan) -> bytes:
     """Write a plan as JSON."""
     files = {name: base64.b64encode(content).decode() for name, content in plan.files.items()}
     said = {
-        "sites": [_site_as_data(site) for site in plan.sites],
+        "sites": [site_as_data(site) for site in plan.sites],
         "replaced": dict(plan.replaced),
         "record": dict(plan.record),
         "files": files,
@@ -34,7 +34,7 @@ def plan_from_json(content: bytes) -> FoldPlan:
     """Read what :func:`plan_as_json` wrote."""
     said = json.loads(content)
     return FoldPlan(
-        sites=tuple(_site(entry) for entry in said["sites"]),
+        sites=tuple(site_from_data(entry) for entry in said["sites"]),
         replaced=said["replaced"],
         record=said["record"],
         files={name: base64.b64decode(text) for name, text in said["files"].items()},
@@ -42,7 +42,8 @@ def plan_from_json(content: bytes) -> FoldPlan:
     )
 
 
-def _site_as_data(site: SiteFold) -> dict[str, Any]:
+def site_as_data(site: SiteFold) -> dict[str, Any]:
+    """A site as JSON holds it."""
     return {
         "adapter": site.adapter,
         "module": site.module,
@@ -58,7 +59,8 @@ def _site_as_data(site: SiteFold) -> dict[str, Any]:
     }
 
 
-def _site(entry: Mapping[str, Any]) -> SiteFold:
+def site_from_data(entry: Mapping[str, Any]) -> SiteFold:
+    """Read what :func:`site_as_data` wrote."""
     part = entry["slice"]
     return SiteFold(
         **{name: entry[name] for name in ("adapter", "module", "weights", "parameters", "rows")},

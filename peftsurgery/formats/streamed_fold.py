@@ -1,8 +1,8 @@
 """Folds of checkpoints: an adapter's directory made into a plan, which is carried out on files.
 
 The plan says which weight a site reads, which rows of it, and how it lies in memory. Most adapters
-of peft's say that by the names of their tensors; for others the base is captured, without weights,
-in a process of its own unless torch is here already.
+of peft's say that by the names of their tensors, and saved surgeries in their manifests; for others
+the base is captured, without weights, in a process of its own unless torch is here already.
 Carrying it out needs the weights and no graph; see :mod:`peftsurgery.checkpoint`.
 """
 
@@ -25,6 +25,7 @@ from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.named_plan import named_plan
 from peftsurgery.formats.plan_process import planned_apart
+from peftsurgery.formats.saved_plan import saved_plan
 from peftsurgery.model_files import are_here
 from peftsurgery.outputs import check_free
 from peftsurgery.places import named_in
@@ -144,7 +145,7 @@ def _planned(
 ) -> Iterator[Planned]:
     """The plan of a fold, while it is carried out."""
     named = None if base is None else str(base)
-    planned = named_plan(adapter, named, recorded)
+    planned = named_plan(adapter, named, recorded) or saved_plan(adapter, named)
     if planned is not None:
         yield planned
         return

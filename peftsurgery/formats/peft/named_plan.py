@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.checkpoint.card import CARD, card_of
+from peftsurgery.checkpoint.card import files_beside
 from peftsurgery.checkpoint.codecs.coded import plain_view
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.record import entry_of, record_of
@@ -14,7 +14,6 @@ from peftsurgery.fingerprint import Fingerprint, content_digest, on_disk
 from peftsurgery.formats.peft.files import BASE, CONFIG, read_peft_config
 from peftsurgery.formats.peft.named_sites import NamedFold, named_fold
 from peftsurgery.model_files import are_here, read_model_files
-from peftsurgery.tokenizer_files import is_tokenizer_file, tokenizer_files
 
 
 def named_plan(adapter: Path, base: str | None, recorded: bool = True) -> Planned | None:
@@ -33,12 +32,8 @@ def named_plan(adapter: Path, base: str | None, recorded: bool = True) -> Planne
     fold = named_fold(adapter, plain_view(files))
     if fold is None:
         return None
-    own = tokenizer_files(adapter)
-    names = [each.name for each in files.folder.iterdir()]
-    without = frozenset(name for name in names if own and is_tokenizer_file(name))
     record = _record(fold, adapter, str(named)) if recorded else {}
-    if recorded and not (files.folder / CARD).exists():
-        own = {**own, CARD: card_of(record, is_transformers=True).encode()}
+    own, without = files_beside(adapter, files.folder, record, True)
     plan = FoldPlan(fold.sites, record=record, files=own, without=without)
     return Planned(plan, files.folder, fold.adapter.file)
 

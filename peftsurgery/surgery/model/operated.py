@@ -31,10 +31,13 @@ from peftsurgery.capture.sharded import by_the_first, check_whole, first_sharded
 from peftsurgery.capture.signature import Call
 from peftsurgery.capture.tensors import persistent_buffers
 from peftsurgery.capture.threads import making
+from peftsurgery.checkpoint.model_plan import ModelPlan
+from peftsurgery.errors import SurgeryError
 from peftsurgery.offered import offered
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.model.choices import Choice
 from peftsurgery.surgery.model.choosing import ChoosingModel
+from peftsurgery.surgery.model.fold_sites import model_plan
 from peftsurgery.surgery.model.generation import check_outputs, check_prompts, split_inputs
 from peftsurgery.surgery.model.holders import add_parameter
 from peftsurgery.surgery.model.learnt import Learnt
@@ -172,7 +175,8 @@ class OperatedModel(ChoosingModel):
         buffers = {name: whole(buffer) for name, buffer in persistent_buffers(self).items()}
         moved = moved_buffers(buffers, self._buffer_of_base)
         learnt = {name: whole(value) for name, value in self.learnt(*saved).items()}
-        own = mode.names, dict(mode.left_out), self._lost, trained, learnt, moved
+        plan = self._fold_plan() if {*saved} == {*self.active} and not moved else None
+        own = mode.names, dict(mode.left_out), self._lost, trained, learnt, moved, plan
         write = partial(write_surgery, folder, saved, Saved(self.source, self.operations, *own))
         write() if first_sharded(self) is None else by_the_first(write)
 
@@ -182,6 +186,17 @@ class OperatedModel(ChoosingModel):
         That is ``peftsurgery.diff(o.base, o, weights, shape)``, and raises what that raises.
         """
         return offered("diff")(self.base, self, weights, shape)
+
+    def _fold_plan(self) -> ModelPlan | None:
+        """What a fold of the active adapters does to the base's files; None if that cannot be."""
+        if self.stored or self.source.build:
+            return None
+        learnt = self.learnt(*self.active)
+        try:
+            asked = self.foldable(), self.trained, self.active, learnt
+            return model_plan(self.source.module, *asked)
+        except SurgeryError:  # it cannot be folded, or not on files; whoever tries is told why
+            return None
 
     def _buffer_of_base(self, name: str) -> Tensor:
         self.base.bind()

@@ -3,7 +3,8 @@
     surgery.json           format, base and its fingerprint, for each operation its name, rule file
                            and settings, which adapters are active; versions, seed and date; how the
                            base is built (see build.py); which adapter trains which parameters
-                           of the base, which buffers moved, what a combination lacks
+                           of the base, which buffers moved, what a combination lacks; what a
+                           fold does to the base's files (see checkpoint/model_plan.py)
     rules/0_lora_qv.yaml   the rule files, as they were applied
     adapter.safetensors    every parameter the rules added or trained, and every buffer that the
                            training moved, by its name in the model

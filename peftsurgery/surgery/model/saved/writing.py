@@ -15,6 +15,7 @@ import torch
 from peftsurgery import files
 from peftsurgery.capture.fingerprint import weights_of
 from peftsurgery.capture.sources import Source
+from peftsurgery.checkpoint.model_plan import ModelPlan, with_hash
 from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.language.loading import dump_rules
 from peftsurgery.made_with import now, versions
@@ -32,7 +33,8 @@ class Saved:
     ``source`` is that of their base, ``left_out`` the layers in which they do nothing, ``lost`` the
     share that they lack of the changes they were combined of, ``trained`` the adapters by the
     base's parameters that they train; ``learnt`` is what those that are saved added and trained,
-    ``moved`` the buffers that training moved, by their names in the model.
+    ``moved`` the buffers that training moved, by their names in the model. ``fold`` is what their
+    fold does to the base's parameters, where that can be said.
     """
 
     source: Source
@@ -43,6 +45,7 @@ class Saved:
     trained: Mapping[str, str]
     learnt: Mapping[str, torch.Tensor]
     moved: Mapping[str, torch.Tensor]
+    fold: ModelPlan | None = None
 
 
 def write_surgery(path: Path, names: Collection[str], saved: Saved) -> None:
@@ -74,6 +77,8 @@ def write_surgery(path: Path, names: Collection[str], saved: Saved) -> None:
         "fingerprint": None if weights is None else weights.fingerprint.to_dict(),
     }
     texts = {file: dump_rules(operation.file).encode() for file, operation in rules.items()}
+    if saved.fold is not None:
+        manifest["fold"] = with_hash(saved.fold.to_dict(), manifest, texts.values())
     contents = more | texts
     contents[TENSORS] = as_safetensors({**saved.learnt, **saved.moved})
     contents[MANIFEST] = json.dumps(manifest, indent=2).encode()
