@@ -122,6 +122,13 @@ def eye_like(x: Array) -> Array:
     return np.broadcast_to(np.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
+def skew(v: Array, n: int) -> Array:
+    """The (n, n) matrix with S = -Sᵀ whose entries above the diagonal, row by row, are v."""
+    upper = np.zeros((*v.shape[:-1], n, n), v.dtype)
+    upper[..., *np.triu_indices(n, 1)] = v
+    return upper - np.swapaxes(upper, -1, -2)
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "max": larger,
     "floor": floor,
@@ -143,6 +150,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "zeros_like": zeros_like,
     "ones_like": ones_like,
     "eye_like": eye_like,
+    "skew": skew,
 }
 
 

@@ -69,6 +69,12 @@ def floor(a: Number) -> int:
     return math.floor(a)
 
 
+@operator("divisor")
+def divisor(n: int, near: int) -> int:
+    """The divisor of n that is nearest to ``near``, the smaller one of two."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))
+
+
 @operator("matmul", maths="{0}·{1}", aten=("matmul", "mm", "bmm"))
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of the last two dimensions, written a @ b outside patterns."""
@@ -246,6 +252,17 @@ def ones_like(x: Tensor) -> Tensor:
 def eye_like(x: Tensor) -> Tensor:
     """The identity matrix of the size and dtype of x, which is square."""
     return torch.diag_embed(torch.ones_like(torch.diagonal(x, 0, -2, -1)))
+
+
+@operator("skew")
+def skew(v: Tensor, n: int) -> Tensor:
+    """The (n, n) matrix with S = -Sᵀ whose entries above the diagonal, row by row, are v."""
+    i = torch.arange(n, device=v.device)
+    low, high = torch.minimum(i[:, None], i), torch.maximum(i[:, None], i)
+    places = torch.clamp(low * (2 * n - low - 1) // 2 + high - low - 1, min=0)
+    entries = torch.index_select(v, -1, places.reshape(-1))
+    whole: Tensor = entries.unflatten(-1, (n, n)) * torch.sign(i - i[:, None])
+    return whole
 
 
 @operator("svd")

@@ -27,6 +27,13 @@ for name, kind in {"Wi": "weight_ih", "Wh": "weight_hh", "bi": "bias_ih", "bh": 
 ENV["steps"] = torch.randn(5, 6)
 
 
+def cross(v):
+    """The skew-symmetric matrix with v above its diagonal, written out."""
+    a, b, c = v
+    zero = torch.zeros(())
+    return torch.stack([zero, a, b, -a, zero, c, -b, -c, zero]).reshape(3, 3)
+
+
 def rank_two(matrix):
     """The best approximation of rank 2 by the eigenvectors of W Wᵀ."""
     vectors = torch.linalg.eigh(matrix @ matrix.T).eigenvectors[:, -2:]
@@ -41,6 +48,11 @@ ORACLES = {
     "pow(x, 2)": x**2,
     "neg(x)": -x,
     "max(2, 3)": 3,
+    "divisor(48, 10)": 8,
+    "divisor(13, 16)": 13,
+    "divisor(13, 5)": 1,
+    "skew(W[0, :3], 3)": cross(ENV["W"][0, :3]),
+    "skew(W[:, :6], 4)[2, 3, 1]": -ENV["W"][2, 4],
     "floor(6.4)": 6,
     "abs(x)": x.abs(),
     "matmul(x, transpose(W))": x @ W.T,
