@@ -57,6 +57,7 @@ OPERATOR_EXAMPLES: Mapping[str, str] = {
     "silu": "silu(x)",
     "size": "size(M, 0)",
     "skew": "skew(x[:1], 2)",
+    "small_factor": "small_factor(12, 5)",
     "softmax": "softmax(x)",
     "sqrt": "sqrt(4)",
     "sub": "sub(x, 1)",

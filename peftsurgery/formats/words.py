@@ -34,12 +34,13 @@ def forms(format_name: str) -> tuple[RuleFile, ...]:
 def fits_setting(value: Any, default: Any, counts: bool) -> bool:
     """Whether a config's value can be that of a setting with this default.
 
-    It is of the default's kind; numbers are not negative, and what ``counts`` is at least 1.
+    It is of the default's kind; numbers are not negative unless the default is, and what
+    ``counts`` is at least 1.
     """
     if counts:
         return type(value) is int and value > 0
     if isinstance(default, int | float) and not isinstance(default, bool):
-        return type(value) in (int, float) and 0 <= value < 2**63
+        return type(value) in (int, float) and min(default, 0) <= value < 2**63
     return isinstance(value, type(default))
 
 

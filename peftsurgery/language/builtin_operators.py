@@ -75,6 +75,15 @@ def divisor(n: int, near: int) -> int:
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - near), d))
 
 
+@operator("small_factor")
+def small_factor(n: int, most: int) -> int:
+    """``most`` if it divides n; else the largest divisor below it and up to √n; -1: up to √n."""
+    if most > 0 and n % most == 0:
+        return most
+    limit = min(math.isqrt(n), most if most > 0 else n)
+    return max(d for d in range(1, limit + 1) if n % d == 0)
+
+
 @operator("matmul", maths="{0}·{1}", aten=("matmul", "mm", "bmm"))
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """The matrix product of the last two dimensions, written a @ b outside patterns."""

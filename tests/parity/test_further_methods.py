@@ -1,4 +1,4 @@
-"""LoHa, OFT and LoRA with a bias, with peft in the same process as the oracle.
+"""LoHa, LoKr, OFT and LoRA with a bias, with peft in the same process as the oracle.
 
 The adapters are random and were written by peft's own ``save_pretrained``.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 
 import peftsurgery as ps
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -36,6 +36,12 @@ CASES: dict[str, tuple[str, Any]] = {
             alpha_pattern={"layers.1.self_attn.q_proj": 5},
         ),
     ),
+    "lokr": ("llama", LoKrConfig(r=2, alpha=6, target_modules=["q_proj", "v_proj", "up_proj"])),
+    "lokr_both_kinds": (
+        "opt",
+        LoKrConfig(r=3, alpha=6, target_modules=["q_proj", "fc1"], decompose_factor=5),
+    ),
+    "lokr_full": ("opt", LoKrConfig(r=9, alpha=6, target_modules=["fc1"], decompose_factor=16)),
     "oft": ("llama", OFTConfig(oft_block_size=8, target_modules=["q_proj", "down_proj"])),
     "oft_nearest": ("opt", OFTConfig(oft_block_size=10, target_modules=["k_proj", "fc2"])),
     "lora_bias": (
@@ -101,6 +107,7 @@ def test_fold_is_pefts_merge(read: Read) -> None:
             OFTConfig(oft_block_size=8, target_modules=["q_proj"], use_cayley_neumann=False),
             "use_cayley_neumann",
         ),
+        (LoKrConfig(r=1, target_modules=["q_proj"], decompose_both=True), "decompose_both"),
         (LoHaConfig(r=3, target_modules=["q_proj"], rank_dropout=0.1), "rank_dropout"),
     ],
 )

@@ -162,6 +162,7 @@ UNFIT: dict[str, tuple[Change, str]] = {
     "pattern regex": (config(rank_pattern={"(": 3}), "PSG141"),
     "pattern for ever": (config(rank_pattern={"(a+)+": 3}), "PSG508: rank_pattern names"),
     "dora without m": (config(use_dora=True), "PSG507: .*no 'lora_magnitude_vector'"),
+    "lora_bias without it": (config(lora_bias=True), "PSG507: .*no 'lora_B.bias'"),
     "typo": (
         config(target_modules=["first", "secnd"]),
         "PSG508: .*names 'secnd'.*\n  did you mean 'second'",
@@ -213,7 +214,6 @@ NOT_HONOURED: dict[str, Any] = {
     "init_lora_weights": "pissa",
     "layer_replication": [[0, 1]],
     "trainable_token_indices": [1, 2],
-    "lora_bias": True,
     "megatron_config": {"a": 1},
     "use_qalora": True,
     "arrow_config": {"top_k": 2},
