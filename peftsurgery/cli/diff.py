@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ PARTS = ("structure", "weights", "config")
     "--shape", nargs=2, type=click.IntRange(min=1), metavar="BATCH TOKENS",
     help="Count FLOPs and activations of a forward of this shape.",
 )  # fmt: skip
+@click.option("--all", "whole", is_flag=True, help="Show all changes, though they fill screens.")
 @click.option(
     "--describe", is_flag=True, help="Print what is in the safetensors file A, a line for a tensor."
 )
@@ -55,6 +57,7 @@ def diff(
     fatal: tuple[str, ...],
     base: str | None,
     shape: tuple[int, int] | None,
+    whole: bool,
     describe: bool,
     force: bool,
     as_json: bool,
@@ -79,7 +82,7 @@ def diff(
         one, other = (_opened(each, base) for each in (a, b))
         found = compared(one, other, weights=weights, shape=shape)
         found = found.named(a, b)
-    text = shown(found, "json" if as_json else form, to_terminal=out is None)
+    text = shown(found, "json" if as_json else form, to_terminal=out is None, whole=whole)
     if out is None:
         click.echo(text)
     else:
@@ -106,8 +109,8 @@ def _describe(file: Path) -> None:
         click.echo(f"{clean(name)} {tensor.print()}")
 
 
-def shown(found: Diff, form: str, to_terminal: bool = True) -> str:
-    """A difference in one of :data:`FORMATS`; text for a terminal folds to its width."""
+def shown(found: Diff, form: str, to_terminal: bool = True, whole: bool = False) -> str:
+    """A difference in one of :data:`FORMATS`; text for a terminal fits it, unless ``whole``."""
     if form == "json":
         return json.dumps(found.to_dict(), indent=2, ensure_ascii=False, default=str)
     if form == "md":
@@ -117,5 +120,8 @@ def shown(found: Diff, form: str, to_terminal: bool = True) -> str:
     from peftsurgery.diff.text import rendered
 
     is_terminal = to_terminal and sys.stdout.isatty()
+    if not is_terminal:
+        return rendered(found.summary, 1000)
     # a terminal folds lines at its width; a pipe gets them whole
-    return rendered(found.summary, None if is_terminal else 1000, colour=is_terminal)
+    height = None if whole else shutil.get_terminal_size().lines
+    return rendered(found.summary, colour=True, height=height)

@@ -45,6 +45,8 @@ def align(a: Nodes, b: Nodes) -> Pairs:
     matching.spread(lambda one, other: one.op == other.op)
     matching.pair_equal(*(balls(nodes, bare_operator, numbers, RADIUS) for nodes in (a, b)))
     matching.spread(_may_be_retyped)
+    ends = [[key for key, node in nodes.items() if node.op == "output"] for nodes in (a, b)]
+    matching.add(pair for pair in zip(*ends, strict=False) if pair[0] not in matching.pairs)
     return matching.pairs
 
 

@@ -73,14 +73,20 @@ def _node(node: fx.Node, program: Program, given: str) -> Node:
     kinds = {"placeholder": "input", "get_attr": "read", "call_module": "call", "output": "output"}
     kind = kinds.get(node.op) or _operator(node)
     if kind in ("read", "call"):
-        form, module = (repr(args) if kind == "call" else ""), str(node.target)
+        form, module = (_form(args, {}) if kind == "call" else ""), str(node.target)
     else:
         shown = {name: value for name, value in kwargs.items() if value is not None}
-        form = given or f"{args!r}{shown!r}" if node.op != "output" else repr(args)
+        form = given or _form(args, shown)
         module = _module(node, program)
     surgery = str(node.meta.get("surgery") or "")
     names = tuple(n.name for n in operands)
     return Node(kind, module, names, form, shape_of_value(node), surgery, source_line(node))
+
+
+def _form(args: Iterable[Any], kwargs: Mapping[str, Any]) -> str:
+    """Arguments as a call is written with them."""
+    named = (f"{name}={value!r}" for name, value in kwargs.items())
+    return f"({', '.join([*map(repr, args), *named])})"
 
 
 def _operator(node: fx.Node) -> str:

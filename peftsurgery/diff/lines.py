@@ -51,9 +51,9 @@ def lines(script: Script, a: Description, b: Description) -> list[Line]:
         *_blocks(script, a, b),
         *_insertions(script.insertions),
         *_sites(script.sites, moved),
-        *operations,
+        *_outermost(operations),
         *_tensors(script, moved, renamed),
-        *_training(script, a),
+        *_whole(script, a),
     ]
     return folded_lines(entries)
 
@@ -191,7 +191,23 @@ def _by_module(graph: GraphEdits, sizes: Collection[str]) -> Iterator[tuple[str,
         if "renamed" in edit.kinds and edit.new.op not in ("read", "input", "call")
     )
     for (old, new), _ in renamed.items():
-        yield new, ">", f"was {old or 'in the block itself'}"
+        yield new, ">", _was(old)
+
+
+def _outermost(entries: Sequence[Entry]) -> Iterator[Entry]:
+    """Entries, but those of modules that are called otherwise only since what is around them is."""
+    known = {(where, text) for _, sign, where, text in entries if sign == ">"}
+    for part, sign, where, text in entries:
+        names, before = where.split("."), text.removeprefix("was ").split(".")
+        follows = False
+        while sign == ">" and names and before and names.pop() == before.pop():
+            follows = follows or (".".join(names), _was(".".join(before))) in known
+        if not follows:
+            yield part, sign, where, text
+
+
+def _was(module: str) -> str:
+    return f"was {module or 'in the block itself'}"
 
 
 def _owner(node: Node) -> str:
@@ -249,7 +265,6 @@ def _names(edits: list[Edit], limit: int = 6) -> str:
 
 _WORDS: tuple[tuple[str, Callable[[TensorFacts, TensorFacts], str]], ...] = (
     ("reshaped", lambda old, new: f"{list(old.shape)} → {list(new.shape)}"),
-    ("recast", lambda old, new: f"{old.dtype} → {new.dtype}"),
     ("retyped", lambda old, new: f"{old.kind} → {new.kind}"),
 )
 
@@ -302,18 +317,30 @@ def _divided(edits: Iterable[Edit]) -> Iterator[tuple[str, str, str, str, list[s
                 yield "tensor", "~", names[0], f"{word} {leaves}", names
 
 
-def _training(script: Script, a: Description) -> Iterator[Entry]:
-    """Tensors that are trained, or no longer, of those in both; one line if that is all of them."""
+def _whole(script: Script, a: Description) -> Iterator[Entry]:
+    """What became of tensors in both that is one line if it became of all: casts, training."""
     kept = [edit for edit in script.tensors if edit.before is not None and edit.after is not None]
     gone = {edit.before for edit in script.tensors if edit.after is None}
+    there = [tensor for name, tensor in a.tensors.items() if name not in gone]
+    casts: dict[tuple[str, str], list[str]] = {}
+    for edit in kept:
+        if "recast" in edit.kinds:
+            casts.setdefault((edit.old.dtype, edit.new.dtype), []).append(str(edit.after))
+    for (old, new), found in casts.items():
+        free = sum(tensor.dtype == old for tensor in there)
+        yield from _all_or_each(found, free, f"{old} → {new}", f"tensors that were {old}")
     for kind, was in (("frozen", True), ("trained", False)):
         found = [str(edit.after) for edit in kept if kind in edit.kinds]
-        there = [n for n, t in a.tensors.items() if t.kind == "parameter" and n not in gone]
-        free = [name for name in there if a.tensors[name].trained is was]
-        if found and len(found) == len(free):
-            yield "tensor", "~", "", f"{kind}: all {len(found)} parameters in both that were not"
-        else:
-            yield from (("tensor", "~", name, kind) for name in found)
+        free = sum(tensor.kind == "parameter" and tensor.trained is was for tensor in there)
+        yield from _all_or_each(found, free, kind, "parameters in both that were not")
+
+
+def _all_or_each(names: Sequence[str], free: int, text: str, which: str) -> Iterator[Entry]:
+    """One entry for all that it could be of, if there are several, else one for each."""
+    if len(names) == free > 1:
+        yield "tensor", "~", "", f"{text}: all {free} {which}"
+    else:
+        yield from (("tensor", "~", name, text) for name in names)
 
 
 def _changed(edit: Edit, moved: Moved, renamed: Collection[str]) -> Iterator[Entry]:

@@ -118,7 +118,8 @@ class _Reader:
         settings = ", ".join(sorted(_attribute(each) for each in node.attribute))
         first = next((name for name in node.output if name), node.name)
         op = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        made = Node(op, module, operands, f"{form}{{{settings}}}", self.shapes.get(first, ""))
+        form += f"{{{settings}}}" if settings else ""
+        made = Node(op, module, operands, form, self.shapes.get(first, ""))
         self._add(first, made, node.output)
 
     def _operands(self, names: Iterable[str]) -> tuple[tuple[str, ...], str]:

@@ -80,7 +80,9 @@ class Summary:
         if not parts:
             return f"no difference{of}"
         changes = len(self.lines)
-        return f"{' and '.join(parts)}{of}: {changes} change{'s' if changes != 1 else ''}"
+        *most, last = parts
+        which = f"{', '.join(most)} and {last}" if most else last
+        return f"{which}{of}: {changes} change{'s' if changes != 1 else ''}"
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON document; names are only added to it under one number of its schema.

@@ -12,11 +12,19 @@ from rich.text import Text
 from peftsurgery.diff.lines import Line
 from peftsurgery.diff.summary import Summary
 
+AROUND = 14
+"""Lines of a screen that are no changes: the names, the headline, notes, the next prompt."""
 _STYLES = {"+": "green", "-": "red", "~": "yellow", ">": "cyan"}
 
 
-def rendered(summary: Summary, width: int | None = None, colour: bool = False) -> str:
-    """The text, of lines of at most ``width`` characters (the terminal's if None)."""
+def rendered(
+    summary: Summary, width: int | None = None, colour: bool = False, height: int | None = None
+) -> str:
+    """The text, of lines of at most ``width`` characters (the terminal's if None).
+
+    Of more changes than ``height`` lines have room for, each part shows its first ones and says how
+    many are left out.
+    """
     console = Console(
         file=io.StringIO(),
         width=width,
@@ -30,13 +38,27 @@ def rendered(summary: Summary, width: int | None = None, colour: bool = False) -
     console.print(summary.sentence())
     if summary.lines:
         console.print(Padding(_headline(summary), (0, 0, 0, 2)))
-    for title, found in summary.parts():
+    parts = list(summary.parts())
+    limit = _limit([len(found) for _, found in parts], height)
+    for title, found in parts:
         console.print(Text(title, style="bold"))
-        console.print(Padding(_changes(found), (0, 0, 0, 2)))
+        console.print(Padding(_changes(found[:limit]), (0, 0, 0, 2)))
+        if len(found) > limit:
+            console.print(Text(f"  and {len(found) - limit} more (--all)", style="dim"))
     for note in summary.notes():
         console.print(Text(note, style="dim"))
     text = console.file.getvalue() if isinstance(console.file, io.StringIO) else ""
     return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _limit(sizes: list[int], height: int | None) -> int:
+    """How many changes of each part fit below the headline and the parts' titles; at least two."""
+    most = max(sizes, default=0)
+    if height is None:
+        return most
+    room = height - AROUND - 2 * len(sizes)
+    fitting = (n for n in range(most, 2, -1) if sum(min(size, n) for size in sizes) <= room)
+    return next(fitting, 2)
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,8 @@ from peftsurgery.diff.tensor_pair import pair_of_stored
 from peftsurgery.fingerprint import Sampled
 
 Entry = tuple[str, str, str, str]
+CAST = {"rounding", "identical"}
+"""What is said of tensors that only have another dtype."""
 WAITING = 2
 """So many threads more than compute: while one waits for the disk, another one has work."""
 
@@ -112,26 +114,39 @@ def weight_entries(changes: Sequence[TensorChange]) -> Iterator[Entry]:
 
     Tensors that are alike but for the layer have one text, with the largest of their changes.
     """
-    largest: dict[tuple[str, str], float] = {}
+    alike: dict[tuple[str, str], list[float]] = {}
     changed = [
         (each, each.change)
         for each in changes
         if each.change is not None and each.change.verdict != "reshaped"
     ]
+    if _is_cast(changed):
+        each, change = max(changed, key=lambda pair: pair[1].relative)
+        text = _text(each, change, [pair[1].relative for pair in changed])
+        yield "weight", "~", "", f"all {len(changed)} tensors: {text}"
+        return
     for each, change in changed:
-        key = _alike(each, change)
-        largest[key] = max(largest.get(key, 0.0), change.relative)
+        alike.setdefault(_alike(each, change), []).append(change.relative)
     for each, change in changed:
         if change.verdict != "identical" or each.dtypes[0] != each.dtypes[1]:
-            text = _text(each, change, largest[_alike(each, change)])
+            text = _text(each, change, alike[_alike(each, change)])
             yield "weight", "~", str(each.after), text
+
+
+def _is_cast(changed: Sequence[tuple[TensorChange, Change]]) -> bool:
+    """Whether all that became of several tensors is another dtype, the same for all."""
+    dtypes = {each.dtypes for each, _ in changed}
+    verdicts = {change.verdict for _, change in changed}
+    is_other = all(one != other for one, other in dtypes)
+    return len(changed) > 1 and len(dtypes) == 1 and is_other and verdicts <= CAST
 
 
 def _alike(each: TensorChange, change: Change) -> tuple[str, str]:
     return without_numbers(str(each.after)), f"{change.verdict} {change.rank}"
 
 
-def _text(each: TensorChange, change: Change, largest: float) -> str:
+def _text(each: TensorChange, change: Change, alike: Sequence[float]) -> str:
+    """What became of a tensor; ``alike`` are the changes of those it shares a line with."""
     words = {
         "identical": "identical values",
         "rounding": "a rounding",
@@ -144,4 +159,8 @@ def _text(each: TensorChange, change: Change, largest: float) -> str:
         return f"is what {each.source} was"
     if each.dtypes[0] != each.dtypes[1]:
         text += f", {each.dtypes[0]} → {each.dtypes[1]}"
-    return text + (f", up to {100 * largest:.2g} % of the norm" if largest else "")
+    largest = 100 * max(alike)
+    if not largest:
+        return text
+    size = f"{largest:.2g}" if largest < 100 else f"{largest:.0f}"
+    return f"{text}, {'up to ' if len(alike) > 1 else ''}{size} % of the norm"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import peftsurgery as ps
 from peftsurgery.diff.comparison import Diff, diff
+from peftsurgery.diff.lines import Line
 from peftsurgery.diff.page import page
 from peftsurgery.diff.text import rendered
 from tests.diff.models import Layer, Recipe, captured
@@ -81,6 +82,19 @@ def test_text_folds_to_the_width_and_needs_no_colour() -> None:
     assert max(len(line) for line in narrow.splitlines()) <= 40
     plain, coloured = rendered(summary, width=80), rendered(summary, width=80, colour=True)
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).split() == plain.split()
+
+
+def test_a_screen_has_room_for_some_of_every_part_and_says_what_it_leaves_out() -> None:
+    one = found().summary
+    extra = [Line("tensor", "+", f"t{n}", "new", 1) for n in range(70)]
+    many = replace(one, lines=[*one.lines, *extra])
+    shown = rendered(many, width=80, height=40)
+    assert len(shown.splitlines()) <= 40
+    assert "silu → gelu" in shown
+    (left_out,) = re.findall(r"and (\d+) more", shown)
+    assert shown.count("new") == 70 - int(left_out)
+    assert rendered(many, width=80).count("new") == 70
+    assert rendered(one, width=80, height=40) == rendered(one, width=80)
 
 
 def test_json_and_text_have_the_same_changes() -> None:

@@ -160,10 +160,10 @@ def test_another_revision_of_an_architecture_is_told_by_config_sites_and_shapes(
     norms = [line for line in lines if "add(%0, 1e-06)" in line]
     assert norms == [
         *(
-            f"~ model.layers.{{0..1}}.{norm}: add(%0, 1e-06){{}} → (%0, 0.001){{}} ×2"
+            f"~ model.layers.{{0..1}}.{norm}: add(%0, 1e-06) → (%0, 0.001) ×2"
             for norm in ("input_layernorm", "post_attention_layernorm")
         ),
-        "~ model.norm: add(%0, 1e-06){} → (%0, 0.001){}",
+        "~ model.norm: add(%0, 1e-06) → (%0, 0.001)",
     ]
     assert found.summary.figures is not None
     a, b = found.summary.figures
@@ -200,9 +200,9 @@ def test_a_fused_projection_that_was_split_is_told_by_its_sites() -> None:
 
 def test_another_dtype_is_told_of_every_tensor_and_of_nothing_else() -> None:
     lines = diff(captured(), captured(Recipe(dtype=torch.bfloat16))).summary.lines
-    tensors = [line for line in lines if line.part == "tensor"]
-    assert {line.text for line in tensors} == {"float32 → bfloat16"}
-    assert sum(line.count for line in tensors) == len(list(build().state_dict()))
+    (tensor,) = [str(line) for line in lines if line.part == "tensor"]
+    every = len(build().state_dict())
+    assert tensor == f"~ (model): float32 → bfloat16: all {every} tensors that were float32"
     assert not [line for line in lines if line.sign != "~"]
 
 
@@ -226,10 +226,37 @@ def test_renaming_all_modules_changes_names_only() -> None:
     other = Recipe((layer,) * 3, names=("table", "stack", "out"))
     found = diff(captured(), captured(other))
     assert {line.sign for line in found.summary.lines} == {">"}
+    assert "> stack.{0..2}.second: was attn ×3" in told(found)
+    assert not [line for line in told(found) if ".second.q" in line]  # it follows
     graphs = found.script.graphs if found.script else ()
     assert {kind for each in graphs for e in each.edits for kind in e.kinds} == {"renamed"}
     a, b = (replace(figures, at="") for figures in found.summary.figures or ())
     assert a == b
+
+
+class Within(torch.nn.Module):
+    """A model as a part of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build()
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.inner(ids)
+        return logits, logits.argmax(-1)
+
+
+def test_a_model_that_became_a_part_of_another_is_told_by_its_outermost_module() -> None:
+    within = ps.capture(Within().eval(), inputs={"ids": torch.zeros(2, 5, dtype=torch.long)})
+    assert sorted(told(diff(captured(), within))) == sorted(
+        [
+            "> layers.{0..2}: now in inner.layers ×3",
+            "> inner.embed: was embed",
+            "> inner.head: was head",
+            "+ (model): 1 node (argmax)",
+            "~ (model): output((%0,)) → ((%0, %1))",
+        ]
+    )
 
 
 def test_an_operated_model_compares_itself_with_its_base() -> None:

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import peftsurgery as ps
+from peftsurgery.capture.fingerprint import in_memory
 from peftsurgery.diff.comparison import diff
 from peftsurgery.diff.tensor_change import measure_change
+from peftsurgery.diff.weights import compare_weights, weight_entries
 from tests.diff.models import Recipe, build
 
 INPUTS = {"ids": torch.arange(10).reshape(2, 5)}
@@ -77,6 +79,24 @@ def test_layers_made_anew_swapped_and_left_alone_are_told_apart() -> None:
     assert "~ layers.0.attn.q.weight: is what layers.1.attn.q.weight was" in lines
     assert "~ layers.1.attn.q.weight: is what layers.0.attn.q.weight was" in lines
     assert not [line for line in lines if "layers.2" in line]
+
+
+def test_a_cast_of_all_is_one_line_and_anything_else_is_not_hidden_in_it() -> None:
+    sides = [build(Recipe()), build(Recipe(dtype=torch.bfloat16))]
+    one, other = ({k: in_memory(v) for k, v in each.state_dict().items()} for each in sides)
+    ((part, sign, where, text),) = weight_entries(compare_weights(one, other, {}))
+    assert (part, sign, where) == ("weight", "~", "")
+    largest = max(
+        float((a - b.float()).norm() / a.norm())
+        for a, b in zip(sides[0].state_dict().values(), sides[1].state_dict().values(), strict=True)
+    )
+    assert text.startswith(f"all {len(one)} tensors: a rounding, F32 → BF16, up to ")
+    assert float(text.split()[-5]) == pytest.approx(100 * largest, rel=0.05)
+    with torch.no_grad():
+        sides[1].layers[1].mlp.up.weight.mul_(2)
+    told = {where: text for _, _, where, text in weight_entries(compare_weights(one, other, {}))}
+    assert told["layers.1.mlp.up.weight"].endswith(", 100 % of the norm")
+    assert len(told) == len(one)
 
 
 def test_a_fold_of_an_adapter_is_low_rank_where_it_was() -> None:

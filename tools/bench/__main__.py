@@ -2,12 +2,12 @@
 
 ``python -m tools.bench`` measures everything; arguments are parts of the sizes' names, and
 ``--surgery`` leaves the second table out; ``methods`` prints another one, of every method trained
-on MiniLM (see methods.py), ``differences`` what a diff costs (see differences.py), ``floor`` what
-LoRA adds to a step (see floor.py), ``calls`` what one call costs (see calls.py), ``compiling`` how
-long it takes to compile (see compiling.py), ``files`` what a fold of files costs (see files.py).
-Exit code 1 if a limit that the project sets itself is broken: 1.5 GiB for the 70B Llama, 160 sites
-in it, the memory of a fold (see fold.py), 1.1 times the original's time for a token, the same
-tokens.
+on MiniLM (see methods.py), ``differences`` what a diff costs (see differences.py), ``pages`` what
+its page does (see pages.py), ``floor`` what LoRA adds to a step (see floor.py), ``calls`` what one
+call costs (see calls.py), ``compiling`` how long it takes to compile (see compiling.py), ``files``
+what a fold of files costs (see files.py). Exit code 1 if a limit that the project sets itself is
+broken: 1.5 GiB for the 70B Llama, 160 sites in it, the memory of a fold (see fold.py), 1.1 times
+the original's time for a token, the same tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench import calls, compiling, differences, files, floor, fold, methods
+from tools.bench import calls, compiling, differences, files, floor, fold, methods, pages
 from tools.bench.fresh import measured
 from tools.bench.operate import SIZES
 
@@ -115,6 +115,7 @@ if __name__ == "__main__":
         "compiling": compiling.main,
         "methods": methods.main,
         "differences": differences.main,
+        "pages": pages.main,
         "files": files.main,
         "floor": floor.main,
     }
