@@ -134,7 +134,7 @@ class _Fold:
         tensors = {key: entry for name in self.files for key, entry in into.done[name].items()}
         added = [*self._residuals(into, tensors), *plan.files]
         folded = [read_header(into.path / name) for name in self.files]
-        small = _small_files(plan, self.view, folded, report.written)
+        small = _small_files(plan, self.view, folded)
         for name, content in small.items():
             into.write(name, [content])
         record = {**plan.record, "added": added}
@@ -199,7 +199,7 @@ def _hashes(view: PlainView) -> dict[str, str]:
 
 
 def _small_files(
-    plan: FoldPlan, view: PlainView, folded: Iterable[TensorFile], size: int
+    plan: FoldPlan, view: PlainView, folded: Collection[TensorFile]
 ) -> dict[str, bytes]:
     """The other files: those of the base, those of the plan, and the index.
 
@@ -212,6 +212,7 @@ def _small_files(
         contents[CONFIG] = view.config()
     if files.index is not None:
         contents[INDEX] = (files.folder / INDEX).read_bytes()
+        size = sum(tensor.size for file in folded for tensor in file.tensors.values())
         if view.coded or size != sum(tensor.size for _, tensor in files.tensors.values()):
             metadata = {**dict(files.index.get("metadata") or {}), "total_size": size}
             where = {name: file.path.name for file in folded for name in file.tensors}

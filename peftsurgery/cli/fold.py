@@ -228,8 +228,8 @@ def _in_memory(asked: Asked, *notes: str) -> None:
     result = replace(result, notes=(*result.notes, *notes))
     if result.onnx is not None:
         result = replace(result, onnx=result.onnx.moved(str(onnx)))
-    words = f"{result}\nfolded model in {out}"
-    print_result({**result.to_dict(), "out": str(out)}, words, asked.as_json)
+    result = replace(result, out=out)
+    print_result(result.to_dict(), result, asked.as_json)
 
 
 def _inside(file: Path, out: Path) -> Path | None:

@@ -11,7 +11,7 @@ import copy
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.tensors import tensor_names
+from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.files import absence, write_whole
 from peftsurgery.formats.base_files import companions, copy_missing
 from peftsurgery.formats.model_card import write_record
 from peftsurgery.formats.onnx.export import write_onnx
-from peftsurgery.formats.onnx.file import OnnxFile
 from peftsurgery.formats.onnx.runtime import need_onnx
 from peftsurgery.formats.peft.adapter import read_adapter
 from peftsurgery.formats.peft.directory import from_peft
@@ -41,7 +41,7 @@ from peftsurgery.places import give_usual_mode
 from peftsurgery.quiet import quiet
 from peftsurgery.surgery.fold.folding import fold_with_error
 from peftsurgery.surgery.fold.vocabulary import missing_values
-from peftsurgery.surgery.fourbit.requantise import FoldError, pack_layers
+from peftsurgery.surgery.fourbit.requantise import pack_layers
 from peftsurgery.surgery.loading import load_on
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.model.saved.manifest import is_surgery
@@ -50,61 +50,6 @@ from peftsurgery.surgery.plan.cut import notes_of
 from peftsurgery.tokenizer_files import tokenizer_files
 
 WEIGHTS = "model.safetensors"
-
-
-@dataclass(frozen=True)
-class WeightChange:
-    """A weight that the fold changed.
-
-    ``largest`` is the largest change of an element, ``relative`` the change's norm in parts of the
-    weight's.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    largest: float
-    relative: float
-
-
-@dataclass(frozen=True)
-class FoldResult:
-    """What was folded into which weights, which other files were taken over, what was checked."""
-
-    adapters: tuple[str, ...]
-    changed: tuple[WeightChange, ...]
-    tensors: int
-    copied: tuple[str, ...]
-    untied: bool
-    error: FoldError
-    verified: float | None = None
-    onnx: OnnxFile | None = None
-    notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The result as ``--json`` prints it."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        names = ", ".join(self.adapters) or "no adapter is active"
-        lines = [f"{names}: changed {len(self.changed)} of {self.tensors} weights"]
-        if self.adapters and not self.changed:
-            what = "it is untrained, or too small"
-            lines.append(f"  what was folded changes no weight at this precision: {what}")
-        if self.changed:
-            most = max(self.changed, key=lambda change: change.relative)
-            lines.append(f"  most, by {most.relative:.2%} of its norm: {most.name}")
-            size = f"{self.error.mean:.1e} on average, {self.error.largest:.1e} at most"
-            lines.append(f"  written with an error of {size}")
-        if self.untied:
-            lines.append("  weights that were tied are written apart")
-        if self.copied:
-            lines.append(f"  taken over from the base: {', '.join(self.copied)}")
-        if self.verified is not None:
-            lines.append(f"  reloaded and compared at two shapes: {self.verified:.1e} apart")
-        if self.onnx is not None:
-            lines.append(f"  {self.onnx}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
 @checked
@@ -118,7 +63,7 @@ def fold_to_directory(
     requantise: bool = False,
     allow_other_base: bool = False,
     kind: str | None = None,
-) -> FoldResult:
+) -> FoldReport:
     """Fold a saved surgery or a peft adapter into its base, and write a plain model to ``out``.
 
     ``out`` must not exist; if anything fails, it does not afterwards. ``base`` is the base model if
@@ -143,9 +88,7 @@ def fold_to_directory(
         check_places(operated, folder, *file)
         plain, error = fold_with_error(operated, requantise)
     plain.eval()
-    before, tensors = operated.source.weights(), len(plain.state_dict())
-    changed = tuple(weight_changes(before, plain))
-    untied = tensor_names(plain) != tensor_names(before)
+    report = _changes(operated, plain, folder)
     if requantise:
         pack_layers(plain, operated.stored)
     with ExitStack() as unfinished:
@@ -155,10 +98,23 @@ def fold_to_directory(
         apart = _check(operated, plain, folder, verify, requantise)
         written = [write_onnx(operated, plain, path) for path in file]
         unfinished.pop_all()
-    built = (*operated.source.build.notes, *operated.source.notes)
-    told = (*built, *notes_of(operated.operations), *notes)
-    result = FoldResult(operated.active, changed, tensors, copied, untied, error, apart)
-    return replace(result, onnx=next(iter(written), None), notes=told)
+    told, made = (*report.notes, *notes), next(iter(written), None)
+    report = replace(report, copied=copied, verified=apart, notes=told, onnx=made)
+    return replace(report, error=error.to_dict())
+
+
+def _changes(operated: OperatedModel, plain: nn.Module, folder: Path) -> FoldReport:
+    """What is to be said of a fold before it is written."""
+    source = operated.source
+    before, told = source.weights(), (*source.build.notes, *source.notes)
+    return FoldReport(
+        folder,
+        dict(weight_changes(before, plain)),
+        len(plain.state_dict()),
+        notes=(*told, *notes_of(operated.operations)),
+        adapters=operated.active,
+        untied=tensor_names(plain) != tensor_names(before),
+    )
 
 
 def _make(folder: Path) -> Path:
@@ -232,8 +188,12 @@ def _opened(
     return from_peft(named, path, allow_other_base=allow_other_base)
 
 
-def weight_changes(before: nn.Module, after: nn.Module) -> Iterator[WeightChange]:
-    """The weights that differ; most that a fold left alone share their memory with the base."""
+def weight_changes(before: nn.Module, after: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The weights that differ: how far an element moved at most, and how far the whole.
+
+    ``relative`` is the change's norm in parts of the weight's. Most weights that a fold left alone
+    share their memory with the base.
+    """
     for name, new in after.named_parameters():
         old = before.get_parameter(name)
         if new.data_ptr() == old.data_ptr() or torch.equal(new, old):
@@ -243,7 +203,8 @@ def weight_changes(before: nn.Module, after: nn.Module) -> Iterator[WeightChange
         norm = float(old.detach().to(wide).norm())
         relative = float(gap.norm()) / norm if norm else 0.0
         dtype = str(new.dtype).removeprefix("torch.")
-        yield WeightChange(name, tuple(new.shape), dtype, float(gap.max()), relative)
+        sizes = {"shape": list(new.shape), "dtype": dtype}
+        yield name, {**sizes, "largest": float(gap.max()), "relative": relative}
 
 
 def write_model(

@@ -16,10 +16,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import peftsurgery as ps
+from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.cli.root import root
 from peftsurgery.formats import pretrained
-from peftsurgery.formats.pretrained import FoldResult
-from peftsurgery.surgery.fourbit.requantise import FoldError
 from tests.formats.made import expected, files_of, minilm, model_directory, saved_surgery
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
@@ -68,10 +67,10 @@ def test_the_result_names_the_changed_weights_and_by_how_much(
     differ = {name: gap for name, gap in differ.items() if gap.any()}
     assert {change["name"] for change in result.to_dict()["changed"]} == differ.keys()
     assert {name.split(".")[-2] for name in differ} == {"q_proj", "v_proj"}
-    for change in result.changed:
-        gap = differ[change.name]
-        assert change.largest == pytest.approx(gap.abs().max().item())
-        assert change.relative == pytest.approx((gap.norm() / before[change.name].norm()).item())
+    for name, change in result.changed.items():
+        gap = differ[name]
+        assert change["largest"] == pytest.approx(gap.abs().max().item())
+        assert change["relative"] == pytest.approx((gap.norm() / before[name].norm()).item())
     assert "changed 4 of" in str(result)
 
 
@@ -293,6 +292,6 @@ def test_tensors_that_base_and_class_do_not_share_are_named(tmp_path: Path) -> N
 
 def test_a_fold_that_changes_no_weight_does_not_claim_to_know_why() -> None:
     """What was trained may be too small for the dtype of the weights, as well as untrained."""
-    nothing = FoldResult(("a",), (), 5, (), False, FoldError(0, 0.0, None, 0.0))
+    nothing = FoldReport(Path("out"), {}, 5, adapters=("a",))
     assert "changes no weight at this precision" in str(nothing)
     assert "untrained, or too small" in str(nothing)
