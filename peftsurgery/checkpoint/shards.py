@@ -143,7 +143,14 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
     alone, disk = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(1)
 
     def write() -> list[Future[None]]:
-        return [disk.submit(shard.end) for shard, part in work.taken() if shard.write(part)]
+        ends: list[Future[None]] = []
+        for shard, part in work.taken():
+            if shard.write(part):
+                ends.append(disk.submit(shard.end))
+            for end in ends[-1:]:
+                if end.done():
+                    end.result()  # a disk that is full is noticed before the next part
+        return ends
 
     with alone, disk, ThreadPoolExecutor(count) as pool:
         try:
