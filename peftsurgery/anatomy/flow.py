@@ -1,8 +1,9 @@
 """Dataflow facts of one program's graph, computed once: order, linears, origins.
 
-The *origin* of a value is the linear it comes from through layout, scaling, norms, dropout and
-rotary arithmetic: the query operand of an attention core has the query projection for its origin. A
-value that mixes several signals (the residual stream) has none.
+The *origin* of a value is the linear it comes from through layout, scaling, norms, dropout, rotary
+arithmetic, and short convolutions that leave channels apart: the query operand of an attention core
+has the query projection for its origin. A value that mixes several signals (the residual stream)
+has none.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from peftsurgery.anatomy.experts import find_experts
-from peftsurgery.anatomy.fused_rows import OpaqueError, arriving
+from peftsurgery.anatomy.fused_rows import OpaqueError, arriving, is_depthwise
 from peftsurgery.anatomy.linears import find_linears
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
@@ -113,9 +114,10 @@ class Flow:
             return
         if node.op != "call_function" or node in self._origins:
             return
-        if has(node, Trait.OPAQUE):
+        channels = operands(node)[:1] if is_depthwise(node) else []
+        if has(node, Trait.OPAQUE) and not channels:
             return
-        inputs = self._weighed(node) or operands(node)
+        inputs = channels or self._weighed(node) or operands(node)
         known = [self._origins[n] for n in inputs if n in self._origins]
         if any(n in self._mixed for n in inputs) or self._mixes(node, inputs, known):
             self._mixed.add(node)

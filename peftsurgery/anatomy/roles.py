@@ -22,6 +22,7 @@ from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, Slice
 from peftsurgery.anatomy.values import backward, fixed_width, shape, width
 from peftsurgery.capture.names import common
+from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
 
 PARTS = ("q", "k", "v")
@@ -68,9 +69,30 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
 def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
     operands = {"q": core.q, "k": core.k, "v": core.v}
     return {
-        part: sorted(flow.origin(node), key=lambda s: flow.order[s.nodes["y"]])
+        part: sorted(_projections(flow, node), key=lambda s: flow.order[s.nodes["y"]])
         for part, node in operands.items()
     }
+
+
+def _projections(flow: Flow, operand: fx.Node) -> frozenset[Site]:
+    """The linears that an operand of a core is made of.
+
+    Several where they are added up, or where what another layer made is added to one: values of
+    the first layer, embeddings of positions. Not those of a stream that linears read.
+    """
+    found = flow.origin(operand)
+    if found:
+        return found
+    way = list(backward([operand], lambda node: node in flow.products))
+    is_sum = all(
+        node in flow.products or (node not in flow.by_input and not _is_lost(node)) for node in way
+    )
+    return frozenset(flow.products[n] for n in way if n in flow.products) if is_sum else found
+
+
+def _is_lost(node: fx.Node) -> bool:
+    """Whether what goes into a value cannot be told from it: neither a table's rows nor a sum."""
+    return node.op == "call_module" or (has(node, Trait.OPAQUE) and op(node) != "embedding")
 
 
 class Served:

@@ -1,0 +1,75 @@
+"""What stands between a projection and attention, by tables written by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftsurgery as ps
+from peftsurgery.anatomy import survey
+
+
+class Between(nn.Module):
+    """Attention of two heads, with something done to queries, keys or values on their way."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b, self.c, self.d, self.e = (nn.Linear(16, 16) for _ in range(5))
+        self.share = nn.Parameter(torch.tensor(0.3))
+        self.table = nn.Embedding(9, 16)
+        self.short = nn.Conv1d(16, 16, 3, groups=16, padding=2)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        y = self.norm(x)
+        q, k, v = self.a(y), self.b(y), self.c(y)
+        if self.kind == "values of the first layer":
+            v = (1 - self.share) * v + self.share * first
+        elif self.kind == "embedded values":
+            v = v + self.table(torch.arange(x.shape[1]) % 9)
+        elif self.kind == "two projections to queries":
+            q = q + self.e(first)
+        elif self.kind == "short convolutions":
+            q, k, v = (self._short(part) for part in (q, k, v))
+        elif self.kind == "keys as they are":
+            k = y
+        q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (q, k, v))
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        z: Tensor = x + self.d(o)
+        return z
+
+    def _short(self, part: Tensor) -> Tensor:
+        return F.silu(self.short(part.transpose(1, 2))[..., : part.shape[1]]).transpose(1, 2)
+
+
+PLAIN = {"a": "attn.q", "b": "attn.k", "c": "attn.v", "d": "attn.o"}
+TABLES: dict[str, dict[str, str | None]] = {
+    "values of the first layer": PLAIN,
+    "embedded values": PLAIN,
+    "two projections to queries": {**PLAIN, "e": "attn.q"},
+    "short convolutions": PLAIN,
+    "keys as they are": {**PLAIN, "b": None},
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_projections_have_their_roles_whatever_is_between(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x, first = Between(kind), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    graph = ps.capture(model, {"x": x, "first": first})
+    linears = [site for site in survey(graph.base_capture) if site.kind == "linear"]
+    found = {site.module: site.role for site in linears}
+    assert found == {name: role for name, role in TABLES[kind].items() if name in found}
+    assert TABLES[kind].keys() - found.keys() <= {"b"}  # what is not used is not there
+    operated = ps.apply(graph, "lora_qv", rank=2)
+    adapted = {match["module"] for match in operated.report.matches}
+    assert adapted == {name for name, role in found.items() if role in ("attn.q", "attn.v")}
+    for parameter in operated.learnt().values():
+        nn.init.normal_(parameter, std=0.2)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ps.fold(operated)(x, first), operated(x, first), rtol=0, atol=1e-5
+        )
