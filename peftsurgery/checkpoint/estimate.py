@@ -66,13 +66,12 @@ def estimate(
     fold = sum(tensor.size for tensor in changed)
     write = sum(_written(tensor, dtype) for tensor in tensors.values()) + _others(plan, files)
     learnt = sum(tensor.size for tensor in planned.adapter.tensors.values())
-    rewritten = fold if dtype is None else size  # read twice: to be changed, and to be hashed
     return FoldEstimate(
         base=planned.base,
         changed=len(changed),
         tensors=len(tensors),
         files=len(files.files),
-        read=size + rewritten + learnt,
+        read=size + learnt,
         write=write,
         fold=fold,
         memory=FIXED + _working(plan, view),

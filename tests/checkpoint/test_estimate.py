@@ -57,6 +57,6 @@ def test_a_base_larger_than_the_disk_is_planned_without_being_read(tmp_path: Pat
     planned = Planned(streamed.plan_of(20), tmp_path / "base", adapter)
     said = estimate(planned, tmp_path / "out")
     assert said.fold == 20 * 2**34
-    assert said.read == 60 * 2**34 + 20 * 2 * 4 * (2**17 + 2**16)
+    assert said.read == 40 * 2**34 + 20 * 2 * 4 * (2**17 + 2**16)
     assert said.memory < 160 * 2**20 < said.free < said.disk
     assert f"{said.disk / 1e9:.2f} GB needed" in str(said)
