@@ -6,6 +6,7 @@ cannot do (a tie that is broken, ONNX, four bits) is done on the model in memory
 
 from __future__ import annotations
 
+import importlib
 import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -139,8 +140,6 @@ class Asked:
 @json_option
 def fold(**given: Any) -> None:
     """Fold a saved surgery or a peft adapter into its base and write a plain model to OUT."""
-    # a fold has a thread for each processor; numpy's own would wait for work and take their time
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     asked = Asked(**given)
     if asked.by_files and asked.in_memory:
         message = f"{asked.by_files} folds files, and {asked.in_memory} needs the model in memory"
@@ -162,8 +161,22 @@ def fold(**given: Any) -> None:
         _in_memory(asked)
 
 
+def _import_numpy() -> None:
+    """Import numpy without threads of its own, unless they are asked for.
+
+    A fold of files has one for each processor; numpy's would wait for work and take their time.
+    """
+    name = "OPENBLAS_NUM_THREADS"
+    is_set = name in os.environ
+    os.environ.setdefault(name, "1")
+    importlib.import_module("numpy")
+    if not is_set:
+        del os.environ[name]  # torch reads it too, for what is done in memory
+
+
 def _has_files(asked: Asked) -> bool:
     """Whether the base is a directory whose weights are safetensors files."""
+    _import_numpy()
     from peftsurgery.formats.streamed_fold import has_files
 
     return has_files(asked.surgery, asked.base)
@@ -171,6 +184,7 @@ def _has_files(asked: Asked) -> bool:
 
 def _on_files(asked: Asked) -> None:
     """Fold on files, or say what that would take."""
+    _import_numpy()
     from peftsurgery.formats.streamed_fold import checked_outputs, estimate_fold, fold_checkpoint
 
     where, other = (asked.surgery, asked.base), asked.allow_other_base
