@@ -65,8 +65,8 @@ def diff(
     """Say what is different between the models A and B; exit with 1 if anything is.
 
     A and B are what MODEL is elsewhere: model directories, hub ids, package.module:factory, saved
-    surgeries; directories of peft and AdapterHub adapters; ONNX files; or two rule files, or two
-    safetensors files. Without --weights no weights are read.
+    surgeries; directories of peft and AdapterHub adapters; ONNX files; or two rule files (or names
+    of shipped ones), or two safetensors files. Without --weights no weights are read.
     `diff --describe A` is for git's textconv.
     """
     if describe:

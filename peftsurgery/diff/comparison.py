@@ -23,6 +23,7 @@ from peftsurgery.diff.side import Side, comparable, side_of_model, side_of_onnx
 from peftsurgery.diff.summary import Summary
 from peftsurgery.diff.text import rendered
 from peftsurgery.diff.weights import TensorChange, compare_weights, weight_entries
+from peftsurgery.files import write_whole
 from peftsurgery.notebook import shown, table
 from peftsurgery.surgery.loading import open_model
 
@@ -60,10 +61,13 @@ class Diff:
         return markdown(self.summary)
 
     def to_html(self, path: str | Path | None = None) -> str:
-        """The difference as one page that works offline; written to ``path`` if that is given."""
+        """The difference as one page that works offline; written to ``path`` if that is given.
+
+        PSG603 if it cannot be written there.
+        """
         made = page(self.summary, self.models, self.script)
         if path is not None:
-            Path(path).write_text(made, encoding="utf-8")
+            write_whole(Path(path).parent, {Path(path).name: made.encode()})
         return made
 
     def _repr_html_(self) -> str:
@@ -82,6 +86,8 @@ def diff(
     shape: tuple[int, int] | None = None,
 ) -> Diff:
     """What is different between two models, two rule files or two safetensors files.
+
+    Rule files may be named as they are shipped.
 
     ``a`` and ``b`` are captured or operated models, models to capture, what the command line takes
     for MODEL, or ONNX files. An operated model is what it is with the adapters that are active now;

@@ -12,6 +12,7 @@ from peftsurgery.diff.weights import Entry, compare_weights, weight_entries
 from peftsurgery.errors import SurgeryError
 from peftsurgery.fingerprint import Sampled, in_file
 from peftsurgery.language.loading import load_rules
+from peftsurgery.language.shipped import shipped
 
 RULES, TENSORS = (".yaml", ".yml"), (".safetensors",)
 
@@ -34,7 +35,7 @@ def compare_files(a: Path, b: Path, weights: bool = False) -> Summary:
     """
     names = str(a), str(b)
     if _kind(a) == "a rule file":
-        lines = folded_lines(rule_entries(load_rules(a), load_rules(b)))
+        lines = folded_lines(rule_entries(*(load_rules(name) for name in names)))
         return Summary(names, None, lines, _differs(bool(lines), False))
     one, other = (in_file(path) for path in (a, b))
     changes = compare_weights(one, other, {}) if weights else None
@@ -46,7 +47,7 @@ def compare_files(a: Path, b: Path, weights: bool = False) -> Summary:
 
 
 def _kind(path: Path) -> str | None:
-    if path.suffix in RULES:
+    if path.suffix in RULES or (str(path) in shipped() and not path.exists()):
         return "a rule file"
     return "a file of tensors" if path.suffix in TENSORS else None
 

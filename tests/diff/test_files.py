@@ -31,6 +31,12 @@ def test_tensors_differ_by_header_and_by_value(tmp_path: Path) -> None:
     assert "h.1.w" in ps.diff(*paths).to_html()
 
 
+def test_shipped_rules_are_compared_by_name() -> None:
+    told = [str(line) for line in ps.diff("lora_qv", "ia3").summary.lines]
+    assert told == [str(line) for line in ps.diff(LORA, LORA.with_name("ia3.yaml")).summary.lines]
+    assert any("folds into W" in line for line in told)
+
+
 def test_a_file_and_a_model_are_not_compared(tmp_path: Path) -> None:
     with pytest.raises(ps.SurgeryError) as refused:
         ps.diff(LORA, tmp_path)

@@ -9,6 +9,8 @@ from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 import peftsurgery as ps
 from peftsurgery.diff.comparison import Diff, diff
 from peftsurgery.diff.lines import Line
@@ -60,6 +62,13 @@ def test_the_page_stands_alone_and_its_links_lead_somewhere(tmp_path: Path) -> N
     assert "silu → gelu" in text
     assert "Permission is hereby granted" in text
     assert reader.scripts == 2
+
+
+def test_a_place_that_no_page_can_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ps.SurgeryError) as refused:
+        found().to_html(tmp_path / "file" / "page.html")
+    assert refused.value.code == "PSG603"
 
 
 def test_names_from_files_are_shown_and_not_obeyed() -> None:
