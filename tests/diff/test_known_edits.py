@@ -96,6 +96,34 @@ def test_a_shape_that_the_model_does_not_run_at_is_refused() -> None:
     assert refused.value.code == "PSG904"
 
 
+A_LAYER = 4 * WIDTH * (WIDTH + 1) + 12 * (2 * WIDTH + 1) + WIDTH + 2 * WIDTH
+HEADLINES = {  # the change of parameters and bytes, by arithmetic; None: half of them
+    "act": (changed(replace(PLAIN, act="gelu")), 0, 0),
+    "no norm": (changed(replace(PLAIN, norm="none")), -2 * WIDTH, -4 * 2 * WIDTH),
+    "moved norm": (changed(replace(PLAIN, norm="after")), 0, 0),
+    "mask": (changed(replace(PLAIN, causal=False)), 0, 0),
+    "one more": (Recipe((PLAIN,) * 4), A_LAYER, 4 * A_LAYER),
+    "dtype": (Recipe(dtype=torch.bfloat16), 0, None),
+}
+
+
+@pytest.mark.parametrize("what", HEADLINES)
+def test_the_headline_says_what_an_edit_cost(what: str) -> None:
+    recipe, parameters, size = HEADLINES[what]
+    found = diff(captured(), captured(recipe))
+    assert found.summary.figures is not None
+    a, b = found.summary.figures
+    assert b.parameters - a.parameters == b.trainable - a.trainable == parameters
+    assert b.bytes - a.bytes == (-a.bytes // 2 if size is None else size)
+    assert a.flops is not None
+    if what == "one more":
+        assert (b.flops or 0) - a.flops == (a.flops - 2 * 10 * WIDTH * 11) / 3
+    else:
+        assert b.flops == a.flops
+    shown = {name: row for name, *row in found.summary.headline()}
+    assert (shown["parameters"][2] == "=") is (parameters == 0)
+
+
 def test_a_moved_norm_is_moved_and_not_new() -> None:
     lines = told(diff(captured(), captured(changed(replace(PLAIN, norm="after")))))
     assert lines
@@ -217,8 +245,11 @@ rules:
     params: {A: {shape: [rank, in]}, B: {shape: [out, rank], init: zeros}}
     rewrite: y + linear(linear(x, A), B)
 """
-    lines = told(diff(graph, ps.apply(graph, ps.parse_rules(rule))))
-    assert "+ layers.{0..2,4..5}.attn.q: thin(rank 2) on attn.q ×5" in lines
+    found = diff(graph, ps.apply(graph, ps.parse_rules(rule)))
+    assert "+ layers.{0..2,4..5}.attn.q: thin(rank 2) on attn.q ×5" in told(found)
+    assert found.summary.figures is not None
+    a, b = found.summary.figures
+    assert b.parameters - a.parameters == b.trainable == 5 * 2 * (WIDTH + WIDTH)
 
 
 def test_renaming_all_modules_changes_names_only() -> None:
