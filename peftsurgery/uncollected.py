@@ -14,11 +14,17 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Let the garbage collector wait within the context, if it is on."""
+    """Let the garbage collector wait within the context, if it is on.
+
+    What was made meanwhile is taken for old, unless the process keeps frozen objects of its own.
+    """
     was_on = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

@@ -110,6 +110,7 @@ class Captures:
         self.blocks = block_paths(source.module)
         self.library = Library()
         self.constants: dict[str, torch.Tensor] = {}
+        self._likely: tuple[str, ...] = ()  # blocks that the next capture will fill in, probably
         self._made: dict[Key, list[Capture]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
@@ -161,7 +162,8 @@ class Captures:
         self, module: nn.Module, call: Call, training: bool, state: Surroundings
     ) -> Capture:
         with traced_alone(), noted_calls(module) as notes:
-            exported = export(module, call, training, notes)
+            exported = export(module, call, training, notes, likely=self._likely)
+        self._likely = _after_another(exported.filled)
         tensors = tensor_infos(module)
         self._name_constants(exported.module)
         of_module = _counters(module), _dropouts(module)
@@ -183,12 +185,28 @@ class Captures:
     def _name_constants(self, module: fx.GraphModule) -> None:
         """Give each constant tensor of a capture a name that no other capture uses."""
         for node in module.graph.find_nodes(op="get_attr"):
+            if str(node.target) in self.tensors:
+                continue
             value = getattr(*owner_of(module, str(node.target)), None)
-            if str(node.target) in self.tensors or not isinstance(value, torch.Tensor):
+            if not isinstance(value, torch.Tensor):
                 continue
             name = f"_constant_{len(self.constants)}"
             self.constants[name] = value.detach()
             node.target = name
+
+
+def _after_another(filled: Sequence[str]) -> tuple[str, ...]:
+    """Those of the blocks that come after another of them in their list.
+
+    The one before may be the second of its kind, which other arguments may have traced.
+    """
+    known = set(filled)
+    places = [(path, *path.rpartition(".")) for path in filled]
+    return tuple(
+        path
+        for path, home, dot, number in places
+        if number.isdecimal() and f"{home}{dot}{int(number) - 1}" in known
+    )
 
 
 def _counters(module: nn.Module) -> frozenset[str]:

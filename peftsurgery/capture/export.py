@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -71,18 +71,29 @@ class Exported:
 
 @quiet()
 def export(
-    module: nn.Module, call: Call, training: bool, notes: Notes, once: bool = True
+    module: nn.Module,
+    call: Call,
+    training: bool,
+    notes: Notes,
+    once: bool = True,
+    likely: Collection[str] = (),
 ) -> Exported:
     """Export ``module`` for ``call``, for both modes if one graph can serve them, else for one.
 
-    ``notes`` are those of its modules' calls. Equal blocks are traced ``once``.
+    ``notes`` are those of its modules' calls. Equal blocks are traced ``once``; ``likely`` are the
+    paths of those that another capture filled in.
 
     Raises PSG201 with torch.export's reason if it cannot be exported, and PSG211 if it is only the
     train mode that cannot, and a capture for ``training`` is wanted; PSG210 for a cache that cannot
     be left to its owner, and PSG217 for a model that remembers, in the mode that is wanted.
     """
     call = traced(apart(call), module)
-    trace = partial(_try, module, call, notes, once)
+    if likely:
+        with contextlib.suppress(*EXPORT_ERRORS, SurgeryError):
+            known = _export(module, call, notes, likely, train=True)
+            if _serves_both(known, module, call):
+                return _read(known, call)
+    trace = partial(_try, module, call, notes, () if once else None)
     trained, refusal = trace(train=True)
     if trained is not None:
         if _serves_both(trained, module, call):
@@ -115,18 +126,18 @@ class _Trace:
 
 
 def _try(
-    module: nn.Module, call: Call, notes: Notes, once: bool, train: bool
+    module: nn.Module, call: Call, notes: Notes, likely: Collection[str] | None, train: bool
 ) -> tuple[_Trace | None, Exception | None]:
     """What torch.export makes of the call in one mode, or why it cannot.
 
     What cannot be exported with equal blocks traced once may be, with each traced by itself.
     """
     try:
-        return _export(module, call, notes, once, train), None
+        return _export(module, call, notes, likely, train), None
     except SurgeryError as error:
         return None, error
     except EXPORT_ERRORS as error:
-        return _try(module, call, notes, False, train) if once else (None, error)
+        return (None, error) if likely is None else _try(module, call, notes, None, train)
 
 
 def _read(trace: _Trace, call: Call) -> Exported:
@@ -174,16 +185,25 @@ def _is_in_dropout_module(node: fx.Node, module: nn.Module) -> bool:
 
 
 def _export(
-    module: nn.Module, call: Call, notes: Notes, once: bool, train: bool, by_value: bool = False
+    module: nn.Module,
+    call: Call,
+    notes: Notes,
+    likely: Collection[str] | None,
+    train: bool,
+    by_value: bool = False,
 ) -> _Trace:
+    """Trace a call; equal blocks once, unless ``likely`` is None."""
     images_vary = not isinstance(module, PreTrainedModel)
     watch, masks = Watch(module), Masks(call, by_value)
-    blocks = Once(module, notes, masks) if once else None
+    blocks = None if likely is None else Once(module, notes, masks, likely)
+    if blocks is not None:
+        watch.guard = blocks.hidden.guarded
     with (
         kept_attributes(module),
         _prepared(module, call, train, watch, masks),
         noted_reads() as reads,
         contextlib.nullcontext() if blocks is None else traced_once(blocks),
+        contextlib.nullcontext() if blocks is None else blocks.hidden.kept(),
         _unprinted(),
     ):
         before = drawn_elsewhere()
@@ -197,7 +217,7 @@ def _export(
         )
         drew = drawn_elsewhere() != before
     if masks.matters:
-        return _export(module, call, notes, once, train, by_value=True)
+        return _export(module, call, notes, likely, train, by_value=True)
     if drew and not _is_one(_record(module, call, train, start) for start in starts()):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:

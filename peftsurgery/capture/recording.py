@@ -9,7 +9,7 @@ follows these flags.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
@@ -124,6 +124,7 @@ class Watch(TorchFunctionMode):
         self.names: dict[int, str] = {}
         self.numbers: dict[int, int | str] = {}
         self.kept: list[Any] = []  # so that no other tensor has its identity
+        self.guard: Callable[[], AbstractContextManager[None]] = nullcontext
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +134,7 @@ class Watch(TorchFunctionMode):
             self.number(value)
         before = attributes_of(self.module, copied=False)
         self.names = {id(tensor): name for name, tensor in tensors_of(self.module)}
-        with self:
+        with self, self.guard():
             output = forward(*args, **kwargs)
         self.changed = changed_since(before)
         self.record.output = self.plain(output)

@@ -82,7 +82,16 @@ def layers_told_by_number(cache: Cache) -> Layers | None:
 class Place:
     """A call of a block as a trace comes to it: where in the graph it is, and what is given."""
 
-    def __init__(self, tracer: Any, notes: Notes, block: nn.Module, args: Any, kwargs: Any) -> None:
+    def __init__(
+        self,
+        tracer: Any,
+        notes: Notes,
+        block: nn.Module,
+        args: Any,
+        kwargs: Any,
+        hidden: Sequence[str] = (),
+    ) -> None:
+        """``hidden`` are the names of the block's parameters, if they are out of sight."""
         self.tracer, self.notes, self.graph = tracer, notes, tracer.graph
         self.stack = {key: _entry(*entry) for key, entry in tracer.module_stack.items()}
         self.path = list(self.stack.values())[-1][0]
@@ -92,7 +101,8 @@ class Place:
         self.caches = [leaf for leaf in self.leaves if isinstance(leaf, Cache)]
         known = (layers_told_by_number(cache) for cache in self.caches)
         self.layers = next((layers for layers in known if layers is not None), Layers(()))
-        self.tensors = dict(named_tensors(block))
+        self.hidden = hidden
+        self.tensors = dict(named_tensors(block)) if not hidden else {}
         self._first_nodes = self._nodes()
         self.last = self.graph._root.prev
         self.called = dict(tracer.num_calls)
@@ -213,7 +223,12 @@ class Place:
         One node stands for what it does, of that ``number``.
         """
         value_of: dict[fx.Node, fx.Node] = {}
-        for old, new in zip(passage.place.given, self.given, strict=True):
+        taken = passage.place.given
+        if self.hidden:
+            taken, own = taken[: len(self.given)], taken[len(self.given) :]
+            if not self._are_named(own, passage):
+                return None
+        for old, new in zip(taken, self.given, strict=True):
             if value_of.setdefault(old, new) is not new:
                 return None
         made: dict[fx.Node, torch.Tensor] = {}
@@ -242,6 +257,16 @@ class Place:
         for key, values in collected().items():
             values.extend(more[key])
         return (returned,)
+
+    def _are_named(self, own: Sequence[fx.Node], passage: Passage) -> bool:
+        """Whether a copy of a passage can read this block's parameters by their names."""
+        return (
+            list(passage.place.tensors) == list(self.hidden)
+            and len(own) == len(self.hidden)
+            and all(node.op == "placeholder" for node in own)
+            and not any(isinstance(key, str) for key in passage.moved)
+            and {node for node, _, _ in passage.marks}.isdisjoint(own)
+        )
 
     @property
     def given(self) -> list[fx.Node]:

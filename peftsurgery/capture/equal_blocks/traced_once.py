@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as torch_modules
 from torch.overrides import _get_current_function_mode_stack
@@ -39,13 +38,21 @@ from peftsurgery.capture.equal_blocks.collecting import (
 from peftsurgery.capture.equal_blocks.filling_in import (
     Passage,
     Place,
-    described,
     kind,
     layers_told_by_number,
     memory,
     sizes,
 )
 from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
+from peftsurgery.capture.equal_blocks.out_of_sight import Hidden, OutOfSightError
+from peftsurgery.capture.equal_blocks.situations import (
+    Attribute,
+    Situation,
+    told_apart,
+    told_beside,
+    told_of_attributes,
+    told_of_tensors,
+)
 from peftsurgery.capture.equal_blocks.size_questions import Questions
 from peftsurgery.capture.equal_blocks.unfolding import Filling
 from peftsurgery.capture.kv_cache import Layers
@@ -57,38 +64,11 @@ from peftsurgery.capture.surroundings import surroundings
 from peftsurgery.capture.watched import HOOKS
 
 _TRACER = "_ModuleStackTracer"
-_TABLES = frozenset(vars(nn.Module()))
-_QUIET = tuple(name for name in _TABLES if "state_dict" in name)  # hooks that no call of it calls
 _GLOBAL_HOOKS = tuple(
     name
     for name in vars(torch_modules)
     if name.startswith("_global_") and name.endswith("_hooks") and "registration" not in name
 )
-
-Attribute = tuple[str, str]  # a part's name beneath the block, and the attribute's
-
-
-@dataclass(frozen=True)
-class _Situation:
-    """All that a block's call depends on: of ``attributes``, only on those that are read."""
-
-    parts: Token
-    given: Token  # the sizes of what is given: a trace may learn of them
-    told: Token  # all else that is given
-    around: Token
-    attributes: dict[Attribute, Token]
-    layers: dict[Attribute, Token]  # what the cache's layers are whose numbers attributes are
-    kept: Sequence[Any]  # all that these are tokens of: nothing else gets their identity
-
-    def agrees(self, other: _Situation, unread: set[Attribute]) -> bool:
-        """Whether a call here does what one does there, which reads none of ``unread``."""
-        mine, theirs = self.attributes, other.attributes
-        return (
-            (self.parts, self.given, self.told) == (other.parts, other.given, other.told)
-            and self.around == other.around
-            and mine.keys() == theirs.keys()
-            and all(mine[key] == theirs[key] or key in unread for key in mine)
-        )
 
 
 @dataclass
@@ -106,7 +86,7 @@ class _BlockCall:
 
 @dataclass(frozen=True)
 class _Known:
-    situation: _Situation
+    situation: Situation
     unread: set[Attribute]
     running: _BlockCall
     passage: Passage
@@ -118,16 +98,20 @@ class _Known:
 class Once:
     """The blocks of one trace; ``fillings`` are the calls of those that were not traced."""
 
-    def __init__(self, module: nn.Module, notes: Notes, masks: Masks) -> None:
+    def __init__(
+        self, module: nn.Module, notes: Notes, masks: Masks, likely: Collection[str] = ()
+    ) -> None:
         self.notes, self.masks = notes, masks
         parts = dict(module.named_modules(remove_duplicate=False))
         blocks = {path: parts[path] for path in block_paths(module)}
+        within = {path for path in blocks if any(path.startswith(f"{outer}.") for outer in blocks)}
+        self.hidden = Hidden(module, set(likely) - within)
         self.blocks = {
             id(vars(block)): block
             for path, block in blocks.items()
             if _has_own_parts(block, path, notes)
         }
-        self.watched = watchable(_told_apart(list(self.blocks.values())))
+        self.watched = watchable(told_apart(list(self.blocks.values())))
         self.thread = threading.get_ident()
         self.tracer: Any = None
         self.known: list[_Known] = []
@@ -157,9 +141,26 @@ class Once:
         if tracer is not self.tracer or self._is_hooked(block):
             return forward(*args, **kwargs)
         self.notes.begin(tracer)
-        place = Place(tracer, self.notes, block, args, kwargs)
+        with self.hidden.unguarded():
+            filled = self._filled(tracer, block, args, kwargs)
+        if isinstance(filled, tuple):
+            return filled[0]
+        if id(block) in self.hidden.parts:
+            raise OutOfSightError(
+                f"'{self.notes.paths[id(block)]}' is not like one that was traced"
+            )
+        return (
+            forward(*args, **kwargs)
+            if filled is None
+            else filled(partial(forward, *args, **kwargs))
+        )
+
+    def _filled(self, tracer: Any, block: nn.Module, args: Any, kwargs: Any) -> Any:
+        """What it returns as one did that was traced, in a tuple; else what traces it, if any."""
+        hidden = self.hidden.names(block) if id(block) in self.hidden.parts else ()
+        place = Place(tracer, self.notes, block, args, kwargs, hidden)
         if not place.is_plain:
-            return forward(*args, **kwargs)
+            return None
         with torch._C.DisableTorchFunction():  # what is asked of tensors here is no step of theirs
             situation = self._situation(block, place)
         for known in self.known:
@@ -176,8 +177,8 @@ class Once:
                     for number in numbers:
                         vars(place.layers[number]).update(known.kept)
                     self._run_as(known, block, place)
-                    return result[0]
-        return self._traced(block, place, situation, partial(forward, *args, **kwargs))
+                    return result
+        return partial(self._traced, block, place, situation)
 
     def _run_as(self, known: _Known, block: nn.Module, place: Place) -> None:
         """Note for the blocks around that this one reads and asks what a known one did."""
@@ -189,7 +190,7 @@ class Once:
             call.questions.asked |= did.questions.asked
             call.stood_for += [*known.passage.nodes, *did.stood_for]
 
-    def _traced(self, block: nn.Module, place: Place, situation: _Situation, forward: Any) -> Any:
+    def _traced(self, block: nn.Module, place: Place, situation: Situation, forward: Any) -> Any:
         """What a block returns, and what it did kept if it is all that it will ever do."""
         shapes = self._shapes()
         if shapes is None:
@@ -230,7 +231,7 @@ class Once:
             self.known.append(known)
         return result
 
-    def _situation(self, block: nn.Module, place: Place) -> _Situation:
+    def _situation(self, block: nn.Module, place: Place) -> Situation:
         tokens = TokenMaker()
         parts = list(block.named_modules(remove_duplicate=False))
         which: dict[int, int] = {}
@@ -243,9 +244,18 @@ class Once:
                     tuple(sorted(part._non_persistent_buffers_set)),
                     told_of_hooks(part),
                 ),
-                *(_tensors(part._parameters, which), _tensors(part._buffers, which)),
             )
             for name, part in parts
+        ]
+        tables = [self.hidden.tables[id(part)] for _, part in parts]
+        own: dict[int, int] = {}
+        plain = [told_of_tensors(table, own) for table in tables]
+        tensors = [
+            (
+                told_of_tensors(table if place.hidden else part._parameters, which),
+                told_of_tensors(part._buffers, which),
+            )
+            for (_, part), table in zip(parts, tables, strict=True)
         ]
         around = (
             *(surroundings(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -253,12 +263,14 @@ class Once:
             told_of_collected(),
         )
         modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
-        return _Situation(
+        return Situation(
             (type(block), tuple(seen)),
+            None if place.hidden else tensors,
+            plain,
             [sizes(leaf) for leaf in place.leaves if isinstance(leaf, torch.Tensor)],
             (place.structure, [self._told(leaf, tokens, which) for leaf in place.leaves]),
             (around, tuple(map(id, modes))),
-            _attributes(parts, tokens),
+            told_of_attributes(parts, tokens),
             self._layers(parts, place.layers, tokens),
             tokens.kept,
         )
@@ -283,7 +295,7 @@ class Once:
         if not isinstance(leaf, torch.Tensor):
             return tokens.of(leaf)
         same = [which.setdefault(key, len(which)) for key in (id(leaf), memory(leaf))]
-        return same, kind(leaf), self.masks.known(leaf), tokens.of(_beside(leaf))
+        return same, kind(leaf), self.masks.known(leaf), tokens.of(told_beside(leaf))
 
     def _shapes(self) -> Any:
         """What the trace knows of sizes."""
@@ -324,55 +336,6 @@ def _has_own_parts(block: nn.Module, path: str, notes: Notes) -> bool:
     """Whether the parts of a block are known by names beneath its own: of no other block too."""
     names = (notes.paths[id(part)] for part in block.modules())
     return all(name == path or name.startswith(f"{path}.") for name in names)
-
-
-def _tensors(table: dict[str, Any], which: dict[int, int]) -> Token:
-    return tuple(
-        (
-            name,
-            tensor
-            if tensor is None
-            else (described(tensor), which.setdefault(id(tensor), len(which))),
-        )
-        for name, tensor in table.items()
-    )
-
-
-def _beside(tensor: torch.Tensor) -> dict[str, Any]:
-    """What code has put into a tensor's attributes."""
-    own = (*FakeTensor.__annotations__, *dir(FakeTensor))
-    return {
-        name: value
-        for name, value in vars(tensor).items()
-        if name not in own and value is not None and not name.endswith(("_vc", "_epoch"))
-    }
-
-
-def _attributes(parts: list[tuple[str, nn.Module]], tokens: TokenMaker) -> dict[Attribute, Token]:
-    """What the parts of a block keep in attributes, tensors and parts aside."""
-    own = {
-        (name, key): tokens.of(value)
-        for name, part in parts
-        for key, value in vars(part).items()
-        if key not in _TABLES
-    }
-    quiet = ((name, key, vars(part)[key]) for name, part in parts for key in _QUIET)
-    return own | {(name, key): tokens.of(tuple(hooks.values())) for name, key, hooks in quiet}
-
-
-def _told_apart(blocks: list[nn.Module]) -> set[tuple[type, str]]:
-    """The attributes in which blocks of one class differ, with the class of the part."""
-    tokens = TokenMaker()
-    first: dict[type, dict[Attribute, Token]] = {}
-    found: set[tuple[type, str]] = set()
-    for block in blocks:
-        parts = list(block.named_modules(remove_duplicate=False))
-        kinds = {name: type(part) for name, part in parts}
-        mine = _attributes(parts, tokens)
-        other = first.setdefault(type(block), mine)
-        differing = (key for key in mine if key in other and mine[key] != other[key])
-        found |= {(kinds[name], key) for name, key in differing}
-    return found
 
 
 @contextmanager

@@ -15,9 +15,11 @@ import torch
 from torch import fx
 
 from peftsurgery.capture.equal_blocks.filling_in import BEGINS, BLOCK, ENDS, Passage, Place
+from peftsurgery.capture.equal_blocks.out_of_sight import OutOfSightError
 from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS
 from peftsurgery.capture.kv_cache import REMEMBER
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, hand_on
+from peftsurgery.capture.names import join
 
 _ENCLOSING = (BEGINS, ENDS)
 
@@ -66,7 +68,9 @@ def _copy(
     """Copy a passage to where ``call`` stands for it; its nodes and those given, by the copied."""
     taken: Any = end.args[0]
     given: Any = call.args[0]
-    value_of: dict[fx.Node, fx.Node] = dict(zip(taken, given, strict=True))
+    value_of: dict[fx.Node, fx.Node] = dict(zip(taken, given, strict=not filling.place.hidden))
+    for name, node in zip(filling.place.hidden, taken[len(given) :], strict=False):
+        value_of[node] = _own(call, node, name, filling)
 
     def value(node: fx.Node) -> fx.Node:
         return value_of.get(node, node)
@@ -80,6 +84,17 @@ def _copy(
                 value_of[node] = made
             node = node.next
     return value_of
+
+
+def _own(call: fx.Node, like: fx.Node, name: str, to: Filling) -> fx.Node:
+    """What reads a parameter of a block that was filled in, as ``like`` reads the other's."""
+    old, new = to.passage.place.noted_path, to.place.noted_path
+    if like.op != "get_attr" or like.target != join(old, name):
+        raise OutOfSightError(f"{join(new, name)} is read as {like.target}")
+    with call.graph.inserting_before(call):
+        made = call.graph.create_node("get_attr", join(new, name))
+    made.meta = dict(like.meta)
+    return made
 
 
 def _by_number(graph: fx.Graph, target: Any) -> dict[Any, fx.Node]:

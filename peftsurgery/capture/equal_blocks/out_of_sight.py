@@ -1,0 +1,123 @@
+"""Parameters of blocks that will probably be filled in, kept out of a trace's sight.
+
+torch.export does much for every parameter of a model, and that is most of what a capture of a deep
+model costs. A block that another capture of the model filled in needs none of its parameters to be
+filled in again: the nodes that are copied read them by name. So a further capture does not show
+them to torch.export. Where such a block is not like one that was traced, or other code of the model
+looks at its parameters, the trace ends, and is made again with everything in sight.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftsurgery.capture.names import join
+
+Tables = Mapping[int, Mapping[str, torch.Tensor | None]]
+
+
+class OutOfSightError(RuntimeError):
+    """Code needs parameters that were kept out of sight."""
+
+
+class Hidden:
+    """The parameters of some blocks of a module; ``tables`` has those of all its parts, by part."""
+
+    def __init__(self, module: nn.Module, blocks: Collection[str]) -> None:
+        self.tables: dict[int, Mapping[str, torch.Tensor | None]] = {
+            id(part): dict(part._parameters) for part in module.modules()
+        }
+        users = Counter(id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False))
+        self.parts: dict[int, list[nn.Module]] = {}
+        self._is_looked_at = False
+        for path in blocks:
+            block = module.get_submodule(path)
+            if _is_apart(block, users):
+                self.parts[id(block)] = list(block.modules())
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep the parameters out of sight within the context."""
+        parts = [part for parts in self.parts.values() for part in parts]
+        before = [vars(part)["_parameters"] for part in parts]
+        for part in parts:
+            vars(part)["_parameters"] = _Unseen(self, part._parameters)
+        try:
+            yield
+        finally:
+            for part, table in zip(parts, before, strict=True):
+                vars(part)["_parameters"] = table
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Let whoever looks for them within the context be told that they are out of sight."""
+        self._is_looked_at = True
+        try:
+            yield
+        finally:
+            self._is_looked_at = False
+
+    @contextmanager
+    def unguarded(self) -> Iterator[None]:
+        """What is asked within the context is no code of the model's."""
+        before, self._is_looked_at = self._is_looked_at, False
+        try:
+            yield
+        finally:
+            self._is_looked_at = before
+
+    def looked_at(self) -> None:
+        """Somebody looked at a table that is kept out of sight."""
+        if self._is_looked_at:
+            raise OutOfSightError("a parameter is out of sight")
+
+    def names(self, block: nn.Module) -> list[str]:
+        """The names of a hidden block's parameters."""
+        return [
+            join(path, name)
+            for path, part in block.named_modules(remove_duplicate=False)
+            for name, value in self.tables[id(part)].items()
+            if value is not None
+        ]
+
+
+class _Unseen(dict[str, Any]):
+    """An empty table that tells when it is looked at, but for names that it never had."""
+
+    def __init__(self, hidden: Hidden, own: Collection[str]) -> None:
+        super().__init__()
+        self.hidden, self.own = hidden, frozenset(own)
+
+    def __contains__(self, name: object) -> bool:
+        if name in self.own:
+            self.hidden.looked_at()
+        return False
+
+
+def _telling(name: str) -> Any:
+    def ask(self: _Unseen, *args: Any, **kwargs: Any) -> Any:
+        self.hidden.looked_at()
+        return getattr(dict, name)(self, *args, **kwargs)
+
+    return ask
+
+
+for _name in (
+    *("__iter__", "__len__", "__getitem__", "__setitem__", "__delitem__", "items", "keys"),
+    *("values", "get", "pop", "update", "copy", "setdefault"),
+):
+    setattr(_Unseen, _name, _telling(_name))
+
+
+def _is_apart(block: nn.Module, users: Counter[int]) -> bool:
+    """Whether a block has parameters that nothing else has, and no buffer."""
+    if next(block.buffers(), None) is not None:
+        return False
+    own = Counter(id(tensor) for _, tensor in block.named_parameters(remove_duplicate=False))
+    return bool(own) and all(users[key] == count for key, count in own.items())
