@@ -28,6 +28,7 @@ _METHODS = ("view", "expand", "contiguous", "detach")
 _LAYERS = ("linear", "silu", "gelu", "scaled_dot_product_attention")
 
 _OPERATOR = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)(?=\()")
+_FORMAT = re.compile(r"torch\.(contiguous_format|preserve_format|channels_last)")
 # Operators whose bindings take the same arguments in the same order, in every overload that a
 # capture has, or else in those that are named.
 BINDINGS = {
@@ -157,6 +158,8 @@ def _with_bindings(source: str) -> str:
 
     def binding(found: re.Match[str]) -> str:
         name, overload = found.groups()
+        if name == "to" and _FORMAT.search(source, found.end(), source.find("\n", found.end())):
+            return found[0]  # the method takes it by its name alone
         return BINDINGS.get(name) or BINDINGS.get(f"{name}.{overload}") or found[0]
 
     return _OPERATOR.sub(binding, source)

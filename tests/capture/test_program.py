@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrize import register_parametrization
 
+import peftsurgery as ps
 from peftsurgery.capture.program import BINDINGS, generate_forward
 
 ATEN = torch.ops.aten
@@ -196,3 +197,16 @@ def test_a_part_is_looked_up_once_and_its_tensors_at_every_read() -> None:
     before, after = forward(module)
     assert before is not weight
     assert after is weight
+
+
+class Formatted(nn.Module):
+    """A cast that says how the result lies in memory."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mT.to(torch.float64, memory_format=torch.contiguous_format) * 2
+
+
+def test_a_cast_may_say_how_the_result_lies_in_memory() -> None:
+    x = torch.randn(2, 3, 4)
+    graph = ps.capture(Formatted(), {"x": x})
+    assert torch.equal(graph(x), Formatted()(x))

@@ -109,7 +109,9 @@ def wrong_weights(model: Any, made: Any, folded: Any) -> list[str]:
 
     before = {name: value.double() for name, value in model.state_dict().items()}
     expected = {name: value.clone() for name, value in before.items()}
-    for match in made.report.matches:
+    # a weight that is used twice is told twice, and changed once
+    matches = {tuple(match["added"]): match for match in made.report.matches}
+    for match in matches.values():
         A, B = (made.get_parameter(name).double() for name in sorted(match["added"]))
         change, part = 2 * (B @ A), match["slice"]
         weight = expected[match["parameter"]]
