@@ -3,8 +3,8 @@
 ``python -m tools.bench pages`` captures two Llamas of 70B on meta, one of them with LoRA in all but
 one of 80 layers and another activation in a layer, and opens the page of their difference from the
 disk in a fresh headless chromium, several times. Open is: loaded, the parts drawn, and two frames
-painted after that. Then it opens layers, modules and the search, one after the other, and waits for
-two frames each. Exit code 1 if the page takes 2 s to open at the median, or a step 0.2 s.
+painted after that. Then it opens layers and modules, one after the other, and waits for two frames
+each. Exit code 1 if the page takes 2 s to open at the median, or a step 0.2 s.
 """
 
 from __future__ import annotations
