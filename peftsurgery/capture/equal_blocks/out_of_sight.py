@@ -9,6 +9,7 @@ looks at its parameters, the trace ends, and is made again with everything in si
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ class Hidden:
         }
         users = Counter(id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False))
         self.parts: dict[int, list[nn.Module]] = {}
+        self.thread = threading.get_ident()
         self._is_looked_at = False
         for path in blocks:
             block = module.get_submodule(path)
@@ -88,20 +90,37 @@ class Hidden:
 
 
 class _Unseen(dict[str, Any]):
-    """An empty table that tells when it is looked at, but for names that it never had."""
+    """An empty table that tells when it is looked at, but for names that it never had.
 
-    def __init__(self, hidden: Hidden, own: Collection[str]) -> None:
+    To other threads than the one that traces, it is the table itself: the module may be the user's
+    own, and be called or saved meanwhile.
+    """
+
+    def __init__(self, hidden: Hidden, table: dict[str, Any]) -> None:
         super().__init__()
-        self.hidden, self.own = hidden, frozenset(own)
+        self.hidden, self.table = hidden, table
+
+    def is_for_another(self) -> bool:
+        """Whether another thread asks than the one that traces."""
+        return threading.get_ident() != self.hidden.thread
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy is a copy of the table, whoever makes it."""
+        return dict, (self.table,)
 
     def __contains__(self, name: object) -> bool:
-        if name in self.own:
+        has = name in self.table
+        if self.is_for_another():
+            return has
+        if has:
             self.hidden.looked_at()
         return False
 
 
 def _telling(name: str) -> Any:
     def ask(self: _Unseen, *args: Any, **kwargs: Any) -> Any:
+        if self.is_for_another():
+            return getattr(self.table, name)(*args, **kwargs)
         self.hidden.looked_at()
         return getattr(dict, name)(self, *args, **kwargs)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -143,6 +145,20 @@ def test_what_is_hidden_is_back_afterwards() -> None:
         with hidden.guarded():
             assert not hasattr(module.get_submodule("blocks.1.inner"), "other")
     assert [name for name, _ in module.named_parameters()] == names
+
+
+def test_other_threads_find_a_module_as_it_is() -> None:
+    module = blocks.Stack(blocks.Block).eval()
+    x = torch.randn(2, 3, 8)
+    with torch.no_grad():
+        wanted, names = module(x), list(module.state_dict())
+    hidden = Hidden(module, ["blocks.1"])
+    with hidden.kept(), hidden.guarded(), ThreadPoolExecutor(1) as another, torch.no_grad():
+        assert torch.equal(another.submit(lambda: module(x)).result(), wanted)
+        assert another.submit(lambda: list(module.state_dict())).result() == names
+        twin = another.submit(deepcopy, module).result()
+        assert list(twin.state_dict()) == names
+        assert type(twin.get_submodule("blocks.1.inner")._parameters) is dict
 
 
 def test_a_block_that_shares_a_weight_or_has_a_buffer_is_in_sight() -> None:
