@@ -93,7 +93,7 @@ def test_what_is_no_surgery_and_what_is_there_already_are_refused(
     run: Any, bert: Path, surgery: Path, tmp_path: Path
 ) -> None:
     outcome = run("export", bert, "--to", "peft", "-o", tmp_path / "out", "--json")
-    assert outcome.json["error"]["code"] == "PSG605"
+    assert outcome.json["error"]["code"] == "PSG607"
     outcome = run("export", surgery, "--to", "peft", "-o", surgery, "--json")
     assert outcome.json["error"]["code"] == "PSG602"
     (tmp_path / "out").mkdir()

@@ -46,6 +46,10 @@ RECIPES: Mapping[str, Recipe] = {
     "lora_plus": Recipe(2e-3, rules=("lora_qv",), beside="lora_qv; B learns 16 times as fast"),
     "rslora": Recipe(2e-3, peft=("LoraConfig", {**LORA, "use_rslora": True})),
     "dora": Recipe(3e-3, peft=("LoraConfig", {**LORA, "use_dora": True})),
+    "lora_bias": Recipe(3e-3, peft=("LoraConfig", {**LORA, "lora_bias": True})),
+    "loha": Recipe(5e-3, peft=("LoHaConfig", {"r": 8, "alpha": 8, **QV})),
+    "lokr": Recipe(5e-3, peft=("LoKrConfig", {"r": 8, "alpha": 8, **QV})),
+    "oft": Recipe(3e-3, peft=("OFTConfig", {"oft_block_size": 32, **QV})),
     "pissa": Recipe(
         2e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "pissa"})
     ),
@@ -106,6 +110,7 @@ ELSEWHERE = {
     "lora_experts": "MiniLM has no experts",
     "adalora_conv": "MiniLM has no convolutions",
     "lora": "it is lora_qv with its default roles",
+    "lokr_full": "it is lokr where the rank is half of the second matrix or more",
     "nf4": "it trains nothing by itself: see qlora",
 }
 """Shipped rules that the table has no row for."""
