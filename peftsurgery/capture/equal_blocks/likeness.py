@@ -88,6 +88,7 @@ def _is_plain(kind: type) -> bool:
     )
 
 
+@lru_cache(maxsize=4096)
 def is_library(path: str | None) -> bool:
     """Whether a source file is of torch, transformers, numpy or Python itself."""
     if path is None or path.startswith("<frozen "):
