@@ -12,6 +12,10 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ResNetConfig,
+    ResNetModel,
 )
 
 import peftsurgery as ps
@@ -25,13 +29,22 @@ MAKERS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**SIZES, n_embd=16, n_head=2, n_layer=3)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, **PLAIN, num_hidden_layers=3)),
 }
+EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+OTHERS = {
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SIZES, **PLAIN, **EXPERTS, num_hidden_layers=2)
+    ),
+    "resnet": lambda: ResNetModel(ResNetConfig(**STAGES)),
+}
+"""Models with what the others lack: experts, convolutions."""
 
 
 @cache
 def real(name: str) -> ps.GraphModel:
     """The capture; not to be changed."""
     torch.manual_seed(0)
-    return ps.capture(MAKERS[name]().eval())
+    return ps.capture({**MAKERS, **OTHERS}[name]().eval())
 
 
 @cache
