@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -62,9 +63,12 @@ def test_outputs_and_gradients_are_the_originals(name: str) -> None:
     both = pair(name)
     both.train()
     backend = compiled(both, fullgraph=True)
-    expected, actual = both.run(**ZOO[name].inputs(2, 6))
-    assert_same(expected, actual)
-    for outputs in (expected, actual):
+    inputs = ZOO[name].inputs(2, 6)
+    assert_same(*both.run(**inputs))
+    # Code that is traced may take other kernels (transformers' experts do, depending on where their
+    # tensors lie in memory): gradients are compared with those of the original traced likewise.
+    traced: Any = torch.compile(both.original, backend=Counted())
+    for outputs in dataclasses.replace(both, original=traced).run(**inputs):
         first = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
         first.square().sum().backward()
     assert_same_gradients(both)

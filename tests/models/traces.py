@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
 from peftsurgery.capture.export import Exported, export
+from peftsurgery.capture.generating import cache_argument
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, ModuleCalls, noted_calls
 from peftsurgery.capture.signature import bind_call, widen
 from peftsurgery.capture.threads import making, traced_alone
@@ -87,11 +88,11 @@ def compared(module: nn.Module, inputs: Inputs) -> tuple[str, ...]:
 def cached(module: Any, past: int) -> Inputs:
     """A call beside a cache that holds so many tokens: of the first of a text, or of one more."""
     cache, new = DynamicCache(config=module.config), 1 if past else 6
+    beside: Any = {str(cache_argument(module)): cache, "use_cache": True}
     if past:
         with torch.no_grad():
-            module(input_ids=ids(2, past), past_key_values=cache, use_cache=True)
+            module(input_ids=ids(2, past), **beside)
     mask = torch.ones(2, past + new, dtype=torch.long)
-    beside: Any = {"past_key_values": cache, "use_cache": True}
     return {"input_ids": ids(2, new), "attention_mask": mask, **beside}
 
 
