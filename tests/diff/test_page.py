@@ -49,6 +49,11 @@ class Seen:
         """What the panel says."""
         return str(self.tab.inner_text("#panel"))
 
+    def comes_to(self, address: str) -> None:
+        """Wait for what a link leads to: the address changes at once, the rest in an event."""
+        shown = "address => document.querySelector('#panel').innerText.startsWith(address)"
+        self.tab.wait_for_function(shown, arg=address)
+
     def is_open(self, address: str) -> bool:
         return self.item(address).get_attribute("aria-expanded") == "true"
 
@@ -180,11 +185,11 @@ def test_links_lead_to_parts_and_out_of_changes(see: Any, lora: Diff) -> None:
     seen = see(lora.to_html(), "#/layers.3.mlp.up")
     assert seen.panel.startswith("layers.3.mlp.up")
     seen.tab.locator(".changes a:not(.sign)").first.click()
-    assert seen.panel.startswith("layers.0.attn.q")
+    seen.comes_to("layers.0.attn.q")
     assert seen.is_open("layers.0.attn.q")
     seen.tab.locator("#panel a", has_text="ln").first.click()
-    # the address changes at once, and what it leads to is shown in an event of its own
-    seen.tab.wait_for_function("document.activeElement.dataset.id === 'layers.0.ln'")
+    seen.comes_to("layers.0.ln")
+    assert seen.focused == "layers.0.ln"
     assert seen.tab.url.endswith("#/layers.0.ln")
     seen.tab.evaluate("location.hash = '#/nothing.there'")
     assert seen.focused == "layers.0.ln"
@@ -224,6 +229,7 @@ def test_both_models_stand_side_by_side(see: Any, edited: Diff) -> None:
     assert trees.nth(0).locator(".added").count() == 0
     assert trees.nth(1).locator(".removed").count() == 0
     seen.tab.evaluate("location.hash = '#/layers.0.ln'")
+    seen.comes_to("layers.0.ln")
     assert [trees.nth(n).locator('[data-id="layers.0.ln"]').count() for n in (0, 1)] == [1, 0]
 
 
