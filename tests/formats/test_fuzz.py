@@ -4,6 +4,7 @@ Bounded by the number of examples; each is a right file with a few changes (test
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def codes(folder: Path, data: st.DataObject, *readers: Callable[[Path], object])
     file, content = data.draw(changes(folder))
     with with_change(folder, file, content) as again:
         for reader in readers:
-            yield ended(lambda r=reader: r(again))  # type: ignore[misc]
+            yield ended(partial(reader, again))
 
 
 @HERE

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from tools.bench.differences import deep_graphs
 from tools.bench.fresh import measured
 
 LIMIT_OPEN, LIMIT_STEP = 2.0, 0.2
@@ -35,20 +36,9 @@ PAINTED = "() => new Promise(done => requestAnimationFrame(() => requestAnimatio
 
 def written(file: str) -> dict[str, float]:
     """Write the page; its size in bytes, and the seconds of the processor that writing took."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     import peftsurgery as ps
 
-    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64}
-    config = LlamaConfig(**sizes, num_key_value_heads=8, num_hidden_layers=80, vocab_size=128256)
-    sides = []
-    for changed in (False, True):
-        with torch.device("meta"):
-            model = LlamaForCausalLM(config).eval()
-        if changed:
-            model.model.layers[40].mlp.act_fn = torch.nn.GELU()
-        sides.append(ps.capture(model))
+    sides = deep_graphs()
     layers = {"any": [{"layers": "0..9"}, {"layers": "11.."}]}
     found = ps.diff(sides[0], ps.apply(sides[1], "lora_qv", where=layers))
     started = time.process_time()

@@ -86,14 +86,16 @@ def solved(node: fx.Node, target: Tensor, read: Read, names: Collection[str]) ->
     """
     for sets_lengths in (False, True):
         found = _Undoing(read, frozenset(names), sets_lengths).undone(node, target)
-        if found is None:
-            continue
-        new = {**found}
-        made = computed(node, lambda n, new=new: new[n] if n in new else read(n))  # type: ignore[misc]
-        error, size = (made - target).abs().max(), target.abs().max()
-        if torch.isfinite(made).all() and bool(error <= CLOSE * size):
+        if found is not None and _solves(found, node, target, read):
             return found
     return None
+
+
+def _solves(found: Solution, node: fx.Node, target: Tensor, read: Read) -> bool:
+    """Whether a computed weight is ``target`` with the values that were found."""
+    made = computed(node, lambda n: found[n] if n in found else read(n))
+    error, size = (made - target).abs().max(), target.abs().max()
+    return bool(torch.isfinite(made).all() and error <= CLOSE * size)
 
 
 @dataclass(frozen=True)
