@@ -3,15 +3,20 @@
 ``python -m tools.bench files [LAYERS]...`` makes Llamas of so many layers (103 MB each in bf16, in
 shards of 256 MB) with a LoRA of rank 16 for q and v, and prints medians of turns that alternate:
 wall seconds, processor seconds and the peak of the memory, each of a whole process. Exit code 1 if
-a limit that the project sets itself is broken: wall seconds to the copy's and to peft's, memory.
+a limit that the project sets itself is broken: wall seconds to the copy's and to peft's, memory;
+and the seconds in which a fold into 70B, whose files take no room on the disk, says what it needs.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
+import subprocess
 import sys
 import time
+from math import prod
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,6 +32,17 @@ COPY = 'cp -r "$0/base" "$0/out" && sync "$0"/out/*'
 COMMAND = "from peftsurgery.cli import main; main()"
 NAMES = {"copied": "cp -r, flushed", "folded": "peftsurgery fold", "merged": "peft: merge, save"}
 TO_COPY, TO_PEFT, PEAK = 1.3, 0.5, 160
+PLANNED_IN = 2.0  # seconds
+WIDTH, INNER, KEYS, WORDS, DEPTH, RANK = 8192, 28672, 1024, 128256, 80, 16  # Llama 70B, a LoRA
+MODULES = {
+    "self_attn.q_proj": (WIDTH, WIDTH),
+    "self_attn.k_proj": (KEYS, WIDTH),
+    "self_attn.v_proj": (KEYS, WIDTH),
+    "self_attn.o_proj": (WIDTH, WIDTH),
+    "mlp.gate_proj": (INNER, WIDTH),
+    "mlp.up_proj": (INNER, WIDTH),
+    "mlp.down_proj": (WIDTH, INNER),
+}
 
 
 def made(folder: str, layers: str) -> None:
@@ -109,6 +125,70 @@ def shown(console: Console, layers: str, merge: bool) -> list[str]:
     ]
 
 
+def sparse(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write a safetensors file in bf16 whose zeros take no room on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def sparse_70b(folder: Path) -> None:
+    """Write ``base`` and ``adapter`` as a Llama of 70B and a LoRA for its q and v have them."""
+    base, adapter = folder / "base", folder / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    ends = {"model.embed_tokens": (WORDS, WIDTH), "lm_head": (WORDS, WIDTH), "model.norm": (WIDTH,)}
+    norms = {"input_layernorm": (WIDTH,), "post_attention_layernorm": (WIDTH,)}
+    shards = [ends] + [
+        {f"model.layers.{layer}.{name}": shape for name, shape in {**MODULES, **norms}.items()}
+        for layer in range(DEPTH)
+    ]
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shapes = {f"{name}.weight": shape for name, shape in shard.items()}
+        sparse(base / file, shapes)
+        where |= dict.fromkeys(shapes, file)
+    index = {"metadata": {}, "weight_map": where}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    halves: dict[str, tuple[int, ...]] = {}
+    for layer in range(DEPTH):
+        for name in ("self_attn.q_proj", "self_attn.v_proj"):
+            rows, columns = MODULES[name]
+            key = f"base_model.model.model.layers.{layer}.{name}.lora_"
+            halves |= {f"{key}A.weight": (RANK, columns), f"{key}B.weight": (rows, RANK)}
+    sparse(adapter / "adapter_model.safetensors", halves)
+    said = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": 32,
+        "target_modules": ["q_proj", "v_proj"],
+    }
+    (adapter / "adapter_config.json").write_text(json.dumps(said))
+
+
+def planned(console: Console) -> list[str]:
+    """Ask what a fold into 70B takes, and print the median of the seconds; the limit, if broken."""
+    seconds = []
+    with TemporaryDirectory() as folder:
+        sparse_70b(Path(folder))
+        given = ["fold", f"{folder}/adapter", "--base", f"{folder}/base", "-o", f"{folder}/out"]
+        for _ in range(TURNS):
+            started = time.perf_counter()
+            command = [sys.executable, "-c", COMMAND, *given, "--dry-run"]
+            said = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+            seconds.append(time.perf_counter() - started)
+    found = median(seconds)
+    console.print(f"a fold into 70B, --dry-run: {found:.2f} s", said.stdout, sep="\n")
+    return [f"--dry-run took {found:.2f} s of {PLANNED_IN} s"] if found > PLANNED_IN else []
+
+
 def _medians(turns: list[dict[str, Any]], way: str, ways: list[str]) -> dict[str, float]:
     """Medians of a way's measures, and of its seconds over each other way's of the same turn."""
     own = {name: median(turn[way][name] for turn in turns) for name in ("seconds", "cpu", "peak")}
@@ -123,6 +203,7 @@ def main(arguments: list[str]) -> int:
     broken = [
         each for count in layers for each in shown(console, count, "--no-peft" not in arguments)
     ]
+    broken += planned(console)
     for limit in broken:
         console.print(f"[red]{limit}[/red]")
     return 1 if broken else 0
