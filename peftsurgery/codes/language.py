@@ -36,8 +36,8 @@ CODES = {
     ),
     "PSG108": CodeInfo(
         "A rule file stands on itself",
-        "`base:` names a rule file that in the end stands on this one, or a longer row of files "
-        "than anybody reads (16).",
+        "`base:` names a rule file that in the end stands on this one, or more files than anybody "
+        "reads (16).",
     ),
     "PSG109": CodeInfo(
         "A rule file changes a rule that its base does not have",
@@ -83,6 +83,12 @@ CODES = {
         "A rule file stands on another (`base:`), and an expression of its own took the place of "
         "the one that read the setting. A name in it may be misspelt; if not, `without:` says that "
         "the setting is none of the file's.",
+    ),
+    "PSG118": CodeInfo(
+        "Two bases of a rule file mean different things by one name",
+        "A rule file stands on several (`base: [a, b]`), whose settings, numbers and roles of one "
+        "name are one thing. Where they differ, the file says under `with:`, `let:` or `roles:` "
+        "which it is.",
     ),
     "PSG120": CodeInfo(
         "There is no such setting",

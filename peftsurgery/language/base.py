@@ -1,9 +1,9 @@
 """A rule file that stands on another says only what is its own.
 
-    base: lora          a shipped name, or a path as seen from the file
+    base: lora          a shipped name, or a path as seen from the file; or a list of them
     with, let, roles, flat, checkpoint      are laid over the base's
     where               is laid over the clauses of every rule of the base
-    change: [...]       is laid over the base's rules, in order
+    change: [...]       is laid over the base's rules, in order; null takes one out
     without: [...]      settings of the base that no expression reads any more
     rules: [...]        are further rules, after the base's
 
@@ -11,22 +11,30 @@ What is laid over a mapping gives it keys, mapping by mapping; anything else tak
 the base has, and null takes that out (but a setting may be null). A setting of the base that
 nothing of the whole reads any more is none of the file's. If an expression of the base read it, the
 file has to say so: the one that took its place may have it misspelt.
+
+Of several bases the rules come one after another, and ``change`` counts through all of them. What
+has one name in two bases, a setting, a number or a role, is one thing: where they say different
+things of it, the file has to say which. ``flat`` and ``checkpoint`` are about one method as a
+whole, so those of several bases are not taken over.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.document import Document, Path
+from peftsurgery.language.position import Position
 from peftsurgery.language.strict import Strict, Word, refusal
 from peftsurgery.language.where import Names
 
 _MAPPING = {"type": "object", "additionalProperties": True}
+_NULL = {"type": "null"}
+_NAMED = ("with", "let", "roles")
 _NAME = re.compile(r"\$?[A-Za-z_]\w*")
 
 
@@ -34,16 +42,20 @@ class OnBase(Strict):
     """What only a file that stands on another says."""
 
     noun: ClassVar[str] = "rule file"
-    base: Word
-    """The rule file that this one stands on: a shipped name, or a path as seen from here."""
+    base: Annotated[Names, Field(min_length=1)]
+    """The rule file that this one stands on: a shipped name, or a path as seen from here; or a list
+    of them, whose rules come one after another."""
     where: dict[Word, Any] = Field(default_factory=dict)
     """Clauses that are laid over those of every rule of the base."""
     change: Annotated[
-        tuple[dict[Word, Any], ...],
+        tuple[dict[Word, Any] | None, ...],
         BeforeValidator(lambda value: (value,) if isinstance(value, Mapping) else value),
-        WithJsonSchema({"anyOf": [{"type": "array", "items": _MAPPING}, _MAPPING]}),
+        WithJsonSchema(
+            {"anyOf": [{"type": "array", "items": {"anyOf": [_MAPPING, _NULL]}}, _MAPPING]}
+        ),
     ] = ()
-    """What is laid over the rules of the base, in order; a mapping alone is for the first."""
+    """What is laid over the rules of the base, in order; null takes a rule out, and a mapping alone
+    is for the first."""
     without: Names = ()
     """Settings of the base that its expressions read, and nothing here reads any more."""
 
@@ -59,6 +71,41 @@ def on_base(document: Document) -> OnBase | None:
         raise refusal(error, document) from None
 
 
+def joined(bases: Sequence[Document], own: Document, said: OnBase) -> Document:
+    """Put the bases of a file one after another, as one base.
+
+    Each stands by itself. PSG118 where two of them say different things by one name, and the file
+    does not say which it is.
+    """
+    if len(bases) == 1:
+        return bases[0]
+    data: dict[str, Any] = {**{key: {} for key in _NAMED}, "rules": []}
+    positions: dict[Path, Position] = {}
+    for number, base in enumerate(bases):
+        for key, name, value in _named(base):
+            known = data[key].setdefault(name, value)
+            if (type(known), known) != (type(value), value) and name not in _keys(own, key):
+                message = f"{key}: {name} is {known!r} in a base, and {value!r} in this one"
+                where = str(own.position(("base", number)))
+                raise SurgeryError("PSG118", message, f"say under `{key}:` which it is", where)
+        rules, before = base.data["rules"], len(data["rules"])
+        positions |= _moved(base, {rule: rule + before for rule in range(len(rules))})
+        data["rules"] += rules
+    return Document(data, positions)
+
+
+def _named(base: Document) -> Iterator[tuple[str, str, Any]]:
+    """What a base gives names to: under which key, the name, and what it stands for."""
+    for key in _NAMED:
+        for name, value in base.data.get(key, {}).items():
+            yield key, name, value
+
+
+def _keys(document: Document, key: str) -> Iterable[str]:
+    found = document.data.get(key)
+    return found if isinstance(found, Mapping) else ()
+
+
 def laid_over(base: Document, own: Document, said: OnBase) -> Document:
     """Lay a file over its base; every value keeps its position.
 
@@ -68,25 +115,27 @@ def laid_over(base: Document, own: Document, said: OnBase) -> Document:
     rules, more = rules if isinstance(rules, list) else [], own.data.get("rules", [])
     if len(said.change) > len(rules):
         position = str(own.position(("change", len(rules))))
-        message = f"'{said.base}' has {len(rules)} rule{'s' * (len(rules) != 1)} to change"
+        names = " and ".join(f"'{name}'" for name in said.base)
+        message = f"no more than {len(rules)} rule{'s' * (len(rules) != 1)} to change in {names}"
         raise SurgeryError("PSG109", message, "further rules go under `rules:`", position)
     changes = [*said.change, *({} for _ in rules[len(said.change) :])]
     wheres = {"where": said.where} if said.where else {}
-    pairs = zip(rules, changes, strict=True)
-    changed = [_laid(_laid(rule, wheres), change) for rule, change in pairs]
+    kept = [number for number, change in enumerate(changes) if change is not None]
+    changed = [_laid(_laid(rules[number], wheres), changes[number]) for number in kept]
     under = {key: value for key, value in base.data.items() if key not in ("name", "about")}
     over = {key: value for key, value in own.data.items() if key not in OnBase.model_fields}
     over["rules"] = [*changed, *more] if isinstance(more, list) else more
     data = _laid(under, over)
     if isinstance(under.get("with"), Mapping) and isinstance(mine := over.get("with", {}), Mapping):
-        kept = {*mine, *(_settings_read(data) | _read(under)).difference(said.without)}
-        data["with"] = {n: value for n, value in {**under["with"], **mine}.items() if n in kept}
-    moved = {
-        path: position
-        for written, position in own.positions.items()
-        for path in _moved(written, len(rules))
+        read = {*mine, *(_settings_read(data) | _read(under)).difference(said.without)}
+        data["with"] = {n: value for n, value in {**under["with"], **mine}.items() if n in read}
+    places = {number: place for place, number in enumerate(kept)}
+    own_positions = {
+        moved: position
+        for path, position in own.positions.items()
+        for moved in _whole_paths(path, places)
     }
-    return Document(data, {**base.positions, **moved})
+    return Document(data, _moved(base, places) | own_positions)
 
 
 def _laid(under: Any, over: Any) -> Any:
@@ -108,7 +157,7 @@ def check_read(own: Document, whole: Document) -> None:
     known = {*_settings_read(whole.data), *own.data.get("with", {})}
     for name in whole.data.get("with", {}) if "base" in own.data else ():
         if name not in known:
-            message = f"nothing reads '{name}' any more, a setting of '{own.data['base']}'"
+            message = f"nothing reads '{name}' any more, a setting of its base"
             hint = f"correct what took its place, or say `without: {name}`"
             raise SurgeryError("PSG117", message, hint, str(own.position(("base",))))
 
@@ -133,16 +182,32 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(item)
 
 
-def _moved(path: Path, count: int) -> Iterator[Path]:
-    """Where what a file says at ``path`` is in the whole, on a base of so many rules."""
+def _moved(base: Document, places: Mapping[int, int]) -> dict[Path, Position]:
+    """Positions in a base by the paths in the whole, where its rules have these places."""
+    moved = {}
+    for path, position in base.positions.items():
+        match path:
+            case ("rules", int(number), *rest):
+                if number in places:
+                    moved["rules", places[number], *rest] = position
+            case _:
+                moved[path] = position
+    return moved
+
+
+def _whole_paths(path: Path, places: Mapping[int, int]) -> Iterator[Path]:
+    """Where what a file says at ``path`` is in the whole, if its base's rules have these places."""
     match path:
         case ("change", int(number), *rest):
-            yield ("rules", number, *rest)
+            if number in places:
+                yield ("rules", places[number], *rest)
+        case ("change",):
+            yield from (("rules",), ("rules", 0))
         case ("change", *rest):
             yield ("rules", 0, *rest)
         case ("where", *rest):
-            yield from (("rules", number, "where", *rest) for number in range(count))
+            yield from (("rules", place, "where", *rest) for place in places.values())
         case ("rules", int(number), *rest):
-            yield ("rules", count + number, *rest)
+            yield ("rules", len(places) + number, *rest)
         case _:
             yield path

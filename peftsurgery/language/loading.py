@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.base import check_read, laid_over, on_base
+from peftsurgery.language.base import check_read, joined, laid_over, on_base
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.shipped import shipped
@@ -32,9 +32,9 @@ def parse_rules(text: str | bytes, source: str = "<text>") -> RuleFile:
 def load_rules(name: str | Path) -> RuleFile:
     """Load a shipped rule file by name (``lora_qv``), or any by path. Raises PSG107 for none.
 
-    A file that stands on another is laid over it: PSG108 if it stands on itself, PSG109 for a
+    A file that stands on others is laid over them: PSG108 if it stands on itself, PSG109 for a
     change of a rule that its base does not have, PSG117 for a setting of its base that nothing
-    reads any more.
+    reads any more, PSG118 for a name that two of them mean different things by.
     """
     path = shipped().get(str(name), Path(name))
     return _rule_file(_read(path, str(name)), path.parent, (path.absolute(),))
@@ -61,30 +61,43 @@ def dump_rules(file: RuleFile, compact: bool = False) -> str:
 
 
 def _rule_file(document: Document, folder: Path, sources: tuple[Path, ...]) -> RuleFile:
-    """Parse a document's rules, laid over its base's."""
-    whole, sources = _whole(document, folder, sources)
-    try:
-        file = RuleFile.model_validate(whole.data)
-    except ValidationError as error:
-        raise refusal(error, whole) from None
+    """Parse a document's rules, laid over its bases'."""
+    whole, sources = _whole(document, folder, sources, sources)
+    file = _checked(whole)
     check_read(document, whole)
     return file.read_from(sources)
 
 
+def _checked(document: Document) -> RuleFile:
+    try:
+        return RuleFile.model_validate(document.data)
+    except ValidationError as error:
+        raise refusal(error, document) from None
+
+
 def _whole(
-    document: Document, folder: Path, sources: tuple[Path, ...]
+    document: Document, folder: Path, above: tuple[Path, ...], sources: tuple[Path, ...]
 ) -> tuple[Document, tuple[Path, ...]]:
-    """A document laid over its base, whole in its turn, and the files that both were read from."""
+    """A document laid over its bases, each whole in its turn, and the files that were read so far.
+
+    ``above`` are the document's own file and those that stand on it.
+    """
     said = on_base(document)
     if said is None:
         return document, sources
-    where = position_of(said.base)
-    path = shipped().get(said.base, folder / said.base).absolute()
-    if len(sources) == MAX_SOURCES or path.resolve() in [source.resolve() for source in sources]:
-        message = f"'{said.base}' stands on this file, or on too many others"
-        raise SurgeryError("PSG108", message, None, where)
-    base, sources = _whole(_read(path, said.base, where), path.parent, (*sources, path))
-    return laid_over(base, document, said), sources
+    bases = []
+    for name in said.base:
+        where = position_of(name)
+        path = shipped().get(name, folder / name).absolute()
+        if len(sources) >= MAX_SOURCES or path.resolve() in [file.resolve() for file in above]:
+            message = f"'{name}' stands on this file, or on too many others"
+            raise SurgeryError("PSG108", message, None, where)
+        read = _read(path, name, where)
+        base, sources = _whole(read, path.parent, (*above, path), (*sources, path))
+        if len(said.base) > 1:
+            _checked(base)
+        bases.append(base)
+    return laid_over(joined(bases, document, said), document, said), sources
 
 
 def _read(path: Path, name: str, where: str | None = None) -> Document:

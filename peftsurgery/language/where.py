@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, Field, StrictInt, ValidationError
+from pydantic import BeforeValidator, Field, StrictInt, ValidationError, WithJsonSchema
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.strict import Strict, Word, position_of
@@ -48,8 +48,18 @@ def layer_range(item: Any) -> tuple[float, float]:
     return low, (float(last) if last else float("inf") if dots else low)
 
 
-Names = Annotated[tuple[Word, ...], BeforeValidator(_as_tuple)]
-Layers = Annotated[tuple[int | Word, ...], BeforeValidator(_as_layers)]
+_TEXT = {"type": "string"}
+Names = Annotated[
+    tuple[Word, ...],
+    BeforeValidator(_as_tuple),
+    WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}),
+]
+_LAYER = {"anyOf": [{"type": "integer"}, _TEXT]}
+Layers = Annotated[
+    tuple[int | Word, ...],
+    BeforeValidator(_as_layers),
+    WithJsonSchema({"anyOf": [*_LAYER["anyOf"], {"type": "array", "items": _LAYER}]}),
+]
 Fact = bool | int | float | str | None
 
 

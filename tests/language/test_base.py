@@ -11,6 +11,7 @@ import peftsurgery as ps
 from peftsurgery.language.loading import dump_rules, load_rules, page_of, parse_rules
 from peftsurgery.language.rule_file import RuleFile, json_schema
 from peftsurgery.language.shipped import shipped
+from tests.models.captured import captured
 
 BASE = """
 name: under
@@ -129,6 +130,19 @@ def test_a_file_may_stand_on_one_that_stands_on_another(base: Path) -> None:
         ("base: under.yaml\nwith: {rank: {}}", "PSG106", "own.yaml:3:14", "rank"),
         ("base: under.yaml\nrules: 3", "PSG106", "own.yaml:3:8", "rules"),
         ("base: under.yaml\nchange: {params: null}", "PSG106", "under.yaml:13:", "A"),
+        ("base: [under.yaml, lroa]", "PSG107", "own.yaml:2:20", "did you mean"),
+        ("base: [under.yaml, round.yaml]", "PSG108", "round.yaml:2:7", "stands on"),
+        ("base: [under.yaml, own.yaml]", "PSG108", "own.yaml:2:20", "stands on"),
+        ("base: [under.yaml, broken.yaml]", "PSG101", "broken.yaml:2:", ""),
+        ("base: [under.yaml, odd.yaml]", "PSG106", "odd.yaml:2:8", "rules"),
+        ("base: [under.yaml, 3]", "PSG106", "own.yaml:2:20", "text"),
+        ("base: [under.yaml, many.yaml]", "PSG108", "many.yaml:", "too many"),
+        ("base: []", "PSG106", "own.yaml:2:7", "base"),
+        ("base: [lora, ia3]\nchange: [{}, 3]", "PSG106", "own.yaml:3:14", "change"),
+        ("base: [lora, ia3]\nchange: [{}, null, null, null, {}]", "PSG109", "own.yaml:3:26", "ia3"),
+        ("base: [lora, ia3]\nchange: [{}, {params: {t: {}}}]", "PSG106", "own.yaml:3:27", "shape"),
+        ("base: under.yaml\nchange: [null, null]", "PSG106", "own.yaml", "rules"),
+        ("base: under.yaml\nchange: [null, {rewrite: z}]", "PSG113", "own.yaml:3:26", "z"),
         ("base: broken.yaml", "PSG101", "broken.yaml:2:", ""),
         ("bas: under.yaml", "PSG105", "own.yaml:2:1", "base"),
         ("where: {}", "PSG105", "own.yaml:2:1", "where"),
@@ -139,6 +153,10 @@ def test_a_mistake_is_shown_where_it_is_written(
 ) -> None:
     base.with_name("round.yaml").write_text("name: round\nbase: own.yaml\n")
     base.with_name("broken.yaml").write_text("name: [\n")
+    base.with_name("odd.yaml").write_text("name: odd\nrules: 3\n")
+    base.with_name("many.yaml").write_text(
+        f"name: many\nbase: [{', '.join(['under.yaml'] * 16)}]\n"
+    )
     own = base.with_name("own.yaml")
     own.write_text(f"name: own\n{text}\n")
     with pytest.raises(ps.SurgeryError) as caught:
@@ -147,6 +165,99 @@ def test_a_mistake_is_shown_where_it_is_written(
     assert error.code == code, error
     assert where in str(error.where)
     assert words in f"{error.message} {error.hint}"
+
+
+BESIDE = """
+name: beside
+about: Beside.
+with: {alpha: 16, strength: 1.0}
+rules:
+  - match: norm
+    where: {layers: 1..}
+    rewrite: y * strength * alpha
+checkpoint: {peft: {peft_type: B}}
+"""
+
+
+def on_two(base: Path, text: str) -> RuleFile:
+    """The rules of a file that stands on the base and on another."""
+    base.with_name("beside.yaml").write_text(BESIDE)
+    own = base.with_name("own.yaml")
+    own.write_text(f"name: own\nbase: [{base.name}, beside.yaml]\n{text}\n")
+    return load_rules(own)
+
+
+def test_the_rules_of_several_bases_come_one_after_another(base: Path) -> None:
+    made = on_two(base, "with: {strength: 3.0}\nrules: [{match: norm, rewrite: y}]")
+    assert [rule.match for rule in made.rules] == ["linear", "norm", "norm", "norm"]
+    assert dict(made.with_) == {"rank": 8, "alpha": 16, "roles": ["attn.q"], "strength": 3.0}
+    assert list(made.let) == ["scale"]
+    assert [path.name for path in made.sources] == ["own.yaml", "under.yaml", "beside.yaml"]
+
+
+def test_what_is_about_one_base_as_a_whole_is_not_taken_from_several(base: Path) -> None:
+    assert on_two(base, "").checkpoint == {}
+    assert load_rules("mam_adapter").flat is None
+    assert load_rules("prefix_tuning_mlp").flat is not None
+
+
+def test_a_change_counts_through_the_rules_of_all_bases_and_null_takes_one_out(base: Path) -> None:
+    made = on_two(base, "where: {kind: z}\nchange: [null, {rewrite: y}, {where: {layers: null}}]")
+    assert [str(rule.rewrite["y"]) for rule in made.rules] == ["y", "y * strength * alpha"]
+    assert [rule.where.given() for rule in made.rules] == [{"kind": ("z",)}, {"kind": ("z",)}]
+
+
+def test_bases_may_stand_on_one_file(base: Path) -> None:
+    for name in ("left", "right"):
+        base.with_name(f"{name}.yaml").write_text(f"name: {name}\nbase: under.yaml\n")
+    own = base.with_name("own.yaml")
+    own.write_text("name: own\nbase: [left.yaml, right.yaml]\n")
+    assert len(load_rules(own).rules) == 4
+
+
+@pytest.mark.parametrize(
+    ("key", "theirs", "mine", "words"),
+    [
+        ("with", "with: {alpha: 4}", "with: {alpha: 4}", "16 in a base, and 4"),
+        ("with", "with: {alpha: 16.0}", "with: {alpha: 2}", "16 in a base, and 16.0"),
+        (
+            "let",
+            "with: {alpha: 16}\nlet: {scale: alpha}",
+            "let: {scale: rank}\nwithout: alpha",
+            "alpha / rank",
+        ),
+        (
+            "let",
+            "with: {alpha: 16}\nlet: {scale: alpha}",
+            "let: {scale: null}\nwithout: alpha\nchange: {rewrite: y, fold: null}",
+            "scale",
+        ),
+        ("roles", "roles: {r: {kind: a}}", "roles: {r: {kind: b}}", "kind"),
+    ],
+)
+def test_names_that_mean_two_things_are_refused_until_the_file_says_which(
+    base: Path, key: str, theirs: str, mine: str, words: str
+) -> None:
+    base.write_text(f"{BASE}\nroles: {{r: {{kind: x}}}}\n")
+    other = base.with_name("other.yaml")
+    other.write_text(f"name: other\n{theirs}\nrules: [{{match: norm, rewrite: y}}]\n")
+    own = base.with_name("own.yaml")
+    start = f"name: own\nbase: [{base.name}, other.yaml]\n"
+    own.write_text(start)
+    with pytest.raises(ps.SurgeryError, match="PSG118") as caught:
+        load_rules(own)
+    assert "own.yaml:2:20" in str(caught.value.where)
+    assert words in caught.value.message
+    assert f"`{key}:`" in str(caught.value.hint)
+    own.write_text(start + mine)
+    assert len(load_rules(own).rules) == 3
+
+
+def test_rules_that_add_one_parameter_at_one_site_are_refused(base: Path) -> None:
+    rules = parse_rules("name: own\nbase: [lora_qv, lora_attention]\nwith: {roles: [attn.q]}")
+    with pytest.raises(ps.SurgeryError, match="PSG304") as caught:
+        ps.apply(captured("llama"), rules)
+    assert "two rules of 'own'" in str(caught.value.hint)
 
 
 def test_a_page_on_a_base_needs_a_name_of_its_own() -> None:

@@ -174,9 +174,10 @@ def check_names_free(cuts: Iterable[Cut], taken: Iterable[str]) -> None:
             common = bool(cut.rule.params[short].shared)
             shared = other is not None and (common or _same_weight(cut, other))
             if name in occupied or (other is not None and not shared):
-                message = f"'{name}' is there already"
                 hint = "apply under another name: apply(..., name='second')"
-                raise SurgeryError("PSG304", message, hint)
+                if other is not None and other.operation.file is cut.operation.file:
+                    hint = f"two rules of '{cut.operation.file.name}' add it at one site"
+                raise SurgeryError("PSG304", f"'{name}' is there already", hint)
             owners[name] = cut
 
 
