@@ -1,7 +1,7 @@
-"""Capture every architecture of transformers, small and with random weights, and operate on it.
+"""Capture every class of transformers, small and with random weights, and operate on it.
 
-python -m tools.bench.sweep --seconds 60 --minutes 30     every model type
-python -m tools.bench.sweep bert llama t5                 some of them
+python -m tools.bench.sweep --seconds 60 --minutes 30     every class of the mappings
+python -m tools.bench.sweep causal:llama base:clip bert   some of them
 python -m tools.bench.sweep --done FILE                   go on where FILE, which is written, ends
 
 Each is captured in a process of its own and compared with the original at a shape it was not
@@ -9,7 +9,8 @@ captured with. It is exact, or refused with a code, or has no small config that 
 (unfit), or wrong. On each exact capture, `lora_qv` and `lora_all_linear` are applied, given random
 numbers and folded; the oracle is arithmetic of this script's own: the folded weights minus the
 original ones must be what the factors give, at the rows that the report names, and nothing
-elsewhere. What a rule says of a model that it refuses is printed.
+elsewhere; and the original model is asked whether the roles are right (:mod:`.sweep_probes`). What
+a rule says of a model that it refuses is printed.
 """
 
 from __future__ import annotations
@@ -19,65 +20,57 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tools.bench.sweep_configs import REPAIRED, SMALL, SPECIAL
+from tools.bench.sweep_models import all_models, small_model, unseen_inputs
+from tools.bench.sweep_probes import misplaced
 
+MEMORY = 8 << 30  # bytes that one model may take
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 RULES = ("lora_qv", "lora_all_linear")
 
 
-def small_model(kind: str) -> Any:
-    """A small model of that type in eval mode."""
-    import torch
-    from transformers import AutoModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    config_class = CONFIG_MAPPING[kind]
-    torch.manual_seed(0)
-    if kind in REPAIRED:
-        return AutoModel.from_config(config_class(**REPAIRED[kind])).eval()
-    default = config_class()
-    sizes = {k: v for k, v in SMALL.items() if isinstance(getattr(default, k, None), int)}
-    special = {k: v for k, v in SPECIAL.items() if getattr(default, k, None) is not None}
-    return AutoModel.from_config(config_class(**sizes, **special)).eval()
-
-
-def unseen_inputs(model: Any) -> dict[str, Any]:
-    """Inputs larger than the examples a capture makes for itself."""
-    import torch
-
-    from peftsurgery.capture.inputs import example_inputs
-
-    larger = {name: torch.cat([value, value[:1]]) for name, value in example_inputs(model).items()}
-    if model.main_input_name == "input_ids":
-        larger = {name: torch.cat([v, v[:, :3]], dim=1) for name, v in larger.items()}
-    return larger
-
-
-def swept(model: Any, answer: Connection) -> None:
+def swept(model: Any, send: Callable[[tuple[str, str]], None]) -> None:
     """Capture, compare, and apply the rules; sends a word for each, when the original has run."""
     import torch
 
+    import peftsurgery as ps
     from peftsurgery.capture import capture
 
     inputs = unseen_inputs(model)
     model.config.use_cache = False
     with torch.no_grad():
         expected = model(**inputs)
-        answer.send(("capture", "crashed: an error without a code"))
+        send(("capture", "begun"))
         captured = capture(model)
         actual = captured(**inputs)
     # What a model remembers for the next call (caches, mems) is not captured unless asked for.
     pairs = [(expected[key], b) for key, b in actual.items() if isinstance(b, torch.Tensor)]
     wrong = [(a.float() - b.float()).abs().max().item() for a, b in pairs if not torch.equal(a, b)]
-    answer.send(("capture", f"wrong by {max(wrong):.1e}" if wrong else "exact"))
+    send(("capture", f"wrong by {max(wrong):.1e}" if wrong else "exact"))
     for rule in RULES:
-        answer.send((rule, "crashed: an error without a code"))
-        answer.send((rule, operated(model, captured, rule)))
+        send((rule, "begun"))
+        send((rule, operated(model, captured, rule)))
+    send(("probes", "begun"))
+    wrong_roles = misplaced(model, ps.sites(captured), inputs)
+    send(("probes", f"wrong: {', '.join(wrong_roles)}" if wrong_roles else "agree"))
 
 
 def operated(model: Any, captured: Any, rule: str) -> str:
@@ -137,11 +130,22 @@ def attempt(kind: str, answer: Connection) -> None:
     from peftsurgery.errors import SurgeryError
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    model = small_model(kind)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    step, begun = "capture", False
+
+    def send(said: tuple[str, str]) -> None:
+        nonlocal step, begun
+        step, begun = said[0], True
+        answer.send(said)
+
     try:
-        swept(model, answer)
+        model = small_model(kind)
+        swept(model, send)
     except SurgeryError as error:
-        answer.send(("capture", f"refused: {str(error).splitlines()[0]}"))
+        send((step, f"refused: {str(error).splitlines()[0]}"))
+    except FAILURES as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        send((step, f"{'crashed' if begun else 'unfit'}: {text}"))
 
 
 def bounded(kind: str, seconds: float) -> dict[str, str]:
@@ -167,8 +171,6 @@ def bounded(kind: str, seconds: float) -> dict[str, str]:
 def main() -> None:
     """Print a line for each step of each model type, and the counts."""
     import torch
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kinds", nargs="*")
@@ -182,7 +184,7 @@ def main() -> None:
     if options.done and options.done.exists():
         done = dict(json.loads(line) for line in options.done.read_text().splitlines())
     end = time.monotonic() + 60 * options.minutes
-    kinds = options.kinds or [kind for kind in CONFIG_MAPPING if kind in MODEL_MAPPING_NAMES]
+    kinds = options.kinds or all_models()
     for kind in kinds:
         if kind not in done and time.monotonic() < end:
             done[kind] = bounded(kind, options.seconds)
