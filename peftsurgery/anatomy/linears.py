@@ -5,7 +5,8 @@
     matmul(x, W.T) + b              W is (out, in) again
     matmul(W, x.T), mv(W, x)        x and y are ``turned``, but for vectors
     inner(x, W), tensordot(x, W)    W is (out, in), or (in, out)
-    einsum("btd,od->bto", x, W)     any order of axes in which x and y are as above, or turned
+    einsum("btd,od->bto", x, W)     any order of axes in which x and y are as above, or turned;
+                                    what has more axes is brought to this (capture.contractions)
     bmm(x, W.expand(...))           W is (in, out): a matrix for all of a batch is one
     linear(x, W[8:24], b[8:24])     the site has those rows of W and b for its ``slice``
     linear(x, W * g)                W is computed of parameters alone (:mod:`.made_weights`)
@@ -97,7 +98,7 @@ def _product(node: fx.Node, made: MadeWeights) -> _Product | None:
     if op(node) == "tensordot":
         return _tensordot(*node.args)
     if op(node) == "einsum":
-        return _einsum(*node.args)
+        return _einsum(made, *node.args)
     known = meaning(node)
     if not known.operands or node.kwargs:  # a bias and a product that are scaled
         return None
@@ -124,13 +125,13 @@ def _tensordot(x: Any, weight: Any, of_x: Any = None, of_weight: Any = None) -> 
     return _Product(x, weight, turned=frozenset("" if pair[1][0] % 2 else "W"))
 
 
-def _einsum(equation: Any, factors: Any, *path: Any) -> _Product | None:
+def _einsum(made: MadeWeights, equation: Any, factors: Any, *path: Any) -> _Product | None:
     """A sum over the axis that x and a matrix share, if the other axes stay in order."""
     texts, _, result = str(equation).replace(" ", "").replace("...", "?").partition("->")
     axes = texts.split(",")
     if not result or len(axes) != 2 or len(factors) != 2:
         return None
-    index = next((i for i in (0, 1) if matrix_of(factors[i])[0] is not None), None)
+    index = next((i for i in (0, 1) if matrix_of(factors[i], made)[0]), None)
     if index is None or len(axes[index]) != 2:
         return None
     weight, given = axes[index], axes[1 - index]

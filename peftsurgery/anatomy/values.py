@@ -14,6 +14,7 @@ from torch import fx
 
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.capture.schemas import op
+from peftsurgery.capture.sizes import as_known
 from peftsurgery.reach import reach
 
 
@@ -34,22 +35,12 @@ def sizes(node: fx.Node) -> tuple[Any, ...]:
     Two sizes are equal if they are so for every input, whatever the example's were. Comparing the
     symbols themselves would add guards to the capture.
     """
-    return tuple(_symbolic(size) for size in shape(node))
-
-
-def _symbolic(size: Any) -> Any:
-    """A size as a number, or as arithmetic on symbols if it varies."""
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    found, ranges = size.node.expr, size.node.shape_env.var_to_range
-    known = {symbol: ranges[symbol] for symbol in found.free_symbols if symbol in ranges}
-    found = found.xreplace({s: r.lower for s, r in known.items() if r.is_singleton()})
-    return int(found) if found.is_number else found
+    return tuple(as_known(size) for size in shape(node))
 
 
 def fixed(size: Any) -> int | None:
     """A size if it is the same for every input, else None."""
-    found = _symbolic(size)
+    found = as_known(size)
     return found if isinstance(found, int) else None
 
 

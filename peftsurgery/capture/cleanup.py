@@ -2,9 +2,9 @@
 
 In order: regions without gradient or with autocast are inlined, assertions and casts that change
 nothing are dropped, in-place arithmetic becomes ordinary, tensors that are filled piece by piece
-become concatenations, operands that are one tensor get names of their own, train flags and devices
-become values of the graph, every user of a tied weight reads it by its own name, and arithmetic on
-sizes moves to the front.
+become concatenations, sums over named axes become products of matrices, operands that are one
+tensor get names of their own, train flags and devices become values of the graph, every user of a
+tied weight reads it by its own name, and arithmetic on sizes moves to the front.
 Each pass changes the graph in place and leaves what it computes unchanged.
 """
 
@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from peftsurgery.capture import ops
+from peftsurgery.capture.contractions import spell_out
 from peftsurgery.capture.higher_order import AUTOCAST, inline_regions
 from peftsurgery.capture.module_calls import hand_on
 from peftsurgery.capture.names import join
@@ -57,6 +58,7 @@ def clean_up(
     drop_idle_casts(graph)
     make_functional(graph)
     join_pieces(graph)
+    spell_out(graph)
     part_operands(graph)
     if mode is not False:
         follow_training(graph, counters, dropouts)

@@ -126,6 +126,16 @@ def _asserted(graph: fx.Graph) -> list[sympy.Basic]:
     return [_expression(value) for value in values if isinstance(value, torch.SymBool)]
 
 
+def as_known(size: Any) -> Any:
+    """A size as a number, or as arithmetic on symbols if it varies."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    found, ranges = size.node.expr, size.node.shape_env.var_to_range
+    known = {symbol: ranges[symbol] for symbol in found.free_symbols if symbol in ranges}
+    found = found.xreplace({s: r.lower for s, r in known.items() if r.is_singleton()})
+    return int(found) if found.is_number else found
+
+
 def _expression(value: Any) -> Any:
     """The sympy expression of a size or condition, as far as it is not known as a number."""
     if isinstance(value, torch.SymInt | torch.SymBool):

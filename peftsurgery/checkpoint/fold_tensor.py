@@ -169,7 +169,7 @@ def _fold(
     def weight(short: str) -> Array | float:
         if short not in site.weights:
             return 0.0
-        value = now[site.weights[short]]
+        value = _as_matrix(now[site.weights[short]], site, short)
         value = np.swapaxes(value, -1, -2) if short in site.turned else value
         return value if site.slice is None else _take(value, site.slice)
 
@@ -189,16 +189,34 @@ def _fold(
                 hint = "add a bias to the model, or keep the adapter"
                 raise SurgeryError("PSG405", message, hint)
             continue
-        whole = now[site.weights[short]]
+        stored = now[site.weights[short]]
+        whole = _as_matrix(stored, site, short)
         turned = short in site.turned
         if site.slice is not None:
             value = _put(np.swapaxes(whole, -1, -2) if turned else whole, site.slice, value)
-        now[site.weights[short]] = np.swapaxes(value, -1, -2) if turned else value
+        value = np.swapaxes(value, -1, -2) if turned else value
+        now[site.weights[short]] = _as_stored(value, site, short, stored.shape)
+
+
+def _as_matrix(stored: Array, site: SiteFold, short: str) -> Array:
+    """A weight as the matrix that it is, whatever axes it is stored under."""
+    if short not in site.axes:
+        return stored
+    order, shape = site.axes[short]
+    return stored.transpose(order).reshape(shape)
+
+
+def _as_stored(matrix: Array, site: SiteFold, short: str, shape: tuple[int, ...]) -> Array:
+    """A matrix under the axes that it is stored under, of that shape."""
+    if short not in site.axes:
+        return matrix
+    order, _ = site.axes[short]
+    return matrix.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def is_by_rows(site: SiteFold) -> bool:
     """Whether a fold needs no more of a weight than the rows that it gives."""
-    return site.rows is not None and site.slice is None and not site.turned
+    return site.rows is not None and site.slice is None and not site.turned and not site.axes
 
 
 def _row_blocks(tensors: Sequence[Tensor], sites: Iterable[SiteFold]) -> Iterator[slice | None]:

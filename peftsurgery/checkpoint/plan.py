@@ -23,9 +23,11 @@ class SiteFold:
 
     ``weights`` and ``parameters`` are names of tensors in the base and in the adapter, by the
     rule's names for them; ``absent`` are weights that the site has none of. ``turned`` weights are
-    stored as (in, out). ``slice`` is (start, length, period, groups): which rows of a fused weight
-    are the site's. ``rows`` has the axes of parameters that go with the rows of the weights, if
-    the rule folds each row by itself; None if it does not.
+    stored as (in, out). ``axes`` has (order, shape) of weights that are stored under other axes:
+    in that order, and put together, they are a matrix of that shape. ``slice`` is (start, length,
+    period, groups): which rows of a fused weight are the site's. ``rows`` has the axes of
+    parameters that go with the rows of the weights, if the rule folds each row by itself; None if
+    it does not.
     """
 
     adapter: str
@@ -37,6 +39,7 @@ class SiteFold:
     let: Mapping[str, Expression]
     absent: tuple[str, ...] = ()
     turned: frozenset[str] = frozenset()
+    axes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     slice: tuple[int, int, int, int] | None = None
     rows: Mapping[str, int] | None = None
 

@@ -54,6 +54,7 @@ def site_as_data(site: SiteFold) -> dict[str, Any]:
         "let": _texts(site.let),
         "absent": list(site.absent),
         "turned": sorted(site.turned),
+        "axes": {name: list(found) for name, found in site.axes.items()},
         "slice": site.slice,
         "rows": None if site.rows is None else dict(site.rows),
     }
@@ -69,6 +70,7 @@ def site_from_data(entry: Mapping[str, Any]) -> SiteFold:
         let=_expressions(entry["let"]),
         absent=tuple(entry["absent"]),
         turned=frozenset(entry["turned"]),
+        axes={name: (tuple(a), tuple(b)) for name, (a, b) in entry.get("axes", {}).items()},
         slice=None if part is None else tuple(part),
     )
 

@@ -87,14 +87,14 @@ class Unreachable(nn.Module):
             nn.Parameter(torch.randn(6, 4)),
             nn.Parameter(torch.randn(2, 3, 6)),
         )
-        self.heads, self.scale = nn.Parameter(torch.randn(2, 3, 6)), nn.Parameter(torch.randn(6))
+        self.heads, self.scale = nn.Parameter(torch.randn(2, 3, 3)), nn.Parameter(torch.randn(6))
         self.register_buffer("fixed", torch.randn(6, 6))
         self.last = nn.Linear(6, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         y = (x[..., None, :] * self.summed).sum(-1) * self.scale
         y = F.linear(y, self.viewed.view(6, 6)) @ self.get_buffer("fixed")
-        y = torch.einsum("btd,hod->btho", y, self.heads).flatten(2)
+        y = torch.einsum("bthd,hde->bthe", y.unflatten(-1, (2, 3)), self.heads).flatten(2)
         last: Tensor = self.last(y)
         return last
 

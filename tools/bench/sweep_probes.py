@@ -51,13 +51,18 @@ def first_change(before: list[Tensor], after: list[Tensor]) -> int | None:
 def misplaced(model: nn.Module, sites: Any, inputs: dict[str, Tensor]) -> list[str]:
     """The modules whose role the original contradicts."""
     before = probabilities(model, inputs)
-    queries, values = (list(sites.where(role=role))[:AT_MOST] for role in ("attn.q", "attn.v"))
+    queries, values = (
+        [place for place in sites.where(role=role) if place.attentions][:AT_MOST]
+        for role in ("attn.q", "attn.v")
+    )
     firsts: dict[Any, int] = {}
     wrong: list[str] = []
     for place in queries:
         with changed(model, place):
             first = first_change(before, probabilities(model, inputs))
         if first is None:
+            if any(found.shape[-1] == 1 for found in before):
+                continue  # to one key everything is given, whatever the query
             wrong.append(f"attn.q {place.module} changes no probabilities")
             continue
         firsts |= {core: min(first, firsts.get(core, first)) for core in place.attentions}

@@ -14,6 +14,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.language.parameter_axes import sized_axes
 from peftsurgery.language.rule_algebra import rows_of
 from peftsurgery.surgery.plan.cut import Cut, copy_name
+from peftsurgery.surgery.rewrite.computed_weights import Axes, axes_of
 from peftsurgery.surgery.rewrite.folded_weights import Foldable, fold_cuts
 
 
@@ -31,15 +32,12 @@ def model_plan(
     computed of others.
     """
     cuts = fold_cuts(model)
-    for cut in cuts:
-        for names in cut.made.values():
-            why = f"the weight of '{cut.placed.module}' is computed of {', '.join(names)}"
-            raise SurgeryError("PSG416", why, IN_MEMORY)
-    changed = {cut.weights[n] for cut in cuts for n in cut.rule.fold if n in cut.weights}
+    sites = [_site_fold(cut) for cut in cuts]
+    changed = {name for site in sites for name in site.changed}
     ties, changed = tensor_names(module), changed | {*trained}
-    read = sorted(changed | {name for cut in cuts for name in cut.weights.values()})
+    read = sorted(changed | {name for site in sites for name in site.weights.values()})
     return ModelPlan(
-        sites=tuple(without_repeats(_site_fold(cut) for cut in cuts)),
+        sites=tuple(without_repeats(sites)),
         replaced={name: _copy_of(name, active, learnt) for name in trained},
         shapes={name: tuple(module.get_parameter(name).shape) for name in read},
         tied=_tied(ties, sorted(changed)),
@@ -65,16 +63,28 @@ def _site_fold(cut: Cut) -> SiteFold:
     rule, site = cut.rule, cut.site
     size = rows_of(rule, cut.numbers)
     part = site.slice
+    axes = {name: _axes(cut, name) for name in cut.made}
+    weights = cut.weights | {name: names[0] for name, names in cut.made.items()}
     return SiteFold(
         adapter=cut.operation.name,
         module=cut.placed.module,
-        weights=cut.weights,
+        weights=weights,
         parameters=cut.parameters,
         numbers=cut.numbers,
         fold=rule.fold,
         let=rule.let,
         absent=tuple(name for name in rule.kind.weights if name not in site.nodes),
         turned=site.turned,
+        axes=axes,
         slice=None if part is None else (part.start, part.length, part.period, part.groups),
         rows=None if size is None else sized_axes(rule, size),
     )
+
+
+def _axes(cut: Cut, name: str) -> Axes:
+    """The order of the stored axes in which they make a computed weight. PSG416 for another."""
+    found = axes_of(cut.site.nodes[name])
+    if found is None:
+        why = f"the weight of '{cut.placed.module}' is computed of {', '.join(cut.made[name])}"
+        raise SurgeryError("PSG416", why, IN_MEMORY)
+    return found

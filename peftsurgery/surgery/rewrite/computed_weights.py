@@ -9,8 +9,10 @@ standardised or a spectrally normalised weight, a product of two factors), there
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from peftsurgery.capture.schemas import arguments, op
 
 Read = Callable[[fx.Node], Tensor]
 Solution = dict[fx.Node, Tensor]
+Axes = tuple[tuple[int, ...], tuple[int, ...]]
 CLOSE = 1e-5
 """How far what was undone may be from what it is to be, relative to its largest entry."""
 
@@ -61,6 +64,25 @@ def _result(node: fx.Node, read: Read, result: Callable[[fx.Node], Any]) -> Any:
     assert callable(node.target)
     kwargs = fx.map_arg(dict(node.kwargs), result)
     return node.target(*fx.map_arg(node.args, result), **kwargs)
+
+
+def axes_of(node: fx.Node) -> Axes | None:
+    """The order of a parameter's axes in which they make a weight when they are put together.
+
+    With the weight's shape; None for one that is more than a parameter under other axes.
+    """
+    made_of = list(backward([node]))
+    leaves = [found for found in made_of if found.op == "get_attr"]
+    is_moved = all(has(n, Trait.LAYOUT | Trait.CAST) for n in made_of if n.op != "get_attr")
+    if len(leaves) != 1 or not is_moved:
+        return None
+    sizes = [int(size) for size in shape(leaves[0])]
+    numbers = torch.arange(math.prod(sizes)).view(sizes)
+    made = computed(node, lambda _: numbers)
+    for order in permutations(range(len(sizes))):
+        if numbers.permute(order).flatten().equal(made.flatten()):
+            return order, tuple(made.shape)
+    return None
 
 
 def expression(node: fx.Node) -> str:
