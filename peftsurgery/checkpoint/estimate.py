@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,21 @@ class FoldEstimate:
 
 
 def estimate(
-    planned: Planned, out: Path, dtype: str | None = None, reversible: bool = False
+    planned: Planned,
+    out: Path,
+    dtype: str | None = None,
+    reversible: bool = False,
+    requantise: bool = False,
 ) -> FoldEstimate:
     """Estimate what carrying out a plan takes; the options are those of the fold."""
     files, plan = read_model_files(planned.base), planned.plan
-    view = needed_view(files, plan.changed)
+    view = needed_view(files, plan.changed, requantise)
     tensors = {name: tensor for name, (_, tensor) in view.tensors.items()}
     changed = [tensors[name] for name in plan.changed]
     size = sum(tensor.size for file in files.files for tensor in file.tensors.values())
     fold = sum(tensor.size for tensor in changed)
-    write = sum(_written(tensor, dtype) for tensor in tensors.values()) + _others(plan, files)
+    written = (tensor for file in files.files for tensor in view.of(file))
+    write = sum(_written(tensor, dtype) for tensor in written) + _others(plan, files)
     learnt = sum(tensor.size for tensor in planned.adapter.tensors.values())
     return FoldEstimate(
         base=planned.base,
@@ -102,11 +108,18 @@ def _others(plan: FoldPlan, files: ModelFiles) -> int:
 def _working(plan: FoldPlan, view: PlainView) -> int:
     """Bytes of memory for what is computed at once, in all threads together."""
     held = {name: tensor for name, (_, tensor) in view.tensors.items()}
-    sizes = [view.coded[name].tensor.count for name in view.coded]
+    sizes = [_at_once([w.tensor], w.codec.by_rows) for w in view.coded.values()]
     for site in plan.sites:
         mine = [held[name] for name in site.weights.values()]
-        count = max(tensor.count for tensor in mine)
-        sizes.append(min(count, BLOCK) if is_by_rows(site) else sum(t.count for t in mine))
+        dims = max(len(tensor.shape) for tensor in mine)
+        sizes.append(_at_once(mine, is_by_rows(site, dims)))
     sizes += [held[name].count for name in plan.replaced]
     threads = len(os.sched_getaffinity(0))
     return sum(sorted(sizes)[-threads:]) * 4 * COPIES
+
+
+def _at_once(tensors: Sequence[Tensor], by_rows: bool) -> int:
+    """How many elements of weights that are folded together are computed at once."""
+    count = sum(tensor.count for tensor in tensors)
+    rows = max(tensor.count // max(1, *tensor.shape[:1]) for tensor in tensors)
+    return min(count, max(BLOCK, rows)) if by_rows else count

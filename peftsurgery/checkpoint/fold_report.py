@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,7 @@ class FoldReport:
             "verified": self.verified,
             "part": self.part,
             "untied": self.untied,
+            "requantised": survival(self.changed.values()) or None,
             "error": None if self.error is None else dict(self.error),
             "onnx": None if self.onnx is None else self.onnx.to_dict(),
             "notes": list(self.notes),
@@ -64,7 +65,8 @@ class FoldReport:
 
     def __str__(self) -> str:
         names = ", ".join(self.adapters) or "no adapter is active"
-        lines = [f"{names}: changed {len(self.changed)} of {self.tensors} tensors"]
+        moved = sum(each.get("moved", 1) > 0 for each in self.changed.values())
+        lines = [f"{names}: changed {moved} of {self.tensors} tensors"]
         if self.adapters and not self.changed:
             what = "it is untrained, or too small"
             lines.append(f"  what was folded changes no weight at this precision: {what}")
@@ -78,6 +80,10 @@ class FoldReport:
         elif self.changed:
             worst = max(each["rounding"] for each in self.changed.values())
             lines.append(f"  largest rounding error: {worst:.1e}")
+        again = survival(self.changed.values())
+        if again:
+            what = f"{again['survived']:.1%} of the change survived quantising again"
+            lines.append(f"  {what}; what was lost is {again['lost']:.2f} of its norm")
         if self.untied:
             lines.append("  weights that were tied are written apart")
         if self.copied:
@@ -93,3 +99,17 @@ class FoldReport:
         if self.part is not None:
             where = f"part {self.part} of {self.out} is written; other parts are not"
         return "\n".join([*lines, where])
+
+
+def survival(changes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What survived of all changes of weights that were quantised again, together.
+
+    Nothing if there are none. ``survived`` is a share of the change, ``lost`` in parts of its norm.
+    """
+    mine = [each for each in changes if each.get("survived") is not None]
+    squares = sum(each["norm"] ** 2 for each in mine)
+    if not squares:
+        return {}
+    survived = sum(each["survived"] * each["norm"] ** 2 for each in mine) / squares
+    lost = (sum(each["lost"] ** 2 for each in mine) / squares) ** 0.5
+    return {"weights": len(mine), "survived": survived, "lost": lost}

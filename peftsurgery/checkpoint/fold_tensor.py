@@ -30,7 +30,10 @@ class FoldMeasure:
     """How a tensor was changed: sums over its blocks.
 
     ``largest`` is the largest change of an element in units of its last place (ulp), in the dtype
-    that is written; ``rounding`` is the largest rounding error, absolute.
+    that is written; ``rounding`` is the largest rounding error, absolute. Where a weight is
+    quantised again, ``survived`` is the share of the change that is in what was written (its
+    projection), ``lost`` the norm of what is written otherwise than meant, and ``norm`` that of the
+    change: all of it survives, and nothing is lost, where the written weight is the exact sum.
     """
 
     elements: int = 0
@@ -39,6 +42,21 @@ class FoldMeasure:
     moved: int = 0
     _change: float = field(default=0.0, repr=False)
     _base: float = field(default=0.0, repr=False)
+    _written: float | None = field(default=None, repr=False)
+    _lost: float = field(default=0.0, repr=False)
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether what was added is quantised again."""
+        return self._written is not None
+
+    def add_quantised(self, before: Array, exact: Array, written: Array, dtype: str) -> bool:
+        """What :meth:`add` does, of a block that is quantised again."""
+        gap, error = exact - before, written - exact
+        moved = np.subtract(written, before)
+        self._written = (self._written or 0.0) + float(np.vdot(gap, moved))
+        self._lost += float(np.vdot(error, error))
+        return self.add(before, exact, written, dtype)
 
     def add(self, before: Array, exact: Array, rounded: Array, dtype: str) -> bool:
         """Add a block: what was there, the sum in full precision, and what is written.
@@ -65,13 +83,18 @@ class FoldMeasure:
     def to_dict(self) -> dict[str, Any]:
         """The measures, ``relative`` in parts of the base tensor's norm (None where that is 0)."""
         relative = (self._change / self._base) ** 0.5 if self._base else None
-        return {
+        said = {
             "elements": self.elements,
             "moved": self.moved,
             "relative": relative,
             "largest_ulp": self.largest,
             "rounding": self.rounding,
         }
+        if self._written is None:
+            return said
+        share = self._written / self._change if self._change else None
+        lost, norm = self._lost**0.5, self._change**0.5
+        return {**said, "norm": norm, "survived": share, "lost": lost}
 
 
 @dataclass(frozen=True)
@@ -98,18 +121,21 @@ class Folding:
         ``read`` is told the base's bytes of the tensor, in order, unless they are a codec's.
         Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
         """
-        for before, exact in self._exact(name, read):
+        for before, exact in self.exact(name, read):
             with np.errstate(over="ignore", invalid="ignore"):
                 stored = exact.astype(FLOATS[dtype])
                 rounded = stored.astype(exact.dtype)
                 if not change.add(before, exact, rounded, dtype):
-                    _check_finite(name, dtype, before, exact, rounded)
+                    check_finite(name, dtype, before, exact, rounded)
             yield as_bytes(stored)
 
-    def _exact(
-        self, name: str, read: Callable[[memoryview], object]
+    def exact(
+        self, name: str, read: Callable[[memoryview], object] = lambda content: None
     ) -> Iterator[tuple[Array, Array]]:
-        """A tensor before and after, block by block, in the dtype in which changes are added."""
+        """Yield a tensor before and after, block by block, in the dtype of the sum.
+
+        ``read`` is told what it is told by :meth:`blocks`.
+        """
         _, tensor = self.base[name]
         wide = wide_dtype(tensor.dtype)
         if name in self.plan.replaced:
@@ -121,7 +147,8 @@ class Folding:
         others = sorted({name, *(other for site in sites for other in site.weights.values())})
         keys = {key for site in sites for key in site.parameters.values()}
         learnt = {key: self._adapters(key, wide) for key in keys}
-        whole = {n: self.coded[n].values() for n in others if n in self.coded}
+        mine = {n: self.coded[n] for n in others if n in self.coded}
+        whole = {n: weight.values() for n, weight in mine.items() if not weight.codec.by_rows}
         for rows in _row_blocks([self.base[other][1] for other in others], sites):
             stored = {other: self._stored(other, whole, rows) for other in others}
             if name not in self.coded:
@@ -138,8 +165,9 @@ class Folding:
     def _stored(self, name: str, whole: Mapping[str, Array], rows: slice | None) -> Array:
         """Rows of a tensor of the base, ``whole`` ones of which are in memory already."""
         if name in self.coded:
-            values = whole[name] if name in whole else self.coded[name].values()
-            return values if rows is None else values[rows]
+            if name not in whole:
+                return self.coded[name].values(rows)
+            return whole[name] if rows is None else whole[name][rows]
         file, tensor = self.base[name]
         return read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
 
@@ -151,7 +179,7 @@ class Folding:
         return value.astype(wide)
 
 
-def _check_finite(name: str, dtype: str, before: Array, exact: Array, rounded: Array) -> None:
+def check_finite(name: str, dtype: str, before: Array, exact: Array, rounded: Array) -> None:
     """Refuse a tensor with what is not finite. PSG402, PSG403."""
     if not np.isfinite(before).all():
         raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
@@ -214,16 +242,22 @@ def _as_stored(matrix: Array, site: SiteFold, short: str, shape: tuple[int, ...]
     return matrix.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
-def is_by_rows(site: SiteFold) -> bool:
-    """Whether a fold needs no more of a weight than the rows that it gives."""
-    return site.rows is not None and site.slice is None and not site.turned and not site.axes
+def is_by_rows(site: SiteFold, dims: int) -> bool:
+    """Whether a fold needs no more of a weight than the rows that it gives.
+
+    ``dims`` is the number of the weight's axes: of a stack, the last two are turned.
+    """
+    as_it_lies = not site.axes and (dims > 2 or not site.turned)
+    return site.rows is not None and site.slice is None and as_it_lies
 
 
 def _row_blocks(tensors: Sequence[Tensor], sites: Iterable[SiteFold]) -> Iterator[slice | None]:
     """Blocks of rows in which tensors can be folded by themselves; None for all of them at once."""
     largest = max(tensor.count for tensor in tensors)
     lengths = {tensor.shape[:1] for tensor in tensors}
-    if not all(map(is_by_rows, sites)) or len(lengths) != 1 or largest <= BLOCK:
+    dims = max(len(tensor.shape) for tensor in tensors)
+    are_by_rows = all(is_by_rows(site, dims) for site in sites)
+    if not are_by_rows or len(lengths) != 1 or largest <= BLOCK:
         yield None
         return
     (rows,) = lengths.pop()

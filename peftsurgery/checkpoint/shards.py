@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -23,6 +24,7 @@ from peftsurgery.checkpoint.codecs.coded import PlainView
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.hashing import ALGORITHM, new_digest
 from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
+from peftsurgery.checkpoint.requantised import Requantised
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
 
 
@@ -35,6 +37,11 @@ class Streamed:
     dtype: str | None = None
     progress: Callable[[int], None] = field(default=lambda size: None, repr=False)
 
+    @cached_property
+    def again(self) -> Requantised:
+        """The weights that are quantised again."""
+        return Requantised(self.folding, self.view)
+
     def dtype_of(self, tensor: Tensor) -> str:
         """The dtype in which a tensor is written."""
         return self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
@@ -42,8 +49,14 @@ class Streamed:
     def write(self, tensor: Tensor, into: PartFile, place: int) -> dict[str, Any]:
         """Write a tensor from ``place`` of a file on; what the certificate says of it."""
         digest, before, measure = new_digest(), new_digest(), FoldMeasure()
-        if self._is_kept(tensor):
-            blocks, before = chunks(*self.folding.base[tensor.name]), digest
+        blocks: Iterable[bytes | memoryview]
+        if tensor.name in self.view.again_by_part:
+            part, own = self.again.part(tensor.name)
+            blocks, measure = [part], own or measure
+            for chunk in chunks(*self.view.held[tensor.name]):
+                before.update(chunk)
+        elif self._is_kept(tensor):
+            blocks, before = chunks(*self.view.held[tensor.name]), digest
         else:
             blocks = self.folding.blocks(tensor.name, tensor.dtype, measure, before.update)
         for block in blocks:
@@ -51,16 +64,16 @@ class Streamed:
             into.write(block, place)
             place += len(block)
             self.progress(len(block))
-        if tensor.name in self.view.coded:
+        if self.view.is_plain and tensor.name in self.view.coded:
             for each in self.view.coded[tensor.name].hashes.values():
                 before.update(each.encode())
         return _account(digest.hexdigest(), before.hexdigest(), measure)
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor of the result is the base's, byte for byte."""
-        if tensor.name in self.view.coded:
+        if self.view.is_plain and tensor.name in self.view.coded:
             return False
-        same = tensor.dtype == self.folding.base[tensor.name][1].dtype
+        same = tensor.dtype == self.view.held[tensor.name][1].dtype
         return same and tensor.name not in self.folding.plan.changed
 
 
@@ -169,7 +182,9 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
 
 def _account(written: str, before: str, measure: FoldMeasure) -> dict[str, Any]:
     """What the certificate says of a tensor, by its hashes; of one that is the base's, its own."""
-    if written == before:
-        return {ALGORITHM: written}
-    said = {ALGORITHM: written, "base": before}
-    return {**said, "change": measure.to_dict()} if measure.elements else said
+    said: dict[str, Any] = {ALGORITHM: written}
+    if written != before:
+        said["base"] = before
+    if measure.elements and (written != before or measure.is_quantised):
+        said["change"] = measure.to_dict()
+    return said

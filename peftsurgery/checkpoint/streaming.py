@@ -18,7 +18,7 @@ from typing import Any
 from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
 from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView, needed_view
-from peftsurgery.checkpoint.fold_report import FoldReport
+from peftsurgery.checkpoint.fold_report import FoldReport, survival
 from peftsurgery.checkpoint.fold_tensor import Folding
 from peftsurgery.checkpoint.hashing import ALGORITHM
 from peftsurgery.checkpoint.part_folder import (
@@ -47,18 +47,20 @@ def fold_files(
     allow_unchanged: bool = False,
     part: FoldPart | None = None,
     finish: bool = False,
+    requantise: bool = False,
 ) -> FoldReport:
     """Carry out a plan on the files of its base, with the tensors of its adapter; write ``out``.
 
     ``dtype`` (as safetensors calls it) is given to all tensors of floating-point numbers; with
-    ``reversible``, residuals are written beside the weights (:mod:`.residual`). Of several
+    ``reversible``, residuals are written beside the weights (:mod:`.residual`); with
+    ``requantise``, what changes of a quantised base is quantised again. Of several
     processes, each writes a ``part`` of the files of weights, and who finds that all are there
     finishes ``out``; with ``finish``, none is written. Raises SurgeryError: PSG402 and PSG403 for
     values that cannot be written, PSG415 if nothing would change and that is not allowed, PSG416
     for tensors that plan and files do not both have, PSG603 and PSG610 for places, PSG610 if there
     is more to do before ``finish``.
     """
-    fold = _prepared(planned, dtype, reversible, progress)
+    fold = _prepared(planned, dtype, reversible, progress, requantise)
     if part is None and not finish:
         with part_folder(out, fold.identity, resume) as into:
             trusted = fold.write(into, fold.files)
@@ -93,7 +95,10 @@ class _Fold:
     def identity(self) -> str:
         """Hash of all that decides what is written: what a run may be resumed by."""
         plan, adapter = self.planned.plan, self.planned.adapter
-        folder, options = self.view.folder.resolve(), (self.streamed.dtype, self.reversible)
+        folder, options = (
+            self.view.folder.resolve(),
+            (self.streamed.dtype, self.reversible, bool(self.view.again)),
+        )
         headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
         told = repr((str(folder), plan.sites, plan.replaced, options, ALGORITHM))
         parts = [told.encode(), adapter.path.read_bytes(), *headers]
@@ -138,7 +143,9 @@ class _Fold:
         for name, content in small.items():
             into.write(name, [content])
         record = {**plan.record, "added": added}
-        record |= {"coded": _hashes(self.view)} if self.view.coded else {}
+        record |= {"coded": _hashes(self.view)} if self.view.is_plain else {}
+        again = survival(report.changed.values())
+        record |= {"requantised": again} if again else {}
         into.write(FILE, [certificate(record, into.path, self.files, tensors)])
         return replace(report, copied=tuple(n for n in small if n not in {INDEX, *plan.files}))
 
@@ -156,10 +163,11 @@ def _prepared(
     dtype: str | None,
     reversible: bool,
     progress: Callable[[int], None] | None,
+    requantise: bool,
 ) -> _Fold:
     """Check a plan against the files that it is carried out on. PSG416."""
     plan, adapter, files = planned.plan, planned.adapter, read_model_files(planned.base)
-    view = needed_view(files, plan.changed)
+    view = needed_view(files, plan.changed, requantise)
     _check(plan, view, adapter, reversible)
     learnt = {name: (adapter, tensor) for name, tensor in adapter.tensors.items()}
     folding = Folding(plan, view.tensors, learnt, view.coded)
@@ -178,7 +186,7 @@ def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
 
 def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile, reversible: bool) -> None:
     """Refuse a plan whose tensors are not there, and an adapter that it leaves out. PSG416."""
-    if files.coded and reversible:
+    if files.is_plain and reversible:
         message = f"'{files.folder}' is quantised and is written plain, which has no residual"
         raise SurgeryError("PSG416", message, "unfold from the base itself")
     needed = {name for site in plan.sites for name in site.weights.values()} | plan.replaced.keys()
@@ -205,15 +213,15 @@ def _small_files(
 
     An index says how many bytes all tensors have; where they are as many as before, it is kept.
     """
-    files, left = view.files, {*plan.without, *(BESIDE if view.coded else ())}
+    files, left = view.files, {*plan.without, *(BESIDE if view.is_plain else ())}
     kept = other_files(files.folder).items()
     contents = {name: path.read_bytes() for name, path in kept if name not in left}
-    if view.coded:
+    if view.is_plain:
         contents[CONFIG] = view.config()
     if files.index is not None:
         contents[INDEX] = (files.folder / INDEX).read_bytes()
         size = sum(tensor.size for file in folded for tensor in file.tensors.values())
-        if view.coded or size != sum(tensor.size for _, tensor in files.tensors.values()):
+        if view.is_plain or size != sum(tensor.size for _, tensor in files.tensors.values()):
             metadata = {**dict(files.index.get("metadata") or {}), "total_size": size}
             where = {name: file.path.name for file in folded for name in file.tensors}
             index = {**files.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}

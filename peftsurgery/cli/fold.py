@@ -63,7 +63,6 @@ class Asked:
     def in_memory(self) -> str | None:
         """An option that is given and needs the whole model, if there is one."""
         given: dict[str, Any] = {"--class": self.kind, "--name": self.name, "--onnx": self.onnx}
-        given["--requantise"] = self.requantise
         return next((option for option, value in given.items() if value), None)
 
     @property
@@ -96,7 +95,9 @@ class Asked:
     help="Also write ONNX, checked in onnxruntime at two unseen shapes.",
 )
 @click.option(
-    "--requantise", is_flag=True, help="Write what the surgery keeps in four bits in four bits."
+    "--requantise",
+    is_flag=True,
+    help="Quantise again what the base or the surgery keeps in fewer bits.",
 )
 @click.option("--verify", is_flag=True, help="Reload the result and compare its outputs.")
 @click.option(
@@ -188,8 +189,9 @@ def _on_files(asked: Asked) -> None:
     from peftsurgery.formats.streamed_fold import checked_outputs, estimate_fold, fold_checkpoint
 
     where, other = (asked.surgery, asked.base), asked.allow_other_base
+    again = asked.requantise
     if asked.dry_run:
-        found = estimate_fold(*where, asked.out, asked.dtype, asked.reversible, other)
+        found = estimate_fold(*where, asked.out, asked.dtype, asked.reversible, other, again)
         print_result(found.to_dict(), found, asked.as_json)
         return
     with ExitStack() as stack:
@@ -208,6 +210,7 @@ def _on_files(asked: Asked) -> None:
             allow_unchanged=asked.allow_unchanged,
             part=asked.part,
             finish=asked.finish,
+            requantise=again,
         )
         if asked.verify and report.part is None:
             report = replace(report, verified=checked_outputs(*where, out, other))

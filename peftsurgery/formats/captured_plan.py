@@ -1,18 +1,26 @@
 """Plans of folds by the model's graph: which weight a site reads, which rows of it, how it lies.
 
-No weights are needed for that: the base is captured on the meta device.
+No weights are needed for that: the base is captured on the meta device, of a quantised one a twin
+that has its names and shapes as plain ones.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from peftsurgery.checkpoint.card import files_beside
+from peftsurgery.checkpoint.codecs.coded import PlainView, plain_view
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
+from peftsurgery.checkpoint.record import record_of
 from peftsurgery.errors import SurgeryError
+from peftsurgery.fingerprint import Fingerprint, on_disk
 from peftsurgery.finite_tensors import as_safetensors
+from peftsurgery.formats.plain_twin import plain_twin
 from peftsurgery.formats.pretrained import open_adapter
-from peftsurgery.model_files import ModelFiles, read_model_files
+from peftsurgery.model_files import ModelFiles, are_here, read_model_files
+from peftsurgery.places import named_in
 from peftsurgery.quiet import quiet
 from peftsurgery.surgery.model.fold_record import fold_record
 from peftsurgery.surgery.model.fold_sites import model_plan
@@ -27,15 +35,37 @@ def captured_plan(adapter: Path, base: str | None, allow_other_base: bool, room:
     The adapter's tensors are written to the directory ``room``, by their names in the model.
     Raises what :func:`open_adapter` raises, and PSG416 for what cannot be folded on files.
     """
+    coded = None if is_surgery(adapter) and not allow_other_base else _coded_base(adapter, base)
+    named = base if coded is None else str(plain_twin(coded, room / "plain", adapter))
     with quiet():
-        operated = open_adapter(adapter, base, allow_other_base)
+        operated = open_adapter(adapter, named, allow_other_base)
     folder = operated.source.folder
     if folder is None:
         raise SurgeryError("PSG416", f"the base of '{adapter}' is no directory", "give its path")
     plan = fold_plan(operated, read_model_files(folder), adapter)
+    if coded is not None:
+        folder = coded.folder
+        plan = _told_of(plan, coded, adapter)
     learnt = room / "adapter.safetensors"
     learnt.write_bytes(as_safetensors(operated.learnt(*operated.active)))
     return Planned(plan, folder, read_header(learnt))
+
+
+def _coded_base(adapter: Path, base: str | None) -> PlainView | None:
+    """The base of an adapter, if it is a directory of weights that a known codec keeps."""
+    named = base if base is not None else next(iter(named_in(adapter)), None)
+    if named is None or not os.path.isdir(named) or not are_here(Path(named)):
+        return None
+    view = plain_view(read_model_files(Path(named)))
+    return view if view.coded else None
+
+
+def _told_of(plan: FoldPlan, base: PlainView, adapter: Path) -> FoldPlan:
+    """A plan that was made on a base's twin, with a record and a card that are of the base."""
+    prints = {name: on_disk(*where).print() for name, where in base.held.items()}
+    record = record_of(str(base.folder), Fingerprint(prints), plan.record["folded"])
+    files, without = files_beside(adapter, base.folder, record, library=True)
+    return replace(plan, record=record, files=files, without=without)
 
 
 def fold_plan(model: OperatedModel, files: ModelFiles, adapter: Path) -> FoldPlan:

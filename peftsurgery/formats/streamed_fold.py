@@ -47,6 +47,7 @@ def fold_checkpoint(
     allow_unchanged: bool = False,
     part: str | None = None,
     finish: bool = False,
+    requantise: bool = False,
 ) -> FoldReport:
     """Fold an adapter's directory into the files of its base, without building the model.
 
@@ -55,6 +56,8 @@ def fold_checkpoint(
     Changes are added in fp32 a few rows at a time and rounded once, to the base's dtype or to
     ``dtype`` ("float32", "bfloat16", "float16"); all other bytes are copied. With ``reversible``,
     residuals beside the weights let :func:`unfold_checkpoint` restore the base without the base.
+    What changes of a quantised base is written plain and so is the rest; with ``requantise`` it is
+    quantised again, and the rest is copied.
     ``progress`` is told the bytes that are written. ``peftsurgery.json`` in ``out`` is the
     certificate that :func:`verify` checks. Several processes that share a file system each write a
     ``part``, "2/3" every third file from the second on; who comes last finishes ``out``, or whoever
@@ -66,10 +69,10 @@ def fold_checkpoint(
     left.
     """
     mine = None if part is None else FoldPart.parse(part)
-    target, code = _checked(adapter, base, out, dtype, reversible)
+    target, code = _checked(adapter, base, out, dtype, reversible, requantise)
     with _planned(Path(adapter), base, allow_other_base) as planned:
         check_free(target, [str(planned.base)])
-        asked = code, resume, reversible, progress, allow_unchanged, mine, finish
+        asked = code, resume, reversible, progress, allow_unchanged, mine, finish, requantise
         return fold_files(planned, target, *asked)
 
 
@@ -80,15 +83,16 @@ def estimate_fold(
     dtype: str | None = None,
     reversible: bool = False,
     allow_other_base: bool = False,
+    requantise: bool = False,
 ) -> FoldEstimate:
     """Tell what :func:`fold_checkpoint` would take: bytes, memory, disk. Nothing is written.
 
     The arguments are those of the fold, and so are the errors of places and plans.
     """
-    target, code = _checked(adapter, base, out, dtype, reversible)
+    target, code = _checked(adapter, base, out, dtype, reversible, requantise)
     with _planned(Path(adapter), base, allow_other_base, recorded=False) as planned:
         check_free(target, [str(planned.base)])
-        return estimate(planned, target, code, reversible)
+        return estimate(planned, target, code, reversible, requantise)
 
 
 def has_files(adapter: str | Path, base: str | Path | None) -> bool:
@@ -128,6 +132,7 @@ def _checked(
     out: str | Path,
     dtype: str | None,
     reversible: bool,
+    requantise: bool,
 ) -> tuple[Path, str | None]:
     """Where to write, and the dtype's name in files. PSG601, PSG602, PSG904."""
     if dtype is not None and dtype not in DTYPES:
@@ -135,6 +140,9 @@ def _checked(
     if dtype is not None and reversible:
         message = "residuals are of the base's dtype, and another one is to be written"
         raise SurgeryError("PSG904", message, "give either dtype= or reversible=")
+    if dtype is not None and requantise:
+        message = "what is quantised again keeps its dtypes, and another one is to be written"
+        raise SurgeryError("PSG904", message, "give either dtype= or requantise=")
     check_free(Path(out), [str(each) for each in (adapter, base) if each is not None])
     return Path(out), None if dtype is None else DTYPES[dtype]
 

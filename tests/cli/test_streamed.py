@@ -96,7 +96,7 @@ def test_a_dry_run_says_what_a_fold_takes_and_writes_nothing(
 def test_options_that_are_about_files_are_refused_beside_those_that_need_the_model(
     tmp_path: Path, surgery: tuple[Path, Path], option: tuple[str, ...]
 ) -> None:
-    for other in (("--requantise",), ("--onnx", str(tmp_path / "model.onnx"))):
+    for other in (("--class", "LlamaModel"), ("--onnx", str(tmp_path / "model.onnx"))):
         error = said("fold", surgery[1], "-o", tmp_path / "out", *option, *other, code=2)["error"]
         assert option[0] in str(error)
         assert other[0] in str(error)

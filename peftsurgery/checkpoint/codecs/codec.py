@@ -15,19 +15,25 @@ Said = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Codec:
-    """How a quantiser keeps a weight (out, in).
+    """How a quantiser keeps a weight (out, in), or a stack of such.
 
-    ``parts`` are the endings of its tensors' names after the module's, by what they are; the first
-    is the one in whose place the weight stands, ``optional`` ones may be missing. ``shape`` gives
-    the weight's shape from those of the parts, where they alone say it; ``decode`` gives its values
-    in fp32 from the parts, as stored, and the config of the quantiser. ``refuses`` says why a
-    config is none that is read; None for one that is.
+    ``parts`` are the endings of its tensors' names, by what they are; the first is the one in whose
+    place the weight stands, ``optional`` ones may be missing, ``small`` ones are read to know the
+    shape. ``plain`` is how the weight's own name ends. ``shape`` gives the weight's shape from
+    those of the parts; ``decode`` gives its values in fp32 from the parts, as stored, and the
+    config of the quantiser. ``encode`` gives the parts that another weight has in place of these,
+    in their shapes and dtypes. With ``by_rows``, the first axis of the weight is that of each part,
+    and rows can be read and written by themselves. ``refuses`` says why a config is none that is
+    read; None for one that is.
     """
 
     name: str
     parts: Mapping[str, str]
-    shape: Callable[[Parts, Said], tuple[int, int]]
+    shape: Callable[[Parts, Said], tuple[int, ...]]
     decode: Callable[[Parts, Said], Array]
+    encode: Callable[[Array, Parts, Said], Mapping[str, Array]]
     refuses: Callable[[Said], str | None] = lambda said: None
     optional: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
+    plain: str = ".weight"
+    by_rows: bool = False

@@ -1,15 +1,15 @@
 """A base's tensors as plain weights, whatever its quantiser keeps them as.
 
 config.json names the quantiser; the tensors beside a module tell whether its weight is quantised.
-Where a fold changes such a weight, all of them are written as plain numbers; where it does not,
-they stay as they are.
+Where a fold changes such a weight, all of them are written as plain numbers, or those that change
+are quantised again; where it does not, they stay as they are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_rows
 from peftsurgery.checkpoint.codecs.bitsandbytes import FP4, INT8, NF4
 from peftsurgery.checkpoint.codecs.codec import Codec, Said
 from peftsurgery.checkpoint.codecs.fp8_blocks import FP8_BLOCKS
+from peftsurgery.checkpoint.codecs.mxfp4 import MXFP4
 from peftsurgery.checkpoint.codecs.packed import AWQ, GPTQ
 from peftsurgery.checkpoint.hashing import hash_of
 from peftsurgery.errors import SurgeryError
@@ -36,6 +37,7 @@ CODECS: Mapping[str, tuple[Codec, ...]] = MappingProxyType(
         "fp8": (FP8_BLOCKS,),
         "gptq": (GPTQ,),
         "awq": (AWQ,),
+        "mxfp4": (MXFP4,),
         "bitsandbytes": (NF4, FP4, INT8),
     }
 )
@@ -51,16 +53,30 @@ class CodedWeight:
     parts: Mapping[str, tuple[TensorFile, Tensor]]
     said: Said
 
-    def values(self) -> Array:
-        """The weight (out, in) in fp32. PSG416 for parts that do not fit each other."""
-        parts = {name: read_rows(*where) for name, where in self.parts.items()}
+    def values(self, rows: slice | None = None) -> Array:
+        """The weight, or rows of one that is kept by rows, in fp32.
+
+        PSG416 for parts that do not fit each other.
+        """
+        return self.values_of(self.stored(rows), rows)
+
+    def stored(self, rows: slice | None = None) -> dict[str, Array]:
+        """The parts, or rows of them, as the files have them."""
+        some = () if rows is None else (rows.start, rows.stop)
+        return {name: read_rows(*where, *some) for name, where in self.parts.items()}
+
+    def values_of(self, parts: Mapping[str, Array], rows: slice | None = None) -> Array:
+        """The weight of some parts in fp32. PSG416 for those that do not fit."""
+        wanted = self.tensor.shape
+        if rows is not None:
+            wanted = (rows.stop - rows.start, *wanted[1:])
         try:
             found = self.codec.decode(parts, self.said)
         except (ValueError, IndexError, KeyError, TypeError) as error:
             message = f"'{self.tensor.name}' is no weight in {self.codec.name}: {error}"
             raise SurgeryError("PSG416", message) from None
-        if found.shape != self.tensor.shape:
-            shapes = f"{list(found.shape)}, not {list(self.tensor.shape)}"
+        if found.shape != wanted:
+            shapes = f"{list(found.shape)}, not {list(wanted)}"
             raise SurgeryError("PSG416", f"'{self.tensor.name}' in {self.codec.name} is {shapes}")
         return found
 
@@ -72,10 +88,31 @@ class CodedWeight:
 
 @dataclass(frozen=True)
 class PlainView:
-    """A base's files, with the weights of its codecs as plain ones."""
+    """A base's files, with the weights of its codecs as plain ones.
+
+    ``again`` are the weights that are quantised again: then the files that are written hold what
+    those of the base hold.
+    """
 
     files: ModelFiles
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
+    again: frozenset[str] = frozenset()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights of codecs are written as plain numbers."""
+        return bool(self.coded) and not self.again
+
+    @cached_property
+    def held(self) -> dict[str, tuple[TensorFile, Tensor]]:
+        """Every tensor of the files by its name."""
+        return self.files.tensors
+
+    @cached_property
+    def again_by_part(self) -> dict[str, str]:
+        """The weights that are quantised again, by the tensors that are parts of them."""
+        found = ((name, self.coded[name].parts.values()) for name in self.again)
+        return {tensor.name: name for name, parts in found for _, tensor in parts}
 
     @property
     def folder(self) -> Path:
@@ -84,8 +121,8 @@ class PlainView:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[TensorFile, Tensor]]:
-        """Every tensor by its name, with the file in which it stands."""
-        return {each.name: (file, each) for file in self.files.files for each in self.of(file)}
+        """Every tensor by its name as a plain one, with the file in which it stands."""
+        return {each.name: (file, each) for file in self.files.files for each in self._plain(file)}
 
     @cached_property
     def _hidden(self) -> dict[str, str | None]:
@@ -96,8 +133,13 @@ class PlainView:
             found[weight.parts["weight"][1].name] = name
         return found
 
-    def of(self, file: TensorFile) -> Iterator[Tensor]:
-        """The tensors of a file in the order in which they lie there."""
+    def of(self, file: TensorFile) -> Iterable[Tensor]:
+        """The tensors that are written to a file, in the order in which they lie there."""
+        if self.again:
+            return sorted(file.tensors.values(), key=lambda each: each.start)
+        return self._plain(file)
+
+    def _plain(self, file: TensorFile) -> Iterator[Tensor]:
         for tensor in sorted(file.tensors.values(), key=lambda each: each.start):
             name = self._hidden.get(tensor.name, tensor.name)
             if name is not None:
@@ -126,10 +168,19 @@ def plain_view(files: ModelFiles) -> PlainView:
     return PlainView(files, coded)
 
 
-def needed_view(files: ModelFiles, changed: Collection[str]) -> PlainView:
-    """The view in which a fold works: plain where it changes a coded weight, else the files'."""
+def needed_view(files: ModelFiles, changed: Collection[str], requantise: bool = False) -> PlainView:
+    """The view in which a fold works: plain where it changes a coded weight, else the files'.
+
+    With ``requantise`` coded weights that change are quantised again. PSG416 if the base has none.
+    """
     view = plain_view(files)
-    return view if view.coded.keys() & set(changed) else PlainView(files)
+    if requantise and not view.coded:
+        message = f"'{files.folder}' has no quantised weights that are read, so none to write again"
+        raise SurgeryError("PSG416", message, "leave out --requantise")
+    mine = view.coded.keys() & set(changed)
+    if not mine:
+        return PlainView(files)
+    return replace(view, again=frozenset(mine)) if requantise else view
 
 
 def _found(
@@ -137,10 +188,10 @@ def _found(
 ) -> Iterator[CodedWeight]:
     """The weights that a codec keeps among the tensors of a base."""
     needed = {name: end for name, end in codec.parts.items() if name not in codec.optional}
-    telling = f".{list(needed.values())[-1]}"
+    telling = list(needed.values())[-1]
     for key in held:
         module = key.removesuffix(telling)
-        names = {name: f"{module}.{end}" for name, end in codec.parts.items()}
+        names = {name: module + end for name, end in codec.parts.items()}
         parts = {name: held[full] for name, full in names.items() if full in held}
         readable = all(tensor.dtype in NUMBERS for _, tensor in parts.values())
         if module == key or not needed.keys() <= parts.keys() or not readable:
@@ -154,7 +205,7 @@ def _found(
             size = size_of(dtype, shape)
         except (ValueError, IndexError, KeyError, TypeError):
             continue  # it is no weight of this codec, and stays what it is
-        yield CodedWeight(Tensor(f"{module}.weight", dtype, shape, 0, size), codec, parts, said)
+        yield CodedWeight(Tensor(module + codec.plain, dtype, shape, 0, size), codec, parts, said)
 
 
 def _stand_in(tensor: Tensor) -> Array:

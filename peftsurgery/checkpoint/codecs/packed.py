@@ -6,14 +6,21 @@ GPTQ (Frantar et al., 2022, arXiv:2210.17323, as AutoGPTQ stores it) packs q alo
 lowest bits first, and names the group of each input in g_idx; its zeros are one less than they
 mean, but in the format "gptq_v2". AWQ (Lin et al., 2023, arXiv:2306.00978, version "gemm") packs
 along the outputs, of each eight those at 0, 2, 4, 6, 1, 3, 5, 7 in this order.
+
+A group that is quantised again may get the scale and the zero that reach from its smallest value to
+its largest, where that is nearer; see :mod:`.nearest`. Where all zeros are in the middle they stay
+there: kernels for symmetric weights do not read them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import Array
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
+from peftsurgery.checkpoint.codecs.nearest import inverse
 
 WORD = 32
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -26,22 +33,52 @@ def unpacked(words: Array, bits: int) -> Array:
     return numbers.astype(np.int32).reshape(len(words), -1)
 
 
+def packed(numbers: Array, bits: int) -> Array:
+    """Numbers (rows, columns) in words: what :func:`unpacked` undoes."""
+    each = numbers.astype(np.uint32).reshape(len(numbers), -1, WORD // bits)
+    shifted = np.left_shift(each, np.arange(0, WORD, bits, dtype=np.uint32), out=each)
+    return np.bitwise_or.reduce(shifted, axis=2).view(np.int32)
+
+
 def _gptq(parts: Parts, said: Said) -> Array:
-    bits = said["bits"]
-    numbers = unpacked(np.ascontiguousarray(parts["weight"].T), bits)  # (out, in)
-    zeros = unpacked(parts["zeros"], bits) + (said.get("checkpoint_format") != "gptq_v2")
-    groups, inputs = len(parts["scales"]), numbers.shape[1]
-    order = parts.get("groups")
-    order = np.arange(inputs) * groups // inputs if order is None else order
+    numbers = unpacked(np.ascontiguousarray(parts["weight"].T), said["bits"])  # (out, in)
+    zeros = unpacked(parts["zeros"], said["bits"]) + _less(said)
     scales = parts["scales"].astype(np.float32)
-    return _scaled(numbers, zeros, scales, order)
+    return _scaled(numbers, zeros, scales, _groups(parts, numbers.shape[1]))
+
+
+def _pack_gptq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
+    bits, less = said["bits"], _less(said)
+    zeros, scales = unpacked(parts["zeros"], bits) + less, parts["scales"].copy()
+    groups = _groups(parts, values.shape[1])
+    numbers = _requantised(values, zeros, scales, groups, range(less, 2**bits))
+    weight = np.ascontiguousarray(packed(numbers, bits).T)
+    return {"weight": weight, "zeros": packed(zeros - less, bits), "scales": scales}
+
+
+def _less(said: Said) -> int:
+    """By how much zeros are less than they mean."""
+    return int(said.get("checkpoint_format") != "gptq_v2")
+
+
+def _groups(parts: Parts, inputs: int) -> Array:
+    """The group of each input."""
+    order, count = parts.get("groups"), len(parts["scales"])
+    return np.arange(inputs) * count // inputs if order is None else order
 
 
 def _awq(parts: Parts, said: Said) -> Array:
     numbers, zeros = (_reordered(unpacked(parts[name], 4)) for name in ("weight", "zeros"))
     scales = parts["scales"].astype(np.float32)
-    order = np.arange(len(numbers)) * len(scales) // len(numbers)
-    return _scaled(np.ascontiguousarray(numbers.T), zeros, scales, order)
+    return _scaled(np.ascontiguousarray(numbers.T), zeros, scales, _groups(parts, len(numbers)))
+
+
+def _pack_awq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
+    zeros, scales = _reordered(unpacked(parts["zeros"], 4)), parts["scales"].copy()
+    numbers = _requantised(values, zeros, scales, _groups(parts, values.shape[1]), range(16))
+    made = {"weight": numbers.T, "zeros": zeros}
+    words = {name: packed(_ordered(value), 4) for name, value in made.items()}
+    return {**words, "scales": scales}
 
 
 def _reordered(numbers: Array) -> Array:
@@ -52,10 +89,63 @@ def _reordered(numbers: Array) -> Array:
     return result.reshape(numbers.shape)
 
 
+def _ordered(numbers: Array) -> Array:
+    """Numbers (rows, columns) in the order in which AWQ packs them."""
+    eights = numbers.reshape(len(numbers), -1, len(AWQ_ORDER))
+    return eights[:, :, AWQ_ORDER].reshape(numbers.shape)
+
+
 def _scaled(numbers: Array, zeros: Array, scales: Array, order: Array) -> Array:
     """The weight (out, in) of numbers (out, in); zeros and scales are (groups, out)."""
     shifted = (numbers - zeros.T[:, order]).astype(np.float32)
     return np.multiply(shifted, scales.T[:, order], out=shifted)
+
+
+def _requantised(values: Array, zeros: Array, scales: Array, order: Array, allowed: range) -> Array:
+    """Numbers (out, in) for a weight; zeros and scales (groups, out) change in place where needed.
+
+    ``allowed`` are the zeros that can be written, and end with the largest number.
+    """
+    top, numbers = allowed[-1], np.empty(values.shape, np.uint8)
+    laid_out = _symmetric if bool((zeros == (top + 1) // 2).all()) else _from_end_to_end
+    for group, (zero, scale) in enumerate(zip(zeros, scales, strict=True)):
+        columns = np.flatnonzero(order == group)
+        mine = values[:, columns]
+        grids = [(zero, scale), laid_out(mine, zero, scale.dtype, allowed)]
+        placed = [_placed(mine, *grid, top) for grid in grids]
+        errors = [
+            np.square((each - z[:, None]) * s[:, None] - mine).sum(1)
+            for each, (z, s) in zip(placed, grids, strict=True)
+        ]
+        fresh = ~(errors[0] <= errors[1])
+        numbers[:, columns] = np.where(fresh[:, None], placed[1], placed[0])
+        zero[fresh], scale[fresh] = grids[1][0][fresh], grids[1][1][fresh]
+    return numbers
+
+
+def _placed(values: Array, zero: Array, scale: Array, top: int) -> Array:
+    """The number of each value (out, inputs of a group) in the group's grid, in fp32."""
+    numbers = np.rint(values * inverse(scale)[:, None])
+    numbers += zero.astype(np.float32)[:, None]
+    return np.clip(numbers, 0, top, out=numbers)
+
+
+def _symmetric(
+    values: Array, zero: Array, dtype: np.dtype[Any], allowed: range
+) -> tuple[Array, Array]:
+    """The grid that holds a group's values about the zero that it has."""
+    low, high = values.min(1, initial=0), values.max(1, initial=0)
+    return zero, np.maximum(high / (allowed[-1] - zero), -low / zero).astype(dtype)
+
+
+def _from_end_to_end(
+    values: Array, zero: Array, dtype: np.dtype[Any], allowed: range
+) -> tuple[Array, Array]:
+    """The grid that reaches from a group's smallest value to its largest."""
+    low, high = values.min(1, initial=0), values.max(1, initial=0)
+    scale = ((high - low) / allowed[-1]).astype(dtype)
+    place = np.rint(-low * inverse(scale))
+    return np.clip(place, allowed[0], allowed[-1]).astype(zero.dtype), scale
 
 
 def _refuses_gptq(said: Said) -> str | None:
@@ -69,12 +159,13 @@ def _refuses_awq(said: Said) -> str | None:
     return None
 
 
-PARTS = {"weight": "qweight", "zeros": "qzeros", "scales": "scales"}
+PARTS = {"weight": ".qweight", "zeros": ".qzeros", "scales": ".scales"}
 GPTQ = Codec(
     "gptq",
-    {**PARTS, "groups": "g_idx"},
+    {**PARTS, "groups": ".g_idx"},
     lambda parts, said: (parts["weight"].shape[1], parts["weight"].shape[0] * WORD // said["bits"]),
     _gptq,
+    _pack_gptq,
     _refuses_gptq,
     ("groups",),
 )
@@ -83,5 +174,6 @@ AWQ = Codec(
     PARTS,
     lambda parts, said: (parts["weight"].shape[1] * WORD // 4, parts["weight"].shape[0]),
     _awq,
+    _pack_awq,
     _refuses_awq,
 )

@@ -115,6 +115,28 @@ def test_only_the_plain_weights_of_a_quantised_base_are_touched_where_that_is_en
     assert (base / "config.json").read_bytes() == (tmp_path / "out/config.json").read_bytes()
 
 
+def test_what_names_leave_open_is_planned_on_a_twin_of_the_base(
+    tmp_path: Path, llama: tuple[Path, Path]
+) -> None:
+    base = shutil.copytree(llama[0], tmp_path / "base")
+    meant = quantised(base, "gptq")
+    plain = AutoModelForCausalLM.from_pretrained(llama[0], dtype=torch.float32)
+    plain.load_state_dict({name: value.float() for name, value in meant.items()})
+    plain.save_pretrained(tmp_path / "plain")
+    lora = adapter_at(
+        tmp_path / "lora", tmp_path / "plain", target_modules=["embed_tokens", "q_proj"]
+    )
+    wanted = peft.PeftModel.from_pretrained(plain, lora).merge_and_unload().state_dict()
+    report = ps.fold_checkpoint(lora, base, tmp_path / "out", dtype="float32")
+    for name, value in tensors_of(tmp_path / "out").items():
+        assert torch.allclose(value, wanted[name], rtol=1e-5, atol=2e-6), name
+    assert sum(each["relative"] > 0 for each in report.changed.values()) == 3
+    said = json.loads((tmp_path / "out/peftsurgery.json").read_text())
+    assert said["base"] == str(base)
+    ps.unfold_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert tensors_of(tmp_path / "back").keys() == tensors_of(base).keys()
+
+
 def test_shards_are_indexed_anew(tmp_path: Path, llama: tuple[Path, Path]) -> None:
     base = shutil.copytree(llama[0], tmp_path / "base")
     meant = quantised(base, "gptq")
