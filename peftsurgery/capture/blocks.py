@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import fx, nn
 
 from peftsurgery.capture.module_calls import hand_on
-from peftsurgery.capture.names import join
+from peftsurgery.capture.names import is_within, join
 from peftsurgery.capture.program import ModuleInfo, Program, TensorInfo
 from peftsurgery.capture.stack import inherit, stack_paths
 
@@ -52,7 +52,7 @@ def _is_composed(element: nn.Module) -> bool:
 
 
 def _is_inside(name: str, paths: Iterable[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
+    return any(is_within(name, path) for path in paths)
 
 
 @dataclass

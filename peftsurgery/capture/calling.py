@@ -17,13 +17,14 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.module_calls import ModuleCall, flatten
 from peftsurgery.capture.program import Program
 from peftsurgery.errors import SurgeryError
 
 
 @dataclass(frozen=True, eq=False)
-class PartCall:
+class PartCall(SharedByCopies):
     """How a program calls a part, which has a ``name`` in its holder; it is a function of a graph.
 
     ``values`` come with the call. ``given`` says for each argument's leaf which of them it is,
@@ -46,9 +47,6 @@ class PartCall:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__name__", "call_part")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PartCall:
-        return self
 
     def __call__(self, holder: Any, *values: Any) -> Any:
         """Call the module at the part's path, and return the values that the calling program reads.

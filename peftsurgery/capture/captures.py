@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from peftsurgery.capture.blocks import Library, Splitter, block_paths
 from peftsurgery.capture.cleanup import clean_up
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.export import export
 from peftsurgery.capture.generating import cache_argument
 from peftsurgery.capture.module_calls import ModuleCalls, noted_calls
@@ -36,7 +37,7 @@ from peftsurgery.uncollected import uncollected
 
 
 @dataclass(frozen=True)
-class Capture:
+class Capture(SharedByCopies):
     """One signature of a model as programs: "" is the top graph, other keys are block paths.
 
     ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
@@ -57,9 +58,6 @@ class Capture:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_check", compile_check(self.names, self.conditions))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Capture:
-        return self  # immutable: copies of a model share their captures
 
     @property
     def top(self) -> Program:
@@ -93,7 +91,7 @@ Casts = frozenset[tuple[str, torch.dtype]]
 Key = tuple[str, Casts, Surroundings]
 
 
-class Captures:
+class Captures(SharedByCopies):
     """The captures of one source: by signature, by its tensors' dtypes, by what surrounds a call.
 
     ``cache`` is whether calls return what the model remembers without being asked for it, ``past``
@@ -112,9 +110,6 @@ class Captures:
         self.constants: dict[str, torch.Tensor] = {}
         self._likely: tuple[str, ...] = ()  # blocks that the next capture will fill in, probably
         self._made: dict[Key, list[Capture]] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Captures:
-        return self
 
     @property
     def first(self) -> Capture:

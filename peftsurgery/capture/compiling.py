@@ -27,6 +27,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from peftsurgery.capture import ops
 from peftsurgery.capture.calling import PartCall
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.higher_order import AUTOCAST
 from peftsurgery.capture.program import Program, generate_forward
 from peftsurgery.errors import SurgeryError
@@ -40,7 +41,7 @@ VARIANTS = 64
 _NUMBERS = itertools.count()
 
 
-class Compiling:
+class Compiling(SharedByCopies):
     """Programs compiled with the same options; models that are copies of each other share it."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -57,9 +58,6 @@ class Compiling:
             raise SurgeryError("PSG223", f"torch.compile refuses its options: {error}") from error
         self._programs: WeakKeyDictionary[Program, Program] = WeakKeyDictionary()
         self._stretches: dict[Hashable, CompiledStretch] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Compiling:
-        return self
 
     def program(self, program: Program) -> Program:
         """The program with its stretches compiled; itself, where a call is part of another trace.

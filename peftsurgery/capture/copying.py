@@ -14,6 +14,13 @@ from torch import nn
 from peftsurgery.errors import SurgeryError
 
 
+class SharedByCopies:
+    """What copies of a model share: it does not change, or what it holds is the same for them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
 class Copied(nn.Module):
     """A module that can be copied, and refuses to be pickled."""
 

@@ -11,6 +11,11 @@ def join(path: str, name: str) -> str:
     return f"{path}.{name}" if path and name else path or name
 
 
+def is_within(path: str, outer: str) -> bool:
+    """Whether a path is another one, or lies beneath it."""
+    return path == outer or path.startswith(f"{outer}.")
+
+
 def common(paths: Sequence[str]) -> str:
     """The path of the innermost module that holds all of these, or is the only one."""
     parts = [path.split(".") for path in paths]

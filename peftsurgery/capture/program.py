@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.higher_order import AUTOCAST
 from peftsurgery.errors import SurgeryError
 
@@ -60,7 +61,7 @@ class TensorInfo:
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class Program(SharedByCopies):
     """A shape class: one graph, one generated forward, for every block of this structure.
 
     ``graph`` reads tensors by ``get_attr`` nodes whose targets are relative to the block, and calls
@@ -82,9 +83,6 @@ class Program:
     def __post_init__(self) -> None:
         graph = self.graph if self.running is None else self.running
         object.__setattr__(self, "forward", generate_forward(graph, self.label))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        return self  # immutable: copies of a model share their programs
 
     def rewritten(self, label: str, graph: fx.Graph, running: fx.Graph | None = None) -> Program:
         """A program of the same block with another graph."""

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from peftsurgery.capture.builds import FILES, Build, class_named, resize
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.factories import Inputs, made_by
 from peftsurgery.capture.folded_module import folded_module, is_folded_module
 from peftsurgery.capture.ties import tied_apart, untie_as_stored
@@ -46,7 +47,7 @@ CONFIG_ERRORS = (
 )
 
 
-class Source:
+class Source(SharedByCopies):
     """The module a capture was made of; ``weights()`` is the same module with its tensors.
 
     ``build`` says what is otherwise than in the files there, whose config is ``stored``, or in the
@@ -73,9 +74,6 @@ class Source:
         self.notes: tuple[str, ...] = ()
         self.missing: frozenset[str] = frozenset()
         self._loaded: nn.Module | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self  # copies of a captured model come from the same place
 
     @property
     def on_meta(self) -> bool:

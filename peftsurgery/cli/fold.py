@@ -222,11 +222,7 @@ def _in_memory(asked: Asked, *notes: str) -> None:
     """Fold the model itself."""
     from peftsurgery.formats.pretrained import fold_to_directory
 
-    inputs, onnx, out = (
-        [asked.surgery, *([asked.base] if asked.base else [])],
-        asked.onnx,
-        asked.out,
-    )
+    inputs, onnx, out = asked.inputs, asked.onnx, asked.out
     inside = None if onnx is None else _inside(onnx, out)
     if onnx is not None and inside is None:
         check_free(onnx, inputs, asked.force)

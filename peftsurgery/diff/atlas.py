@@ -7,6 +7,7 @@ from dataclasses import replace
 from html import escape
 
 from peftsurgery.capture import GraphModel
+from peftsurgery.diff.blocks import innermost
 from peftsurgery.diff.describing import describe_model, insertions
 from peftsurgery.diff.description import Description, Insertion, SiteFacts
 from peftsurgery.diff.figures import Figures, measure
@@ -81,7 +82,7 @@ def _roles(description: Description, matched: Collection[str]) -> str:
     for name, site in description.sites.items():
         path = name.partition(" ")[0]
         if site.role and site.kind != "parameter":
-            row = cells.setdefault(_block_of(path, description.blocks), {})
+            row = cells.setdefault(innermost(path, description.blocks), {})
             row[site.role] = row.get(site.role, "") + _cell(path, site, path in matched)
     sections = "".join(_row(where, row) for where, row in _equal_rows(cells, description))
     return f"<details open><summary><h2>Roles</h2></summary>{sections}</details>"
@@ -109,13 +110,6 @@ def _equal_rows(
             groups.setdefault(tuple(inside.items()), []).append(block)
     for items, blocks in groups.items():
         yield from ((where, dict(items)) for where, _ in folded(blocks))
-
-
-def _block_of(path: str, blocks: Collection[str]) -> str:
-    """The innermost block that a path lies in."""
-    names = path.split(".")
-    around = (".".join(names[:end]) for end in range(len(names), 0, -1))
-    return next((each for each in around if each in blocks), "")
 
 
 def _cell(path: str, site: SiteFacts, matched: bool) -> str:

@@ -188,15 +188,15 @@ def _paired_lists(
     taken, there = set(found.values()), set(pairs.values())
     for path in mine:
         if path not in found:
-            owner = pairs[_owner(path, pairs)]
-            free = (p for p in theirs if p not in taken and _owner(p, there) == owner)
+            owner = pairs[innermost(path, pairs)]
+            free = (p for p in theirs if p not in taken and innermost(p, there) == owner)
             other = next(free, None)
             if other is not None:
                 taken.add(other)
                 yield path, other
 
 
-def _owner(path: str, blocks: Collection[str]) -> str:
+def innermost(path: str, blocks: Collection[str]) -> str:
     """The innermost of some blocks that a path lies in."""
     names = path.split(".")
     prefixes = (".".join(names[:end]) for end in range(len(names), 0, -1))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any
 
-from peftsurgery.capture.names import join
+from peftsurgery.capture.names import is_within, join
 from peftsurgery.diff.align import CALL
 from peftsurgery.diff.description import Description, Insertion, Node, SiteFacts, TensorFacts
 from peftsurgery.diff.names import folded
@@ -119,8 +119,8 @@ def _insertions(edits: Iterable[Edit]) -> Iterator[Entry]:
 
 def _within(path: str, moved: Moved) -> bool:
     """Whether a path lies in a block that only one of the models has."""
-    alone = [one or other for one, other in moved if one is None or other is None]
-    return any(path.startswith(f"{block}.") or path == block for block in alone)
+    alone = [str(one or other) for one, other in moved if one is None or other is None]
+    return any(is_within(path, block) for block in alone)
 
 
 def _sites(edits: Iterable[Edit], moved: Moved) -> Iterator[Entry]:

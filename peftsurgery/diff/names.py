@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import product
 
-from peftsurgery.capture.names import join
+from peftsurgery.capture.names import is_within, join
 from peftsurgery.diff.blocks import translated_path
 from peftsurgery.diff.description import Node
 
@@ -41,7 +41,7 @@ class Renaming:
 
     def path(self, path: str) -> str | None:
         """A module's path in the other model; None if its block is gone."""
-        if any(path == block or path.startswith(f"{block}.") for block in self.gone):
+        if any(is_within(path, block) for block in self.gone):
             return None
         known = self.modules.get(path, self.around.get(path))
         return translated_path(path, self.blocks) if known is None else known

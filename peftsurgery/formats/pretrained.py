@@ -35,7 +35,12 @@ from peftsurgery.formats.peft.adapter import read_adapter
 from peftsurgery.formats.peft.directory import from_peft
 from peftsurgery.formats.peft.files import BASE, CONFIG, read_peft_config
 from peftsurgery.formats.peft.needed_base import open_peft_base
-from peftsurgery.formats.trial_inputs import difference, output_tensors, unseen_inputs
+from peftsurgery.formats.trial_inputs import (
+    largest_gap,
+    output_tensors,
+    tolerance_of,
+    unseen_inputs,
+)
 from peftsurgery.model_files import refuse_program
 from peftsurgery.places import give_usual_mode
 from peftsurgery.quiet import quiet
@@ -244,24 +249,14 @@ def check_written(
 ) -> float:
     """Read a written model back and compare it with the wanted one; the largest difference.
 
-    Raises PSG410 if weights are missing, or outputs differ by more than 1e-5 in fp32. In half
-    precision the operated model adds its adapters in fp32 where the folded one has rounded weights,
-    and every layer rounds its activations: some 60 roundings, which add up like a random walk to 8
-    times one of them.
+    Raises PSG410 if weights are missing, or outputs differ by more than :func:`tolerance_of`.
     """
     again = _read_back(plain, folder).eval()
-    dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
-    precision = torch.finfo(dtype).eps
-    tolerance = 1e-5 if precision <= torch.finfo(torch.float32).eps else 8 * precision
-    was_training, largest = wanted.training, 0.0
+    was_training = wanted.training
     wanted.eval()
     with torch.no_grad():
-        for inputs in cases:
-            gap = difference(_outputs(wanted, inputs), _outputs(again, inputs))
-            if not gap.within(tolerance):
-                message = f"reloaded, the outputs differ by {gap.largest:.1e} from the operated"
-                raise SurgeryError("PSG410", message)
-            largest = max(largest, gap.largest)
+        made = ((each, _outputs(wanted, each), _outputs(again, each)) for each in cases)
+        largest = largest_gap(made, tolerance_of(plain)[1], "PSG410", "the reloaded model's")
     wanted.train(was_training)
     return largest
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from transformers.utils import ModelOutput
 
@@ -24,6 +24,9 @@ from peftsurgery.capture import GraphModel
 from peftsurgery.errors import SurgeryError
 
 Inputs = dict[str, Tensor]
+Tensors = Mapping[str, Tensor]
+TOLERANCE = 1e-5
+"""How far outputs in fp32 may be from what is expected."""
 
 # Two batches, and what happens to every other size that may vary; the next best follow.
 _FIRST, _SECOND = 1, 3
@@ -83,7 +86,7 @@ class Difference:
         return self.largest <= tolerance * max(1.0, self.scale)
 
 
-def difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> Difference:
+def difference(expected: Tensors, actual: Tensors) -> Difference:
     """The largest difference over all expected outputs; infinite if one is missing or is NaN."""
     largest = scale = 0.0
     for name, want in expected.items():
@@ -97,6 +100,37 @@ def difference(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> 
         largest = max(largest, math.inf if math.isnan(gap) else gap)
         scale = max(scale, float(wide.abs().max()))
     return Difference(largest, scale)
+
+
+def tolerance_of(model: nn.Module) -> tuple[torch.dtype, float]:
+    """The dtype that a model computes in, and how far its outputs may be from what is expected.
+
+    1e-5 in fp32. In half precision an operated model adds its adapters in fp32 where a folded one
+    has rounded weights, and every layer rounds its activations: some 60 roundings, which add up
+    like a random walk to 8 times one of them.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    precision = torch.finfo(dtype).eps
+    is_single = precision <= torch.finfo(torch.float32).eps
+    return dtype, TOLERANCE if is_single else 8 * precision
+
+
+def largest_gap(
+    cases: Iterable[tuple[Tensors, Tensors, Tensors]], tolerance: float, code: str, whose: str
+) -> float:
+    """The largest difference of outputs; ``cases`` are inputs, expected and actual outputs.
+
+    An error of this code for one above the tolerance, which says for which inputs, and whose.
+    """
+    largest = 0.0
+    for given, expected, actual in cases:
+        gap = difference(expected, actual)
+        if not gap.within(tolerance):
+            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+            message = f"{whose} outputs for {sizes} differ by {gap.largest:.1e}"
+            raise SurgeryError(code, message)
+        largest = max(largest, gap.largest)
+    return largest
 
 
 def _allowed(

@@ -71,7 +71,7 @@ def on_base(document: Document) -> OnBase | None:
         raise refusal(error, document) from None
 
 
-def joined(bases: Sequence[Document], own: Document, said: OnBase) -> Document:
+def joined(bases: Sequence[Document], own: Document) -> Document:
     """Put the bases of a file one after another, as one base.
 
     Each stands by itself. PSG118 where two of them say different things by one name, and the file

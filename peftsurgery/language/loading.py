@@ -97,7 +97,7 @@ def _whole(
         if len(said.base) > 1:
             _checked(base)
         bases.append(base)
-    return laid_over(joined(bases, document, said), document, said), sources
+    return laid_over(joined(bases, document), document, said), sources
 
 
 def _read(path: Path, name: str, where: str | None = None) -> Document:

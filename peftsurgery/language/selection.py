@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from peftsurgery.anatomy import Placed
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.clauses import (
     LACKS,
@@ -56,7 +57,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, eq=False)
-class Selection:
+class Selection(SharedByCopies):
     """Chosen sites, with every clause's verdict on every candidate.
 
     ``rule`` is the rule that chose, None for a selection that is made by hand. ``sites`` are all
@@ -79,9 +80,6 @@ class Selection:
 
     def __bool__(self) -> bool:
         return bool(self.kept)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Selection:
-        return self  # immutable: copies of a model share what was chosen
 
     @cached_property
     def kept(self) -> tuple[Placed, ...]:

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from peftsurgery.errors import SurgeryError, first_line
-from peftsurgery.formats.trial_inputs import difference
-
-TOLERANCE = 1e-5
-
-Tensors = Mapping[str, Tensor]
+from peftsurgery.formats.trial_inputs import TOLERANCE, Tensors, largest_gap
 
 
 def check_outputs(file: Path, cases: Iterable[tuple[Tensors, Tensors]]) -> float:
@@ -24,23 +19,19 @@ def check_outputs(file: Path, cases: Iterable[tuple[Tensors, Tensors]]) -> float
 
     PSG411 if it is above the tolerance, or if the file cannot be run.
     """
-    largest = 0.0
     session = open_session(file)
     inputs = (*session.get_inputs(), *session.get_overridable_initializers())
     outputs = [value.name for value in session.get_outputs()]
-    for given, wanted in cases:
-        fed = {v.name: given[v.name].detach().cpu().numpy() for v in inputs if v.name in given}
-        with runtime_errors():
-            found = [torch.from_numpy(output) for output in session.run(outputs, fed)]
-        named = dict(zip(wanted, found, strict=False)) if len(found) == len(wanted) else {}
-        gap = difference({name: value.detach().cpu() for name, value in wanted.items()}, named)
-        if not gap.within(TOLERANCE):
-            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
-            raise SurgeryError(
-                "PSG411", f"onnxruntime's outputs for {sizes} differ by {gap.largest:.1e}"
-            )
-        largest = max(largest, gap.largest)
-    return largest
+
+    def run() -> Iterator[tuple[Tensors, Tensors, Tensors]]:
+        for given, wanted in cases:
+            fed = {v.name: given[v.name].detach().cpu().numpy() for v in inputs if v.name in given}
+            with runtime_errors():
+                found = [torch.from_numpy(output) for output in session.run(outputs, fed)]
+            named = dict(zip(wanted, found, strict=False)) if len(found) == len(wanted) else {}
+            yield given, {name: value.detach().cpu() for name, value in wanted.items()}, named
+
+    return largest_gap(run(), TOLERANCE, "PSG411", "onnxruntime's")
 
 
 def open_session(file: Path) -> Any:

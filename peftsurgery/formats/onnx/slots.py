@@ -16,9 +16,8 @@ from torch import Tensor
 from peftsurgery.capture import GraphModel, capture
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
-from peftsurgery.formats.onnx.runtime import TOLERANCE
 from peftsurgery.formats.onnx.translate import in_full_precision
-from peftsurgery.formats.trial_inputs import difference, seen_inputs
+from peftsurgery.formats.trial_inputs import TOLERANCE, difference, seen_inputs
 from peftsurgery.language.slots import slotted
 from peftsurgery.surgery.applying import operate
 from peftsurgery.surgery.fold.flattening import flatten

@@ -15,6 +15,7 @@ from torch import nn
 from peftsurgery.anatomy import survey
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.builds import tables
+from peftsurgery.capture.names import is_within
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import AdapterPlan, training
@@ -86,7 +87,7 @@ def _check_saved(base: nn.Module, module: str, adapted: Collection[str]) -> None
 
 def _holds(module: str, adapted: Collection[str]) -> bool:
     """Whether a module has an adapter, or holds one that has."""
-    return any(path == module or path.startswith(f"{module}.") for path in adapted)
+    return any(is_within(path, module) for path in adapted)
 
 
 def _parameters(base: nn.Module, module: str) -> list[str]:

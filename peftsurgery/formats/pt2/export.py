@@ -30,10 +30,11 @@ from peftsurgery.formats.onnx.translate import silence, without_cache
 from peftsurgery.formats.plain_lora import one_file, places_read
 from peftsurgery.formats.trial_inputs import (
     Inputs,
-    difference,
     free_axes,
+    largest_gap,
     output_tensors,
     seen_inputs,
+    tolerance_of,
     unseen_inputs,
 )
 from peftsurgery.surgery.applying import eject
@@ -43,7 +44,6 @@ from peftsurgery.surgery.model.operated import OperatedModel, active_operations
 
 PLAIN = "model.pt2"
 """What the file is called in a directory."""
-TOLERANCE = 1e-5
 OWN = ("aten", "prims", "prim", "higher_order")
 """Operators that torch has by itself."""
 
@@ -130,8 +130,8 @@ def _write(model: GraphModel, file: Path, folded: bool) -> ProgramFile:
         program = _program(named, seen, free_axes(model))
         _save(program, file, {FILE: as_json(record).decode()})
         cases = [(given, named(**given)) for given in unseen_inputs(model)]
-        dtype = next((p.dtype for p in plain.parameters() if p.is_floating_point()), torch.float32)
-        apart = _check(file, cases, dtype)
+        dtype, tolerance = tolerance_of(plain)
+        apart = _check(file, cases, tolerance)
     sizes, outputs = _sizes(program, seen), tuple(cases[0][1])
     shown = str(dtype).removeprefix("torch.")
     return ProgramFile(str(file), sizes, outputs, apart, shown, _libraries(program))
@@ -224,12 +224,9 @@ def _unwritten(error: Exception) -> SurgeryError:
 
 
 def _check(
-    file: Path, cases: Iterable[tuple[Inputs, Mapping[str, Tensor]]], dtype: torch.dtype
+    file: Path, cases: Iterable[tuple[Inputs, Mapping[str, Tensor]]], tolerance: float
 ) -> float:
     """Read a program back and call it; the largest absolute difference. PSG423 if it is another."""
-    precision = torch.finfo(dtype).eps
-    tolerance = TOLERANCE if precision <= torch.finfo(torch.float32).eps else 8 * precision
-    largest = 0.0
     try:
         with silence():
             loaded = torch.export.load(file).module()  # written by ourselves a moment ago
@@ -237,14 +234,7 @@ def _check(
     except EXPORT_ERRORS as error:
         message = f"the program cannot be loaded and called: {first_line(error)}"
         raise SurgeryError("PSG423", message) from error
-    for given, wanted, outputs in found:
-        gap = difference(wanted, outputs)
-        if not gap.within(tolerance):
-            sizes = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
-            message = f"the program's outputs for {sizes} differ by {gap.largest:.1e}"
-            raise SurgeryError("PSG423", message)
-        largest = max(largest, gap.largest)
-    return largest
+    return largest_gap(found, tolerance, "PSG423", "the program's")
 
 
 def _sizes(program: ExportedProgram, seen: Inputs) -> dict[str, tuple[int | str, ...]]:

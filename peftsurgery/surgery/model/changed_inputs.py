@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -24,6 +23,7 @@ from peftsurgery.capture.changeable_inputs import (
     call_behind,
     computed_from,
 )
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.signature import Call, takes
 from peftsurgery.capture.threads import known_or_made, making
 from peftsurgery.errors import SurgeryError
@@ -36,7 +36,7 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 @dataclass(eq=False)
-class ChangedInputs:
+class ChangedInputs(SharedByCopies):
     """Captures with rewritable inputs, made when they are first needed.
 
     ``names`` are the inputs that the rules of the ``adapters`` rewrite or read; no adapter at all
@@ -61,9 +61,6 @@ class ChangedInputs:
         ]
         names = frozenset(name for _, rule in rules for name in bound_names(rule))
         return cls(module, names, frozenset(adapter for adapter, _ in rules))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ChangedInputs:
-        return self  # what it holds is immutable, and the same for a copy of the model
 
     def changed_in(self, mode: Mode) -> bool:
         """Whether an active adapter rewrites the model's inputs."""

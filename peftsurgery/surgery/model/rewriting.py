@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peftsurgery.capture import Capture
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.model.changed_inputs import ChangedInputs
 from peftsurgery.surgery.plan.cut import Cut
@@ -19,7 +20,7 @@ from peftsurgery.surgery.rewrite.inputs import new_shapes
 
 
 @dataclass(frozen=True, eq=False)
-class Rewriting:
+class Rewriting(SharedByCopies):
     """The operations of a plan, repeated in every further capture.
 
     ``first`` is the plan of the capture that the model was operated on in, ``inputs`` what its
@@ -34,9 +35,6 @@ class Rewriting:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_rewrites", Rewrites(self.exact))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
-        return self  # what it holds is immutable, and the same for a copy of the model
 
     def plan_of(self, capture: Capture) -> Plan:
         """Plan of a capture, made once: cuts of all operations, active or not."""

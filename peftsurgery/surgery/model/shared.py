@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peftsurgery.capture import GraphModel
 from peftsurgery.capture.captures import Casts
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.threads import making
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.store import PackedWeights
@@ -128,13 +129,10 @@ class SharedModel(GraphModel):
 
 
 @dataclass(frozen=True)
-class _Base:
+class _Base(SharedByCopies):
     """Holds the base without making it a part of the model."""
 
     model: GraphModel
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Base:
-        return self  # a copy of an operated model is on the same base
 
 
 def operations_of(model: GraphModel) -> tuple[Operation, ...]:

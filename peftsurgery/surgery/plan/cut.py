@@ -15,6 +15,7 @@ from typing import Any
 from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.anatomy.site import Site
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.names import join
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.kinds import sizes_of
@@ -26,7 +27,7 @@ from peftsurgery.surgery.plan.origin import Origin
 
 
 @dataclass(frozen=True, eq=False)
-class Operation:
+class Operation(SharedByCopies):
     """A rule file, its settings (resolved), the name its parameters get, and its origin."""
 
     file: RuleFile
@@ -41,12 +42,9 @@ class Operation:
         """The settings that the rule file declares, without what it computes from them."""
         return {name: self.settings[name] for name in self.file.with_}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Operation:
-        return self  # immutable: copies of a model share their operations
-
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Cut(SharedByCopies):
     """One rule of an operation at one site.
 
     ``over`` are the cuts that earlier adapters make there, for each adapter those that it makes, if
@@ -57,9 +55,6 @@ class Cut:
     rule: Rule
     placed: Placed
     over: tuple[tuple[Cut, ...], ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Cut:
-        return self  # immutable, and its site's nodes are those of a program that is shared
 
     @property
     def site(self) -> Site:

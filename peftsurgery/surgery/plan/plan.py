@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from peftsurgery.anatomy import Placed
 from peftsurgery.capture import Capture
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.threads import making
 from peftsurgery.language.selection import Selection
 from peftsurgery.surgery.plan.cut import Cut, Operation, check_lengthened, check_names_free
@@ -22,15 +22,12 @@ from peftsurgery.surgery.plan.select import select_cuts
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Plan(SharedByCopies):
     """Operations in order, their rules' selections among a capture's sites, and their cuts."""
 
     operations: tuple[Operation, ...]
     selections: tuple[Selection, ...]
     cuts: tuple[Cut, ...]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
-        return self  # immutable: copies of a model share their plans
 
     @property
     def sites(self) -> Sequence[Placed]:

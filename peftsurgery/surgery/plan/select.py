@@ -10,6 +10,7 @@ from torch import fx
 from peftsurgery.anatomy import Placed, survey
 from peftsurgery.anatomy.site import Site
 from peftsurgery.capture import Capture
+from peftsurgery.capture.names import is_within
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.language.clauses import LACKS
 from peftsurgery.language.expression import Expression
@@ -101,7 +102,7 @@ def _pattern_site(match: Match, facts: Mapping[str, Any], blocks: Sequence[str])
     paths = [path for _, path in stack_paths(match.root)]
     module = paths[-1] if paths else ""
     for block in blocks:
-        if block and (module == block or module.startswith(f"{block}.")):
+        if block and is_within(module, block):
             module = module[len(block) + 1 :]
             break
     nodes = {name: node for name, node in match.bindings.items() if isinstance(node, fx.Node)}

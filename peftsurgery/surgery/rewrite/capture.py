@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from peftsurgery.capture import Capture, Program
+from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.names import join
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.read import read_packed
@@ -60,7 +61,7 @@ class Edits:
 
 
 @dataclass(frozen=True)
-class Rewrites:
+class Rewrites(SharedByCopies):
     """Cache of a model's rewritten programs, shared by all of its captures.
 
     ``exact`` ones are run as the rules say, others in their running form (:mod:`.optimise`).
@@ -69,9 +70,6 @@ class Rewrites:
     exact: bool = False
     made: dict[Any, Program] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rewrites:
-        return self  # what it holds is immutable, and the same for a copy of the model
 
     def capture(
         self,
