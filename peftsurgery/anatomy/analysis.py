@@ -15,6 +15,7 @@ from peftsurgery.anatomy.embeddings import find_embeddings
 from peftsurgery.anatomy.feedforward import feedforward_roles, open_roles
 from peftsurgery.anatomy.feeds import find_links
 from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.linear_attention import linear_attention_roles
 from peftsurgery.anatomy.norms import find_norms
 from peftsurgery.anatomy.parameters import find_parameters
 from peftsurgery.anatomy.positions import find_positions
@@ -68,12 +69,13 @@ def _analyse(program: Program) -> Anatomy:
     taken = [each.linear for each in assigned]
     joins = find_joins(flow)
     assigned += recurrent_roles(flow, joins, taken)
+    assigned += linear_attention_roles(flow, [each.linear for each in assigned])
     assigned += router_roles(flow)
     assigned += feedforward_roles(flow, joins, [each.linear for each in assigned])
     more = open_roles(flow, [each.linear for each in assigned])
     linears = linear_sites(flow, assigned)
     norms = find_norms(flow)
-    tables = [*find_embeddings(flow), *find_convs(flow)]
+    tables = [*find_embeddings(flow), *find_convs(flow.nodes)]
     residuals = residual_sites(flow, joins, norms, by_output(linears))
     parameters = find_parameters(flow, program.tensors, [*linears, *tables, *norms])
     positions = find_positions(flow, tables, cores)
@@ -82,7 +84,8 @@ def _analyse(program: Program) -> Anatomy:
     all_linears = linear_sites(flow, [*assigned, *more]) if more else linears
     joined = (*all_linears, *rest) if more else sites
     roles = by_output(all_linears)
-    ends = tuple(roles[linear.nodes["y"]] for node in flow.outputs for linear in flow.origin(node))
+    last = (linear.nodes["y"] for node in flow.outputs for linear in flow.origin(node))
+    ends = tuple(roles[y] for y in last if y in roles)  # a convolution without a role is no linear
     return Anatomy(flow, joins, sites, joined, ends, tuple(unread))
 
 
@@ -97,8 +100,10 @@ def linear_sites(flow: Flow, assigned: Sequence[Assignment]) -> list[Site]:
     for part in assigned:  # every use of a weight has the role of one of them
         by_linear.setdefault((part.linear.parameter, part.linear.slice), []).append(part)
     sites = []
-    for linear in flow.linears:
+    for linear in flow.products.values():
         mine = by_linear.get((linear.parameter, linear.slice), [])
+        if "pointwise" in linear.facts and not mine:
+            continue  # a convolution without a role
         whole = [part for part in mine if part.slice is None][:1]
         site = with_role(linear, whole[0]) if whole else linear
         sites.append(site)

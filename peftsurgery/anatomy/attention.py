@@ -107,7 +107,7 @@ def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
         causal = given["is_causal"] is True
         yield Core(q, given["key"], given["value"], o, mask, False, node, is_causal=causal)
     elif has(node, Trait.SOFTMAX) or op(node) in ("exp", "sigmoid"):
-        product = _weighted_sum(flow, node)
+        product = weighted_sum(flow, node)
         if product is not None:
             yield from _by_hand(flow, node, *product)
 
@@ -131,7 +131,7 @@ def unpacked_queries(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     return (source, result) if back else (q, core)
 
 
-def _weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+def weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """The probabilities as they meet v, their product with it, and v."""
     for probabilities in forward([softmax], TOUCHES):
         for user in probabilities.users:

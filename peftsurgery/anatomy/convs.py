@@ -1,19 +1,50 @@
-"""Convolution sites: y = conv(x, W, b), W (out, in / groups, *kernel)."""
+"""Convolution sites: y = conv(x, W, b), W (out, in / groups, *kernel).
+
+One of a single tap, a stride of one and one group multiplies every place of an image, or every
+token, with a matrix: a linear. Its x and y are (batch, in, ...) and (batch, out, ...), and W is
+(out, in, 1, ...); the fact ``pointwise`` has the number of the axes behind. A program has such a
+linear as a site where it has a role, beside the convolution; only rules that ask for roles take it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from torch import fx
 
-from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
 from peftsurgery.anatomy.values import is_tensor, parameter_of, shape
 from peftsurgery.capture.schemas import arguments, op
 
 
-def find_convs(flow: Flow) -> list[Site]:
+def find_convs(nodes: Iterable[fx.Node]) -> list[Site]:
     """The convolution sites of a program."""
-    return [site for node in flow.nodes if (site := _conv(node)) is not None]
+    return [site for node in nodes if (site := _conv(node)) is not None]
+
+
+def find_pointwise(nodes: Iterable[fx.Node], parameters: Collection[str]) -> dict[fx.Node, Site]:
+    """The linears that convolutions of a program are, by the node that multiplies."""
+    found = {site.nodes["y"]: site for site in find_convs(nodes)}
+    return {
+        node: _as_linear(site)
+        for node, site in found.items()
+        if site.parameter in parameters and _is_pointwise(site)
+    }
+
+
+def _is_pointwise(site: Site) -> bool:
+    facts, rank = site.facts, site.facts["rank"]
+    is_plain = facts["groups"] == 1 and not facts["transposed"]
+    is_here = facts["kernel"] == facts["stride"] == (1,) * rank
+    unpadded = facts["padding"] in ((0,) * rank, "same", "valid")
+    return is_plain and is_here and unpadded and len(shape(site.nodes["x"])) == rank + 2
+
+
+def _as_linear(site: Site) -> Site:
+    facts = {name: site.facts[name] for name in ("in", "out", "op", "dtype")}
+    facts["pointwise"] = site.facts["rank"]
+    return Site("linear", site.module, None, site.parameter, site.nodes, facts)
 
 
 def _conv(node: fx.Node) -> Site | None:

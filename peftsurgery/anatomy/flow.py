@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from peftsurgery.anatomy.convs import find_pointwise
 from peftsurgery.anatomy.experts import find_experts
 from peftsurgery.anatomy.fused_rows import OpaqueError, arriving, is_depthwise
 from peftsurgery.anatomy.linears import find_linears
 from peftsurgery.anatomy.ops import Trait, has
-from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.site import Site, features_dim
 from peftsurgery.anatomy.values import backward, operands, value, width
 from peftsurgery.anatomy.written_memory import written
 from peftsurgery.reach import reach
@@ -39,8 +40,9 @@ class Flow:
         self.nodes: Sequence[fx.Node] = tuple(graph.nodes)
         self.order = {node: index for index, node in enumerate(self.nodes)}
         found = find_linears(graph, parameters) | find_experts(graph, parameters)
+        found |= find_pointwise(self.nodes, parameters)
         self.products = {node: found[node] for node in sorted(found, key=self.order.__getitem__)}
-        self.linears = list(self.products.values())
+        self.linears = [s for s in self.products.values() if "pointwise" not in s.facts]
         self._origins: dict[fx.Node, Origin] = {}
         self._mixed: set[fx.Node] = set()
         self._sources: dict[fx.Node, list[fx.Node]] = {}
@@ -94,7 +96,8 @@ class Flow:
         With ``beside``, also where they are joined to other values on their way.
         """
         try:
-            return arriving(site.nodes["y"], target, self.between(site.nodes["y"], target), beside)
+            way, axis = self.between(site.nodes["y"], target), features_dim(site)
+            return arriving(site.nodes["y"], target, way, beside, axis)
         except OpaqueError:
             return None
 

@@ -41,17 +41,17 @@ Carried = list[Numbers]
 
 
 def arriving(
-    source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], beside: bool = False
+    source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], beside: bool = False, axis: int = -1
 ) -> dict[bool, set[int]]:
-    """The rows of ``source``'s last dim that ``target`` is made of: activated or not -> rows.
+    """The rows of ``source``'s ``axis`` that ``target`` is made of: activated or not -> rows.
 
     ``nodes`` are the values between the two, in the graph's order, ``target`` among them.
     With ``beside`` they may be joined to other values. Raises OpaqueError where an operator on the
     way mixes rows.
     """
     sizes = samples(source)
-    first = torch.arange(sizes[-1]).expand(sizes)
-    carried: dict[fx.Node, Any] = {source: [Numbers(first)]}
+    first = torch.arange(sizes[axis]).expand(*sizes[:axis], *sizes[axis:][1:], sizes[axis])
+    carried: dict[fx.Node, Any] = {source: [Numbers(first.movedim(-1, axis))]}
     for node in nodes:
         if node is not source:
             if beside and op(node) in ("cat", "concat"):

@@ -122,6 +122,11 @@ class Site:
         return f"<{self.kind} {self.parameter or self.module}{part} {self.role or '-'}>"
 
 
+def features_dim(site: Site) -> int:
+    """The axis of x and y that has a linear's features: in front of a convolution's places."""
+    return 1 if "pointwise" in site.facts else -1
+
+
 class Relations(Protocol):
     """Neighbour relation of sites: which feed which."""
 

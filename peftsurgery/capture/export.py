@@ -35,6 +35,7 @@ from peftsurgery.capture.equal_blocks.unfolding import Filling, unfold
 from peftsurgery.capture.higher_order import inline_regions
 from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
+from peftsurgery.capture.model_lines import said_where
 from peftsurgery.capture.modes import Reads, noted_reads
 from peftsurgery.capture.module_calls import Notes
 from peftsurgery.capture.patches import patched
@@ -106,10 +107,13 @@ def export(
         if isinstance(error, SurgeryError):
             raise error
     if evaluated is None:
-        raise SurgeryError("PSG201", f"{name} cannot be captured: {first_line(reason)}") from reason
+        why = first_line(reason) + said_where(reason, module)
+        raise SurgeryError("PSG201", f"{name} cannot be captured: {why}") from reason
     if training:
         raise SurgeryError(
-            "PSG211", f"{name} cannot be captured in train mode: {first_line(refusal)}"
+            "PSG211",
+            f"{name} cannot be captured in train mode: {first_line(refusal)}"
+            f"{said_where(refusal, module)}",
         ) from refusal
     return replace(_read(evaluated, call), mode=False)
 

@@ -31,6 +31,9 @@ LACKS = "lacks"
 # The key of the clause for `role: []`: a setting left the rule out, and nothing is to be matched.
 NOBODY = "nobody"
 
+ASKING = frozenset({"role", "path", "paths", "op", "any"})
+"""The keys of clauses that a convolution is a linear to."""
+
 _SHAPES: Mapping[str, tuple[str, ...]] = {
     "linear": ("out", "in"),
     "experts": ("experts", "out", "in"),
@@ -53,6 +56,19 @@ def occurs(pattern: Expression) -> Clause:
 def of_kind(kinds: Iterable[str]) -> Clause:
     """The clause that a site is of one of these kinds: linear, attention, ..."""
     return _choice("kind of site", kinds, lambda site: site.kind)
+
+
+def is_asked_for(clauses: Iterable[Clause]) -> Clause | None:
+    """The clause that a linear is no convolution, unless clauses ask for roles or places.
+
+    A convolution of single taps is a linear to who asks for its role, not to who asks for linears.
+    """
+    if not ASKING.isdisjoint(clause.key for clause in clauses):
+        return None
+    reason = "it is a convolution: only rules that ask for roles or paths take it for a linear"
+    return Clause(
+        "asked for", "no convolution", lambda s: "pointwise" not in s.facts, lambda s: reason
+    )
 
 
 def address(site: Placed) -> str:

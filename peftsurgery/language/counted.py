@@ -63,8 +63,9 @@ class Counted:
 
         Roles count, not sites: two projections to queries are one role.
         """
-        if not self.roles:
-            return "the model has no attention" if wanted else None
+        if not self.roles:  # linear attention has no cores: what there is of it counts together
+            held = {site.role for site in self.kept if site.facts.get("kind") == "linear"}
+            return "the model has no attention" if len(held) != wanted else None
         wrong = {
             core: held
             for core, held in self.roles.items()

@@ -22,6 +22,7 @@ from peftsurgery.language.clauses import (
     address,
     compile_where,
     failures,
+    is_asked_for,
     occurs,
     of_kind,
     passes,
@@ -300,6 +301,9 @@ def _chosen(
     near = [site for site in sites if site.kind == rule.kind.name]
     if rule.pattern is not None and any(LACKS in site.facts for site in near):
         clauses = (occurs(rule.pattern), *clauses)
+    plain = is_asked_for(clauses)
+    if plain is not None and any(not plain.holds(site) for site in near):
+        clauses = (plain, *clauses)
     candidates = [Candidate(site, tuple(failures(clauses, site))) for site in near]
     covered = _covered(candidates)
     if covered is not None:

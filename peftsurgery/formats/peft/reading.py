@@ -99,6 +99,7 @@ def _modules_plan(
     # an adapter does not say how its base is kept: that is for who captured the base to choose
     rules = [Option(file, rule) for file in config.files for rule in file.rules if not rule.store]
     placed = {path: _site_of(path, sites, rules, adapter, module) for path in added}
+    adapter = _as_matrices(adapter, placed.values())
     check_targets(config, module, added)
     config.check_patterns([*added, *others])
     chosen = {path: _fitting(site, rules, adapter, module) for path, site in placed.items()}
@@ -134,6 +135,16 @@ def _values(cuts: Sequence[Cut], adapter: PeftAdapter) -> dict[str, torch.Tensor
     return values_of(wanted, {key: adapter.tensors[key] for key in wanted})
 
 
+def _as_matrices(adapter: PeftAdapter, sites: Iterable[Placed]) -> PeftAdapter:
+    """The adapter, with kernels of one tap as matrices where sites are linears."""
+    tensors = dict(adapter.tensors)
+    for site in sites:
+        if "pointwise" in site.facts:
+            for key in adapter.names.added[site.module].values():
+                tensors[key] = tensors[key].flatten(1)
+    return replace(adapter, tensors=tensors)
+
+
 def _site_of(
     path: str,
     sites: Sequence[Placed],
@@ -143,9 +154,15 @@ def _site_of(
 ) -> Placed:
     """The site at a module; one that a rule can be for comes first. PSG506 if there is none."""
     kinds = {option.rule.kind.name for option in options}
+    suffixes = adapter.names.added[path]
     here = [site for site in sites if site.module == path and site.kind in WEIGHTED]
-    if here:
-        return min(here, key=lambda site: site.kind not in kinds)
+    if here:  # a convolution that is a linear too is one where a rule for convolutions fits
+
+        def unfit(site: Placed) -> tuple[bool, bool, bool]:
+            fits = any(option.fits(site, suffixes) for option in options)
+            return not fits, "pointwise" in site.facts, site.kind not in kinds
+
+        return min(here, key=unfit)
     key = next(iter(adapter.names.added[path].values()))
     known = {site.module for site in sites if site.kind in kinds}
     reached = any(name == path for name, _ in module.named_modules())

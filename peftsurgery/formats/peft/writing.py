@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.errors import SurgeryError
@@ -39,7 +39,7 @@ from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.readers import check_readers
 
-WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv2d, Conv1D)
+WRAPPABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,18 @@ def _adapted(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:
         raise _refuse(first, "is adapted more than once under this name")
     table = whole.rule.suffixes(FORMAT)
     keys = config_of(whole.operation, whole.operation.file, FORMAT)
-    tensors = {table[n]: value for n, value in values.items()}
+    tensors = {table[n]: _as_kernel(first, value) for n, value in values.items()}
     return Adapted(first.placed.module, keys, tensors, whole.rule)
+
+
+def _as_kernel(cut: Cut, value: Tensor) -> Tensor:
+    """A matrix as the kernel that peft has of it at a convolution. PSG510 for another value."""
+    taps = cut.site.facts.get("pointwise")
+    if taps is None:
+        return value
+    if value.dim() != 2:
+        raise _refuse(cut, "is a convolution, and what is added to it is no matrix")
+    return value[(..., *[None] * taps)]
 
 
 def _adapted_stack(model: OperatedModel, cuts: Sequence[Cut]) -> Adapted:

@@ -64,6 +64,9 @@ def _site_fold(cut: Cut) -> SiteFold:
     size = rows_of(rule, cut.numbers)
     part = site.slice
     axes = {name: _axes(cut, name) for name in cut.made}
+    if "pointwise" in site.facts:
+        order = tuple(range(2 + site.facts["pointwise"]))
+        axes["W"] = (order, (-1, site.facts["in"]))
     weights = cut.weights | {name: names[0] for name, names in cut.made.items()}
     return SiteFold(
         adapter=cut.operation.name,

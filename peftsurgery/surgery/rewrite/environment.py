@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from peftsurgery.anatomy.site import features_dim
 from peftsurgery.capture.names import join
 from peftsurgery.language.consistency import OUTPUTS
 from peftsurgery.language.environment import Environment
@@ -93,7 +94,7 @@ def _values(cut: Cut, domain: ValueDomain) -> dict[str, Callable[[str], Any]]:
             return None if kind.is_inputs else domain.replay(cut).mask()
         found = domain.bound(cut, name)
         if site.taken is not None and name == kind.result:
-            found = site.taken.take(found, -1)
+            found = site.taken.take(found, features_dim(site))
         return domain.cast(cut, name, as_seen(site, name, found))
 
     bound = {*kind.values} if kind.is_inputs else {*site.nodes, *kind.optional}

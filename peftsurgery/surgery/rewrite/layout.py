@@ -1,6 +1,7 @@
 """The layout in which rules see the values of a site.
 
-Weights of linears are (out, in), also where the model holds them turned.
+Weights of linears are (out, in), also where the model holds them turned, or with the axes of a
+convolution's single tap; their values are (..., features), also where places come behind.
 At an attention site q and o are (batch, heads, tokens, head_dim), k and v are (batch, kv_heads,
 tokens, head_dim), also where the model holds heads and batch in one dimension or keys transposed.
 """
@@ -14,6 +15,7 @@ import torch
 from peftsurgery.anatomy.site import ATEN, Site
 from peftsurgery.anatomy.values import sizes
 
+POINTWISE = ("x", "W", "y")
 HEADS = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
 
 
@@ -21,6 +23,8 @@ def as_seen(site: Site, name: str, value: Any) -> Any:
     """Convert a site's value from the model's layout to the rules'."""
     if name in site.turned:
         return value.transpose(-1, -2)
+    if name in POINTWISE and "pointwise" in site.facts:
+        return ATEN.flatten.using_ints(value, 1) if name == "W" else ATEN.movedim.int(value, 1, -1)
     if not _is_laid_out(site, name):
         return value
     if len(sizes(site.nodes[name])) == 3:
@@ -32,6 +36,9 @@ def as_held(site: Site, name: str, value: Any) -> Any:
     """Convert a value from the rules' layout to the model's: the inverse of :func:`as_seen`."""
     if name in site.turned:
         return value.transpose(-1, -2)
+    if name in POINTWISE and "pointwise" in site.facts:
+        taps = [site.facts["in"], *[1] * site.facts["pointwise"]]
+        return ATEN.unflatten.int(value, 1, taps) if name == "W" else ATEN.movedim.int(value, -1, 1)
     if not _is_laid_out(site, name):
         return value
     value = ATEN.transpose.int(value, -1, -2) if _is_turned(site, name) else value

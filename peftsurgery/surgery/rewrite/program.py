@@ -22,6 +22,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from peftsurgery.anatomy import analyse
+from peftsurgery.anatomy.site import features_dim
 from peftsurgery.capture import Program
 from peftsurgery.capture.module_calls import take_place
 from peftsurgery.capture.names import join
@@ -337,7 +338,7 @@ def finished(change: Replacement, value: Any, domain: ProxyDomain) -> fx.Node:
     else:
         value = as_held(cut.site, name, value)
     if cut.site.taken is not None and name == cut.rule.kind.result:
-        value = cut.site.taken.put(domain.proxy(change.node), -1, value)
+        value = cut.site.taken.put(domain.proxy(change.node), features_dim(cut.site), value)
     value.node.meta["val"] = change.node.meta.get("val")
     new: fx.Node = value.node
     return new

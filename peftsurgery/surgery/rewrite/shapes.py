@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 
+from peftsurgery.anatomy.site import features_dim
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.readings import rewrite
 from peftsurgery.surgery.plan.cut import Cut
@@ -24,9 +25,10 @@ def check_shapes(cut: Cut) -> None:
     for name, value in _fake_rewrite(cut).items():
         if cut.rule.kind.lengthens:
             continue
-        expected = as_seen(cut.site, name, cut.site.nodes[name].meta["val"])
+        expected = cut.site.nodes[name].meta["val"]
         if cut.site.taken is not None and name == cut.rule.kind.result:
-            expected = cut.site.taken.take(expected, -1)
+            expected = cut.site.taken.take(expected, features_dim(cut.site))
+        expected = as_seen(cut.site, name, expected)
         if tuple(value.shape) != tuple(expected.shape):
             raise SurgeryError(
                 "PSG306",

@@ -1,0 +1,103 @@
+"""Roles around attention without a softmax: scores meet values as they are.
+
+    o = (q k' * D) v + (q * d) S        D and d are of positions alone, S is made of keys and values
+
+A product of two projections meets a third, with nothing on its way but what the model has of
+itself: masks, decays, scales. Queries may also be multiplied with what earlier keys and values
+made. The projections have the fact ``kind`` linear, and there is no core that rules could call.
+(Katharopoulos et al., 2020, arXiv:2006.16236; Qin et al., 2024, arXiv:2401.04658.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from peftsurgery.anatomy.attention import Core, factors, projection_out, weighted_sum
+from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.gates import gate_rows
+from peftsurgery.anatomy.ops import Trait, has
+from peftsurgery.anatomy.recurrence import LINEAR
+from peftsurgery.anatomy.roles import Assignment, role_of, slices
+from peftsurgery.anatomy.site import Site
+from peftsurgery.anatomy.values import operands
+from peftsurgery.reach import reach
+
+Rows = dict[Site, dict[str, set[int]]]
+
+
+def linear_attention_roles(flow: Flow, taken: Iterable[Site]) -> list[Assignment]:
+    """The roles of projections whose products meet values without a softmax."""
+    known = set(taken)
+    cores = [core for node in flow.nodes for core in _cores(flow, node, known)]
+    rows: Rows = {}
+    last: dict[Site, None] = {}
+    for core in cores:
+        results = _results(flow, core)
+        out = projection_out(flow, core, results)
+        if out is None or out in known:
+            continue
+        last[out] = None
+        for part, node in (("q", core.q), ("k", core.k), ("v", core.v)):
+            (linear,) = flow.origin(node)
+            rows.setdefault(linear, {}).setdefault(part, set()).update(flow.rows_at(linear, node))
+        for linear, gates in gate_rows(flow, _sums(results)).items():
+            rows.setdefault(linear, {}).setdefault("gate", set()).update(gates)
+    return [*_assigned(rows), *(Assignment(out, "attn.o", kind=LINEAR) for out in last)]
+
+
+def _cores(flow: Flow, node: fx.Node, known: set[Site]) -> Iterator[Core]:
+    """The core of a product of queries and keys, if its result is multiplied with values."""
+    pair = factors(flow, node)
+    found = None if pair is None else weighted_sum(flow, node)
+    if pair is None or found is None:
+        return
+    _, o, v = found
+    parts = (*pair, v)
+    linears = [flow.origin(part) for part in parts]
+    if any(len(origin) != 1 or not known.isdisjoint(origin) for origin in linears):
+        return
+    rows = [
+        (linear, flow.rows_at(linear, part))
+        for origin, part in zip(linears, parts, strict=True)
+        for linear in origin
+    ]
+    apart = all(
+        one[1] and (one[0] is not other[0] or one[1].isdisjoint(other[1]))
+        for one, other in ((rows[0], rows[1]), (rows[1], rows[2]), (rows[2], rows[0]))
+    )
+    if apart:
+        yield Core(pair[0], pair[1], v, o, None, True, None, scores=node)
+
+
+def _results(flow: Flow, core: Core) -> list[fx.Node]:
+    """What a core returns, and the products of its queries that are added to it."""
+    queries = flow.origin(core.q)
+    return [core.o] + [
+        node
+        for node in flow.nodes
+        if node not in (core.o, core.scores)
+        and (pair := factors(flow, node)) is not None
+        and flow.origin(pair[0]) == queries
+    ]
+
+
+def _sums(results: Sequence[fx.Node]) -> list[fx.Node]:
+    """Results and what they are added up to."""
+
+    def added(node: fx.Node) -> Iterator[fx.Node]:
+        return (n for n in node.users if has(n, Trait.ADDITION))
+
+    found = list(reach(results, added))
+    return [n for n in found if n in results or set(operands(n)) <= set(found)]
+
+
+def _assigned(rows: Rows) -> list[Assignment]:
+    roles: list[Assignment] = []
+    for linear, parts in rows.items():
+        roles.append(Assignment(linear, role_of(parts), kind=LINEAR))
+        if len(parts) > 1:
+            roles += [replace(part, kind=LINEAR) for part in slices(linear, parts)]
+    return roles
