@@ -6,7 +6,6 @@ Where it does, a weight of any size is folded a few rows at a time.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -26,29 +25,50 @@ SHAPES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
     {
         "linear": {"W": ("out", "in"), "b": ("out",)},
         "embedding": {"W": ("in", "out")},
+        "experts": {"W": ("experts", "out", "in"), "b": ("experts", "out")},
+        "conv": {"W": ("out", "in", "kernel"), "b": ("out",)},
     }
 )
-TRIED = MappingProxyType({"in": 10, "out": 6})
+# More of them for rules that are for sizes that a number divides.
+TRIED = (
+    {"in": 10, "out": 6, "experts": 4},
+    {"in": 48, "out": 64, "experts": 4},
+    {"in": 256, "out": 240, "experts": 4},
+)
 
 
 def row_axes(rule: Rule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
     """The axes of parameters that go with the rows of the weights; None if rows are mixed.
 
-    ``numbers`` are the settings and sizes that the rule's expressions read. Also None for a kind of
-    site whose weights are not matrices.
+    Rows are the entries of a weight's first axis; ``numbers`` are the settings and a real site's
+    sizes. None too for kinds of sites whose weights are none of ``SHAPES``.
     """
+    size = row_size(rule)
+    for tried in TRIED if size is not None else ():
+        try:
+            is_by_rows = _is_by_rows(rule, {**numbers, **tried})
+        except (SurgeryError, ValueError, TypeError, RuntimeError):
+            continue
+        return sized_axes(rule, str(size)) if is_by_rows else None
+    return None
+
+
+def row_size(rule: Rule) -> str | None:
+    """The size that counts the rows of a rule's weights."""
     shapes = SHAPES.get(rule.kind.name)
-    if shapes is None:
-        return None
-    known, rows, draw = {**numbers, **TRIED}, shapes["W"][0], np.random.default_rng(0)
+    return None if shapes is None else shapes["W"][0]
+
+
+def _is_by_rows(rule: Rule, known: Mapping[str, Any]) -> bool:
+    """Whether weights of these sizes are folded in two parts as they are whole."""
+    shapes, draw = SHAPES[rule.kind.name], np.random.default_rng(0)
     values = {
         name: draw.standard_normal(parameter_shape(rule, name, known)) for name in rule.params
     }
-    values |= {
-        name: draw.standard_normal([TRIED[s] for s in sizes]) for name, sizes in shapes.items()
-    }
-    axes = sized_axes(rule, rows)
-    ends = (0, TRIED[rows] // 3, TRIED[rows])
+    values |= {name: draw.standard_normal(_shape(s, known)) for name, s in shapes.items()}
+    axes, rows = sized_axes(rule, shapes["W"][0]), len(values["W"])
+    if not values["W"].size:  # of more groups than inputs
+        raise ValueError("nothing to try")
 
     def part(start: int, end: int) -> Callable[[str], Array]:
         def made(name: str) -> Array:
@@ -58,17 +78,19 @@ def row_axes(rule: Rule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
 
         return made
 
-    try:
-        whole = folded(rule.fold, rule.let, known, dict.fromkeys(values, part(0, TRIED[rows])))
-        parts = [
-            folded(rule.fold, rule.let, known, dict.fromkeys(values, part(*each)))
-            for each in pairwise(ends)
-        ]
-        joined = {name: np.concatenate([each[name] for each in parts]) for name in whole}
-    except (SurgeryError, ValueError):
-        return None
-    is_same = all(np.allclose(joined[n], whole[n], 1e-9, 1e-9) for n in whole)
-    return axes if is_same else None
+    whole, *parts = (
+        folded(rule.fold, rule.let, known, dict.fromkeys(values, part(*each)))
+        for each in ((0, rows), (0, rows // 3), (rows // 3, rows))
+    )
+    joined = {name: np.concatenate([each[name] for each in parts]) for name in whole}
+    return all(np.allclose(joined[name], value, 1e-9, 1e-9) for name, value in whole.items())
+
+
+def _shape(sizes: tuple[str, ...], known: Mapping[str, Any]) -> tuple[int, ...]:
+    """A weight's shape; a kernel's is (out, in // groups, *kernel)."""
+    if "kernel" not in sizes:
+        return tuple(known[size] for size in sizes)
+    return (known["out"], known["in"] // known["groups"], *known["kernel"])
 
 
 def parameter_shape(rule: Rule, name: str, numbers: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Algebra of a rule's change, probed on specimens: linearity, factors, ratios, rows.
+"""Algebra of a rule's change, probed on specimens: linearity, factors, ratios.
 
 A rule's change is what its rewrite makes of a value, less that value. Tried on random numbers in
 double precision, it tells without reading the rule which parameters it is proportional to: that of
@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.environment import Environment
-from peftsurgery.language.parameter_axes import axes_of, sized_axes
+from peftsurgery.language.parameter_axes import axes_of
 from peftsurgery.language.readings import fold, initial_values, rewrite, shapes_of, weights_read
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.specimens import Specimen, variants
@@ -134,48 +133,3 @@ def near(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same but for rounding."""
     scale = float(other.abs().max()) if other.numel() else 0.0
     return bool((one - other).abs().max() <= TOLERANCE * max(scale, 1e-300))
-
-
-def rows_of(rule: Rule, numbers: Settings) -> str | None:
-    """The size that counts the rows of the rule's weights, if it folds each row by itself.
-
-    Rows are the entries of a weight's first axis. None if they are mixed, or if that cannot be
-    tried; ``numbers`` are the settings and a real site's sizes.
-    """
-    tried = [
-        effect.specimen.environment(numbers, effect.random(numbers))
-        for effect in effects(rule, numbers)
-    ]
-    for size in rule.kind.sizes if tried and "W" in rule.kind.weights else ():
-        if all(_is_by_rows(rule, env, size) for env in tried):
-            return size
-    return None
-
-
-def _is_by_rows(rule: Rule, env: Mapping[str, Any], size: str) -> bool:
-    rows = len(env["W"])
-    if env[size] != rows:
-        return False
-    ends = (0, rows // 3, rows)
-    try:
-        parts = [fold(rule, some_rows(rule, env, size, *each)) for each in pairwise(ends)]
-        whole = fold(rule, env)
-        return all(
-            near(torch.cat([part[name] for part in parts]), value) for name, value in whole.items()
-        )
-    except (SurgeryError, RuntimeError, TypeError):
-        return False
-
-
-def some_rows(
-    rule: Rule, env: Mapping[str, Any], size: str, start: int, end: int
-) -> Mapping[str, Any]:
-    """Restrict ``env`` to rows ``start`` to ``end`` of the weights and of row-sized values."""
-    axes = {**sized_axes(rule, size), **dict.fromkeys(rule.kind.weights, 0)}
-
-    def cut(name: str) -> Any:
-        value = env[name]
-        is_long = name in axes and isinstance(value, Tensor)
-        return value.narrow(axes[name], start, end - start) if is_long else value
-
-    return Environment({}, dict.fromkeys(env, cut))

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.checkpoint.model_plan import IN_MEMORY, ModelPlan
 from peftsurgery.checkpoint.plan import SiteFold, without_repeats
+from peftsurgery.checkpoint.row_wise import row_axes
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.parameter_axes import sized_axes
-from peftsurgery.language.rule_algebra import rows_of
 from peftsurgery.surgery.plan.cut import Cut, copy_name
 from peftsurgery.surgery.rewrite.computed_weights import Axes, axes_of
 from peftsurgery.surgery.rewrite.folded_weights import Foldable, fold_cuts
@@ -61,7 +60,6 @@ def _copy_of(parameter: str, adapters: Iterable[str], learnt: Collection[str]) -
 def _site_fold(cut: Cut) -> SiteFold:
     """One cut as plain data."""
     rule, site = cut.rule, cut.site
-    size = rows_of(rule, cut.numbers)
     part = site.slice
     axes = {name: _axes(cut, name) for name in cut.made}
     if "pointwise" in site.facts:
@@ -80,7 +78,7 @@ def _site_fold(cut: Cut) -> SiteFold:
         turned=site.turned,
         axes=axes,
         slice=None if part is None else (part.start, part.length, part.period, part.groups),
-        rows=None if size is None else sized_axes(rule, size),
+        rows=row_axes(rule, cut.numbers),
     )
 
 

@@ -18,10 +18,11 @@ from torch import fx
 from peftsurgery.anatomy import Placed
 from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.capture.names import join
+from peftsurgery.checkpoint.row_wise import row_axes, row_size
 from peftsurgery.errors import SurgeryError
+from peftsurgery.language.environment import Environment
 from peftsurgery.language.readings import fold as folded
 from peftsurgery.language.readings import names_in
-from peftsurgery.language.rule_algebra import rows_of, some_rows
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.requantise import Gap, gap_between, in_blocks
 from peftsurgery.surgery.plan.cut import Cut, in_order
@@ -34,6 +35,8 @@ BLOCKS = 64  # of a large weight; each needs a few times its own memory while it
 SMALL = 2**18  # elements that are computed at once, whatever the weight
 
 Weights = dict[str, torch.Tensor]
+KnownAxes = dict[Any, dict[str, int] | None]
+"""What :func:`row_axes` said, by operation, rule and groups."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +88,13 @@ def exact_weights(
     ``widen`` gives the dtype that changes of a weight are added in, by the stored one; what is only
     trained stays in its own.
     """
-    cuts, sizes = fold_cuts(model), dict[Any, str | None]()
+    cuts, axes = fold_cuts(model), KnownAxes()
     for names, mine in _by_weight(cuts, model.whole):
         exact = {name: model.dense(name) for name in names}
         dtypes = {name: value.dtype for name, value in exact.items()}
         for name in names if mine else ():
             exact[name] = exact[name].to(widen(dtypes[name]), copy=True)
-        changed = {name for cut in mine for name in _fold_cut(model, cut, exact, sizes)}
+        changed = {name for cut in mine for name in _fold_cut(model, cut, exact, axes)}
         for name in names:
             if name in changed or name in model.whole:
                 yield name, exact.pop(name), dtypes[name]
@@ -129,9 +132,7 @@ def _by_weight(
     return [(names, made.values()) for names, made in together.values()]
 
 
-def _fold_cut(
-    model: Foldable, cut: Cut, exact: Weights, sizes: dict[Any, str | None]
-) -> Collection[str]:
+def _fold_cut(model: Foldable, cut: Cut, exact: Weights, axes: KnownAxes) -> Collection[str]:
     """Apply one cut's fold to the ``exact`` weights, in place; returns which it changed."""
     names, rule = cut.weights, cut.rule
     dtype = exact[cut.held[0]].dtype
@@ -144,7 +145,7 @@ def _fold_cut(
     env = environment(cut, TensorDomain(read))
     bound = (*names, *cut.made)
     seen = {name: env[name] for name in bound}
-    for rows, part in _blocks(cut, env, seen, sizes):
+    for rows, part in _blocks(cut, env, seen, axes):
         for name, value in folded(rule, part).items():
             if name in bound:
                 seen[name][rows] = value.clone() if _is_shared(value, seen[name]) else value
@@ -187,23 +188,35 @@ def _solved(
 
 
 def _blocks(
-    cut: Cut, env: Mapping[str, Any], seen: Weights, sizes: dict[Any, str | None]
+    cut: Cut, env: Mapping[str, Any], seen: Weights, known: KnownAxes
 ) -> Iterator[tuple[Any, Mapping[str, Any]]]:
     """Split a cut's weights into row blocks, each with the environment its fold reads."""
     largest = max(seen.values(), key=torch.numel)
     count = min(BLOCKS, largest.numel() // SMALL)
     key = (cut.operation, id(cut.rule), cut.numbers.get("groups"))
-    if count > 1 and key not in sizes:
-        sizes[key] = rows_of(cut.rule, cut.numbers)
-    size = sizes[key] if count > 1 else None
-    rows = None if size is None else cut.numbers.get(size)
-    if size is None or rows is None or any(weight.shape[0] != rows for weight in seen.values()):
+    if count > 1 and key not in known:
+        known[key] = row_axes(cut.rule, cut.numbers)
+    axes, rows = known[key] if count > 1 else None, cut.numbers.get(str(row_size(cut.rule)))
+    if axes is None or rows is None or any(weight.shape[0] != rows for weight in seen.values()):
         yield ..., env
         return
-    step = -(-rows // count)
+    axes, step = {**axes, **dict.fromkeys(cut.rule.kind.weights, 0)}, -(-rows // count)
     for start in range(0, rows, step):
         end = min(start + step, rows)
-        yield slice(start, end), some_rows(cut.rule, env, size, start, end)
+        yield slice(start, end), _some_rows(env, axes, start, end)
+
+
+def _some_rows(
+    env: Mapping[str, Any], axes: Mapping[str, int], start: int, end: int
+) -> Mapping[str, Any]:
+    """What is bound, with rows ``start`` to ``end`` of what has rows along one of these axes."""
+
+    def cut(name: str) -> Any:
+        value = env[name]
+        is_long = name in axes and isinstance(value, torch.Tensor)
+        return value.narrow(axes[name], start, end - start) if is_long else value
+
+    return Environment({}, dict.fromkeys(env, cut))
 
 
 def _is_shared(value: Any, other: torch.Tensor) -> bool:

@@ -1,0 +1,75 @@
+"""Which rules fold each row of a weight by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from peftsurgery.checkpoint.row_wise import row_axes
+from peftsurgery.language.loading import load_rules, parse_rules
+from peftsurgery.language.schema import Rule
+from peftsurgery.language.settings import resolve_settings
+
+SITES: dict[str, dict[str, Any]] = {
+    "linear": {"in": 64, "out": 96},
+    "embedding": {"in": 100, "out": 32},
+    "experts": {"in": 64, "out": 96, "experts": 8},
+    "conv": {"in": 64, "out": 96, "kernel": (3, 3), "groups": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("lora_qv", {"B": 0}),
+        ("dora", {"B": 0, "m": 0}),
+        ("oft", {}),
+        ("lora_embedding", {"A": 1}),
+        ("lora_experts", {"A": 0, "B": 0}),
+        ("adalora_conv", {"B": 0}),
+    ],
+)
+def test_methods_that_fold_every_row_by_itself(name: str, axes: dict[str, int]) -> None:
+    file = load_rules(name)
+    (rule,) = (rule for rule in file.rules if rule.fold)
+    assert row_axes(rule, {**resolve_settings(file), **SITES[rule.kind.name]}) == axes
+
+
+def made(kind: str, fold: str, shape: str = "[]") -> Rule:
+    """A rule of that fold, with a parameter s of that shape."""
+    text = f"""
+name: made
+rules:
+  - match: {kind}
+    params: {{s: {{shape: {shape}, init: zeros}}}}
+    rewrite: "y * s"
+    fold: "{fold}"
+"""
+    return parse_rules(text).rules[0]
+
+
+def test_sizes_are_tried_until_the_rule_is_for_them() -> None:
+    rule = made("linear", "view_as(reshape(W, [-1, in // 16, 16]) * s, W)", "[in // 16, 1]")
+    assert row_axes(rule, SITES["linear"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fold", "shape"),
+    [
+        ("linear", "W - s * norm(W, 0)", "[]"),
+        ("linear", "s @ W", "[out, out]"),
+        ("conv", "view_as(s @ reshape(W, [out, -1]), W)", "[out, out]"),
+        ("norm", "W * s", "[hidden]"),
+    ],
+)
+def test_rows_that_are_mixed_or_cannot_be_tried_are_not_folded_by_themselves(
+    kind: str, fold: str, shape: str
+) -> None:
+    assert row_axes(made(kind, fold, shape), SITES.get(kind, {"hidden": 8})) is None
+
+
+def test_nothing_is_said_of_more_groups_than_are_tried() -> None:
+    rule = made("conv", "W * s")
+    assert row_axes(rule, SITES["conv"]) == {}
+    assert row_axes(rule, {**SITES["conv"], "groups": 1024}) is None
