@@ -76,7 +76,8 @@ class _Tokens:
         inputs = _inputs(capture)
         if ids in inputs:
             for site in analyse(capture.top).sites:
-                if site.role == "embed.tokens" and given_ids(site.nodes["x"]) is inputs[ids]:
+                is_table = site.kind == "embedding" and site.role == "embed.tokens"
+                if is_table and given_ids(site.nodes["x"]) is inputs[ids]:
                     return cls(inputs[ids], _finished(capture, site), site.nodes["W"])
         given = inputs.get(TOKENS[ids])
         return None if given is None else cls(given, given, None)

@@ -19,8 +19,13 @@ from peftsurgery.reach import reach
 def find_parameters(
     flow: Flow, tensors: Mapping[str, TensorInfo], sites: Sequence[Site]
 ) -> list[Site]:
-    """A site for every parameter of a program; the fact ``kind`` says what it is for."""
+    """A site for every parameter of a program; the fact ``kind`` says what it is for.
+
+    The table of an embedding has its role, and so has what is tied to it.
+    """
     uses: dict[str, tuple[str, str]] = {}
+    roles = {site.parameter: site.role for site in sites if site.kind == "embedding"}
+    ties = {tensors[str(name)].tied: role for name, role in roles.items()}
     for site in sites:
         kinds = {"W": "weight" if site.kind in ("linear", "conv", "experts") else site.kind}
         kinds["b"] = "bias"
@@ -38,12 +43,14 @@ def find_parameters(
             continue
         kind, owner = uses.get(name) or (_kind(node), "other")
         facts = {"kind": kind, "of": owner, "shape": info.shape, "dtype": info.dtype}
+        facts["tied"] = info.tied
+        role = ties.get(info.tied) if info.tied else roles.get(name)
         if owner == "other":
             facts["read_by"] = tuple(dict.fromkeys(op(user) for user in _readers(node)))
         if info.shape:
             facts |= {"rows": info.shape[0], "columns": info.shape[-1]}
         module = name.rpartition(".")[0]
-        found[name] = Site("parameter", module, None, name, {"W": node}, facts)
+        found[name] = Site("parameter", module, role, name, {"W": node}, facts)
     return list(found.values())
 
 

@@ -131,7 +131,7 @@ class _Surveyor:
             return {"causal": found is not None and self.orders(*found)}
         if site.kind == "linear" and site.nodes["y"] in heads:
             return {"role": heads[site.nodes["y"]]}
-        if site.kind == "parameter" and heads:
+        if site.kind == "parameter" and site.role is None and heads:
             return self.head_of(frame, site, heads)
         return {}
 
@@ -229,7 +229,7 @@ class _Surveyor:
             site
             for program in {frame.program for frame in self.calls.frames}
             for site in analyse(program).sites
-            if site.role == "embed.tokens"
+            if site.kind == "embedding" and site.role == "embed.tokens"
         ]
         taken = {site.nodes["y"] for site in anatomy.sites if site.kind == "linear" and site.role}
         return find_heads(anatomy.flow, tables, taken)

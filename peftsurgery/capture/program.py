@@ -53,11 +53,15 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor that a program reads, by shape and dtype; a parameter or else a buffer."""
+    """A tensor that a program reads, by shape and dtype; a parameter or else a buffer.
+
+    ``tied`` numbers the tensors of a model that have several names; others have False.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     parameter: bool
+    tied: int = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,10 +44,18 @@ def tensor_names(module: nn.Module) -> dict[str, list[str]]:
 
 
 def tensor_infos(module: nn.Module) -> dict[str, TensorInfo]:
-    """Shape and dtype of every parameter and buffer by name."""
+    """Shape and dtype of every parameter and buffer by name, and which of them are tied."""
+    named = named_tensors(module)
+    counts = Counter(id(tensor) for _, tensor in named)
+    ties = {key: n for n, key in enumerate((k for k, c in counts.items() if c > 1), 1)}
     return {
-        name: TensorInfo(tuple(tensor.shape), tensor.dtype, isinstance(tensor, nn.Parameter))
-        for name, tensor in named_tensors(module)
+        name: TensorInfo(
+            tuple(tensor.shape),
+            tensor.dtype,
+            isinstance(tensor, nn.Parameter),
+            ties.get(id(tensor), False),
+        )
+        for name, tensor in named
     }
 
 

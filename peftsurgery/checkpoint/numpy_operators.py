@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,12 @@ def _skew(v: Array, n: int) -> Array:
     return upper - np.swapaxes(upper, -1, -2)
 
 
+def _put_rows(W: Array, rows: Sequence[int], values: Array) -> Array:
+    changed = W.copy()
+    changed[list(rows)] = values
+    return changed
+
+
 _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "matmul": lambda a, b: np.asarray(np.matmul(a, b)),
     "sqrt": _of_both(np.sqrt, math.sqrt),
@@ -54,6 +60,8 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "ones_like": np.ones_like,
     "eye_like": lambda x: np.broadcast_to(np.eye(x.shape[-1], dtype=x.dtype), x.shape),
     "skew": _skew,
+    "take_rows": lambda W, rows: W[list(rows)],
+    "put_rows": _put_rows,
 }
 
 

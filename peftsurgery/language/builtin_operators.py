@@ -102,6 +102,28 @@ def embedding(ids: Tensor, W: Tensor) -> Tensor:
     return F.embedding(ids, W)
 
 
+@operator("take_rows", maths="{0}[{1}]")
+def take_rows(W: Tensor, rows: Sequence[int]) -> Tensor:
+    """The rows of W with these numbers, in their order."""
+    return torch.index_select(W, 0, _numbers(W, rows))
+
+
+@operator("put_rows", maths="{0}[{1} ← {2}]")
+def put_rows(W: Tensor, rows: Sequence[int], values: Tensor) -> Tensor:
+    """W with ``values`` in place of the rows with these numbers, of which none is there twice."""
+    return torch.index_copy(W, 0, _numbers(W, rows), values.to(W.dtype))
+
+
+def _numbers(W: Tensor, rows: Sequence[int]) -> Tensor:
+    """The numbers of rows as a tensor beside W. ValueError for what is no row, or named twice."""
+    count = W.shape[0] if isinstance(W.shape[0], int) else math.inf  # a graph's may be a node
+    odd = [row for row in rows if type(row) is not int or not 0 <= row < count]
+    if odd or len({*rows}) < len(rows):
+        what = f"{odd[0]!r} is the number of no row" if odd else "a row is named twice"
+        raise ValueError(what)
+    return torch.tensor(rows, dtype=torch.long, device=W.device)
+
+
 @operator("conv2d", maths="{1} ∗ {0}", aten=("convolution", "conv2d"))
 def conv2d(
     x: Tensor,

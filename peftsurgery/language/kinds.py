@@ -162,7 +162,7 @@ KINDS: Mapping[str, Kind] = {
             "made of it is what its readers see",
             (),
             ("W",),
-            ("rows", "columns"),
+            ("rows", "columns", "tied"),
         ),
     )
 }

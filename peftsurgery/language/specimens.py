@@ -250,7 +250,7 @@ def _parameter(
 ) -> Specimen:
     """A parameter of dimensions in the ``middle`` of rows and columns; None for a vector."""
     shape = [sizes["rows"], *(middle or ()), sizes["columns"]][0 if middle is not None else 1 :]
-    given = {"W": _random(generator, *shape), "rows": shape[0], "columns": shape[-1]}
+    given = {"W": _random(generator, *shape), "rows": shape[0], "columns": shape[-1], "tied": False}
     return Specimen(f"a parameter of shape {shape}", given, lambda env: env["W"])
 
 

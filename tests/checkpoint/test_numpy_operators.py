@@ -39,6 +39,8 @@ CASES = [
     "eye_like(W @ transpose(W))",
     "W[1:3, :2] / 3 - W[1:3, 1:3] ** 2",
     "softmax(W, -1)",
+    "take_rows(W, (3, 1))",
+    "put_rows(W, (3, 1), W[:2])",
     "skew(W, 4)",
     "skew(W[0, :3], 3)",
 ]

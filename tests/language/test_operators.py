@@ -66,6 +66,8 @@ ORACLES = {
     "linear(x, W, b)": F.linear(x, W, b),
     "linear(x, W, 0.0)": F.linear(x, W),
     "embedding(ids, W)": F.embedding(ids, W),
+    "take_rows(W, (4, 1))": torch.stack([W[4], W[1]]),
+    "put_rows(W, (4, 1), W[:2])": torch.stack([W[0], W[1], W[2], W[3], W[0], W[5]]),
     "conv2d(image, kernel, b, 2, 1, 1, 2)": F.conv2d(image, kernel, b, 2, 1, 1, 2),
     "conv2d(image, kernel, groups=2)": F.conv2d(image, kernel, groups=2),
     "dropout(x, 0.5)": x,

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from peft import (
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 
 import peftsurgery as ps
 from peftsurgery.surgery.model.operated import OperatedModel
@@ -23,6 +30,7 @@ from tests.parity.training import (
     logits,
 )
 
+TOKENS = [*range(60, 0, -2)]
 # The models: one with biases, one with a fused projection held as (in, out), one without biases.
 CASES: dict[str, tuple[str, Any]] = {
     "loha": ("opt", LoHaConfig(r=3, alpha=6, target_modules=["q_proj", "fc2"])),
@@ -47,6 +55,28 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora_bias": (
         "opt",
         LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "fc1"], lora_bias=True),
+    ),
+    "tokens": ("llama", TrainableTokensConfig(token_indices=TOKENS)),
+    "tokens_tied": ("opt", TrainableTokensConfig(token_indices=TOKENS)),
+    "lora_tokens": (
+        "llama",
+        LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=TOKENS),
+    ),
+    "lora_tokens_of_head": (
+        "llama",
+        LoraConfig(
+            r=4,
+            target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": TOKENS, "lm_head": [2]},
+        ),
+    ),
+    "lora_tokens_tied": (
+        "opt",
+        LoraConfig(
+            r=4,
+            target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": TOKENS, "lm_head": TOKENS},
+        ),
     ),
     "lora_bias_unbiased": ("llama", LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)),
 }

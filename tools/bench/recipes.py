@@ -50,6 +50,12 @@ RECIPES: Mapping[str, Recipe] = {
     "loha": Recipe(5e-3, peft=("LoHaConfig", {"r": 8, "alpha": 8, **QV})),
     "lokr": Recipe(5e-3, peft=("LoKrConfig", {"r": 8, "alpha": 8, **QV})),
     "oft": Recipe(3e-3, peft=("OFTConfig", {"oft_block_size": 32, **QV})),
+    "trainable_tokens": Recipe(
+        1e-2,
+        {"tokens": [101, 102]},
+        ("TrainableTokensConfig", {"token_indices": [101, 102]}),
+        beside="[CLS] and [SEP] alone",
+    ),
     "pissa": Recipe(
         2e-3, peft=("LoraConfig", {**LORA, "lora_alpha": 8, "init_lora_weights": "pissa"})
     ),

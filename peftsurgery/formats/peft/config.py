@@ -61,7 +61,8 @@ class AdapterConfig:
 
     def _check_keys(self) -> None:
         carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
-        read, choices = {*peft_words().read, *peft_words().without_effect}, peft_words().choices
+        words = peft_words()
+        read, choices = {*words.read, *words.without_effect, *words.beside}, words.choices
         known = {*read, *choices, *carried, *listings(self.files)}
         for key, value in self.values.items():
             if key in choices and not any(value is c or value == c for c in choices[key]):

@@ -24,6 +24,15 @@ class PeftTask:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """How an adapter of a method lies in the files of another; see ``library.yaml``."""
+
+    method: str
+    carries: str
+    wrapper: str
+
+
+@dataclass(frozen=True)
 class WholeMethod:
     """What the config of a method without modules says of the model; see ``library.yaml``."""
 
@@ -39,6 +48,7 @@ class PeftWords:
     parts: Mapping[str, str]
     read: Collection[str]
     without_effect: Collection[str]
+    beside: Mapping[str, Beside]
     without_parameters: Collection[str]
     choices: Mapping[str, Collection[Any]]
     absent: Mapping[str, Any]
@@ -53,7 +63,8 @@ def peft_words() -> PeftWords:
     table = words_of(Path(__file__).with_name("library.yaml"))
     tasks = {name: PeftTask(**entry) for name, entry in table["tasks"].items()}
     whole = {name: WholeMethod(**entry) for name, entry in table["whole"].items()}
-    return PeftWords(**{**table, "tasks": tasks, "whole": whole})
+    beside = {key: Beside(**entry) for key, entry in table["beside"].items()}
+    return PeftWords(**{**table, "tasks": tasks, "whole": whole, "beside": beside})
 
 
 def flat_form(file: RuleFile) -> RuleFile:

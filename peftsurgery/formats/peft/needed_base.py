@@ -100,7 +100,8 @@ def lost(model: nn.Module, adapter: PeftAdapter) -> int:
     """Count the adapter's modules and parameters that a model lacks."""
     modules = {path for path, _ in model.named_modules(remove_duplicate=False)}
     owners = {name.rpartition(".")[0] for name in adapter.names.own}
-    return len({*map(unwrapped, adapter.names.added), *owners} - modules)
+    added = (path for each in (adapter, *adapter.beside) for path in each.names.added)
+    return len({*map(unwrapped, added), *owners} - modules)
 
 
 def vocabulary_for(model: nn.Module, adapter: PeftAdapter) -> Build:

@@ -7,7 +7,7 @@ paths; modules with the same settings are one operation.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,17 +21,20 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import AdapterPlan
 from peftsurgery.formats.joined_tensors import JoinedTensor, joined_tensors, values_of
 from peftsurgery.formats.peft.adapter import PeftAdapter
+from peftsurgery.formats.peft.beside import check_beside
 from peftsurgery.formats.peft.library import FORMAT, listings
 from peftsurgery.formats.peft.rank_patterns import spread
 from peftsurgery.formats.peft.target_modules import (
     check_listed,
     check_targets,
     nearest_path,
+    tied,
     unlike,
 )
 from peftsurgery.formats.peft.target_parameters import stacks_plan, take_stacks
 from peftsurgery.formats.peft.trained_modules import trained_plan
 from peftsurgery.formats.peft.whole_model import is_whole, whole_plan
+from peftsurgery.language.clauses import address
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Expect, Rule
 from peftsurgery.language.selection import select
@@ -58,7 +61,7 @@ class Option:
 
     def at(self, sites: Sequence[Placed], settings: Mapping[str, Any], name: str) -> Operation:
         """The rule at just these sites, under an adapter's name."""
-        paths = tuple(site.module for site in sites)
+        paths = tuple(address(site) for site in sites)
         where = Where(paths=paths, facts=self.rule.where.facts)
         update = {"where": where, "expect": Expect(at_least=len(paths))}
         rules = (self.rule.model_copy(update=update),)
@@ -80,9 +83,12 @@ def peft_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterPlan
 def _added_plan(model: GraphModel, adapter: PeftAdapter, name: str) -> AdapterPlan:
     """The operations for what is added to modules, and to stacks of experts."""
     module, every = model.source.module, survey(model.base_capture)
+    check_beside(adapter.config, [p for each in adapter.beside for p in each.names.added], module)
     adapter, stacks = take_stacks(adapter, module)
     plan = _modules_plan(every, module, adapter, name, stacks)
     plan.add(stacks_plan(stacks, every, adapter, module, name))
+    for each in adapter.beside:
+        plan.add(_modules_plan(every, module, each, name))
     return plan
 
 
@@ -94,14 +100,18 @@ def _modules_plan(
     others: Iterable[str] = (),
 ) -> AdapterPlan:
     """The operations for what is added to modules; ``others`` has adapters too."""
-    config, added = adapter.config, adapter.names.added
-    sites = [site for site in every if site.slice is None]
+    config, sites = adapter.config, [site for site in every if site.slice is None]
     # an adapter does not say how its base is kept: that is for who captured the base to choose
     rules = [Option(file, rule) for file in config.files for rule in file.rules if not rule.store]
+    if all(option.rule.kind.name == "parameter" for option in rules):
+        adapter = adapter.once(module)
+    added = adapter.names.added
     placed = {path: _site_of(path, sites, rules, adapter, module) for path in added}
     adapter = _as_matrices(adapter, placed.values())
     check_targets(config, module, added)
     config.check_patterns([*added, *others])
+    adapter = adapter.renamed({path: site.module for path, site in placed.items()})
+    placed = {site.module: site for site in placed.values()}
     chosen = {path: _fitting(site, rules, adapter, module) for path, site in placed.items()}
     for key in listings(config.files):
         listed = [m for m, options in chosen.items() if options[0].rule.listing(FORMAT) == key]
@@ -109,11 +119,12 @@ def _modules_plan(
     groups: dict[tuple[Any, ...], tuple[dict[str, Any], list[Option], list[Placed]]] = {}
     for path, options in chosen.items():
         settings = config.settings(options[0].file, path)
-        group = (options[0].file.name, id(options[0].rule), tuple(settings.items()))
+        group = (options[0].file.name, id(options[0].rule), repr(settings))
         groups.setdefault(group, (settings, options, []))[2].append(placed[path])
     plan = AdapterPlan()
     for settings, options, here in groups.values():
-        operation = _best(options, sites, settings, here).at(here, settings, name)
+        everywhere = [other for site in here for other in _one_tensor(site, sites)]
+        operation = _best(options, sites, settings, here).at(everywhere, settings, name)
         cuts = [Cut(operation, operation.file.rules[0], site) for site in here]
         plan.add(AdapterPlan([operation], cuts, _values(cuts, adapter)))
     return plan
@@ -155,7 +166,8 @@ def _site_of(
     """The site at a module; one that a rule can be for comes first. PSG506 if there is none."""
     kinds = {option.rule.kind.name for option in options}
     suffixes = adapter.names.added[path]
-    here = [site for site in sites if site.module == path and site.kind in WEIGHTED]
+    names = tied(module, path) if kinds == {"parameter"} else {path}
+    here = [site for site in sites if site.module in names and _is_wrapped(site, kinds)]
     if here:  # a convolution that is a linear too is one where a rule for convolutions fits
 
         def unfit(site: Placed) -> tuple[bool, bool, bool]:
@@ -169,6 +181,24 @@ def _site_of(
     why = "is not reached by these inputs" if reached else "is not in the model"
     message = f"the tensor '{key}' is for '{path}', which {why}"
     raise SurgeryError("PSG506", message, nearest_path(path, known))
+
+
+def _one_tensor(site: Placed, sites: Iterable[Placed]) -> list[Placed]:
+    """The sites of the parameter that a site is, one for each name that the graph reads it by."""
+    tie = site.facts.get("tied")
+    if not tie:
+        return [site]
+    return [other for other in sites if other.kind == site.kind and other.facts["tied"] == tie]
+
+
+def _is_wrapped(site: Placed, kinds: Collection[str]) -> bool:
+    """Whether what peft puts on a module can be for a site of it: one of these kinds, or a product.
+
+    Of the module's parameters, peft adapts the weight.
+    """
+    if site.kind == "parameter":
+        return site.kind in kinds and str(site.parameter).endswith(".weight")
+    return site.kind in WEIGHTED
 
 
 def _fitting(

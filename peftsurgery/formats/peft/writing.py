@@ -9,7 +9,6 @@ and ``modules_to_save``.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.exchange import config_of
+from peftsurgery.formats.peft.beside import kept_beside, wrapped_key
 from peftsurgery.formats.peft.config import PARAMETERS, STACKS
 from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.fused_weights import fuse
-from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
+from peftsurgery.formats.peft.library import FORMAT, Beside, flat_form, listings, peft_words
 from peftsurgery.formats.peft.module_paths import saved_whole
 from peftsurgery.formats.peft.needed_base import class_said, saved_tables
 from peftsurgery.formats.peft.rank_patterns import PATTERN, check_total, gather
@@ -83,9 +83,12 @@ def _wrapped(
     model: OperatedModel, cuts: Sequence[Cut], name: str
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The config and the tensors of an adapter of modules."""
-    adapted = [_adapted(model, group) for group in _by_place(cuts) if group[0].rule.params]
-    if not adapted:
+    groups = [group for group in _by_place(cuts) if group[0].rule.params]
+    if not groups:
         raise SurgeryError("PSG510", f"'{name}' adds no parameters, and peft has no such method")
+    tied = _tied(groups)
+    adapted = [_adapted(model, group) for group in groups if group[0].placed.module in tied]
+    adapted, others = _apart(adapted)
     stacks = [one.module for one in adapted if one.rule.kind.name == STACKS]
     paths = [one.module for one in adapted if one.module not in stacks]
     base = model.source.module
@@ -100,8 +103,9 @@ def _wrapped(
     config |= {PATTERN: pattern} if pattern else {}
     names, wrapped = say_parameters(stacks, base) if stacks else ([], {})
     tensors = {
-        added_key(wrapped.get(module, module), suffix): value
-        for module, of_module in values.items()
+        added_key(wrapped.get(module, module), suffix): value if module == one else value.clone()
+        for one, of_module in values.items()
+        for module in tied.get(one, [one])
         for suffix, value in of_module.items()
     }
     trained = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
@@ -113,7 +117,32 @@ def _wrapped(
         config["fan_in_fan_out"] = True
     config |= _with_parameters(name, names, stacks, config) if stacks else {}
     config |= {BASE: model.source.origin, **class_said(base), "inference_mode": True}
+    for one, (key, beside) in others:
+        config.setdefault(key, {})[one.module] = one.keys[beside.carries]
+        tensors |= {wrapped_key(beside, one.module, s): v for s, v in one.tensors.items()}
     return config, tensors | said.tensors
+
+
+def _tied(groups: Iterable[Sequence[Cut]]) -> dict[str, list[str]]:
+    """The modules with adapters, each with those whose weight and adapter are the same tensors.
+
+    Of these, peft's config means the first, and its files have all.
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for first, *_ in groups:
+        alike.setdefault(tuple(first.parameters.values()), []).append(first.placed.module)
+    return {modules[0]: modules for modules in alike.values()}
+
+
+def _apart(
+    adapted: Sequence[Adapted],
+) -> tuple[list[Adapted], list[tuple[Adapted, tuple[str, Beside]]]]:
+    """The adapters of a config's own method, and those of others that it has beside them."""
+    found = [(one, kept_beside(one.keys)) for one in adapted]
+    others = [(one, kept) for one, kept in found if kept is not None]
+    if len(others) == len(found):
+        return list(adapted), []
+    return [one for one, kept in found if kept is None], others
 
 
 def _with_parameters(
@@ -222,7 +251,8 @@ def _merge(name: str, adapted: Sequence[Adapted]) -> dict[str, Any]:
         off = {key: False} if peft_words().absent.get(key) is False else {}
         given = {one.module: {**off, **one.keys} for one in adapted}
         values = {module: keys[key] for module, keys in given.items() if key in keys}
-        usual = Counter(values.values()).most_common(1)[0][0]
+        given_values = list(values.values())
+        usual = max(given_values, key=given_values.count)
         config[key] = usual
         odd = {module: value for module, value in values.items() if value != usual}
         if odd and key in patterns:
