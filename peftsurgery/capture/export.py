@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._guards import detect_fake_mode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
@@ -44,6 +45,7 @@ from peftsurgery.capture.recording import Record, Watch, is_steady, recorded
 from peftsurgery.capture.signature import Call, apart, stand_for, traced
 from peftsurgery.capture.sizes import size_conditions
 from peftsurgery.capture.stack import stack_paths
+from peftsurgery.capture.uncompiled import uncompiled
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.quiet import quiet
 
@@ -71,6 +73,7 @@ class Exported:
 
 
 @quiet()
+@uncompiled()
 def export(
     module: nn.Module,
     call: Call,
@@ -354,7 +357,11 @@ def _explicit_forward(
         return original(**tensors, **flags)
 
     def forward(**tensors: Any) -> Any:
-        return plain(**tensors) if watch is None else watch.run(plain, **tensors)
+        if watch is None:
+            return plain(**tensors)
+        mode: Any = detect_fake_mode()
+        mode.cache_enabled = False  # few steps are like another: what a trace keeps costs more
+        return watch.run(plain, **tensors)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [inspect.Parameter(name, kind, default=None) for name in call.tensors]
