@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 from torch import fx, nn
 from torch.fx.experimental import proxy_tensor
 
+from peftsurgery.capture.stack import called_lines
+
 # What a call waits for may itself wait for a capture (in a hook, or in another process): a trace
 # gives it so many seconds, and begins then, at the price of another rounding.
 PATIENCE = 20.0
@@ -129,6 +131,13 @@ class _OneThread(proxy_tensor._ModuleStackTracer):
     def __init__(self, scope_root: fx.GraphModule) -> None:
         super().__init__(scope_root)
         self.thread = threading.get_ident()
+        self.record_stack_traces = False  # as create_node does it
+
+    def create_node(self, *args: object, **kwargs: object) -> fx.Node:
+        """A node of the graph, which knows the lines that made it."""
+        node = super().create_node(*args, **kwargs)
+        node.stack_trace = node.stack_trace or called_lines()
+        return node
 
     def call_module(
         self,
