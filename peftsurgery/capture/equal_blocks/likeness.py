@@ -102,6 +102,7 @@ class TokenMaker:
 
     def __init__(self) -> None:
         self._known: dict[int, Token] = {}
+        self._classes: dict[type, Token] = {}
         self.kept: list[Any] = []  # so that no other value has its identity
         self._open: set[int] = set()
         self._modules: list[types.ModuleType] = []
@@ -161,9 +162,14 @@ class TokenMaker:
 
     def of_class(self, kind: type) -> Token:
         """The token of a class: what in it, and in those it is made of, is no library's."""
-        return kind, tuple(
-            (base, name, self.of(value)) for base in kind.__mro__ for name, value in _own_code(base)
-        )
+        return kind, tuple(self._of_one_class(base) for base in kind.__mro__)
+
+    def _of_one_class(self, kind: type) -> Token:
+        found = self._classes.get(kind)
+        if found is None:
+            found = tuple((kind, name, self.of(value)) for name, value in _own_code(kind))
+            self._classes[kind] = found
+        return found
 
     def _function(self, function: types.FunctionType) -> Token:
         code = function.__code__

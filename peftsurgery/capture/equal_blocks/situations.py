@@ -18,6 +18,8 @@ from peftsurgery.capture.equal_blocks.filling_in import described
 from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
 
 _TABLES = frozenset(vars(nn.Module()))
+# What a fake tensor has by itself.
+_OF_FAKES = frozenset((*FakeTensor.__annotations__, *dir(FakeTensor)))
 _QUIET = tuple(name for name in _TABLES if "state_dict" in name)  # hooks that no call of it calls
 
 Attribute = tuple[str, str]  # a part's name beneath the block, and the attribute's
@@ -68,11 +70,10 @@ def told_of_tensors(table: Mapping[str, Any], which: dict[int, int]) -> Token:
 
 def told_beside(tensor: torch.Tensor) -> dict[str, Any]:
     """What code has put into a tensor's attributes."""
-    own = (*FakeTensor.__annotations__, *dir(FakeTensor))
     return {
         name: value
         for name, value in vars(tensor).items()
-        if name not in own and value is not None and not name.endswith(("_vc", "_epoch"))
+        if name not in _OF_FAKES and value is not None and not name.endswith(("_vc", "_epoch"))
     }
 
 
