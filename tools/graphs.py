@@ -98,7 +98,8 @@ def nodes(graph: fx.Graph, names: bool) -> Iterator[str]:
     called = {node: node.name if names else f"%{i}" for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Named(called[n]))
-        yield f"{called[node]} = {node.op} {target(node)} {args} {kwargs}"
+        what = target(node) if names or node.op != "placeholder" else ""
+        yield f"{called[node]} = {node.op} {what} {args} {kwargs}"
 
 
 def target(node: fx.Node) -> str:

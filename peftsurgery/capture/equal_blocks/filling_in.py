@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
     disable_proxy_modes_tracing,
     get_proxy_slot,
+    maybe_enable_thunkify,
     set_proxy_slot,
     track_tensor,
 )
@@ -251,7 +252,8 @@ class Place:
             set_proxy_slot(given, self.tracer, slot)
         for node, tensor in made.items():
             proxy = fx.Proxy(value_of[node], self.tracer)
-            track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
+            with maybe_enable_thunkify():  # sizes have nodes once something asks for them
+                track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
         leaves = [self._value(result, made) for result in passage.results]
         returned, more = pytree.tree_unflatten(leaves, passage.structure)
         for key, values in collected().items():
