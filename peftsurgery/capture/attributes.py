@@ -7,10 +7,11 @@ trace must leave none of that behind, least of all tensors without content.
 from __future__ import annotations
 
 import operator
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -91,11 +92,22 @@ class _Content:
     within: tuple[tuple[Any, Any], ...]
 
 
+# Most of what modules have: values that hold nothing, and tables that are empty.
+_ATOMS = frozenset((type(None), bool, int, float, str, FunctionType, MethodType))
+_EMPTY = {kind: _Content(kind(), ()) for kind in (*_CONTAINERS, tuple)}
+_EMPTY[OrderedDict] = _EMPTY[dict]
+
+
 def _content(key: str, value: Any, copied: bool, outer: tuple[int, ...] = ()) -> Any:
     """Snapshot of a tensor or container, at any depth.
 
     None for a value with no content to restore.
     """
+    kind = type(value)
+    if kind in _ATOMS:
+        return None
+    if kind in _EMPTY and not value:
+        return _EMPTY[kind]
     if isinstance(value, torch.Tensor):
         return value.detach().clone() if copied and is_plain(value) else None
     if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in outer:
@@ -138,7 +150,8 @@ def _is_unchanged(value: Any, content: Any) -> bool:
 
 def _restore(part: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
     for value, content in before.values():
-        _put_back(value, content)
+        if content is not None:
+            _put_back(value, content)
     own = {key: value for key, (value, _) in before.items()}
     if not _holds(vars(part), own):
         vars(part).clear()
@@ -163,5 +176,5 @@ def _holds(container: Any, content: Any) -> bool:
         return container == content
     if isinstance(container, dict):
         same_keys = list(container) == list(content)
-        return same_keys and all(container[key] is content[key] for key in container)
+        return same_keys and all(map(operator.is_, container.values(), content.values()))
     return len(container) == len(content) and all(map(operator.is_, container, content))

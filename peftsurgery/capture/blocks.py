@@ -123,6 +123,7 @@ class Splitter:
     ) -> None:
         self.blocks, self.modules, self.tensors = blocks, modules, tensors
         self.library = library
+        self.beneath = _by_block(modules, blocks)
         self.programs: dict[str, list[Program]] = {}
 
     def split(self, graph: fx.Graph) -> Program:
@@ -192,16 +193,26 @@ class Splitter:
     ) -> tuple[str, dict[str, ModuleInfo], dict[str, TensorInfo]]:
         """The class, the submodules and the tensors of a block, by names relative to it."""
         prefix = f"{path}." if path else ""
-        modules = {
-            name.removeprefix(prefix): info
-            for name, info in self.modules.items()
-            if name.startswith(prefix) and name != path
-        }
         names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
         tensors = {
             name: self.tensors[prefix + name] for name in names if prefix + name in self.tensors
         }
-        return self.modules[path].type, modules, tensors
+        return self.modules[path].type, self.beneath[path], tensors
+
+
+def _by_block(
+    modules: Mapping[str, ModuleInfo], blocks: Iterable[str]
+) -> dict[str, dict[str, ModuleInfo]]:
+    """The submodules of the model and of each block, by names relative to it."""
+    beneath: dict[str, dict[str, ModuleInfo]] = {"": {}, **{path: {} for path in blocks}}
+    for name, info in modules.items():
+        ends = [place for place, letter in enumerate(name) if letter == "."]
+        if name:
+            beneath[""][name] = info
+        for end in ends:
+            if (path := name[:end]) in beneath:
+                beneath[path][name[end + 1 :]] = info
+    return beneath
 
 
 class Copier:
