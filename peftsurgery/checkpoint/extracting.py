@@ -16,7 +16,14 @@ import numpy as np
 
 from peftsurgery.checkpoint.arrays import FLOATS, Array, read_bytes, read_rows, ulp, wide_dtype
 from peftsurgery.checkpoint.lora_folder import NewLayer, write_lora
-from peftsurgery.checkpoint.low_rank import Blocks, Factors, Wanted, factors_of
+from peftsurgery.checkpoint.low_rank import (
+    Approximation,
+    Blocks,
+    Factors,
+    Wanted,
+    factors_of,
+    share_lost,
+)
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile
 
@@ -40,15 +47,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class LayerDifference:
-    """How a weight's difference was said: the rank, the norm, and the share of it that is lost."""
-
-    rank: int
-    norm: float
-    lost: float
-
-
-@dataclass(frozen=True)
 class ExtractReport:
     """What was extracted: each layer's rank and error, and what differs and is not in it.
 
@@ -57,17 +55,14 @@ class ExtractReport:
     """
 
     out: Path
-    layers: Mapping[str, LayerDifference] = field(default_factory=dict)
+    layers: Mapping[str, Approximation] = field(default_factory=dict)
     left_out: Mapping[str, float] = field(default_factory=dict)
     same: int = 0
 
     @property
     def lost(self) -> float:
         """Relative norm of what differs and is not in the adapter."""
-        layers = self.layers.values()
-        missing = math.hypot(*(x.lost * x.norm for x in layers), *self.left_out.values())
-        whole = math.hypot(*(x.norm for x in layers), *self.left_out.values())
-        return missing / whole if whole else 0.0
+        return share_lost(self.layers.values(), self.left_out.values())
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
@@ -104,7 +99,7 @@ def extract_files(
     PSG403 for what is not finite, PSG415 if nothing differs that a LoRA could say, PSG416 for
     tensors that differ and are no floats, PSG603 if the system refuses.
     """
-    layers: dict[str, LayerDifference] = {}
+    layers: dict[str, Approximation] = {}
     left_out: dict[str, float] = {}
     same = [0]
 
@@ -117,8 +112,7 @@ def extract_files(
             else:
                 factors = _factors(pair, wanted)
                 if factors.rank:
-                    lost = factors.error / factors.norm
-                    layers[pair.module] = LayerDifference(factors.rank, factors.norm, lost)
+                    layers[pair.module] = factors.approximation
                     yield _layer(pair, factors)
                 else:
                     left_out[pair.name] = factors.norm

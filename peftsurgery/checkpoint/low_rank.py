@@ -9,7 +9,7 @@ measured on the matrix itself, with the factors as they are returned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +42,27 @@ class Factors:
     def rank(self) -> int:
         """Columns of ``left``."""
         return int(self.left.shape[1])
+
+    @property
+    def approximation(self) -> Approximation:
+        """What they keep of the matrix, which is not zero."""
+        return Approximation(self.rank, self.norm, self.error / self.norm)
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What factors keep of a matrix: their rank, its Frobenius norm, and the share that is lost."""
+
+    rank: int
+    norm: float
+    lost: float
+
+
+def share_lost(made: Iterable[Approximation], left_out: Iterable[float] = ()) -> float:
+    """The share that is lost of all of these together, and of what has the norms ``left_out``."""
+    found, others = list(made), list(left_out)
+    whole = math.hypot(*(each.norm for each in found), *others)
+    return math.hypot(*(each.lost * each.norm for each in found), *others) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ for a weight of its kind; at the rank that it needs, or at a smaller one whose e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,13 @@ from peftsurgery.anatomy.made_weights import made_of
 from peftsurgery.arguments import checked
 from peftsurgery.capture.sharded import check_whole
 from peftsurgery.checkpoint.low_rank import (
+    Approximation,
     Factors,
     Wanted,
     checked_wish,
     factors_of,
     rows_in_blocks,
+    share_lost,
 )
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.loading import load_rules
@@ -64,19 +65,6 @@ FORMS = {
 }
 
 
-@dataclass(frozen=True)
-class LoraError:
-    """What an approximation of a weight's change keeps of it: its rank, and the share lost.
-
-    ``lost`` is the Frobenius norm of what is missing in parts of the change's, ``norm`` that of the
-    change.
-    """
-
-    rank: int
-    lost: float
-    norm: float
-
-
 @checked
 def as_lora(
     model: OperatedModel, rank: int | None = None, energy: float | None = None
@@ -97,7 +85,7 @@ def as_lora(
 
 def lora_with_error(
     model: OperatedModel, rank: int | None = None, energy: float | None = None
-) -> tuple[OperatedModel, dict[str, LoraError]]:
+) -> tuple[OperatedModel, dict[str, Approximation]]:
     """:func:`as_lora`, with the error of every weight by its name."""
     wanted = checked_wish(rank, energy)
     check_whole(model)
@@ -105,7 +93,7 @@ def lora_with_error(
     name = model.active[0] if len(model.active) == 1 else "as_lora"
     sites = _sites(model)
     found: list[tuple[Placed, Mapping[str, Tensor], int]] = []
-    errors: dict[str, LoraError] = {}
+    errors: dict[str, Approximation] = {}
     for weight, change in _changes(model):
         if not change.any():
             continue
@@ -116,13 +104,12 @@ def lora_with_error(
             _check_form(site, weight)
             factors, parameters = _parameters(site, change, wanted)
             found.append((site, parameters, factors.rank))
-            errors[weight] = LoraError(factors.rank, factors.error / factors.norm, factors.norm)
+            errors[weight] = factors.approximation
     if not found:
         message = "the active adapters change no weight, and neither would a LoRA"
         raise SurgeryError("PSG415", message, "they are untrained, or none is active")
     operations, known = _operations(found, name)
-    missing = math.hypot(*(error.lost * error.norm for error in errors.values()))
-    lost = missing / math.hypot(*(error.norm for error in errors.values()))
+    lost = share_lost(errors.values())
     shares = {name: lost} if lost > LOSSLESS else {}
     return operate(unoperated(model), operations, known, lost=shares), errors
 
