@@ -66,15 +66,7 @@ class ExtractReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
-        layers = {name: asdict(layer) for name, layer in self.layers.items()}
-        left = dict(self.left_out)
-        return {
-            "out": str(self.out),
-            "layers": layers,
-            "left_out": left,
-            "same": self.same,
-            "lost": self.lost,
-        }
+        return {**asdict(self), "out": str(self.out), "lost": self.lost}
 
     def __str__(self) -> str:
         ranks = [layer.rank for layer in self.layers.values()]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +62,7 @@ class MergeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
-        return {
-            "out": str(self.out),
-            "how": self.how,
-            "weights": dict(self.weights),
-            "layers": self.layers,
-            "ranks": dict(self.ranks),
-            "lost": self.lost,
-        }
+        return {**asdict(self), "out": str(self.out)}
 
     def __str__(self) -> str:
         said = " + ".join(f"{weight:g} x {name}" for name, weight in self.weights.items())
