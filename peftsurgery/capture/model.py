@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from peftsurgery.arguments import checked
 from peftsurgery.capture.captures import Capture, Captures, Casts
 from peftsurgery.capture.classes import become_like
+from peftsurgery.capture.derived_inputs import with_derived
 from peftsurgery.capture.factories import Inputs
 from peftsurgery.capture.generating import (
     check_generates,
@@ -35,7 +36,7 @@ from peftsurgery.capture.kv_cache import Past
 from peftsurgery.capture.modules import Block, mirror, own
 from peftsurgery.capture.original_api import Likeness, forward_like, loaded_from
 from peftsurgery.capture.serving import Serving
-from peftsurgery.capture.signature import Call, bind_call, takes, with_cache
+from peftsurgery.capture.signature import Call, bind_call, with_cache, with_own_name
 from peftsurgery.capture.sources import Source, check_plain, open_source
 from peftsurgery.capture.surroundings import outside, surroundings
 from peftsurgery.capture.tensors import named_tensors, owner_of, parameters_of, tensor_at
@@ -118,7 +119,7 @@ class GraphModel(Likeness):
         Blocks that are recomputed would remember twice: they remember nothing, as the original's.
         """
         module, own = self._captures.source.module, self._captures.past
-        call = _with_own_name(bind_call(module, args, kwargs), module, own)
+        call = with_derived(with_own_name(bind_call(module, args, kwargs), module, own), module)
         wanted = call.flags.get("use_cache", self._captures.cache and not self.training)
         if own is None or not (wanted or call.past) or not remembers(module):
             return call
@@ -334,20 +335,11 @@ def _captured(source: Source, inputs: Inputs | None, cache: bool) -> GraphModel:
     example = _made_inputs(source) if given is None else given
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     with _saying_what_was_tried(kwargs if given is None else {}):
-        graph_model._find(bind_call(source.module, args, kwargs))
+        call = bind_call(source.module, args, kwargs)
+        graph_model._find(with_derived(call, source.module))
     if cache:
         graph_model.original_capture(graph_model.call_of(**first_inputs(source.module)))
     return graph_model
-
-
-def _with_own_name(call: Call, module: nn.Module, own: str | None) -> Call:
-    """The call with its cache under the model's own name for it, if it came by an earlier one.
-
-    Forwards that renamed the argument take the earlier name still, though they do not declare it.
-    """
-    if call.past is None or own is None or takes(module, call.past.name):
-        return call
-    return replace(call, past=replace(call.past, name=own))
 
 
 def capture_again(model: GraphModel, source: Source) -> GraphModel:

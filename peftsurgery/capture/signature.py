@@ -101,6 +101,16 @@ def with_cache(call: Call, past: Past) -> Call:
     return replace(call, tensors=kept, past=past)
 
 
+def with_own_name(call: Call, module: nn.Module, own: str | None) -> Call:
+    """The call with its cache under the model's own name for it, if it came by an earlier one.
+
+    Forwards that renamed the argument take the earlier name still, though they do not declare it.
+    """
+    if call.past is None or own is None or takes(module, call.past.name):
+        return call
+    return replace(call, past=replace(call.past, name=own))
+
+
 def _masks_nothing(named: Mapping[str, Any], past: Past) -> bool:
     """Whether the mask covers past and present and keeps all of it."""
     mask, new = named.get(MASK), next((named[name] for name in TEXT if name in named), None)

@@ -28,36 +28,22 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tools.bench.sweep_models import all_models, small_model, unseen_inputs
+from tools.bench.sweep_models import FAILURES, all_models, fit_model
 from tools.bench.sweep_probes import misplaced
 
 MEMORY = 8 << 30  # bytes that one model may take
-FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 RULES = ("lora_qv", "lora_all_linear")
 
 
-def swept(model: Any, send: Callable[[tuple[str, str]], None]) -> None:
+def swept(name: str, send: Callable[[tuple[str, str]], None]) -> None:
     """Capture, compare, and apply the rules; sends a word for each, when the original has run."""
     import torch
 
     import peftsurgery as ps
     from peftsurgery.capture import capture
 
-    inputs = unseen_inputs(model)
-    model.config.use_cache = False
+    model, inputs, expected = fit_model(name)
     with torch.no_grad():
-        expected = model(**inputs)
         send(("capture", "begun"))
         captured = capture(model)
         actual = captured(**inputs)
@@ -147,8 +133,7 @@ def attempt(kind: str, answer: Connection) -> None:
         answer.send(said)
 
     try:
-        model = small_model(kind)
-        swept(model, send)
+        swept(kind, send)
     except SurgeryError as error:
         send((step, f"refused: {str(error).splitlines()[0]}"))
     except FAILURES as error:

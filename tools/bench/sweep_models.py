@@ -6,9 +6,25 @@ import inspect
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from peftsurgery.capture.inputs import example_inputs
 from tools.bench.sweep_configs import REPAIRED, SMALL, SPECIAL
+
+# What originals that do not fit, and faults, end in.
+FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    StrictDataclassError,
+)
 
 # The mappings by the sweep's names for them, each with the class that makes a model of a config.
 MAPPINGS: dict[str, tuple[str, str]] = {
@@ -34,7 +50,25 @@ def all_models() -> list[str]:
     return made
 
 
-def small_model(name: str) -> Any:
+def fit_model(name: str) -> tuple[Any, dict[str, Any], Any]:
+    """A small model that runs, with inputs and what it returns: heads share keys where they may.
+
+    Raises what the original fails with, if it does so either way.
+    """
+    for kv_heads in (2, 4):
+        try:
+            model = small_model(name, kv_heads)
+            model.config.use_cache = False
+            inputs = unseen_inputs(model)
+            with torch.no_grad():
+                return model, inputs, model(**inputs)
+        except FAILURES:
+            if kv_heads == 4:
+                raise
+    raise AssertionError
+
+
+def small_model(name: str, kv_heads: int = 2) -> Any:
     """The small model ``mapping:type`` in eval mode, its parameters moved off zero and one."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -43,7 +77,8 @@ def small_model(name: str) -> Any:
     made_by = getattr(transformers, MAPPINGS[mapping or "base"][1])
     torch.manual_seed(0)
     config_class = CONFIG_MAPPING[kind]
-    config = config_class(**(REPAIRED[kind] if kind in REPAIRED else small_values(config_class)))
+    known = REPAIRED.get(kind)
+    config = config_class(**(small_values(config_class, kv_heads) if known is None else known))
     if mapping == "masked" and hasattr(config, "is_decoder"):
         config.is_decoder = False
     model = made_by.from_config(config).eval()
@@ -53,32 +88,34 @@ def small_model(name: str) -> Any:
     return model
 
 
-def small_values(config_class: Any) -> dict[str, Any]:
+def small_values(config_class: Any, kv_heads: int) -> dict[str, Any]:
     """Small values of a config's sizes, also of those of the configs within it."""
     default = config_class()
+    told = default.to_dict()
     accepted = inspect.signature(config_class.__init__).parameters
-    values: dict[str, Any] = {k: v for k, v in SMALL.items() if is_size(default, k)}
-    values |= {k: v for k, v in SPECIAL.items() if getattr(default, k, None) is not None}
+    small = {**SMALL, "num_key_value_heads": kv_heads, "num_kv_heads": kv_heads}
+    values: dict[str, Any] = {k: v for k, v in small.items() if type(told.get(k)) is int}
+    values |= {k: v for k, v in SPECIAL.items() if told.get(k) is not None}
     for name in getattr(config_class, "sub_configs", {}):
         inner = getattr(default, name, None)
         if inner is not None and (name in accepted or "kwargs" in accepted):
-            values[name] = small_values(type(inner))
+            values[name] = small_values(type(inner), kv_heads)
             values[name] |= {"model_type": inner.model_type} if inner.model_type else {}
     return values
 
 
-def is_size(config: Any, name: str) -> bool:
-    """Whether a config has a number of that name."""
-    found = getattr(config, name, None)
-    return isinstance(found, int) and not isinstance(found, bool)
-
-
 def unseen_inputs(model: Any) -> dict[str, Any]:
-    """Inputs larger than the examples a capture makes for itself."""
-    larger = {name: torch.cat([value, value[:1]]) for name, value in example_inputs(model).items()}
+    """Random inputs, larger than the examples a capture makes for itself."""
+    torch.manual_seed(2)
+    larger = {name: torch.cat([v, v[:1]]) for name, v in example_inputs(model).items()}
     if model.main_input_name == "input_ids":
         larger = {
             name: torch.cat([v, v[:, :3]], dim=1) if v.dim() == 2 else v
             for name, v in larger.items()
         }
+    for name, value in larger.items():
+        if value.is_floating_point():
+            larger[name] = torch.randn_like(value)
+        elif not name.endswith("mask"):
+            larger[name] = torch.randint_like(value, 5, 90)
     return larger
