@@ -28,6 +28,7 @@ from peftsurgery.formats.adapterhub.library import (
     parts,
 )
 from peftsurgery.formats.words import brief, fits_setting, forms
+from peftsurgery.language.parameter_axes import sizes_said
 from peftsurgery.language.rule_file import RuleFile
 
 # Before this version the library scaled by alpha where it should have by alpha / r.
@@ -165,8 +166,7 @@ def same(value: Any, other: Any) -> bool:
 
 
 def _settings(flat: Flat, file: RuleFile) -> dict[str, Any]:
-    shapes = [size for rule in file.rules for param in rule.params.values() for size in param.shape]
-    counts = {name for size in shapes for name in size.names}
+    counts = {name for rule in file.rules for name in sizes_said(rule, file.with_)}
     settings: dict[str, Any] = {}
     for key, setting in file.carried(FORMAT).items():
         value: Any = flat.get(key)

@@ -146,6 +146,16 @@ CASES: dict[str, tuple[Callable[[Adapter], object], str, str]] = {
 }
 
 
+@pytest.mark.parametrize("size", [0, 2.5, -3, "x", True])
+def test_a_size_that_is_none_is_named_as_the_library_names_it(size: Any, tmp_path: Path) -> None:
+    union = Adapter(Path(shutil.copytree(GOLDEN / NAME / "mam", tmp_path / "adapter")))
+    parts = json.loads((union.folder / CONFIG).read_text())["config"]["configs"]
+    union.config(configs=[{**parts[0], "bottleneck_size": size}, *parts[1:]])
+    with pytest.raises(SurgeryError, match="bottleneck_size cannot be") as caught:
+        ps.from_adapterhub(captured(NAME), union.folder)
+    assert caught.value.code == "PSG503"
+
+
 @pytest.mark.parametrize("name", [NAME])
 @pytest.mark.parametrize(("change", "code", "text"), CASES.values(), ids=CASES)
 def test_what_is_wrong_is_named(
