@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
-from peftsurgery.checkpoint.codecs.coded import PlainView, needed_view
+from peftsurgery.checkpoint.codecs.coded import PlainView
 from peftsurgery.checkpoint.fold_tensor import BLOCK, is_by_rows
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
+from peftsurgery.checkpoint.ties import view_of
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
 from peftsurgery.tensor_file import BITS, Tensor
 
@@ -64,7 +65,7 @@ def estimate(
 ) -> FoldEstimate:
     """Estimate what carrying out a plan takes; the options are those of the fold."""
     files, plan = read_model_files(planned.base), planned.plan
-    view = needed_view(files, plan.changed, requantise)
+    view = view_of(plan, files, requantise)
     tensors = {name: tensor for name, (_, tensor) in view.tensors.items()}
     changed = [tensors[name] for name in plan.changed]
     size = sum(tensor.size for file in files.files for tensor in file.tensors.values())

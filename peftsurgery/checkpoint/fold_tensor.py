@@ -101,13 +101,15 @@ class FoldMeasure:
 class Folding:
     """Fold of one checkpoint: its plan, and where the tensors of base and adapter are.
 
-    ``coded`` are the base's weights that are read through a codec.
+    ``coded`` are the base's weights that are read through a codec; ``held`` has the tensors of the
+    base as they are there, where ``base`` has those that are resized as they will be.
     """
 
     plan: FoldPlan
     base: Found
     adapter: Found
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
+    held: Found = field(default_factory=dict)
 
     def blocks(
         self,
@@ -118,7 +120,8 @@ class Folding:
     ) -> Iterator[memoryview]:
         """Yield a changed tensor's bytes in ``dtype``, in order; ``change`` is filled on the way.
 
-        ``read`` is told the base's bytes of the tensor, in order, unless they are a codec's.
+        ``read`` is told the base's bytes of the tensor, in order, unless they are a codec's or it
+        is resized.
         Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
         """
         for before, exact in self.exact(name, read):
@@ -140,7 +143,8 @@ class Folding:
         wide = wide_dtype(tensor.dtype)
         if name in self.plan.replaced:
             was = self._stored(name, {}, None)
-            read(as_bytes(was))
+            if name not in self.plan.resized:
+                read(as_bytes(was))
             yield was.astype(wide), self._adapters(self.plan.replaced[name], wide)
             return
         sites = self.plan.together(name)
@@ -151,7 +155,7 @@ class Folding:
         whole = {n: weight.values() for n, weight in mine.items() if not weight.codec.by_rows}
         for rows in _row_blocks([self.base[other][1] for other in others], sites):
             stored = {other: self._stored(other, whole, rows) for other in others}
-            if name not in self.coded:
+            if name not in self.coded and name not in self.plan.resized:
                 read(as_bytes(stored[name]))
             before = {other: value.astype(wide) for other, value in stored.items()}
             for other in others:
@@ -169,7 +173,21 @@ class Folding:
                 return self.coded[name].values(rows)
             return whole[name] if rows is None else whole[name][rows]
         file, tensor = self.base[name]
+        if name in self.plan.resized:
+            return self._resized(name, slice(0, tensor.shape[0]) if rows is None else rows)
         return read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
+
+    def _resized(self, name: str, rows: slice) -> Array:
+        """Rows of a tensor that has another number of them than in the base."""
+        file, tensor = self.held[name]
+        old, (_, key) = tensor.shape[0], self.plan.resized[name]
+        mine = read_rows(file, tensor, min(rows.start, old), min(rows.stop, old))
+        more = slice(max(rows.start - old, 0), max(rows.stop - old, 0))
+        if key is None:
+            fresh = np.zeros((more.stop - more.start, *mine.shape[1:]), mine.dtype)
+        else:
+            fresh = self._adapters(key, mine.dtype)[more]
+        return np.concatenate([mine, fresh])
 
     def _adapters(self, name: str, wide: np.dtype[Any]) -> Array:
         file, tensor = self.adapter[name]

@@ -4,7 +4,7 @@ It is made once, kept, and laid on the files of a base, whose names may be spell
 A saved surgery has it in its manifest, under ``fold``:
 
     {"of": "<hash>", "sites": [...], "replaced": {}, "shapes": {"...q_proj.weight": [64, 64]},
-     "tied": {}, "body": "model", "library": true}
+     "ties": [], "untied": {}, "body": "model", "library": true}
 
 ``of`` is the hash of this and of all else in the surgery that decides what is folded, rules above
 all: where it is another, someone has changed those, and the plan is not of what is there.
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
-from peftsurgery.checkpoint.plan import SiteFold
+from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
 from peftsurgery.checkpoint.plan_file import site_as_data, site_from_data
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import ModelFiles
@@ -32,41 +33,59 @@ class ModelPlan:
     """The fold of some adapters, as far as it can be said without the files of the base.
 
     ``replaced`` has the adapter's tensors by the parameters that they replace. ``shapes`` are of
-    all parameters that are read, ``tied`` has the other names of those that change and are one
-    tensor with others. ``body`` is what the names of a model with a head begin with, and of one
+    all parameters that are read. Where a parameter changes that is one tensor with others, ``ties``
+    are all groups of names that are one, and ``untied`` what config.json then says, by the dotted
+    paths in it. ``body`` is what the names of a model with a head begin with, and of one
     without do not. ``library`` tells whether it is a model of transformers.
     """
 
     sites: tuple[SiteFold, ...]
     replaced: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, list[str]]
+    ties: tuple[tuple[str, ...], ...]
+    untied: Mapping[str, Any]
     body: str
     library: bool
 
-    def on(self, files: ModelFiles) -> tuple[tuple[SiteFold, ...], dict[str, str]]:
-        """The sites and the replaced tensors, by the names in a base's files.
+    def on(
+        self,
+        files: ModelFiles,
+        resized: Mapping[str, tuple[int, str | None]] = MappingProxyType({}),
+    ) -> FoldPlan:
+        """The plan by the names in a base's files, of which some are ``resized`` as plans say it.
 
-        Raises PSG416 for a tie that would be broken, and for a parameter that is in no file.
+        PSG416 for a parameter that is in no file.
         """
-        for name, others in self.tied.items():
-            why = f"'{name}' is tied to {', '.join(others)}, which the fold would change or untie"
-            raise SurgeryError("PSG416", why, IN_MEMORY)
-        stored = {name: self._stored(name, files) for name in sorted(self.shapes)}
+        held, ties = files.tensors, dict[str, str]()
+
+        def named(name: str) -> str | None:
+            return self.spelled(name, held)
+
+        for group in self.ties:
+            first = next(filter(None, map(named, group)), None)
+            if first is not None:
+                ties |= {each: first for each in (named(n) or n for n in group) if each != first}
+        stored = {name: named(name) or name for name in self.shapes}
+        for name, mine in sorted(stored.items()):
+            where = held.get(ties.get(mine, mine) if mine not in held else mine)
+            axis = 1 if name in resized else 0
+            if where is None or where[1].shape[axis:] != self.shapes[name][axis:]:
+                why = f"'{name}', which the fold changes, is in no file of '{files.folder}' as it"
+                raise SurgeryError("PSG416", f"{why} is", IN_MEMORY)
         sites = (
             replace(site, weights={short: stored[n] for short, n in site.weights.items()})
             for site in self.sites
         )
-        return tuple(sites), {stored[name]: key for name, key in self.replaced.items()}
+        replaced = {stored[name]: key for name, key in self.replaced.items()}
+        rows = {named(name) or name: value for name, value in resized.items()}
+        rows = {name: value for name, value in rows.items() if name in held or name in ties}
+        return FoldPlan(tuple(sites), replaced, ties=ties, untied=self.untied, resized=rows)
 
-    def _stored(self, name: str, files: ModelFiles) -> str:
-        held, prefix = files.tensors, f"{self.body}."
+    def spelled(self, name: str, held: Collection[str]) -> str | None:
+        """What the files call a parameter; None if they do not have it."""
+        prefix = f"{self.body}."
         spelled = (name, name.removeprefix(prefix), prefix + name)
-        found = next((each for each in spelled if each in held), None)
-        if found is None or held[found][1].shape != self.shapes[name]:
-            why = f"'{name}', which the fold changes, is in no file of '{files.folder}' as it is"
-            raise SurgeryError("PSG416", why, IN_MEMORY)
-        return found
+        return next((each for each in spelled if each in held), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as a manifest holds it, but for its hash."""
@@ -74,7 +93,8 @@ class ModelPlan:
             "sites": [site_as_data(site) for site in self.sites],
             "replaced": dict(self.replaced),
             "shapes": dict(self.shapes),
-            "tied": dict(self.tied),
+            "ties": [list(names) for names in self.ties],
+            "untied": dict(self.untied),
             "body": self.body,
             "library": self.library,
         }
@@ -86,7 +106,8 @@ class ModelPlan:
             sites=tuple(site_from_data(entry) for entry in said["sites"]),
             replaced=dict(said["replaced"]),
             shapes={name: tuple(sizes) for name, sizes in said["shapes"].items()},
-            tied=dict(said["tied"]),
+            ties=tuple(tuple(names) for names in said["ties"]),
+            untied=dict(said["untied"]),
             body=said["body"],
             library=said["library"],
         )

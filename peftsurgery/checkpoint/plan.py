@@ -56,6 +56,12 @@ class FoldPlan:
     ``sites`` are in the order in which they are folded; ``replaced`` tensors become the adapter's
     of the given name. ``record`` says what is folded into what. ``files`` are written instead of
     the base's of their names, and those in ``without`` are left behind.
+
+    ``ties`` has the names of tensors that are one with another, by whose name the files have them.
+    Where they become unlike, each is written, and config.json says what is in ``untied``, by dotted
+    paths. What it says in any case is in ``config``. ``resized`` tensors get another number of
+    rows; what follows those of the base is the adapter's tensor of the given name, or zeros that
+    are replaced.
     """
 
     sites: tuple[SiteFold, ...]
@@ -63,16 +69,23 @@ class FoldPlan:
     record: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
     without: frozenset[str] = frozenset()
+    ties: Mapping[str, str] = field(default_factory=dict)
+    untied: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    resized: Mapping[str, tuple[int, str | None]] = field(default_factory=dict)
 
     @cached_property
     def changed(self) -> set[str]:
         """Names of the tensors that are written otherwise than the base has them."""
-        return {*self.replaced, *(name for site in self.sites for name in site.changed)}
+        mine = (name for site in self.sites for name in site.changed)
+        return {*self.replaced, *self.resized, *mine}
 
     @property
     def consumed(self) -> set[str]:
         """Names of the adapter's tensors that the fold reads."""
-        return {*self.replaced.values(), *(n for s in self.sites for n in s.parameters.values())}
+        rows = (key for _, key in self.resized.values() if key is not None)
+        mine = (name for site in self.sites for name in site.parameters.values())
+        return {*self.replaced.values(), *rows, *mine}
 
     def together(self, name: str) -> list[SiteFold]:
         """The folds that a tensor's new value takes: its own, and those of weights beside it."""

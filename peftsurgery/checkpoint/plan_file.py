@@ -26,6 +26,10 @@ def plan_as_json(plan: FoldPlan) -> bytes:
         "record": dict(plan.record),
         "files": files,
         "without": sorted(plan.without),
+        "ties": dict(plan.ties),
+        "untied": dict(plan.untied),
+        "config": dict(plan.config),
+        "resized": dict(plan.resized),
     }
     return json.dumps(said, default=str).encode()
 
@@ -39,6 +43,10 @@ def plan_from_json(content: bytes) -> FoldPlan:
         record=said["record"],
         files={name: base64.b64decode(text) for name, text in said["files"].items()},
         without=frozenset(said["without"]),
+        ties=said["ties"],
+        untied=said["untied"],
+        config=said["config"],
+        resized={name: (rows, key) for name, (rows, key) in said["resized"].items()},
     )
 
 

@@ -64,7 +64,10 @@ class Streamed:
             into.write(block, place)
             place += len(block)
             self.progress(len(block))
-        if self.view.is_plain and tensor.name in self.view.coded:
+        if tensor.name in self.view.resized:
+            for chunk in chunks(*self.view.held[tensor.name]):
+                before.update(chunk)
+        elif self.view.is_plain and tensor.name in self.view.coded:
             for each in self.view.coded[tensor.name].hashes.values():
                 before.update(each.encode())
         return _account(digest.hexdigest(), before.hexdigest(), measure)

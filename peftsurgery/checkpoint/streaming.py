@@ -17,7 +17,7 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
-from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView, needed_view
+from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView
 from peftsurgery.checkpoint.fold_report import FoldReport, survival
 from peftsurgery.checkpoint.fold_tensor import Folding
 from peftsurgery.checkpoint.hashing import ALGORITHM
@@ -32,6 +32,7 @@ from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.record import FILE, folded_into
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
 from peftsurgery.checkpoint.shards import Streamed, write_shards
+from peftsurgery.checkpoint.ties import settled, view_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, other_files, read_model_files
 from peftsurgery.tensor_file import TensorFile, header_of, read_header
@@ -100,7 +101,8 @@ class _Fold:
             (self.streamed.dtype, self.reversible, bool(self.view.again)),
         )
         headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
-        told = repr((str(folder), plan.sites, plan.replaced, options, ALGORITHM))
+        ties = dict(self.view.added), dict(plan.untied), dict(plan.resized)
+        told = repr((str(folder), plan.sites, plan.replaced, ties, options, ALGORITHM))
         parts = [told.encode(), adapter.path.read_bytes(), *headers]
         return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
 
@@ -147,7 +149,8 @@ class _Fold:
         again = survival(report.changed.values())
         record |= {"requantised": again} if again else {}
         into.write(FILE, [certificate(record, into.path, self.files, tensors)])
-        return replace(report, copied=tuple(n for n in small if n not in {INDEX, *plan.files}))
+        copied = tuple(n for n in small if n not in {INDEX, *plan.files})
+        return replace(report, copied=copied, untied=bool(plan.untied))
 
     def _residuals(self, into: PartFolder, tensors: Mapping[str, dict[str, Any]]) -> Iterator[str]:
         """The files of residuals; the entries of their tensors are told where those are."""
@@ -167,10 +170,12 @@ def _prepared(
 ) -> _Fold:
     """Check a plan against the files that it is carried out on. PSG416."""
     plan, adapter, files = planned.plan, planned.adapter, read_model_files(planned.base)
-    view = needed_view(files, plan.changed, requantise)
-    _check(plan, view, adapter, reversible)
+    view = view_of(plan, files, requantise)
+    _check(plan, view, adapter)
     learnt = {name: (adapter, tensor) for name, tensor in adapter.tensors.items()}
-    folding = Folding(plan, view.tensors, learnt, view.coded)
+    folding, view = settled(Folding(plan, view.tensors, learnt, view.coded, view.held), view)
+    planned = replace(planned, plan=folding.plan)
+    _check_residuals(planned.plan, view, reversible)
     streamed = Streamed(folding, view, dtype, progress or (lambda size: None))
     named = {file.path.name: file for file in files.files}
     return _Fold(planned, view, streamed, reversible, named)
@@ -184,11 +189,18 @@ def _check_changed(changed: Mapping[str, Any], allow_unchanged: bool) -> None:
         raise SurgeryError("PSG415", message, hint)
 
 
-def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile, reversible: bool) -> None:
-    """Refuse a plan whose tensors are not there, and an adapter that it leaves out. PSG416."""
-    if files.is_plain and reversible:
-        message = f"'{files.folder}' is quantised and is written plain, which has no residual"
+def _check_residuals(plan: FoldPlan, view: PlainView, reversible: bool) -> None:
+    """Refuse residuals where more than the values of tensors changes. PSG416."""
+    why = "is quantised and is written plain" if view.is_plain else None
+    why = "has weights that were tied and are written apart" if plan.untied else why
+    why = "gets another vocabulary" if plan.resized else why
+    if reversible and why:
+        message = f"'{view.folder}' {why}, which has no residual"
         raise SurgeryError("PSG416", message, "unfold from the base itself")
+
+
+def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile) -> None:
+    """Refuse a plan whose tensors are not there, and an adapter that it leaves out. PSG416."""
     needed = {name for site in plan.sites for name in site.weights.values()} | plan.replaced.keys()
     for name in sorted(needed):
         if name not in files.tensors:
@@ -216,8 +228,9 @@ def _small_files(
     files, left = view.files, {*plan.without, *(BESIDE if view.is_plain else ())}
     kept = other_files(files.folder).items()
     contents = {name: path.read_bytes() for name, path in kept if name not in left}
-    if view.is_plain:
-        contents[CONFIG] = view.config()
+    values = {**plan.config, **plan.untied}
+    if view.is_plain or values:
+        contents[CONFIG] = view.config(values)
     if files.index is not None:
         contents[INDEX] = (files.folder / INDEX).read_bytes()
         size = sum(tensor.size for file in folded for tensor in file.tensors.values())

@@ -1,7 +1,7 @@
 """``peftsurgery fold``: write the model with what was sewn in folded into its weights.
 
 Where the base is a directory of safetensors, its files are folded a few rows at a time. What that
-cannot do (a tie that is broken, ONNX, four bits) is done on the model in memory.
+cannot do (ONNX, a surgery in four bits) is done on the model in memory.
 """
 
 from __future__ import annotations

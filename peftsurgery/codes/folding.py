@@ -85,9 +85,10 @@ CODES = {
     ),
     "PSG416": CodeInfo(
         "The fold cannot be made on files",
-        "A weight is not in the base's files as the model has it, is tied to another, or kept in a "
-        "form that cannot be added to, or that is not what its quantiser's config says; or adapter "
-        "and fold do not have the same tensors. "
+        "A weight is not in the base's files as the model has it, or kept in a form that cannot be "
+        "added to, or that is not what its quantiser's config says; a tie that would be broken is "
+        "one that no config can break, or new tokens have rows in no file; or adapter and fold do "
+        "not have the same tensors; or residuals are asked for where more changes than values. "
         "`fold_to_directory` builds the model and folds in memory.",
     ),
     "PSG417": CodeInfo(

@@ -7,8 +7,11 @@ that has its names and shapes as plain ones.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from peftsurgery.checkpoint.card import files_beside
 from peftsurgery.checkpoint.codecs.coded import PlainView, plain_view
@@ -19,6 +22,7 @@ from peftsurgery.fingerprint import Fingerprint, on_disk
 from peftsurgery.finite_tensors import as_safetensors
 from peftsurgery.formats.plain_twin import plain_twin
 from peftsurgery.formats.pretrained import open_adapter
+from peftsurgery.formats.resized_tables import config_changes, name_of, new_rows, resized
 from peftsurgery.model_files import ModelFiles, are_here, read_model_files
 from peftsurgery.places import named_in
 from peftsurgery.quiet import quiet
@@ -42,12 +46,15 @@ def captured_plan(adapter: Path, base: str | None, allow_other_base: bool, room:
     folder = operated.source.folder
     if folder is None:
         raise SurgeryError("PSG416", f"the base of '{adapter}' is no directory", "give its path")
-    plan = fold_plan(operated, read_model_files(folder), adapter)
+    rows = new_rows(operated)
+    plan = fold_plan(operated, read_model_files(folder), adapter, rows)
     if coded is not None:
         folder = coded.folder
         plan = _told_of(plan, coded, adapter)
     learnt = room / "adapter.safetensors"
-    learnt.write_bytes(as_safetensors(operated.learnt(*operated.active)))
+    used = {key for _, key in plan.resized.values()}
+    more = {name_of(name): value for name, value in rows.items() if name_of(name) in used}
+    learnt.write_bytes(as_safetensors({**operated.learnt(*operated.active), **more}))
     return Planned(plan, folder, read_header(learnt))
 
 
@@ -68,8 +75,12 @@ def _told_of(plan: FoldPlan, base: PlainView, adapter: Path) -> FoldPlan:
     return replace(plan, record=record, files=files, without=without)
 
 
-def fold_plan(model: OperatedModel, files: ModelFiles, adapter: Path) -> FoldPlan:
+def fold_plan(
+    model: OperatedModel, files: ModelFiles, adapter: Path, rows: Mapping[str, Tensor]
+) -> FoldPlan:
     """Plan the fold of a model's active adapters into the files of its base.
+
+    ``rows`` are the new ones of its vocabulary, by :func:`new_rows`.
 
     Raises PSG416 for what the files cannot be given: a base that was built otherwise than they say,
     weights kept in four bits, buffers that training moved, a tie that would be broken, a weight
@@ -80,16 +91,17 @@ def fold_plan(model: OperatedModel, files: ModelFiles, adapter: Path) -> FoldPla
     made = model_plan(
         model.source.module, model.foldable(), model.trained, active, model.learnt(*active)
     )
-    sites, replaced = made.on(files)
+    plan = made.on(files, resized(model, rows, files, made))
     record = fold_record(model.source, active_operations(model))
     own, without = files_beside(adapter, files.folder, record, made.library)
-    return FoldPlan(sites, replaced, record, own, without)
+    said = config_changes(model)
+    return replace(plan, record=record, files=own, without=without, config=said)
 
 
 def _check_plain(model: OperatedModel, adapter: Path) -> None:
     """Refuse a base whose files are not the model that is folded. PSG416."""
     why = None
-    if model.source.build:
+    if model.source.build.kind is not None or model.source.build.labels is not None:
         why = next(iter(model.source.build.notes), "the base is built otherwise than its files say")
     elif model.stored:
         why = f"'{min(model.stored)}' is kept in four bits, and the base's files hold it whole"

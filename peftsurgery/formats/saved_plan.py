@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.card import files_beside
 from peftsurgery.checkpoint.model_plan import ModelPlan, with_hash
-from peftsurgery.checkpoint.plan import FoldPlan, Planned
+from peftsurgery.checkpoint.plan import Planned
 from peftsurgery.checkpoint.record import entry_of, folded_into, record_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
@@ -48,10 +49,11 @@ def saved_plan(surgery: Path, base: str | None) -> Planned | None:
         return None
     home, adapter = Path(base or said["base"]), read_header(surgery / TENSORS, "PSG606")
     files = read_model_files(home)
-    sites, replaced = made.on(files)
+    plan = made.on(files)
     record = record_of(str(home), prints, _entries(surgery, said, adapter))
     own, without = files_beside(surgery, home, record, made.library)
-    return Planned(FoldPlan(sites, replaced, record, own, without), home, adapter)
+    plan = replace(plan, record=record, files=own, without=without)
+    return Planned(plan, home, adapter)
 
 
 def _plan_in(surgery: Path, said: Mapping[str, Any]) -> ModelPlan | None:

@@ -8,7 +8,7 @@ are quantised again; where it does not, they stay as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -91,12 +91,16 @@ class PlainView:
     """A base's files, with the weights of its codecs as plain ones.
 
     ``again`` are the weights that are quantised again: then the files that are written hold what
-    those of the base hold.
+    those of the base hold. ``added`` are tensors that are written besides, by the names of those
+    that have their values in the base, and that they follow. ``resized`` are tensors that are
+    written with another number of rows.
     """
 
     files: ModelFiles
     coded: Mapping[str, CodedWeight] = field(default_factory=dict)
     again: frozenset[str] = frozenset()
+    added: Mapping[str, str] = field(default_factory=dict)
+    resized: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_plain(self) -> bool:
@@ -105,8 +109,10 @@ class PlainView:
 
     @cached_property
     def held(self) -> dict[str, tuple[TensorFile, Tensor]]:
-        """Every tensor of the files by its name."""
-        return self.files.tensors
+        """Every tensor of the files by its name, and those that are added."""
+        found = self.files.tensors
+        added = {name: found[first] for name, first in self.added.items()}
+        return found | {n: (file, replace(each, name=n)) for n, (file, each) in added.items()}
 
     @cached_property
     def again_by_part(self) -> dict[str, str]:
@@ -122,7 +128,12 @@ class PlainView:
     @cached_property
     def tensors(self) -> dict[str, tuple[TensorFile, Tensor]]:
         """Every tensor by its name as a plain one, with the file in which it stands."""
-        return {each.name: (file, each) for file in self.files.files for each in self._plain(file)}
+        return {
+            each.name: (file, each)
+            for file in self.files.files
+            for tensor in self._plain(file)
+            for each in self._with_added(tensor)
+        }
 
     @cached_property
     def _hidden(self) -> dict[str, str | None]:
@@ -133,22 +144,39 @@ class PlainView:
             found[weight.parts["weight"][1].name] = name
         return found
 
-    def of(self, file: TensorFile) -> Iterable[Tensor]:
+    def of(self, file: TensorFile) -> Iterator[Tensor]:
         """The tensors that are written to a file, in the order in which they lie there."""
-        if self.again:
-            return sorted(file.tensors.values(), key=lambda each: each.start)
-        return self._plain(file)
+        for tensor in self._stored(file) if self.again else self._plain(file):
+            yield from self._with_added(tensor)
+
+    def _with_added(self, tensor: Tensor) -> Iterator[Tensor]:
+        names = [name for name, first in self.added.items() if first == tensor.name]
+        for name in (tensor.name, *names):
+            yield self.resized.get(name, replace(tensor, name=name))
+
+    def _stored(self, file: TensorFile) -> list[Tensor]:
+        return sorted(file.tensors.values(), key=lambda each: each.start)
 
     def _plain(self, file: TensorFile) -> Iterator[Tensor]:
-        for tensor in sorted(file.tensors.values(), key=lambda each: each.start):
+        for tensor in self._stored(file):
             name = self._hidden.get(tensor.name, tensor.name)
             if name is not None:
                 yield self.coded[name].tensor if name in self.coded else tensor
 
-    def config(self) -> bytes:
-        """config.json without its quantiser."""
+    def config(self, values: Mapping[str, Any] = MappingProxyType({})) -> bytes:
+        """config.json with other values by dotted paths, and without a quantiser of plain weights.
+
+        PSG206 if it is damaged.
+        """
         said = read_object(self.folder / CONFIG, "PSG206")
-        said.pop(QUANTISER)
+        if self.is_plain:
+            said.pop(QUANTISER)
+        for path, value in values.items():
+            *parents, key = path.split(".")
+            place = said
+            for each in parents:
+                place = place.setdefault(each, {})
+            place[key] = value
         return (json.dumps(said, indent=2) + "\n").encode()
 
 

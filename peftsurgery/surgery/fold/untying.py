@@ -11,20 +11,16 @@ What counts is what ``from_pretrained`` makes of the result, so that is asked.
 
 from __future__ import annotations
 
-import inspect
-import json
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from peftsurgery.capture.tensors import named_tensors, owner_of
+from peftsurgery.capture.tie_flags import FLAG, reread, untied_flags, with_parts
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.quiet import quiet
-
-FLAG = "tie_word_embeddings"
 
 
 def untie(plain: PreTrainedModel, tied: Collection[str]) -> None:
@@ -51,37 +47,12 @@ def _separate(plain: nn.Module) -> None:
 
 def _say_untied(plain: PreTrainedModel) -> None:
     """Clear the flag in all configs of the model, unless they set it again or it means more."""
-    configs = {id(c): c for part in _models(plain) for c in _with_parts(part.config)}
-    flagged = [config for config in configs.values() if getattr(config, FLAG, False)]
-    for config in flagged:
-        setattr(config, FLAG, False)
-    again = any(getattr(config, FLAG, False) for config in _with_parts(_reread(plain.config)))
-    if again or any(_reads_flag(part) for part in _models(plain)):
-        for config in flagged:
-            setattr(config, FLAG, True)
-
-
-def _models(plain: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    return (part for part in plain.modules() if isinstance(part, PreTrainedModel))
-
-
-def _with_parts(config: Any) -> Iterator[Any]:
-    """A config and those inside it."""
-    yield config
-    for name in config.sub_configs:
-        if (part := getattr(config, name, None)) is not None:
-            yield from _with_parts(part)
-
-
-def _reread(config: Any) -> Any:
-    """The config as it is read from the file that it is written to."""
-    return type(config).from_dict(json.loads(config.to_json_string()))
-
-
-def _reads_flag(part: nn.Module) -> bool:
-    """Whether what a module computes depends on the flag, as a factor of some heads does."""
-    code = getattr(inspect.unwrap(type(part).forward), "__code__", None)
-    return code is not None and FLAG in (*code.co_names, *code.co_consts)
+    if untied_flags(plain) is None:
+        return
+    for part in plain.modules():
+        for _, config in with_parts(part.config) if isinstance(part, PreTrainedModel) else ():
+            if getattr(config, FLAG, False):
+                setattr(config, FLAG, False)
 
 
 def _check_reload(plain: PreTrainedModel, tied: Collection[str]) -> None:
@@ -90,7 +61,7 @@ def _check_reload(plain: PreTrainedModel, tied: Collection[str]) -> None:
     try:
         with quiet():
             again = type(plain).from_pretrained(
-                None, config=_reread(plain.config), state_dict=dict(state), dtype=plain.dtype
+                None, config=reread(plain.config), state_dict=dict(state), dtype=plain.dtype
             )
     except (RuntimeError, TypeError, ValueError) as error:
         reason = first_line(error)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import copy
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from peftsurgery.capture.sources import build_on_meta
 from peftsurgery.capture.tensors import tensor_names
+from peftsurgery.capture.tie_flags import FLAG, reread, untied_flags, with_parts
 from peftsurgery.checkpoint.model_plan import IN_MEMORY, ModelPlan
 from peftsurgery.checkpoint.plan import SiteFold, without_repeats
 from peftsurgery.checkpoint.row_wise import row_axes
@@ -28,27 +32,63 @@ def model_plan(
 
     ``trained`` are the parameters of the base that they train, ``learnt`` the names of all tensors
     that they hold. Raises PSG401 and PSG408 for what cannot be folded, PSG416 for a weight that is
-    computed of others.
+    computed of others, and for ties that cannot be broken by what config.json says.
     """
     cuts = fold_cuts(model)
     sites = [_site_fold(cut) for cut in cuts]
     changed = {name for site in sites for name in site.changed}
-    ties, changed = tensor_names(module), changed | {*trained}
+    changed |= {*trained}
+    ties = _ties(module, model, changed)
     read = sorted(changed | {name for site in sites for name in site.weights.values()})
     return ModelPlan(
         sites=tuple(without_repeats(sites)),
         replaced={name: _copy_of(name, active, learnt) for name in trained},
         shapes={name: tuple(module.get_parameter(name).shape) for name in read},
-        tied=_tied(ties, sorted(changed)),
+        ties=ties,
+        untied=_untied(module, ties),
         body=str(getattr(module, "base_model_prefix", "")),
         library=isinstance(module, PreTrainedModel),
     )
 
 
-def _tied(ties: Mapping[str, Iterable[str]], changed: Iterable[str]) -> dict[str, list[str]]:
-    """The other names of parameters that change."""
-    others = {name: [each for each in ties[name] if each != name] for name in changed}
-    return {name: names for name, names in others.items() if names}
+def _ties(
+    module: nn.Module, model: Foldable, changed: Collection[str]
+) -> tuple[tuple[str, ...], ...]:
+    """The groups of names that are one tensor; none if no fold changes a tensor of a group.
+
+    Names that no graph reads go wherever the others go.
+    """
+    groups = dict[tuple[str, ...], None]()
+    for names in tensor_names(module).values():
+        silent = {alias for name in names for alias in model.aliases(name)}
+        groups[tuple(name for name in names if name not in silent)] = None
+    found = tuple(group for group in groups if len(group) > 1)
+    return found if any(not group.isdisjoint(changed) for group in map(set, found)) else ()
+
+
+def _untied(module: nn.Module, ties: Collection[Collection[str]]) -> dict[str, Any]:
+    """What config.json says of a model whose tied weights are written apart. PSG416 if it cannot.
+
+    What counts is what the class makes of that config, so it is made, without weights.
+    """
+    flags = untied_flags(module) if isinstance(module, PreTrainedModel) and ties else {}
+    if ties and not flags:
+        what = f"a {type(module).__name__} has no config that says that they are apart"
+        raise SurgeryError("PSG416", f"the fold would break a tie, and {what}", IN_MEMORY)
+    found = {f"{path}.{FLAG}".lstrip("."): False for path in flags or ()}
+    if found:
+        assert isinstance(module, PreTrainedModel)
+        config = copy.deepcopy(module.config)
+        for path, part in with_parts(config):
+            if path in (flags or ()):
+                setattr(part, FLAG, False)
+        config.architectures = [type(module).__name__]
+        again = tensor_names(build_on_meta(reread(config)))
+        left = [names for names in ties if any(len(again.get(name, ())) > 1 for name in names)]
+        for names in left:
+            why = f"{', '.join(names)} stay one weight of a {type(module).__name__}"
+            raise SurgeryError("PSG416", f"the fold would break a tie, and {why}", IN_MEMORY)
+    return found
 
 
 def _copy_of(parameter: str, adapters: Iterable[str], learnt: Collection[str]) -> str:
