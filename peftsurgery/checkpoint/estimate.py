@@ -111,12 +111,18 @@ def _working(plan: FoldPlan, view: PlainView) -> int:
     held = {name: tensor for name, (_, tensor) in view.tensors.items()}
     sizes = [_at_once([w.tensor], w.codec.by_rows) for w in view.coded.values()]
     for site in plan.sites:
-        mine = [held[name] for name in site.weights.values()]
+        mine = [held[each] for name in site.weights.values() for each in _first(plan, name)]
         dims = max(len(tensor.shape) for tensor in mine)
         sizes.append(_at_once(mine, is_by_rows(site, dims)))
-    sizes += [held[name].count for name in plan.replaced]
+    sizes += [held[each].count for name in plan.replaced for each in _first(plan, name)]
     threads = len(os.sched_getaffinity(0))
     return sum(sorted(sizes)[-threads:]) * 4 * COPIES
+
+
+def _first(plan: FoldPlan, name: str) -> list[str]:
+    """The tensors that are read together for a weight: of a stack in pieces, one expert's."""
+    pieces = plan.stacks.get(name, ((name, 0, 0, 0),))
+    return [piece for piece, expert, *_ in pieces if expert == 0]
 
 
 def _at_once(tensors: Sequence[Tensor], by_rows: bool) -> int:

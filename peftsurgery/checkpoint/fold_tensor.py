@@ -139,6 +139,9 @@ class Folding:
 
         ``read`` is told what it is told by :meth:`blocks`.
         """
+        if name in self.plan.pieces:
+            yield self._piece(name, read)
+            return
         _, tensor = self.base[name]
         wide = wide_dtype(tensor.dtype)
         if name in self.plan.replaced:
@@ -166,6 +169,28 @@ class Folding:
                 _fold(site, now, learnt, rows)
             yield before[name], now[name]
 
+    def _piece(self, name: str, read: Callable[[memoryview], object]) -> tuple[Array, Array]:
+        """A tensor that is a piece of a stack, before and after: of one expert's matrix."""
+        stack, expert, start, end = self.plan.pieces[name]
+        rows, wide = slice(expert, expert + 1), wide_dtype(self.base[name][1].dtype)
+        if name not in self.coded:
+            read(as_bytes(self._stored(name, {}, None)))
+        mine = sorted(self.plan.stacks[stack], key=lambda piece: piece[1:])
+        parts = [self._stored(piece, {}, None) for piece, e, _, _ in mine if e == expert]
+        before = np.concatenate(parts).astype(wide)[None]
+        if stack in self.plan.replaced:
+            now = {stack: self._adapters(self.plan.replaced[stack], wide, rows)}
+        else:
+            now = {stack: before}
+            for site in self.plan.together(stack):
+                axes = {key: (site.rows or {}).get(short) for short, key in site.parameters.items()}
+                learnt = {
+                    key: self._adapters(key, wide, None if axis is None else rows)
+                    for key, axis in axes.items()
+                }
+                _fold(site, now, learnt, None)
+        return before[0, start:end], now[stack][0, start:end]
+
     def _stored(self, name: str, whole: Mapping[str, Array], rows: slice | None) -> Array:
         """Rows of a tensor of the base, ``whole`` ones of which are in memory already."""
         if name in self.coded:
@@ -189,9 +214,9 @@ class Folding:
             fresh = self._adapters(key, mine.dtype)[more]
         return np.concatenate([mine, fresh])
 
-    def _adapters(self, name: str, wide: np.dtype[Any]) -> Array:
+    def _adapters(self, name: str, wide: np.dtype[Any], rows: slice | None = None) -> Array:
         file, tensor = self.adapter[name]
-        value = read_rows(file, tensor)
+        value = read_rows(file, tensor, *(() if rows is None else (rows.start, rows.stop)))
         if not np.isfinite(value).all():
             raise SurgeryError("PSG505", f"{file.path}: '{name}' holds NaN or infinity")
         return value.astype(wide)

@@ -4,7 +4,7 @@ It is made once, kept, and laid on the files of a base, whose names may be spell
 A saved surgery has it in its manifest, under ``fold``:
 
     {"of": "<hash>", "sites": [...], "replaced": {}, "shapes": {"...q_proj.weight": [64, 64]},
-     "ties": [], "untied": {}, "body": "model", "library": true}
+     "stacks": {}, "ties": [], "untied": {}, "body": "model", "library": true}
 
 ``of`` is the hash of this and of all else in the surgery that decides what is folded, rules above
 all: where it is another, someone has changed those, and the plan is not of what is there.
@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
-from peftsurgery.checkpoint.plan_file import site_as_data, site_from_data
+from peftsurgery.checkpoint.plan import FoldPlan, Piece, SiteFold
+from peftsurgery.checkpoint.plan_file import site_as_data, site_from_data, stacks_from_data
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import ModelFiles
 
@@ -33,15 +33,17 @@ class ModelPlan:
     """The fold of some adapters, as far as it can be said without the files of the base.
 
     ``replaced`` has the adapter's tensors by the parameters that they replace. ``shapes`` are of
-    all parameters that are read. Where a parameter changes that is one tensor with others, ``ties``
-    are all groups of names that are one, and ``untied`` what config.json then says, by the dotted
-    paths in it. ``body`` is what the names of a model with a head begin with, and of one
-    without do not. ``library`` tells whether it is a model of transformers.
+    all parameters that are read. ``stacks`` has the pieces of stacks of experts that files may hold
+    one by one. Where a parameter changes that is one tensor with others, ``ties`` are all groups of
+    names that are one, and ``untied`` what config.json then says, by the dotted paths in it.
+    ``body`` is what the names of a model with a head begin with, and of one without do not.
+    ``library`` tells whether it is a model of transformers.
     """
 
     sites: tuple[SiteFold, ...]
     replaced: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]
+    stacks: Mapping[str, tuple[Piece, ...]]
     ties: tuple[tuple[str, ...], ...]
     untied: Mapping[str, Any]
     body: str
@@ -66,7 +68,15 @@ class ModelPlan:
             if first is not None:
                 ties |= {each: first for each in (named(n) or n for n in group) if each != first}
         stored = {name: named(name) or name for name in self.shapes}
+        stacks = dict[str, tuple[Piece, ...]]()
+        for name in self.stacks.keys() - {n for n in self.stacks if named(n)}:
+            spelled = [(named(piece), e, i, j) for piece, e, i, j in self.stacks[name]]
+            pieces = tuple((piece, e, i, j) for piece, e, i, j in spelled if piece is not None)
+            if len(pieces) == len(spelled):
+                stacks[name] = pieces
         for name, mine in sorted(stored.items()):
+            if name in stacks:
+                continue
             where = held.get(ties.get(mine, mine) if mine not in held else mine)
             axis = 1 if name in resized else 0
             if where is None or where[1].shape[axis:] != self.shapes[name][axis:]:
@@ -79,7 +89,8 @@ class ModelPlan:
         replaced = {stored[name]: key for name, key in self.replaced.items()}
         rows = {named(name) or name: value for name, value in resized.items()}
         rows = {name: value for name, value in rows.items() if name in held or name in ties}
-        return FoldPlan(tuple(sites), replaced, ties=ties, untied=self.untied, resized=rows)
+        told = FoldPlan(tuple(sites), replaced, stacks=stacks, resized=rows)
+        return replace(told, ties=ties, untied=self.untied)
 
     def spelled(self, name: str, held: Collection[str]) -> str | None:
         """What the files call a parameter; None if they do not have it."""
@@ -93,6 +104,7 @@ class ModelPlan:
             "sites": [site_as_data(site) for site in self.sites],
             "replaced": dict(self.replaced),
             "shapes": dict(self.shapes),
+            "stacks": {name: [list(each) for each in own] for name, own in self.stacks.items()},
             "ties": [list(names) for names in self.ties],
             "untied": dict(self.untied),
             "body": self.body,
@@ -106,6 +118,7 @@ class ModelPlan:
             sites=tuple(site_from_data(entry) for entry in said["sites"]),
             replaced=dict(said["replaced"]),
             shapes={name: tuple(sizes) for name, sizes in said["shapes"].items()},
+            stacks=stacks_from_data(said["stacks"]),
             ties=tuple(tuple(names) for names in said["ties"]),
             untied=dict(said["untied"]),
             body=said["body"],

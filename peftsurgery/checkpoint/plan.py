@@ -16,6 +16,9 @@ from typing import Any
 from peftsurgery.language.expression import Expression
 from peftsurgery.tensor_file import TensorFile
 
+# A tensor's name, its expert, and its rows from one to another, the last one not included.
+Piece = tuple[str, int, int, int]
+
 
 @dataclass(frozen=True)
 class SiteFold:
@@ -61,7 +64,7 @@ class FoldPlan:
     Where they become unlike, each is written, and config.json says what is in ``untied``, by dotted
     paths. What it says in any case is in ``config``. ``resized`` tensors get another number of
     rows; what follows those of the base is the adapter's tensor of the given name, or zeros that
-    are replaced.
+    are replaced. ``stacks`` are weights (experts, rows, columns) that the files hold in pieces.
     """
 
     sites: tuple[SiteFold, ...]
@@ -73,12 +76,24 @@ class FoldPlan:
     untied: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     resized: Mapping[str, tuple[int, str | None]] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
 
     @cached_property
     def changed(self) -> set[str]:
         """Names of the tensors that are written otherwise than the base has them."""
         mine = (name for site in self.sites for name in site.changed)
-        return {*self.replaced, *self.resized, *mine}
+        names = {*self.replaced, *self.resized, *mine}
+        parts = (piece for name in names & self.stacks.keys() for piece, *_ in self.stacks[name])
+        return {*(names - self.stacks.keys()), *parts}
+
+    @cached_property
+    def pieces(self) -> dict[str, tuple[str, int, int, int]]:
+        """The stack that a tensor is a piece of, its expert, and its rows from one to another."""
+        return {
+            piece: (name, expert, start, end)
+            for name, pieces in self.stacks.items()
+            for piece, expert, start, end in pieces
+        }
 
     @property
     def consumed(self) -> set[str]:

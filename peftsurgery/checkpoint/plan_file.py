@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+from peftsurgery.checkpoint.plan import FoldPlan, Piece, SiteFold
 from peftsurgery.language.expression import Expression, parse
 
 
@@ -26,6 +26,7 @@ def plan_as_json(plan: FoldPlan) -> bytes:
         "record": dict(plan.record),
         "files": files,
         "without": sorted(plan.without),
+        "stacks": dict(plan.stacks),
         "ties": dict(plan.ties),
         "untied": dict(plan.untied),
         "config": dict(plan.config),
@@ -43,6 +44,7 @@ def plan_from_json(content: bytes) -> FoldPlan:
         record=said["record"],
         files={name: base64.b64decode(text) for name, text in said["files"].items()},
         without=frozenset(said["without"]),
+        stacks=stacks_from_data(said["stacks"]),
         ties=said["ties"],
         untied=said["untied"],
         config=said["config"],
@@ -81,6 +83,14 @@ def site_from_data(entry: Mapping[str, Any]) -> SiteFold:
         axes={name: (tuple(a), tuple(b)) for name, (a, b) in entry.get("axes", {}).items()},
         slice=None if part is None else tuple(part),
     )
+
+
+def stacks_from_data(said: Mapping[str, Any]) -> dict[str, tuple[Piece, ...]]:
+    """The pieces of stacks, as JSON has them."""
+    return {
+        name: tuple((str(piece), int(e), int(i), int(j)) for piece, e, i, j in pieces)
+        for name, pieces in said.items()
+    }
 
 
 def _number(value: Any) -> Any:

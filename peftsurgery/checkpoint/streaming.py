@@ -19,8 +19,9 @@ from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
 from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView
 from peftsurgery.checkpoint.fold_report import FoldReport, survival
-from peftsurgery.checkpoint.fold_tensor import Folding
+from peftsurgery.checkpoint.fold_tensor import Folding, is_by_rows
 from peftsurgery.checkpoint.hashing import ALGORITHM
+from peftsurgery.checkpoint.model_plan import IN_MEMORY
 from peftsurgery.checkpoint.part_folder import (
     FoldPart,
     PartFolder,
@@ -101,7 +102,7 @@ class _Fold:
             (self.streamed.dtype, self.reversible, bool(self.view.again)),
         )
         headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
-        ties = dict(self.view.added), dict(plan.untied), dict(plan.resized)
+        ties = dict(self.view.added), dict(plan.untied), dict(plan.resized), dict(plan.stacks)
         told = repr((str(folder), plan.sites, plan.replaced, ties, options, ALGORITHM))
         parts = [told.encode(), adapter.path.read_bytes(), *headers]
         return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
@@ -202,6 +203,9 @@ def _check_residuals(plan: FoldPlan, view: PlainView, reversible: bool) -> None:
 def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile) -> None:
     """Refuse a plan whose tensors are not there, and an adapter that it leaves out. PSG416."""
     needed = {name for site in plan.sites for name in site.weights.values()} | plan.replaced.keys()
+    for name in sorted(needed & plan.stacks.keys()):
+        _check_stack(plan, name)
+    needed = (needed - plan.stacks.keys()) | plan.pieces.keys()
     for name in sorted(needed):
         if name not in files.tensors:
             raise SurgeryError("PSG416", f"'{name}' is in no file of '{files.folder}'")
@@ -211,6 +215,15 @@ def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile) -> None:
     for name in sorted(plan.consumed ^ adapter.tensors.keys()):
         where = "the fold does not use" if name in adapter.tensors else "the adapter does not hold"
         raise SurgeryError("PSG416", f"{where} '{name}'")
+
+
+def _check_stack(plan: FoldPlan, name: str) -> None:
+    """Refuse a stack that is no stack of experts that are folded each by itself. PSG416."""
+    for site in plan.together(name):
+        first = {0, None}.issuperset((site.rows or {"": 1}).values())
+        if set(site.weights.values()) != {name} or not first or not is_by_rows(site, 3):
+            why = f"'{name}' lies in pieces in the files, and '{site.adapter}' does not fold each"
+            raise SurgeryError("PSG416", f"{why} expert by itself", IN_MEMORY)
 
 
 def _hashes(view: PlainView) -> dict[str, str]:

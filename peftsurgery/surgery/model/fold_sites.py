@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftsurgery.capture.sources import build_on_meta
+from peftsurgery.capture.stacked_files import stacked_pieces
 from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.capture.tie_flags import FLAG, reread, untied_flags, with_parts
 from peftsurgery.checkpoint.model_plan import IN_MEMORY, ModelPlan
@@ -44,6 +45,7 @@ def model_plan(
         sites=tuple(without_repeats(sites)),
         replaced={name: _copy_of(name, active, learnt) for name in trained},
         shapes={name: tuple(module.get_parameter(name).shape) for name in read},
+        stacks=stacked_pieces(module, read) if isinstance(module, PreTrainedModel) else {},
         ties=ties,
         untied=_untied(module, ties),
         body=str(getattr(module, "base_model_prefix", "")),
