@@ -186,7 +186,12 @@ def _has_files(asked: Asked) -> bool:
 def _on_files(asked: Asked) -> None:
     """Fold on files, or say what that would take."""
     _import_numpy()
-    from peftsurgery.formats.streamed_fold import checked_outputs, estimate_fold, fold_checkpoint
+    from peftsurgery.formats.streamed_fold import (
+        check_comparable,
+        checked_outputs,
+        estimate_fold,
+        fold_checkpoint,
+    )
 
     where, other = (asked.surgery, asked.base), asked.allow_other_base
     again = asked.requantise
@@ -194,6 +199,8 @@ def _on_files(asked: Asked) -> None:
         found = estimate_fold(*where, asked.out, asked.dtype, asked.reversible, other, again)
         print_result(found.to_dict(), found, asked.as_json)
         return
+    if asked.verify:
+        check_comparable(*where)
     with ExitStack() as stack:
         stack.enter_context(doing(f"folding {asked.surgery}"))
         # what is replaced stays until all is done; else a run that is broken off can go on

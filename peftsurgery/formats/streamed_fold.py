@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from peftsurgery.arguments import checked
+from peftsurgery.checkpoint.codecs.coded import CONFIG, QUANTISER
 from peftsurgery.checkpoint.estimate import FoldEstimate, estimate
 from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.checkpoint.part_folder import FoldPart
@@ -28,7 +29,7 @@ from peftsurgery.formats.plan_process import planned_apart
 from peftsurgery.formats.saved_plan import saved_plan
 from peftsurgery.model_files import are_here
 from peftsurgery.outputs import check_free
-from peftsurgery.places import named_in
+from peftsurgery.places import named_in, object_in
 from peftsurgery.quiet import quiet
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -102,6 +103,15 @@ def has_files(adapter: str | Path, base: str | Path | None) -> bool:
     """
     named = base if base is not None else next(iter(named_in(Path(adapter))), None)
     return named is not None and os.path.isdir(named) and are_here(Path(named))
+
+
+def check_comparable(adapter: str | Path, base: str | Path | None) -> None:
+    """Refuse, before anything is written, a base that no model in memory can be made of. PSG215."""
+    named = base if base is not None else next(iter(named_in(Path(adapter))), None)
+    if named is not None and object_in(Path(named) / CONFIG).get(QUANTISER):
+        message = f"'{named}' is quantised, and there is no model in memory to compare with"
+        hint = "leave out --verify; `peftsurgery verify OUT` checks that what is there was written"
+        raise SurgeryError("PSG215", message, hint)
 
 
 def checked_outputs(

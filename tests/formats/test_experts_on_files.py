@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peftsurgery as ps
+from peftsurgery.checkpoint.codecs.coded import plain_view
 from peftsurgery.formats.saved_plan import saved_plan
 from peftsurgery.formats.streamed_fold import estimate_fold
+from peftsurgery.model_files import read_model_files
+from tests.checkpoint.codecs.test_coded import quantised
 from tests.formats.stored import content, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -125,3 +129,45 @@ def test_a_saved_surgery_says_where_the_pieces_are(tmp_path: Path, mixture: Path
     assert all(
         name in load_file(tmp_path / "out" / shard) for name, shard in index["weight_map"].items()
     )
+
+
+@pytest.mark.parametrize("mixture", ["Qwen3Moe"], indirect=True)
+@pytest.mark.parametrize("requantise", [False, True])
+def test_quantised_experts_are_folded_one_by_one_too(
+    tmp_path: Path, mixture: Path, requantise: bool
+) -> None:
+    """As DeepSeek-V3 is stored: each expert's matrices in FP8, with scales beside them."""
+    base = shutil.copytree(mixture / "base", tmp_path / "base")
+    joined = tensors_of(base)
+    for path in base.glob("*.safetensors*"):
+        path.unlink()
+    save_file(joined, base / "model.safetensors", metadata={"format": "pt"})
+    meant, before = quantised(base, "fp8", ".experts."), content(base)
+    report = ps.fold_checkpoint(mixture / "lora", base, tmp_path / "out", requantise=requantise)
+    plain = AutoModelForCausalLM.from_pretrained(mixture / "base", dtype=torch.float32)
+    state = plain.state_dict()
+    for name in [n for n in state if n.endswith(tuple(STACKS))]:
+        kinds = ["down"] if "down_proj" in name else ["gate", "up"]
+        stack = name.rpartition(".")[0]
+        parts = [
+            torch.cat([meant[f"{stack}.{expert}.{kind}_proj.weight"] for kind in kinds])
+            for expert in range(len(state[name]))
+        ]
+        state[name] = torch.stack(parts).float()
+    plain.load_state_dict(state)
+    wanted = peft.PeftModel.from_pretrained(plain, mixture / "lora").merge_and_unload().state_dict()
+    view = plain_view(read_model_files(tmp_path / "out"))
+    stack = "model.layers.1.mlp.experts.down_proj"
+    for expert, exact in enumerate(wanted[stack]):
+        name = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        if requantise:
+            found, was = torch.from_numpy(view.coded[name].values()), meant[name]
+            assert (found - exact).norm() < 0.5 * (was - exact).norm()
+        else:
+            found = tensors_of(tmp_path / "out")[name].float()
+            assert bool(((found - exact).abs() <= exact.abs() * 2**-8 + 1e-6).all())
+    again = report.to_dict()["requantised"]
+    assert (again is not None) is requantise
+    assert ps.verify(tmp_path / "out").changed
+    ps.unfold_checkpoint(tmp_path / "out", tmp_path / "back")
+    assert content(tmp_path / "back") == content(base) == before

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -278,8 +279,6 @@ def tensors_equal(one: Path, other: Path) -> bool:
 def test_the_command_quantises_again_without_torch(
     tmp_path: Path, llama: tuple[Path, Path]
 ) -> None:
-    import subprocess
-
     base = shutil.copytree(llama[0], tmp_path / "base")
     quantised(base, "fp8")
     code = (
@@ -292,3 +291,8 @@ def test_the_command_quantises_again_without_torch(
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "0 []", done.stderr
     assert "of the change survived" in done.stdout
+    command[-2] = str(tmp_path / "other")  # it is not removed after it was written
+    done = subprocess.run([*command, "--verify"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "3 []", done.stderr
+    assert "PSG215" in done.stderr
+    assert not (tmp_path / "other").exists()
