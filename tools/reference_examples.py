@@ -26,6 +26,7 @@ OPERATOR_EXAMPLES: Mapping[str, str] = {
     "abs": "abs(x)",
     "activation": "activation(name, x)",
     "add": "add(x, 1)",
+    "choose": "choose(x, x, 5 * x)",
     "concat": "concat(x, x)",
     "conv2d": "conv2d(image, kernel)",
     "count": "count(places)",

@@ -267,6 +267,12 @@ def concat(a: Tensor, b: Tensor, dim: int = -1) -> Tensor:
     return torch.cat((a, b), dim)
 
 
+@operator("choose", maths="{1}")
+def choose(flag: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """The elements of a where ``flag`` is above 0, and those of b elsewhere."""
+    return torch.where(flag > 0, a, b)
+
+
 @operator("zeros_like", maths="0", aten=("zeros_like",))
 def zeros_like(x: Tensor) -> Tensor:
     """Zeros of the shape and dtype of x."""

@@ -4,11 +4,14 @@ A rewritten graph has a rule's settings in it: LoRA's `alpha / rank` is a consta
 `extend(mask, length)` adds so many tokens. A graph that takes an adapter's tensors as inputs must
 not have them: the next adapter has another rank. :func:`slotted` says the same rule without,
 
-    y + scale * linear(linear(x, A), B)     y + scale_slot * linear(linear(x, A), B)
+    y + scale * linear(linear(x, A), B)     y + linear(scale_slot * linear(x, A), B)
     extend(mask, length)                    extend(mask, size(K, 0))
+    y + linear(x, B @ A)                    choose(on_slot, y + linear(x, B @ A), y)
 
 with one more parameter for each number that a tensor is added to or multiplied by, and with sizes
-read off the parameters that have them. Every other setting stays as it is.
+read off the parameters that have them. A number between two linears is multiplied by what is
+smaller, and by nothing where the rank is 0. A rule that makes weights (`B @ A`) would make them for
+a rank of 0 too: it has a switch, which is off at 0. Every other setting stays as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import ast
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.evaluation import evaluate, written
@@ -29,6 +32,7 @@ from peftsurgery.language.settings import resolve_settings
 from peftsurgery.reach import reach
 
 SLOT = "slot"
+SWITCH = "on_slot"
 _ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div)
 
 
@@ -166,6 +170,9 @@ class _Saying(ast.NodeTransformer):
         let = {**self.old.let, **{name: self.changed(e) for name, e in tensors.items()}}
         rewrite = {name: self.changed(e) for name, e in self.old.rewrite.items()}
         one = (parse(1),)  # onnxruntime's files take no tensors without axes
+        if self._makes_weights():
+            rewrite = {name: _switched(e, name) for name, e in rewrite.items()}
+            self.slots["1"] = SWITCH
         slots = {name: Param(shape=one, init=parse(text)) for text, name in self.slots.items()}
         without: dict[str, Any] = {"fold": {}, "penalty": {}, "ranks": None, "checkpoint": {}}
         new = {"let": let, "rewrite": rewrite, "params": {**self.old.params, **slots}}
@@ -182,7 +189,7 @@ class _Saying(ast.NodeTransformer):
             if all(map(self._is_number, parts)):
                 return node
             node.left, node.right = (self._operand(part) for part in parts)
-            return node
+            return _between_linears(node)
         return ast.BinOp(self.visit(node.left), node.op, self.visit(node.right))
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
@@ -209,6 +216,13 @@ class _Saying(ast.NodeTransformer):
         name, axis = self.sizes[spelling(node)]
         return ast.parse(f"size({name}, {axis})", mode="eval").body
 
+    def _makes_weights(self) -> bool:
+        """Whether a product of matrices is among what the rewrite computes."""
+        read = names_in(self.old.rewrite.values(), self.old)
+        made = (e for name, e in self.old.let.items() if name in read)
+        nodes = (n for e in (*self.old.rewrite.values(), *made) for n in ast.walk(e.tree))
+        return any(isinstance(getattr(node, "op", None), ast.MatMult) for node in nodes)
+
     def _operand(self, node: ast.expr) -> ast.expr:
         if not self._is_number(node) or not self._reads_settings(node):
             found: ast.expr = self.visit(node)
@@ -222,6 +236,27 @@ class _Saying(ast.NodeTransformer):
 
     def _reads_settings(self, node: ast.expr) -> bool:
         return not self.settings.keys().isdisjoint(names_in([parse(written(node))], self.old))
+
+
+def _switched(new: Expression, old: str) -> Expression:
+    """A new value where the rule's switch is on, and the old one where it is off."""
+    return parse(f"choose({SWITCH}, {new}, {old})")
+
+
+def _between_linears(node: ast.BinOp) -> ast.expr:
+    """`n * linear(linear(x, A), B)` as `linear(n * linear(x, A), B)`; anything else as it is."""
+    outer = node.right
+    if not isinstance(node.op, ast.Mult) or not _is_linear(outer) or not _is_linear(outer.args[0]):
+        return node
+    outer.args[0] = ast.BinOp(node.left, node.op, outer.args[0])
+    return outer
+
+
+def _is_linear(node: ast.expr) -> TypeGuard[ast.Call]:
+    """Whether this is a call of `linear` without a bias."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return False
+    return node.func.id == "linear" and len(node.args) == 2
 
 
 def _names(node: ast.expr) -> set[str]:

@@ -8,7 +8,7 @@ import torch
 from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.readings import rewrite
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.language.slots import SlottedRule, slotted
+from peftsurgery.language.slots import SWITCH, SlottedRule, slotted
 
 FREE = {
     "lora_qv": [{"A": (0,), "B": (1,)}],
@@ -35,9 +35,25 @@ def test_a_number_that_a_tensor_meets_is_a_parameter() -> None:
     (rule,) = slots("lora_qv", alpha=3)
     assert rule.numbers == {"scale_slot"}
     assert str(rule.rule.rewrite["y"]) == (
-        "y + scale_slot * linear(linear(dropout(x, dropout), A), B)"
+        "y + linear(scale_slot * linear(dropout(x, dropout), A), B)"
     )
     assert str(rule.rule.params["scale_slot"].init) == "scale"
+
+
+def test_a_number_that_more_than_linears_meets_stays_where_it_is() -> None:
+    (rule,) = slots("pfeiffer")
+    assert str(rule.rule.rewrite["h"]).startswith("h + dropout(scaling_slot * linear(inner, U, bu)")
+
+
+@pytest.mark.parametrize("name", ["dora", "loha", "lokr", "oft"])
+def test_a_rule_that_makes_weights_has_a_switch(name: str) -> None:
+    (rule,) = slots(name)
+    (new,) = rule.rule.rewrite.values()
+    (old,) = rule.rule.rewrite
+    assert str(new).startswith(f"choose({SWITCH}, ")
+    assert str(new).endswith(f", {old})")
+    assert str(rule.rule.params[SWITCH].init) == "1"
+    assert SWITCH in rule.numbers
 
 
 def test_a_size_is_read_off_its_parameter() -> None:

@@ -5,7 +5,8 @@
 on MiniLM (see methods.py), ``differences`` what a diff costs (see differences.py), ``pages`` what
 its page does (see pages.py), ``floor`` what LoRA adds to a step (see floor.py), ``calls`` what one
 call costs (see calls.py), ``compiling`` how long it takes to compile (see compiling.py), ``files``
-what a fold of files costs (see files.py). Exit code 1 if a limit that the project sets itself is
+what a fold of files costs (see files.py), ``onnx`` what slots cost an ONNX model (see onnx.py).
+Exit code 1 if a limit that the project sets itself is
 broken: 1.5 GiB for the 70B Llama, 160 sites in it, the memory of a fold (see fold.py), 1.1 times
 the original's time for a token, the same tokens.
 """
@@ -18,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tools.bench import calls, compiling, differences, files, floor, fold, methods, pages
+from tools.bench import calls, compiling, differences, files, floor, fold, methods, onnx, pages
 from tools.bench.fresh import measured
 from tools.bench.operate import SIZES
 
@@ -118,6 +119,7 @@ if __name__ == "__main__":
         "pages": pages.main,
         "files": files.main,
         "floor": floor.main,
+        "onnx": onnx.main,
     }
     if given and given[0] in others:
         sys.exit(others[given[0]](given[1:]))

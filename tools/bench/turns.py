@@ -14,15 +14,20 @@ Times = Mapping[str, list[float]]
 """Milliseconds of each run, turn by turn."""
 
 
-def taken(runs: Mapping[str, Callable[[], Any]], turns: int, warm_up: int = 3) -> Times:
+def taken(
+    runs: Mapping[str, Callable[[], Any]],
+    turns: int,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Times:
     """Milliseconds of each run in each turn, without the first ``warm_up`` turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(turns + warm_up):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = clock()
             run()
             if number >= warm_up:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return times
 
 

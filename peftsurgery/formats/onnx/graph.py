@@ -14,6 +14,7 @@ from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
 from peftsurgery.formats.onnx.file import OnnxFile, name_sizes, write_checked
 from peftsurgery.formats.onnx.runtime import check_outputs
 from peftsurgery.formats.onnx.slots import Slots
+from peftsurgery.formats.onnx.switches import skip_what_is_off, without_checks_for_nan
 from peftsurgery.formats.onnx.translate import translate
 
 EXAMPLE = 3
@@ -63,6 +64,8 @@ def _graph(calls: NamedCalls, slots: Slots) -> Any:
     for value, name in zip(graph.graph.outputs, calls.outputs(given), strict=True):
         value.name = name
     _give_defaults(graph, slots.defaults)
+    skip_what_is_off(graph, slots.switches)
+    without_checks_for_nan(graph)
     name_sizes(graph, _sizes(graph, slots))
     return graph
 

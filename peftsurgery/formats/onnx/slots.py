@@ -18,7 +18,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
 from peftsurgery.formats.onnx.translate import in_full_precision
 from peftsurgery.formats.trial_inputs import TOLERANCE, difference, seen_inputs
-from peftsurgery.language.slots import slotted
+from peftsurgery.language.slots import SWITCH, slotted
 from peftsurgery.surgery.applying import operate
 from peftsurgery.surgery.fold.flattening import flatten
 from peftsurgery.surgery.fold.folding import fold
@@ -32,12 +32,14 @@ class Slots:
     """Slots of a model: tensors by the names that they have in it.
 
     ``values`` are the adapters' own, ``defaults`` what stands for them where none is given, and
-    ``sizes`` the axes that may have any size, each with the size's name.
+    ``sizes`` the axes that may have any size, each with the size's name. ``switches`` are those
+    with which what a site adds is left out where they are 0.
     """
 
     values: Tensors = field(default_factory=dict)
     defaults: Tensors = field(default_factory=dict)
     sizes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    switches: frozenset[str] = frozenset()
 
     def of_size(self, free: int) -> dict[str, Tensor]:
         """Zeros for the slots with axes of any size, which are ``free`` here."""
@@ -76,7 +78,8 @@ def with_slots(model: GraphModel) -> tuple[OperatedModel, Slots]:
         for cut in made.cuts
         for name, axes in known[id(cut.rule)].free.items()
     }
-    return made, Slots(values, start, sizes)
+    switches = frozenset(c.parameters[SWITCH] for c in made.cuts if SWITCH in c.rule.params)
+    return made, Slots(values, start, sizes, switches)
 
 
 def _names(files: Mapping[str, str]) -> dict[str, str]:
@@ -96,7 +99,7 @@ def _in_full_precision(model: OperatedModel) -> GraphModel:
 def that_can_be_left_out(slots: Slots, calls: NamedCalls, without: NamedCalls) -> Slots:
     """Choose defaults with which calls are those ``without`` an adapter. PSG413 if there are none.
 
-    Sizes that are free are 0; what is left starts as the rule says, or is 0 too.
+    Sizes that are free and switches are 0; what is left starts as the rule says, or is 0 too.
     """
     model = calls.module
     if calls.cached and isinstance(model, OperatedModel) and any(map(changes_inputs, model.cuts)):
@@ -106,7 +109,8 @@ def that_can_be_left_out(slots: Slots, calls: NamedCalls, without: NamedCalls) -
             "for every token",
             "export it without a cache",
         )
-    empty = {**slots.defaults, **slots.of_size(0)}
+    off = {name: slots.values[name].new_zeros(1) for name in slots.switches}
+    empty = {**slots.defaults, **slots.of_size(0), **off}
     zeros = {name: tensor.new_zeros(tensor.shape) for name, tensor in empty.items()}
     given = without.unseen()[0]
     wanted = without.outputs(given)

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import peftsurgery as ps
 from peftsurgery import SurgeryError
 from tests.models.captured import captured
+from tests.models.zoo import ZOO
 from tests.surgery.reference import randomise
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @pytest.fixture(scope="module")
 def original() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def windowed(name: str) -> Any:
+    """A model whose window, of four tokens, slides over a text."""
+    torch.manual_seed(0)
+    if name == "mistral":
+        return MistralForCausalLM(MistralConfig(**SIZES, sliding_window=4)).eval()
+    original: Any = ZOO[name].build().eval()
+    original.config.use_cache = True
+    return original
 
 
 def generated(file: Path, ids: torch.Tensor, count: int, adapter: Path | None = None) -> list[int]:
@@ -76,6 +89,19 @@ def test_a_file_with_a_cache_generates_as_the_original_does(
     assert generated(tmp_path / "inputs.onnx", ids, 12) == base
     assert generated(tmp_path / "inputs.onnx", ids, 12, tmp_path / "a.onnx_adapter") == adapted
     assert generated(tmp_path / "folded.onnx", ids, 12) == adapted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "gemma3"])
+def test_a_sliding_window_is_generated_past_its_end(name: str, tmp_path: Path) -> None:
+    original = windowed(name)
+    model = randomise(ps.apply(ps.capture(original), "lora_qv", rank=2), scale=0.5).eval()
+    ps.export_onnx(model, tmp_path / "m.onnx", adapters="inputs", cache=True)
+    ps.export_adapter(model, tmp_path / "a.onnx_adapter", "ort")
+    ids = torch.tensor([[5, 9, 2, 7, 3, 8]])
+    for plain, adapter in ((original, None), (ps.fold(model), tmp_path / "a.onnx_adapter")):
+        found = plain.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+        assert generated(tmp_path / "m.onnx", ids, 12, adapter) == found[0, 6:].tolist()
 
 
 def test_what_lengthens_a_text_once_is_refused_with_a_cache(
