@@ -15,9 +15,11 @@ from peftsurgery.capture.cleanup import clean_up
 from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.export import export
 from peftsurgery.capture.generating import cache_argument
+from peftsurgery.capture.idle_masks import without_idle_masks
 from peftsurgery.capture.module_calls import ModuleCalls, noted_calls
 from peftsurgery.capture.modules import module_infos
 from peftsurgery.capture.program import Program
+from peftsurgery.capture.returned import Build, builder
 from peftsurgery.capture.signature import Call, example, map_tensors, widen
 from peftsurgery.capture.sizes import Check, compile_check, in_words, is_limit
 from peftsurgery.capture.sources import Source
@@ -43,7 +45,7 @@ class Capture(SharedByCopies):
     ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
     ``mode`` is the value of ``training`` the capture is for (None: it follows). ``call`` is the
     call it was made for, with tensors on meta, and ``state`` what surrounded that. ``calls`` are
-    those of its modules, by path.
+    those of its modules, by path. ``returned`` makes of its flat outputs what the original returns.
     """
 
     programs: Mapping[str, Sequence[Program]]
@@ -55,8 +57,10 @@ class Capture(SharedByCopies):
     state: Surroundings
     calls: ModuleCalls = field(repr=False, compare=False)
     _check: Check = field(init=False, repr=False, compare=False)
+    returned: Build = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "returned", builder(self.output))
         object.__setattr__(self, "_check", compile_check(self.names, self.conditions))
 
     @property
@@ -167,7 +171,7 @@ class Captures(SharedByCopies):
         splitter = Splitter(self.blocks, self.infos, tensors, self.library)
         splitter.split(exported.module.graph)
         return Capture(
-            splitter.programs,
+            without_idle_masks(splitter.programs),
             exported.output,
             tuple(node.name for node in exported.module.graph.find_nodes(op="placeholder")),
             exported.conditions,

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from peftsurgery.arguments import checked
@@ -91,7 +90,7 @@ class GraphModel(Likeness):
         self.bind()
         call = self.call_of(*args, **kwargs)
         capture = self._find(call)
-        return pytree.tree_unflatten(self.run(capture, call.leaves), capture.output)
+        return capture.returned(self.run(capture, call.leaves))
 
     def run(self, capture: Capture, leaves: Sequence[Any]) -> Any:
         """Run a capture on a call's leaf values.

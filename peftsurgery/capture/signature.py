@@ -24,6 +24,7 @@ from peftsurgery.errors import SurgeryError
 
 MASK = "attention_mask"  # the name it has in every model of transformers, as have these
 TEXT = ("input_ids", "inputs_embeds")
+PLAIN = (bool, int, float, str)  # what holds no tensor, as one look tells
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ def bind_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         value = values[place]
         if isinstance(value, torch.Tensor):
             tensors[name] = value
+        elif isinstance(value, PLAIN):
+            flags[name] = value
         elif is_cache(value):
             pasts.append(Past(name, value))
         elif value is not None:

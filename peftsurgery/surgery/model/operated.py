@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from peftsurgery.capture import Capture, GraphModel
 from peftsurgery.capture.generating import check_generates
@@ -237,8 +236,7 @@ class OperatedModel(ChoosingModel):
         self.bind()
         call = self.call_of(*args, **kwargs)
         capture = self._find(call, choice.mode, choice.prepared)
-        values = self.run(capture, choice.leaves(capture, call))
-        outputs = pytree.tree_unflatten(values, capture.output)
+        outputs = capture.returned(self.run(capture, choice.leaves(capture, call)))
         if self.training and isinstance(outputs, dict):
             loss, added = outputs.get("loss"), self._penalty(choice.mode)
             if isinstance(loss, Tensor) and added is not None:

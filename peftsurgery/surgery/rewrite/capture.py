@@ -10,6 +10,7 @@ from torch import fx
 
 from peftsurgery.capture import Capture, Program
 from peftsurgery.capture.copying import SharedByCopies
+from peftsurgery.capture.idle_masks import without_idle_masks
 from peftsurgery.capture.names import join
 from peftsurgery.surgery.fourbit.pack import PackedWeight
 from peftsurgery.surgery.fourbit.read import read_packed
@@ -106,7 +107,8 @@ class Rewrites(SharedByCopies):
                 new = self.program(program, edits)
                 renamed[path, program.label] = new.label
                 programs[path] = (*programs.get(path, ()), new)
-        return replace(source, programs={path: programs[path] for path in source.programs})
+        ordered = {path: programs[path] for path in source.programs}
+        return replace(source, programs=without_idle_masks(ordered))
 
     def program(self, program: Program, edits: Edits) -> Program:
         """Rewrite a program, or look it up; the same object if nothing changes."""

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-PLAIN = (Tensor, torch.nn.Parameter)
+from peftsurgery.capture.plain import is_plain_call
 
 
 class Term(NamedTuple):
@@ -112,19 +111,6 @@ def _narrow(x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:
     if len(downs) < 2 or not torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return [F.linear(x, down) for down in downs]
     return F.linear(x, _stacked(downs)).split([len(down) for down in downs], -1)
-
-
-def is_plain_call(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are ordinary tensors, and nothing looks on while they are computed with."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
-        and all(type(tensor) in PLAIN for tensor in tensors)
-    )
 
 
 def _fit(inputs: JoinedInputs, compute: torch.dtype | None) -> bool:

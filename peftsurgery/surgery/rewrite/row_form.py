@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from peftsurgery.capture.plain import is_plain_call
 from peftsurgery.capture.schemas import overwritten
-from peftsurgery.surgery.rewrite.joined_linears import is_plain_call
 
 ATEN = torch.ops.aten
 
