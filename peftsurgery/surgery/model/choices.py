@@ -37,7 +37,8 @@ class Rows:
         """Adapter number of each row of ``batch``, -1 for the base, as an int64 tensor. PSG314."""
         times = self.times(len(batch))
         of = [-1 if name is None else adapters.index(name) for name in self.names]
-        return torch.tensor(of, device=batch.device).repeat_interleave(times)
+        numbers = torch.tensor(of, device=batch.device)
+        return numbers if times == 1 else numbers.repeat_interleave(times)
 
     def times(self, size: int) -> int:
         """Repeats of each row in a batch of this size. Raises PSG314 if they are uneven."""

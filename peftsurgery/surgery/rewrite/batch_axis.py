@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -100,7 +101,7 @@ def batches(capture: Capture) -> dict[tuple[str, Program], Batch]:
     A program that no batch reaches is left out, and all are if the batch has a fixed size other
     than one. PSG313 if no input has an axis.
     """
-    sizes = [expression(shape(node)[0]) for node in _tensor_inputs(capture)]
+    sizes = [expression(shape(node)[0]) for node in _tensor_inputs(capture.top)]
     if not sizes:
         raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
     # a mask may call the batch by another name: the name that reaches most programs is taken
@@ -123,13 +124,14 @@ def _reached(capture: Capture, size: Any) -> dict[tuple[str, Program], Batch]:
 
 def batch_input(capture: Capture) -> fx.Node:
     """First tensor input, whose first axis is the batch. Raises PSG313 if there is none."""
-    for node in _tensor_inputs(capture):
+    for node in _tensor_inputs(capture.top):
         return node
     raise SurgeryError("PSG313", "the model is given no tensor that has a batch")
 
 
-def _tensor_inputs(capture: Capture) -> list[fx.Node]:
-    return [node for node in capture.top.graph.find_nodes(op="placeholder") if shape(node)]
+@lru_cache(maxsize=256)  # asked at every call, and a walk over a graph
+def _tensor_inputs(program: Program) -> tuple[fx.Node, ...]:
+    return tuple(node for node in program.graph.find_nodes(op="placeholder") if shape(node))
 
 
 def _inner(
