@@ -17,7 +17,7 @@ import numpy as np
 
 from peftsurgery.checkpoint.arrays import Array, as_bytes
 from peftsurgery.checkpoint.codecs.coded import PlainView
-from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure, check_finite
+from peftsurgery.checkpoint.fold_tensor import BLOCK, Folding, FoldMeasure, check_finite
 
 
 @dataclass
@@ -57,24 +57,38 @@ class Requantised:
 
     def _make(self, name: str, made: _Packed) -> None:
         weight, done = self._view.coded[name], defaultdict[str, list[memoryview]](list)
-        for rows, before, exact in self._blocks(name):
+        for rows, exact in self._blocks(name):
             parts = weight.stored(rows)
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
                 now = {**parts, **weight.codec.encode(exact, parts, weight.said)}
-                written = weight.values_of(now, rows)
-                if not made.measure.add_quantised(before, exact, written, weight.tensor.dtype):
-                    check_finite(name, weight.codec.name, before, exact, written)
+                both = weight.values_of(parts, rows), weight.values_of(now, rows)
+                self._measure(name, made.measure, exact, *both)
             for key, value in now.items():
                 done[weight.parts[key][1].name].append(as_bytes(value))
         made.parts = {tensor: b"".join(blocks) for tensor, blocks in done.items()}
 
-    def _blocks(self, name: str) -> Iterator[tuple[slice | None, Array, Array]]:
-        """A weight before and after: rows of it, or all of one that is not kept by rows."""
-        blocks, start = self._folding.exact(name), 0
-        if not self._view.coded[name].codec.by_rows:
-            before, after = zip(*blocks, strict=True)
-            yield None, np.concatenate(before), np.concatenate(after)
-            return
-        for was, now in blocks:
-            yield slice(start, start + len(was)), was, now
-            start += len(was)
+    def _measure(
+        self, name: str, measure: FoldMeasure, exact: Array, before: Array, written: Array
+    ) -> None:
+        """Add a weight to its measure, so few rows at a time that they stay in the cache."""
+        weight = self._view.coded[name]
+        step = max(1, BLOCK * len(exact) // max(exact.size, 1))
+        for start in range(0, len(exact), step):
+            part = slice(start, start + step)
+            values = before[part], exact[part], written[part]
+            if not measure.add_quantised(*values, weight.tensor.dtype):
+                check_finite(name, weight.codec.name, *values)
+
+    def _blocks(self, name: str) -> Iterator[tuple[slice | None, Array]]:
+        """A weight as it is to be: rows of it, or all of one that is not kept by rows."""
+        weight, start = self._view.coded[name], 0
+        exact = np.empty(0 if weight.codec.by_rows else weight.tensor.shape, np.float32)
+        for _, now in self._folding.exact(name):
+            rows = slice(start, start + len(now))
+            start = rows.stop
+            if weight.codec.by_rows:
+                yield rows, now
+            else:
+                exact[rows] = now
+        if not weight.codec.by_rows:
+            yield None, exact

@@ -23,6 +23,8 @@ from peftsurgery.checkpoint.arrays import CHUNK, Array
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
 from peftsurgery.checkpoint.codecs.nearest import inverse, nearer_scales
 
+FEW = 16  # numbers of a table
+
 
 def state_of(parts: Parts) -> dict[str, Any]:
     """What the file says of a weight in four bits."""
@@ -84,7 +86,12 @@ class _Nearest:
 
     def __call__(self, values: Array) -> Array:
         """The place in the table of the number nearest to each value."""
-        return self._order[np.searchsorted(self._middles, values)]
+        if len(self._middles) > FEW:
+            return self._order[np.searchsorted(self._middles, values)]
+        place = np.zeros(values.shape, np.uint8)
+        for middle in self._middles:  # several times as fast as a search, for so few
+            place += values > middle
+        return self._order[place]
 
     def scales(self, blocks: Array, kept: Array) -> Array:
         """The scale of each block: the one that is kept, or its largest value."""
