@@ -25,6 +25,7 @@ from peftsurgery.diff.description import (
 )
 from peftsurgery.diff.source_line import source_line
 from peftsurgery.language.describe import describe_sites, rule_facts
+from peftsurgery.language.parameter_axes import sizes_said
 from peftsurgery.language.schema import Rule
 from peftsurgery.surgery.model.operated import OperatedModel
 from peftsurgery.surgery.plan.cut import Cut, copy_name
@@ -222,13 +223,7 @@ def _said(rule: Rule, settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _insertion(cut: Cut, said: tuple[str, ...]) -> Insertion:
-    read = {
-        name
-        for param in cut.rule.params.values()
-        for size in param.shape
-        for name in size.names
-        if name in cut.operation.settings
-    }
+    read = sizes_said(cut.rule, cut.operation.settings)
     numbers: Mapping[str, Any] = cut.numbers
     own = cut.placed.parameter if cut.rule.train else None
     return Insertion(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.schema import Rule
@@ -14,7 +14,7 @@ def axes_of(rule: Rule, name: str, sized: Collection[str]) -> list[int]:
     return [axis for axis, size in enumerate(shape) if set(sized) & _names(rule, size)]
 
 
-def sizes_said(rule: Rule, settings: Collection[str]) -> list[str]:
+def sizes_said(rule: Rule, settings: Iterable[str]) -> list[str]:
     """The settings that are sizes of a rule's parameters, such as a rank."""
     sizes = (size for param in rule.params.values() for size in param.shape)
     names = {name for size in sizes for name in _names(rule, size)}

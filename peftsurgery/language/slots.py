@@ -88,7 +88,8 @@ class _FreeSize:
 def _sizes(file: RuleFile, rule: Rule, settings: Mapping[str, Any]) -> list[_FreeSize]:
     """The sizes of a rule's parameters that its settings decide, and nothing else of the file."""
     others = [each for each in file.rules if each is not rule and each.applies(settings)]
-    elsewhere = {name for other in others for name in _all_names(other)}
+    # a `let` of another rule is that rule's own, whatever it is called
+    elsewhere = {name for other in others for name in _all_names(other) - other.let.keys()}
     known = _numbers(rule, settings)
     numbers = {name: e for name, e in {**file.let, **rule.let}.items() if name in known}
     found = []

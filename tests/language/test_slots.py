@@ -17,6 +17,10 @@ FREE = {
     "pfeiffer": [{"D": (0,), "bd": (0,), "U": (1,)}],
     "prefix_tuning": [{"K": (0,), "V": (0,)}, {}, {}],
     "prompt_tuning": [{"P": (0,)}],
+    "mam_adapter": [
+        {"E": (0,), "W": (0,), "b": (0,), "WK": (1,), "WV": (1,)},
+        {"D": (0,), "bd": (0,), "U": (1,)},
+    ],
     "lora_conv": [{}],  # groups and ranks are one size there
 }
 
