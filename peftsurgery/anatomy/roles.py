@@ -184,7 +184,9 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts: dict[str, Any] = {"op": "sdpa" if core.fused is not None else "softmax"}
     facts |= _head_sizes(flow, core, feeders)
     facts["kind"] = _kind(flow, feeders)
-    facts["unprojected"] = tuple(p for p in PARTS if not feeders[p] and _is_given(flow, nodes[p]))
+    given = {p for p in PARTS if not feeders[p] and _is_given(flow, nodes[p])}
+    lacking = given | _shared(flow, core, feeders)
+    facts["unprojected"] = tuple(part for part in PARTS if part in lacking)
     inside = mask_nodes(flow, core)
     facts["causal"] = core.is_causal or depends_on_order(inside) or reads_cache(flow, core)
     inputs = list(flow.graph.find_nodes(op="placeholder"))
@@ -193,6 +195,17 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts |= fixed_width(nodes["x"]) if "x" in nodes else {}
     module = _around([*(s for sites in feeders.values() for s in sites), *([out] if out else [])])
     return Site("attention", module, None, None, nodes, facts)
+
+
+def _shared(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> set[str]:
+    """The parts of a core that are made by the same rows of a linear as others: keys as values."""
+    operands = {"q": core.q, "k": core.k, "v": core.v}
+    rows = {
+        part: {(one, row) for one in sites for row in flow.rows_at(one, operands[part], True)}
+        for part, sites in feeders.items()
+    }
+    pairs = [(one, other) for one in PARTS for other in PARTS if one != other]
+    return {one for one, other in pairs if rows[one] & rows[other]}
 
 
 def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:

@@ -36,6 +36,8 @@ class Between(nn.Module):
             q, k, v = (self._short(part) for part in (q, k, v))
         elif self.kind == "keys as they are":
             k = y
+        elif self.kind == "keys that are values":
+            v = self.norm(k)
         q, k, v = (part.unflatten(-1, (2, 8)).transpose(1, 2) for part in (q, k, v))
         o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         z: Tensor = x + self.d(o)
@@ -52,6 +54,7 @@ TABLES: dict[str, dict[str, str | None]] = {
     "two projections to queries": {**PLAIN, "e": "attn.q"},
     "short convolutions": PLAIN,
     "keys as they are": {**PLAIN, "b": None},
+    "keys that are values": {"a": "attn.q", "b": "attn.kv", "d": "attn.o"},
 }
 
 
@@ -73,3 +76,13 @@ def test_projections_have_their_roles_whatever_is_between(kind: str) -> None:
         torch.testing.assert_close(
             ps.fold(operated)(x, first), operated(x, first), rtol=0, atol=1e-5
         )
+
+
+def test_a_rule_for_values_is_told_that_they_are_keys_too() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 16)
+    graph = ps.capture(Between("keys that are values").eval(), {"x": x, "first": x})
+    report = ps.apply(graph, "lora_qv").report
+    assert [match["module"] for match in report.matches] == ["a"]
+    assert [entry["roles"] for entry in report.to_dict()["unprojected"]] == [["attn.v"]]
+    assert report.to_dict()["coverage"]["attn.kv"] == {"matched": 0, "of": 1}
