@@ -72,7 +72,9 @@ class ModelPlan:
         for name in self.stacks.keys() - {n for n in self.stacks if named(n)}:
             spelled = [(named(piece), e, i, j) for piece, e, i, j in self.stacks[name]]
             pieces = tuple((piece, e, i, j) for piece, e, i, j in spelled if piece is not None)
-            if len(pieces) == len(spelled):
+            columns = self.shapes[name][-1:]
+            fit = (held[piece][1].shape == (j - i, *columns) for piece, _, i, j in pieces)
+            if len(pieces) == len(spelled) and all(fit):
                 stacks[name] = pieces
         for name, mine in sorted(stored.items()):
             if name in stacks:
@@ -119,8 +121,8 @@ class ModelPlan:
             replaced=dict(said["replaced"]),
             shapes={name: tuple(sizes) for name, sizes in said["shapes"].items()},
             stacks=stacks_from_data(said["stacks"]),
-            ties=tuple(tuple(names) for names in said["ties"]),
-            untied=dict(said["untied"]),
+            ties=tuple(tuple(map(str, names)) for names in said["ties"]),
+            untied={str(path): value for path, value in said["untied"].items()},
             body=said["body"],
             library=said["library"],
         )

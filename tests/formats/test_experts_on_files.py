@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import peftsurgery as ps
 from peftsurgery.checkpoint.codecs.coded import plain_view
+from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.saved_plan import saved_plan
 from peftsurgery.formats.streamed_fold import estimate_fold
 from peftsurgery.model_files import read_model_files
@@ -171,3 +172,22 @@ def test_quantised_experts_are_folded_one_by_one_too(
     assert ps.verify(tmp_path / "out").changed
     ps.unfold_checkpoint(tmp_path / "out", tmp_path / "back")
     assert content(tmp_path / "back") == content(base) == before
+
+
+@pytest.mark.parametrize("mixture", ["Mixtral"], indirect=True)
+@pytest.mark.parametrize("damage", ["missing", "shape"])
+def test_a_stack_of_which_a_piece_does_not_fit_is_refused(
+    tmp_path: Path, mixture: Path, damage: str
+) -> None:
+    base = shutil.copytree(mixture / "base", tmp_path / "base")
+    tensors = tensors_of(base)
+    for path in base.glob("*.safetensors*"):
+        path.unlink()
+    piece = next(name for name in tensors if "experts.2.w1" in name)
+    value = tensors.pop(piece)
+    if damage == "shape":
+        tensors[piece] = value[:-1].contiguous()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SurgeryError, match=r"PSG416.*gate_up_proj"):
+        ps.fold_checkpoint(mixture / "lora", base, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
