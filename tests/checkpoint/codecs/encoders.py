@@ -30,6 +30,15 @@ def fp8(weight: Tensor) -> Made:
     return {"m.weight": stored, "m.weight_scale_inv": scales}, said, meant
 
 
+def fp8_whole(weight: Tensor) -> Made:
+    """One scale for all of it, and one for activations."""
+    scale = weight.abs().max() / 448
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    tensors = {"m.weight": stored, "m.weight_scale_inv": scale, "m.activation_scale": scale * 2}
+    said = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+    return tensors, said, stored.float() * scale
+
+
 def _four_bits(weight: Tensor, kind: str, nested: bool) -> Made:
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, compress_statistics=nested, quant_type=kind
@@ -142,5 +151,17 @@ def awq(weight: Tensor) -> Made:
 
 ENCODERS: dict[str, Callable[[Tensor], Made]] = {
     each.__name__: each
-    for each in (fp8, nf4, nf4_nested, fp4, int8, gptq, gptq_shuffled, gptq_eight, gptq_v2, awq)
+    for each in (
+        fp8,
+        fp8_whole,
+        nf4,
+        nf4_nested,
+        fp4,
+        int8,
+        gptq,
+        gptq_shuffled,
+        gptq_eight,
+        gptq_v2,
+        awq,
+    )
 }

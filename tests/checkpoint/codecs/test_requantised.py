@@ -122,7 +122,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, adapter_at(root / "lora", base, target_modules=["q_proj", "down_proj"])
 
 
-@pytest.mark.parametrize("kind", ["fp8", "nf4", "nf4_nested", "gptq_shuffled", "awq", "int8"])
+@pytest.mark.parametrize(
+    "kind", ["fp8", "fp8_whole", "nf4", "nf4_nested", "gptq_shuffled", "awq", "int8"]
+)
 def test_a_fold_quantises_again_what_it_changes_and_copies_the_rest(
     tmp_path: Path, llama: tuple[Path, Path], kind: str
 ) -> None:
