@@ -79,7 +79,8 @@ KINDS: Mapping[str, Kind] = {
     for kind in (
         Kind(
             "linear",
-            "a product with a weight matrix: y = x Wᵀ + b, W is (out, in)",
+            "a product with a weight matrix: y = x Wᵀ + b, W is (out, in); to rules that ask for "
+            "roles or paths, also a convolution of single taps that has a role",
             (("x",), ("y",)),
             ("W", "b"),
             ("in", "out"),
