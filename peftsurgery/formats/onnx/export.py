@@ -8,6 +8,7 @@ bf16 on a CPU, so a file in bf16 could not be checked.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,12 @@ from peftsurgery.formats.onnx.file import OnnxFile, name_sizes, write_checked
 from peftsurgery.formats.onnx.graph import write_graph
 from peftsurgery.formats.onnx.runtime import check_outputs, need_onnx
 from peftsurgery.formats.onnx.slots import Slots, that_can_be_left_out, with_slots
-from peftsurgery.formats.onnx.translate import in_full_precision, translate, without_cache
+from peftsurgery.formats.onnx.translate import (
+    in_dtype_of,
+    in_full_precision,
+    translate,
+    without_cache,
+)
 from peftsurgery.formats.trial_inputs import (
     Inputs,
     free_axes,
@@ -69,22 +75,23 @@ def export_onnx(
 def write_onnx(model: GraphModel, plain: nn.Module, path: Path) -> OnnxFile:
     """Write ``plain``, the folded ``model``, to ``path``."""
     need_onnx()
-    plain = in_full_precision(plain).eval()
+    whole = in_full_precision(plain).eval()
+    as_taken = partial(in_dtype_of, whole, plain)
 
     def outputs(inputs: Inputs) -> dict[str, Tensor]:
-        with torch.no_grad(), without_cache(plain):
-            return output_tensors(plain(**inputs))
+        with torch.no_grad(), without_cache(whole):
+            return output_tensors(whole(**inputs))
 
     def check(file: Path) -> float:
-        return check_outputs(file, [(each, outputs(each)) for each in unseen_inputs(model)])
+        tried = map(as_taken, unseen_inputs(model))
+        return check_outputs(file, [(each, outputs(each)) for each in tried])
 
-    dtype = str(next((p.dtype for p in plain.parameters()), torch.float32)).removeprefix("torch.")
-    return write_checked(model, path, lambda: _graph(model, plain), check, dtype)
+    def graph() -> Any:
+        """The whole model as an onnx_ir.Model with named sizes."""
+        shapes = {name: dict.fromkeys(axes, Dim.AUTO) for name, axes in free_axes(model).items()}
+        made = translate(whole, as_taken(seen_inputs(model)), shapes)
+        name_sizes(made, {})
+        return made
 
-
-def _graph(model: GraphModel, plain: nn.Module) -> Any:
-    """The plain model as an onnx_ir.Model with named sizes."""
-    shapes = {name: dict.fromkeys(axes, Dim.AUTO) for name, axes in free_axes(model).items()}
-    graph = translate(plain, seen_inputs(model), shapes)
-    name_sizes(graph, {})
-    return graph
+    dtype = str(next((p.dtype for p in whole.parameters()), torch.float32)).removeprefix("torch.")
+    return write_checked(model, path, graph, check, dtype)

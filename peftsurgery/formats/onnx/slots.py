@@ -16,7 +16,7 @@ from torch import Tensor
 from peftsurgery.capture import GraphModel, capture
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
-from peftsurgery.formats.onnx.translate import in_full_precision
+from peftsurgery.formats.onnx.translate import in_dtype_of, in_full_precision
 from peftsurgery.formats.trial_inputs import TOLERANCE, difference, seen_inputs
 from peftsurgery.language.slots import SWITCH, slotted
 from peftsurgery.surgery.applying import operate
@@ -93,7 +93,9 @@ def _in_full_precision(model: OperatedModel) -> GraphModel:
     base = unoperated(model)
     plain = fold(base)
     whole = in_full_precision(plain)
-    return base if whole is plain else capture(whole, seen_inputs(model))
+    if whole is plain:
+        return base
+    return capture(whole, in_dtype_of(whole, plain, seen_inputs(model)))
 
 
 def that_can_be_left_out(slots: Slots, calls: NamedCalls, without: NamedCalls) -> Slots:

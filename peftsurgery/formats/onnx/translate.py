@@ -64,6 +64,14 @@ def in_full_precision(plain: nn.Module) -> nn.Module:
     return copy.deepcopy(plain).float() if small else plain
 
 
+def in_dtype_of(whole: nn.Module, plain: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Inputs of a model, as the same model takes them :func:`in_full_precision`."""
+    if whole is plain:
+        return inputs
+    small = {n: v for n, v in inputs.items() if v.is_floating_point() and v.itemsize < 4}
+    return {**inputs, **{name: value.float() for name, value in small.items()}}
+
+
 @contextlib.contextmanager
 def without_cache(plain: nn.Module) -> Iterator[None]:
     """Let a causal model return no cache; the exported one does not either."""

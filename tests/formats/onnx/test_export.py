@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -102,6 +103,22 @@ def test_a_bf16_model_is_written_in_fp32_with_the_rounded_weights(tmp_path: Path
     wide: Any = ps.fold(model).float()
     with torch.no_grad():
         wanted = wide(**inputs).logits
+    torch.testing.assert_close(run(tmp_path / "model.onnx", inputs), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("adapters", ["fold", "inputs"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_of_numbers_takes_them_in_fp32(
+    dtype: torch.dtype, adapters: Literal["fold", "inputs"], tmp_path: Path
+) -> None:
+    original: Any = ZOO["functional"].build().eval().to(dtype)
+    seen = {name: value.to(dtype) for name, value in ZOO["functional"].inputs(2, 7).items()}
+    model = randomise(ps.apply(ps.capture(original, inputs=seen), "lora_qv"), scale=0.05).eval()
+    assert ps.export_onnx(model, tmp_path / "model.onnx", adapters).dtype == "float32"
+    inputs = ZOO["functional"].inputs(3, 6)
+    wide: Any = ps.fold(model) if adapters == "fold" else original
+    with torch.no_grad():
+        wanted = copy.deepcopy(wide).float()(**inputs)
     torch.testing.assert_close(run(tmp_path / "model.onnx", inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
