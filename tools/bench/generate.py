@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import peftsurgery as ps
 from peftsurgery.capture.generating import cache_argument
-from tools.story.smollm2 import cached_model
+from tools.story.smollm2 import cached_model, what_is_missing
 
 TOKENS, WARM_UP = 64, 3
 WAYS: dict[str, dict[str, Any]] = {"greedy": {}, "beams": {"num_beams": 3}}
@@ -29,7 +29,12 @@ PROMPTS = (
 
 
 def decoding() -> dict[str, Any]:
-    """Milliseconds of a decoding step, and which ways of generating gave other tokens."""
+    """Milliseconds of a decoding step, and which ways of generating gave other tokens.
+
+    Or what is ``missing`` for it.
+    """
+    if missing := what_is_missing():
+        return {"missing": missing}
     torch.set_num_threads(1)
     folder = cached_model()
     original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

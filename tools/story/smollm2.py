@@ -4,6 +4,7 @@ Its weights come in a package as a GGUF file, which transformers reads slowly; t
 safetensors in the user's cache.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -127,10 +128,21 @@ def lessons(tokenizer: Any) -> dict[str, Tensor]:
     }
 
 
+def model_folder() -> Path:
+    """Where the model is kept as a directory of safetensors."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "peftsurgery" / "smollm2-135m-instruct"
+
+
+def what_is_missing() -> str:
+    """What must be installed for the model to be there; "" if nothing is."""
+    is_here = (model_folder() / "config.json").is_file()
+    return "" if is_here or importlib.util.find_spec("gguf") else "the package `gguf`"
+
+
 def cached_model() -> Path:
     """The model as a directory of safetensors, converted the first time it is asked for."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "peftsurgery" / "smollm2-135m-instruct"
+    folder = model_folder()
     if not (folder / "config.json").is_file():
         console.print("Converting SmolLM2 from GGUF to safetensors (once, about two minutes) ...")
         folder.parent.mkdir(parents=True, exist_ok=True)
