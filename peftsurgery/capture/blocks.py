@@ -62,6 +62,10 @@ class Library:
     by_structure: dict[str, Program] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
+    def copy(self) -> Library:
+        """A library of the same programs, to which others are added."""
+        return Library(dict(self.by_structure), dict(self.counts))
+
     def intern(
         self,
         graph: fx.Graph,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import fx, nn
@@ -20,6 +21,7 @@ from peftsurgery.capture.module_calls import ModuleCalls, noted_calls
 from peftsurgery.capture.modules import module_infos
 from peftsurgery.capture.program import Program
 from peftsurgery.capture.returned import Build, builder
+from peftsurgery.capture.same_model import Told, told_of
 from peftsurgery.capture.signature import Call, example, map_tensors, widen
 from peftsurgery.capture.sizes import Check, compile_check, in_words, is_limit
 from peftsurgery.capture.sources import Source
@@ -89,21 +91,38 @@ class Capture(SharedByCopies):
         return [c for c, met in zip(self.conditions, self._check(*leaves), strict=True) if not met]
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """The first capture of a model of files, with what it was made of and what came with it."""
+
+    told: Told
+    key: Key
+    capture: Capture
+    library: Library
+    constants: Mapping[str, torch.Tensor]
+    likely: tuple[str, ...]
+
+
 # The tensors, by name, that have another dtype now than when the model was captured.
 Casts = frozenset[tuple[str, torch.dtype]]
 # What a capture is found by.
 Key = tuple[str, Casts, Surroundings]
+# By the place of its files, the captures of the model of them that was captured last, if any lives.
+_LATEST: WeakValueDictionary[str, Captures] = WeakValueDictionary()
 
 
 class Captures(SharedByCopies):
     """The captures of one source: by signature, by its tensors' dtypes, by what surrounds a call.
 
     ``cache`` is whether calls return what the model remembers without being asked for it, ``past``
-    the name of the argument by which the model takes that, or None if it takes no cache.
+    the name of the argument by which the model takes that, or None if it takes no cache. The first
+    capture is ``shared`` with a model of the same files that was captured before.
     """
 
-    def __init__(self, source: Source, cache: bool = False) -> None:
+    def __init__(self, source: Source, cache: bool = False, shared: bool = False) -> None:
         self.source = source
+        self.shared = shared and source.origin is not None
+        self._begun: _Begun | None = None
         self.cache = cache
         self.past = cache_argument(source.module)
         self.infos = module_infos(source.module)
@@ -131,10 +150,15 @@ class Captures(SharedByCopies):
         key = (call.signature, casts, surroundings())
 
         def make() -> Capture:
-            state = key[-1]
-            with uncollected():
-                made = outside(lambda: self._make(call, training, casts, state), state)
+            told = told_of(self.source.module) if self.shared and not self._made else None
+            made = None if told is None else self._taken_over(told, key, call, training)
+            if made is None:
+                state = key[-1]
+                with uncollected():
+                    made = outside(lambda: self._make(call, training, casts, state), state)
             self._made[key] = [*self._made.get(key, ()), made]
+            if told is not None:
+                self._begin(told, key, made)
             return made
 
         return known_or_made(lambda: self._known(key, call, training), make)
@@ -142,6 +166,24 @@ class Captures(SharedByCopies):
     def _known(self, key: Key, call: Call, training: bool) -> Capture | None:
         known = (c for c in self._made.get(key, ()) if c.fits(call.leaves, training))
         return next(known, None)
+
+    def _taken_over(self, told: Told, key: Key, call: Call, training: bool) -> Capture | None:
+        """The first capture of a model like this one, if it is of this call."""
+        other = _LATEST.get(str(self.source.origin))
+        begun = None if other is None else other._begun
+        if begun is None or begun.key != key or not begun.capture.fits(call.leaves, training):
+            return None
+        if not begun.told.agrees(told):
+            return None
+        self.library = begun.library.copy()
+        self.constants, self._likely = dict(begun.constants), begun.likely
+        return begun.capture
+
+    def _begin(self, told: Told, key: Key, capture: Capture) -> None:
+        """Note what the first capture was made of, for the next model like this one."""
+        beside = self.library.copy(), dict(self.constants), self._likely
+        self._begun = _Begun(told, key, capture, *beside)
+        _LATEST[str(self.source.origin)] = self
 
     def _make(self, call: Call, training: bool, casts: Casts, state: Surroundings) -> Capture:
         """Make a capture for a call, with dynamic batch size and past length where possible."""

@@ -329,8 +329,8 @@ def _captured(source: Source, inputs: Inputs | None, cache: bool) -> GraphModel:
     check_plain(source.module)
     if cache:
         check_generates(source.module)
-    graph_model = GraphModel(Captures(source, cache))
     given = source.inputs if inputs is None else inputs
+    graph_model = GraphModel(Captures(source, cache, shared=given is None and not cache))
     example = _made_inputs(source) if given is None else given
     args, kwargs = ((), example) if isinstance(example, Mapping) else (example, {})
     with _saying_what_was_tried(kwargs if given is None else {}):

@@ -98,9 +98,13 @@ def is_library(path: str | None) -> bool:
 
 
 class TokenMaker:
-    """Tokens of one moment: what two values share is looked at once."""
+    """Tokens of one moment: what two values share is looked at once.
 
-    def __init__(self) -> None:
+    ``by_content`` tells objects by what they hold, and not by who they are.
+    """
+
+    def __init__(self, by_content: bool = False) -> None:
+        self._by_content = by_content
         self._known: dict[int, Token] = {}
         self._classes: dict[type, Token] = {}
         self.kept: list[Any] = []  # so that no other value has its identity
@@ -149,7 +153,8 @@ class TokenMaker:
             return kind, self.of(_within(value))
         if isinstance(value, nn.Module) or not _is_plain(kind):
             return object()
-        who = None if isinstance(value, PreTrainedConfig) else id(value)
+        is_told = self._by_content or isinstance(value, PreTrainedConfig)
+        who = None if is_told else id(value)
         return who, self.of_class(kind), self.of(vars(value))
 
     def _contents(self, value: Any) -> Token:
