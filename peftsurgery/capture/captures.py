@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from peftsurgery.capture.blocks import Library, Splitter, block_paths
 from peftsurgery.capture.cleanup import clean_up
 from peftsurgery.capture.copying import SharedByCopies
+from peftsurgery.capture.equal_blocks.situations import told_by_number
 from peftsurgery.capture.export import export
 from peftsurgery.capture.generating import cache_argument
 from peftsurgery.capture.idle_masks import without_idle_masks
@@ -100,7 +101,7 @@ class _Begun:
     capture: Capture
     library: Library
     constants: Mapping[str, torch.Tensor]
-    likely: tuple[str, ...]
+    likely: tuple[str, ...] | None
 
 
 # The tensors, by name, that have another dtype now than when the model was captured.
@@ -131,7 +132,7 @@ class Captures(SharedByCopies):
         self.blocks = block_paths(source.module)
         self.library = Library()
         self.constants: dict[str, torch.Tensor] = {}
-        self._likely: tuple[str, ...] = ()  # blocks that the next capture will fill in, probably
+        self._likely: tuple[str, ...] | None = None  # what the next capture fills in, probably
         self._made: dict[Key, list[Capture]] = {}
 
     @property
@@ -202,6 +203,9 @@ class Captures(SharedByCopies):
     def _capture(
         self, module: nn.Module, call: Call, training: bool, state: Surroundings
     ) -> Capture:
+        if self._likely is None:
+            parts = dict(module.named_modules(remove_duplicate=False))
+            self._likely = told_by_number({path: parts[path] for path in sorted(self.blocks)})
         with traced_alone(), noted_calls(module) as notes:
             exported = export(module, call, training, notes, likely=self._likely)
         self._likely = _after_another(exported.filled)

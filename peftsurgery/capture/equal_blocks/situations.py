@@ -18,6 +18,7 @@ from peftsurgery.capture.equal_blocks.filling_in import described
 from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
 
 _TABLES = frozenset(vars(nn.Module()))
+_LONG = 16
 # What a fake tensor has by itself.
 _OF_FAKES = frozenset((*FakeTensor.__annotations__, *dir(FakeTensor)))
 _QUIET = tuple(name for name in _TABLES if "state_dict" in name)  # hooks that no call of it calls
@@ -104,3 +105,51 @@ def told_apart(blocks: list[nn.Module]) -> set[tuple[type, str]]:
         differing = (key for key in mine if key in other and mine[key] != other[key])
         found |= {(kinds[name], key) for name, key in differing}
     return found
+
+
+def told_by_number(blocks: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """The paths of blocks that differ from the second of their list by their numbers alone.
+
+    Those of short lists are left out: a guess gains little there, and a wrong one costs a trace.
+    """
+    tokens, lists = TokenMaker(), dict[str, list[str]]()
+    for path in blocks:
+        home, _, number = path.rpartition(".")
+        if number.isdecimal():
+            lists.setdefault(home, []).append(path)
+    found: list[str] = []
+    for home, paths in lists.items():
+        second = blocks.get(f"{home}.1")
+        if second is not None and len(paths) >= _LONG:
+            like = _form(second, tokens)
+            forms = ((path, _form(blocks[path], tokens)) for path in paths)
+            found += [path for path, form in forms if _is_later(path, form, like)]
+    return tuple(found)
+
+
+def _form(block: nn.Module, tokens: TokenMaker) -> tuple[Token, dict[Attribute, Any]]:
+    """What a block is made of, and the tokens of its attributes beside the numbers among them."""
+    parts = list(block.named_modules(remove_duplicate=False))
+    tensors = [(name, type(p), told_of_tensors(p._parameters, {}), p.training) for name, p in parts]
+    numbers = {
+        (name, key): value
+        for name, part in parts
+        for key, value in vars(part).items()
+        if type(value) is int
+    }
+    return tensors, told_of_attributes(parts, tokens) | numbers
+
+
+def _is_later(path: str, form: tuple[Token, Any], second: tuple[Token, Any]) -> bool:
+    """Whether a block comes after the second, and has numbers as much higher, or the same."""
+    later = int(path.rpartition(".")[2]) - 1
+    mine, theirs = form[1], second[1]
+    return (
+        later > 0
+        and form[0] == second[0]
+        and mine.keys() == theirs.keys()
+        and all(
+            mine[key] == value or (type(value) is int and mine[key] == value + later)
+            for key, value in theirs.items()
+        )
+    )

@@ -132,6 +132,54 @@ def test_a_block_that_has_become_another_is_traced(tried: list[tuple[int, bool]]
     assert tried[2] == (0, True)
 
 
+class Numbered(nn.Module):
+    """A layer that knows its number; ``asked`` ones do something else from the tenth on."""
+
+    def __init__(self, number: int, asked: bool) -> None:
+        super().__init__()
+        self.inner, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.layer_idx, self.asked = number, asked
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of width 4."""
+        y = self.norm(self.inner(x))
+        return x - y if self.asked and self.layer_idx > 9 else x + y
+
+
+class Deep(nn.Module):
+    """Seventeen of them."""
+
+    def __init__(self, asked: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Numbered(number, asked) for number in range(17))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of width 4."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_deep_model_is_guessed_to_be_of_equal_blocks(
+    asked: bool, tried: list[tuple[int, bool]]
+) -> None:
+    module, x = Deep(asked).eval(), torch.randn(2, 3, 4)
+    graph = ps.capture(module, inputs={"x": x})
+    assert tried == ([(15, False), (0, True)] if asked else [(15, True)])
+    with torch.no_grad():
+        assert torch.equal(graph(x=x), module(x=x))
+
+
+def test_a_guess_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = entry("llama").inputs(2, 6)
+    module = deeper("llama", 17).eval()
+    guessed = ps.capture(module, inputs=inputs).captures[0]
+    home = importlib.import_module("peftsurgery.capture.captures")
+    monkeypatch.setattr(home, "told_by_number", lambda blocks: ())
+    assert described(guessed) == described(ps.capture(module, inputs=inputs).captures[0])
+
+
 def test_what_is_hidden_is_back_afterwards() -> None:
     module = blocks.Stack(blocks.Block)
     names = [name for name, _ in module.named_parameters()]
