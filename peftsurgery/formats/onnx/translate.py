@@ -51,8 +51,17 @@ def _by_transformers(plain: PreTrainedModel, inputs: dict[str, Any], shapes: dic
 
 
 def _by_torch(plain: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any]) -> Any:
+    from transformers.exporters import exporter_onnx
+
+    # what its models call that torch.onnx does not know: the products of experts, for one
+    theirs = getattr(exporter_onnx, "_ONNX_TRANSLATION_TABLE", None)
     program = torch.onnx.export(
-        plain, kwargs=inputs, dynamic_shapes=shapes, dynamo=True, verbose=False
+        plain,
+        kwargs=inputs,
+        dynamic_shapes=shapes,
+        custom_translation_table=theirs,
+        dynamo=True,
+        verbose=False,
     )
     assert program is not None
     return program.model

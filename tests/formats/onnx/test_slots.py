@@ -63,6 +63,7 @@ def test_adapters_of_any_rank_are_put_in_and_left_out(tmp_path: Path) -> None:
     [
         *product(["llama", "gpt2", "vit", "opt", "t5", "bart"], ["lora_qv", "dora", "pfeiffer"]),
         *product(["gpt2", "vit", "bart"], ["ia3", "bitfit"]),
+        ("mixtral", "lora_qv"),
     ],
 )
 def test_methods_on_architectures(name: str, rule: str, tmp_path: Path) -> None:
