@@ -184,7 +184,10 @@ class Captures(SharedByCopies):
         """Note what the first capture was made of, for the next model like this one."""
         beside = self.library.copy(), dict(self.constants), self._likely
         self._begun = _Begun(told, key, capture, *beside)
-        _LATEST[str(self.source.origin)] = self
+        place = str(self.source.origin)
+        latest = _LATEST.get(place)
+        if latest is None or latest._begun is None or latest._begun.capture is not capture:
+            _LATEST[place] = self
 
     def _make(self, call: Call, training: bool, casts: Casts, state: Surroundings) -> Capture:
         """Make a capture for a call, with dynamic batch size and past length where possible."""

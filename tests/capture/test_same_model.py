@@ -54,6 +54,7 @@ def test_capture_apply_load_and_fold_capture_once(
     operated.save(tmp_path / "surgery")
     loaded = ps.load(tmp_path / "surgery")
     ps.fold_to_directory(tmp_path / "surgery", tmp_path / "folded", verify=True)
+    ps.fold_to_directory(tmp_path / "surgery", tmp_path / "again", verify=True)
     assert len(made) == 1
     expected = BertForSequenceClassification.from_pretrained(directory).eval()(**CALL).logits
     torch.testing.assert_close(loaded.eval()(**CALL).logits, expected)
