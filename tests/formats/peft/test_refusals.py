@@ -213,7 +213,6 @@ UNFIT: dict[str, tuple[Change, str]] = {
 NOT_HONOURED: dict[str, Any] = {
     "init_lora_weights": "pissa",
     "layer_replication": [[0, 1]],
-    "trainable_token_indices": [1, 2],
     "megatron_config": {"a": 1},
     "use_qalora": True,
     "arrow_config": {"top_k": 2},
