@@ -24,6 +24,7 @@ from typing import Any
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import are_here, read_model_files
+from peftsurgery.stand_ins import stand_in_of
 from peftsurgery.tensor_file import Tensor as StoredTensor
 from peftsurgery.tensor_file import TensorFile, read_header
 
@@ -158,11 +159,17 @@ def on_disk(file: TensorFile, tensor: StoredTensor) -> Sampled:
     width = tensor.size // max(count, 1)
 
     def read_into(chosen: Spans, room: memoryview) -> None:
+        apart, start = stand_in_of(file.path), file.offset + tensor.start
+        if apart is not None:
+            ranges = [(file.path.name, start + i * width, start + j * width) for i, j in chosen]
+            content = b"".join(apart.read(ranges))
+            room[: len(content)] = content
+            return
         handle = os.open(file.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             for first, end in chosen:
                 part, room = room[: (end - first) * width], room[(end - first) * width :]
-                _fill(part, handle, file.offset + tensor.start + first * width)
+                _fill(part, handle, start + first * width)
         finally:
             os.close(handle)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from io import FileIO
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from peftsurgery.stand_ins import stand_in_of
 from peftsurgery.tensor_file import Tensor, TensorFile
 
 Array = npt.NDArray[Any]
@@ -83,6 +85,11 @@ def chunks(file: TensorFile, tensor: Tensor) -> Iterator[memoryview]:
 
 def _fill(stream: FileIO, room: memoryview, place: int) -> None:
     """Read from a place of a file on, until there is no more room."""
+    path = Path(stream.name)
+    apart = stand_in_of(path)
+    if apart is not None:
+        apart.fill(path.name, room, place)
+        return
     while room:
         got = os.preadv(stream.fileno(), [room], place)
         if not got:

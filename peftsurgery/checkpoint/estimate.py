@@ -15,6 +15,7 @@ from peftsurgery.checkpoint.fold_tensor import BLOCK, is_by_rows
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.ties import view_of
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
+from peftsurgery.stand_ins import called
 from peftsurgery.tensor_file import BITS, Tensor
 
 FIXED = 90 * 2**20  # bytes of the interpreter with what a fold imports
@@ -29,7 +30,7 @@ class FoldEstimate:
     peak of the process; ``disk`` what the output needs at most, of which ``free`` is there.
     """
 
-    base: Path
+    base: str
     changed: int
     tensors: int
     files: int
@@ -42,7 +43,7 @@ class FoldEstimate:
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as ``--json`` prints it."""
-        return {**asdict(self), "base": str(self.base), "dry_run": True}
+        return {**asdict(self), "dry_run": True}
 
     def __str__(self) -> str:
         what = f"{self.changed} of {self.tensors} tensors, in {self.files} files"
@@ -62,19 +63,25 @@ def estimate(
     dtype: str | None = None,
     reversible: bool = False,
     requantise: bool = False,
+    spooled: bool = False,
 ) -> FoldEstimate:
-    """Estimate what carrying out a plan takes; the options are those of the fold."""
+    """Estimate what carrying out a plan takes; the options are those of the fold.
+
+    Of an output that is ``spooled``, each thread has two files here, the second until it is sent.
+    """
     files, plan = read_model_files(planned.base), planned.plan
     view = view_of(plan, files, requantise)
     tensors = {name: tensor for name, (_, tensor) in view.tensors.items()}
     changed = [tensors[name] for name in plan.changed]
     size = sum(tensor.size for file in files.files for tensor in file.tensors.values())
     fold = sum(tensor.size for tensor in changed)
-    written = (tensor for file in files.files for tensor in view.of(file))
-    write = sum(_written(tensor, dtype) for tensor in written) + _others(plan, files)
+    sizes = [sum(_written(each, dtype) for each in view.of(file)) for file in files.files]
+    others = _others(plan, files)
+    write = sum(sizes) + others
+    most = sorted(sizes)[-2 * len(os.sched_getaffinity(0)) :]
     learnt = sum(tensor.size for tensor in planned.adapter.tensors.values())
     return FoldEstimate(
-        base=planned.base,
+        base=called(planned.base),
         changed=len(changed),
         tensors=len(tensors),
         files=len(files.files),
@@ -82,7 +89,7 @@ def estimate(
         write=write,
         fold=fold,
         memory=FIXED + _working(plan, view),
-        disk=write + (fold if reversible else 0),
+        disk=sum(most) + others if spooled else write + (fold if reversible else 0),
         free=shutil.disk_usage(out.absolute().parent).free,
     )
 

@@ -30,7 +30,7 @@ class FoldReport:
     written apart, ``error`` how far all of them are from exact ones, and ``onnx`` is the file.
     """
 
-    out: Path
+    out: str | Path
     changed: Mapping[str, Mapping[str, Any]]
     tensors: int
     written: int | None = None

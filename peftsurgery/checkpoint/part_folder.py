@@ -17,8 +17,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -111,6 +111,10 @@ class PartFolder:
         self.done[name] = said
 
 
+# Makes a directory: where, by what plan, and whether what is done of it is taken up.
+Making = Callable[[Path, str, bool], AbstractContextManager[PartFolder]]
+
+
 @contextmanager
 def part_folder(out: Path, plan: str, resume: bool) -> Iterator[PartFolder]:
     """Make a directory beside ``out``, or with ``resume`` take up the one that is there.
@@ -196,7 +200,7 @@ def _system_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = f"what is done is in '{_beside(out)}'; make room, and go on with --resume"
+        hint = f"what is done is in '{_beside(out)}'; once that is mended, go on with --resume"
         why = error.strerror or error
         raise SurgeryError("PSG603", f"'{out}' cannot be written: {why}", hint) from error
 

@@ -18,6 +18,7 @@ from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.where import EVERYWHERE, Where
 from peftsurgery.made_with import now, versions
 from peftsurgery.model_files import RECORD
+from peftsurgery.stand_ins import called
 
 FILE, FORMAT = RECORD, 1
 
@@ -28,7 +29,7 @@ def record_of(
     """What the file says of a base that adapters are folded into; ``folded`` are their entries."""
     return {
         "format": FORMAT,
-        "base": base,
+        "base": None if base is None else called(base),
         "fingerprint": None if fingerprint is None else fingerprint.summary(),
         "folded": [*folded],
         "versions": versions(),
@@ -56,7 +57,7 @@ def entry_of(
         "settings": dict(settings),
         **({"where": where.as_data()} if where.given() else {}),
         "rules": dump_rules(file),
-        "from": None if folder is None else str(folder),
+        "from": None if folder is None else called(folder),
         "content": content,
         "seed": None,
         "other_base": None,

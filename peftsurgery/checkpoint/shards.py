@@ -162,6 +162,8 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
         ends: list[Future[None]] = []
         for shard, part in work.taken():
             if shard.write(part):
+                for end in ends[-1:]:
+                    end.result()  # no more of a thread's files wait than one
                 ends.append(disk.submit(shard.end))
             for end in ends[-1:]:
                 if end.done():

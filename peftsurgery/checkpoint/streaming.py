@@ -24,6 +24,7 @@ from peftsurgery.checkpoint.hashing import ALGORITHM
 from peftsurgery.checkpoint.model_plan import IN_MEMORY
 from peftsurgery.checkpoint.part_folder import (
     FoldPart,
+    Making,
     PartFolder,
     all_parts,
     own_part,
@@ -36,6 +37,7 @@ from peftsurgery.checkpoint.shards import Streamed, write_shards
 from peftsurgery.checkpoint.ties import settled, view_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, other_files, read_model_files
+from peftsurgery.stand_ins import called
 from peftsurgery.tensor_file import TensorFile, header_of, read_header
 
 
@@ -50,12 +52,14 @@ def fold_files(
     part: FoldPart | None = None,
     finish: bool = False,
     requantise: bool = False,
+    made_in: Making = part_folder,
 ) -> FoldReport:
     """Carry out a plan on the files of its base, with the tensors of its adapter; write ``out``.
 
     ``dtype`` (as safetensors calls it) is given to all tensors of floating-point numbers; with
     ``reversible``, residuals are written beside the weights (:mod:`.residual`); with
-    ``requantise``, what changes of a quantised base is quantised again. Of several
+    ``requantise``, what changes of a quantised base is quantised again. ``out`` is ``made_in`` a
+    directory beside it unless that is told otherwise. Of several
     processes, each writes a ``part`` of the files of weights, and who finds that all are there
     finishes ``out``; with ``finish``, none is written. Raises SurgeryError: PSG402 and PSG403 for
     values that cannot be written, PSG415 if nothing would change and that is not allowed, PSG416
@@ -64,7 +68,7 @@ def fold_files(
     """
     fold = _prepared(planned, dtype, reversible, progress, requantise)
     if part is None and not finish:
-        with part_folder(out, fold.identity, resume) as into:
+        with made_in(out, fold.identity, resume) as into:
             trusted = fold.write(into, fold.files)
             return replace(fold.finish(into, allow_unchanged), out=out, resumed=trusted)
     mine = None
@@ -98,12 +102,12 @@ class _Fold:
         """Hash of all that decides what is written: what a run may be resumed by."""
         plan, adapter = self.planned.plan, self.planned.adapter
         folder, options = (
-            self.view.folder.resolve(),
+            called(self.view.folder.resolve()),
             (self.streamed.dtype, self.reversible, bool(self.view.again)),
         )
         headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
         ties = dict(self.view.added), dict(plan.untied), dict(plan.resized), dict(plan.stacks)
-        told = repr((str(folder), plan.sites, plan.replaced, ties, options, ALGORITHM))
+        told = repr((folder, plan.sites, plan.replaced, ties, options, ALGORITHM))
         parts = [told.encode(), adapter.path.read_bytes(), *headers]
         return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
 

@@ -37,7 +37,7 @@ class Asked:
     surgery: str
     base: str | None
     kind: str | None
-    out: Path
+    out: str | Path
     name: tuple[str, ...]
     onnx: Path | None
     requantise: bool
@@ -60,6 +60,11 @@ class Asked:
         return [self.surgery, *([self.base] if self.base else [])]
 
     @property
+    def elsewhere(self) -> str | None:
+        """A place that is a URL, if there is one."""
+        return next((str(each) for each in (self.out, *self.inputs) if "://" in str(each)), None)
+
+    @property
     def in_memory(self) -> str | None:
         """An option that is given and needs the whole model, if there is one."""
         given: dict[str, Any] = {"--class": self.kind, "--name": self.name, "--onnx": self.onnx}
@@ -74,6 +79,14 @@ class Asked:
         return next((option for option, value in given.items() if value), None)
 
 
+class _Output(click.Path):
+    """A path, or a URL as it is written."""
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        """Leave a URL alone."""
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
 @click.command()
 @click.argument("surgery", metavar="SURGERY|PEFT_DIR")
 @click.option("--base", metavar="DIR", help="The base model, if it is not where it was.")
@@ -83,7 +96,7 @@ class Asked:
     metavar="NAME",
     help="Read the base as this class of transformers, not as the adapter or the base says.",
 )
-@output_option()
+@output_option(kind=_Output(path_type=Path))
 @name_option(
     "Fold this adapter; those that were active when the surgery was saved unless given.",
     multiple=True,
@@ -149,13 +162,16 @@ def fold(**given: Any) -> None:
         raise click.UsageError(
             "--force cannot go with --part: what is written belongs to others too"
         )
+    here = asked.in_memory or ("--verify" if asked.verify else "--force" if asked.force else None)
+    if asked.elsewhere and here:
+        raise click.UsageError(f"{here} cannot go with '{asked.elsewhere}', which is not here")
     if asked.onnx is not None and asked.requantise:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
-    if asked.by_files or (asked.in_memory is None and _has_files(asked)):
+    if asked.by_files or asked.elsewhere or (asked.in_memory is None and _has_files(asked)):
         try:
             _on_files(asked)
         except SurgeryError as error:
-            if asked.by_files or error.code != NOT_ON_FILES:
+            if asked.by_files or asked.elsewhere or error.code != NOT_ON_FILES:
                 raise
             _in_memory(asked, f"folded in memory: {error.message}")
     else:
@@ -205,7 +221,9 @@ def _on_files(asked: Asked) -> None:
         stack.enter_context(doing(f"folding {asked.surgery}"))
         # what is replaced stays until all is done; else a run that is broken off can go on
         out = (
-            stack.enter_context(fresh(asked.out, asked.inputs, True)) if asked.force else asked.out
+            stack.enter_context(fresh(Path(asked.out), asked.inputs, True))
+            if asked.force
+            else asked.out
         )
         report = fold_checkpoint(
             *where,
@@ -229,7 +247,7 @@ def _in_memory(asked: Asked, *notes: str) -> None:
     """Fold the model itself."""
     from peftsurgery.formats.pretrained import fold_to_directory
 
-    inputs, onnx, out = asked.inputs, asked.onnx, asked.out
+    inputs, onnx, out = asked.inputs, asked.onnx, Path(asked.out)
     inside = None if onnx is None else _inside(onnx, out)
     if onnx is not None and inside is None:
         check_free(onnx, inputs, asked.force)

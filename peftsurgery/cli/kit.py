@@ -29,6 +29,8 @@ EXTRAS = {
     "onnxscript": "onnx",
     "gguf": "models",
     "bitsandbytes": "quantise",
+    "fsspec": "remote",
+    "s3fs": "remote",
 }
 
 other_base_option = click.option(
@@ -40,11 +42,12 @@ force_option = click.option("--force", is_flag=True, help="Replace OUT if it exi
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 
-def output_option(required: bool = True) -> Callable[[Any], Any]:
+def output_option(required: bool = True, kind: click.Path | None = None) -> Callable[[Any], Any]:
     """The option for what is written, which is called the same in every command."""
     return click.option(
         *("-o", "--output", "out"), metavar="OUT", required=required,
-        type=click.Path(path_type=Path), help="The directory to write; it must not exist.",
+        type=kind or click.Path(path_type=Path),
+        help="The directory to write; it must not exist.",
     )  # fmt: skip
 
 

@@ -47,4 +47,10 @@ CODES = {
         "goes on with it, if base, adapter and dtype are the same; else remove it. What was begun "
         "in parts goes on with `--part K/N`, each K with the same N, until `--finish` finds all.",
     ),
+    "PSG611": CodeInfo(
+        "A place elsewhere does not answer",
+        "A URL (`s3://`, `gs://`, `hf://`...) was refused, or a request failed as often as it was "
+        "made; the message has what its library said. What is done of an output stays there, with "
+        "a journal: `--resume` goes on with it, on this machine or another.",
+    ),
 }

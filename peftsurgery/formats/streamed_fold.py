@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.codecs.coded import CONFIG, QUANTISER
@@ -25,12 +27,14 @@ from peftsurgery.checkpoint.plan import Planned
 from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.named_plan import named_plan
+from peftsurgery.formats.placed import FoldPlaces, base_of, is_url, placed
 from peftsurgery.formats.plan_process import planned_apart
 from peftsurgery.formats.saved_plan import saved_plan
 from peftsurgery.model_files import are_here
 from peftsurgery.outputs import check_free
-from peftsurgery.places import named_in, object_in
+from peftsurgery.places import object_in
 from peftsurgery.quiet import quiet
+from peftsurgery.stand_ins import called
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -64,17 +68,23 @@ def fold_checkpoint(
     ``part``, "2/3" every third file from the second on; who comes last finishes ``out``, or whoever
     calls with ``finish``.
 
+    Each place may be a URL that fsspec knows (``s3://``...): weights are read by ranges, and each
+    file that is written is uploaded from a spool in the directory for temporary files. Then there
+    are no parts and no residuals.
+
     Raises what :func:`fold` raises of rules that cannot be folded, PSG319 for another base, PSG415
     if nothing would change (``allow_unchanged`` writes it anyway), PSG416 for what cannot be folded
     on files, PSG601 and PSG602 for a place that is taken or read, PSG610 for what an earlier run
-    left.
+    left, PSG611 for a URL that does not answer, PSG902 and PSG904 for one that is not understood.
     """
     mine = None if part is None else FoldPart.parse(part)
-    target, code = _checked(adapter, base, out, dtype, reversible, requantise)
-    with _planned(Path(adapter), base, allow_other_base) as planned:
-        check_free(target, [str(planned.base)])
-        asked = code, resume, reversible, progress, allow_unchanged, mine, finish, requantise
-        return fold_files(planned, target, *asked)
+    code = _checked(dtype, reversible, requantise)
+    _check_whole(adapter, base, out, {"part": part, "finish": finish, "reversible": reversible})
+    with placed(adapter, base, out, resume) as places:
+        with _planned(places, allow_other_base) as planned:
+            asked = code, resume, reversible, progress, allow_unchanged, mine, finish, requantise
+            report = fold_files(planned, places.out, *asked, places.made_in)
+        return replace(report, out=places.called)
 
 
 def estimate_fold(
@@ -90,24 +100,30 @@ def estimate_fold(
 
     The arguments are those of the fold, and so are the errors of places and plans.
     """
-    target, code = _checked(adapter, base, out, dtype, reversible, requantise)
-    with _planned(Path(adapter), base, allow_other_base, recorded=False) as planned:
-        check_free(target, [str(planned.base)])
-        return estimate(planned, target, code, reversible, requantise)
+    code = _checked(dtype, reversible, requantise)
+    _check_whole(adapter, base, out, {"reversible": reversible})
+    with (
+        placed(adapter, base, out) as places,
+        _planned(places, allow_other_base, recorded=False) as planned,
+    ):
+        spooled = places.is_spooled
+        return estimate(planned, places.out, code, reversible, requantise, spooled)
 
 
 def has_files(adapter: str | Path, base: str | Path | None) -> bool:
     """Whether the base of an adapter is a directory whose weights are safetensors files.
 
-    PSG207 for an index that is damaged.
+    One elsewhere is one or nothing. PSG207 for an index that is damaged.
     """
-    named = base if base is not None else next(iter(named_in(Path(adapter))), None)
+    named = base_of(adapter, base)
+    if is_url(adapter) or is_url(named):
+        return True
     return named is not None and os.path.isdir(named) and are_here(Path(named))
 
 
 def check_comparable(adapter: str | Path, base: str | Path | None) -> None:
     """Refuse, before anything is written, a base that no model in memory can be made of. PSG215."""
-    named = base if base is not None else next(iter(named_in(Path(adapter))), None)
+    named = base_of(adapter, base)
     if named is not None and object_in(Path(named) / CONFIG).get(QUANTISER):
         message = f"'{named}' is quantised, and there is no model in memory to compare with"
         hint = "leave out --verify; `peftsurgery verify OUT` checks that what is there was written"
@@ -136,15 +152,8 @@ def checked_outputs(
         raise
 
 
-def _checked(
-    adapter: str | Path,
-    base: str | Path | None,
-    out: str | Path,
-    dtype: str | None,
-    reversible: bool,
-    requantise: bool,
-) -> tuple[Path, str | None]:
-    """Where to write, and the dtype's name in files. PSG601, PSG602, PSG904."""
+def _checked(dtype: str | None, reversible: bool, requantise: bool) -> str | None:
+    """The dtype's name in files. PSG904."""
     if dtype is not None and dtype not in DTYPES:
         raise SurgeryError("PSG904", f"there is no dtype '{dtype}'", did_you_mean(dtype, DTYPES))
     if dtype is not None and reversible:
@@ -153,24 +162,37 @@ def _checked(
     if dtype is not None and requantise:
         message = "what is quantised again keeps its dtypes, and another one is to be written"
         raise SurgeryError("PSG904", message, "give either dtype= or requantise=")
-    check_free(Path(out), [str(each) for each in (adapter, base) if each is not None])
-    return Path(out), None if dtype is None else DTYPES[dtype]
+    return None if dtype is None else DTYPES[dtype]
+
+
+def _check_whole(
+    adapter: str | Path, base: str | Path | None, out: str | Path, options: Mapping[str, Any]
+) -> None:
+    """Refuse what takes files of all of a fold here, where some are elsewhere. PSG904."""
+    url = next((each for each in (out, adapter, base_of(adapter, base)) if is_url(each)), None)
+    asked = next((name for name, value in options.items() if value), None)
+    if url is not None and asked is not None:
+        message = f"{asked}= works on files that are here, and '{url}' is elsewhere"
+        raise SurgeryError("PSG904", message, f"leave out {asked}=, or fold a copy that is here")
 
 
 @contextmanager
 def _planned(
-    adapter: Path, base: str | Path | None, allow_other_base: bool, recorded: bool = True
+    places: FoldPlaces, allow_other_base: bool, recorded: bool = True
 ) -> Iterator[Planned]:
-    """The plan of a fold, while it is carried out."""
-    named = None if base is None else str(base)
-    planned = named_plan(adapter, named, recorded) or saved_plan(adapter, named)
-    if planned is not None:
-        yield planned
-        return
+    """The plan of a fold, while it is carried out. PSG601 and PSG602 for where it is to write."""
+    adapter, named = places.adapter, places.base
+    check_free(places.out, [str(adapter), named] if named else [str(adapter)])
     with TemporaryDirectory() as room:
-        if "torch" not in sys.modules:
-            yield planned_apart(adapter, named, allow_other_base, Path(room))
-            return
-        from peftsurgery.formats.captured_plan import captured_plan
+        planned = named_plan(adapter, named, recorded) or saved_plan(adapter, named)
+        if planned is None and named is not None and called(named) != named:
+            message = f"'{adapter}' does not say by itself what it changes, or not of '{named}'"
+            raise SurgeryError("PSG416", message, "fold a copy of the base that is here")
+        if planned is None and "torch" not in sys.modules:
+            planned = planned_apart(adapter, named, allow_other_base, Path(room))
+        elif planned is None:
+            from peftsurgery.formats.captured_plan import captured_plan
 
-        yield captured_plan(adapter, named, allow_other_base, Path(room))
+            planned = captured_plan(adapter, named, allow_other_base, Path(room))
+        check_free(places.out, [str(planned.base)])
+        yield planned
