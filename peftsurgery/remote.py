@@ -57,7 +57,10 @@ class Elsewhere:
         except ValueError:
             near = did_you_mean(protocol, available_protocols())
             raise SurgeryError("PSG904", f"there is no protocol '{protocol}'", near) from None
-        fs, path = url_to_fs(url)
+        try:
+            fs, path = url_to_fs(url)
+        except Exception as error:  # it may log in: each library has its own errors for that
+            raise UnansweredError(f"'{url}': {first_line(error)}") from error
         return Elsewhere(url.rstrip("/"), fs, path.rstrip("/"))
 
     def touches(self, other: Elsewhere) -> bool:

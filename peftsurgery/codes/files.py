@@ -49,8 +49,8 @@ CODES = {
     ),
     "PSG611": CodeInfo(
         "A place elsewhere does not answer",
-        "A URL (`s3://`, `gs://`, `hf://`...) was refused, or a request failed as often as it was "
-        "made; the message has what its library said. What is done of an output stays there, with "
-        "a journal: `--resume` goes on with it, on this machine or another.",
+        "A URL (`s3://`, `hf://`...) was refused, nothing is there, or a request failed as "
+        "often as it was made; the message has what its library said. What is done of an output "
+        "stays there, with a journal: `--resume` goes on with it, on this machine or another.",
     ),
 }

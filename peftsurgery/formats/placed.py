@@ -101,8 +101,9 @@ def _elsewhere(
     target = Elsewhere.of(str(out)) if is_url(out) else None
     if is_url(adapter):
         adapter = stand_in(str(adapter), "adapter", fetch_adapter)
-    for each in filter(is_url, named_in(Path(adapter))):
-        check_apart(each)
+    for each in named_in(Path(adapter)):
+        if target is not None and each.startswith(target.url.partition("//")[0]):
+            check_apart(each)
     base = base_of(adapter, base)
     if is_url(base):
         base = stand_in(str(base), "base", fetch_model)

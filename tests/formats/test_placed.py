@@ -290,6 +290,19 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     assert {name: elsewhere.cat_file(name) for name in elsewhere.find("/")} == before
 
 
+def test_the_base_that_an_adapter_names_is_used_and_never_written(
+    here: Path, tmp_path: Path, elsewhere: BreakingFileSystem
+) -> None:
+    config = json.loads((here / "lora" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "breaking://it/base"
+    elsewhere.pipe_file("/it/lora/adapter_config.json", json.dumps(config).encode())
+    with pytest.raises(ps.SurgeryError, match="PSG602"):
+        ps.fold_checkpoint("breaking://it/lora", here / "base", "breaking://it/base/out")
+    ps.fold_checkpoint("breaking://it/lora", None, tmp_path / "out")
+    said = json.loads((tmp_path / "out" / CERTIFICATE).read_bytes())
+    assert said["base"] == "breaking://it/base"
+
+
 def test_an_error_that_would_come_again_leaves_nothing(
     here: Path, tmp_path: Path, elsewhere: BreakingFileSystem
 ) -> None:
