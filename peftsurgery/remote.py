@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from peftsurgery.stand_ins import FolderStandIn, Range
 from peftsurgery.tensor_file import MAX_HEADER
 
 PAUSES = [0.2, 0.8, 3.2, 10.0]  # seconds before a request is made again
+PART, PARTS = 8 * 2**20, 9000  # bytes that are sent at once, and how often: S3 takes 10,000 parts
 LASTING = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 EXTRA = "pip install 'peftsurgery[remote]' has s3fs; other protocols have packages of their own"
 
@@ -120,9 +122,12 @@ class Elsewhere:
     def put(self, file: Path, name: str) -> None:
         """Copy a file from here, and see that all of it has arrived."""
         size = file.stat().st_size
+        takes = signature(self.fs.put_file).parameters
+        cut = {"chunksize": PART * (1 + size // (PART * PARTS)), "max_concurrency": 2}
+        told = {option: value for option, value in cut.items() if option in takes}
 
         def sent() -> None:
-            self.fs.put_file(str(file), self._at(name))
+            self.fs.put_file(str(file), self._at(name), **told)
             self.fs.invalidate_cache()
             if self.fs.info(self._at(name))["size"] != size:
                 raise EOFError("not all of it has arrived")

@@ -19,6 +19,7 @@ from peftsurgery.stand_ins import called
 from peftsurgery.tensor_file import BITS, Tensor
 
 FIXED = 90 * 2**20  # bytes of the interpreter with what a fold imports
+APART = 90 * 2**20  # what reads and writes elsewhere, with what it holds of files
 COPIES = 9  # arrays in fp32, of the elements that are computed at once, that are there together
 
 
@@ -69,7 +70,7 @@ def estimate(
 
     Of an output that is ``spooled``, each thread has two files here, the second until it is sent.
     """
-    files, plan = read_model_files(planned.base), planned.plan
+    files, plan, name = read_model_files(planned.base), planned.plan, called(planned.base)
     view = view_of(plan, files, requantise)
     tensors = {name: tensor for name, (_, tensor) in view.tensors.items()}
     changed = [tensors[name] for name in plan.changed]
@@ -81,14 +82,16 @@ def estimate(
     most = sorted(sizes)[-2 * len(os.sched_getaffinity(0)) :]
     learnt = sum(tensor.size for tensor in planned.adapter.tensors.values())
     return FoldEstimate(
-        base=called(planned.base),
+        base=name,
         changed=len(changed),
         tensors=len(tensors),
         files=len(files.files),
         read=size + learnt,
         write=write,
         fold=fold,
-        memory=FIXED + _working(plan, view),
+        memory=FIXED
+        + _working(plan, view)
+        + (APART if spooled or name != str(planned.base) else 0),
         disk=sum(most) + others if spooled else write + (fold if reversible else 0),
         free=shutil.disk_usage(out.absolute().parent).free,
     )
