@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ from peftsurgery.tensor_file import MAX_HEADER
 
 PAUSES = [0.2, 0.8, 3.2, 10.0]  # seconds before a request is made again
 PART, PARTS = 8 * 2**20, 9000  # bytes that are sent at once, and how often: S3 takes 10,000 parts
+AT_ONCE = 16  # requests for the parts of a file
 LASTING = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 EXTRA = "pip install 'peftsurgery[remote]' has s3fs; other protocols have packages of their own"
 
@@ -98,17 +100,9 @@ class Elsewhere:
 
         def ask() -> None:
             left = [each for each in dict.fromkeys(ranges) if each not in found]
-            if not left:
-                return
-            names, starts, ends = zip(*left, strict=True)
-            paths = [self._at(name) for name in names]
-            answers = self.fs.cat_ranges(paths, [*starts], [*ends], on_error="return")
-            for each, answer in zip(left, answers, strict=True):
-                if isinstance(answer, BaseException):
-                    raise answer
-                if len(answer) != each[2] - each[1]:
-                    raise EOFError("the answer is cut short")
-                found[each] = answer
+            with ThreadPoolExecutor(AT_ONCE) as pool:
+                for each, answer in zip(left, pool.map(self._part, left), strict=True):
+                    found[each] = answer
 
         self._tried(ask, f"{self.url}/{ranges[0][0]}" if ranges else self.url)
         return [found[each] for each in ranges]
@@ -158,6 +152,13 @@ class Elsewhere:
             with (into / name).open("r+b") as stream:
                 stream.truncate(size)
         return stand_in
+
+    def _part(self, part: Range) -> bytes:
+        name, start, end = part
+        answer: bytes = self.fs.cat_file(self._at(name), start=start, end=end)
+        if len(answer) != end - start:
+            raise EOFError("the answer is cut short")
+        return answer
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}"
