@@ -95,7 +95,7 @@ def _arguments(both: Pair, given: dict[str, Tensor]) -> list[Any]:
         if each.op == "placeholder"
         else values["device_of"]
         if "device_of" in each.name
-        else int(given[str(each.args[0])].shape[each.args[1]])  # type: ignore[call-overload]
+        else given[str(each.args[0])].shape[int(str(each.args[1]))]
         for each in node.all_input_nodes
     ]
 
