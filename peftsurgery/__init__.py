@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from peftsurgery.formats.adapterhub.directory import to_adapterhub as to_adapterhub
     from peftsurgery.formats.export_adapter import export_adapter as export_adapter
     from peftsurgery.formats.extraction import extract as extract
+    from peftsurgery.formats.import_adapter import import_adapter as import_adapter
     from peftsurgery.formats.onnx.export import export_onnx as export_onnx
     from peftsurgery.formats.peft.directory import from_peft as from_peft
     from peftsurgery.formats.peft.directory import to_peft as to_peft
@@ -81,6 +82,7 @@ _HOME = {
     "fold_to_directory": "formats.pretrained",
     "from_adapterhub": "formats.adapterhub.directory",
     "from_peft": "formats.peft.directory",
+    "import_adapter": "formats.import_adapter",
     "load": "surgery.loading",
     "load_rules": "language.loading",
     "lora_plus": "training",

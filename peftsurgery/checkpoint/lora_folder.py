@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -152,7 +152,7 @@ def _layers(
     twice = next((name for name, count in Counter(modules).items() if count > 1), None)
     if twice is not None:
         raise SurgeryError("PSG507", f"{file.path} has two kinds of adapters for '{twice}'")
-    scales = _scales(folder, config)
+    scales = layer_scales(folder, config)
     for (module, kind), parts in found.items():
         if len(parts) != 2:
             here, words = next(iter(parts)), lora_words()["tensors"][kind]
@@ -192,8 +192,11 @@ def _check_shapes(down: Tensor, up: Tensor) -> None:
         raise SurgeryError("PSG507", f"'{down.name}' is of rank 0")
 
 
-def _scales(folder: Path, config: Mapping[str, Any]) -> Any:
-    """A function that gives the rank and the scale of a module. PSG503 for values that are none."""
+def layer_scales(folder: Path, config: Mapping[str, Any]) -> Callable[[str], tuple[int, float]]:
+    """A function that gives the rank and the scale of a module. PSG503 for values that are none.
+
+    ``folder`` is what errors call the place of the config.
+    """
     patterns = {}
     for key in ("rank_pattern", "alpha_pattern"):
         values = config.get(key) or {}

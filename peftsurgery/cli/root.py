@@ -18,6 +18,7 @@ from peftsurgery.cli.explain import explain
 from peftsurgery.cli.export import export
 from peftsurgery.cli.extract import extract
 from peftsurgery.cli.fold import fold
+from peftsurgery.cli.import_ import import_
 from peftsurgery.cli.inspect import inspect
 from peftsurgery.cli.kit import Root
 from peftsurgery.cli.merge import merge
@@ -47,6 +48,7 @@ for command in (
     unfold,
     verify,
     export,
+    import_,
     extract,
     merge,
     check,

@@ -95,4 +95,10 @@ CODES = {
         "of their weights otherwise. What is known is in the YAML table of each folder of "
         "peftsurgery/formats.",
     ),
+    "PSG523": CodeInfo(
+        "a file's tensors are spelled like those of no LoRA that is known",
+        "`peftsurgery import` reads the LoRA of kohya's trainer (`...lora_down.weight`), diffusers "
+        "(`...lora_A.weight`, `...lora.down.weight`) and mlx-lm (`...lora_a`). Adapters of peft "
+        "and AdapterHub need no import.",
+    ),
 }

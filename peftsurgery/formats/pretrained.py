@@ -28,6 +28,7 @@ from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.files import absence, write_whole
 from peftsurgery.formats.base_files import companions, copy_missing
+from peftsurgery.formats.foreign.names import import_hint
 from peftsurgery.formats.model_card import write_record
 from peftsurgery.formats.onnx.export import write_onnx
 from peftsurgery.formats.onnx.runtime import need_onnx
@@ -184,7 +185,8 @@ def _opened(
     if not (path / CONFIG).is_file():
         what = f"'{path}' holds neither a surgery nor a peft adapter"
         message = what if path.is_dir() else absence(path, CONFIG)
-        raise SurgeryError("PSG607", message, "make one with `peftsurgery apply`")
+        hint = import_hint(path) or "make one with `peftsurgery apply`"
+        raise SurgeryError("PSG607", message, hint)
     named = base or read_peft_config(path).get(BASE)
     if not named:
         raise SurgeryError("PSG311", f"'{path}' does not say what it was made for", "give --base")

@@ -1,10 +1,12 @@
-"""extract and merge, as a user calls them."""
+"""extract, merge and import, as a user calls them."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.checkpoint.loras import llama, saved_lora
 
@@ -38,6 +40,8 @@ def test_an_adapter_is_extracted_and_merged_with_itself(run: Any, tmp_path: Path
         (("merge", "one=nan"), "PSG317", 2),
         (("extract", "nowhere", "nowhere"), "PSG205", 3),
         (("extract", "one", "two", "--rank", "2", "--energy", "0.5"), "PSG901", 2),
+        (("import", "nowhere", "--base", "nowhere"), "PSG505", 3),
+        (("import", "nowhere"), "PSG901", 2),
     ],
 )
 def test_refusals_have_codes_and_leave_nothing(
@@ -46,6 +50,25 @@ def test_refusals_have_codes_and_leave_nothing(
     outcome = run(*arguments, "-o", tmp_path / "out", "--json")
     assert outcome.json["error"]["code"] == code
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_programs_lora_is_imported_and_other_commands_lead_there(
+    run: Any, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    name, file = "model.layers.0.self_attn.q_proj", tmp_path / "adapters.safetensors"
+    tensors = {f"{name}.lora_a": torch.ones(16, 2), f"{name}.lora_b": torch.ones(2, 16)}
+    save_file(tensors, file)
+    outcome = run("fold", file, "--base", tmp_path / "base", "-o", tmp_path / "out", "--json")
+    assert "`peftsurgery import` reads it" in outcome.json["error"]["hint"]
+    arguments = ("import", file, "--base", tmp_path / "base", "-o", tmp_path / "out")
+    outcome = run(*arguments, "--json")
+    assert outcome.code == 0, outcome.out
+    assert outcome.json["schema"] == "peftsurgery.import/1"
+    assert outcome.json["ranks"] == {name: 2}
+    assert run("fold", tmp_path / "out", "-o", tmp_path / "folded").code == 0
+    assert run(*arguments).code == 3  # OUT is there already
+    assert "1 layers of rank 2" in run(*arguments, "--force").out
 
 
 def changed(folder: Path, **values: object) -> None:

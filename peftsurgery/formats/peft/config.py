@@ -36,7 +36,9 @@ class AdapterConfig:
         kind = self.values.get("peft_type")
         known = {str(file.identifying(FORMAT)["peft_type"]) for file in forms(FORMAT)}
         if not isinstance(kind, str) or kind not in known:
-            hint = did_you_mean(str(kind), known) if kind else f"known here: {', '.join(known)}"
+            others = "LoRAs of other programs: `peftsurgery import`"
+            listed = f"known here: {', '.join(sorted(known))}; {others}"
+            hint = did_you_mean(str(kind), known) if kind else listed
             raise SurgeryError("PSG502", f"the adapter's peft_type is {brief(kind)}", hint)
         of_kind = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] == kind]
         for key, wanted in (item for f in of_kind for item in f.identifying(FORMAT).items()):

@@ -1,0 +1,1 @@
+"""LoRAs as kohya's trainer, diffusers and mlx-lm write them: read, without torch."""

@@ -1,0 +1,113 @@
+"""The values of another program's LoRA: the two factors of a module, and their scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows
+from peftsurgery.checkpoint.lora_folder import layer_scales, strangers
+from peftsurgery.errors import SurgeryError
+from peftsurgery.files import parse_object, read_object
+from peftsurgery.formats.foreign.names import ForeignNames, foreign_words
+from peftsurgery.formats.words import brief
+from peftsurgery.tensor_file import Tensor
+
+
+@dataclass(frozen=True)
+class ForeignValues:
+    """The values that a file has for the modules of one model.
+
+    ``beginnings`` are what the names of the model's modules begin with.
+    """
+
+    names: ForeignNames
+    beginnings: frozenset[str]
+
+    def factors(self, name: str, path: str) -> tuple[Array, Array]:
+        """``down`` (rank, in, ...) and ``up`` (out, rank, ...) in fp32, with the scale in ``up``.
+
+        ``name`` is what the file calls the module at ``path``. PSG503 and PSG520 for a scale that
+        is none, PSG505 for values that are no finite numbers, PSG507 for a factor that is missing.
+        """
+        down, up = self._factor(name, "down"), self._factor(name, "up")
+        if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
+            shapes = f"{list(down.shape)} and {list(up.shape)}"
+            raise SurgeryError("PSG507", f"the factors of '{name}' do not fit: {shapes}")
+        return down, up * np.float32(self._scale(name, path, down.shape[0]))
+
+    def _factor(self, name: str, part: str) -> Array:
+        tensor, spelling = self.names.tensors[name].get(part), self.names.spelling
+        if tensor is None:
+            raise SurgeryError("PSG507", f"'{name}' has no '{getattr(spelling, part)}'")
+        value = self._read(tensor)
+        return value.T if spelling.turned else value
+
+    def _read(self, tensor: Tensor) -> Array:
+        if tensor.dtype not in FLOATS:
+            raise SurgeryError("PSG505", f"'{tensor.name}' holds {tensor.dtype}, which is no float")
+        value = read_rows(self.names.file, tensor).astype(np.float32)
+        if not np.isfinite(value).all():
+            raise SurgeryError("PSG505", f"'{tensor.name}' holds NaN or infinity")
+        return value
+
+    def _scale(self, name: str, path: str, rank: int) -> float:
+        """What a module's product is multiplied by; 1 if nothing says it, as in the programs."""
+        alpha, file = self.names.tensors[name].get("alpha"), self.names.file.path
+        if alpha is not None and alpha.count != 1:
+            raise SurgeryError("PSG507", f"'{alpha.name}' is {list(alpha.shape)}, and no number")
+        if alpha is not None:
+            return float(self._read(alpha).reshape(())) / rank
+        if self._config is not None:
+            return self._config
+        if not self._metadata:
+            return 1.0
+        said, scale = layer_scales(file, self._metadata)(path)
+        if said != rank:
+            message = f"'{name}' is of rank {rank}, and the metadata of {file} say {said}"
+            raise SurgeryError("PSG507", message)
+        return scale
+
+    @cached_property
+    def _config(self) -> float | None:
+        """The scale that a config beside the file says. PSG501, PSG503, PSG520."""
+        words, folder = foreign_words()["config"], self.names.file.path.parent
+        if not (folder / words["file"]).is_file():
+            return None
+        config = read_object(folder / words["file"], "PSG501")
+        kind = config.get(words["kind"])
+        if kind is None:
+            return None
+        if kind != words["plain"]:
+            message = f"'{folder}' is no plain LoRA: its {words['kind']} is {brief(kind)}"
+            raise SurgeryError("PSG520", message)
+        settings = config.get(words["settings"])
+        value: Any = settings.get(words["scale"]) if isinstance(settings, dict) else None
+        if type(value) not in (int, float) or not math.isfinite(value):
+            message = f"{folder / words['file']}: the scale cannot be {brief(value)}"
+            raise SurgeryError("PSG503", message)
+        return float(value)
+
+    @cached_property
+    def _metadata(self) -> Mapping[str, Any]:
+        """What the file's metadata say of the model, in peft's keys. PSG503, PSG520."""
+        key, file = foreign_words()["metadata"], self.names.file
+        try:
+            said = parse_object(file.metadata.get(key, "{}").encode())
+        except ValueError as error:
+            raise SurgeryError("PSG503", f"{file.path}: {key}: {error}") from None
+        found = {
+            name.removeprefix(beginning): value
+            for beginning in self.beginnings
+            for name, value in said.items()
+            if name.startswith(beginning)
+        }
+        for other in strangers({**found, "peft_type": "LORA"}) if found else ():
+            message = f"{file.path} is no plain LoRA: its {other} is {brief(found.get(other))}"
+            raise SurgeryError("PSG520", message)
+        return found

@@ -1,0 +1,121 @@
+"""import_adapter: the LoRA that another program wrote, as a directory of peft's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peftsurgery.arguments import checked
+from peftsurgery.capture import open_source
+from peftsurgery.checkpoint.lora_folder import NewLayer, write_lora
+from peftsurgery.errors import SurgeryError
+from peftsurgery.formats.foreign.names import ForeignNames, ForeignPart, foreign_file
+from peftsurgery.formats.foreign.reading import ForeignValues
+from peftsurgery.formats.peft.files import BASE
+from peftsurgery.formats.peft.needed_base import class_said
+from peftsurgery.formats.peft.target_modules import unlike
+from peftsurgery.formats.peft.writing import WRAPPABLE
+from peftsurgery.outputs import fresh
+from peftsurgery.tensor_file import read_header
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What was imported: the rank at each module, and how many tensors are for other models."""
+
+    out: Path
+    ranks: Mapping[str, int]
+    others: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as ``--json`` prints it."""
+        return {**asdict(self), "out": str(self.out)}
+
+    def __str__(self) -> str:
+        sizes = sorted(set(self.ranks.values()))
+        said = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        lines = [f"{len(self.ranks)} layers of rank {said}, in '{self.out}'"]
+        for part, count in self.others.items():
+            lines.append(f"note: {count} tensors are for another model, {part or 'without a name'}")
+        return "\n".join(lines)
+
+
+@checked
+def import_adapter(
+    source: str | Path,
+    out: str | Path,
+    base: str | Path,
+    part: str | None = None,
+    force: bool = False,
+) -> ImportReport:
+    """Write the LoRA that kohya's trainer, diffusers or mlx-lm wrote as a directory of peft's.
+
+    ``source`` is a safetensors file, or a directory with one. ``base`` is the model that it is for
+    (a directory, a hub id or a factory), whose modules tell what the names mean; its weights are
+    not read. ``part`` is the model of a pipeline that is meant (unet, transformer, text_encoder)
+    where a file has adapters for several. Scales are multiplied into the second factors, in fp32.
+
+    Raises SurgeryError: PSG505 for a file that cannot be read, PSG506 for a name that means no
+    module of the base, PSG507 for factors that do not fit it, PSG511 if it is not clear which
+    adapter is meant, PSG501, PSG503 and PSG520 for what says that it is more than a plain LoRA,
+    PSG523 for tensors of no spelling that is known, PSG601 to PSG603 for places, and what
+    :func:`capture` raises of a base that cannot be built.
+    """
+    target = Path(out)
+    with fresh(target, [str(source), str(base)], force) as folder:
+        names = ForeignNames(read_header(foreign_file(Path(source)), "PSG505"))
+        model = open_source(str(base)).module
+        modules = [p for p, module in model.named_modules() if isinstance(module, WRAPPABLE)]
+        parts = names.parts(modules)
+        chosen = _chosen(parts, part, names.file.path)
+        values = ForeignValues(names, frozenset(parts[chosen].values()))
+        placed = ForeignPart(parts[chosen], tuple(modules)).placed()
+        layers = [_layer(model, path, *values.factors(name, path)) for name, path in placed.items()]
+        turned = any(isinstance(model.get_submodule(layer.module), Conv1D) for layer in layers)
+        said = os.path.abspath(base) if os.path.isdir(base) else str(base)
+        write_lora(folder, layers, {BASE: said, **class_said(model), "fan_in_fan_out": turned})
+    ranks = {layer.module: layer.down.shape[0] for layer in layers}
+    others = {p: sum(len(names.tensors[n]) for n in parts[p]) for p in parts if p != chosen}
+    return ImportReport(target, ranks, others)
+
+
+def _chosen(parts: Mapping[str, Any], part: str | None, file: Path) -> str:
+    """The model of a pipeline that is meant. PSG511 if that is not clear."""
+    if part is None and len(parts) == 1:
+        return next(iter(parts))
+    if part is not None and part in parts:
+        return part
+    known = ", ".join(sorted(part for part in parts if part)) or "one model, without a name"
+    message = f"'{file}' has adapters for {known}"
+    raise SurgeryError("PSG511", message, "choose by `part` (--part)" if len(parts) > 1 else None)
+
+
+def _layer(model: nn.Module, path: str, down: Any, up: Any) -> NewLayer:
+    """The factors of a module in peft's shapes. PSG507 if they do not fit it.
+
+    Kernels of one tap are written with or without their further dimensions.
+    """
+    module: Any = model.get_submodule(path)
+    is_table = isinstance(module, nn.Embedding)
+    shape = tuple(module.weight.shape)
+    out, *into = shape[::-1] if is_table or isinstance(module, Conv1D) else shape
+    rank = down.shape[0]
+    wanted = ((rank, *into), (out, rank, *(1 for _ in into[1:])))
+    for value, sizes in zip((down, up), wanted, strict=True):
+        if value.shape[:2] != sizes[:2] or [n for n in value.shape[2:] if n > 1] != [
+            n for n in sizes[2:] if n > 1
+        ]:
+            shapes = f"{list(down.shape)} and {list(up.shape)}"
+            message = f"the factors of '{path}' are {shapes}, and its weight is {list(shape)}"
+            raise SurgeryError("PSG507", message)
+    odd = unlike(model, path)
+    if odd is not None:
+        raise SurgeryError("PSG507", f"'{path}' {odd}", "the adapter is no change of weights")
+    kind = "embedding" if is_table else "linear"
+    return NewLayer(path, kind, down.reshape(wanted[0]), up.reshape(wanted[1]))
