@@ -80,8 +80,10 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return [_repeated(node, n.rows[..., :1], n) for n in signal]
     if has(node, Trait.LAYOUT | Trait.PICK):
         return _moved(node, inputs, carried)
-    if has(node, Trait.REDUCTION) and not has(node, Trait.CHOICE):
-        return None  # a statistic over rows is no row
+    if has(node, Trait.REDUCTION):
+        pooled = _pooled(node, carried[inputs[0]])
+        if pooled is not None or not has(node, Trait.CHOICE):
+            return pooled  # a statistic over rows is no row
     if not shape(node):
         raise OpaqueError(name)
     return _entrywise(node, inputs, carried)
@@ -100,6 +102,26 @@ def _entrywise(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, 
             raise OpaqueError(op(node)) from error
         result.append(Numbers(rows, numbers.activated or activated))
     return _distinct(result)
+
+
+def _pooled(node: fx.Node, carried: Carried) -> Any:
+    """Numbers after a maximum, a mean or a sum over tokens; None if different rows are reduced."""
+    given = arguments(node)
+    if given.get("dim") is None or any(isinstance(n, list) for n in carried):
+        return None
+    pooled = []
+    for numbers in carried:
+        least, most = (
+            reduced(numbers.rows, given["dim"], given.get("keepdim", False))
+            for reduced in (torch.amin, torch.amax)
+        )
+        if not least.equal(most):
+            return None
+        pooled.append(Numbers(least, numbers.activated))
+    if isinstance(node.meta.get("val"), torch.Tensor):
+        return pooled
+    places = [Numbers(torch.full_like(n.rows, NO_ROW)) for n in pooled]  # where the greatest are
+    return [list(pair) for pair in zip(pooled, places, strict=True)]
 
 
 def _distinct(carried: Iterable[Numbers]) -> Carried:

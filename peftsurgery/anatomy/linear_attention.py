@@ -15,8 +15,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from peftsurgery.anatomy.attention import Core, factors, projection_out, weighted_sum
-from peftsurgery.anatomy.flow import Flow
+from peftsurgery.anatomy.attention import TOUCHES, Core, factors, projection_out, weighted_sum
+from peftsurgery.anatomy.flow import Flow, forward
 from peftsurgery.anatomy.gates import gate_rows
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.recurrence import LINEAR
@@ -49,27 +49,56 @@ def linear_attention_roles(flow: Flow, taken: Iterable[Site]) -> list[Assignment
 
 
 def _cores(flow: Flow, node: fx.Node, known: set[Site]) -> Iterator[Core]:
+    """The core that begins at a node, if each of its parts is made by rows of its own."""
+    for core in (_of_products(flow, node), _of_one_score(node)):
+        if core is not None and _is_apart(flow, core, known):
+            yield core
+
+
+def _of_products(flow: Flow, node: fx.Node) -> Core | None:
     """The core of a product of queries and keys, if its result is multiplied with values."""
     pair = factors(flow, node)
     found = None if pair is None else weighted_sum(flow, node)
     if pair is None or found is None:
-        return
-    _, o, v = found
-    parts = (*pair, v)
+        return None
+    return Core(pair[0], pair[1], found[2], found[1], None, True, None, scores=node)
+
+
+def _of_one_score(softmax: fx.Node) -> Core | None:
+    """The core of a softmax that weighs keys, if their sum is multiplied with values."""
+    if not has(softmax, Trait.SOFTMAX):
+        return None
+    for weighed, k in _multiplied([softmax], TOUCHES):
+        totals = [n for n in forward([weighed], Trait.CAST | Trait.TOTAL) if has(n, Trait.TOTAL)]
+        for o, v in _multiplied(totals, Trait.LAYOUT):
+            return Core(softmax.all_input_nodes[0], k, v, o, None, False, None, softmax=softmax)
+    return None
+
+
+def _multiplied(start: Iterable[fx.Node], through: Trait) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Products, entry by entry, of values and others; each with its other factor."""
+    for node in forward(start, through):
+        for user in node.users:
+            pair = operands(user)
+            if has(user, Trait.SCALING) and len(pair) == 2 and pair[0] is not pair[1]:
+                yield user, pair[1] if pair[0] is node else pair[0]
+
+
+def _is_apart(flow: Flow, core: Core, known: set[Site]) -> bool:
+    """Whether queries, keys and values are made by linears without a role, or by different rows."""
+    parts = (core.q, core.k, core.v)
     linears = [flow.origin(part) for part in parts]
     if any(len(origin) != 1 or not known.isdisjoint(origin) for origin in linears):
-        return
+        return False
     rows = [
         (linear, flow.rows_at(linear, part))
         for origin, part in zip(linears, parts, strict=True)
         for linear in origin
     ]
-    apart = all(
+    return all(
         one[1] and (one[0] is not other[0] or one[1].isdisjoint(other[1]))
         for one, other in ((rows[0], rows[1]), (rows[1], rows[2]), (rows[2], rows[0]))
     )
-    if apart:
-        yield Core(pair[0], pair[1], v, o, None, True, None, scores=node)
 
 
 def _results(flow: Flow, core: Core) -> list[fx.Node]:

@@ -25,6 +25,9 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "narrowed": lambda y: y.narrow(-1, 5, 2) * 2 + 1,
     "selected": lambda y: y.select(-1, 7)[..., None],
     "repeated": lambda y: y[..., 8:].repeat_interleave(3, -1),
+    "the greatest of tokens": lambda y: y[:, :4, 4:8].unflatten(1, (2, 2)).max(2).values,
+    "the mean of tokens": lambda y: y[..., 3:6].mean(1),
+    "the sum over heads and tokens": lambda y: y.unflatten(-1, (4, 3))[:, :, 1:2].sum((1, 2), True),
     "turned": lambda y: y.mT.reshape(2, ROWS, 5)[:, 4:6],
 }
 GATED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -73,6 +73,33 @@ def test_projections_have_their_roles_and_are_adapted(mix: Mixer) -> None:
     assert [match["module"] for match in report.matches] == ["one", "three"]
 
 
+class Separable(nn.Module):
+    """One score for each token weighs keys, whose sum multiplies values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(D, 1 + 2 * D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.one(x).split([1, D, D], dim=-1)
+        told = (k * torch.softmax(q, dim=1)).sum(dim=1, keepdim=True)
+        result: Tensor = x + self.two(torch.relu(v) * told.expand_as(v))
+        return result
+
+
+def test_one_score_for_each_token_is_a_query() -> None:
+    graph = ps.capture(Separable().eval(), {"x": torch.randn(2, 5, D)})
+    linears = [site for site in survey(graph.base_capture) if site.kind == "linear"]
+    assert {s.role: (s.module, s.slice and s.slice.indices()) for s in linears} == {
+        "attn.qkv": ("one", None),
+        "attn.q": ("one", [0]),
+        "attn.k": ("one", list(range(1, 1 + D))),
+        "attn.v": ("one", list(range(1 + D, 1 + 2 * D))),
+        "attn.o": ("two", None),
+    }
+    assert len(ps.apply(graph, "lora_qv").report.matches) == 2
+
+
 def test_a_rule_that_expects_more_roles_is_told() -> None:
     graph = ps.capture(Linear(decaying).eval(), {"x": torch.randn(2, 5, D)})
     rules = ps.parse_rules(

@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from peftsurgery.capture.inputs import example_inputs
-from tools.bench.sweep_configs import REPAIRED, SMALL, SPECIAL
+from tools.bench.sweep_configs import FILLED, REPAIRED, SHORT, SMALL, SPECIAL
 
 # What originals that do not fit, and faults, end in.
 FAILURES = (
@@ -81,6 +81,7 @@ def small_model(name: str, kv_heads: int = 2) -> Any:
     config = config_class(**(small_values(config_class, kv_heads) if known is None else known))
     if mapping == "masked" and hasattr(config, "is_decoder"):
         config.is_decoder = False
+    config.architectures = config.architectures or []  # asked for where a type has two classes
     model = made_by.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,8 +95,16 @@ def small_values(config_class: Any, kv_heads: int) -> dict[str, Any]:
     told = default.to_dict()
     accepted = inspect.signature(config_class.__init__).parameters
     small = {**SMALL, "num_key_value_heads": kv_heads, "num_kv_heads": kv_heads}
-    values: dict[str, Any] = {k: v for k, v in small.items() if type(told.get(k)) is int}
+    values: dict[str, Any] = {
+        name: size
+        for name, size in small.items()
+        if type(told.get(name)) is int or (name in FILLED and told.get(name, 0) is None)
+    }
     values |= {k: v for k, v in SPECIAL.items() if told.get(k) is not None}
+    lists = {name: told.get(name) for name in SHORT}
+    values |= {k: [min(n, 2) for n in v] for k, v in lists.items() if isinstance(v, list | tuple)}
+    if isinstance(told.get("image_size"), list | tuple):
+        values["image_size"] = [64, 64]
     for name in getattr(config_class, "sub_configs", {}):
         inner = getattr(default, name, None)
         if inner is not None and (name in accepted or "kwargs" in accepted):
