@@ -130,7 +130,8 @@ def size_of(dtype: str, shape: Iterable[int]) -> int:
 
 def _checked(path: Path, content: dict[str, Any], offset: int, size: int) -> TensorFile:
     """The file that a header describes. ValueError if it cannot be so."""
-    metadata = content.pop("__metadata__", {})
+    metadata = content.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mlx writes null where it has none
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its metadata are not texts")
     if len(content) > MAX_TENSORS:

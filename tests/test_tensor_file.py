@@ -49,6 +49,12 @@ def test_what_is_written_the_library_reads_and_it_is_the_same_each_time(tmp_path
     assert found["a"].tolist() == 3
 
 
+def test_metadata_of_null_are_none_as_mlx_and_the_library_have_it(tmp_path: Path) -> None:
+    path = written(tmp_path / "x.safetensors", {"__metadata__": None, "a": entry()}, b"1" * 8)
+    assert load_file(path).keys() == {"a"}
+    assert read_header(path).metadata == {}
+
+
 @pytest.mark.parametrize(
     ("header", "data", "why"),
     [

@@ -1,9 +1,10 @@
-"""Read exports by the real programs: ``tools/readers/run``.
+"""Read exports by the real programs, and what they write themselves: ``tools/readers/run``.
 
 For each architecture a small model with random weights is given a rank-stabilised LoRA of two
 ranks, exported, read, and compared with the outputs of the folded model, in the original's own
-class. Prints a line for each, and exits with 1 if one differs by more than the program's own
-precision.
+class. Adapters that mlx-lm and diffusers write are imported, and the outputs compared with the
+program's own. Prints a line for each, and exits with 1 if one differs by more than the program's
+own precision.
 """
 
 from __future__ import annotations
@@ -149,12 +150,7 @@ def by_onnxruntime(
 
 def by_diffusers(home: Path, folder: Path) -> float:
     """Largest difference of a text encoder's outputs in diffusers."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
-    config = transformers.CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=99)
-    encoder = transformers.CLIPTextModel(config).eval()
-    shaken(encoder)
-    encoder.save_pretrained(folder / "base")
+    encoder = text_encoder(folder)
     model = ps.apply(ps.capture(encoder), "lora_attention", rank=3, stabilised=True).eval()
     shaken(model, trained=True)
     ids = torch.randint(3, 98, (1, 9))
@@ -162,6 +158,41 @@ def by_diffusers(home: Path, folder: Path) -> float:
         wanted = plain(model)(ids).last_hidden_state.double().numpy()
     ps.export_adapter(model, folder / "kohya", "kohya")
     return _read_by(home, "kohya_reader.py", folder, "kohya", ids.numpy(), wanted)
+
+
+def text_encoder(folder: Path) -> Any:
+    """A small CLIP text encoder, in ``folder/base`` too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    config = transformers.CLIPTextConfig(**sizes, num_hidden_layers=2, vocab_size=99)
+    encoder = transformers.CLIPTextModel(config).eval()
+    shaken(encoder)
+    encoder.save_pretrained(folder / "base")
+    return encoder
+
+
+def of_mlx(home: Path, folder: Path) -> float:
+    """Largest difference of a Llama's logits from mlx-lm's, with an adapter that mlx-lm wrote."""
+    operated(folder, "Llama", MODELS["Llama"])
+    return _of_its_own(home, "mlx_writer.py", folder, torch.randint(3, 256, (1, 12)))
+
+
+def of_diffusers(home: Path, folder: Path) -> float:
+    """Largest difference of a text encoder's outputs, with an adapter that diffusers wrote."""
+    text_encoder(folder)
+    return _of_its_own(home, "diffusers_writer.py", folder, torch.randint(3, 98, (1, 9)))
+
+
+def _of_its_own(home: Path, script: str, folder: Path, ids: torch.Tensor) -> float:
+    """Largest difference of a model's first output with the adapter that a program writes."""
+    np.save(folder / "ids.npy", ids.numpy())
+    given = (folder / "base", folder / "written", folder / "ids.npy", folder / "wanted.npy")
+    printed(home / "venv/bin/python", HERE / script, *given)
+    ps.import_adapter(folder / "written", folder / "imported", folder / "base")
+    model = ps.from_peft(ps.capture(str(folder / "base")), folder / "imported").eval()
+    with torch.no_grad():
+        found = model(input_ids=ids)[0].double().numpy()
+    return float(np.abs(found - np.load(folder / "wanted.npy")).max())
 
 
 def _read_by(home: Path, script: str, folder: Path, out: str, ids: Any, wanted: Any) -> float:
@@ -186,6 +217,10 @@ READERS: dict[str, Reader] = {
     "peft": by_peft,
     "onnxruntime": by_onnxruntime,
 }
+WRITERS: dict[str, tuple[str, Callable[[Path, Path], float]]] = {
+    "mlx-lm": ("Llama", of_mlx),
+    "diffusers": ("CLIP", of_diffusers),
+}
 
 
 def main(home: Path, programs: list[str]) -> int:
@@ -206,6 +241,11 @@ def main(home: Path, programs: list[str]) -> int:
     if "diffusers" in programs:
         with TemporaryDirectory() as temporary:
             far.append(said("CLIP", "diffusers", by_diffusers(home, Path(temporary))))
+    for program in (each for each in WRITERS if each in programs):
+        with TemporaryDirectory() as temporary:
+            name, write = WRITERS[program]
+            gap = write(home, Path(temporary))
+            far.append(said(name, program, gap, ", by an adapter of its own"))
     return int(any(far))
 
 
