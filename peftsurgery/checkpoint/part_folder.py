@@ -69,6 +69,10 @@ class PartFile:
             done = os.pwrite(self.stream.fileno(), left, place)
             left, place = left[done:], place + done
 
+    def flush(self) -> None:
+        """Wait until what is written so far is on the disk."""
+        os.fdatasync(self.stream.fileno())
+
 
 @dataclass(frozen=True)
 class PartFolder:

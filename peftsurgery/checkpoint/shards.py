@@ -27,6 +27,8 @@ from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
 from peftsurgery.checkpoint.requantised import Requantised
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
 
+FLUSHED = 2**26  # bytes
+
 
 @dataclass(frozen=True)
 class Streamed:
@@ -92,9 +94,14 @@ class Shard:
         self._said: dict[str, Any] = {tensor.name: None for tensor in self.tensors}
         self._left, self._lock = 1 + len(self.tensors), Lock()
         self._file: PartFile | None = None
+        self._unflushed, self._flushes = 0, list[Future[None]]()
 
-    def write(self, tensor: Tensor | None) -> bool:
-        """Write one tensor, or the header; whether that was the last part."""
+    def write(self, tensor: Tensor | None, disk: ThreadPoolExecutor) -> bool:
+        """Write one tensor, or the header; whether that was the last part.
+
+        Each time that :data:`FLUSHED` bytes more are written, ``disk`` begins with them: else it
+        would have nothing to do until the file is whole, and then all of it at once.
+        """
         with self._lock:
             if self._file is None:
                 self._file = self._into.begun(self._name)
@@ -104,11 +111,17 @@ class Shard:
             place = len(self._header) + tensor.start
             self._said[tensor.name] = self._streamed.write(tensor, self._file, place)
         with self._lock:
+            self._unflushed += 0 if tensor is None else tensor.size
             self._left -= 1
+            if self._left and self._unflushed >= FLUSHED:
+                self._flushes.append(disk.submit(self._file.flush))
+                self._unflushed = 0
             return not self._left
 
     def end(self) -> None:
         """Wait until the file is on the disk, and give it its name."""
+        for flush in self._flushes:
+            flush.result()  # a system tells of an error only once
         if self._file is not None:
             self._into.ended(self._file, self._said)
 
@@ -161,7 +174,7 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
     def write() -> list[Future[None]]:
         ends: list[Future[None]] = []
         for shard, part in work.taken():
-            if shard.write(part):
+            if shard.write(part, disk):
                 for end in ends[-1:]:
                     end.result()  # no more of a thread's files wait than one
                 ends.append(disk.submit(shard.end))

@@ -64,7 +64,7 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that the first argument names; PSG901 if there is none."""
         if args and self.get_command(ctx, args[0]) is None and not args[0].startswith("-"):
-            near = closest(args[0], self.commands)
+            near = closest(args[0], self.list_commands(ctx))
             hint = f"did you mean '{ctx.command_path} {near}'?" if near else _see_help(ctx)
             raise SurgeryError("PSG901", f"there is no command '{args[0]}'", hint)
         return super().resolve_command(ctx, args)

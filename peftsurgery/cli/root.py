@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import atexit
 import gc
+import importlib
+import keyword
+import os
 import signal
 import sys
 from types import FrameType
 
 import click
 
-from peftsurgery.cli.apply import apply
-from peftsurgery.cli.check import check
-from peftsurgery.cli.diff import diff
-from peftsurgery.cli.doctor import doctor
-from peftsurgery.cli.explain import explain
-from peftsurgery.cli.export import export
-from peftsurgery.cli.extract import extract
-from peftsurgery.cli.fold import fold
-from peftsurgery.cli.import_ import import_
-from peftsurgery.cli.inspect import inspect
 from peftsurgery.cli.kit import Root
-from peftsurgery.cli.merge import merge
-from peftsurgery.cli.rules import rules
-from peftsurgery.cli.unfold import unfold
-from peftsurgery.cli.verify import verify
-from peftsurgery.cli.why import why
 from peftsurgery.version import __version__
 
 EPILOG = (
@@ -36,38 +24,42 @@ EPILOG = (
 )
 
 
-@click.group(cls=Root, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+COMMANDS = (
+    *("apply", "check", "diff", "doctor", "explain", "export", "extract", "fold", "import"),
+    *("inspect", "merge", "rules", "unfold", "verify", "why"),
+)
+"""The commands. Each is a function of its name in a file of its name, `import_` for a keyword."""
+
+
+class _Commands(Root):
+    """The group at the top, which imports a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of all commands."""
+        return sorted({*COMMANDS, *super().list_commands(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of a name; None if there is none."""
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
+            own = f"{cmd_name}_" if keyword.iskeyword(cmd_name) else cmd_name
+            self.add_command(getattr(importlib.import_module(f"{__package__}.{own}"), own))
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_Commands, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="peftsurgery")
 def root() -> None:
     """Operate on models as graphs: rules say where to cut, what to sew in and how it folds back."""
 
 
-for command in (
-    apply,
-    fold,
-    unfold,
-    verify,
-    export,
-    import_,
-    extract,
-    merge,
-    check,
-    diff,
-    inspect,
-    why,
-    rules,
-    explain,
-    doctor,
-):
-    root.add_command(command)
-
-
 def main() -> None:
     """Run the command on the process's arguments and exit."""
     signal.signal(signal.SIGTERM, _terminated)
+    # pydantic would look for plugins in the metadata of every package that is installed
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     # Imports make many objects that stay: looking through them for garbage, at each few hundred and
     # again at the end, takes a quarter of the time of a short command.
-    gc.set_threshold(20_000)
+    gc.set_threshold(100_000)
     atexit.register(gc.freeze)
     root.main()
 

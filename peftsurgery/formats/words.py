@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import yaml
 
 from peftsurgery import files
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.loading import load_rules
+from peftsurgery.language.document import QUICK
+from peftsurgery.language.file_formats import (
+    MODULES,
+    identifying_keys,
+    key_suffixes,
+    reserved_entry,
+)
+from peftsurgery.language.loading import load_rules, unchecked
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.shipped import shipped
 
@@ -20,15 +28,51 @@ from peftsurgery.language.shipped import shipped
 @cache
 def words_of(table: Path) -> dict[str, Any]:
     """Load a library's word table, a YAML file."""
-    found: dict[str, Any] = yaml.safe_load(table.read_text(encoding="utf-8"))
+    found: dict[str, Any] = yaml.load(table.read_text(encoding="utf-8"), Loader=QUICK)
     return found
 
 
+@dataclass(frozen=True)
+class ShippedForm:
+    """A shipped rule file of a method that a format has too, as its page says it.
+
+    ``identifying`` are the config keys whose values identify the method, ``suffixes`` the names
+    that the format's tensors have, ``listings`` the config keys that list modules of a rule.
+    """
+
+    name: str
+    identifying: Mapping[str, Any]
+    suffixes: Collection[str]
+    listings: Collection[str]
+
+    @cached_property
+    def file(self) -> RuleFile:
+        """The rules themselves."""
+        return load_rules(self.name)
+
+
 @cache
+def shipped_forms(format_name: str) -> tuple[ShippedForm, ...]:
+    """The shipped rule files of methods that a format has too; no rule of theirs is read yet."""
+    found = (_form(name, format_name) for name in shipped())
+    return tuple(form for form in found if form.identifying)
+
+
 def forms(format_name: str) -> tuple[RuleFile, ...]:
-    """The shipped rule files of methods that a format has too."""
-    files = (load_rules(name) for name in shipped())
-    return tuple(file for file in files if file.identifying(format_name))
+    """The rules of :func:`shipped_forms`."""
+    return tuple(form.file for form in shipped_forms(format_name))
+
+
+def _form(name: str, format_name: str) -> ShippedForm:
+    page = unchecked(name)
+    keys = identifying_keys(page.get("checkpoint", {}).get(format_name, {}), page.get("with", {}))
+    suffixes, listings = set[str](), set[str]()
+    for rule in page["rules"]:
+        table, params = rule.get("checkpoint", {}).get(format_name, {}), rule.get("params", {})
+        suffixes.update(key_suffixes(table, params).values())
+        listing = reserved_entry(table, params, MODULES)
+        listings.update(() if listing is None else (listing,))
+    return ShippedForm(name, keys, frozenset(suffixes), frozenset(listings))
 
 
 def fits_setting(value: Any, default: Any, counts: bool) -> bool:

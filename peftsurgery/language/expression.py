@@ -15,7 +15,8 @@ import operator as python
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
@@ -103,7 +104,16 @@ def parse(text: str | int | float, where: str | None = None) -> Expression:
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         raise SurgeryError("PSG110", f"an expression is a text, not {text!r}", where=where)
     made = Text(str(text), Position(where)) if where else None
-    return _Parser(str(text), text if isinstance(text, Text) else made).expression()
+    written = text if isinstance(text, Text) else made
+    try:
+        return replace(_parsed(str(text)), written=written)
+    except SurgeryError:  # once more, to say where
+        return _Parser(str(text), written).expression()
+
+
+@lru_cache(maxsize=2048)  # rules that stand on one base have most of their expressions from it
+def _parsed(text: str) -> Expression:
+    return _Parser(text, None).expression()
 
 
 def check_names(expression: Expression, known: Collection[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -38,6 +40,15 @@ def load_rules(name: str | Path) -> RuleFile:
     """
     path = shipped().get(str(name), Path(name))
     return _rule_file(_read(path, str(name)), path.parent, (path.absolute(),))
+
+
+def unchecked(name: str) -> Mapping[str, Any]:
+    """What the page of a shipped rule file says, laid over its bases', as plain data.
+
+    This is a tenth of the time of :func:`load_rules`, for whoever looks for one among all pages.
+    """
+    path = shipped()[name]
+    return _whole(_read(path, name), path.parent, (path,), (path,))[0].data
 
 
 def page_of(name: str | Path) -> str:

@@ -10,8 +10,6 @@ import math
 import re
 from collections.abc import Callable
 
-import regex
-
 from peftsurgery.errors import SurgeryError
 
 SECONDS = 0.2
@@ -33,6 +31,8 @@ def full_match(pattern: str, where: str | None = None) -> Callable[[str], bool]:
     if math.prod(max(1, count) for count in counts) > MAX_REPEATS:
         message = f"'{pattern}' counts more than {MAX_REPEATS} repetitions"
         raise SurgeryError("PSG141", message, "use * or + instead", where)
+    import regex  # as long to import as all of click, and few folds have a pattern
+
     try:
         compiled = regex.compile(pattern)
     except (regex.error, RecursionError, OverflowError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Position:
 
     def shift(self, columns: int) -> Position:
         """The position ``columns`` characters to the right, on the same line."""
-        return replace(self, column=self.column + columns)
+        return Position(self.source, self.line, self.column + columns)
 
     def __str__(self) -> str:
         return f"{self.source}:{self.line}:{self.column}"

@@ -22,8 +22,9 @@ from peftsurgery.language.consistency import (
     within,
 )
 from peftsurgery.language.expression import Expression, parse
+from peftsurgery.language.file_formats import WITH, identifying_keys
 from peftsurgery.language.reserved import check_reachable
-from peftsurgery.language.schema import WITH, ExpressionField, Flat, Rule, Setting
+from peftsurgery.language.schema import ExpressionField, Flat, Rule, Setting
 from peftsurgery.language.strict import Strict, Word, position_of
 from peftsurgery.language.where import Where, check_references
 
@@ -73,9 +74,7 @@ class RuleFile(Strict):
 
     def identifying(self, format_name: str) -> dict[str, Any]:
         """The config keys whose values identify this method in a file format."""
-        table = self.checkpoint.get(format_name, {})
-        named = {key: value for key, value in table.items() if not self._is_setting(value)}
-        return {key: value for key, value in named.items() if key != WITH}
+        return identifying_keys(self.checkpoint.get(format_name, {}), self.with_)
 
     def implied(self, format_name: str) -> dict[str, Any]:
         """The settings that an adapter has in a file format whatever its config says.

@@ -25,6 +25,7 @@ from pydantic import (
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression, parse
+from peftsurgery.language.file_formats import MODULES, TABLE, key_suffixes, reserved_entry
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
 from peftsurgery.language.position import Text
 from peftsurgery.language.strict import Strict, Word, position_of
@@ -46,10 +47,6 @@ ExpressionField = Annotated[
 ]
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr | None
 Setting = Scalar | list[Scalar]
-
-MODULES, TABLE, WITH = "modules", "table", "with"
-"""What a rule's `checkpoint` calls the config key that lists the rule's modules, and the table of
-the format's own that says what the parameters are called; what a file's calls implied settings."""
 
 
 class Pattern(Strict):
@@ -216,8 +213,7 @@ class Rule(Strict):
 
     def suffixes(self, format_name: str) -> dict[str, str]:
         """The key suffix of each parameter in a file format; none if the format has no form."""
-        table = self.checkpoint.get(format_name, {})
-        return {name: suffix for name, suffix in table.items() if name in self.params}
+        return key_suffixes(self.checkpoint.get(format_name, {}), self.params)
 
     def listing(self, format_name: str) -> str | None:
         """The config key of a file format that lists the modules of this rule."""
@@ -228,7 +224,7 @@ class Rule(Strict):
         return self._reserved(format_name, TABLE)
 
     def _reserved(self, format_name: str, word: str) -> str | None:
-        return None if word in self.params else self.checkpoint.get(format_name, {}).get(word)
+        return reserved_entry(self.checkpoint.get(format_name, {}), self.params, word)
 
     def fused(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         """The names of the adapters that the rule is over."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 from peftsurgery.language.document import read_document
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def shipped() -> dict[str, Path]:
+@cache
+def shipped() -> Mapping[str, Path]:
     """The rule files that come with the package, by name."""
     installed, checkout = _PACKAGE / "rules", _PACKAGE.parent / "rules"
     folder = installed if installed.is_dir() else checkout
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return MappingProxyType({path.stem: path for path in sorted(folder.glob("*.yaml"))})
 
 
 def shipped_titles() -> Iterator[tuple[str, str]]:

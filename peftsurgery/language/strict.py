@@ -43,6 +43,7 @@ class Strict(BaseModel):
         extra="forbid",
         populate_by_name=True,
         arbitrary_types_allowed=True,
+        defer_build=True,
     )
     noun: ClassVar[str] = "mapping"
     also: ClassVar[tuple[str, ...]] = ()

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from peftsurgery.errors import SurgeryError, did_you_mean, nearest
 from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
-from peftsurgery.formats.words import brief, fits_setting, forms
+from peftsurgery.formats.words import ShippedForm, brief, fits_setting, shipped_forms
 from peftsurgery.language.paths import full_match
 from peftsurgery.language.rule_file import RuleFile
 
@@ -34,27 +34,26 @@ class AdapterConfig:
     def _methods(self) -> tuple[RuleFile, ...]:
         """The shipped rule files that this config identifies."""
         kind = self.values.get("peft_type")
-        known = {str(file.identifying(FORMAT)["peft_type"]) for file in forms(FORMAT)}
+        known = {str(form.identifying["peft_type"]) for form in shipped_forms(FORMAT)}
         if not isinstance(kind, str) or kind not in known:
             others = "LoRAs of other programs: `peftsurgery import`"
             listed = f"known here: {', '.join(sorted(known))}; {others}"
             hint = did_you_mean(str(kind), known) if kind else listed
             raise SurgeryError("PSG502", f"the adapter's peft_type is {brief(kind)}", hint)
-        of_kind = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] == kind]
-        for key, wanted in (item for f in of_kind for item in f.identifying(FORMAT).items()):
+        of_kind = [f for f in shipped_forms(FORMAT) if f.identifying["peft_type"] == kind]
+        for key, wanted in (item for form in of_kind for item in form.identifying.items()):
             if isinstance(wanted, bool) and not isinstance(self.value(key), bool):
                 _refuse_value(key, self.value(key))
-        files = [flat_form(file) for file in of_kind if not self._strangers(file)]
+        files = [flat_form(form.file) for form in of_kind if not self._strangers(form)]
         if not files:
-            odd = min((self._strangers(file) for file in of_kind), key=len)
+            odd = min((self._strangers(form) for form in of_kind), key=len)
             listed = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
             raise SurgeryError("PSG504", f"no shipped rule is {kind} with {listed}")
         return tuple(files)
 
-    def _strangers(self, file: RuleFile) -> list[str]:
+    def _strangers(self, form: ShippedForm) -> list[str]:
         """The keys in which this config is not of a rule file's method."""
-        wanted = file.identifying(FORMAT)
-        return [key for key, value in wanted.items() if self.value(key) != value]
+        return [key for key, value in form.identifying.items() if self.value(key) != value]
 
     def value(self, key: str) -> Any:
         """The value of a key, or what peft takes it to be where it is missing."""

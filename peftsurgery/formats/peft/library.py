@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.formats.words import forms, words_of
+from peftsurgery.formats.words import shipped_forms, words_of
 from peftsurgery.language.loading import load_rules
 from peftsurgery.language.rule_file import RuleFile
 
@@ -78,13 +78,11 @@ def flat_form(file: RuleFile) -> RuleFile:
 
 def known_names() -> set[str]:
     """Names that the shipped rules give a meaning: ends of tensors' names, whole ones after a /."""
-    rules = (rule for file in forms(FORMAT) for rule in file.rules)
-    return {name for rule in rules for name in rule.suffixes(FORMAT).values()}
+    return {name for form in shipped_forms(FORMAT) for name in form.suffixes}
 
 
 def listings(files: Iterable[RuleFile]) -> set[str]:
     """The keys that list the modules of one of the rules, in these methods."""
     kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
-    alike = [f for f in forms(FORMAT) if f.identifying(FORMAT)["peft_type"] in kinds]
-    keys = (rule.listing(FORMAT) for file in alike for rule in file.rules)
-    return {key for key in keys if key is not None}
+    alike = (form for form in shipped_forms(FORMAT) if form.identifying["peft_type"] in kinds)
+    return {key for form in alike for key in form.listings}

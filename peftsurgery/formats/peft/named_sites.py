@@ -42,14 +42,18 @@ PLACES = ("linear",)  # the kinds of sites whose weights are matrices under thei
 class Fit:
     """A rule that an adapter's tensors at a weight fit, if that is ``turned`` or if it is not.
 
-    ``numbers`` are what its expressions read there; ``rows`` is :func:`row_axes` of them.
+    ``numbers`` are what its expressions read there.
     """
 
     file: RuleFile
     rule: Rule
     turned: bool
     numbers: Mapping[str, Any]
-    rows: Mapping[str, int] | None
+
+    @cached_property
+    def rows(self) -> Mapping[str, int] | None:
+        """What :func:`row_axes` finds; it is asked of the rule that is chosen."""
+        return row_axes(self.rule, self.numbers)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -256,7 +260,7 @@ def _fits(adapter: NamedAdapter, path: str) -> Iterator[Fit]:
             out, in_ = reversed(weight) if turned else weight
             numbers = {**settings, "in": in_, "out": out}
             if all(parameter_shape(rule, n, numbers) == shapes[s] for n, s in suffixes.items()):
-                yield Fit(file, rule, turned, numbers, row_axes(rule, numbers))
+                yield Fit(file, rule, turned, numbers)
 
 
 def _is_meant(adapter: NamedAdapter, rules: Mapping[str, Rule]) -> bool:
