@@ -34,6 +34,7 @@ from peftsurgery.capture.inputs import example_inputs
 from peftsurgery.capture.kv_cache import Past
 from peftsurgery.capture.modules import Block, mirror, own
 from peftsurgery.capture.original_api import Likeness, forward_like, loaded_from
+from peftsurgery.capture.plain import is_plain_call
 from peftsurgery.capture.serving import Serving
 from peftsurgery.capture.signature import Call, bind_call, with_cache, with_own_name
 from peftsurgery.capture.sources import Source, check_plain, open_source
@@ -97,10 +98,11 @@ class GraphModel(Likeness):
 
         Returns its outputs, flat, in the graph's order.
         """
-        forward = self.runnable(self._waiting.serve(self, capture).top).forward
-        if not any(isinstance(leaf, torch.Tensor) and leaf.is_cpu for leaf in leaves):
-            return forward(self, *leaves)
-        if torch.compiler.is_dynamo_compiling():
+        program = self.runnable(self._waiting.serve(self, capture).top)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        recorded = torch.is_grad_enabled() or not is_plain_call(tensors)
+        forward = program.forward if recorded else program.no_grad
+        if torch.compiler.is_dynamo_compiling() or not any(each.is_cpu for each in tensors):
             return forward(self, *leaves)
         GATE.enter()
         try:
@@ -120,15 +122,16 @@ class GraphModel(Likeness):
         module, own = self._captures.source.module, self._captures.past
         call = with_derived(with_own_name(bind_call(module, args, kwargs), module, own), module)
         wanted = call.flags.get("use_cache", self._captures.cache and not self.training)
+        is_recomputed = self.training and self.is_gradient_checkpointing
+        if call.past is not None and not is_recomputed:
+            return call
         if own is None or not (wanted or call.past) or not remembers(module):
             return call
-        if self.training and self.is_gradient_checkpointing:
+        if is_recomputed:
             flags = {name: flag for name, flag in call.flags.items() if name != "use_cache"}
             return replace(call, flags=flags, past=None)
-        if call.past is None:
-            call = with_cache(call, Past(own, new_cache(module)))
-            return replace(call, flags={**call.flags, "use_cache": True})
-        return call
+        call = with_cache(call, Past(own, new_cache(module)))
+        return replace(call, flags={**call.flags, "use_cache": True})
 
     def _find(self, call: Call) -> Capture:
         """The capture that serves a call, as this model runs it."""
@@ -236,11 +239,16 @@ class GraphModel(Likeness):
 
     def _casts(self) -> Casts:
         """The original's tensors that were cast since (by ``to(torch.bfloat16)``, say)."""
-        found = [
-            (name, tensor_at(part, table, leaf))
-            for name, part, table, leaf, dtype in self._watched
-            if (tensor := part.__dict__[table].get(leaf)) is None or tensor.dtype is not dtype
-        ]
+        try:  # most calls: all are in their places, in the dtypes that they had
+            found = [
+                (name, part.__dict__[table][leaf])
+                for name, part, table, leaf, dtype in self._watched
+                if part.__dict__[table][leaf].dtype is not dtype
+            ]
+        except (KeyError, AttributeError):  # parametrised, pruned
+            found = [
+                (name, tensor_at(part, table, leaf)) for name, part, table, leaf, _ in self._watched
+            ]
         dtypes = self._captures.tensors
         return frozenset(
             (name, tensor.dtype)

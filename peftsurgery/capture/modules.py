@@ -47,9 +47,12 @@ class Part(Copied, Watched):
         """
         return run_part(self, args, kwargs, self._run)
 
-    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
-        """The outputs of a program of this part."""
-        return self.runnable(program).forward(self, *inputs)
+    def _run(self, program: Program, inputs: Sequence[Any], recorded: bool = True) -> Any:
+        """The outputs of a program of this part; ``recorded`` is whether gradients may be."""
+        runnable = self.runnable(program)
+        if recorded or torch.compiler.is_compiling():
+            return runnable.forward(self, *inputs)
+        return runnable.no_grad(self, *inputs)
 
     def runnable(self, program: Program) -> Program:
         """A program as this part runs it: compiled, if that is asked."""
@@ -74,21 +77,24 @@ class Block(Part):
         self.programs: dict[str, Program] = {}
         self.checkpointing = False
 
-    def forward(self, *args: Any, program: str | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, program: str | None = None, recorded: bool = True, **kwargs: Any
+    ) -> Any:
         """Run the program of that label; without one, be called as the original is.
 
         Args are the values its graph takes (hidden states, masks, sizes), in the graph's order.
+        ``recorded`` is False where the calling program knows that no gradient is recorded.
         """
         if program is None:
             return super().forward(*args, **kwargs)
-        return self._run(self.programs[program], args)
+        return self._run(self.programs[program], args, recorded)
 
-    def _run(self, program: Program, inputs: Sequence[Any]) -> Any:
+    def _run(self, program: Program, inputs: Sequence[Any], recorded: bool = True) -> Any:
         """The outputs of a program, which is run again in the backward pass if that is asked."""
         if self.checkpointing and self.training and torch.is_grad_enabled():
             run = self.runnable(program).forward
             return checkpoint(run, self, *inputs, use_reentrant=False)
-        return super()._run(program, inputs)
+        return super()._run(program, inputs, recorded)
 
     @property
     def is_awaited(self) -> bool:

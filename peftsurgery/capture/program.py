@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.higher_order import AUTOCAST
+from peftsurgery.capture.no_grad_form import no_grad_form
 from peftsurgery.capture.plain import is_plain_call
 from peftsurgery.errors import SurgeryError
 
@@ -46,7 +48,17 @@ BINDINGS = {
     **{f"to.{overload}": "torch.Tensor.to" for overload in ("dtype", "device", "other")},
     "sym_size.int": "torch.Tensor.size",
     "new_ones.default": "torch.Tensor.new_ones",
+    "split_with_sizes": "torch.Tensor.split_with_sizes",
     **{f"arange.{overload}": "torch.arange" for overload in ("default", "start", "start_step")},
+}
+
+
+# And the forms of these that write in place.
+BINDINGS |= {
+    f"{name}_": f"{place}.{name}_"
+    for place, holder in (("torch.Tensor", torch.Tensor), ("torch._C._nn", torch._C._nn))
+    for name in (*_FUNCTIONS, *_LAYERS)
+    if hasattr(holder, f"{name}_")
 }
 
 
@@ -79,7 +91,8 @@ class Program(SharedByCopies):
     nested blocks by ``call_module`` nodes that name the child's program in the keyword ``program``.
     ``home`` is the path of the block it was first made for, of which its nodes' origins speak.
     ``running`` computes what ``graph`` does in another way, if there is a faster one: it is run.
-    ``forward(self, *args)`` runs it for any module that has tensors of these names.
+    ``forward(self, *args)`` runs it for any module that has tensors of these names, ``no_grad``
+    where no gradient is recorded and nothing looks on.
     """
 
     label: str
@@ -92,8 +105,17 @@ class Program(SharedByCopies):
     forward: Callable[..., Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        graph = self.graph if self.running is None else self.running
-        object.__setattr__(self, "forward", generate_forward(graph, self.label))
+        object.__setattr__(self, "forward", generate_forward(self.runs, self.label))
+
+    @property
+    def runs(self) -> fx.Graph:
+        """The graph that is run."""
+        return self.graph if self.running is None else self.running
+
+    @cached_property
+    def no_grad(self) -> Callable[..., Any]:
+        """The forward without gradients, made when a call first needs it."""
+        return generate_forward(no_grad_form(self.runs), f"{self.label}, no gradients")
 
     def rewritten(self, label: str, graph: fx.Graph, running: fx.Graph | None = None) -> Program:
         """A program of the same block with another graph."""

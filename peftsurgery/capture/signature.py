@@ -101,7 +101,7 @@ def with_cache(call: Call, past: Past) -> Call:
     """
     idle = {MASK} if _masks_nothing(call.tensors, past) else set[str]()
     kept = {name: value for name, value in call.tensors.items() if name not in idle}
-    return replace(call, tensors=kept, past=past)
+    return Call(kept, call.flags, past, call.trace)
 
 
 def with_own_name(call: Call, module: nn.Module, own: str | None) -> Call:
@@ -132,7 +132,7 @@ def _is_of_tokens(mask: Any) -> TypeGuard[torch.Tensor]:
 
 def takes(module: nn.Module, name: str) -> bool:
     """Whether the module's forward has an argument of that name."""
-    return name in arguments_of(module)
+    return name in _signature(module).parameters
 
 
 def arguments_of(module: nn.Module) -> tuple[str, ...]:
