@@ -3,6 +3,7 @@
     slice(x, 3, 0, 32), slice(x, 3, 32, 64)    ->    split_with_sizes(x, [32, 32], 3)
     transpose(view(x, [n, 1, -1, 64]), 1, 2)   ->    reshape(x, [n, -1, 1, 64])
     pow(x, 2)                                  ->    mul(x, x)
+    mean(x, [-1], True) + 1e-6                 ->    addcdiv(1e-6, sum(x, -1, True), 512)
     add(y, linear(x, W))                       ->    linear(x, W).add_(y)
 
 A small model spends as long on calling its operators as on what they compute. With gradients, each
@@ -20,6 +21,7 @@ from torch import Tensor, fx
 
 from peftsurgery.capture.reshapes import join_reshapes, join_slices
 from peftsurgery.capture.schemas import op, overwritten, shares_memory
+from peftsurgery.capture.shifted_mean import ShiftedMean, shift_means
 
 aten = torch.ops.aten
 
@@ -43,6 +45,7 @@ def no_grad_form(graph: fx.Graph) -> fx.Graph:
         _multiply_squares(made)
         join_slices(made)
         join_reshapes(made)
+        shift_means(made)
         _write_in_place(made)
     for call in made.find_nodes(op="call_module"):
         call.kwargs = {**call.kwargs, "recorded": False}
@@ -94,7 +97,7 @@ def _is_fresh(node: fx.Node) -> bool:
     """Whether a value is memory of its own, whatever its operator is given."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or shares_memory(target) is not False:
-        return False
+        return isinstance(target, ShiftedMean)
     return op(node) in _FRESH or torch.Tag.pointwise in target.tags
 
 

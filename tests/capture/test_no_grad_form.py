@@ -44,9 +44,9 @@ def test_values_that_nothing_else_reads_are_written_over_and_no_others() -> None
     module, x = Norm(), torch.randn(2, 3, 8)
     flat = exported(lambda *given: module(*given), x)
     graph = no_grad_form(flat.graph)
-    assert targets(graph).count("aten.add_.Tensor") == 2  # the mean, and one of the two sums
+    assert targets(graph).count("aten.add_.Tensor") == 1  # of three sums, two are of other values
     assert "aten.pow.Tensor_Scalar" not in targets(graph)
-    assert "aten.exp_.default" in targets(graph)
+    assert {"aten.rsqrt_.default", "aten.exp_.default"} <= set(targets(graph))
     assert "aten.sigmoid_.default" not in targets(graph)  # what it would write over is viewed
     before, weights = x.clone(), copy.deepcopy(module.state_dict())
     with torch.no_grad():
