@@ -57,6 +57,21 @@ def read_rows(file: TensorFile, tensor: Tensor, start: int = 0, end: int | None 
     return np.frombuffer(content, dtype).reshape(shape)
 
 
+def read_columns(file: TensorFile, tensor: Tensor, start: int, end: int) -> Array:
+    """Columns ``start`` to ``end`` of a matrix in a file that is here, as stored."""
+    rows, columns = tensor.shape
+    found = np.empty((rows, end - start), NUMBERS[tensor.dtype])
+    room, width = as_bytes(found), found.itemsize * columns
+    each, place = (
+        found.itemsize * (end - start),
+        file.offset + tensor.start + found.itemsize * start,
+    )
+    with FileIO(file.path) as stream:
+        for row in range(rows):
+            _fill_here(stream, room[row * each : (row + 1) * each], place + row * width)
+    return found
+
+
 def as_bytes(value: Array) -> memoryview:
     """The bytes of an array, as a file holds them."""
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
@@ -90,6 +105,10 @@ def _fill(stream: FileIO, room: memoryview, place: int) -> None:
     if apart is not None:
         apart.fill(path.name, room, place)
         return
+    _fill_here(stream, room, place)
+
+
+def _fill_here(stream: FileIO, room: memoryview, place: int) -> None:
     while room:
         got = os.preadv(stream.fileno(), [room], place)
         if not got:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
-from peftsurgery.checkpoint.codecs.coded import PlainView
+from peftsurgery.checkpoint.codecs.coded import CodedWeight, PlainView
 from peftsurgery.checkpoint.fold_tensor import BLOCK, is_by_rows
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.ties import view_of
@@ -119,7 +119,7 @@ def _others(plan: FoldPlan, files: ModelFiles) -> int:
 def _working(plan: FoldPlan, view: PlainView) -> int:
     """Bytes of memory for what is computed at once, in all threads together."""
     held = {name: tensor for name, (_, tensor) in view.tensors.items()}
-    sizes = [_at_once([w.tensor], w.codec.by_rows) for w in view.coded.values()]
+    sizes = [_in_bands(weight) for weight in view.coded.values()]
     for site in plan.sites:
         mine = [held[each] for name in site.weights.values() for each in _first(plan, name)]
         dims = max(len(tensor.shape) for tensor in mine)
@@ -127,6 +127,14 @@ def _working(plan: FoldPlan, view: PlainView) -> int:
     sizes += [held[each].count for name in plan.replaced for each in _first(plan, name)]
     threads = len(os.sched_getaffinity(0))
     return sum(sorted(sizes)[-threads:]) * 4 * COPIES
+
+
+def _in_bands(weight: CodedWeight) -> int:
+    """How many elements of a weight are decoded, or quantised again, at once."""
+    count, bands = weight.tensor.count, weight.bands
+    if bands is None or bands.is_closed:
+        return count
+    return min(count, max(BLOCK, bands.rows * (count // max(1, weight.tensor.shape[0]))))
 
 
 def _first(plan: FoldPlan, name: str) -> list[str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from peftsurgery.checkpoint.arrays import FLOATS, Array, as_bytes, read_rows, ulp, wide_dtype
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
+from peftsurgery.checkpoint.codecs.decoded import DecodedRows
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
 from peftsurgery.checkpoint.row_wise import folded
 from peftsurgery.errors import SurgeryError
@@ -145,7 +146,7 @@ class Folding:
         _, tensor = self.base[name]
         wide = wide_dtype(tensor.dtype)
         if name in self.plan.replaced:
-            was = self._stored(name, {}, None)
+            was = self._stored(name)
             if name not in self.plan.resized:
                 read(as_bytes(was))
             yield was.astype(wide), self._adapters(self.plan.replaced[name], wide)
@@ -154,13 +155,13 @@ class Folding:
         others = sorted({name, *(other for site in sites for other in site.weights.values())})
         keys = {key for site in sites for key in site.parameters.values()}
         learnt = {key: self._adapters(key, wide) for key in keys}
-        mine = {n: self.coded[n] for n in others if n in self.coded}
-        whole = {n: weight.values() for n, weight in mine.items() if not weight.codec.by_rows}
-        for rows in _row_blocks([self.base[other][1] for other in others], sites):
-            stored = {other: self._stored(other, whole, rows) for other in others}
+        decoded = DecodedRows({n: self.coded[n] for n in others if n in self.coded})
+        tensors = [self.base[other][1] for other in others]
+        for rows in _row_blocks(tensors, sites, decoded.unit):
+            stored = {other: self._stored(other, rows, decoded) for other in others}
             if name not in self.coded and name not in self.plan.resized:
                 read(as_bytes(stored[name]))
-            before = {other: value.astype(wide) for other, value in stored.items()}
+            before = {other: value.astype(wide, copy=False) for other, value in stored.items()}
             for other in others:
                 if other != name and not np.isfinite(before[other]).all():
                     raise SurgeryError("PSG403", f"'{other}' holds NaN or infinity")
@@ -174,9 +175,9 @@ class Folding:
         stack, expert, start, end = self.plan.pieces[name]
         rows, wide = slice(expert, expert + 1), wide_dtype(self.base[name][1].dtype)
         if name not in self.coded:
-            read(as_bytes(self._stored(name, {}, None)))
+            read(as_bytes(self._stored(name)))
         mine = sorted(self.plan.stacks[stack], key=lambda piece: piece[1:])
-        parts = [self._stored(piece, {}, None) for piece, e, _, _ in mine if e == expert]
+        parts = [self._stored(piece) for piece, e, _, _ in mine if e == expert]
         before = np.concatenate(parts).astype(wide)[None]
         if stack in self.plan.replaced:
             now = {stack: self._adapters(self.plan.replaced[stack], wide, rows)}
@@ -191,12 +192,12 @@ class Folding:
                 _fold(site, now, learnt, None)
         return before[0, start:end], now[stack][0, start:end]
 
-    def _stored(self, name: str, whole: Mapping[str, Array], rows: slice | None) -> Array:
-        """Rows of a tensor of the base, ``whole`` ones of which are in memory already."""
+    def _stored(
+        self, name: str, rows: slice | None = None, decoded: DecodedRows | None = None
+    ) -> Array:
+        """Rows of a tensor of the base, those of codecs as they are ``decoded``."""
         if name in self.coded:
-            if name not in whole:
-                return self.coded[name].values(rows)
-            return whole[name] if rows is None else whole[name][rows]
+            return (decoded or DecodedRows(self.coded)).values(name, rows)
         file, tensor = self.base[name]
         if name in self.plan.resized:
             return self._resized(name, slice(0, tensor.shape[0]) if rows is None else rows)
@@ -294,8 +295,13 @@ def is_by_rows(site: SiteFold, dims: int) -> bool:
     return site.rows is not None and site.slice is None and as_it_lies
 
 
-def _row_blocks(tensors: Sequence[Tensor], sites: Iterable[SiteFold]) -> Iterator[slice | None]:
-    """Blocks of rows in which tensors can be folded by themselves; None for all of them at once."""
+def _row_blocks(
+    tensors: Sequence[Tensor], sites: Iterable[SiteFold], unit: int
+) -> Iterator[slice | None]:
+    """Blocks of rows in which tensors can be folded by themselves; None for all of them at once.
+
+    A block lies in one or more bands of ``unit`` rows, or within one.
+    """
     largest = max(tensor.count for tensor in tensors)
     lengths = {tensor.shape[:1] for tensor in tensors}
     dims = max(len(tensor.shape) for tensor in tensors)
@@ -305,8 +311,11 @@ def _row_blocks(tensors: Sequence[Tensor], sites: Iterable[SiteFold]) -> Iterato
         return
     (rows,) = lengths.pop()
     step = max(1, BLOCK * rows // largest)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+    band = max(unit, step // unit * unit)
+    for first in range(0, rows, band):
+        end = min(first + band, rows)
+        for start in range(first, end, step):
+            yield slice(start, min(start + step, end))
 
 
 def _take(value: Array, part: tuple[int, int, int, int]) -> Array:

@@ -27,6 +27,7 @@ from typing import Any
 from peftsurgery.errors import SurgeryError
 
 JOURNAL = ".journal"
+CHUNK = 2**20  # bytes that are read at once
 WAIT, PAUSE = 60.0, 0.02  # seconds: for others to begin or finish, and from one look to the next
 
 
@@ -69,6 +70,20 @@ class PartFile:
             done = os.pwrite(self.stream.fileno(), left, place)
             left, place = left[done:], place + done
 
+    def write_apart(self, content: memoryview, size: int, place: int, step: int) -> None:
+        """Write pieces of ``size`` bytes, each ``step`` bytes further on than the one before."""
+        for start in range(0, len(content), size):
+            self.write(content[start : start + size], place)
+            place += step
+
+    def read(self, place: int, size: int) -> Iterator[bytes]:
+        """What was written from a place on, so many bytes of it, some at a time."""
+        end = place + size
+        while place < end:
+            block = os.pread(self.stream.fileno(), min(CHUNK, end - place), place)
+            yield block
+            place += len(block)
+
     def flush(self) -> None:
         """Wait until what is written so far is on the disk."""
         os.fdatasync(self.stream.fileno())
@@ -87,7 +102,7 @@ class PartFolder:
         file = self.path / name
         part = file.with_name(f".{file.name}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        return PartFile(name, FileIO(part, "w"))
+        return PartFile(name, FileIO(part, "w+"))
 
     def ended(self, file: PartFile, said: Any = None) -> None:
         """Put a file that is whole in its place, and enter it in the journal with what is said."""

@@ -1,94 +1,72 @@
-"""Weights that are quantised again after a fold: all parts of one made at once.
-
-The parts lie in several places, maybe in several files, and are asked for one after the other. What
-was made last is kept, a weight for each thread and one more; what is asked for later is made again,
-of the same bytes.
-"""
+"""Weights that are quantised again after a fold: all parts of one made at once, band by band."""
 
 from __future__ import annotations
 
-import os
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from threading import Lock
+from dataclasses import dataclass
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import Array, as_bytes
-from peftsurgery.checkpoint.codecs.coded import PlainView
+from peftsurgery.checkpoint.arrays import Array
+from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.fold_tensor import BLOCK, Folding, FoldMeasure, check_finite
 
 
-@dataclass
-class _Packed:
-    """A weight's parts by the names of their tensors, as bytes, and how far it was changed."""
+@dataclass(frozen=True)
+class PartBand:
+    """What of a part belongs to a band: ``values``, which begin at ``start`` along ``axis``."""
 
-    lock: Lock = field(default_factory=Lock)
-    parts: dict[str, bytes] = field(default_factory=dict)
-    measure: FoldMeasure = field(default_factory=FoldMeasure)
+    part: str
+    axis: int
+    start: int
+    values: Array
 
 
-class Requantised:
-    """The changed weights of a fold, in the codecs of the base."""
+def requantised(folding: Folding, name: str, measure: FoldMeasure) -> Iterator[PartBand]:
+    """Make the parts of a changed weight in its codec, band by band, and fill its ``measure``.
 
-    def __init__(self, folding: Folding, view: PlainView) -> None:
-        """``view`` says which weights are quantised again."""
-        self._folding, self._view = folding, view
-        self._made = OrderedDict[str, _Packed]()
-        self._room, self._lock = 1 + len(os.sched_getaffinity(0)), Lock()
+    Raises SurgeryError: PSG402 for what the codec cannot hold, PSG403 for NaN or infinity.
+    """
+    weight = folding.coded[name]
+    cut = {} if weight.bands is None else weight.bands.cut
+    for rows, before, exact in _bands(folding, name):
+        parts = weight.stored(rows)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            now = {**parts, **weight.codec.encode(exact, parts, weight.said)}
+            _measure(weight, measure, exact, before, weight.values_of(now, rows))
+        for key in weight.parts:
+            if rows is not None and key in cut:
+                yield PartBand(key, cut[key].axis, cut[key].of(rows).start, now[key])
+            elif rows is None or rows.start == 0:
+                yield PartBand(key, 0, 0, now[key])
 
-    def part(self, tensor: str) -> tuple[bytes, FoldMeasure | None]:
-        """The bytes of a tensor that is part of a weight; with the first part, its measure.
 
-        Raises SurgeryError: PSG402 for what the codec cannot hold, PSG403 for NaN or infinity.
-        """
-        name = self._view.again_by_part[tensor]
-        with self._lock:
-            made = self._made.setdefault(name, _Packed())
-            self._made.move_to_end(name)
-            while len(self._made) > self._room:
-                self._made.popitem(last=False)
-        with made.lock:
-            if not made.parts:
-                self._make(name, made)
-        is_first = tensor == self._view.coded[name].parts["weight"][1].name
-        return made.parts[tensor], made.measure if is_first else None
+def _measure(
+    weight: CodedWeight, measure: FoldMeasure, exact: Array, before: Array, written: Array
+) -> None:
+    """Add rows to the measure of a weight, so few at a time that they stay in the cache."""
+    step = max(1, BLOCK * len(exact) // max(exact.size, 1))
+    for start in range(0, len(exact), step):
+        part = slice(start, start + step)
+        values = before[part], exact[part], written[part]
+        if not measure.add_quantised(*values, weight.tensor.dtype):
+            check_finite(weight.tensor.name, weight.codec.name, *values)
 
-    def _make(self, name: str, made: _Packed) -> None:
-        weight, done = self._view.coded[name], defaultdict[str, list[memoryview]](list)
-        for rows, exact in self._blocks(name):
-            parts = weight.stored(rows)
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                now = {**parts, **weight.codec.encode(exact, parts, weight.said)}
-                both = weight.values_of(parts, rows), weight.values_of(now, rows)
-                self._measure(name, made.measure, exact, *both)
-            for key, value in now.items():
-                done[weight.parts[key][1].name].append(as_bytes(value))
-        made.parts = {tensor: b"".join(blocks) for tensor, blocks in done.items()}
 
-    def _measure(
-        self, name: str, measure: FoldMeasure, exact: Array, before: Array, written: Array
-    ) -> None:
-        """Add a weight to its measure, so few rows at a time that they stay in the cache."""
-        weight = self._view.coded[name]
-        step = max(1, BLOCK * len(exact) // max(exact.size, 1))
-        for start in range(0, len(exact), step):
-            part = slice(start, start + step)
-            values = before[part], exact[part], written[part]
-            if not measure.add_quantised(*values, weight.tensor.dtype):
-                check_finite(name, weight.codec.name, *values)
+def _bands(folding: Folding, name: str) -> Iterator[tuple[slice | None, Array, Array]]:
+    """A weight as it was and as it is to be: a band of rows, or all of one that has none."""
+    weight, start = folding.coded[name], 0
+    count, bands = weight.tensor.shape[0], weight.bands
+    unit = None if bands is None or bands.is_closed else bands.rows
+    gathered = list[tuple[Array, Array]]()
+    for before, now in folding.exact(name):
+        gathered.append((before, now))
+        end = start + sum(len(each) for each, _ in gathered)
+        if end == count or (unit is not None and not end % unit):
+            was, to_be = (_joined(values) for values in zip(*gathered, strict=True))
+            yield None if unit is None else slice(start, end), was, to_be
+            start, gathered = end, []
 
-    def _blocks(self, name: str) -> Iterator[tuple[slice | None, Array]]:
-        """A weight as it is to be: rows of it, or all of one that is not kept by rows."""
-        weight, start = self._view.coded[name], 0
-        exact = np.empty(0 if weight.codec.by_rows else weight.tensor.shape, np.float32)
-        for _, now in self._folding.exact(name):
-            rows = slice(start, start + len(now))
-            start = rows.stop
-            if weight.codec.by_rows:
-                yield rows, now
-            else:
-                exact[rows] = now
-        if not weight.codec.by_rows:
-            yield None, exact
+
+def _joined(blocks: tuple[Array, ...]) -> Array:
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)

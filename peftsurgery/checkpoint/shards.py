@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import cached_property
 from threading import Lock
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from peftsurgery.checkpoint.arrays import FLOATS, chunks
+from peftsurgery.checkpoint.arrays import FLOATS, as_bytes, chunks
 from peftsurgery.checkpoint.codecs.coded import PlainView
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
-from peftsurgery.checkpoint.hashing import ALGORITHM, new_digest
+from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of, new_digest
 from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
-from peftsurgery.checkpoint.requantised import Requantised
+from peftsurgery.checkpoint.requantised import requantised
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
 
 FLUSHED = 2**26  # bytes
@@ -39,25 +38,57 @@ class Streamed:
     dtype: str | None = None
     progress: Callable[[int], None] = field(default=lambda size: None, repr=False)
 
-    @cached_property
-    def again(self) -> Requantised:
-        """The weights that are quantised again."""
-        return Requantised(self.folding, self.view)
-
     def dtype_of(self, tensor: Tensor) -> str:
         """The dtype in which a tensor is written."""
         return self.dtype if self.dtype and tensor.dtype in FLOATS else tensor.dtype
 
-    def write(self, tensor: Tensor, into: PartFile, place: int) -> dict[str, Any]:
+    def write(self, tensors: Sequence[Tensor], into: PartFile, place: int) -> dict[str, Any]:
+        """Write tensors, the first byte of whose file is at ``place``; what is said of each.
+
+        They are one, or parts of one weight that is quantised again.
+        """
+        tensor = tensors[0]
+        if tensor.name in self.view.again_by_part:
+            return self._write_parts({each.name: each for each in tensors}, into, place)
+        return {tensor.name: self._write_one(tensor, into, place + tensor.start)}
+
+    def _write_parts(
+        self, tensors: Mapping[str, Tensor], into: PartFile, start: int
+    ) -> dict[str, Any]:
+        """Write parts of a weight that is quantised again, band by band."""
+        weight = self.view.coded[self.view.again_by_part[next(iter(tensors))]]
+        names = {part: tensor.name for part, (_, tensor) in weight.parts.items()}
+        digests, measure = {name: new_digest() for name in tensors}, FoldMeasure()
+        apart = set[str]()
+        for band in requantised(self.folding, weight.tensor.name, measure):
+            name, content = names[band.part], as_bytes(band.values)
+            if name not in tensors:
+                continue
+            tensor = tensors[name]
+            rows = tensor.shape[0] if tensor.shape else 1
+            row = tensor.size // max(1, rows)
+            if band.axis:  # a piece of each row
+                place = start + tensor.start + band.start * band.values.itemsize
+                into.write_apart(content, len(content) // rows, place, row)
+                apart.add(name)
+            else:
+                digests[name].update(content)
+                into.write(content, start + tensor.start + band.start * row)
+            self.progress(len(content))
+        said = {}
+        for name, tensor in tensors.items():
+            for block in into.read(start + tensor.start, tensor.size) if name in apart else ():
+                digests[name].update(block)
+            before = hash_of(*self.view.held[name])
+            own = measure if name == names["weight"] else FoldMeasure()
+            said[name] = _account(digests[name].hexdigest(), before, own)
+        return said
+
+    def _write_one(self, tensor: Tensor, into: PartFile, place: int) -> dict[str, Any]:
         """Write a tensor from ``place`` of a file on; what the certificate says of it."""
         digest, before, measure = new_digest(), new_digest(), FoldMeasure()
-        blocks: Iterable[bytes | memoryview]
-        if tensor.name in self.view.again_by_part:
-            part, own = self.again.part(tensor.name)
-            blocks, measure = [part], own or measure
-            for chunk in chunks(*self.view.held[tensor.name]):
-                before.update(chunk)
-        elif self._is_kept(tensor):
+        blocks: Iterable[memoryview]
+        if self._is_kept(tensor):
             blocks, before = chunks(*self.view.held[tensor.name]), digest
         else:
             blocks = self.folding.blocks(tensor.name, tensor.dtype, measure, before.update)
@@ -73,6 +104,15 @@ class Streamed:
             for each in self.view.coded[tensor.name].hashes.values():
                 before.update(each.encode())
         return _account(digest.hexdigest(), before.hexdigest(), measure)
+
+    def together(self, tensors: Iterable[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Tensors of a file as they are written: parts of a weight that is made again are one."""
+        found: dict[tuple[str, bool], list[Tensor]] = {}
+        for tensor in tensors:
+            weight = self.view.again_by_part.get(tensor.name)
+            key = (tensor.name, False) if weight is None else (weight, True)
+            found.setdefault(key, []).append(tensor)
+        return [tuple(group) for group in found.values()]
 
     def _is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor of the result is the base's, byte for byte."""
@@ -92,12 +132,13 @@ class Shard:
         self._header = header_of(self.tensors, file.metadata)
         self._streamed, self._into, self._name = streamed, into, file.path.name
         self._said: dict[str, Any] = {tensor.name: None for tensor in self.tensors}
-        self._left, self._lock = 1 + len(self.tensors), Lock()
+        self.parts: list[Sequence[Tensor]] = [(), *streamed.together(self.tensors)]
+        self._left, self._lock = len(self.parts), Lock()
         self._file: PartFile | None = None
         self._unflushed, self._flushes = 0, list[Future[None]]()
 
-    def write(self, tensor: Tensor | None, disk: ThreadPoolExecutor) -> bool:
-        """Write one tensor, or the header; whether that was the last part.
+    def write(self, part: Sequence[Tensor], disk: ThreadPoolExecutor) -> bool:
+        """Write tensors, or the header if there are none; whether that was the last part.
 
         Each time that :data:`FLUSHED` bytes more are written, ``disk`` begins with them: else it
         would have nothing to do until the file is whole, and then all of it at once.
@@ -105,13 +146,12 @@ class Shard:
         with self._lock:
             if self._file is None:
                 self._file = self._into.begun(self._name)
-        if tensor is None:
+        if not part:
             self._file.write(self._header, 0)
         else:
-            place = len(self._header) + tensor.start
-            self._said[tensor.name] = self._streamed.write(tensor, self._file, place)
+            self._said |= self._streamed.write(part, self._file, len(self._header))
         with self._lock:
-            self._unflushed += 0 if tensor is None else tensor.size
+            self._unflushed += sum(tensor.size for tensor in part)
             self._left -= 1
             if self._left and self._unflushed >= FLUSHED:
                 self._flushes.append(disk.submit(self._file.flush))
@@ -139,10 +179,10 @@ class _Work:
     """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
-        self._parts = {shard: deque([None, *shard.tensors]) for shard in shards}
+        self._parts = {shard: deque(shard.parts) for shard in shards}
         self._free, self._lock = deque(self._parts), Lock()
 
-    def taken(self) -> Iterator[tuple[Shard, Tensor | None]]:
+    def taken(self) -> Iterator[tuple[Shard, Sequence[Tensor]]]:
         """The parts that fall to one thread, one after the other."""
         mine: Shard | None = None
         while True:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import CHUNK, Array
+from peftsurgery.checkpoint.codecs.bands import Bands, PartCut, rows_of_blocks
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
 from peftsurgery.checkpoint.codecs.nearest import inverse, nearer_scales
 
@@ -36,10 +37,11 @@ def _four_bits(parts: Parts, said: Said) -> Array:
     state, table = state_of(parts), parts["table"].astype(np.float32)
     packed = parts["weight"].reshape(-1)
     numbers = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)
-    shape = state["shape"]
-    values = table[numbers[: int(np.prod(shape))]]
+    whole, columns = state["shape"]
+    rows = min(whole, numbers.size // columns)
+    values = table[numbers[: rows * columns]]
     scale = np.repeat(_largest(parts, state), state["blocksize"])[: values.size]
-    return np.multiply(values, scale, out=values).reshape(shape)
+    return np.multiply(values, scale, out=values).reshape(rows, columns)
 
 
 def _largest(parts: Parts, state: Said) -> Array:
@@ -142,6 +144,21 @@ def _shape(parts: Parts, said: Said) -> tuple[int, int]:
     return rows, columns
 
 
+def _four_bands(parts: Parts, said: Said) -> Bands | None:
+    """Rows whose numbers are whole blocks of blocks."""
+    state = state_of(parts)
+    if any(parts[name].shape[0] != parts[name].size for name in ("weight", "absmax")):
+        return None
+    (_, columns), block = state["shape"], state["blocksize"]
+    nested = block * state["nested_blocksize"] if "nested_absmax" in parts else block
+    cut = {
+        "weight": PartCut(0, columns, 2),
+        "absmax": PartCut(0, columns, block),
+        "nested_absmax": PartCut(0, columns, nested),
+    }
+    return Bands(rows_of_blocks(columns, nested), cut)
+
+
 def _four(kind: str) -> Codec:
     return Codec(
         f"bitsandbytes {kind}",
@@ -158,6 +175,7 @@ def _four(kind: str) -> Codec:
         _pack_four,
         optional=("nested_absmax", "nested_table"),
         small=("state",),
+        bands=_four_bands,
     )
 
 
@@ -169,4 +187,5 @@ INT8 = Codec(
     _eight_bits,
     _pack_eight,
     optional=("format",),
+    bands=lambda parts, said: Bands(1, {"weight": PartCut(), "scale": PartCut()}),
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import Array
+from peftsurgery.checkpoint.codecs.bands import Bands
 
 Shapes = Mapping[str, tuple[int, ...]]
 Parts = Mapping[str, Array]
@@ -22,9 +23,9 @@ class Codec:
     shape. ``plain`` is how the weight's own name ends. ``shape`` gives the weight's shape from
     those of the parts; ``decode`` gives its values in fp32 from the parts, as stored, and the
     config of the quantiser. ``encode`` gives the parts that another weight has in place of these,
-    in their shapes and dtypes. With ``by_rows``, the first axis of the weight is that of each part,
-    and rows can be read and written by themselves. ``refuses`` says why a config is none that is
-    read; None for one that is.
+    in their shapes and dtypes. ``bands`` says, from the same as ``shape``, how rows of the weight
+    can be read and written by themselves; None if they cannot. ``refuses`` says why a config is
+    none that is read; None for one that is.
     """
 
     name: str
@@ -36,4 +37,4 @@ class Codec:
     optional: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     plain: str = ".weight"
-    by_rows: bool = False
+    bands: Callable[[Parts, Said], Bands | None] = lambda parts, said: None

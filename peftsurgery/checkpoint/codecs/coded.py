@@ -8,7 +8,7 @@ are quantised again; where it does not, they stay as they are.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_rows
+from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_columns, read_rows
+from peftsurgery.checkpoint.codecs.bands import Bands
 from peftsurgery.checkpoint.codecs.bitsandbytes import FP4, INT8, NF4
 from peftsurgery.checkpoint.codecs.codec import Codec, Said
 from peftsurgery.checkpoint.codecs.fp8_blocks import FP8_BLOCKS
@@ -27,6 +28,7 @@ from peftsurgery.checkpoint.hashing import hash_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.model_files import ModelFiles
+from peftsurgery.stand_ins import stand_in_of
 from peftsurgery.tensor_file import Tensor, TensorFile, size_of
 
 CONFIG, QUANTISER = "config.json", "quantization_config"
@@ -46,24 +48,40 @@ DTYPES = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16
 
 @dataclass(frozen=True)
 class CodedWeight:
-    """A weight that is kept by a codec; ``tensor`` is what it is as a plain one."""
+    """A weight that is kept by a codec; ``tensor`` is what it is as a plain one.
+
+    ``bands`` are those in which it is read; None for one that is read as a whole.
+    """
 
     tensor: Tensor
     codec: Codec
     parts: Mapping[str, tuple[TensorFile, Tensor]]
     said: Said
+    bands: Bands | None = None
 
     def values(self, rows: slice | None = None) -> Array:
-        """The weight, or rows of one that is kept by rows, in fp32.
+        """The weight, or a band of its rows, in fp32.
 
         PSG416 for parts that do not fit each other.
         """
         return self.values_of(self.stored(rows), rows)
 
     def stored(self, rows: slice | None = None) -> dict[str, Array]:
-        """The parts, or rows of them, as the files have them."""
-        some = () if rows is None else (rows.start, rows.stop)
-        return {name: read_rows(*where, *some) for name, where in self.parts.items()}
+        """The parts, or what of them belongs to a band, as the files have them."""
+        if rows is None or self.bands is None:
+            return {name: read_rows(*where) for name, where in self.parts.items()}
+        whole = {name: read_rows(*self.parts[part]) for name, part in self.bands.whole.items()}
+        return whole | {name: self._part(name, self.bands, rows) for name in self.parts}
+
+    def _part(self, name: str, bands: Bands, rows: slice) -> Array:
+        """What of a part belongs to a band."""
+        file, tensor = self.parts[name]
+        if name not in bands.cut:
+            return read_rows(file, tensor)
+        cut = bands.cut[name]
+        mine = cut.of(rows)
+        read = read_columns if cut.axis else read_rows
+        return read(file, tensor, mine.start, min(mine.stop, tensor.shape[cut.axis]))
 
     def values_of(self, parts: Mapping[str, Array], rows: slice | None = None) -> Array:
         """The weight of some parts in fp32. PSG416 for those that do not fit."""
@@ -229,11 +247,19 @@ def _found(
             for name, where in parts.items()
         }
         try:
-            shape = codec.shape(looks, said)
+            shape, bands = codec.shape(looks, said), codec.bands(looks, said)
             size = size_of(dtype, shape)
         except (ValueError, IndexError, KeyError, TypeError):
             continue  # it is no weight of this codec, and stays what it is
-        yield CodedWeight(Tensor(module + codec.plain, dtype, shape, 0, size), codec, parts, said)
+        tensor = Tensor(module + codec.plain, dtype, shape, 0, size)
+        yield CodedWeight(tensor, codec, parts, said, _readable(bands, parts.values()))
+
+
+def _readable(bands: Bands | None, parts: Iterable[tuple[TensorFile, Tensor]]) -> Bands | None:
+    """Bands, unless each row of a part would be a read of its own of files elsewhere."""
+    is_across = bands is not None and any(cut.axis for cut in bands.cut.values())
+    is_apart = any(stand_in_of(file.path) is not None for file, _ in parts)
+    return None if is_across and is_apart else bands
 
 
 def _stand_in(tensor: Tensor) -> Array:

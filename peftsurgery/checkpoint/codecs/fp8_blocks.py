@@ -17,12 +17,14 @@ import ml_dtypes
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import Array
+from peftsurgery.checkpoint.codecs.bands import Bands, PartCut
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
 from peftsurgery.checkpoint.codecs.nearest import inverse, nearer_scales
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
 TINY = np.finfo(np.float32).tiny
 LARGEST = 448
+AT_ONCE = 2**17  # numbers whose scales are tried at once
 
 
 def _decode(parts: Parts, said: Said) -> Array:
@@ -38,14 +40,26 @@ def _encode(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
     table = _table(parts)
     scales, weight = table.copy(), np.empty(values.shape, E4M3)
     for row, kept in enumerate(table):
-        part = slice(rows * row, rows * (row + 1))
-        strip = np.pad(values[part], ((0, 0), (0, -values.shape[1] % columns)))
-        blocks = strip.reshape(len(strip), -1, columns).swapaxes(0, 1).reshape(len(kept), -1)
-        fresh = _stored_scale(np.abs(blocks).max(1) / LARGEST, kept.dtype)
-        scales[row] = nearer_scales(blocks, kept, fresh, lambda x: _stored(x).astype(np.float32))
-        spread = np.repeat(inverse(scales[row].astype(np.float32)), columns)[: values.shape[1]]
-        weight[part] = _stored(values[part] * spread)
+        strip = values[rows * row : rows * (row + 1)]
+        step = max(1, AT_ONCE // (max(1, len(strip)) * columns))
+        for first in range(0, len(kept), step):
+            some, wide = (
+                slice(first, first + step),
+                slice(first * columns, (first + step) * columns),
+            )
+            scales[row, some] = _scales(strip[:, wide], kept[some], columns)
+            spread = np.repeat(inverse(scales[row, some].astype(np.float32)), columns)
+            mine = strip[:, wide]
+            weight[rows * row : rows * (row + 1), wide] = _stored(mine * spread[: mine.shape[1]])
     return {"weight": weight, "scale": scales.reshape(parts["scale"].shape)}
+
+
+def _scales(strip: Array, kept: Array, columns: int) -> Array:
+    """The scales of some blocks that lie beside each other."""
+    strip = np.pad(strip, ((0, 0), (0, -strip.shape[1] % columns)))
+    blocks = strip.reshape(len(strip), -1, columns).swapaxes(0, 1).reshape(len(kept), -1)
+    fresh = _stored_scale(np.abs(blocks).max(1) / LARGEST, kept.dtype)
+    return nearer_scales(blocks, kept, fresh, lambda x: _stored(x).astype(np.float32))
 
 
 def _stored(values: Array) -> Array:
@@ -71,6 +85,13 @@ def _block(parts: Parts, said: Said) -> tuple[int, int]:
     return rows, columns
 
 
+def _bands(parts: Parts, said: Said) -> Bands:
+    if parts["scale"].size == 1:
+        return Bands(1, {"weight": PartCut()}, is_closed=True)
+    rows, _ = _block(parts, said)
+    return Bands(rows, {"weight": PartCut(), "scale": PartCut(0, 1, rows)})
+
+
 FP8_BLOCKS = Codec(
     "fp8",
     {"weight": ".weight", "activations": ".activation_scale", "scale": ".weight_scale_inv"},
@@ -78,4 +99,5 @@ FP8_BLOCKS = Codec(
     _decode,
     _encode,
     optional=("activations",),
+    bands=_bands,
 )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import Array
+from peftsurgery.checkpoint.codecs.bands import Bands, PartCut
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
 
 BLOCK, BIAS, LARGEST_POWER = 32, 127, 2
@@ -47,6 +48,12 @@ def _shape(parts: Parts, said: Said) -> tuple[int, ...]:
     return (*stack, blocks * BLOCK, out)
 
 
+def _bands(parts: Parts, said: Said) -> Bands | None:
+    """One expert after the other: the rows of a matrix lie across its parts."""
+    is_stack = parts["weight"].ndim == 4
+    return Bands(1, {"weight": PartCut(), "scale": PartCut()}) if is_stack else None
+
+
 MXFP4 = Codec(
     "mxfp4",
     {"weight": "_blocks", "scale": "_scales"},
@@ -54,5 +61,5 @@ MXFP4 = Codec(
     _decode,
     _encode,
     plain="",
-    by_rows=True,
+    bands=_bands,
 )

@@ -14,16 +14,24 @@ there: kernels for symmetric weights do not read them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import Array
+from peftsurgery.checkpoint.codecs.bands import Bands, PartCut
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
 from peftsurgery.checkpoint.codecs.nearest import inverse
 
 WORD = 32
+ROWS = 64  # of a band: what lies together in the files, since a row is a column there
+ALL_ZEROS = "all zeros"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+# From the values of a group, its zero, the dtype of scales and what zeros may be: zero and scale.
+Grid = Callable[[Array, Array, np.dtype[Any], range], tuple[Array, Array]]
 
 
 def unpacked(words: Array, bits: int) -> Array:
@@ -51,7 +59,8 @@ def _pack_gptq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
     bits, less = said["bits"], _less(said)
     zeros, scales = unpacked(parts["zeros"], bits) + less, parts["scales"].copy()
     groups = _groups(parts, values.shape[1])
-    numbers = _requantised(values, zeros, scales, groups, range(less, 2**bits))
+    laid_out = _grid(parts.get(ALL_ZEROS, parts["zeros"]), bits, less)
+    numbers = _requantised(values, zeros, scales, groups, range(less, 2**bits), laid_out)
     weight = np.ascontiguousarray(packed(numbers, bits).T)
     return {"weight": weight, "zeros": packed(zeros - less, bits), "scales": scales}
 
@@ -75,7 +84,9 @@ def _awq(parts: Parts, said: Said) -> Array:
 
 def _pack_awq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
     zeros, scales = _reordered(unpacked(parts["zeros"], 4)), parts["scales"].copy()
-    numbers = _requantised(values, zeros, scales, _groups(parts, values.shape[1]), range(16))
+    laid_out = _grid(parts.get(ALL_ZEROS, parts["zeros"]), 4)
+    groups = _groups(parts, values.shape[1])
+    numbers = _requantised(values, zeros, scales, groups, range(16), laid_out)
     made = {"weight": numbers.T, "zeros": zeros}
     words = {name: packed(_ordered(value), 4) for name, value in made.items()}
     return {**words, "scales": scales}
@@ -101,13 +112,15 @@ def _scaled(numbers: Array, zeros: Array, scales: Array, order: Array) -> Array:
     return np.multiply(shifted, scales.T[:, order], out=shifted)
 
 
-def _requantised(values: Array, zeros: Array, scales: Array, order: Array, allowed: range) -> Array:
+def _requantised(
+    values: Array, zeros: Array, scales: Array, order: Array, allowed: range, laid_out: Grid
+) -> Array:
     """Numbers (out, in) for a weight; zeros and scales (groups, out) change in place where needed.
 
-    ``allowed`` are the zeros that can be written, and end with the largest number.
+    ``allowed`` are the zeros that can be written, and end with the largest number; ``laid_out``
+    gives the grid of a group's own values.
     """
     top, numbers = allowed[-1], np.empty(values.shape, np.uint8)
-    laid_out = _symmetric if bool((zeros == (top + 1) // 2).all()) else _from_end_to_end
     for group, (zero, scale) in enumerate(zip(zeros, scales, strict=True)):
         columns = np.flatnonzero(order == group)
         mine = values[:, columns]
@@ -148,6 +161,25 @@ def _from_end_to_end(
     return np.clip(place, allowed[0], allowed[-1]).astype(zero.dtype), scale
 
 
+def _grid(words: Array, bits: int, less: int = 0) -> Grid:
+    """How the grids of a weight are laid out, by the words of all of its zeros."""
+    middle = np.full((1, WORD // bits), 2 ** (bits - 1) - less)
+    return _symmetric if bool((words == packed(middle, bits)).all()) else _from_end_to_end
+
+
+def _bands(bits: int) -> Bands:
+    """Rows of the weight, which are columns of its parts, by bits of its zeros."""
+    packed = PartCut(1, bits, WORD)
+    return Bands(
+        ROWS, {"weight": packed, "zeros": packed, "scales": PartCut(1)}, {ALL_ZEROS: "zeros"}
+    )
+
+
+def _gptq_bands(parts: Parts, said: Said) -> Bands:
+    by_rows = _bands(said["bits"])
+    return replace(by_rows, cut={**by_rows.cut, "weight": PartCut(1)})
+
+
 def _refuses_gptq(said: Said) -> str | None:
     return None if said.get("bits") in (2, 4, 8) else f"GPTQ in {said.get('bits')} bits"
 
@@ -168,6 +200,7 @@ GPTQ = Codec(
     _pack_gptq,
     _refuses_gptq,
     ("groups",),
+    bands=_gptq_bands,
 )
 AWQ = Codec(
     "awq",
@@ -176,4 +209,5 @@ AWQ = Codec(
     _awq,
     _pack_awq,
     _refuses_awq,
+    bands=lambda parts, said: _bands(4),
 )
