@@ -16,13 +16,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
+from tests.formats.onnx.sessions import AdaptedSession, opened
 from tools.bench.turns import Times, median, ratio, shown, taken
 
 METHODS = ("lora_qv", "lora_all_linear", "dora", "loha", "ia3", "pfeiffer", "prefix_tuning")
@@ -65,25 +65,15 @@ def main(arguments: list[str]) -> int:
 
 def in_turns(plain: Path, file: Path, adapter: Path, shape: tuple[int, int], turns: int) -> Times:
     """Milliseconds of the plain file's runs, and of another's without an adapter and with one."""
-    kept, options = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
-    kept.Load(str(adapter))
-    options.add_active_adapter(kept)
     ids = np.random.default_rng(0).integers(0, 2000, shape)
     given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    first, second = opened(plain), opened(file)
+    first, second = opened(plain, threads=1), opened(file, threads=1)
+    beside = AdaptedSession(second, adapter)
 
     def pair(run: Any) -> Mapping[str, Any]:
         # whatever ran last has its weights in the caches: the plain file runs before each
         return {"plain": lambda: first.run(None, given), "run": run}
 
     off = taken(pair(lambda: second.run(None, given)), turns, clock=time.process_time)
-    on = taken(pair(lambda: second.run(None, given, options)), turns, clock=time.process_time)
+    on = taken(pair(lambda: beside.run(given)), turns, clock=time.process_time)
     return {"plain": off["plain"], "off": off["run"], "beside": on["plain"], "on": on["run"]}
-
-
-def opened(file: Path) -> Any:
-    """A session on one thread."""
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = settings.inter_op_num_threads = 1
-    settings.log_severity_level = 3  # it warns of every initializer that is an input
-    return onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])

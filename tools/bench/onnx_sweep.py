@@ -26,10 +26,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 
 import peftsurgery as ps
+from tests.formats.onnx.sessions import with_adapter
 from tests.models.zoo import ZOO, Inputs
 
 ARCHITECTURES = (
@@ -161,19 +161,13 @@ def _operated(graph: Any, method: str, number: int) -> ps.OperatedModel:
 
 def _differences(file: Path, kind: str, oracle: Any, adapter: Path | None = None) -> list[float]:
     """How far a file's first output is from the oracle's at each size, relative above 1."""
-    quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 3  # it warns of every initializer that is an input: a slot is both
-    session = onnxruntime.InferenceSession(file, quiet, providers=["CPUExecutionProvider"])
-    options, kept = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
-    if adapter is not None:
-        kept.Load(str(adapter))
-        options.add_active_adapter(kept)
+    runs = with_adapter(file, adapter)
     gaps = []
     for sizes in UNSEEN:
         inputs: Inputs = ZOO[kind].inputs(*sizes)
         with torch.no_grad():
             wanted = oracle(**inputs)[0]
-        found = session.run(None, {n: v.numpy() for n, v in inputs.items()}, options)[0]
+        found = runs.run({n: v.numpy() for n, v in inputs.items()})[0]
         gap = float((torch.from_numpy(found) - wanted).abs().max())
         gaps.append(gap / max(1.0, float(wanted.abs().max())))
     return gaps

@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 import transformers
 from peft import PeftModel
 
 import peftsurgery as ps
+from tests.formats.onnx.sessions import with_adapter
 
 HERE = Path(__file__).parent
 SIZES: dict[str, Any] = {
@@ -137,14 +137,8 @@ def by_onnxruntime(
     """Largest difference of onnxruntime's logits, with the adapter put into a file for any."""
     ps.export_onnx(model, folder / "model.onnx", adapters="inputs")
     ps.export_adapter(model, folder / "a.onnx_adapter", "ort")
-    settings, options = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
-    settings.log_severity_level = 3  # it warns of every initializer that is an input
-    adapter = onnxruntime.LoraAdapter()
-    adapter.Load(str(folder / "a.onnx_adapter"))
-    options.add_active_adapter(adapter)
-    session = onnxruntime.InferenceSession(folder / "model.onnx", settings)
-    given = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    found = session.run(["logits"], given, options)[0]
+    runs = with_adapter(folder / "model.onnx", folder / "a.onnx_adapter")
+    found = runs.run({"input_ids": ids, "attention_mask": np.ones_like(ids)}, ["logits"])[0]
     return float(np.abs(found - wanted).max())
 
 

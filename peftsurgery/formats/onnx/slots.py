@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -50,14 +51,31 @@ class Slots:
         return {name: self.values[name].new_zeros(shape) for name, shape in shapes.items()}
 
 
-def with_slots(model: GraphModel) -> tuple[OperatedModel, Slots]:
-    """Say a model's active adapters with slots, in fp32. PSG413 if none is active."""
+def slot_names(model: GraphModel) -> dict[str, str]:
+    """What each active adapter is called in the names of its slots: its method, so that any fits.
+
+    Where two are of one method, each has its own name.
+    """
+    if not isinstance(model, OperatedModel):
+        return {}
+    files = {each.name: each.file.name for each in active_operations(flatten(model))}
+    alone = len(set(files.values())) == len(files)
+    return files if alone else {name: name for name in files}
+
+
+def with_slots(
+    model: GraphModel, called: Mapping[str, str] = MappingProxyType({})
+) -> tuple[OperatedModel, Slots]:
+    """Say a model's active adapters with slots, in fp32. PSG413 if none is active.
+
+    ``called`` has names of theirs that are not those of :func:`slot_names`.
+    """
     if not isinstance(model, OperatedModel) or not active_operations(model):
         raise SurgeryError("PSG413", "no adapter is active that could be put in and left out")
     model = flatten(model)
     old = active_operations(model)
     rules = [slotted(operation.file, operation.settings) for operation in old]
-    names = _names({operation.name: operation.file.name for operation in old})
+    names = {name: called.get(name, own) for name, own in slot_names(model).items()}
     new = [
         replace(
             operation,
@@ -80,12 +98,6 @@ def with_slots(model: GraphModel) -> tuple[OperatedModel, Slots]:
     }
     switches = frozenset(c.parameters[SWITCH] for c in made.cuts if SWITCH in c.rule.params)
     return made, Slots(values, start, sizes, switches)
-
-
-def _names(files: Mapping[str, str]) -> dict[str, str]:
-    """The adapters' names in a graph: their method's, so that any adapter of it fits."""
-    alone = len(set(files.values())) == len(files)
-    return dict(files) if alone else {name: name for name in files}
 
 
 def _in_full_precision(model: OperatedModel) -> GraphModel:

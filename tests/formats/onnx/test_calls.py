@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import peftsurgery as ps
 from peftsurgery import SurgeryError
+from tests.formats.onnx.sessions import with_adapter
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.reference import randomise
@@ -45,24 +45,18 @@ def windowed(name: str) -> Any:
 
 def generated(file: Path, ids: torch.Tensor, count: int, adapter: Path | None = None) -> list[int]:
     """Greedy tokens of one text, by onnxruntime alone."""
-    quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 3  # it warns of every initializer that is an input: a slot is both
-    session = onnxruntime.InferenceSession(file, quiet, providers=["CPUExecutionProvider"])
-    options, kept = onnxruntime.RunOptions(), onnxruntime.LoraAdapter()
-    if adapter is not None:
-        kept.Load(str(adapter))
-        options.add_active_adapter(kept)
+    runs = with_adapter(file, adapter)
     past = {
         value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-        for value in session.get_inputs()
+        for value in runs.session.get_inputs()
         if value.name.startswith("past_key_values.")
     }
-    names = [value.name for value in session.get_outputs()]
+    names = [value.name for value in runs.session.get_outputs()]
     new, seen, tokens = ids.numpy(), 0, []
     for _ in range(count):
         seen += new.shape[1]
         given = {"input_ids": new, "attention_mask": np.ones((1, seen), np.int64), **past}
-        found = dict(zip(names, session.run(names, given, options), strict=True))
+        found = dict(zip(names, runs.run(given), strict=True))
         new = found["logits"][:, -1:].argmax(-1).astype(np.int64)
         tokens.append(int(new[0, 0]))
         past = {name: found[name.replace("past_key_values", "present")] for name in past}

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
 
 import peftsurgery as ps
 from peftsurgery import SurgeryError
+from tests.formats.onnx.sessions import with_adapter
 from tests.models.captured import captured
 from tests.models.zoo import ZOO
 from tests.surgery.reference import adapted, pairs_of, randomise
@@ -20,16 +21,8 @@ from tests.surgery.reference import adapted, pairs_of, randomise
 
 def run(file: Path, inputs: dict[str, Tensor], adapter: Path | None = None) -> Tensor:
     """The first output of an ONNX file, by a session of the test's own."""
-    quiet = onnxruntime.SessionOptions()
-    quiet.log_severity_level = 3  # it warns of every initializer that is an input: a slot is both
-    session = onnxruntime.InferenceSession(file, quiet, providers=["CPUExecutionProvider"])
-    options, kept = onnxruntime.RunOptions(), []
-    if adapter is not None:
-        kept.append(onnxruntime.LoraAdapter())
-        kept[0].Load(str(adapter))
-        options.add_active_adapter(kept[0])
-    result = session.run(None, {n: v.numpy() for n, v in inputs.items()}, options)
-    return torch.from_numpy(result[0])
+    given = {name: value.numpy() for name, value in inputs.items()}
+    return torch.from_numpy(with_adapter(file, adapter).run(given)[0])
 
 
 def operated(name: str, rule: str, seed: int = 1, **settings: Any) -> Any:
@@ -95,6 +88,21 @@ def test_tokens_are_put_in_and_left_out(rule: str, tmp_path: Path) -> None:
     found = run(tmp_path / "m.onnx", inputs, tmp_path / "a.onnx_adapter")
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(run(tmp_path / "m.onnx", inputs), base, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_each_of_two_adapters_of_one_method_is_put_in_by_its_own_name(tmp_path: Path) -> None:
+    both = randomise(ps.apply(captured("bert"), "lora_qv", rank=4, name="one"), 1)
+    both = randomise(ps.apply(both, "lora_qv", rank=3, name="other"), 2).eval()
+    ps.export_onnx(both, tmp_path / "m.onnx", adapters="inputs")
+    inputs = ZOO["bert"].inputs(2, 6)
+    for name in ("one", "other", None):
+        adapter = tmp_path / f"{name}.onnx_adapter"
+        ps.export_adapter(both, adapter, "ort", name=name)
+        with torch.no_grad(), nullcontext() if name is None else both.only(name):
+            wanted = both(**inputs)[0]
+        found = run(tmp_path / "m.onnx", inputs, adapter)
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_cannot_be_left_out_is_refused(tmp_path: Path) -> None:
