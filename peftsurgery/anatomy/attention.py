@@ -131,9 +131,14 @@ def unpacked_queries(q: fx.Node, core: fx.Node) -> tuple[fx.Node, fx.Node]:
     return (source, result) if back else (q, core)
 
 
-def weighted_sum(flow: Flow, softmax: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """The probabilities as they meet v, their product with it, and v."""
-    for probabilities in forward([softmax], TOUCHES):
+def weighted_sum(
+    flow: Flow, softmax: fx.Node, through: Trait = TOUCHES
+) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """The probabilities as they meet v, their product with it, and v.
+
+    ``through`` is what may be done to them on their way.
+    """
+    for probabilities in forward([softmax], through):
         for user in probabilities.users:
             pair = factors(flow, user)
             if pair is not None and pair[0] is probabilities:

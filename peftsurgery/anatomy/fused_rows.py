@@ -18,7 +18,16 @@ from torch import Tensor, fx
 
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Slice
-from peftsurgery.anatomy.values import concrete, fixed, is_tensor, samples, shape, strip
+from peftsurgery.anatomy.values import (
+    concrete,
+    fixed,
+    is_tensor,
+    operands,
+    sample,
+    samples,
+    shape,
+    strip,
+)
 from peftsurgery.capture.schemas import arguments, op
 
 NO_ROW = -1
@@ -66,7 +75,7 @@ def arriving(
 
 def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
     name = op(node)
-    inputs = [n for n in node.all_input_nodes if carried.get(n)]
+    inputs = [n for n in operands(node) if carried.get(n)]
     if not inputs:
         return None
     if name == "getitem":
@@ -80,7 +89,7 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return [_repeated(node, n.rows[..., :1], n) for n in signal]
     if has(node, Trait.LAYOUT | Trait.PICK):
         return _moved(node, inputs, carried)
-    if has(node, Trait.REDUCTION):
+    if has(node, Trait.REDUCTION | Trait.TOTAL):
         pooled = _pooled(node, carried[inputs[0]])
         if pooled is not None or not has(node, Trait.CHOICE):
             return pooled  # a statistic over rows is no row
@@ -149,7 +158,7 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
                 return rows.double() if op(node) == "view_as_complex" else rows
             found = n.meta.get("val")
             if isinstance(found, torch.Tensor):
-                return _constant(n)
+                return _constant(n) if n in operands(node) else sample(n)
             return concrete(found)
 
         args = fx.map_arg(node.args, real)

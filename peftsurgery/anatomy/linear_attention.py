@@ -1,11 +1,17 @@
 """Roles around attention without a softmax: scores meet values as they are.
 
-    o = (q k' * D) v + (q * d) S        D and d are of positions alone, S is made of keys and values
+    o = (f(q k') * D) v + (q * d) S     D and d are of positions alone, S is made of keys and values
 
-A product of two projections meets a third, with nothing on its way but what the model has of
-itself: masks, decays, scales. Queries may also be multiplied with what earlier keys and values
-made. The projections have the fact ``kind`` linear, and there is no core that rules could call.
-(Katharopoulos et al., 2020, arXiv:2006.16236; Qin et al., 2024, arXiv:2401.04658.)
+A product of two projections meets a third, with nothing on its way but what is done to every score
+by itself (f: a power, an angle, an activation) and what the model has of itself: masks, decays,
+scales. Queries may also be multiplied with what earlier keys and values made. Or there is one score
+for each token, and no product of matrices:
+
+    o = sum(softmax(q) * k) * v         q has one row, the sum is over the tokens
+
+The projections have the fact ``kind`` linear, and there is no core that rules could call.
+(Katharopoulos et al., 2020, arXiv:2006.16236; Qin et al., 2024, arXiv:2401.04658; Mehta and
+Rastegari, 2022, arXiv:2206.02680; Zeng et al., 2021, arXiv:2111.09714.)
 """
 
 from __future__ import annotations
@@ -58,7 +64,7 @@ def _cores(flow: Flow, node: fx.Node, known: set[Site]) -> Iterator[Core]:
 def _of_products(flow: Flow, node: fx.Node) -> Core | None:
     """The core of a product of queries and keys, if its result is multiplied with values."""
     pair = factors(flow, node)
-    found = None if pair is None else weighted_sum(flow, node)
+    found = None if pair is None else weighted_sum(flow, node, TOUCHES | Trait.POINTWISE)
     if pair is None or found is None:
         return None
     return Core(pair[0], pair[1], found[2], found[1], None, True, None, scores=node)

@@ -68,11 +68,11 @@ def is_tensor(node: Any) -> bool:
 def operands(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node, in order; sizes and scalars are left out.
 
-    An operator that takes only the shape or the dtype of a tensor has none, nor is the device of a
+    A tensor of which an operator takes only the shape or the dtype is none, nor is the device of a
     tensor one; keys behind those that were remembered come from the new keys.
     """
-    if op(node) == "with_past":
-        return node.all_input_nodes[:1]
+    if op(node) == "with_past" or has(node, Trait.RESHAPE | Trait.EXPANSION | Trait.CAST):
+        return [n for n in node.all_input_nodes[:1] if not is_size(n)]
     if has(node, Trait.LIKE):
         return []
     return [n for n in node.all_input_nodes if not is_size(n) and op(n) != "device_of"]

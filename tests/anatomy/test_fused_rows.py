@@ -28,6 +28,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "the greatest of tokens": lambda y: y[:, :4, 4:8].unflatten(1, (2, 2)).max(2).values,
     "the mean of tokens": lambda y: y[..., 3:6].mean(1),
     "the sum over heads and tokens": lambda y: y.unflatten(-1, (4, 3))[:, :, 1:2].sum((1, 2), True),
+    "of length one": lambda y: F.normalize(y[..., 2:6], dim=-1),
     "turned": lambda y: y.mT.reshape(2, ROWS, 5)[:, 4:6],
 }
 GATED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -36,6 +36,17 @@ def by_einsum(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
     return torch.einsum("bhts,bhsd->bhtd", scores, v)
 
 
+def by_angles(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """How likely the hashes of a query and of a key agree, by the angle between them."""
+    cosines = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+    return ((1 - torch.acos(cosines) / torch.pi) ** 9 * decay) @ v
+
+
+def by_relu(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+    """Scores that are zero below a threshold, squared."""
+    return torch.square(torch.relu(q @ k.mT + decay)) @ v
+
+
 class Linear(nn.Module):
     """Linear attention of two heads, whose result is gated."""
 
@@ -55,7 +66,7 @@ class Linear(nn.Module):
         return result
 
 
-@pytest.mark.parametrize("mix", [decaying, added, by_einsum])
+@pytest.mark.parametrize("mix", [decaying, added, by_einsum, by_angles, by_relu])
 def test_projections_have_their_roles_and_are_adapted(mix: Mixer) -> None:
     torch.manual_seed(0)
     model = Linear(mix).eval()
