@@ -316,7 +316,7 @@ def _prepared(
     with contextlib.ExitStack() as stack:
         if isinstance(module, PreTrainedModel):
             register_cache_pytrees_for_model(module)
-            stack.enter_context(patched())
+            stack.enter_context(patched(module))
             stack.enter_context(reset_model_state(module))
             stack.enter_context((masks or Masks(call)).traced())
             if call.trace is None:

@@ -96,12 +96,13 @@ def _parts(node: Any) -> list[Any] | None:
             return None if both[0] is None or both[1] is None else [*both[0], *both[1]]
         case "new_ones", (_, []) if node.kwargs.get("dtype") is torch.bool:
             return []
-        case "le", (keys, queries):
+        case "le", (fx.Node() as keys, fx.Node() as queries):
             lengths = _counted(keys, -1), _counted(queries, -2)
             return ["causal"] if lengths[0] is not None and lengths[0] is lengths[1] else None
-        case "index", (of, [rows, keys]) if None not in (_counted(rows, -4), _counted(keys, -1)):
+        case "index", (of, [fx.Node() as rows, fx.Node() as keys]):
             tokens = _uncast(of)
-            return None if tokens is None else [tokens]
+            places = _counted(rows, -4), _counted(keys, -1)
+            return None if tokens is None or None in places else [tokens]
     return None
 
 

@@ -3,6 +3,9 @@
 It has patches for some thirty architectures, and imports every one of them to patch it. A model can
 only be made of what is imported, so the others are left alone: they take as long to import as a
 small model to capture.
+
+Some models ask whether they are exported, to take operators that other formats know. A capture is
+of what the model computes when it is called, to the last bit, so they are told that they are not.
 """
 
 from __future__ import annotations
@@ -12,18 +15,29 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from torch import nn
 from transformers.exporters import utils
 
 MODELS = "transformers.models."
+EXPORTED, COMPILED = "is_torchdynamo_exporting", "is_torchdynamo_compiling"
 
 
 @contextmanager
-def patched() -> Iterator[None]:
-    """Trace models in transformers' way for torch.export within the context."""
+def patched(model: nn.Module) -> Iterator[None]:
+    """Trace a model in transformers' way for torch.export, as it computes when it is called."""
     with ExitStack() as stack:
         with utils.patch_attribute(utils, "import_dotted_path", _of_what_is_imported):
             stack.enter_context(utils.apply_patches("dynamo"))
+        files = {type(part).__module__ for part in model.modules()}
+        for file in (sys.modules[name] for name in files if hasattr(sys.modules[name], EXPORTED)):
+            for question in (EXPORTED, COMPILED):
+                if hasattr(file, question):
+                    stack.enter_context(utils.patch_attribute(file, question, _denied))
         yield
+
+
+def _denied(original: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: False
 
 
 def _of_what_is_imported(original: Callable[..., Any]) -> Callable[..., Any]:

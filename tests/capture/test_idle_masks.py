@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftsurgery as ps
@@ -70,6 +71,42 @@ def test_a_window_is_no_causal_mask(name: str) -> None:
     both = pair(name)
     for padding in PADDED:
         assert_same(*both.run(**_given(*padding)))
+
+
+class Attending(nn.Module):
+    """Attention of one head under a mask that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        parts = (part(x)[:, None] for part in (self.one, self.two, self.three))
+        result: Tensor = x + F.scaled_dot_product_attention(*parts, attn_mask=mask)[:, 0]
+        return result
+
+
+class Near(nn.Module):
+    """Two layers in which tokens see those that are at most two away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attending() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(x.shape[1])
+        mask = (at[None, None, :, None] - at[None, None, None, :]).abs() <= 2
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+def test_a_window_to_both_sides_is_no_causal_mask() -> None:
+    torch.manual_seed(0)
+    model, x = Near().eval(), torch.randn(3, 9, 8)
+    graph = ps.capture(model, {"x": x[:2, :5]})
+    with torch.no_grad():
+        assert torch.equal(graph(x), model(x))
 
 
 def test_a_mask_is_told_from_one_that_masks_something() -> None:

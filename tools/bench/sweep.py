@@ -103,6 +103,7 @@ def wrong_weights(model: Any, made: Any, folded: Any) -> list[str]:
             expected.pop(match["parameter"])
             continue
         is_turned = isinstance(model.get_submodule(match["module"]), Conv1D)
+        is_turned |= part is None and weight.shape != change.shape  # a parameter of no module
         held = weight.mT if is_turned else weight
         if part is None:
             held += change

@@ -109,6 +109,15 @@ _WINDOWS: dict[str, Any] = {
     "window_size": 4,
 }
 
+MIXED: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+}
+"""What makes one of two layers attention, in models whose first ones are another mixer."""
+
 REPAIRED: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**_LATENT, "head_dim": 8, "layer_group_size": 2, "num_local_experts": 4},
     "cohere_compass_text": {
@@ -257,7 +266,7 @@ REPAIRED: dict[str, dict[str, Any]] = {
         "n_heads": 4,
         "n_layers": 2,
         "vocab_size": 99,
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }

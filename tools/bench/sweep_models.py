@@ -9,7 +9,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from peftsurgery.capture.inputs import example_inputs
-from tools.bench.sweep_configs import FILLED, REPAIRED, SHORT, SMALL, SPECIAL
+from tools.bench.sweep_configs import FILLED, MIXED, REPAIRED, SHORT, SMALL, SPECIAL
 
 # What originals that do not fit, and faults, end in.
 FAILURES = (
@@ -77,8 +77,10 @@ def small_model(name: str, kv_heads: int = 2) -> Any:
     made_by = getattr(transformers, MAPPINGS[mapping or "base"][1])
     torch.manual_seed(0)
     config_class = CONFIG_MAPPING[kind]
-    known = REPAIRED.get(kind)
-    config = config_class(**(small_values(config_class, kv_heads) if known is None else known))
+    values = REPAIRED.get(kind)
+    if values is None:
+        values = {**small_values(config_class, kv_heads), **MIXED.get(kind, {})}
+    config = config_class(**values)
     if mapping == "masked" and hasattr(config, "is_decoder"):
         config.is_decoder = False
     config.architectures = config.architectures or []  # asked for where a type has two classes
