@@ -200,21 +200,56 @@ def test_residuals_restore_what_was_quantised_again(
     assert content(tmp_path / "back") == before
 
 
+def in_shards(base: Path, count: int) -> None:
+    """Put the tensors of a base into so many files, parts of one weight into several of them."""
+    tensors = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {f"{number}.safetensors": names[number::count] for number in range(count)}
+    where = {name: shard for shard, mine in shards.items() for name in mine}
+    for shard, mine in shards.items():
+        save_file({name: tensors[name] for name in mine}, base / shard)
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gptq", "nf4_nested"])
+def test_a_run_that_is_killed_and_resumed_quantises_as_one_run_does(
+    tmp_path: Path, llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    base = shutil.copytree(llama[0], tmp_path / "base")
+    quantised(base, kind)
+    in_shards(base, 8)
+    ps.fold_checkpoint(llama[1], base, tmp_path / "whole", requantise=True)
+    size = sum(path.stat().st_size for path in (tmp_path / "whole").glob("*.safetensors"))
+    script = (
+        "import os, sys; from pathlib import Path\n"
+        "from peftsurgery.formats.streamed_fold import fold_checkpoint as fold\n"
+        "left, part = int(sys.argv[4]), Path(sys.argv[3] + '.part')\n"
+        "def progress(size):\n"
+        "    global left; left -= size\n"
+        "    if left < 0 and [*part.glob('*.safetensors')]: os.kill(os.getpid(), 9)\n"
+        "fold(*sys.argv[1:4], resume=True, requantise=True, progress=progress)\n"
+    )
+    places = [str(llama[1]), str(base), str(tmp_path / "out")]
+    for share in (0.1, 0.3):
+        command = [sys.executable, "-c", script, *places, str(int(share * size))]
+        assert subprocess.run(command).returncode == -9
+        assert not (tmp_path / "out").exists()
+    report = ps.fold_checkpoint(llama[1], base, tmp_path / "out", requantise=True, resume=True)
+    assert report.resumed  # not all was done twice
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
 def test_parts_write_what_one_process_writes(
     tmp_path: Path, llama: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     base = shutil.copytree(llama[0], tmp_path / "base")
     quantised(base, "gptq")
-    tensors = load_file(base / "model.safetensors")
-    (base / "model.safetensors").unlink()
-    names = sorted(tensors)  # parts of one weight in two files
-    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-    where = {name: shard for shard, mine in shards.items() for name in mine}
-    for shard, mine in shards.items():
-        save_file({name: tensors[name] for name in mine}, base / shard)
-    index = {"metadata": {"total_size": 1}, "weight_map": where}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    in_shards(base, 2)
     ps.fold_checkpoint(llama[1], base, tmp_path / "out", requantise=True)
     for part in ("2/2", "1/2"):
         ps.fold_checkpoint(llama[1], base, tmp_path / "parts", requantise=True, part=part)
