@@ -30,6 +30,8 @@ _FRESH = {
     *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mean", "sum", "cat", "embedding"),
     *("layer_norm", "group_norm", "softmax"),
 }
+# One that gives back a value that is not complex itself, though its schema says that it does not.
+_GIVES_BACK = "conj_physical"
 _COMMUTATIVE = ("add", "mul")
 
 
@@ -98,7 +100,8 @@ def _is_fresh(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or shares_memory(target) is not False:
         return isinstance(target, ShiftedMean)
-    return op(node) in _FRESH or torch.Tag.pointwise in target.tags
+    is_pointwise = torch.Tag.pointwise in target.tags and op(node) != _GIVES_BACK
+    return op(node) in _FRESH or is_pointwise
 
 
 def _written_form(node: fx.Node) -> torch._ops.OpOverload | None:

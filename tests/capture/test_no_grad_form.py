@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftsurgery as ps
 from peftsurgery.capture.no_grad_form import no_grad_form
 from peftsurgery.capture.program import Program, generate_forward
+from peftsurgery.capture.schemas import shares_memory
 from tests.capture.pairs import assert_same, assert_same_gradients, pair, pair_of
 from tests.capture.test_cleanup import exported
 from tests.models.remembering import PAST, original, remembering
@@ -64,6 +66,52 @@ def test_a_graph_that_writes_is_left_alone() -> None:
 
     flat = exported(body, torch.randn(2, 3))
     assert targets(no_grad_form(flat.graph)) == targets(flat.graph)
+
+
+def given_back(x: Tensor) -> Tensor:
+    """A conjugate that is the value itself, which is read again."""
+    y = x.sin()
+    return torch.conj_physical(y).exp() + y
+
+
+def test_a_value_that_an_operator_gives_back_is_not_written_over() -> None:
+    x = torch.randn(4, 6)
+    flat = exported(given_back, x)
+    (made,) = generate_forward(no_grad_form(flat.graph), "given back")(flat, x)
+    assert torch.equal(made, given_back(x))
+
+
+def pointwise() -> Iterator[torch._ops.OpOverload]:
+    """The operators that torch says work entry by entry, and give memory of their own."""
+    for packet in (getattr(aten, name) for name in dir(aten)):
+        if isinstance(packet, torch._ops.OpOverloadPacket):
+            found = [getattr(packet, name) for name in packet.overloads()]
+            yield from (
+                each
+                for each in found
+                if torch.Tag.pointwise in each.tags and shares_memory(each) is False
+            )
+
+
+def gives_back(operator: torch._ops.OpOverload, value: Tensor) -> bool | None:
+    """Whether a result lies in an argument's memory; None for other arguments than these."""
+    kinds = {"Tensor": value, "number": 1, "float": 1.0, "int": 1, "bool": False}
+    needed = [a for a in operator._schema.arguments if not a.has_default_value()]
+    try:
+        made = operator(*(kinds[str(each.type)] for each in needed))
+    except (KeyError, RuntimeError, TypeError, NotImplementedError):
+        return None
+    memory = value.untyped_storage().data_ptr()
+    results = made if isinstance(made, tuple) else (made,)
+    tensors = [each for each in results if isinstance(each, Tensor)]
+    return any(each.untyped_storage().data_ptr() == memory for each in tensors)
+
+
+def test_one_operator_gives_back_what_it_is_given_and_its_schema_does_not_say_so() -> None:
+    values = [torch.ones(3, 4, dtype=dtype) for dtype in (torch.float, torch.long, torch.bool)]
+    told = {op: [gives_back(op, value) for value in values] for op in pointwise()}
+    assert sum(any(each is False for each in found) for found in told.values()) > 100
+    assert {str(op) for op, found in told.items() if any(found)} == {"aten.conj_physical.default"}
 
 
 def dtypes_meet(x: Tensor, y: Tensor) -> Tensor:
