@@ -7,6 +7,8 @@ A core is a scaled_dot_product_attention call, or a softmax between two products
 An exponential that is divided by its sum is a softmax; a sigmoid may be in its place. Whatever the
 model does between the products (a bias of positions, a cap on the scores, a gate for each head,
 probabilities filled with zeros or made to sum to one again) is its own.
+The second product may be written the other way round, ``matmul(v.T, softmax(...).T)``; then v and o
+are ``turned``, as keys are that are held transposed.
 Bindings of an attention site: ``q`` (..., heads, tokens, head_dim), ``k`` and ``v`` (before heads
 shared by several queries are repeated), ``x`` that the queries are projected from, if it is one
 value, ``mask`` if there is one (what says which keys are seen, without the model's biases where
@@ -16,7 +18,7 @@ they can be told apart), ``o`` what the core returns, and ``q_operand``, ``k_ope
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -53,7 +55,7 @@ class Core:
     v: fx.Node
     o: fx.Node
     mask: fx.Node | None
-    transposed: bool  # k is (..., head_dim, tokens)
+    turned: frozenset[str]  # of k, v and o, those that are (..., head_dim, tokens)
     fused: fx.Node | None  # the SDPA call
     scores: fx.Node | None = None  # the product of q and k
     softmax: fx.Node | None = None
@@ -105,7 +107,7 @@ def _core(flow: Flow, node: fx.Node) -> Iterator[Core]:
         mask = given["attn_mask"] if isinstance(given["attn_mask"], fx.Node) else None
         q, o = unpacked_queries(given["query"], node)
         causal = given["is_causal"] is True
-        yield Core(q, given["key"], given["value"], o, mask, False, node, is_causal=causal)
+        yield Core(q, given["key"], given["value"], o, mask, frozenset(), node, is_causal=causal)
     elif has(node, Trait.SOFTMAX) or op(node) in ("exp", "sigmoid"):
         product = weighted_sum(flow, node)
         if product is not None:
@@ -136,14 +138,26 @@ def weighted_sum(
 ) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """The probabilities as they meet v, their product with it, and v.
 
-    ``through`` is what may be done to them on their way.
+    They come first, or last with queries and keys exchanged. ``through`` is what may be done to
+    them on their way.
     """
     for probabilities in forward([softmax], through):
         for user in probabilities.users:
             pair = factors(flow, user)
             if pair is not None and pair[0] is probabilities:
                 return probabilities, user, pair[1]
+            if pair is not None and _is_turned(probabilities, softmax):
+                return probabilities, user, pair[0]
     return None
+
+
+def _is_turned(probabilities: fx.Node, softmax: fx.Node) -> bool:
+    """Whether the last two axes of probabilities are exchanged, an odd number of times."""
+    times = 0
+    while probabilities is not softmax and has(probabilities, TOUCHES):
+        times += is_swap(probabilities)
+        probabilities = probabilities.all_input_nodes[0]
+    return times % 2 == 1
 
 
 def factors(flow: Flow, node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -179,7 +193,8 @@ def _by_hand(
         if plain and k in (pair[0], v):  # one tensor read in two layouts: cut where they part
             k, plain = pair[1], False
         mask = _mask(softmax, scores)
-        yield Core(pair[0], k, v, o, mask, not plain, None, scores, softmax, weights=weights)
+        turned = frozenset("" if plain else "k") | frozenset("vo" if o.args[0] is v else "")
+        yield Core(pair[0], k, v, o, mask, turned, None, scores, softmax, weights=weights)
 
 
 def visibility(mask: fx.Node) -> fx.Node:
@@ -228,11 +243,11 @@ def before_repeat(node: fx.Node) -> fx.Node:
     return source if len(shape(source)) == len(shape(node)) else node
 
 
-def projection_out(flow: Flow, core: Core, returned: Collection[fx.Node]) -> Site | None:
-    """The linear that projects what the core returns, or None.
+def projections_out(flow: Flow, core: Core, returned: Collection[fx.Node]) -> tuple[Site, ...]:
+    """The linear that projects what the core returns; several if each projects a part of it.
 
     ``returned`` is what all cores of the program return: their sums and differences are projected
-    for each of them.
+    for each of them. Parts are tokens: those of an image and those of a text, attended to at once.
     """
 
     def goes_on(node: fx.Node) -> bool:
@@ -241,9 +256,20 @@ def projection_out(flow: Flow, core: Core, returned: Collection[fx.Node]) -> Sit
         both = operands(node)
         return has(node, Trait.ADDITION) and all(_is_made_of(n, returned) for n in both)
 
-    values = reach([core.o], lambda node: (n for n in node.users if goes_on(n)))
-    readers = {site: None for value in values for site in flow.by_input.get(value, ())}
-    return next(iter(readers)) if len(readers) == 1 else None
+    values = list(reach([core.o], lambda node: (n for n in node.users if goes_on(n))))
+    readers = {s: v for v in values for s in flow.by_input.get(v, ()) if s.nodes["x"] in values}
+    if len(readers) == 1 or (readers and _are_parts(list(readers.values()), core.o)):
+        return tuple(readers)
+    return ()
+
+
+def _are_parts(read: Sequence[fx.Node], whole: fx.Node) -> bool:
+    """Whether values are each another part of one, of which none is a part of another."""
+    cuts = [
+        {n for n in backward([part], lambda n: n is whole) if op(n) in ("slice", "getitem")}
+        for part in read
+    ]
+    return all(one - other for one in cuts for other in cuts if one is not other)
 
 
 def _is_made_of(node: fx.Node, returned: Collection[fx.Node]) -> bool:

@@ -17,11 +17,11 @@ from torch import fx
 
 from peftsurgery.anatomy.convs import find_pointwise
 from peftsurgery.anatomy.experts import find_experts
-from peftsurgery.anatomy.fused_rows import OpaqueError, arriving, is_depthwise
+from peftsurgery.anatomy.fused_rows import OpaqueError, arriving, arriving_axis, is_depthwise
 from peftsurgery.anatomy.linears import find_linears
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, features_dim
-from peftsurgery.anatomy.values import backward, operands, value, width
+from peftsurgery.anatomy.values import backward, operands, sizes, value, width
 from peftsurgery.anatomy.written_memory import written
 from peftsurgery.reach import reach
 
@@ -105,6 +105,14 @@ class Flow:
         """The same rows, whether activated or not; none if they cannot be followed."""
         return set().union(*(self.rows(site, target, beside) or {}).values())
 
+    def axis_at(self, site: Site, target: fx.Node) -> int:
+        """The axis of a value that has the features of a linear's output; the last if untold."""
+        try:
+            way = self.between(site.nodes["y"], target)
+            return arriving_axis(site.nodes["y"], target, way, features_dim(site))
+        except OpaqueError:
+            return -1
+
     def is_signal(self, node: fx.Node) -> bool:
         """Whether a value is data in floating point, not a mask, a table or a position."""
         found = value(node)
@@ -130,15 +138,18 @@ class Flow:
             self._origins[node] = NONE
 
     def _weighed(self, node: fx.Node) -> list[fx.Node]:
-        """The outputs of experts whose rows a node multiplies by a number each; else nothing.
+        """What a node multiplies by numbers that are no second signal; nothing if they may be one.
 
-        How much the router wants an expert is no second signal.
+        They are how much the router wants an expert, one for each of its rows, or are the same for
+        all tokens: the gate and the scale of an adaptive norm (DiT, Peebles and Xie, 2023, §3.2).
         """
         inputs = operands(node)
         if has(node, Trait.SCALING) and len(inputs) == 2:
             for rows, numbers in (inputs, inputs[::-1]):
                 known = self.origin(rows)
                 if known and all(s.kind == "experts" for s in known) and width(numbers) == 1:
+                    return [rows]
+                if sizes(rows) == sizes(node) and is_of_all_tokens(numbers, rows):
                     return [rows]
         return []
 
@@ -155,6 +166,12 @@ class Flow:
 def _signals(origin: Origin) -> frozenset[Any]:
     """What tells the signals of an origin apart: the experts of one stack, in a loop, are one."""
     return frozenset(site.parameter if site.kind == "experts" else site for site in origin)
+
+
+def is_of_all_tokens(numbers: fx.Node, rows: fx.Node) -> bool:
+    """Whether numbers are one for each feature of each text, and none for single tokens."""
+    few, many = sizes(numbers), sizes(rows)
+    return len(few) == len(many) > 2 and few[::2] == many[::2] and few[1] == 1 != many[1]
 
 
 def is_stream(node: fx.Node) -> bool:

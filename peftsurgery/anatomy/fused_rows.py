@@ -58,6 +58,29 @@ def arriving(
     With ``beside`` they may be joined to other values. Raises OpaqueError where an operator on the
     way mixes rows.
     """
+    found: dict[bool, set[int]] = {False: set(), True: set()}
+    for numbers in _followed(source, target, nodes, beside, axis):
+        found[numbers.activated].update(numbers.rows.unique().tolist())
+    return {active: rows - {NO_ROW} for active, rows in found.items()}
+
+
+def arriving_axis(source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], axis: int) -> int:
+    """The axis of ``target`` that has all rows of ``source``'s ``axis``, in their order.
+
+    Raises OpaqueError where there is none such, and as :func:`arriving` does.
+    """
+    for numbers in _followed(source, target, nodes, False, axis):
+        for here, size in enumerate(numbers.rows.shape):
+            rows = numbers.rows.movedim(here, -1)
+            if size == samples(source)[axis] and rows.equal(torch.arange(size).expand_as(rows)):
+                return here
+    raise OpaqueError("rows that are no axis")
+
+
+def _followed(
+    source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], beside: bool, axis: int
+) -> Carried:
+    """The row numbers that arrive at ``target``."""
     sizes = samples(source)
     first = torch.arange(sizes[axis]).expand(*sizes[:axis], *sizes[axis:][1:], sizes[axis])
     carried: dict[fx.Node, Any] = {source: [Numbers(first.movedim(-1, axis))]}
@@ -67,10 +90,7 @@ def arriving(
                 others = [n for n in node.all_input_nodes if not carried.get(n) and is_tensor(n)]
                 carried |= {n: [Numbers(torch.full(samples(n), NO_ROW))] for n in others}
             carried[node] = _push(node, carried)
-    found: dict[bool, set[int]] = {False: set(), True: set()}
-    for numbers in carried.get(target) or []:
-        found[numbers.activated].update(numbers.rows.unique().tolist())
-    return {active: rows - {NO_ROW} for active, rows in found.items()}
+    return carried.get(target) or []
 
 
 def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:

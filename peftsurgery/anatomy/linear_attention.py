@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from peftsurgery.anatomy.attention import TOUCHES, Core, factors, projection_out, weighted_sum
+from peftsurgery.anatomy.attention import TOUCHES, Core, factors, projections_out, weighted_sum
 from peftsurgery.anatomy.flow import Flow, forward
 from peftsurgery.anatomy.gates import gate_rows
 from peftsurgery.anatomy.ops import Trait, has
@@ -42,10 +42,10 @@ def linear_attention_roles(flow: Flow, taken: Iterable[Site]) -> list[Assignment
     last: dict[Site, None] = {}
     for core in cores:
         results = _results(flow, core)
-        out = projection_out(flow, core, results)
-        if out is None or out in known:
+        outs = projections_out(flow, core, results)
+        if len(outs) != 1 or outs[0] in known:
             continue
-        last[out] = None
+        last[outs[0]] = None
         for part, node in (("q", core.q), ("k", core.k), ("v", core.v)):
             (linear,) = flow.origin(node)
             rows.setdefault(linear, {}).setdefault(part, set()).update(flow.rows_at(linear, node))
@@ -65,9 +65,9 @@ def _of_products(flow: Flow, node: fx.Node) -> Core | None:
     """The core of a product of queries and keys, if its result is multiplied with values."""
     pair = factors(flow, node)
     found = None if pair is None else weighted_sum(flow, node, TOUCHES | Trait.POINTWISE)
-    if pair is None or found is None:
+    if pair is None or found is None or found[1].args[0] is found[2]:
         return None
-    return Core(pair[0], pair[1], found[2], found[1], None, True, None, scores=node)
+    return Core(pair[0], pair[1], found[2], found[1], None, frozenset("k"), None, scores=node)
 
 
 def _of_one_score(softmax: fx.Node) -> Core | None:
@@ -77,7 +77,8 @@ def _of_one_score(softmax: fx.Node) -> Core | None:
     for weighed, k in _multiplied([softmax], TOUCHES):
         totals = [n for n in forward([weighed], Trait.CAST | Trait.TOTAL) if has(n, Trait.TOTAL)]
         for o, v in _multiplied(totals, Trait.LAYOUT):
-            return Core(softmax.all_input_nodes[0], k, v, o, None, False, None, softmax=softmax)
+            q = softmax.all_input_nodes[0]
+            return Core(q, k, v, o, None, frozenset(), None, softmax=softmax)
     return None
 
 

@@ -5,7 +5,8 @@
 Bindings: ``h``, ``x``, ``y``, and ``normed`` where the sum is normalised. Where two sublayers run
 side by side, y = x + (h1 + h2), each has its own site with the same x and y. Facts: ``after``
 (attention, ffn or other), ``kind`` after attention (self or cross), ``norm`` (pre: the sublayer
-normalises its input; post: the sum is normalised), ``parallel``, and ``width`` where it is fixed.
+normalises its input; post: the sum is normalised), ``parallel``, ``features`` (the axis of the
+stream that has them: -1, or 1 where it is an image) and ``width`` where it is fixed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import fx
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import backward, fixed_width, is_tensor, shape, sizes, strip
+from peftsurgery.anatomy.values import backward, fixed, is_tensor, shape, sizes, strip
 from peftsurgery.capture.names import common
 from peftsurgery.capture.schemas import op
 
@@ -113,11 +114,14 @@ def residual_sites(
         for h, leaves in join.outputs.items():
             ends = dict.fromkeys(site for leaf in leaves for site in flow.origin(leaf))
             last = [roles[site.nodes["y"]] for site in ends if site.nodes["y"] in roles]
+            axis = _features(flow, h, last)
+            size = fixed(shape(join.y)[axis])
             facts: dict[str, Any] = {
                 **sublayer(last),
                 "norm": _norm(flow, join, normalised),
                 "parallel": len(join.outputs) > 1,
-                **fixed_width(join.y),
+                "features": axis,
+                **({} if size is None else {"width": size}),
             }
             nodes = {"h": h, "x": join.x, "y": join.y}
             if facts["norm"] == "post":
@@ -126,6 +130,14 @@ def residual_sites(
             module = common([site.module for site in last]) if last else owner(h)
             sites.append(Site("residual", module, None, None, nodes, facts))
     return sites
+
+
+def _features(flow: Flow, h: fx.Node, last: Sequence[Site]) -> int:
+    """The axis of a stream that has the features which these linears add to it."""
+    if len(shape(h)) < 4 and not any("pointwise" in site.facts for site in last):
+        return -1
+    axes = {axis % len(shape(h)) for axis in (flow.axis_at(site, h) for site in last)}
+    return axes.pop() if len(axes) == 1 and len(shape(h)) - 1 not in axes else -1
 
 
 def sublayer(last: Sequence[Site]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import fx
 from peftsurgery.anatomy.attention import (
     Core,
     depends_on_order,
-    projection_out,
+    projections_out,
     reads_cache,
     visibility,
 )
@@ -20,7 +20,7 @@ from peftsurgery.anatomy.fused_rows import as_slice
 from peftsurgery.anatomy.gates import gate_rows
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, Slice
-from peftsurgery.anatomy.values import backward, fixed_width, shape, width
+from peftsurgery.anatomy.values import backward, fixed, fixed_width, shape
 from peftsurgery.capture.names import common
 from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
@@ -55,12 +55,13 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
     returned = {core.o for core in known}
     for core in known:
         feeders = _feeders(flow, core)
-        out = projection_out(flow, core, returned)
-        site = _site(flow, core, feeders, out)
+        read_by = projections_out(flow, core, returned)
+        site = _site(flow, core, feeders, read_by)
         sites.append(site)
         served.note(core, site, feeders)
-        if out is not None:
+        for out in read_by:
             outs.setdefault(out, []).append(site)
+        if read_by:
             served.note_gates(site, gate_rows(flow, [core.o]))
     projected = [Assignment(out, "attn.o", tuple(those)) for out, those in outs.items()]
     return sites, [*served.assignments(), *projected]
@@ -172,7 +173,9 @@ def rows_of_weight(linear: Site, taken: Slice) -> Slice | None:
     return as_slice([rows[row] for row in taken.indices()], linear.slice.whole)
 
 
-def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Site | None) -> Site:
+def _site(
+    flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], outs: Sequence[Site]
+) -> Site:
     k, v = core.shared
     nodes = {"q": core.q, "k": k, "v": v, "o": core.o}
     nodes |= {"q_operand": core.q, "k_operand": core.k, "v_operand": core.v}
@@ -191,10 +194,10 @@ def _site(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]], out: Si
     facts["causal"] = core.is_causal or depends_on_order(inside) or reads_cache(flow, core)
     inputs = list(flow.graph.find_nodes(op="placeholder"))
     facts["mask_inputs"] = tuple(i for i, node in enumerate(inputs) if node in inside)
-    facts["transposed"] = core.transposed
+    facts["transposed"] = "k" in core.turned
     facts |= fixed_width(nodes["x"]) if "x" in nodes else {}
-    module = _around([*(s for sites in feeders.values() for s in sites), *([out] if out else [])])
-    return Site("attention", module, None, None, nodes, facts)
+    module = _around([*(s for sites in feeders.values() for s in sites), *outs])
+    return Site("attention", module, None, None, nodes, facts, turned=core.turned)
 
 
 def _shared(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> set[str]:
@@ -217,7 +220,7 @@ def mask_nodes(flow: Flow, core: Core) -> set[fx.Node]:
 def _head_sizes(flow: Flow, core: Core, feeders: Mapping[str, Sequence[Site]]) -> dict[str, int]:
     """heads, kv_heads, head_dim, and v_head_dim: the size of a value, which may be another."""
     k, v = core.shared
-    size, of_value = int(shape(core.q)[-1]), width(v)
+    size, of_value = int(shape(core.q)[-1]), fixed(shape(v)[-2 if "v" in core.turned else -1])
     counts: dict[str, int] = {}
     for part, held in (("q", core.q), ("k", k)):
         rows = [len(flow.rows_at(linear, getattr(core, part))) for linear in feeders[part]]

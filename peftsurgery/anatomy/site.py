@@ -97,11 +97,11 @@ class Site:
     """What has a meaning in a program's graph.
 
     ``nodes`` binds the names a rule may use to graph values; see the module that finds each kind.
-    ``facts`` holds sizes and properties, ``turned`` the names of weights that are stored as
-    (in, out). ``slice`` are the rows of its weights that are its own, ``taken`` those of its
-    result, where one product makes the results of several sites: then ``whole`` is the site of that
-    product. ``cores`` are the attention sites that a projection serves: two where two cores read
-    one projection.
+    ``facts`` holds sizes and properties, ``turned`` the names of what has its last two axes
+    exchanged: of weights, (in, out). ``slice`` are the rows of its weights that are its own,
+    ``taken`` those of its result, where one product makes the results of several sites: then
+    ``whole`` is the site of that product. ``cores`` are the attention sites that a projection
+    serves: two where two cores read one projection.
     """
 
     kind: str

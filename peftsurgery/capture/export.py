@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._guards import detect_fake_mode
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
@@ -33,6 +33,12 @@ from transformers.exporters.utils import patch_attribute
 from peftsurgery.capture.attributes import kept_attributes
 from peftsurgery.capture.equal_blocks.traced_once import Once, traced_once
 from peftsurgery.capture.equal_blocks.unfolding import Filling, unfold
+from peftsurgery.capture.free_sizes import (
+    TangledSizesError,
+    check_sizes,
+    dynamic_shapes,
+    has_free_images,
+)
 from peftsurgery.capture.higher_order import inline_regions
 from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
@@ -92,12 +98,32 @@ def export(
     be left to its owner, and PSG217 for a model that remembers, in the mode that is wanted.
     """
     call = traced(apart(call), module)
+    make = partial(_exported, module, call, training, notes, once, likely)
+    if has_free_images(module, call.tensors):
+        with contextlib.suppress(TangledSizesError, SurgeryError):
+            return make(images_vary=True)
+    return make(images_vary=False)
+
+
+def _exported(
+    module: nn.Module,
+    call: Call,
+    training: bool,
+    notes: Notes,
+    once: bool,
+    likely: Collection[str],
+    images_vary: bool,
+) -> Exported:
+    """Export ``module`` with images of free sizes or of those of the call.
+
+    Raises TangledSizesError for images whose sizes had better be fixed.
+    """
     if likely:
         with contextlib.suppress(*EXPORT_ERRORS, SurgeryError):
-            known = _export(module, call, notes, likely, train=True)
+            known = _export(module, call, notes, likely, True, images_vary)
             if _serves_both(known, module, call):
                 return _read(known, call)
-    trace = partial(_try, module, call, notes, () if once else None)
+    trace = partial(_try, module, call, notes, () if once else None, images_vary=images_vary)
     trained, refusal = trace(train=True)
     if trained is not None:
         if _serves_both(trained, module, call):
@@ -133,18 +159,25 @@ class _Trace:
 
 
 def _try(
-    module: nn.Module, call: Call, notes: Notes, likely: Collection[str] | None, train: bool
+    module: nn.Module,
+    call: Call,
+    notes: Notes,
+    likely: Collection[str] | None,
+    train: bool,
+    images_vary: bool,
 ) -> tuple[_Trace | None, Exception | None]:
     """What torch.export makes of the call in one mode, or why it cannot.
 
     What cannot be exported with equal blocks traced once may be, with each traced by itself.
     """
     try:
-        return _export(module, call, notes, likely, train), None
+        return _export(module, call, notes, likely, train, images_vary), None
     except SurgeryError as error:
         return None, error
     except EXPORT_ERRORS as error:
-        return (None, error) if likely is None else _try(module, call, notes, None, train)
+        if likely is None:
+            return None, error
+        return _try(module, call, notes, None, train, images_vary)
 
 
 def _read(trace: _Trace, call: Call) -> Exported:
@@ -197,11 +230,13 @@ def _export(
     notes: Notes,
     likely: Collection[str] | None,
     train: bool,
+    images_vary: bool,
     by_value: bool = False,
 ) -> _Trace:
     """Trace a call; equal blocks once, unless ``likely`` is None."""
-    images_vary = not isinstance(module, PreTrainedModel)
     watch, masks = Watch(module), Masks(call, by_value)
+    if images_vary:
+        watch.check = check_sizes
     blocks = None if likely is None else Once(module, notes, masks, likely)
     if blocks is not None:
         watch.guard = blocks.hidden.guarded
@@ -219,12 +254,12 @@ def _export(
             args=(),
             kwargs=dict(call.tensors),
             strict=False,
-            dynamic_shapes=_dynamic(dict(call.tensors), images_vary),
+            dynamic_shapes=dynamic_shapes(dict(call.tensors), images_vary),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         drew = drawn_elsewhere() != before
     if masks.matters:
-        return _export(module, call, notes, likely, train, by_value=True)
+        return _export(module, call, notes, likely, train, images_vary, by_value=True)
     if drew and not _is_one(_record(module, call, train, start) for start in starts()):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:
@@ -280,27 +315,6 @@ def _unprinted() -> Iterator[None]:
     finally:
         names.pop("print", None)
         names.update(before)
-
-
-def _dynamic(value: Any, images_vary: bool) -> Any:
-    """Every axis of every tensor may vary, as far as the model lets it, but for sizes of one.
-
-    Of a transformers model's images only the batch may: a config fixes their size, and windows cut
-    from symbolic sizes take torch.export minutes. Another size is another capture.
-    """
-    if isinstance(value, torch.Tensor):
-        is_image = value.ndim >= 4 and value.is_floating_point()
-        axes = 1 if is_image and not images_vary else value.ndim
-        return {axis: Dim.AUTO for axis in range(axes) if value.shape[axis] != 1}
-    if isinstance(value, dict):
-        return {key: _dynamic(item, images_vary) for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_dynamic(item, images_vary) for item in value)
-    node = pytree.SUPPORTED_NODES.get(type(value))
-    if node is None:
-        return None
-    children, _ = node.flatten_fn(value)
-    return [_dynamic(child, images_vary) for child in children]
 
 
 @contextlib.contextmanager

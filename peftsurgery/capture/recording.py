@@ -125,6 +125,7 @@ class Watch(TorchFunctionMode):
         self.numbers: dict[int, int | str] = {}
         self.kept: list[Any] = []  # so that no other tensor has its identity
         self.guard: Callable[[], AbstractContextManager[None]] = nullcontext
+        self.check: Callable[[torch.Tensor], None] | None = None  # of every tensor that is made
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -174,6 +175,8 @@ class Watch(TorchFunctionMode):
             made = [result]
         for tensor in made:
             self.number(tensor)
+            if self.check is not None:
+                self.check(tensor)
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}
         self.made += [tensor for tensor in made if id(tensor) not in given]
         return result

@@ -1,4 +1,4 @@
-"""Capture every class of transformers, small and with random weights, and operate on it.
+"""Capture every class of transformers, and some of others, small with random weights; operate.
 
 python -m tools.bench.sweep --seconds 60 --minutes 30     every class of the mappings
 python -m tools.bench.sweep causal:llama base:clip bert   some of them
@@ -23,11 +23,12 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tools.bench.sweep_beyond import SAMPLES, fit_sample
 from tools.bench.sweep_models import FAILURES, all_models, fit_model
 from tools.bench.sweep_probes import misplaced
 
@@ -42,13 +43,20 @@ def swept(name: str, send: Callable[[tuple[str, str]], None]) -> None:
     import peftsurgery as ps
     from peftsurgery.capture import capture
 
-    model, inputs, expected = fit_model(name)
+    if name in SAMPLES:
+        model, example, inputs = fit_sample(name)
+        with torch.no_grad():
+            expected = model(**inputs)
+    else:
+        (model, inputs, expected), example = fit_model(name), None
     with torch.no_grad():
         send(("capture", "begun"))
-        captured = capture(model)
+        captured = capture(model, example)
         actual = captured(**inputs)
-    # What a model remembers for the next call (caches, mems) is not captured unless asked for.
-    pairs = [(expected[key], b) for key, b in actual.items() if isinstance(b, torch.Tensor)]
+    if isinstance(actual, Mapping):
+        # What a model remembers for the next call is not captured unless asked for.
+        expected = {key: expected[key] for key in actual}
+    pairs = list(zip(tensors_in(expected), tensors_in(actual), strict=True))
     wrong = [(a.float() - b.float()).abs().max().item() for a, b in pairs if not torch.equal(a, b)]
     send(("capture", f"wrong by {max(wrong):.1e}" if wrong else "exact"))
     for rule in RULES:
@@ -75,8 +83,9 @@ def operated(model: Any, captured: Any, rule: str, inputs: dict[str, Any]) -> st
         folded = ps.fold(made)
         wrong = wrong_weights(model, made, folded)
         with torch.no_grad():
-            for a, b in zip(folded(**inputs).values(), made(**inputs).values(), strict=False):
-                if isinstance(b, torch.Tensor) and not torch.allclose(a, b, atol=1e-3, rtol=1e-3):
+            outputs = (tensors_in(one(**inputs)) for one in (folded, made))
+            for a, b in zip(*outputs, strict=True):
+                if not torch.allclose(a, b, atol=1e-3, rtol=1e-3):
                     wrong.append(f"outputs by {(a - b).abs().max():.1e}")
     except ps.SurgeryError as error:
         return f"refused: {str(error).splitlines()[0]}"
@@ -84,6 +93,14 @@ def operated(model: Any, captured: Any, rule: str, inputs: dict[str, Any]) -> st
         return f"wrong: {', '.join(wrong)}"
     left = {role: share for role, share in made.report.coverage.roles.items() if share.matched == 0}
     return f"applied at {len(made.report.matches)}" + (f", not {', '.join(left)}" if left else "")
+
+
+def tensors_in(returned: Any) -> list[Any]:
+    """The tensors of what a model returns, in order."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    return [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, torch.Tensor)]
 
 
 def wrong_weights(model: Any, made: Any, folded: Any) -> list[str]:
@@ -185,7 +202,7 @@ def main() -> None:
     if options.done and options.done.exists():
         done = dict(json.loads(line) for line in options.done.read_text().splitlines())
     end = time.monotonic() + 60 * options.minutes
-    kinds = options.kinds or all_models()
+    kinds = options.kinds or [*all_models(), *SAMPLES]
     for kind in kinds:
         if kind not in done and time.monotonic() < end:
             done[kind] = bounded(kind, options.seconds)

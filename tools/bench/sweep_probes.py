@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftsurgery.capture.export import without_fast_path
+
 SOFTMAX = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}
 AT_MOST = 6  # sites of a role that are probed in one model
 
@@ -37,7 +39,12 @@ class Probabilities(TorchDispatchMode):
 def probabilities(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     """What every softmax of a call returns, in order."""
     torch.manual_seed(0)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), Probabilities() as noted:
+    with (
+        torch.no_grad(),
+        without_fast_path(),  # in which torch's layers call no softmax
+        sdpa_kernel(SDPBackend.MATH),
+        Probabilities() as noted,
+    ):
         model(**inputs)
     return noted.found
 
@@ -66,9 +73,10 @@ def misplaced(model: nn.Module, sites: Any, inputs: dict[str, Tensor]) -> list[s
             wrong.append(f"attn.q {place.module} changes no probabilities")
             continue
         firsts |= {core: min(first, firsts.get(core, first)) for core in place.attentions}
-        with one_token(model, place) as is_hooked:
+        with one_token(model, place) as tokens:
             after = probabilities(model, inputs)
-        if is_hooked() and rows_changed(before[first], after[first]) > 1:
+        # where features attend to features, no row is a token's
+        if tokens() == before[first].shape[-2] and rows_changed(before[first], after[first]) > 1:
             wrong.append(f"attn.q {place.module} changes other tokens")
     for place in values:
         with changed(model, place):
@@ -102,20 +110,20 @@ def changed(model: nn.Module, place: Any) -> Iterator[None]:
 
 
 @contextmanager
-def one_token(model: nn.Module, place: Any) -> Iterator[Callable[[], bool]]:
-    """A site's result changed at one token of the first row; says whether that could be done."""
-    done: list[bool] = []
+def one_token(model: nn.Module, place: Any) -> Iterator[Callable[[], int]]:
+    """A site's result changed at one token of the first row; says of how many, or 0 if of none."""
+    done: list[int] = []
     rows = rows_of(place.site)
 
     def change(module: nn.Module, args: Any, made: Any) -> Any:
         if not done and isinstance(made, Tensor) and made.dim() == 3 and made.shape[1] > 2:
-            done.append(True)
+            done.append(made.shape[1])
             part = made[0, made.shape[1] // 2]
             part[rows] += 1 + torch.rand_like(part[rows])
         return made
 
     hook = model.get_submodule(place.module).register_forward_hook(change)
     try:
-        yield lambda: bool(done)
+        yield lambda: sum(done)
     finally:
         hook.remove()

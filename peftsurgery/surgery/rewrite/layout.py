@@ -1,9 +1,11 @@
 """The layout in which rules see the values of a site.
 
 Weights of linears are (out, in), also where the model holds them turned, or with the axes of a
-convolution's single tap; their values are (..., features), also where places come behind.
+convolution's single tap; their values are (..., features), also where places come behind, and so
+are those of residual streams.
 At an attention site q and o are (batch, heads, tokens, head_dim), k and v are (batch, kv_heads,
-tokens, head_dim), also where the model holds heads and batch in one dimension or keys transposed.
+tokens, head_dim), also where the model holds heads and batch in one dimension or keys, or values
+and what is made of them, transposed.
 """
 
 from __future__ import annotations
@@ -16,40 +18,37 @@ from peftsurgery.anatomy.site import ATEN, Site
 from peftsurgery.anatomy.values import sizes
 
 POINTWISE = ("x", "W", "y")
+STREAM = ("h", "x", "y", "normed")
 HEADS = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
 
 
 def as_seen(site: Site, name: str, value: Any) -> Any:
     """Convert a site's value from the model's layout to the rules'."""
-    if name in site.turned:
-        return value.transpose(-1, -2)
     if name in POINTWISE and "pointwise" in site.facts:
         return ATEN.flatten.using_ints(value, 1) if name == "W" else ATEN.movedim.int(value, 1, -1)
-    if not _is_laid_out(site, name):
-        return value
-    if len(sizes(site.nodes[name])) == 3:
+    if _is_image(site, name):
+        return ATEN.movedim.int(value, site.facts["features"], -1)
+    if _is_laid_out(site, name) and len(sizes(site.nodes[name])) == 3:
         value = ATEN.unflatten.int(value, 0, [-1, site.facts[HEADS[name]]])
-    return ATEN.transpose.int(value, -1, -2) if _is_turned(site, name) else value
+    return ATEN.transpose.int(value, -1, -2) if name in site.turned else value
 
 
 def as_held(site: Site, name: str, value: Any) -> Any:
     """Convert a value from the rules' layout to the model's: the inverse of :func:`as_seen`."""
-    if name in site.turned:
-        return value.transpose(-1, -2)
     if name in POINTWISE and "pointwise" in site.facts:
         taps = [site.facts["in"], *[1] * site.facts["pointwise"]]
         return ATEN.unflatten.int(value, 1, taps) if name == "W" else ATEN.movedim.int(value, -1, 1)
-    if not _is_laid_out(site, name):
-        return value
-    value = ATEN.transpose.int(value, -1, -2) if _is_turned(site, name) else value
-    if len(sizes(site.nodes[name])) == 3:
+    if _is_image(site, name):
+        return ATEN.movedim.int(value, -1, site.facts["features"])
+    value = ATEN.transpose.int(value, -1, -2) if name in site.turned else value
+    if _is_laid_out(site, name) and len(sizes(site.nodes[name])) == 3:
         value = ATEN.flatten.using_ints(value, 0, 1)
     return value
 
 
 def tokens_dim(site: Site, name: str) -> int:
     """The dimension of tokens in a value of the site, as the model has it."""
-    return -1 if _is_turned(site, name) else -2
+    return -1 if name in site.turned else -2
 
 
 def is_regular(site: Site) -> bool:
@@ -72,8 +71,8 @@ def _is_laid_out(site: Site, name: str) -> bool:
     return site.kind == "attention" and name in HEADS
 
 
-def _is_turned(site: Site, name: str) -> bool:
-    return name == "k" and bool(site.facts["transposed"])
+def _is_image(site: Site, name: str) -> bool:
+    return site.kind == "residual" and name in STREAM and site.facts["features"] != -1
 
 
 def orient(value: Any, site: Site, name: str) -> Any:

@@ -148,8 +148,8 @@ class Replay:
         if "normed" not in self.site.nodes:
             return h
         y, end = (self.site.nodes[name] for name in ("y", "normed"))
-        given = {y: cast(h, self.dtype, value(y).dtype)}
-        result = find_region([y], end).run(given, self.outside)
+        given = {y: cast(as_held(self.site, "y", h), self.dtype, value(y).dtype)}
+        result = as_seen(self.site, "normed", find_region([y], end).run(given, self.outside))
         return cast(result, value(end).dtype, self.dtype)
 
     def expert_linear(self, x: Any, W: Any) -> Any:

@@ -32,26 +32,26 @@ def test_a_weight_is_out_by_in_and_the_slice_alone(part: Slice | None, turned: b
     assert (back == (expected.T if turned else expected)).all()
 
 
-def core(shapes: dict[str, tuple[int, ...]], transposed: bool) -> Site:
+def core(shapes: dict[str, tuple[int, ...]], transposed: str) -> Site:
     graph, nodes = fx.Graph(), {}
     for name, shape in shapes.items():
         nodes[name] = graph.placeholder(name)
         nodes[name].meta["val"] = torch.empty(shape)
-    facts = {"heads": 4, "kv_heads": 2, "head_dim": 8, "transposed": transposed}
-    return Site("attention", "m", None, None, nodes, facts)
+    facts = {"heads": 4, "kv_heads": 2, "head_dim": 8}
+    return Site("attention", "m", None, None, nodes, facts, turned=frozenset(transposed))
 
 
-def held(seen: Tensor, name: str, flat: bool, transposed: bool) -> np.ndarray:
+def held(seen: Tensor, name: str, flat: bool, transposed: str) -> np.ndarray:
     """A (batch, heads, tokens, head_dim) value as a model may hold it."""
     value = seen.numpy()
-    if transposed and name == "k":
+    if name in transposed:
         value = np.swapaxes(value, -1, -2)
     return value.reshape(-1, *value.shape[2:]) if flat else value
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["four axes", "batch and heads in one"])
-@pytest.mark.parametrize("transposed", [False, True], ids=["keys as rows", "as columns"])
-def test_an_attention_site_has_one_layout(flat: bool, transposed: bool) -> None:
+@pytest.mark.parametrize("transposed", ["", "k", "vo", "kvo"])
+def test_an_attention_site_has_one_layout(flat: bool, transposed: str) -> None:
     seen = {n: torch.randn(3, 2 if n in "kv" else 4, 5, 8) for n in "qkvo"}
     model = {n: torch.from_numpy(held(v, n, flat, transposed).copy()) for n, v in seen.items()}
     site = core({name: tuple(value.shape) for name, value in model.items()}, transposed)
