@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from peftsurgery.capture.blocks import Library, Splitter, block_paths
 from peftsurgery.capture.cleanup import clean_up
 from peftsurgery.capture.copying import SharedByCopies
+from peftsurgery.capture.decided import Decision
 from peftsurgery.capture.equal_blocks.situations import told_by_number
 from peftsurgery.capture.export import export
 from peftsurgery.capture.generating import cache_argument
@@ -48,7 +49,8 @@ class Capture(SharedByCopies):
     ``names`` are the inputs' names in order, ``conditions`` what their sizes must satisfy, and
     ``mode`` is the value of ``training`` the capture is for (None: it follows). ``call`` is the
     call it was made for, with tensors on meta, and ``state`` what surrounded that. ``calls`` are
-    those of its modules, by path. ``returned`` makes of its flat outputs what the original returns.
+    those of its modules, by path. ``decisions`` are what was decided by the inputs' values.
+    ``returned`` makes of its flat outputs what the original returns.
     """
 
     programs: Mapping[str, Sequence[Program]]
@@ -59,6 +61,7 @@ class Capture(SharedByCopies):
     call: Call
     state: Surroundings
     calls: ModuleCalls = field(repr=False, compare=False)
+    decisions: tuple[Decision, ...] = field(default=(), repr=False, compare=False)
     _check: Check = field(init=False, repr=False, compare=False)
     returned: Build = field(init=False, repr=False, compare=False)
 
@@ -79,17 +82,27 @@ class Capture(SharedByCopies):
         are captured when they come.
         """
         limits = tuple(in_words(text) for text in self.conditions if is_limit(text))
+        limits = (*limits, *dict.fromkeys(map(str, self.decisions)))
         if self.mode is None:
             return limits
         return (*limits, f"for {'train' if self.mode else 'eval'} mode only")
 
     def fits(self, leaves: Sequence[Any], training: bool) -> bool:
-        """Whether the capture is for this mode and for inputs of these sizes."""
-        return self.mode in (None, training) and all(self._check(*leaves))
+        """Whether the capture is for this mode, and for inputs of these sizes and values."""
+        if self.mode not in (None, training) or not all(self._check(*leaves)):
+            return False
+        return all(
+            each.holds(dict(zip(self.names, leaves, strict=True))) for each in self.decisions
+        )
 
     def unmet(self, leaves: Sequence[Any]) -> list[str]:
-        """The size conditions that these inputs violate, as Python expressions."""
-        return [c for c, met in zip(self.conditions, self._check(*leaves), strict=True) if not met]
+        """The conditions on sizes and values that these inputs violate."""
+        unmet = [text for text, met in self._checked(leaves) if not met]
+        inputs = dict(zip(self.names, leaves, strict=True))
+        return unmet or [str(each) for each in self.decisions if not each.holds(inputs)]
+
+    def _checked(self, leaves: Sequence[Any]) -> Iterable[tuple[str, bool]]:
+        return zip(self.conditions, self._check(*leaves), strict=True)
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,7 @@ class Captures(SharedByCopies):
             example(call),
             state,
             notes.done(),
+            exported.decisions,
         )
 
     def _name_constants(self, module: fx.GraphModule) -> None:

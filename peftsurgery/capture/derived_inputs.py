@@ -22,7 +22,7 @@ from peftsurgery.capture.signature import Call
 from peftsurgery.errors import SurgeryError
 
 SIZES = "grid_thw"
-MODALITIES = ("image", "video")
+MODALITIES = ("image_", "video_", "")  # an encoder by itself has no name for its own
 
 
 def with_derived(call: Call, module: nn.Module) -> Call:
@@ -31,10 +31,20 @@ def with_derived(call: Call, module: nn.Module) -> Call:
     Images are attended to in one batch while a model is traced, which only those of one size can
     be. PSG201 for others.
     """
-    found = {modality: call.tensors.get(f"{modality}_{SIZES}") for modality in MODALITIES}
-    sized = {modality: sizes for modality, sizes in found.items() if sizes is not None}
-    if not sized or not isinstance(module, PreTrainedModel) or torch.compiler.is_exporting():
+    if not isinstance(module, PreTrainedModel) or torch.compiler.is_exporting():
         return call
+    found = {modality: call.tensors.get(f"{modality}{SIZES}") for modality in MODALITIES}
+    sized = {modality: sizes for modality, sizes in found.items() if sizes is not None}
+    whole = _with_made(call, module, sized) if sized else call
+    for name, value in whole.tensors.items():
+        if name.endswith("seqlens") and not _is_even(value):
+            message = f"images, or windows of them, are of unlike sizes in one call ({name})"
+            raise SurgeryError("PSG201", message, "give images of one size in a call")
+    return whole
+
+
+def _with_made(call: Call, module: nn.Module, sized: Mapping[str, torch.Tensor]) -> Call:
+    """The call with what its model would make of these sizes, by modality."""
     made: dict[str, Any] = {} if call.past else dict(_positions(module, call.tensors))
     encoder = next((m for m in module.modules() if _takes(m.forward, SIZES)), None)
     if encoder is not None:
@@ -42,14 +52,9 @@ def with_derived(call: Call, module: nn.Module) -> Call:
             read = {SIZES: sizes}
             with torch.no_grad():
                 precompute_export_inputs(encoder, read)
-            made |= {f"{modality}_{name}": v for name, v in read.items() if name != SIZES}
+            made |= {f"{modality}{name}": v for name, v in read.items() if name != SIZES}
     tensors = {name: value for name, value in made.items() if isinstance(value, torch.Tensor)}
-    whole = replace(call, tensors=dict(sorted({**tensors, **call.tensors}.items())))
-    for name, value in whole.tensors.items():
-        if name.endswith("seqlens") and not _is_even(value):
-            message = f"images, or windows of them, are of unlike sizes in one call ({name})"
-            raise SurgeryError("PSG201", message, "give images of one size in a call")
-    return whole
+    return replace(call, tensors=dict(sorted({**tensors, **call.tensors}.items())))
 
 
 def _is_even(ends: torch.Tensor) -> bool:

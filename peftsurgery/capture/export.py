@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -18,19 +17,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._guards import detect_fake_mode
 from torch.export import ExportedProgram
-from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
-from transformers.exporters.exporter_dynamo import (
-    patch_model_config,
-    register_cache_pytrees_for_model,
-    reset_model_state,
-)
-from transformers.exporters.utils import patch_attribute
 
 from peftsurgery.capture.attributes import kept_attributes
+from peftsurgery.capture.decided import Decision, Decisions, is_by_value
 from peftsurgery.capture.equal_blocks.traced_once import Once, traced_once
 from peftsurgery.capture.equal_blocks.unfolding import Filling, unfold
 from peftsurgery.capture.free_sizes import (
@@ -40,15 +31,14 @@ from peftsurgery.capture.free_sizes import (
     has_free_images,
 )
 from peftsurgery.capture.higher_order import inline_regions
-from peftsurgery.capture.kv_cache import as_if_run
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.model_lines import said_where
 from peftsurgery.capture.modes import Reads, noted_reads
 from peftsurgery.capture.module_calls import Notes
-from peftsurgery.capture.patches import patched
+from peftsurgery.capture.prepared import prepared
 from peftsurgery.capture.randomness import drawn_elsewhere, is_random, kept_generators, starts
 from peftsurgery.capture.recording import Record, Watch, is_steady, recorded
-from peftsurgery.capture.signature import Call, apart, stand_for, traced
+from peftsurgery.capture.signature import Call, apart, traced
 from peftsurgery.capture.sizes import size_conditions
 from peftsurgery.capture.stack import stack_paths
 from peftsurgery.capture.uncompiled import uncompiled
@@ -68,7 +58,8 @@ class Exported:
 
     ``conditions`` are what it assumes of their sizes,
     ``mode`` is the value of ``training`` it is right for, or None if it follows train() and eval().
-    ``filled`` are the paths of the blocks that were filled in, as an equal one was traced.
+    ``filled`` are the paths of the blocks that were filled in, as an equal one was traced, and
+    ``decisions`` are what it assumes of its inputs' values.
     """
 
     module: fx.GraphModule
@@ -76,6 +67,7 @@ class Exported:
     conditions: tuple[str, ...]
     mode: bool | None
     filled: tuple[str, ...]
+    decisions: tuple[Decision, ...] = ()
 
 
 @quiet()
@@ -136,8 +128,7 @@ def _exported(
         if isinstance(error, SurgeryError):
             raise error
     if evaluated is None:
-        why = first_line(reason) + said_where(reason, module)
-        raise SurgeryError("PSG201", f"{name} cannot be captured: {why}") from reason
+        raise _refused(name, reason, module) from reason
     if training:
         raise SurgeryError(
             "PSG211",
@@ -145,6 +136,15 @@ def _exported(
             f"{said_where(refusal, module)}",
         ) from refusal
     return replace(_read(evaluated, call), mode=False)
+
+
+def _refused(name: str, reason: Exception | None, module: nn.Module) -> SurgeryError:
+    """The refusal of a module that torch.export cannot trace."""
+    where = said_where(reason, module)
+    if not is_by_value(reason):
+        return SurgeryError("PSG201", f"{name} cannot be captured: {first_line(reason)}{where}")
+    message = f"{name} cannot be captured: its code goes by values that it computes{where}"
+    return SurgeryError("PSG228", message)
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,7 @@ class _Trace:
     reads: Reads
     masks: Masks
     fillings: Sequence[Filling]  # calls of blocks whose steps are not in the record
+    decisions: tuple[Decision, ...]
 
 
 def _try(
@@ -168,16 +169,22 @@ def _try(
 ) -> tuple[_Trace | None, Exception | None]:
     """What torch.export makes of the call in one mode, or why it cannot.
 
-    What cannot be exported with equal blocks traced once may be, with each traced by itself.
+    What cannot be exported with equal blocks traced once may be, with each traced by itself; and
+    what decides by values, with those of the call.
     """
     try:
         return _export(module, call, notes, likely, train, images_vary), None
     except SurgeryError as error:
         return None, error
     except EXPORT_ERRORS as error:
-        if likely is None:
+        if likely is not None:
+            return _try(module, call, notes, None, train, images_vary)
+        if not is_by_value(error):
             return None, error
-        return _try(module, call, notes, None, train, images_vary)
+    try:
+        return _export(module, call, notes, None, train, images_vary, decided=True), None
+    except (*EXPORT_ERRORS, SurgeryError) as error:
+        return None, error
 
 
 def _read(trace: _Trace, call: Call) -> Exported:
@@ -192,7 +199,8 @@ def _read(trace: _Trace, call: Call) -> Exported:
         call.trace.connect(module.graph)
     conditions = tuple(dict.fromkeys((*conditions, *trace.masks.conditions)))
     filled = tuple(filling.place.noted_path for filling in trace.fillings)
-    return Exported(module, program.call_spec.out_spec, conditions, None, filled)
+    out = program.call_spec.out_spec
+    return Exported(module, out, conditions, None, filled, trace.decisions)
 
 
 def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
@@ -210,7 +218,8 @@ def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
     ):
         return True
     try:
-        record = partial(_record, module, call, by_value=trained.masks.by_value)
+        decided = bool(trained.decisions)
+        record = partial(_record, module, call, by_value=trained.masks.by_value, decided=decided)
         known = record(True) if trained.fillings else trained.record
         return record(False).is_off_of(known)
     except (*EXPORT_ERRORS, SurgeryError):
@@ -232,17 +241,20 @@ def _export(
     train: bool,
     images_vary: bool,
     by_value: bool = False,
+    decided: bool = False,
 ) -> _Trace:
-    """Trace a call; equal blocks once, unless ``likely`` is None."""
+    """Trace a call; equal blocks once, unless ``likely`` is None; values ``decided`` by it."""
     watch, masks = Watch(module), Masks(call, by_value)
     if images_vary:
         watch.check = check_sizes
+    if decided:
+        watch.decisions = Decisions(module, call.tensors)
     blocks = None if likely is None else Once(module, notes, masks, likely)
     if blocks is not None:
         watch.guard = blocks.hidden.guarded
     with (
         kept_attributes(module),
-        _prepared(module, call, train, watch, masks),
+        prepared(module, call, train, watch, masks),
         noted_reads() as reads,
         contextlib.nullcontext() if blocks is None else traced_once(blocks),
         contextlib.nullcontext() if blocks is None else blocks.hidden.kept(),
@@ -259,15 +271,16 @@ def _export(
         )
         drew = drawn_elsewhere() != before
     if masks.matters:
-        return _export(module, call, notes, likely, train, images_vary, by_value=True)
+        return _export(module, call, notes, likely, train, images_vary, True, decided)
     if drew and not _is_one(_record(module, call, train, start) for start in starts()):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:
-        with kept_attributes(module), _prepared(module, call, train):
+        with kept_attributes(module), prepared(module, call, train):
             if not is_steady(module, call):
                 raise _remembering(module, watch.changed[0])
     fillings = () if blocks is None else blocks.fillings
-    return _Trace(program, watch.record, reads, masks, fillings)
+    decisions = () if watch.decisions is None else tuple(watch.decisions.taken)
+    return _Trace(program, watch.record, reads, masks, fillings, decisions)
 
 
 def _is_one(records: Iterable[Record]) -> bool:
@@ -292,12 +305,13 @@ def _record(
     train: bool,
     start: tuple[int, ...] | None = None,
     by_value: bool = False,
+    decided: bool = False,
 ) -> Record:
     """What the module does for a call in one mode."""
     masks = Masks(call, by_value)
-    prepared = _prepared(module, call, train, None, masks)
-    with kept_attributes(module), prepared, kept_generators(start):
-        return recorded(module, call)
+    ready = prepared(module, call, train, None, masks)
+    with kept_attributes(module), ready, kept_generators(start):
+        return recorded(module, call, decided)
 
 
 @contextlib.contextmanager
@@ -315,83 +329,3 @@ def _unprinted() -> Iterator[None]:
     finally:
         names.pop("print", None)
         names.update(before)
-
-
-@contextlib.contextmanager
-def _prepared(
-    module: nn.Module,
-    call: Call,
-    train: bool,
-    watch: Watch | None = None,
-    masks: Masks | None = None,
-) -> Iterator[None]:
-    """Everything a faithful export needs, undone on leaving; ``watch`` notes what forward does."""
-    flags = dict(call.flags)
-    with contextlib.ExitStack() as stack:
-        if isinstance(module, PreTrainedModel):
-            register_cache_pytrees_for_model(module)
-            stack.enter_context(patched(module))
-            stack.enter_context(reset_model_state(module))
-            stack.enter_context((masks or Masks(call)).traced())
-            if call.trace is None:
-                stack.enter_context(patch_model_config(module, {"use_cache": False}))
-            else:
-                stack.enter_context(as_if_run())
-        stack.enter_context(kept_generators())
-        module.train(train)
-        # a size of one is a size like others, and a decision on it a condition of the capture
-        stack.enter_context(patch_attribute(fx_config, "backed_size_oblivious", lambda _: True))
-        stack.enter_context(without_fast_path())
-        stack.enter_context(_explicit_forward(module, call, flags, watch))
-        stack.enter_context(torch.enable_grad())
-        yield
-
-
-@contextlib.contextmanager
-def without_fast_path() -> Iterator[None]:
-    """nn.TransformerEncoder's fast path is one opaque operator: no linears to see, none in ONNX."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _explicit_forward(
-    module: nn.Module, call: Call, flags: dict[str, Any], watch: Watch | None
-) -> Iterator[None]:
-    """Give the module a forward that takes exactly the call's tensors; flags are fixed in it."""
-    original: Callable[..., Any] = module.forward
-
-    def plain(**tensors: Any) -> Any:
-        if call.trace is not None:
-            return call.trace.run(original, tensors, **flags)
-        return original(**tensors, **flags)
-
-    def forward(**tensors: Any) -> Any:
-        if watch is None:
-            return plain(**tensors)
-        mode: Any = detect_fake_mode()
-        mode.cache_enabled = False  # few steps are like another: what a trace keeps costs more
-        return watch.run(plain, **tensors)
-
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [inspect.Parameter(name, kind, default=None) for name in call.tensors]
-    _declare(forward, inspect.Signature(parameters))
-    stand_for(forward, original)
-    had_own = "forward" in vars(module)
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if had_own:
-            module.forward = original
-        else:
-            del module.forward
-
-
-def _declare(function: Any, signature: inspect.Signature) -> None:
-    """Let a function say that it takes these parameters; torch.export asks it."""
-    function.__signature__ = signature

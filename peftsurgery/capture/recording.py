@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from peftsurgery.capture.attributes import attributes_of, changed_since, tensors_of
+from peftsurgery.capture.decided import Decisions, of_sizes
 from peftsurgery.capture.randomness import TRAIN_FLAGS
 from peftsurgery.capture.signature import Call, map_tensors
 from peftsurgery.capture.tensors import named_tensors
@@ -69,9 +70,13 @@ def _is_off_of(evaluated: Step, trained: Step) -> bool:
     return not any(value for _, value in evaluated.flags)
 
 
-def recorded(module: nn.Module, call: Call) -> Record:
-    """Record the torch calls that ``module`` makes for a call, on tensors without content."""
+def recorded(module: nn.Module, call: Call, decided: bool = False) -> Record:
+    """Record the torch calls that ``module`` makes for a call, on tensors without content.
+
+    With ``decided``, what it asks of the inputs' values is answered by the call's.
+    """
     watch = Watch(module)
+    watch.decisions = Decisions(module, call.tensors) if decided else None
     with _without_content(module, call) as inputs:
         watch.run(module, **inputs)
     return watch.record
@@ -126,6 +131,7 @@ class Watch(TorchFunctionMode):
         self.kept: list[Any] = []  # so that no other tensor has its identity
         self.guard: Callable[[], AbstractContextManager[None]] = nullcontext
         self.check: Callable[[torch.Tensor], None] | None = None  # of every tensor that is made
+        self.decisions: Decisions | None = None  # taken by values, if they are
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +141,8 @@ class Watch(TorchFunctionMode):
             self.number(value)
         before = attributes_of(self.module, copied=False)
         self.names = {id(tensor): name for name, tensor in tensors_of(self.module)}
+        if self.decisions is not None:
+            self.decisions.begin(kwargs)
         with self, self.guard():
             output = forward(*args, **kwargs)
         self.changed = changed_since(before)
@@ -161,7 +169,15 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """What the function returns."""
         kwargs = kwargs or {}
+        if self.decisions is not None:
+            answer = self.decisions.answer(func, args)
+            answer = of_sizes(func, args, kwargs) if answer is None else answer
+            if answer is not None:
+                return answer
         result = func(*args, **kwargs)
+        if self.decisions is not None:
+            self.kept.append(result)
+            self.decisions.note(func, args, kwargs, result)
         name = getattr(func, "__name__", "")
         made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         if not made and name not in _SWITCHES:

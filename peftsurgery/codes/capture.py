@@ -5,9 +5,9 @@ from peftsurgery.codes.entry import CodeInfo
 CODES = {
     "PSG201": CodeInfo(
         "the model cannot be captured",
-        "torch.export could not turn the model into a graph for any input of this kind. Usually "
-        "its forward takes decisions that depend on values (routing by index, loops over "
-        ".tolist()). Capture the part of it that does not, or pass inputs that avoid that path.",
+        "torch.export could not turn the model into a graph for any input of this kind; the "
+        "message ends in its reason and the line of the model's code. Capture the part of it that "
+        "does not need that, or pass inputs that avoid that path.",
     ),
     "PSG202": CodeInfo(
         "example inputs are needed",
@@ -160,5 +160,21 @@ CODES = {
         "which can run any code that is in it, and what it holds is a flat graph without the "
         "modules that rules speak of. No command opens one: name the model or the surgery that it "
         "was made of. torch.export.load reads files that you trust.",
+    ),
+    "PSG228": CodeInfo(
+        "the model's code goes by values",
+        "A graph computes the same steps for all values. Where a forward asks for a value that is "
+        "made of its inputs alone (whether a mask masks anything), the call's answer is taken, and "
+        "other answers are captured when they come. The message names the line that asks for "
+        "one that the weights have a say in: which experts were chosen, how long a list of found "
+        "things is. Many models of experts have another implementation, which runs all of them "
+        "(`experts_implementation` in transformers); otherwise capture the modules around that "
+        "code, and leave it to call them.",
+    ),
+    "PSG229": CodeInfo(
+        "a file would be right for some values only",
+        "The model's code goes by values of its inputs, so a capture is made for each answer and "
+        "the one that fits a call is taken. A file has one graph and takes all values. Write the "
+        "folded model, whose own code decides, as a model directory.",
     ),
 }

@@ -111,6 +111,28 @@ def test_images_of_unlike_sizes_in_one_call_are_refused() -> None:
         graph(**batch((8, 8), (4, 8)))
 
 
+def test_an_encoder_of_images_by_itself_is_held_to_one_size_in_a_call() -> None:
+    torch.manual_seed(0)
+    model: Any = qwen2_vl().eval()
+    encoder = model.model.visual
+
+    def patches(*sizes: tuple[int, int]) -> dict[str, Tensor]:
+        rows = torch.randn(sum(h * w for h, w in sizes), 3 * 2 * 4 * 4)
+        return {"hidden_states": rows, "grid_thw": torch.tensor([[1, h, w] for h, w in sizes])}
+
+    graph = ps.capture(encoder, inputs=patches((4, 8), (4, 8)))
+    for sizes in (((4, 8), (4, 8)), ((8, 4), (8, 4))):
+        given = patches(*sizes)
+        with torch.no_grad():
+            expected = encoder(**given).pooler_output
+            torch.testing.assert_close(graph(**given).pooler_output, expected, rtol=0, atol=1e-6)
+    with pytest.raises(SurgeryError, match=r"PSG201.*unlike sizes.*\(cu_seqlens\)"):
+        graph(**patches((4, 4), (4, 12)))
+    ends = {"cu_seqlens": torch.tensor([0, 16, 64], dtype=torch.int32)}
+    with pytest.raises(SurgeryError, match=r"PSG201.*unlike sizes"):
+        ps.capture(encoder, inputs={**patches((4, 4), (4, 12)), **ends})
+
+
 @pytest.mark.slow
 def test_both_towers_are_adapted_and_folded() -> None:
     torch.manual_seed(0)

@@ -64,9 +64,9 @@ def test_images_are_of_one_size_where_free_ones_fail() -> None:
 
 def test_a_size_of_much_arithmetic_is_refused() -> None:
     mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+    free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    size = mode.from_tensor(torch.zeros(50), symbolic_context=free).shape[0]
     with mode:
-        free = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-        size = mode.from_tensor(torch.zeros(50), symbolic_context=free).shape[0]
         check_sizes(torch.zeros(size + 1))
         with pytest.raises(TangledSizesError):
             check_sizes(torch.zeros(sum(size // step for step in range(2, LIMIT))))

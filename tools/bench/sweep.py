@@ -42,10 +42,11 @@ def swept(name: str, send: Callable[[tuple[str, str]], None]) -> None:
 
     import peftsurgery as ps
     from peftsurgery.capture import capture
+    from peftsurgery.capture.prepared import without_fast_path
 
     if name in SAMPLES:
         model, example, inputs = fit_sample(name)
-        with torch.no_grad():
+        with torch.no_grad(), without_fast_path():
             expected = model(**inputs)
     else:
         (model, inputs, expected), example = fit_model(name), None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftsurgery.capture.export import without_fast_path
+from peftsurgery.capture.prepared import without_fast_path
 
 SOFTMAX = {torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default}
 AT_MOST = 6  # sites of a role that are probed in one model

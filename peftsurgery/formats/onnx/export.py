@@ -18,6 +18,7 @@ from torch.export import Dim
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel, capture
+from peftsurgery.capture.decided import check_undecided
 from peftsurgery.formats.onnx.calls import NamedCalls
 from peftsurgery.formats.onnx.file import OnnxFile, name_sizes, write_checked
 from peftsurgery.formats.onnx.graph import write_graph
@@ -58,6 +59,8 @@ def export_onnx(
     an adapter cannot be left out of a graph, PSG210 and PSG212 for models without a plain cache.
     """
     need_onnx()
+    if adapters == "inputs" or cache:
+        check_undecided((d for c in model.captures for d in c.decisions), "an ONNX file")
     if adapters == "inputs":
         made, slots = with_slots(model)
         calls, without = NamedCalls(made, made, cache), NamedCalls(made, unoperated(made), cache)

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from peftsurgery.capture.export import EXPORT_ERRORS, without_fast_path
+from peftsurgery.capture.export import EXPORT_ERRORS
+from peftsurgery.capture.prepared import without_fast_path
 from peftsurgery.errors import SurgeryError, first_line
 
 

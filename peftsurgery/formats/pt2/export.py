@@ -21,7 +21,9 @@ from torch.export import Dim, ExportedProgram
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import GraphModel
-from peftsurgery.capture.export import EXPORT_ERRORS, without_fast_path
+from peftsurgery.capture.decided import check_undecided
+from peftsurgery.capture.export import EXPORT_ERRORS
+from peftsurgery.capture.prepared import without_fast_path
 from peftsurgery.capture.sharded import check_whole
 from peftsurgery.checkpoint.record import FILE, as_json
 from peftsurgery.errors import SurgeryError, first_line
@@ -127,6 +129,8 @@ def _write(model: GraphModel, file: Path, folded: bool) -> ProgramFile:
         if any(name.startswith(PAST) for name in named(**seen)):
             named.flags["use_cache"] = False
             named(**seen)
+        if not folded:
+            check_undecided((d for c in model.captures for d in c.decisions), "a .pt2 file")
         program = _program(named, seen, free_axes(model))
         _save(program, file, {FILE: as_json(record).decode()})
         cases = [(given, named(**given)) for given in unseen_inputs(model)]
