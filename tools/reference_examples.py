@@ -160,6 +160,7 @@ FACTS: Mapping[str, Mapping[str, str]] = {
         "kind": "after attention: self or cross",
         "norm": "where the sublayer's norm is: pre, post or none",
         "parallel": "whether several sublayers are added at once",
+        "features": "the axis of the stream that has its features: -1, or 1 in an image",
     },
     "inputs": {},
     "positions": {

@@ -107,13 +107,18 @@ class Decisions:
         }
 
     def answer(self, function: Any, args: Sequence[Any]) -> Any:
-        """What the call's own inputs say where code asks for a number; None if they cannot."""
+        """What the call's own inputs say where code asks for a whole number, or yes or no.
+
+        None if they cannot.
+        """
         made = self._known.get(id(args[0])) if args else None
         if made is None or getattr(function, "__name__", "") not in _ASK:
             return None
         asked = Formula(function, (made,), {}).sizes_fixed()
         with _disable_current_modes(), torch._C.DisableTorchFunction():
             value = asked.of(self.inputs)
+        if any(isinstance(each, float) for each in pytree.tree_leaves(value)):
+            return None  # hardly two calls have one answer
         where = model_line(traceback.extract_stack(), self.module)
         self.taken.append(Decision(asked, value, where))
         return value

@@ -148,5 +148,5 @@ def test_a_capture_that_fails_keeps_nobody_waiting() -> None:
             model(torch.ones(2, 4), wild=True)
         return found.value.code
 
-    assert together(*[refused] * 4) == ["PSG201"] * 4
+    assert together(*[refused] * 4) == ["PSG228"] * 4
     assert torch.equal(model(torch.ones(3, 4)), torch.full((3, 4), 2.0))
