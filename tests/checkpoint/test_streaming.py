@@ -68,12 +68,15 @@ def test_rows_at_a_time_are_the_whole_and_the_process_has_no_torch(tmp_path: Pat
 
 @pytest.mark.slow
 def test_memory_is_flat_whatever_the_size_of_the_base(tmp_path: Path) -> None:
-    peaks = []
+    least = []
     for number, shards in enumerate((2, 8)):
         base, adapter = streamed.made_at(tmp_path / str(number), shards, 4096, 2048)
-        peaks.append(ended(started(base, adapter, tmp_path / str(number) / "out"))["peak"])
-    assert max(peaks) < 160 * 2**20
-    assert peaks[1] < peaks[0] + 16 * 2**20
+        # How the two threads fall together is chance, which moves the peak by some 20 MiB.
+        outs = [tmp_path / str(number) / f"out{turn}" for turn in range(3)]
+        peaks = [ended(started(base, adapter, out))["peak"] for out in outs]
+        assert max(peaks) < 160 * 2**20
+        least.append(min(peaks))
+    assert least[1] < least[0] + 16 * 2**20
 
 
 def test_runs_that_are_killed_and_resumed_write_what_one_run_writes(tmp_path: Path) -> None:
