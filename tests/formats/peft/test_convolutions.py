@@ -111,7 +111,10 @@ def test_what_makes_no_difference_to_pefts_a_is_honoured_both_ways(
     ours = ps.from_peft(ps.capture(module, (images,)), tmp_path / "theirs").eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-6)
-        torch.testing.assert_close(ps.fold(ours)(images), theirs(images), rtol=0, atol=1e-6)
+        # peft's own sum of two products is up to 9e-7 from it on some processors
+        exact = deepcopy(theirs).double()(images.double())
+        found = ps.fold(ours)(images).double()
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
         ps.to_peft(ours, tmp_path / "ours")
         again = PeftModel.from_pretrained(deepcopy(module), tmp_path / "ours").eval()
         assert torch.equal(again(images), theirs(images))
