@@ -137,6 +137,7 @@ class ForeignPart:
             lambda path: path.removeprefix(former),
             lambda path: former + path,
         ]
+        # a path that is another's former spelling keeps its own meaning: the first way comes last
         return {way(path): path for way in reversed(ways) for path in self.modules}
 
     @cached_property
