@@ -35,6 +35,7 @@ SMALL: dict[str, int] = {
     "image_size": 64,
     "mm_tokens_per_image": 4,
     "num_filters": 4,
+    "num_patches": 16,
 }
 SHORT = ("depths", "num_blocks", "encoder_depths")
 """Lists with a number for each stage of a network: of layers, two or one."""
@@ -110,13 +111,15 @@ _WINDOWS: dict[str, Any] = {
 }
 
 MIXED: dict[str, dict[str, Any]] = {
+    "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
 }
-"""What makes one of two layers attention, in models whose first ones are another mixer."""
+"""What goes with small values: what makes one of two layers attention, in models whose first ones
+are another mixer, and tokens of a small vocabulary."""
 
 REPAIRED: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {**_LATENT, "head_dim": 8, "layer_group_size": 2, "num_local_experts": 4},

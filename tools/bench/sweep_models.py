@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from peftsurgery.capture.inputs import example_inputs
+from peftsurgery.capture.inputs import BATCH, LENGTH, example_inputs
 from tools.bench.sweep_configs import FILLED, MIXED, REPAIRED, SHORT, SMALL, SPECIAL
 
 # What originals that do not fit, and faults, end in.
@@ -84,11 +84,26 @@ def small_model(name: str, kv_heads: int = 2) -> Any:
     if mapping == "masked" and hasattr(config, "is_decoder"):
         config.is_decoder = False
     config.architectures = config.architectures or []  # asked for where a type has two classes
-    model = made_by.from_config(config).eval()
+    model = _part_of(config, mapping, kind) or made_by.from_config(config)
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
     return model
+
+
+def _part_of(config: Any, mapping: str, kind: str) -> Any:
+    """A model of a part of a config, for classes that take no other; None for all others."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    known = getattr(modeling_auto, MAPPINGS[mapping or "base"][0]).get(kind)
+    made_by: Any = getattr(transformers, known, None) if isinstance(known, str) else None
+    wanted = getattr(made_by, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return None
+    parts = [getattr(config, name) for name in config.sub_configs]
+    return next((made_by._from_config(part) for part in parts if isinstance(part, wanted)), None)
 
 
 def small_values(config_class: Any, kv_heads: int) -> dict[str, Any]:
@@ -118,15 +133,20 @@ def small_values(config_class: Any, kv_heads: int) -> dict[str, Any]:
 def unseen_inputs(model: Any) -> dict[str, Any]:
     """Random inputs, larger than the examples a capture makes for itself."""
     torch.manual_seed(2)
-    larger = {name: torch.cat([v, v[:1]]) for name, v in example_inputs(model).items()}
+    examples = example_inputs(model)
+    larger = {name: torch.cat([v, v[: len(v) // BATCH]]) for name, v in examples.items()}
     if model.main_input_name == "input_ids":
         larger = {
             name: torch.cat([v, v[:, :3]], dim=1) if v.dim() == 2 else v
             for name, v in larger.items()
         }
+        if "input_features" in larger:  # of each of the three tokens more
+            sound = larger["input_features"]
+            more = sound[..., : 3 * sound.shape[-1] // LENGTH]
+            larger["input_features"] = torch.cat([sound, more], dim=-1)
     for name, value in larger.items():
         if value.is_floating_point():
             larger[name] = torch.randn_like(value)
-        elif not name.endswith("mask"):
+        elif not name.endswith(("mask", "shapes")):
             larger[name] = torch.randint_like(value, 5, 90)
     return larger
