@@ -12,6 +12,7 @@ from torch.export import Dim
 from peftsurgery.capture import GraphModel
 from peftsurgery.formats.onnx.calls import NamedCalls, Tensors
 from peftsurgery.formats.onnx.file import OnnxFile, name_sizes, write_checked
+from peftsurgery.formats.onnx.narrow import narrowed
 from peftsurgery.formats.onnx.runtime import check_outputs
 from peftsurgery.formats.onnx.slots import Slots
 from peftsurgery.formats.onnx.switches import skip_what_is_off, without_checks_for_nan
@@ -63,8 +64,8 @@ def _graph(calls: NamedCalls, slots: Slots) -> Any:
         value.name = name
     for value, name in zip(graph.graph.outputs, calls.outputs(given), strict=True):
         value.name = name
-    _give_defaults(graph, slots.defaults)
     skip_what_is_off(graph, slots.switches)
+    _give_defaults(graph, narrowed(graph, slots.defaults))
     without_checks_for_nan(graph)
     name_sizes(graph, _sizes(graph, slots))
     return graph
@@ -83,8 +84,12 @@ def _give_defaults(graph: Any, defaults: Tensors) -> None:
 
 def _sizes(graph: Any, slots: Slots) -> dict[str, str]:
     """Names of the slots' sizes: rank0, rank1 and so on, one for tensors that share it."""
-    names = dict[str, str]()
+    names, narrow = dict[str, str](), dict[str, str]()
     for value in graph.graph.inputs:
-        for axis, size in slots.sizes.get(value.name, {}).items():
-            names.setdefault(str(value.shape[axis]), f"{size}{len(names)}")
-    return names
+        free = slots.sizes.get(value.name, {})
+        for axis, size in enumerate(value.shape if value.name in slots.defaults else ()):
+            if axis in free:
+                names.setdefault(str(size), f"{free[axis]}{len(names)}")
+            elif not isinstance(size, int):
+                narrow[str(size)] = str(size)  # it has its name already
+    return {**names, **narrow}
