@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from peftsurgery.anatomy.norms import find_norms
 from peftsurgery.anatomy.parameters import find_parameters
 from peftsurgery.anatomy.positions import find_positions
 from peftsurgery.anatomy.recurrence import recurrent_roles
-from peftsurgery.anatomy.residual import Join, find_joins, residual_sites
+from peftsurgery.anatomy.residual import Join, find_joins, owner, residual_sites
 from peftsurgery.anatomy.roles import Assignment, attention_roles, with_role
 from peftsurgery.anatomy.routing import router_roles
 from peftsurgery.anatomy.site import Site, Slice
@@ -33,8 +33,8 @@ class Anatomy:
 
     ``joined`` are the sites if what the program returns joins a stream in its callers: a block that
     is no more than a perceptron is a feed-forward there, and cannot know it. ``ends`` are the
-    linears that make the outputs, as ``joined`` has them. ``unread`` are the results of attention
-    cores that cannot be sites.
+    linears that make the outputs, as ``joined`` has them. ``unread`` are the modules whose attention
+    cores cannot be sites.
     """
 
     flow: Flow
@@ -42,7 +42,7 @@ class Anatomy:
     sites: tuple[Site, ...]
     joined: tuple[Site, ...]
     ends: tuple[Site, ...]
-    unread: tuple[fx.Node, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @cached_property
     def links(self) -> Mapping[Site, tuple[Site, ...]]:
@@ -65,7 +65,8 @@ def analyse(program: Program) -> Anatomy:
 def _analyse(program: Program) -> Anatomy:
     flow = Flow(program.graph, {n for n, info in program.tensors.items() if info.parameter})
     read, unread = find_cores(flow)
-    cores, assigned = attention_roles(flow, read)
+    every, assigned = attention_roles(flow, read)
+    cores = [site for site in every if site.nodes["o"] not in unread]
     taken = [each.linear for each in assigned]
     joins = find_joins(flow)
     assigned += recurrent_roles(flow, joins, taken)
@@ -84,9 +85,11 @@ def _analyse(program: Program) -> Anatomy:
     all_linears = linear_sites(flow, [*assigned, *more]) if more else linears
     joined = (*all_linears, *rest) if more else sites
     roles = by_output(all_linears)
+    modules = {site.nodes["o"]: site.module for site in every}
+    hidden = tuple(modules[o] if o in modules else owner(o) for o in unread)
     last = (linear.nodes["y"] for node in flow.outputs for linear in flow.origin(node))
     ends = tuple(roles[y] for y in last if y in roles)  # a convolution without a role is no linear
-    return Anatomy(flow, joins, sites, joined, ends, tuple(unread))
+    return Anatomy(flow, joins, sites, joined, ends, hidden)
 
 
 def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:
@@ -94,11 +97,22 @@ def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:
     return {site.nodes["y"]: site for site in linears if site.taken is None}
 
 
+def _merged(parts: Sequence[Assignment]) -> list[Assignment]:
+    """One assignment for each role of a weight's rows, with the cores of all of its uses."""
+    made: dict[tuple[str, Slice | None], Assignment] = {}
+    for part in parts:
+        known = made.setdefault((part.role, part.slice), part)
+        cores = tuple(dict.fromkeys((*known.cores, *part.cores)))
+        made[part.role, part.slice] = replace(known, cores=cores)
+    return list(made.values())
+
+
 def linear_sites(flow: Flow, assigned: Sequence[Assignment]) -> list[Site]:
     """The linears with their roles, each fused one followed by its slices."""
     by_linear: dict[tuple[str | None, Slice | None], list[Assignment]] = {}
-    for part in assigned:  # every use of a weight has the role of one of them
+    for part in assigned:  # every use of a weight has the role of one of them, and serves all cores
         by_linear.setdefault((part.linear.parameter, part.linear.slice), []).append(part)
+    by_linear = {weight: _merged(parts) for weight, parts in by_linear.items()}
     sites = []
     for linear in flow.products.values():
         mine = by_linear.get((linear.parameter, linear.slice), [])

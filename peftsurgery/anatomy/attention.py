@@ -61,6 +61,17 @@ class Core:
     softmax: fx.Node | None = None
     is_causal: bool = False
     weights: fx.Node | None = None  # what the values are multiplied with
+    parts: Parts | None = None  # if its scores or its values are in parts
+
+    def operands(self, part: str) -> tuple[fx.Node, ...]:
+        """All that is attended by, attended to or summed: what q, k or v is, in all parts."""
+        first: fx.Node = getattr(self, part)
+        return (first, *(() if self.parts is None else getattr(self.parts, part)))
+
+    @property
+    def results(self) -> tuple[fx.Node, ...]:
+        """What it returns, in all parts."""
+        return (self.o, *(() if self.parts is None else self.parts.o))
 
     @property
     def shared(self) -> tuple[fx.Node, fx.Node]:
@@ -84,15 +95,17 @@ def find_cores(flow: Flow) -> tuple[list[Core], list[fx.Node]]:
 
     A core is read if its queries, keys and values are three batches of vectors, of a fixed size and
     number of heads, each a value of its own: a rule that changes one would change another with it.
+    Of one in parts, which is among both, the projections are known, and no more.
     """
     read: list[Core] = []
     unread: list[fx.Node] = []
     for core in {core.o: core for node in flow.nodes for core in _core(flow, node)}.values():
         parts = (core.q, *core.shared)
         is_known = width(core.q) is not None and all(map(_has_fixed_heads, parts))
-        if len(set(parts)) == 3 and is_known:
+        is_whole = len(set(parts)) == 3 and is_known and core.parts is None
+        if is_whole or core.parts is not None:
             read.append(core)
-        else:
+        if not is_whole:
             unread.append(core.o)
     return read, unread
 
@@ -179,7 +192,7 @@ def _by_hand(
     flow: Flow, softmax: fx.Node, weights: fx.Node, o: fx.Node, v: fx.Node
 ) -> Iterator[Core]:
     """The core of a softmax, if one product of its scores is that of queries and keys."""
-    inside = backward([softmax], lambda n: n in flow.products or factors(flow, n) is not None)
+    inside = flow.made_of(softmax, lambda n: n in flow.products or factors(flow, n) is not None)
     pairs = {n: pair for n in inside if flow.is_signal(n) and (pair := factors(flow, n))}
     products = sorted(pairs, key=flow.order.__getitem__)
     if len(products) > 1:  # position terms are products too: keys come from where values come from
@@ -194,7 +207,56 @@ def _by_hand(
             k, plain = pair[1], False
         mask = _mask(softmax, scores)
         turned = frozenset("" if plain else "k") | frozenset("vo" if o.args[0] is v else "")
-        yield Core(pair[0], k, v, o, mask, turned, None, scores, softmax, weights=weights)
+        parts = parts_of(flow, softmax, scores, o)
+        yield Core(pair[0], k, v, o, mask, turned, None, scores, softmax, False, weights, parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """The further queries, keys, values and results of a core whose softmax has several products.
+
+    p = softmax(cat([q @ g.T, q @ k.T])), o = p[:n] @ u + p[n:] @ v: blocks of tokens that attend to
+    themselves and to some tokens of all blocks (Phang et al., 2022, arXiv:2208.04347). There may be
+    no further ones: a band of scores is put together by its diagonals, written in place (Beltagy et
+    al., 2020, arXiv:2004.05150). No rule can call such a core: no product of it has all scores.
+    """
+
+    q: tuple[fx.Node, ...]
+    k: tuple[fx.Node, ...]
+    v: tuple[fx.Node, ...]
+    o: tuple[fx.Node, ...]
+
+
+def parts_of(flow: Flow, softmax: fx.Node, scores: fx.Node, o: fx.Node) -> Parts | None:
+    """The parts of a core beside one product of its scores and one result; None if it is whole."""
+
+    def is_product(node: fx.Node) -> bool:
+        return node in flow.products or factors(flow, node) is not None
+
+    def made(node: fx.Node) -> list[fx.Node]:
+        return [n for n in backward([node], is_product) if factors(flow, n) and flow.is_signal(n)]
+
+    way = list(backward([softmax], is_product))
+    joined = [[made(piece) for piece in operands(n)] for n in way if op(n) in ("cat", "concat")]
+    others = [
+        product
+        for pieces in joined
+        if any(scores in piece for piece in pieces)
+        for piece in pieces
+        if scores not in piece
+        for product in piece
+    ]
+    if scores in way and not others:
+        return None
+    pairs = [pair for n in others if (pair := factors(flow, n)) is not None]
+    sums = [
+        (user, pair[1])
+        for node in forward([softmax], TOUCHES)
+        for user in node.users
+        if user is not o and (pair := factors(flow, user)) is not None and pair[0] is node
+    ]
+    queries, keys = (tuple(pair[i] for pair in pairs) for i in (0, 1))
+    return Parts(queries, keys, tuple(v for _, v in sums), tuple(user for user, _ in sums))
 
 
 def visibility(mask: fx.Node) -> fx.Node:

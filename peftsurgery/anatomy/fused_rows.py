@@ -175,6 +175,8 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
         def real(n: fx.Node, chosen: dict[fx.Node, Numbers] = chosen) -> Any:
             if n in chosen:
                 rows = chosen[n].rows.contiguous()
+                if op(node) == "as_strided":
+                    return _laid_out(rows, n)
                 return rows.double() if op(node) == "view_as_complex" else rows
             found = n.meta.get("val")
             if isinstance(found, torch.Tensor):
@@ -193,6 +195,12 @@ def _moved(node: fx.Node, inputs: Sequence[fx.Node], carried: dict[fx.Node, Any]
         else:
             result.append(Numbers(made, activated))
     return result
+
+
+def _laid_out(rows: Tensor, node: fx.Node) -> Tensor:
+    """Numbers in memory as a value lies there, for who reads memory and not axes."""
+    strides = [concrete(stride) for stride in node.meta["val"].stride()]
+    return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)
 
 
 def _repeated(node: fx.Node, rows: Tensor, numbers: Numbers) -> Numbers:

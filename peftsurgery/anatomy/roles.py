@@ -52,7 +52,7 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
     outs: dict[Site, list[Site]] = {}
     served = Served(flow)
     known = list(cores)
-    returned = {core.o for core in known}
+    returned = {o for core in known for o in core.results}
     for core in known:
         feeders = _feeders(flow, core)
         read_by = projections_out(flow, core, returned)
@@ -68,10 +68,10 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
 
 
 def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
-    operands = {"q": core.q, "k": core.k, "v": core.v}
+    found = {part: [_projections(flow, n) for n in core.operands(part)] for part in PARTS}
     return {
-        part: sorted(_projections(flow, node), key=lambda s: flow.order[s.nodes["y"]])
-        for part, node in operands.items()
+        part: sorted(frozenset().union(*sites), key=lambda s: flow.order[s.nodes["y"]])
+        for part, sites in found.items()
     }
 
 
@@ -116,7 +116,8 @@ class Served:
         for part, linears in feeders.items():
             for linear in linears:
                 rows = self.rows.setdefault(linear, {}).setdefault(part, set())
-                rows |= self.flow.rows_at(linear, getattr(core, part), beside=True)
+                for operand in core.operands(part):
+                    rows |= self.flow.rows_at(linear, operand, beside=True)
                 known = self.cores.setdefault(linear, [])
                 known += [] if site in known else [site]
 

@@ -17,7 +17,7 @@ from peftsurgery.anatomy.attention import compares_order
 from peftsurgery.anatomy.calls import Calls, Frame
 from peftsurgery.anatomy.heads import find_heads
 from peftsurgery.anatomy.inputs import find_inputs
-from peftsurgery.anatomy.residual import call_of, owner, sublayer
+from peftsurgery.anatomy.residual import call_of, sublayer
 from peftsurgery.anatomy.site import Placed, Relations, Site
 from peftsurgery.anatomy.towers import Towers
 from peftsurgery.capture import Capture, Program
@@ -41,9 +41,9 @@ def survey(capture: Capture) -> tuple[Placed, ...]:
 def unread_cores(capture: Capture) -> list[str]:
     """The modules whose attention cores are no sites, for all blocks of a capture."""
     return [
-        join(frame.path, owner(node))
+        join(frame.path, module)
         for frame in Calls(capture.programs).frames
-        for node in analyse(frame.program).unread
+        for module in analyse(frame.program).unread
     ]
 
 
