@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from weakref import WeakKeyDictionary
@@ -33,8 +33,8 @@ class Anatomy:
 
     ``joined`` are the sites if what the program returns joins a stream in its callers: a block that
     is no more than a perceptron is a feed-forward there, and cannot know it. ``ends`` are the
-    linears that make the outputs, as ``joined`` has them. ``unread`` are the modules whose attention
-    cores cannot be sites.
+    linears that make the outputs, as ``joined`` has them. ``unread`` are the modules whose
+    attention cores cannot be sites.
     """
 
     flow: Flow
@@ -76,7 +76,7 @@ def _analyse(program: Program) -> Anatomy:
     more = open_roles(flow, [each.linear for each in assigned])
     linears = linear_sites(flow, assigned)
     norms = find_norms(flow)
-    tables = [*find_embeddings(flow), *find_convs(flow.nodes)]
+    tables = [*find_embeddings(flow), *conv_sites(flow, [*assigned, *more])]
     residuals = residual_sites(flow, joins, norms, by_output(linears))
     parameters = find_parameters(flow, program.tensors, [*linears, *tables, *norms])
     positions = find_positions(flow, tables, cores)
@@ -95,6 +95,14 @@ def _analyse(program: Program) -> Anatomy:
 def by_output(linears: Sequence[Site]) -> dict[fx.Node, Site]:
     """The linears by their y, wholes only."""
     return {site.nodes["y"]: site for site in linears if site.taken is None}
+
+
+def conv_sites(flow: Flow, assigned: Iterable[Assignment]) -> list[Site]:
+    """The convolutions, with the roles of those that are projections in groups."""
+    wholes = [part for part in assigned if part.linear.kind == "conv" and part.slice is None]
+    roles = {part.linear.nodes["y"]: part for part in wholes}
+    found = find_convs(flow.nodes)
+    return [with_role(s, roles[s.nodes["y"]]) if s.nodes["y"] in roles else s for s in found]
 
 
 def _merged(parts: Sequence[Assignment]) -> list[Assignment]:
@@ -116,8 +124,8 @@ def linear_sites(flow: Flow, assigned: Sequence[Assignment]) -> list[Site]:
     sites = []
     for linear in flow.products.values():
         mine = by_linear.get((linear.parameter, linear.slice), [])
-        if "pointwise" in linear.facts and not mine:
-            continue  # a convolution without a role
+        if linear.kind == "conv" or ("pointwise" in linear.facts and not mine):
+            continue  # a convolution in groups, or without a role
         whole = [part for part in mine if part.slice is None][:1]
         site = with_role(linear, whole[0]) if whole else linear
         sites.append(site)

@@ -213,7 +213,7 @@ def _by_hand(
 
 @dataclass(frozen=True, eq=False)
 class Parts:
-    """The further queries, keys, values and results of a core whose softmax has several products.
+    """Further queries, keys, values and results of a core whose softmax has several products.
 
     p = softmax(cat([q @ g.T, q @ k.T])), o = p[:n] @ u + p[n:] @ v: blocks of tokens that attend to
     themselves and to some tokens of all blocks (Phang et al., 2022, arXiv:2208.04347). There may be
@@ -309,11 +309,12 @@ def projections_out(flow: Flow, core: Core, returned: Collection[fx.Node]) -> tu
     """The linear that projects what the core returns; several if each projects a part of it.
 
     ``returned`` is what all cores of the program return: their sums and differences are projected
-    for each of them. Parts are tokens: those of an image and those of a text, attended to at once.
+    for each of them. Parts are tokens: those of an image and those of a text, attended to at once,
+    or those that go to each of several experts.
     """
 
     def goes_on(node: fx.Node) -> bool:
-        if has(node, LIGHT):
+        if has(node, LIGHT | Trait.PICK):
             return True
         both = operands(node)
         return has(node, Trait.ADDITION) and all(_is_made_of(n, returned) for n in both)

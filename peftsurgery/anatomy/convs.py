@@ -4,6 +4,8 @@ One of a single tap, a stride of one and one group multiplies every place of an 
 token, with a matrix: a linear. Its x and y are (batch, in, ...) and (batch, out, ...), and W is
 (out, in, 1, ...); the fact ``pointwise`` has the number of the axes behind. A program has such a
 linear as a site where it has a role, beside the convolution; only rules that ask for roles take it.
+One of a single tap in several groups is a projection too, but no linear: it is the convolution that
+has the role (SqueezeBERT, Iandola et al., 2020, arXiv:2006.11316).
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ def find_convs(nodes: Iterable[fx.Node]) -> list[Site]:
 
 
 def find_pointwise(nodes: Iterable[fx.Node], parameters: Collection[str]) -> dict[fx.Node, Site]:
-    """The linears that convolutions of a program are, by the node that multiplies."""
+    """The linears that convolutions of a program are, by the node that multiplies.
+
+    Of those in groups, the convolutions.
+    """
     found = {site.nodes["y"]: site for site in find_convs(nodes)}
     return {
-        node: _as_linear(site)
+        node: _as_linear(site) if site.facts["groups"] == 1 else site
         for node, site in found.items()
         if site.parameter in parameters and _is_pointwise(site)
     }
@@ -35,7 +40,8 @@ def find_pointwise(nodes: Iterable[fx.Node], parameters: Collection[str]) -> dic
 
 def _is_pointwise(site: Site) -> bool:
     facts, rank = site.facts, site.facts["rank"]
-    is_plain = facts["groups"] == 1 and not facts["transposed"]
+    mixes = facts["groups"] == 1 or facts["in"] > facts["groups"]  # channels with others
+    is_plain = mixes and not facts["transposed"]
     is_here = facts["kernel"] == facts["stride"] == (1,) * rank
     unpadded = facts["padding"] in ((0,) * rank, "same", "valid")
     return is_plain and is_here and unpadded and len(shape(site.nodes["x"])) == rank + 2

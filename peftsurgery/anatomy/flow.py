@@ -42,7 +42,7 @@ class Flow:
         found = find_linears(graph, parameters) | find_experts(graph, parameters)
         found |= find_pointwise(self.nodes, parameters)
         self.products = {node: found[node] for node in sorted(found, key=self.order.__getitem__)}
-        self.linears = [s for s in self.products.values() if "pointwise" not in s.facts]
+        self.linears = [s for s in self.products.values() if features_dim(s) == -1]
         self._origins: dict[fx.Node, Origin] = {}
         self._mixed: set[fx.Node] = set()
         self._sources: dict[fx.Node, list[fx.Node]] = {}

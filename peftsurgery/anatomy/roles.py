@@ -20,7 +20,7 @@ from peftsurgery.anatomy.fused_rows import as_slice
 from peftsurgery.anatomy.gates import gate_rows
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, Slice
-from peftsurgery.anatomy.values import backward, fixed, fixed_width, shape
+from peftsurgery.anatomy.values import backward, fixed, fixed_width, shape, strip
 from peftsurgery.capture.names import common
 from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
@@ -242,7 +242,13 @@ def _kind(flow: Flow, feeders: Mapping[str, Sequence[Site]]) -> str:
 def _read(flow: Flow, linears: Sequence[Site]) -> set[fx.Node]:
     """What linears read, and what linears before them read of which alone that is made."""
     chain = reach(linears, lambda linear: flow.origin(linear.nodes["x"]))
-    return {linear.nodes["x"] for linear in chain}
+    return {_source(linear) for linear in chain}
+
+
+def _source(linear: Site) -> fx.Node:
+    """What a linear reads; of experts, which read some tokens each, what these are tokens of."""
+    x = linear.nodes["x"]
+    return strip(x, Trait.LAYOUT | Trait.PICK) if linear.kind == "experts" else x
 
 
 def _is_given(flow: Flow, node: fx.Node) -> bool:

@@ -124,7 +124,7 @@ class Site:
 
 def features_dim(site: Site) -> int:
     """The axis of x and y that has a linear's features: in front of a convolution's places."""
-    return 1 if "pointwise" in site.facts else -1
+    return 1 if "pointwise" in site.facts or site.kind == "conv" else -1
 
 
 class Relations(Protocol):

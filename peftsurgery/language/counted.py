@@ -18,13 +18,15 @@ class Counted:
 
     ``near`` are the sites of the rule's kind that pass all clauses but ``role``, ``cores`` the
     attention sites that do: cores count by themselves, so that one whose projections were not
-    recognised is not passed over. ``asked`` are the clauses about roles.
+    recognised is not passed over. ``asked`` are the clauses about roles, ``others`` sites of other
+    kinds that pass all clauses: experts, or convolutions in groups.
     """
 
     kept: Sequence[Placed]
     near: Sequence[Placed]
     cores: Sequence[Placed]
     asked: Sequence[Clause]
+    others: Sequence[Placed] = ()
 
     def complaint(self, expect: Expect) -> str | None:
         """What was expected and is not so, as an error says it after "expected"; None if all is."""
@@ -69,11 +71,25 @@ class Counted:
         wrong = {
             core: held
             for core, held in self.roles.items()
-            if len(held) != wanted
-            and not (may_lack and len(held.union(self.unprojected.get(core, ()))) == wanted)
+            if len(held) != wanted and not (may_lack and len(held | self._missing(core)) == wanted)
         }
-        few = [f"{core} has {len(held)}{_named(held)}" for core, held in wrong.items()]
+        few = [f"{c} has {len(held)}{_named(held)}{self._others(c)}" for c, held in wrong.items()]
         return _few(few) or (None if self.kept or not wanted else "no core has any")
+
+    def _missing(self, core: str) -> set[str]:
+        """The roles asked for that a core may lack: those that it has no projection of its own for.
+
+        And those of experts, which other rules are for. One convolution in groups is a projection
+        like others, and missed.
+        """
+        others = self.elsewhere.get(core, {})
+        of_experts = (role for role, kind in others.items() if kind == "experts")
+        return {*self.unprojected.get(core, ()), *of_experts}
+
+    def _others(self, core: str) -> str:
+        """Which roles asked for are of sites of other kinds at a core, as an error says it."""
+        found = (f"{role} is of {kind}" for role, kind in self.elsewhere.get(core, {}).items())
+        return "".join(f"; {text}" for text in found)
 
     @cached_property
     def roles(self) -> dict[str, set[str]]:
@@ -82,6 +98,19 @@ class Counted:
         for site in self.kept:
             for core in site.attentions:
                 found.setdefault(core, set()).add(site.role or site.kind)
+        return found
+
+    @cached_property
+    def elsewhere(self) -> dict[str, dict[str, str]]:
+        """The roles asked for that sites of other kinds have at attention cores: core, role, kind.
+
+        Those that no site of the rule's own kind has there.
+        """
+        found: dict[str, dict[str, str]] = {}
+        for site in self.others if self.asked else ():
+            for core in site.attentions:
+                if site.role and site.role not in self.roles.get(core, ()):
+                    found.setdefault(core, {})[site.role] = site.kind
         return found
 
     @cached_property

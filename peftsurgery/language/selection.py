@@ -192,11 +192,15 @@ class Selection(SharedByCopies):
         besides = [clause for clause in self.clauses if clause.key not in ("role", "whole")]
         near = [c.site for c in self.candidates if not any(f in besides for f in c.failed)]
         cores = [site for site in self.sites if site.kind == "attention"]
+        kind = None if self.rule is None else self.rule.kind.name
+        whole = [clause for clause in self.clauses if clause.key != "whole"]
+        others = [site for site in self.sites if site.kind != kind and site.attentions]
         return Counted(
             self.kept,
             near,
             [site for site in cores if passes(besides, site)],
             [clause for clause in self.clauses if clause.key == "role"],
+            [site for site in others if passes(whole, site)],
         )
 
     def _complaint(self) -> str | None:

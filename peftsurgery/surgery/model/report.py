@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -62,6 +62,15 @@ class Report:
             for core, roles in each.counted.unprojected.items()
         ]
 
+    @property
+    def elsewhere(self) -> list[dict[str, Any]]:
+        """The roles that a rule asks for and that sites of other kinds have at attention cores."""
+        return [
+            {"rule": each.name, "attention": core, "roles": roles}
+            for each in self.plan.selections
+            for core, roles in each.counted.elsewhere.items()
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as ``--json`` prints it."""
         return {
@@ -73,6 +82,7 @@ class Report:
             "total": self.total,
             "near_misses": self.near_misses,
             "unprojected": self.unprojected,
+            "elsewhere": self.elsewhere,
             "notes": list(self.notes),
             "lost": self.lost,
         }
@@ -145,7 +155,18 @@ def _lines(selection: Selection) -> list[str]:
         f"{core.rpartition(':')[0]} has no projection of its own for {' and '.join(roles)}"
         for core, roles in selection.counted.unprojected.items()
     ]
+    lent += [
+        f"{core.rpartition(':')[0]} has {kind} for {role}, which this rule does not match"
+        for core, roles in selection.counted.elsewhere.items()
+        for kind, role in _by_kind(roles)
+    ]
     return lines + [f"  {joined(texts)}" for texts in _alike(lent)]
+
+
+def _by_kind(roles: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Each kind of site with the roles that it has, in words."""
+    for kind in dict.fromkeys(roles.values()):
+        yield kind, " and ".join(role for role, other in roles.items() if other == kind)
 
 
 def _folded(selection: Selection, limit: int = 2) -> list[str]:
