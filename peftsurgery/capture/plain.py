@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,5 +20,10 @@ def is_plain_call(tensors: Sequence[Tensor]) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not torch._C._is_tracing()
-        and _PLAIN.issuperset(map(type, tensors))
+        and are_plain(tensors)
     )
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether these are ordinary tensors, whose operators do what is known of them."""
+    return _PLAIN.issuperset(map(type, tensors))

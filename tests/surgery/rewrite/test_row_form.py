@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,11 +11,26 @@ from torch import Tensor, fx
 
 import peftsurgery as ps
 from peftsurgery.capture.program import generate_forward
-from peftsurgery.surgery.rewrite.row_form import chosen_rows, row_form, taken_rows
+from peftsurgery.surgery.rewrite import row_form as rooms
+from peftsurgery.surgery.rewrite.row_form import all_rows, numbers_of, row_form
 from tests.models.captured import captured
 from tests.models.zoo import text
 
 ATEN = torch.ops.aten
+
+
+def taken_rows(tensors: list[Tensor], index: Tensor) -> Tensor:
+    return rooms.taken_rows(tensors, index, numbers_of(index))
+
+
+def product_of_rows(x: Tensor, tensors: list[Tensor], index: Tensor) -> Tensor:
+    return rooms.product_of_rows(x, tensors, index, numbers_of(index))
+
+
+def chosen_rows(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return rooms.chosen_rows(mask, new, old, all_rows(mask))
+
+
 NUMBERS = ([0, 1, 2], [2, 2, 2, 0], [1], [])
 
 
@@ -28,6 +44,39 @@ def test_rows_that_are_taken_are_those_of_the_stack(numbers: list[int], grad: bo
         made = taken_rows(tensors, index)
     assert torch.equal(made, torch.stack(tensors).index_select(0, index))
     assert made.requires_grad == grad
+
+
+@pytest.mark.parametrize("numbers", NUMBERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["memory of its own", "memory that is kept"])
+def test_products_of_rows_are_those_of_the_stack(
+    numbers: list[int], dtype: torch.dtype, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rooms._KEPT, "LIMIT", limit)
+    tensors = [torch.randn(5, 4, dtype=dtype, requires_grad=True) for _ in range(3)]
+    tensors[1] = torch.randn(4, 5, dtype=dtype).t().requires_grad_()
+    index, x = torch.tensor(numbers, dtype=torch.long), torch.randn(len(numbers), 2, 4, dtype=dtype)
+    expected = x @ torch.stack(tensors)[index].transpose(-1, -2)
+    assert product_of_rows(x, tensors, index).requires_grad
+    for quiet in (torch.inference_mode, torch.no_grad):
+        with quiet():
+            first = product_of_rows(x, tensors, index)
+            product_of_rows(x, tensors[::-1], index)
+        assert torch.equal(first, expected)
+
+
+def test_products_of_rows_of_several_threads_do_not_meet() -> None:
+    index, x = torch.tensor([0, 1, 1, 0]), torch.randn(4, 1, 64)
+    sets = [[torch.randn(64, 64) for _ in range(2)] for _ in range(4)]
+
+    @torch.no_grad()
+    def wrong(tensors: list[Tensor]) -> int:
+        expected = x @ torch.stack(tensors)[index].mT
+        made = (product_of_rows(x, tensors, index) for _ in range(200))
+        return sum(not torch.equal(each, expected) for each in made)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert not any(pool.map(wrong, sets))
 
 
 @pytest.mark.parametrize("mask", [[True, True], [True, False], [False, False]], ids=str)
@@ -57,6 +106,12 @@ def test_what_looks_on_sees_the_operators() -> None:
         assert meta.shape == (3, 4)
         compiled = torch.compile(taken_rows, backend="aot_eager", fullgraph=True)
         assert torch.equal(compiled(tensors, index), taken_rows(tensors, index))
+        pair, x = [torch.randn(5, 4), torch.randn(5, 4)], torch.randn(3, 2, 4)
+        expected = product_of_rows(x, pair, index)
+        over = torch.func.vmap(lambda each: product_of_rows(each, pair, index))(x[None])
+        assert torch.equal(over[0], expected)
+        compiled = torch.compile(product_of_rows, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x, pair, index), expected)
 
 
 def test_a_value_that_is_written_later_is_no_alias() -> None:
@@ -76,6 +131,25 @@ def test_a_value_that_is_written_later_is_no_alias() -> None:
             expected = generate_forward(graph(is_written), "rows")(None, *values)
         assert torch.equal(made, expected)
         assert torch.equal(values[1], torch.tensor([-1.0, 2.0]))
+
+
+def test_a_product_that_alone_reads_its_rows_takes_them_for_itself() -> None:
+    for alone in (True, False):
+        made = fx.Graph()
+        x, one, two, index = map(made.placeholder, ("x", "one", "two", "index"))
+        stack = made.call_function(ATEN.stack.default, ([one, two],))
+        taken = made.call_function(ATEN.index_select.default, (stack, 0, index))
+        taken.meta["surgery"] = "rows"
+        turned = made.call_function(ATEN.transpose.int, (taken, -1, -2))
+        product = made.call_function(ATEN.matmul.default, (x, turned))
+        made.output(product if alone else (product, turned))
+        form = row_form(made)
+        assert any(node.target is rooms.product_of_rows for node in form.nodes) == alone
+        values = torch.randn(3, 2, 4), *torch.randn(2, 5, 4), torch.tensor([1, 0, 1])
+        with torch.no_grad():
+            results = [generate_forward(g, "rows")(None, *values) for g in (form, made)]
+        first, second = ([*each] if isinstance(each, tuple) else [each] for each in results)
+        assert all(map(torch.equal, first, second))
 
 
 def several(exact: bool) -> Any:
