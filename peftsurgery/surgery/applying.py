@@ -30,7 +30,7 @@ from peftsurgery.surgery.plan.origin import Origin
 from peftsurgery.surgery.plan.plan import check_plan, make_plan
 from peftsurgery.surgery.plan.token_settings import with_tokens
 from peftsurgery.surgery.rewrite.inputs import changes_inputs, check_inputs
-from peftsurgery.surgery.rewrite.shapes import check_shapes
+from peftsurgery.surgery.rewrite.shapes import check_shapes, unlike
 
 Rules = RuleFile | Rule | str | Path
 
@@ -160,7 +160,7 @@ def carried_out(
     inputs = ChangedInputs.of(operations, model.source.module)
     plan = make_plan(operations, inputs.planned(model.base_capture, model.original_capture))
     check_plan(plan, (name for name, _ in unoperated(model).named_parameters()))
-    for cut in plan.distinct_cuts:
+    for cut in unlike(plan.distinct_cuts):
         check_inputs(cut) if changes_inputs(cut) else check_shapes(cut)
     return OperatedModel(model, plan, inputs, learnt)
 

@@ -134,7 +134,7 @@ class _KeptMemory(local):
         place = count, first.dtype, first.shape
         if place not in self.known and not self._make_room(*place):
             return None
-        return torch.stack(tensors, out=self.known[place])
+        return torch.stack(list(tensors), out=self.known[place])
 
     def _make_room(self, count: int, dtype: torch.dtype, shape: torch.Size) -> bool:
         size = count * shape.numel() * dtype.itemsize

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 
-from peftsurgery.anatomy.site import features_dim
+from peftsurgery.anatomy.site import Site, features_dim
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.readings import rewrite
 from peftsurgery.surgery.plan.cut import Cut
 from peftsurgery.surgery.rewrite.environment import FakeDomain, environment
 from peftsurgery.surgery.rewrite.layout import as_seen
+
+
+def unlike(cuts: Iterable[Cut]) -> Iterator[Cut]:
+    """Cuts without those that do at a site what another adapter does there, with the same sizes.
+
+    Thirty adapters of one rule have one shape at a site.
+    """
+    seen: dict[Site, list[tuple[Any, ...]]] = {}
+    for cut in cuts:
+        known, done = seen.setdefault(cut.site, []), (cut.rule, cut.numbers, cut.over)
+        if done not in known:
+            known.append(done)
+            yield cut
 
 
 def check_shapes(cut: Cut) -> None:
