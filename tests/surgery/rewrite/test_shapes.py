@@ -47,4 +47,4 @@ def test_another_rule_at_the_same_sites_is_checked(tmp_path: Any) -> None:
     page.write_text(WRONG, encoding="utf-8")
     with pytest.raises(SurgeryError) as error:
         ps.apply(model, page)
-    assert error.value.code == "PSG306", error.value
+    assert error.value.code == "PSG116", error.value
