@@ -2,7 +2,9 @@
 
 Whoever changes values must leave the probabilities of their core as they are, and whoever changes
 one token's query must change that token's probabilities alone. Probabilities are what softmax
-returns while the original runs, in the order of the calls.
+returns while the original runs, in the order of the calls, or exponentials that sum to one. A model
+may make a mask of values too (Doge), by a linear of no role: what such linears make is then held as
+it was, so that what is left is what values are to their core.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ AT_MOST = 6  # sites of a role that are probed in one model
 
 
 class Probabilities(TorchDispatchMode):
-    """Notes what every softmax over more than two axes returns."""
+    """Notes what every softmax over more than two axes returns, or what an exponential makes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,9 +33,19 @@ class Probabilities(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func in SOFTMAX and made.dim() > 2:
+        if made_of_scores(func, made):
             self.found.append(made.clone())
         return made
+
+
+def made_of_scores(func: Any, made: Any) -> bool:
+    """Whether an operator's result is probabilities."""
+    if not isinstance(made, Tensor) or made.dim() < 3:
+        return False
+    if func is torch.ops.aten.exp.default:  # of scores less the logarithm of their sum
+        total = made.sum(-1)
+        return torch.allclose(total, torch.ones_like(total), atol=1e-4)
+    return func in SOFTMAX
 
 
 def probabilities(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -81,8 +93,12 @@ def misplaced(model: nn.Module, sites: Any, inputs: dict[str, Tensor]) -> list[s
     for place in values:
         with changed(model, place):
             first = first_change(before, probabilities(model, inputs))
-        if first is not None and any(first <= firsts.get(core, -1) for core in place.attentions):
-            wrong.append(f"attn.v {place.module} changes probabilities")
+        last = max((firsts.get(core, -1) for core in place.attentions), default=-1)
+        if first is not None and first <= last:
+            with as_it_was(model, inputs, sites), changed(model, place):
+                first = first_change(before, probabilities(model, inputs))
+            if first is not None and first <= last:
+                wrong.append(f"attn.v {place.module} changes probabilities")
     return wrong
 
 
@@ -107,6 +123,24 @@ def changed(model: nn.Module, place: Any) -> Iterator[None]:
         yield
     finally:
         weight.data.copy_(kept)
+
+
+@contextmanager
+def as_it_was(model: nn.Module, inputs: dict[str, Tensor], sites: Any) -> Iterator[None]:
+    """What linears without a role make is, for a while, what they made of a model as it is now."""
+    known = {site.module for site in sites if site.role}
+    linears = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in known]
+    made: dict[nn.Module, list[Tensor]] = {linear: [] for linear in linears}
+    noted = [m.register_forward_hook(lambda m, _, y: made[m].append(y.clone())) for m in linears]
+    probabilities(model, inputs)
+    for hook in noted:
+        hook.remove()
+    held = [m.register_forward_hook(lambda m, _, y: made[m].pop(0)) for m in linears]
+    try:
+        yield
+    finally:
+        for hook in held:
+            hook.remove()
 
 
 @contextmanager
