@@ -23,6 +23,7 @@ from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, features_dim
 from peftsurgery.anatomy.values import backward, operands, sizes, value, width
 from peftsurgery.anatomy.written_memory import written
+from peftsurgery.capture.loops.running import left_before
 from peftsurgery.reach import reach
 
 Origin = frozenset[Site]
@@ -74,9 +75,9 @@ class Flow:
         return sorted(found, key=self.order.__getitem__)
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
-        """Direct sources of a value: its operands, and values written into it in index."""
+        """Direct sources: operands, and what is written into a value or left to it by a turn."""
         if node not in self._sources:
-            self._sources[node] = [*operands(node), *written(node)]
+            self._sources[node] = [*operands(node), *written(node), *left_before(node)]
         return self._sources[node]
 
     def made_of(self, node: fx.Node, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:

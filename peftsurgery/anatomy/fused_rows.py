@@ -102,6 +102,10 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return [piece[node.args[1]] for piece in carried[inputs[0]]]
     if name == "with_past":  # the rows are the same for every token
         return [_repeated(node, n.rows[..., :1, :], n) for n in carried[inputs[0]]]
+    if name == "loop_joined":  # and for every turn of a loop
+        return [_joined(node, n) for n in carried[inputs[0]]]
+    if name == "loop_carried":
+        return carried[inputs[0]]
     if name == "glu":
         return _glu(node, carried[inputs[0]])
     if is_depthwise(node):
@@ -201,6 +205,14 @@ def _laid_out(rows: Tensor, node: fx.Node) -> Tensor:
     """Numbers in memory as a value lies there, for who reads memory and not axes."""
     strides = [concrete(stride) for stride in node.meta["val"].stride()]
     return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)
+
+
+def _joined(node: fx.Node, numbers: Numbers) -> Numbers:
+    """Numbers of what every turn of a loop makes, where it is joined: one beside the other."""
+    given: Any = node.args
+    *_, dim, stacked = given
+    rows = numbers.rows.unsqueeze(dim) if stacked else numbers.rows.narrow(dim, 0, 1)
+    return _repeated(node, rows, numbers)
 
 
 def _repeated(node: fx.Node, rows: Tensor, numbers: Numbers) -> Numbers:

@@ -81,7 +81,8 @@ _ROWS: Mapping[str, Meaning] = {
     "expand expand_as broadcast_to": Meaning(Trait.EXPANSION),
     "slice select narrow split split_with_sizes chunk tensor_split unbind": Meaning(Trait.PARTING),
     "flip roll": Meaning(Trait.PARTING | _COPY),
-    "repeat repeat_interleave cat concat stack getitem with_past": Meaning(_COPY),
+    "repeat repeat_interleave cat concat stack getitem with_past loop_joined": Meaning(_COPY),
+    "loop_carried": Meaning(_COPY),
     # entries by their indices
     "gather index index_select": Meaning(Trait.PICK),
     "masked_scatter copy scatter index_put index_copy slice_scatter select_scatter": Meaning(

@@ -188,6 +188,8 @@ class _Branch:
 
 def _passes_on(flow: Flow, node: fx.Node) -> bool:
     """Whether information passes between tokens, by mixing or by a step-by-step recurrence."""
+    if op(node) == "loop_carried":
+        return True
     taken = {user.args[1:] for user in node.users if op(user) == "select"}
     return mixes_tokens(flow, node) or len(taken) > 1
 

@@ -19,6 +19,7 @@ from torch import fx
 from peftsurgery.capture import ops
 from peftsurgery.capture.contractions import spell_out
 from peftsurgery.capture.higher_order import AUTOCAST, inline_regions
+from peftsurgery.capture.loops.running import loop_turns, turns_of
 from peftsurgery.capture.module_calls import hand_on
 from peftsurgery.capture.names import join
 from peftsurgery.capture.operands import part_operands
@@ -110,13 +111,15 @@ def _is_unbounded(end: object) -> bool:
 
 def make_functional(graph: fx.Graph) -> None:
     """Turn in-place arithmetic on a value that nothing else sees into its ordinary form."""
+    turns = turns_of(graph)
     for node in list(graph.nodes):
         ordinary = _ordinary_form(node)
         target = node.args[0] if node.args else None
         if ordinary is None or not isinstance(target, fx.Node):
             continue
         made_here = target.op == "call_function" and shares_memory(target.target) is False
-        if made_here and set(target.users) == {node} and _agrees(node, ordinary):
+        is_written_once = turns.get(target) is turns.get(node) and set(target.users) == {node}
+        if made_here and is_written_once and _agrees(node, ordinary):
             node.target = ordinary
 
 
@@ -299,5 +302,7 @@ def _has_effect(node: fx.Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
     return (
-        writes(node.target) or node.target in (ops.count, ops.remember) or node.target in AUTOCAST
+        writes(node.target)
+        or node.target in (ops.count, ops.remember, loop_turns)
+        or node.target in AUTOCAST
     )

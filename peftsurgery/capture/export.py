@@ -31,6 +31,8 @@ from peftsurgery.capture.free_sizes import (
     has_free_images,
 )
 from peftsurgery.capture.higher_order import inline_regions
+from peftsurgery.capture.loops.folding import fold_loops
+from peftsurgery.capture.loops.traced import LoopError, Loops, Place
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.model_lines import said_where
 from peftsurgery.capture.modes import Reads, noted_reads
@@ -50,6 +52,17 @@ EXPORT_ERRORS = (
     *(RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError),
     AssertionError,
 )
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What a trace leaves free: sizes of ``images``, and how many turns loops have.
+
+    ``steps`` are the places of those that are traced step by step.
+    """
+
+    images: bool
+    steps: frozenset[Place] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -91,10 +104,16 @@ def export(
     """
     call = traced(apart(call), module)
     make = partial(_exported, module, call, training, notes, once, likely)
-    if has_free_images(module, call.tensors):
-        with contextlib.suppress(TangledSizesError, SurgeryError):
-            return make(images_vary=True)
-    return make(images_vary=False)
+    free = Freedom(has_free_images(module, call.tensors))
+    while True:
+        try:
+            if free.images:
+                with contextlib.suppress(TangledSizesError, SurgeryError):
+                    return make(free)
+                free = replace(free, images=False)
+            return make(free)
+        except LoopError as error:
+            free = replace(free, steps=free.steps | error.places)
 
 
 def _exported(
@@ -104,18 +123,18 @@ def _exported(
     notes: Notes,
     once: bool,
     likely: Collection[str],
-    images_vary: bool,
+    free: Freedom,
 ) -> Exported:
-    """Export ``module`` with images of free sizes or of those of the call.
+    """Export ``module`` with as much ``free``.
 
-    Raises TangledSizesError for images whose sizes had better be fixed.
+    Raises TangledSizesError for images whose sizes had better be fixed, LoopError for loops.
     """
     if likely:
         with contextlib.suppress(*EXPORT_ERRORS, SurgeryError):
-            known = _export(module, call, notes, likely, True, images_vary)
+            known = _export(module, call, notes, likely, True, free)
             if _serves_both(known, module, call):
                 return _read(known, call)
-    trace = partial(_try, module, call, notes, () if once else None, images_vary=images_vary)
+    trace = partial(_try, module, call, notes, () if once else None, free=free)
     trained, refusal = trace(train=True)
     if trained is not None:
         if _serves_both(trained, module, call):
@@ -157,6 +176,7 @@ class _Trace:
     masks: Masks
     fillings: Sequence[Filling]  # calls of blocks whose steps are not in the record
     decisions: tuple[Decision, ...]
+    loops: Loops
 
 
 def _try(
@@ -165,7 +185,7 @@ def _try(
     notes: Notes,
     likely: Collection[str] | None,
     train: bool,
-    images_vary: bool,
+    free: Freedom,
 ) -> tuple[_Trace | None, Exception | None]:
     """What torch.export makes of the call in one mode, or why it cannot.
 
@@ -173,16 +193,16 @@ def _try(
     what decides by values, with those of the call.
     """
     try:
-        return _export(module, call, notes, likely, train, images_vary), None
+        return _export(module, call, notes, likely, train, free), None
     except SurgeryError as error:
         return None, error
     except EXPORT_ERRORS as error:
         if likely is not None:
-            return _try(module, call, notes, None, train, images_vary)
+            return _try(module, call, notes, None, train, free)
         if not is_by_value(error):
             return None, error
     try:
-        return _export(module, call, notes, None, train, images_vary, decided=True), None
+        return _export(module, call, notes, None, train, free, decided=True), None
     except (*EXPORT_ERRORS, SurgeryError) as error:
         return None, error
 
@@ -193,6 +213,8 @@ def _read(trace: _Trace, call: Call) -> Exported:
     assert isinstance(module, fx.GraphModule)
     inline_regions(module)
     unfold(module.graph, trace.fillings)
+    with trace.loops.placed():
+        fold_loops(module.graph)
     conditions = size_conditions(module.graph, program.range_constraints)
     if call.trace is not None:
         conditions = call.trace.conditions(conditions)
@@ -220,7 +242,8 @@ def _serves_both(trained: _Trace, module: nn.Module, call: Call) -> bool:
     try:
         decided = bool(trained.decisions)
         record = partial(_record, module, call, by_value=trained.masks.by_value, decided=decided)
-        known = record(True) if trained.fillings else trained.record
+        is_short = trained.fillings or trained.loops.begun
+        known = record(True) if is_short else trained.record
         return record(False).is_off_of(known)
     except (*EXPORT_ERRORS, SurgeryError):
         return False
@@ -239,13 +262,14 @@ def _export(
     notes: Notes,
     likely: Collection[str] | None,
     train: bool,
-    images_vary: bool,
+    free: Freedom,
     by_value: bool = False,
     decided: bool = False,
 ) -> _Trace:
     """Trace a call; equal blocks once, unless ``likely`` is None; values ``decided`` by it."""
     watch, masks = Watch(module), Masks(call, by_value)
-    if images_vary:
+    watch.loops = loops = Loops(module, free.steps)
+    if free.images:
         watch.check = check_sizes
     if decided:
         watch.decisions = Decisions(module, call.tensors)
@@ -259,6 +283,7 @@ def _export(
         contextlib.nullcontext() if blocks is None else traced_once(blocks),
         contextlib.nullcontext() if blocks is None else blocks.hidden.kept(),
         _unprinted(),
+        loops.kept(),
     ):
         before = drawn_elsewhere()
         program = torch.export.export(
@@ -266,12 +291,12 @@ def _export(
             args=(),
             kwargs=dict(call.tensors),
             strict=False,
-            dynamic_shapes=dynamic_shapes(dict(call.tensors), images_vary),
+            dynamic_shapes=dynamic_shapes(dict(call.tensors), free.images),
             prefer_deferred_runtime_asserts_over_guards=True,
         )
         drew = drawn_elsewhere() != before
     if masks.matters:
-        return _export(module, call, notes, likely, train, images_vary, True, decided)
+        return _export(module, call, notes, likely, train, free, True, decided)
     if drew and not _is_one(_record(module, call, train, start) for start in starts()):
         raise ValueError("what it computes depends on random numbers of Python or numpy")
     if watch.changed:
@@ -280,7 +305,7 @@ def _export(
                 raise _remembering(module, watch.changed[0])
     fillings = () if blocks is None else blocks.fillings
     decisions = () if watch.decisions is None else tuple(watch.decisions.taken)
-    return _Trace(program, watch.record, reads, masks, fillings, decisions)
+    return _Trace(program, watch.record, reads, masks, fillings, decisions, loops)
 
 
 def _is_one(records: Iterable[Record]) -> bool:

@@ -9,7 +9,8 @@
 A small model spends as long on calling its operators as on what they compute. With gradients, each
 of these would add up a gradient in another order, or write over what the backward pass reads;
 without, nothing tells them apart. Which are right follows from the operators' schemas and from the
-sizes, strides and dtypes of the traced values. A graph that writes to memory itself is left alone.
+sizes, strides and dtypes of the traced values. A graph that writes to memory itself, or reads a
+value in every turn of a loop, is left alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Container, Iterator
 import torch
 from torch import Tensor, fx
 
+from peftsurgery.capture.loops.running import has_loops
 from peftsurgery.capture.reshapes import join_reshapes, join_slices
 from peftsurgery.capture.schemas import op, overwritten, shares_memory
 from peftsurgery.capture.shifted_mean import ShiftedMean, shift_means
@@ -42,7 +44,7 @@ def no_grad_form(graph: fx.Graph) -> fx.Graph:
     """
     made = fx.Graph()
     made.output(made.graph_copy(graph, {}))
-    if not any(True for node in made.nodes for _ in overwritten(node)):
+    if not has_loops(made) and not any(True for node in made.nodes for _ in overwritten(node)):
         _drop_idle(made)
         _multiply_squares(made)
         join_slices(made)

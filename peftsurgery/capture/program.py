@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from peftsurgery.capture.copying import SharedByCopies
 from peftsurgery.capture.higher_order import AUTOCAST
+from peftsurgery.capture.loops.running import with_loops
 from peftsurgery.capture.no_grad_form import no_grad_form
 from peftsurgery.capture.plain import is_plain_call
 from peftsurgery.errors import SurgeryError
@@ -159,7 +160,8 @@ def generate_forward(graph: fx.Graph, label: str) -> Callable[..., Any]:
     python = graph.python_code("self")
     scope = dict(python.globals)
     scope["_attend"] = attend
-    source = _with_bindings(_with_regions(_with_reads(python.src, graph), scope))
+    source = with_loops(_with_reads(python.src, graph), scope)
+    source = _with_bindings(_with_regions(source, scope))
     exec(compile(source, f"<peftsurgery {label}>", "exec"), scope)
     forward: Callable[..., Any] = scope["forward"]
     return forward

@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from peftsurgery.capture.attributes import attributes_of, changed_since, tensors_of
 from peftsurgery.capture.decided import Decisions, of_sizes
+from peftsurgery.capture.loops.traced import Loops
 from peftsurgery.capture.randomness import TRAIN_FLAGS
 from peftsurgery.capture.signature import Call, map_tensors
 from peftsurgery.capture.tensors import named_tensors
@@ -132,6 +133,7 @@ class Watch(TorchFunctionMode):
         self.guard: Callable[[], AbstractContextManager[None]] = nullcontext
         self.check: Callable[[torch.Tensor], None] | None = None  # of every tensor that is made
         self.decisions: Decisions | None = None  # taken by values, if they are
+        self.loops: Loops | None = None  # kept as loops, if they are
         self.norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -174,7 +176,8 @@ class Watch(TorchFunctionMode):
             answer = of_sizes(func, args, kwargs) if answer is None else answer
             if answer is not None:
                 return answer
-        result = func(*args, **kwargs)
+        kept = None if self.loops is None else self.loops.kept_call(func, args, kwargs)
+        result = func(*args, **kwargs) if kept is None else kept
         if self.decisions is not None:
             self.kept.append(result)
             self.decisions.note(func, args, kwargs, result)

@@ -21,6 +21,8 @@ from transformers.utils import ModelOutput
 
 from peftsurgery.anatomy.values import fixed
 from peftsurgery.capture import GraphModel
+from peftsurgery.capture.loops.running import counts_of_turns
+from peftsurgery.capture.sizes import evaluate_sizes, shape_texts
 from peftsurgery.errors import SurgeryError
 
 Inputs = dict[str, Tensor]
@@ -37,13 +39,15 @@ _STRETCHES: tuple[Callable[[int], int], ...] = (
 )
 
 
-def unseen_inputs(model: GraphModel) -> list[Inputs]:
+def unseen_inputs(model: GraphModel, unrolled: bool = False) -> list[Inputs]:
     """Inputs at two shapes other than the one the model was captured with.
+
+    With ``unrolled`` they are such that its loops have as many turns as they had there.
 
     PSG414 if the model takes something else than tensors by name, or allows no other size.
     """
-    first = _allowed(model, (_FIRST, _SECOND + 1), _STRETCHES)
-    second = _allowed(model, (_SECOND,), _STRETCHES[1:])
+    first = _allowed(model, (_FIRST, _SECOND + 1), _STRETCHES, unrolled)
+    second = _allowed(model, (_SECOND,), _STRETCHES[1:], unrolled)
     return [first, second]
 
 
@@ -134,15 +138,29 @@ def largest_gap(
 
 
 def _allowed(
-    model: GraphModel, batches: tuple[int, ...], stretches: tuple[Callable[[int], int], ...]
+    model: GraphModel,
+    batches: tuple[int, ...],
+    stretches: tuple[Callable[[int], int], ...],
+    unrolled: bool,
 ) -> Inputs:
     """Inputs of the first of these sizes that the capture allows."""
     capture, nodes = model.captures[0], _placeholders(model)
+    turns = _turns(model, seen_inputs(model)) if unrolled else ()
     for stretch, batch in itertools.product(stretches, batches):
         inputs = _make(model, nodes, batch, stretch)
-        if capture.fits([inputs[name] for name in capture.names], capture.mode is True):
+        fits = capture.fits([inputs[name] for name in capture.names], capture.mode is True)
+        if fits and not (unrolled and _turns(model, inputs) != turns):
             return inputs
     raise SurgeryError("PSG414", "the model allows no other sizes than those it was captured with")
+
+
+def _turns(model: GraphModel, inputs: Inputs) -> tuple[int, ...]:
+    """How many turns a model's loops have for some inputs: a file has each turn by itself."""
+    capture = model.captures[0]
+    programs = [program for each in capture.programs.values() for program in each]
+    counts = counts_of_turns(program.graph for program in programs)
+    texts = shape_texts(capture.top.graph, counts)
+    return evaluate_sizes(capture.names, texts, [inputs[name] for name in capture.names])
 
 
 def _placeholders(model: GraphModel) -> list[fx.Node]:

@@ -35,6 +35,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
+from peftsurgery.capture.loops.traced import ModelRange
 
 Token = Any
 
@@ -68,6 +69,7 @@ _WHO = (
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
     *(logging.Logger, re.Pattern, torch.dtype, torch.layout, torch.memory_format),
     *(torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops._OpNamespace, np.dtype),
+    ModelRange,
 )
 _WRAPPERS = (types.MethodType, functools.partial, staticmethod, classmethod, property)
 _CONTAINERS = (tuple, list, dict, set, frozenset, OrderedDict, defaultdict, torch.Size)

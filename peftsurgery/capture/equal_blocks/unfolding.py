@@ -7,7 +7,7 @@ it comes from as if the other block had been traced: which modules' calls made e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from peftsurgery.capture.equal_blocks.filling_in import BEGINS, BLOCK, ENDS, Pas
 from peftsurgery.capture.equal_blocks.out_of_sight import OutOfSightError
 from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS
 from peftsurgery.capture.kv_cache import REMEMBER
+from peftsurgery.capture.loops.traced import INDEX
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, hand_on
 from peftsurgery.capture.names import join
 
@@ -78,7 +79,7 @@ def _copy(
     node = call.graph._root.next if begin is None else begin
     with call.graph.inserting_before(call):
         while node is not end:
-            if not _is_shared(node):
+            if not _is_shared(node, value_of):
                 made = call.graph.node_copy(node, value)
                 _describe(made, node, end, call, filling)
                 value_of[node] = made
@@ -101,12 +102,17 @@ def _by_number(graph: fx.Graph, target: Any) -> dict[Any, fx.Node]:
     return {n.args[-1]: n for n in graph.find_nodes(op="call_function", target=target)}
 
 
-def _is_shared(node: fx.Node) -> bool:
-    """Whether there is one such node in a graph: torch.export computes a size but once."""
-    return (
-        node.op in ("placeholder", "get_attr")
-        or node.target in (*_ENCLOSING, torch.ops.aten._assert_scalar.default)
-        or isinstance(node.meta.get("val"), SYMBOLS)
+def _is_shared(node: fx.Node, copied: Container[fx.Node]) -> bool:
+    """Whether there is one such node in a graph: torch.export computes a size but once.
+
+    The number of a turn is no size, nor is what is computed of it.
+    """
+    if isinstance(node.meta.get("val"), SYMBOLS):
+        numbers = (n for n in node.all_input_nodes if isinstance(n.meta.get("val"), SYMBOLS))
+        return node.target is not INDEX and not any(number in copied for number in numbers)
+    return node.op in ("placeholder", "get_attr") or node.target in (
+        *_ENCLOSING,
+        torch.ops.aten._assert_scalar.default,
     )
 
 

@@ -76,7 +76,7 @@ class NamedCalls:
     def unseen(self) -> list[Inputs]:
         """Inputs at two other sizes."""
         if not self.cached:
-            return unseen_inputs(self.model)
+            return unseen_inputs(self.model, unrolled=True)
         return [self._with_past(*sizes) for sizes in UNSEEN]
 
     def _with_past(self, batch: int, past: int, new: int) -> Inputs:

@@ -25,6 +25,7 @@ from peftsurgery.capture.decided import check_undecided
 from peftsurgery.capture.export import EXPORT_ERRORS
 from peftsurgery.capture.prepared import without_fast_path
 from peftsurgery.capture.sharded import check_whole
+from peftsurgery.capture.sizes import as_known
 from peftsurgery.checkpoint.record import FILE, as_json
 from peftsurgery.errors import SurgeryError, first_line
 from peftsurgery.formats.onnx.calls import PAST
@@ -133,7 +134,7 @@ def _write(model: GraphModel, file: Path, folded: bool) -> ProgramFile:
             check_undecided((d for c in model.captures for d in c.decisions), "a .pt2 file")
         program = _program(named, seen, free_axes(model))
         _save(program, file, {FILE: as_json(record).decode()})
-        cases = [(given, named(**given)) for given in unseen_inputs(model)]
+        cases = [(given, named(**given)) for given in unseen_inputs(model, unrolled=True)]
         dtype, tolerance = tolerance_of(plain)
         apart = _check(file, cases, tolerance)
     sizes, outputs = _sizes(program, seen), tuple(cases[0][1])
@@ -248,7 +249,7 @@ def _sizes(program: ExportedProgram, seen: Inputs) -> dict[str, tuple[int | str,
     found = dict[str, tuple[int | str, ...]]()
     for name, user_input in zip(seen, program.graph_signature.user_inputs, strict=True):
         shape = list[int | str]()
-        for axis, size in enumerate(nodes[str(user_input)].meta["val"].shape):
+        for axis, size in enumerate(map(as_known, nodes[str(user_input)].meta["val"].shape)):
             if not isinstance(size, int) and str(size) not in names:
                 number = len({each for each in names.values() if each.startswith("sequence")})
                 names[str(size)] = "batch" if axis == 0 else f"sequence{number or ''}"

@@ -20,6 +20,7 @@ from peftsurgery import SurgeryError
 from peftsurgery.formats.pt2 import export as exporting
 from tests.formats.made import expected
 from tests.models.captured import captured
+from tests.models.stepping import Stacked
 from tests.models.zoo import ZOO
 from tests.surgery.reference import randomise
 
@@ -184,3 +185,12 @@ def test_weights_in_four_bits_stay_so_and_the_library_is_named(tmp_path: Path) -
         wanted = model(**inputs).logits
     found = run(tmp_path / "model.pt2", inputs)["logits"]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loop_has_the_steps_of_the_capture_and_the_file_says_so(tmp_path: Path) -> None:
+    model = Stacked().eval()
+    result = ps.export_pt2(ps.capture(model, {"x": torch.randn(2, 5, 4)}), tmp_path / "model.pt2")
+    assert result.inputs == {"x": ("batch", 5, 4)}
+    assert result.difference == 0
+    x = torch.randn(3, 5, 4)
+    assert torch.equal(run(tmp_path / "model.pt2", {"x": x})["output"], model(x))
