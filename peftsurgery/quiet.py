@@ -53,18 +53,23 @@ def _handlers() -> list[logging.Handler]:
 
     All loggers are looked through only when there are more of them than before.
     """
-    known = logging.root.manager.loggerDict
-    names = {*LIBRARIES, *_with_handlers(len(known))}
-    found = [handler for name in names for handler in logging.getLogger(name).handlers]
+    loggers = _with_handlers(len(logging.root.manager.loggerDict))
+    found = [handler for logger in loggers for handler in logger.handlers]
     return [*found, *([] if logging.lastResort is None else [logging.lastResort])]
 
 
 @lru_cache(maxsize=1)
-def _with_handlers(count: int) -> tuple[str, ...]:
-    """The loggers of libraries that have handlers, among ``count`` loggers."""
-    known = list(logging.root.manager.loggerDict.items())
-    ours = [(name, log) for name, log in known if name.partition(".")[0] in LIBRARIES]
-    return tuple(name for name, log in ours if isinstance(log, logging.Logger) and log.handlers)
+def _with_handlers(count: int) -> tuple[logging.Logger, ...]:
+    """The loggers of libraries themselves, and those of their parts that have handlers.
+
+    Of ``count`` loggers that there are.
+    """
+    known = {name: logging.getLogger(name) for name in LIBRARIES}
+    for name, log in list(logging.root.manager.loggerDict.items()):
+        is_ours = name.partition(".")[0] in LIBRARIES
+        if is_ours and isinstance(log, logging.Logger) and log.handlers:
+            known[name] = log
+    return tuple(known.values())
 
 
 class _Shared:

@@ -79,8 +79,10 @@ def evaluate(
     a number grows beyond 2^63.
     """
     check_names(expression, env)
-    # torch logs a traceback of what does not fit on fake tensors; folds of files run without it
-    with unlogged() if "torch" in sys.modules else nullcontext():
+    # torch logs a traceback of what does not fit on fake tensors; folds of files run without it,
+    # and a name or a number by itself computes nothing
+    is_computed = not isinstance(expression.tree, (ast.Name, ast.Constant))
+    with unlogged() if is_computed and "torch" in sys.modules else nullcontext():
         return _Reading(expression, env, operators, context).value(expression.tree)
 
 

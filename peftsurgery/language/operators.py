@@ -12,6 +12,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeVar
 
 from peftsurgery.arguments import checked
@@ -108,9 +109,14 @@ def operator(
 
 
 def _known() -> dict[str, Operator]:
+    _import_shipped()
+    return _table
+
+
+@cache
+def _import_shipped() -> None:
     for module in _SHIPPED:
         importlib.import_module(module)
-    return _table
 
 
 def is_word(name: str) -> bool:
