@@ -1,7 +1,8 @@
 """Directories that stand here for ones elsewhere, so that what reads files need not know of it.
 
 Small files of a stand-in are whole. A hollow one has its beginning and its length, and no disk for
-the rest: what is between is read from where it is, in blocks, of which the last few are kept.
+the rest: what is between is read from where it is, in blocks, of which the last few are kept until
+their ends are read.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType
 
 from peftsurgery.tensor_file import read_header
@@ -32,7 +33,7 @@ class FolderStandIn:
     ) -> None:
         """Stand for ``url``; ``hollow`` has the sizes of the files that are not whole here."""
         self.url, self.read, self.hollow = url, read, dict(hollow)
-        self._block = lru_cache(KEPT)(self._read_block)
+        self._kept, self._lock = dict[tuple[str, int], bytes](), Lock()
 
     def made_hollow(self, file: Path) -> None:
         """Drop what is in a file, which is there; its header and its length stay. PSG207."""
@@ -40,7 +41,8 @@ class FolderStandIn:
         os.truncate(file, read_header(file).offset)
         os.truncate(file, size)
         self.hollow[file.name] = size
-        self._block.cache_clear()
+        with self._lock:
+            self._kept.clear()
 
     def fill(self, name: str, room: memoryview, place: int) -> None:
         """Read from a place of a file on, until there is no more room; EOFError at its end."""
@@ -48,13 +50,27 @@ class FolderStandIn:
             raise EOFError(f"{self.url}/{name} has become shorter")
         while room:
             number, start = divmod(place, BLOCK)
-            part = memoryview(self._block(name, number))[start:][: len(room)]
+            block = self._block(name, number)
+            part = memoryview(block)[start:][: len(room)]
             room[: len(part)] = part
             room, place = room[len(part) :], place + len(part)
+            if start + len(part) == len(block):  # what reads on does not come back to it
+                with self._lock:
+                    self._kept.pop((name, number), None)
 
-    def _read_block(self, name: str, number: int) -> bytes:
+    def _block(self, name: str, number: int) -> bytes:
+        """A block of a file: one of those that were read last, or read now."""
         start = number * BLOCK
-        return self.read([(name, start, min(start + BLOCK, self.hollow[name]))])[0]
+        with self._lock:
+            block = self._kept.get((name, number))
+        if block is None:
+            (block,) = self.read([(name, start, min(start + BLOCK, self.hollow[name]))])
+        with self._lock:
+            self._kept.pop((name, number), None)  # the last to be read is the last to go
+            self._kept[name, number] = block
+            while len(self._kept) > KEPT:
+                del self._kept[next(iter(self._kept))]
+        return block
 
 
 _HERE: dict[Path, FolderStandIn] = {}

@@ -209,6 +209,10 @@ def _on_files(asked: Asked) -> None:
         fold_checkpoint,
     )
 
+    if asked.elsewhere:
+        from peftsurgery.remote import give_buffers_back
+
+        give_buffers_back()
     where, other = (asked.surgery, asked.base), asked.allow_other_base
     again = asked.requantise
     if asked.dry_run:
