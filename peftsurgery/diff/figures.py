@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftsurgery.capture import Capture, GraphModel, Program
+from peftsurgery.capture.loops.running import as_run
 from peftsurgery.capture.names import join
 from peftsurgery.diff.describing import served
 from peftsurgery.diff.description import Description
@@ -140,7 +141,7 @@ class _Run:
         values: dict[fx.Node, Any] = {}
         given = iter(inputs)
         held: set[int] = set()
-        for node in program.graph.nodes:
+        for node in as_run(program.graph, values):
             args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
             match node.op:
                 case "placeholder":
@@ -154,7 +155,8 @@ class _Run:
                 case "call_method":
                     values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 case _:
-                    values[node] = node.target(*args, **kwargs)
+                    target: Any = node.target
+                    values[node] = target(*args, **kwargs)
             storages = {_storage(x) for x in pytree.tree_leaves(values[node]) if _is_tensor(x)}
             if node.op in ("call_function", "call_method"):
                 self.bytes += sum(size for key, size in storages if key not in held)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peftsurgery as ps
 from peftsurgery.diff.comparison import Diff, diff
 from tests.diff.models import HEADS, WIDTH, Layer, Recipe, build, captured
+from tests.models.stepping import Windowed
 
 PLAIN = Layer()
 MIDDLE = {
@@ -73,6 +74,13 @@ def test_flops_and_parameters_are_those_of_the_textbook() -> None:
     attention = 2 * 2 * (2 * HEADS * seq * seq * (WIDTH // HEADS))
     assert figures.flops == 3 * (2 * tokens * linears + attention) + 2 * tokens * WIDTH * 11
     assert figures.parameters == sum(p.numel() for p in build().parameters())
+
+
+def test_what_a_loop_does_is_counted_in_every_turn() -> None:
+    graph = ps.capture(Windowed().eval(), {"x": torch.randn(2, 9, 4)})
+    figures = diff(graph, graph).summary.figures[0]
+    windows = 2 * 5 * (2 * 2 * 4 * 4 * 2)  # two products of (2, 4) with (4, 4) and with itself
+    assert figures.flops == windows + 2 * (2 * 18 * 4 * 4)
 
 
 class Positions(torch.nn.Module):

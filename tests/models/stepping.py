@@ -263,6 +263,60 @@ class FillingALater(Stepping):
         return torch.stack(outputs[1:], 1)
 
 
+class TakingFromAnother(Stepping):
+    """Takes numbers from an iterator, of which the first are alike."""
+
+    def scan(self, x: Tensor, decay: Tensor) -> Tensor:
+        state, numbers = x[:, 0], iter([2] * 4 + [3] * 20)
+        for i in range(x.shape[1]):
+            state = state * decay[:, i] + x[:, i] * next(numbers)
+        return x + state.unsqueeze(1)
+
+
+class CountingElsewhere(Stepping):
+    """Counts in a function of its own."""
+
+    def scan(self, x: Tensor, decay: Tensor) -> Tensor:
+        state, count = x[:, 0], 0
+
+        def step() -> int:
+            nonlocal count
+            count += 1
+            return 2 if count < 5 else 3
+
+        for i in range(x.shape[1]):
+            state = state * decay[:, i] + x[:, i] * step()
+        return x + state.unsqueeze(1)
+
+
+class Tally:
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self) -> int:
+        """How much more a step is worth, which changes with the fifth."""
+        self.count += 1
+        return 2 if self.count % 13 < 5 else 3
+
+
+class CountingInAnother(Stepping):
+    """Counts in an object that it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tally = Tally()
+
+    def scan(self, x: Tensor, decay: Tensor) -> Tensor:
+        self.tally.count = 0
+        return self.steps(x, decay)
+
+    def steps(self, x: Tensor, decay: Tensor) -> Tensor:
+        state = x[:, 0]
+        for i in range(x.shape[1]):
+            state = state * decay[:, i] + x[:, i] * self.tally.step()
+        return x + state.unsqueeze(1)
+
+
 class OverWindows(Stepping):
     """Two loops, one within the other."""
 
@@ -278,6 +332,7 @@ STEP_BY_STEP = (
     *(BranchOnFirst, BranchOnFifth, BranchOnOdd, BranchOnLast, Counting, LookingAtItsList),
     *(ReadingItsList, OfTwoStepsBefore, ReadingTheIndex, Growing, LeftByValue),
     *(WithALayer, WithAWeight, WithARemainder, Remembering, FillingALater, OverWindows),
+    *(TakingFromAnother, CountingElsewhere, CountingInAnother),
 )
 """Those in which a step is no repetition, or not known to be one."""
 

@@ -35,7 +35,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
-from peftsurgery.capture.loops.traced import ModelRange
+from peftsurgery.capture.loops.model_range import ModelRange
 
 Token = Any
 

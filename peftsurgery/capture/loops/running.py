@@ -15,7 +15,7 @@ very operators of the original's in its order, so outputs and gradients have the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,25 @@ def counts_of_turns(graphs: Iterable[fx.Graph]) -> list[Any]:
     """How many turns the loops in some graphs have, as sizes."""
     nodes = (n for g in graphs for n in g.find_nodes(op="call_function", target=loop_begins))
     return [node.meta["val"] for node in nodes]
+
+
+def as_run(graph: fx.Graph, values: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
+    """The nodes of a graph in the order in which they run, those of a loop in every turn.
+
+    Whoever runs them puts the value of each into ``values`` before asking for the next.
+    """
+    nodes = list(graph.nodes)
+    place = {node: number for number, node in enumerate(nodes)}
+    number = 0
+    while number < len(nodes):
+        node = nodes[number]
+        yield node
+        if node.target is loop_turns:
+            begin: Any = node.args[0]
+            loop = values[begin]
+            loop.turn += 1
+            number = place[begin] if loop.turn < loop.count else number
+        number += 1
 
 
 def left_before(node: fx.Node) -> list[fx.Node]:

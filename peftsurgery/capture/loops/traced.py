@@ -10,10 +10,12 @@ trace, and the loop is traced as torch.export does it, for the number of steps a
 
 from __future__ import annotations
 
+import enum
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import CodeType, FrameType
 from typing import Any
 
@@ -38,9 +40,11 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from peftsurgery.capture.attributes import attributes_of, changed_since
+from peftsurgery.capture.equal_blocks.likeness import TokenMaker
 from peftsurgery.capture.equal_blocks.out_of_sight import OutOfSightError
 from peftsurgery.capture.equal_blocks.size_questions import Questions
 from peftsurgery.capture.loops.layers import appended, is_recurrent, node_of, recurrence
+from peftsurgery.capture.loops.model_range import ModelRange
 from peftsurgery.capture.loops.questions import hold_in_every_turn
 from peftsurgery.capture.loops.source import JOINS, LoopSource, loop_source
 from peftsurgery.errors import SurgeryError
@@ -52,6 +56,11 @@ _LIBRARY.define("loop_joined(Tensor[] values, int number, int dim, bool stacked)
 TURN = torch.ops.peftsurgery.loop_turn.default
 INDEX = torch.ops.peftsurgery.loop_index.default
 JOINED = torch.ops.peftsurgery.loop_joined.default
+_STEADY = (
+    *(type, types.ModuleType, types.BuiltinFunctionType, enum.Enum, range, slice),
+    *(torch.layout, torch.memory_format, torch.Generator),
+)
+_TABLES = frozenset(vars(nn.Module()))
 TURNS = 3
 """One that begins with what was before the loop, one that goes on with what that left, and one more
 that is to be like it."""
@@ -179,6 +188,10 @@ class _TracedLoop:
         self.before: list[dict[str, Any]] = []  # what Python kept as each turn began
         self.attributes = attributes_of(loops.module, copied=False)
         self.calls = dict(tracer.num_calls)
+        self.around: list[Any] = []  # what there was beside, after the first turn and the last
+        self.tokens = TokenMaker(), TokenMaker()
+        free = frame.f_code.co_freevars
+        self.function = None if free else types.FunctionType(frame.f_code, frame.f_globals)
         self.questions = Questions(self.shapes)
 
     def __iter__(self) -> Iterator[Any]:
@@ -197,6 +210,8 @@ class _TracedLoop:
         here = {name: value for name, value in frame.f_locals.items() if name != self.source.index}
         self.before.append(self._told(here))
         turn = len(self.indices)
+        if turn in (1, TURNS):
+            self.around.append(self._around())
         count = get_proxy_slot(self.count, self.tracer).force().node
         self._append(TURN, (self._left(here) if turn else [], count, self.number, turn))
         if turn == TURNS:
@@ -238,10 +253,25 @@ class _TracedLoop:
             if name not in passing and not (name in self.source.joined and type(value) is list)
         }
 
+    def _around(self) -> Any:
+        """What the function's module keeps, and the code that it may call."""
+        tokens = self.tokens[len(self.around)]
+        owner = self.frame.f_locals.get("self")
+        owner = owner if isinstance(owner, nn.Module) else self.loops.module
+        parts = list(owner.named_modules(remove_duplicate=False))
+        kinds = [tokens.of_class(kind) for kind in dict.fromkeys(type(part) for _, part in parts)]
+        kept = [
+            (name, key, tokens.of(value))
+            for name, part in parts
+            for key, value in vars(part).items()
+            if key not in _TABLES and (part is not self.loops.module or key != "forward")
+        ]
+        return kept, kinds, tokens.of(self.function)
+
     def _end(self, here: Mapping[str, Any]) -> None:
         """Hold the turns to being alike. LoopError if they are not."""
         first, *others = self.before[1:]
-        if any(other != first for other in others):
+        if any(other != first for other in others) or self.around[0] != self.around[1]:
             raise LoopError("more than tensors goes from one turn to the next")
         for name in self.source.joined & here.keys():
             values = here[name]
@@ -255,7 +285,7 @@ class _TracedLoop:
         if not hold_in_every_turn(self.questions, self.indices, self.count.node.expr):
             raise LoopError("it is decided by the number of a turn")
         self.loops.running = None
-        del self.frame, self.attributes, self.before
+        del self.frame, self.attributes, self.before, self.around, self.tokens
 
     def join(self, values: list[Any], dim: int, stacked: bool, function: Any) -> torch.Tensor:
         """A tensor of the values of all turns, as the trace knows it."""
@@ -316,19 +346,19 @@ def _told(value: Any, depth: int = 4) -> Any:
         return type(value), repr(value)
     if isinstance(value, set | frozenset):
         return id(value), len(value)
-    if isinstance(value, nn.Module) or not hasattr(value, "__dict__") or callable(value):
+    if isinstance(value, types.MethodType):
+        return id(value.__func__), _told(value.__self__, depth)
+    if isinstance(value, types.FunctionType):
+        return id(value), [_told(_content(cell), depth - 1) for cell in value.__closure__ or ()]
+    if isinstance(value, (*_STEADY, nn.Module)) or not depth:
         return id(value)
+    if not hasattr(value, "__dict__") or hasattr(value, "__next__"):
+        return object()  # what it holds cannot be seen
     return id(value), [(key, _told(item, depth - 1)) for key, item in vars(value).items()]
 
 
-class ModelRange:
-    """``range`` as a model's code sees it while it is traced."""
-
-    def __init__(self, make: Callable[..., Any]) -> None:
-        self.make = make
-
-    def __call__(self, *bounds: Any) -> Any:
-        return self.make(*bounds)
-
-    def __instancecheck__(self, value: object) -> bool:
-        return isinstance(value, range)
+def _content(cell: types.CellType) -> Any:
+    """What a closure's cell holds; nothing if it is empty."""
+    with suppress(ValueError):
+        return cell.cell_contents
+    return None

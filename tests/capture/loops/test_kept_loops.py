@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.capture.pairs import Pair, pair_of
-from tests.models.stepping import KEPT, STEP_BY_STEP, Layers, Stepping
+from tests.models.stepping import KEPT, STEP_BY_STEP, Layers, Stacked, Stepping
 
 LENGTHS = (2, 1, 7, 13)
 
@@ -44,6 +44,15 @@ def test_one_capture_serves_every_number_of_steps(kind: type[Stepping], train: b
     for length in LENGTHS:
         check(both, torch.randn(3, length, 4))
     assert len(both.graph.captures) <= 2  # a single step may be another graph
+
+
+@pytest.mark.parametrize("part", ["before", "behind"])
+def test_parts_beside_a_loop_may_have_hooks(part: str) -> None:
+    both = pair_of(Stacked().eval(), {"x": torch.randn(2, 5, 4)})
+    for module in (both.original, both.graph):
+        module.get_submodule(part).register_forward_hook(lambda module, args, out: out * 2)
+    for length in LENGTHS:
+        check(both, torch.randn(3, length, 4))
 
 
 @pytest.mark.parametrize("kind", STEP_BY_STEP, ids=lambda kind: kind.__name__)
