@@ -45,7 +45,9 @@ def test_two_who_read_at_two_places_do_not_take_blocks_from_each_other(asked: li
     stand_in = standing_in(asked)
     for place in range(0, 40, 4):
         for first in (0, 50):
-            assert filled(stand_in, first + place, first + place + 4) == CONTENT[first + place :][:4]
+            assert (
+                filled(stand_in, first + place, first + place + 4) == CONTENT[first + place :][:4]
+            )
     assert len(asked) == len(set(asked)) == 8
 
 

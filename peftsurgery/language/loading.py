@@ -45,10 +45,11 @@ def load_rules(name: str | Path) -> RuleFile:
 def unchecked(name: str) -> Mapping[str, Any]:
     """What the page of a shipped rule file says, laid over its bases', as plain data.
 
-    This is a tenth of the time of :func:`load_rules`, for whoever looks for one among all pages.
+    This is a tenth of the time of :func:`load_rules`, for whoever looks for one among all pages: no
+    model of the schema is made.
     """
     path = shipped()[name]
-    return _whole(_read(path, name), path.parent, (path,), (path,))[0].data
+    return _whole(_read(path, name), path.parent, (path,), (path,), checks=False)[0].data
 
 
 def page_of(name: str | Path) -> str:
@@ -87,11 +88,16 @@ def _checked(document: Document) -> RuleFile:
 
 
 def _whole(
-    document: Document, folder: Path, above: tuple[Path, ...], sources: tuple[Path, ...]
+    document: Document,
+    folder: Path,
+    above: tuple[Path, ...],
+    sources: tuple[Path, ...],
+    checks: bool = True,
 ) -> tuple[Document, tuple[Path, ...]]:
     """A document laid over its bases, each whole in its turn, and the files that were read so far.
 
-    ``above`` are the document's own file and those that stand on it.
+    ``above`` are the document's own file and those that stand on it; with ``checks``, each of
+    several bases has to be a rule file by itself.
     """
     said = on_base(document)
     if said is None:
@@ -104,8 +110,8 @@ def _whole(
             message = f"'{name}' stands on this file, or on too many others"
             raise SurgeryError("PSG108", message, None, where)
         read = _read(path, name, where)
-        base, sources = _whole(read, path.parent, (*above, path), (*sources, path))
-        if len(said.base) > 1:
+        base, sources = _whole(read, path.parent, (*above, path), (*sources, path), checks)
+        if checks and len(said.base) > 1:
             _checked(base)
         bases.append(base)
     return laid_over(joined(bases, document), document, said), sources
