@@ -14,7 +14,7 @@ there: kernels for symmetric weights do not read them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,10 +27,12 @@ from peftsurgery.checkpoint.codecs.nearest import inverse
 
 WORD = 32
 ROWS = 64  # of a band: what lies together in the files, since a row is a column there
+AT_ONCE = 2**16  # elements of groups that are quantised at once: they stay in the cache
 ALL_ZEROS = "all zeros"
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
-# From the values of a group, its zero, the dtype of scales and what zeros may be: zero and scale.
+# From values of groups (groups, inputs, out), their zeros (groups, out), the dtype of scales and
+# what zeros may be: zeros and scales.
 Grid = Callable[[Array, Array, np.dtype[Any], range], tuple[Array, Array]]
 
 
@@ -73,7 +75,12 @@ def _less(said: Said) -> int:
 def _groups(parts: Parts, inputs: int) -> Array:
     """The group of each input."""
     order, count = parts.get("groups"), len(parts["scales"])
-    return np.arange(inputs) * count // inputs if order is None else order
+    return _evenly(inputs, count) if order is None else order
+
+
+def _evenly(inputs: int, count: int) -> Array:
+    """The groups of inputs that follow one another."""
+    return np.arange(inputs) * count // inputs
 
 
 def _awq(parts: Parts, said: Said) -> Array:
@@ -108,8 +115,13 @@ def _ordered(numbers: Array) -> Array:
 
 def _scaled(numbers: Array, zeros: Array, scales: Array, order: Array) -> Array:
     """The weight (out, in) of numbers (out, in); zeros and scales are (groups, out)."""
-    shifted = (numbers - zeros.T[:, order]).astype(np.float32)
-    return np.multiply(shifted, scales.T[:, order], out=shifted)
+    count = len(scales)
+    if numbers.shape[1] % count or (order != _evenly(numbers.shape[1], count)).any():
+        shifted = (numbers - zeros.T[:, order]).astype(np.float32)
+        return np.multiply(shifted, scales.T[:, order], out=shifted)
+    grouped = numbers.reshape(len(numbers), count, -1)
+    shifted = (grouped - zeros.T[:, :, None]).astype(np.float32)
+    return np.multiply(shifted, scales.T[:, :, None], out=shifted).reshape(numbers.shape)
 
 
 def _requantised(
@@ -120,10 +132,9 @@ def _requantised(
     ``allowed`` are the zeros that can be written, and end with the largest number; ``laid_out``
     gives the grid of a group's own values.
     """
-    top, numbers = allowed[-1], np.empty(values.shape, np.uint8)
-    for group, (zero, scale) in enumerate(zip(zeros, scales, strict=True)):
-        columns = np.flatnonzero(order == group)
-        mine = values[:, columns]
+    top, numbers = allowed[-1], np.empty(values.shape[::-1], np.uint8)
+    for groups, columns in _alike(order, len(scales), len(values)):
+        zero, scale, mine = zeros[groups], scales[groups], values.T[columns]
         grids = [(zero, scale), laid_out(mine, zero, scale.dtype, allowed)]
         placed = [_placed(mine, *grid, top) for grid in grids]
         errors = [
@@ -131,13 +142,24 @@ def _requantised(
             for each, (z, s) in zip(placed, grids, strict=True)
         ]
         fresh = ~(errors[0] <= errors[1])
-        numbers[:, columns] = np.where(fresh[:, None], placed[1], placed[0])
+        numbers[columns] = np.where(fresh[:, None], placed[1], placed[0])
         zero[fresh], scale[fresh] = grids[1][0][fresh], grids[1][1][fresh]
-    return numbers
+    return numbers.T
+
+
+def _alike(order: Array, count: int, rows: int) -> Iterator[tuple[slice, Array]]:
+    """Groups that are computed at once, as many as have few enough elements: (groups, inputs)."""
+    sizes = np.bincount(order, minlength=count)
+    ends, columns = np.cumsum(sizes), np.argsort(order, kind="stable")
+    step = max(1, AT_ONCE // max(1, rows * int(sizes[0]))) if (sizes == sizes[0]).all() else 1
+    for first in range(0, count, step):
+        last = min(first + step, count)
+        mine = columns[ends[first] - sizes[first] : ends[last - 1]]
+        yield slice(first, last), mine.reshape(last - first, sizes[first])
 
 
 def _placed(values: Array, zero: Array, scale: Array, top: int) -> Array:
-    """The number of each value (out, inputs of a group) in the group's grid, in fp32."""
+    """The number of each value (groups, inputs of each, out) in its group's grid, in fp32."""
     numbers = np.rint(values * inverse(scale)[:, None])
     numbers += zero.astype(np.float32)[:, None]
     return np.clip(numbers, 0, top, out=numbers)
@@ -146,7 +168,7 @@ def _placed(values: Array, zero: Array, scale: Array, top: int) -> Array:
 def _symmetric(
     values: Array, zero: Array, dtype: np.dtype[Any], allowed: range
 ) -> tuple[Array, Array]:
-    """The grid that holds a group's values about the zero that it has."""
+    """The grid that holds each group's values about the zero that it has."""
     low, high = values.min(1, initial=0), values.max(1, initial=0)
     return zero, np.maximum(high / (allowed[-1] - zero), -low / zero).astype(dtype)
 
@@ -154,7 +176,7 @@ def _symmetric(
 def _from_end_to_end(
     values: Array, zero: Array, dtype: np.dtype[Any], allowed: range
 ) -> tuple[Array, Array]:
-    """The grid that reaches from a group's smallest value to its largest."""
+    """The grid that reaches from each group's smallest value to its largest."""
     low, high = values.min(1, initial=0), values.max(1, initial=0)
     scale = ((high - low) / allowed[-1]).astype(dtype)
     place = np.rint(-low * inverse(scale))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peftsurgery as ps
+from peftsurgery.checkpoint.codecs import packed
 from peftsurgery.checkpoint.codecs.coded import CodedWeight, plain_view
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.streamed_fold import estimate_fold
@@ -80,6 +81,24 @@ def test_each_block_has_the_nearest_numbers_of_the_better_scale(
         errors = [np.abs(block[:, None] - grid).min(1) for grid in tried]
         best = min(float(np.square(error).sum()) for error in errors)
         assert float(np.square(written - block).sum()) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gptq_shuffled", "gptq_v2", "awq"])
+def test_groups_that_are_quantised_at_once_are_as_each_by_itself(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = coded(tmp_path, kind, 64, 512)
+    values, parts = mine.values() + change(64, 512, 0.02), mine.stored()
+    found = []
+    for size in (1, 2**13, 2**20):
+        monkeypatch.setattr(packed, "AT_ONCE", size)
+        found.append(mine.codec.encode(values, parts, mine.said))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            np.testing.assert_array_equal(other[name], value)
+    monkeypatch.undo()
+    whole = mine.codec.decode({**parts, **found[0]}, mine.said)
+    assert np.linalg.norm(whole - values) < 0.3 * np.linalg.norm(values)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "gptq_shuffled", "gptq_eight", "gptq_v2", "awq"])
