@@ -75,8 +75,9 @@ class _Branch:
 
     @classmethod
     def find(cls, flow: Flow, last: Site, streams: Collection[fx.Node]) -> _Branch | None:
-        found = flow.made_of(last.nodes["x"], streams.__contains__)
-        nodes = frozenset(found).difference(streams)
+        start = {*streams, *_entrance(flow, last, streams)}
+        found = flow.made_of(last.nodes["x"], start.__contains__)
+        nodes = frozenset(found).difference(start)
         ordered = sorted(nodes & flow.products.keys(), key=flow.order.__getitem__)
         sites = [flow.products[n] for n in ordered]
         linears = {site: not _before(flow, site, nodes) for site in sites if site.kind == "linear"}
@@ -184,6 +185,28 @@ class _Branch:
         way = set(reach([start], lambda node: self.nodes.intersection(node.users))) - {start}
         meets = any(mixes_tokens(self.flow, node) or node in self.decays for node in way)
         return not meets and any(has(node, Trait.ACTIVATION) for node in way)
+
+
+def _entrance(flow: Flow, last: Site, streams: Collection[fx.Node]) -> list[fx.Node]:
+    """The value that a branch reads of its stream, if linears weigh it: several streams are mixed.
+
+    Everything that the branch makes is made of it, and it is not made by linears alone; that tokens
+    are not mixed before it tells it from what a recurrence makes.
+    """
+    end = last.nodes["x"]
+    way = set(flow.made_of(end, streams.__contains__))
+    read = {site.nodes["x"] for n in way if (site := flow.products.get(n)) is not None}
+    for x in sorted(read & way, key=flow.order.__getitem__, reverse=True):
+        around = flow.made_of(end, {x, *streams}.__contains__)
+        weighed = flow.made_of(x, {*flow.products, *streams}.__contains__)
+        is_before = not any(mixes_tokens(flow, n) for n in flow.made_of(x, streams.__contains__))
+        if (
+            is_before
+            and way.intersection(streams, weighed)
+            and not way.intersection(streams, around)
+        ):
+            return [x]
+    return []
 
 
 def _passes_on(flow: Flow, node: fx.Node) -> bool:

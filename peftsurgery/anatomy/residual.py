@@ -20,7 +20,7 @@ from torch import fx
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import backward, fixed, is_tensor, shape, sizes, strip
+from peftsurgery.anatomy.values import backward, fixed, is_tensor, operands, shape, sizes, strip
 from peftsurgery.capture.names import common
 from peftsurgery.capture.schemas import op
 
@@ -101,7 +101,23 @@ def _leaves(flow: Flow, x: fx.Node, h: fx.Node) -> Iterable[fx.Node]:
         beside = len(pair) == 2 and all(between(flow, x, n) is not None for n in pair)
         if beside and all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
             return [leaf for n in pair for leaf in _leaves(flow, x, n)]
-    return [h]
+    return [_unspread(h)]
+
+
+def _unspread(h: fx.Node) -> fx.Node:
+    """A sublayer's output before each of several streams is given it, times a number of its own.
+
+    The streams lie beside each other in the one that it is added to (hyper-connections, Zhu et
+    al., 2024, arXiv:2409.19606). Others are as they are.
+    """
+    product = strip(h, Trait.LAYOUT)
+    pair = operands(product) if has(product, Trait.SCALING) else []
+    for rows, numbers in (pair, pair[::-1]) if len(pair) == 2 else ():
+        one, many = sizes(rows), sizes(numbers)
+        is_each = len(one) == len(many) > 2 and one[:-2] == many[:-2] and one[-2] == many[-1] == 1
+        if is_each and many[-2] != 1 != one[-1] and op(rows) == "unsqueeze":
+            return rows.all_input_nodes[0]
+    return h
 
 
 def residual_sites(

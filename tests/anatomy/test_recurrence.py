@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers.models.kimi_linear.modeling_kimi_linear as kimi
 import transformers.models.qwen3_next.modeling_qwen3_next as qwen
+import transformers.models.qwen4_exp.modeling_qwen4_exp as qwen4
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,6 +67,40 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
             **FEED,
         },
     ),
+    "qwen4_exp": (  # of four streams, mixed before it and added to after it
+        hf(
+            "Qwen4ExpForCausalLM",
+            "Qwen4ExpTextConfig",
+            **ONE,
+            **DELTA,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
+            hc_lowrank=4,
+            layer_types=["linear_attention"],
+            ple_layer_ids=[],
+        ),
+        {
+            "in_proj_qkv": "attn.qkv",
+            "in_proj_qkv.q": "attn.q",
+            "in_proj_qkv.k": "attn.k",
+            "in_proj_qkv.v": "attn.v",
+            "in_proj_z": "attn.gate",
+            "in_proj_b": None,
+            "in_proj_a": None,
+            "out_proj": "attn.o",
+            "input_mix_weight_down": None,
+            "input_mix_weight_up": None,
+            "block_inject_weight": None,
+            "gate": "moe.router",
+            "gate_proj": None,
+            "up_proj": None,
+            "down_proj": None,
+            "shared_expert_gate": None,
+            "lm_head": "lm_head",
+        },
+    ),
     "lfm2": (
         hf("Lfm2ForCausalLM", "Lfm2Config", **ONE, layer_types=["conv"]),
         {
@@ -77,6 +112,19 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str | None]]] = {
             "lm_head": "lm_head",
         },
     ),
+}
+
+
+ROWS = torch.arange(96).view(2, 48)
+PARTS = {
+    # two groups of 8 q, 8 k, 16 v and 16 z each
+    "qwen3_next": {
+        "q": ROWS[:, :8],
+        "k": ROWS[:, 8:16],
+        "v": ROWS[:, 16:32],
+        "gate": ROWS[:, 32:],
+    },
+    "qwen4_exp": {"q": torch.arange(16), "k": torch.arange(16, 32), "v": torch.arange(32, 64)},
 }
 
 
@@ -93,19 +141,17 @@ def roles(graph: ps.GraphModel) -> dict[str, str | None]:
 def test_mixers_have_the_roles_of_the_modeling_code_or_none(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = partial(
-        qwen.torch_chunk_gated_delta_rule, chunk_size=2
-    )  # 64 would be 64 steps to trace
-    monkeypatch.setattr(qwen, "torch_chunk_gated_delta_rule", short)
+    for code in (qwen, qwen4):  # chunks of 64 would be 64 steps to trace
+        short = partial(code.torch_chunk_gated_delta_rule, chunk_size=2)
+        monkeypatch.setattr(code, "torch_chunk_gated_delta_rule", short)
     make, wanted = MODELS[name]
     entry = Entry(name, make, text)
     graph = ps.capture(entry.build(), entry.inputs(2, 3))
     assert roles(graph) == wanted
-    rows = torch.arange(96).view(2, 48)  # of a delta net: two groups of 8 q, 8 k, 16 v and 16 z
-    parts = {"q": rows[:, :8], "k": rows[:, 8:16], "v": rows[:, 16:32], "gate": rows[:, 32:]}
     for site in survey(graph.base_capture):
         if site.slice is not None:
-            assert site.slice.indices() == parts[str(site.site.label)].flatten().tolist()
+            rows = PARTS[name][str(site.site.label)]
+            assert site.slice.indices() == rows.flatten().tolist()
 
 
 class Delta(nn.Module):

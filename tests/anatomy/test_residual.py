@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import peftsurgery as ps
+from peftsurgery.anatomy import survey
 from tests.anatomy.found import sites
 
 
@@ -38,3 +43,39 @@ def test_a_decoder_layer_joins_three_times() -> None:
 def test_the_sum_in_the_caller_knows_what_kind_of_block_it_follows() -> None:
     found = [site.facts["after"] for site in sites("two_lists", "residual")]
     assert found == ["attention", "ffn"] * 2
+
+
+class Streams(nn.Module):
+    """Three streams of 8 features beside each other; sublayers read a mixture of them.
+
+    What a sublayer makes is added to each stream, times a number of the stream's own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.share = (nn.ModuleList(nn.Linear(24, 3) for _ in "ab") for _ in "ab")
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def attended(self, x: Tensor) -> Tensor:
+        q, k, v = (part(x)[:, None] for part in (self.q, self.k, self.v))
+        y: Tensor = self.o(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return y
+
+    def forward(self, x: Tensor) -> Tensor:
+        sublayers = (self.attended, lambda y: self.down(F.gelu(self.up(y))))
+        for mix, share, sublayer in zip(self.mix, self.share, sublayers, strict=True):
+            weights = mix(x).sigmoid()[..., None]
+            made = sublayer((weights * x.unflatten(-1, (3, 8))).mean(-2))
+            x = x + (made.unsqueeze(-2) * share(x).sigmoid().unsqueeze(-1)).flatten(-2)
+        return x
+
+
+def test_sublayers_join_several_streams_at_once() -> None:
+    graph = ps.capture(Streams(), {"x": torch.randn(2, 5, 24)})
+    found = survey(graph.base_capture)
+    joined = [site for site in found if site.kind == "residual"]
+    assert [site.facts["after"] for site in joined] == ["attention", "ffn"]
+    roles = {site.module: site.role for site in found if site.kind == "linear" and site.role}
+    attention = {name: f"attn.{name}" for name in "qkvo"}
+    assert roles == {**attention, "up": "ffn.up", "down": "ffn.down"}
