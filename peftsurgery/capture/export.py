@@ -58,11 +58,16 @@ EXPORT_ERRORS = (
 class Freedom:
     """What a trace leaves free: sizes of ``images``, and how many turns loops have.
 
-    ``steps`` are the places of those that are traced step by step.
+    ``steps`` are the places of those that are traced step by step; None stands for all.
     """
 
     images: bool
-    steps: frozenset[Place] = frozenset()
+    steps: frozenset[Place] | None = frozenset()
+
+    def with_steps(self, places: frozenset[Place]) -> frozenset[Place] | None:
+        """The places with more; all if there is nothing new to leave out."""
+        known = self.steps or frozenset()
+        return None if self.steps is None or places <= known else known | places
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def export(
                 free = replace(free, images=False)
             return make(free)
         except LoopError as error:
-            free = replace(free, steps=free.steps | error.places)
+            free = replace(free, steps=free.with_steps(error.places))
 
 
 def _exported(

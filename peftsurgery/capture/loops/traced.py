@@ -86,7 +86,8 @@ class LoopError(Exception):
 class Loops:
     """The loops of one trace, but for those at places that are ``left_out``."""
 
-    def __init__(self, module: nn.Module, left_out: Collection[Place] = ()) -> None:
+    def __init__(self, module: nn.Module, left_out: Collection[Place] | None = ()) -> None:
+        """With None, all are left out."""
         self.module, self.left_out = module, left_out
         self.thread = threading.get_ident()
         self.begun: list[Place] = []
@@ -107,7 +108,8 @@ class Loops:
             return range(*bounds)
         frame = sys._getframe(2)
         place = frame.f_code, frame.f_lineno
-        source = None if place in self.left_out else loop_source(*place)
+        is_out = self.left_out is None or place in self.left_out
+        source = None if is_out else loop_source(*place)
         if source is None or frame.f_globals.get("torch", torch) is not torch:
             return range(*bounds)
         self.begun.append(place)
@@ -150,7 +152,7 @@ class Loops:
                     raise LoopError("a loop was left before its end")
         finally:
             for space in spaces:
-                del space["range"]
+                space.pop("range", None)
 
     @contextmanager
     def placed(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peftsurgery.capture.loops.traced import LoopError, Loops
 from tests.capture.pairs import Pair, pair_of
 from tests.models.stepping import KEPT, STEP_BY_STEP, Layers, Stacked, Stepping
 
@@ -76,3 +77,18 @@ def test_recurrent_layers_take_any_number_of_steps(
         for length in LENGTHS:
             check(both, torch.randn((3, length, 4) if batch_first else (length, 3, 4)))
     assert len(both.graph.captures) <= 4  # one for each mode, and for a single step
+
+
+def unjoined(self: Loops, function: Any, args: Any, kwargs: Any) -> None:
+    if getattr(function, "__name__", "") == "stack" and self.begun:
+        raise LoopError("it is not to be")
+
+
+def test_a_loop_that_fails_unplaced_is_traced_step_by_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Loops, "_blamed", lambda self, number: frozenset())
+    monkeypatch.setattr(Loops, "kept_call", unjoined)
+    both = pair_of(Stacked().eval(), {"x": torch.randn(2, 5, 4)})
+    check(both, torch.randn(2, 5, 4))
+    assert "loop" not in both.graph.base_capture.top.code
