@@ -55,7 +55,8 @@ def _is_dual(model: PreTrainedModel) -> bool:
     """
     towers, places = ("text_config", "vision_config"), ("image_token_id", "image_token_index")
     config = model.config
-    is_one = model.can_generate() or any(hasattr(config, name) for name in places)
+    has_places = any(hasattr(config, name) for name in places)
+    is_one = model.can_generate() or (has_places and model.main_input_name == "input_ids")
     return not is_one and all(hasattr(config, name) for name in towers)
 
 
