@@ -13,7 +13,7 @@ from peftsurgery.capture.operands import PARTED
 from peftsurgery.capture.schemas import shares_memory, writes
 
 # What a graph has from elsewhere than aten: Python's own, ours, prims' and transformers'.
-ELSEWHERE = {"getitem", "with_past", "iota", "grouped_mm_fallback"}
+ELSEWHERE = {"getitem", "with_past", "iota", "grouped_mm_fallback", "loop_carried", "loop_joined"}
 # A gate halves its operand; a slope is per channel; two have no tag.
 NOT_TAGGED = {"glu", "prelu", "hardswish", "log_sigmoid"}
 ATEN = sorted(TABLE.keys() - ELSEWHERE)
