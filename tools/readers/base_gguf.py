@@ -70,7 +70,10 @@ def main(base: Path, out: str) -> None:
             value = interleaved(value, heads if "q_proj" in full else kv_heads)
         if full.endswith("norm.weight"):
             value = value + np.float32(shift)
-        writer.add_tensor(names.get_name(full, try_suffixes=(".weight", ".bias")), value)
+        place = names.get_name(full, try_suffixes=(".weight", ".bias"))
+        if place is None:
+            raise SystemExit(f"llama.cpp has no tensor for {full}")
+        writer.add_tensor(place, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
