@@ -25,7 +25,7 @@ _CONTAINERS = (dict, list, deque, set)
 # hooked a model once and for all, to collect what is asked for.
 _NOT_OWN = ("training", "forward", "_output_capturing_hooks_installed")
 # What every module has: the tables of its weights, parts and hooks.
-_TABLES = frozenset(vars(nn.Module()))
+MODULE_TABLES = frozenset(vars(nn.Module()))
 
 # Every attribute of every module, and what was in it if it is a container or a tensor.
 Attributes = list[tuple[str, nn.Module, dict[str, tuple[Any, Any]]]]
@@ -64,7 +64,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, part in module.named_modules():
         for key, value in vars(part).items():
-            if key not in _TABLES:
+            if key not in MODULE_TABLES:
                 yield from _tensors_in(f"{name}.{key}", value)
     yield from named_tensors(module)
 
@@ -113,7 +113,7 @@ def _content(key: str, value: Any, copied: bool, outer: tuple[int, ...] = ()) ->
     if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in outer:
         return None
     within: list[tuple[Any, Any]] = []
-    for _, thing in _items(value) if key not in _TABLES else ():
+    for _, thing in _items(value) if key not in MODULE_TABLES else ():
         is_deep = isinstance(thing, (*_CONTAINERS, tuple, torch.Tensor))
         if is_deep and not isinstance(thing, nn.Parameter):
             within.append((thing, _content(key, thing, copied, (*outer, id(value)))))
@@ -133,7 +133,7 @@ def changed_since(before: Attributes) -> list[str]:
 
 
 def _is_kept(key: str, value: Any, before: Any, content: Any) -> bool:
-    return _is_same(value, before) and (key in _TABLES or _is_unchanged(value, content))
+    return _is_same(value, before) and (key in MODULE_TABLES or _is_unchanged(value, content))
 
 
 def _is_same(value: Any, before: Any) -> bool:

@@ -14,14 +14,15 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from peftsurgery.capture.attributes import MODULE_TABLES
 from peftsurgery.capture.equal_blocks.filling_in import described
 from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
 
-_TABLES = frozenset(vars(nn.Module()))
 _LONG = 16
 # What a fake tensor has by itself.
 _OF_FAKES = frozenset((*FakeTensor.__annotations__, *dir(FakeTensor)))
-_QUIET = tuple(name for name in _TABLES if "state_dict" in name)  # hooks that no call of it calls
+# Hooks that no call of it calls.
+_QUIET = tuple(name for name in MODULE_TABLES if "state_dict" in name)
 
 Attribute = tuple[str, str]  # a part's name beneath the block, and the attribute's
 
@@ -86,7 +87,7 @@ def told_of_attributes(
         (name, key): tokens.of(value)
         for name, part in parts
         for key, value in vars(part).items()
-        if key not in _TABLES
+        if key not in MODULE_TABLES
     }
     quiet = ((name, key, vars(part)[key]) for name, part in parts for key in _QUIET)
     return own | {(name, key): tokens.of(tuple(hooks.values())) for name, key, hooks in quiet}

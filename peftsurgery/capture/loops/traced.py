@@ -39,7 +39,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from peftsurgery.capture.attributes import attributes_of, changed_since
+from peftsurgery.capture.attributes import MODULE_TABLES, attributes_of, changed_since
 from peftsurgery.capture.equal_blocks.likeness import TokenMaker
 from peftsurgery.capture.equal_blocks.out_of_sight import OutOfSightError
 from peftsurgery.capture.equal_blocks.size_questions import Questions
@@ -60,7 +60,6 @@ _STEADY = (
     *(type, types.ModuleType, types.BuiltinFunctionType, enum.Enum, range, slice),
     *(torch.layout, torch.memory_format, torch.Generator),
 )
-_TABLES = frozenset(vars(nn.Module()))
 TURNS = 3
 """One that begins with what was before the loop, one that goes on with what that left, and one more
 that is to be like it."""
@@ -266,7 +265,7 @@ class _TracedLoop:
             (name, key, tokens.of(value))
             for name, part in parts
             for key, value in vars(part).items()
-            if key not in _TABLES and (part is not self.loops.module or key != "forward")
+            if key not in MODULE_TABLES and (part is not self.loops.module or key != "forward")
         ]
         return kept, kinds, tokens.of(self.function)
 

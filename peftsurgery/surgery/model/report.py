@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from peftsurgery.anatomy.survey import unread_cores
 from peftsurgery.capture import Capture
+from peftsurgery.language.counted import Counted
 from peftsurgery.language.selection import NUMBER, Selection, joined
 from peftsurgery.notebook import notes, shown, table
 from peftsurgery.surgery.model.coverage import Coverage
@@ -56,19 +57,19 @@ class Report:
     @property
     def unprojected(self) -> list[dict[str, Any]]:
         """The roles that a rule asks for and an attention core has no projection of its own for."""
-        return [
-            {"rule": each.name, "attention": core, "roles": roles}
-            for each in self.plan.selections
-            for core, roles in each.counted.unprojected.items()
-        ]
+        return self._at_cores(lambda counted: counted.unprojected)
 
     @property
     def elsewhere(self) -> list[dict[str, Any]]:
         """The roles that a rule asks for and that sites of other kinds have at attention cores."""
+        return self._at_cores(lambda counted: counted.elsewhere)
+
+    def _at_cores(self, of: Callable[[Counted], Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Roles by attention core and rule, as the counts of each rule have them."""
         return [
             {"rule": each.name, "attention": core, "roles": roles}
             for each in self.plan.selections
-            for core, roles in each.counted.elsewhere.items()
+            for core, roles in of(each.counted).items()
         ]
 
     def to_dict(self) -> dict[str, Any]:
