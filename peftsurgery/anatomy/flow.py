@@ -17,11 +17,17 @@ from torch import fx
 
 from peftsurgery.anatomy.convs import find_pointwise
 from peftsurgery.anatomy.experts import find_experts
-from peftsurgery.anatomy.fused_rows import OpaqueError, arriving, arriving_axis, is_depthwise
+from peftsurgery.anatomy.fused_rows import (
+    OpaqueError,
+    arriving,
+    arriving_axis,
+    is_depthwise,
+    most_entries,
+)
 from peftsurgery.anatomy.linears import find_linears
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, features_dim
-from peftsurgery.anatomy.values import backward, operands, sizes, value, width
+from peftsurgery.anatomy.values import backward, operands, sizes, strip, value, width
 from peftsurgery.anatomy.written_memory import written
 from peftsurgery.capture.loops.running import left_before
 from peftsurgery.reach import reach
@@ -106,6 +112,14 @@ class Flow:
         """The same rows, whether activated or not; none if they cannot be followed."""
         return set().union(*(self.rows(site, target, beside) or {}).values())
 
+    def entries_of_a_row(self, site: Site, target: fx.Node) -> int:
+        """In how many entries of a value a row of a linear is, at most; 0 if in none, or untold."""
+        try:
+            way, axis = self.between(site.nodes["y"], target), features_dim(site)
+            return most_entries(site.nodes["y"], target, way, axis)
+        except OpaqueError:
+            return 0
+
     def axis_at(self, site: Site, target: fx.Node) -> int:
         """The axis of a value that has the features of a linear's output; the last if untold."""
         try:
@@ -141,8 +155,10 @@ class Flow:
     def _weighed(self, node: fx.Node) -> list[fx.Node]:
         """What a node multiplies by numbers that are no second signal; nothing if they may be one.
 
-        They are how much the router wants an expert, one for each of its rows, or are the same for
-        all tokens: the gate and the scale of an adaptive norm (DiT, Peebles and Xie, 2023, §3.2).
+        They are how much the router wants an expert, one for each of its rows; or how much of what
+        another linear makes is wanted, one for each token (the shared expert of Qwen2-MoE); or are
+        the same for all tokens: the gate and the scale of an adaptive norm (DiT, Peebles and Xie,
+        2023, §3.2).
         """
         inputs = operands(node)
         if has(node, Trait.SCALING) and len(inputs) == 2:
@@ -150,6 +166,10 @@ class Flow:
                 known = self.origin(rows)
                 if known and all(s.kind == "experts" for s in known) and width(numbers) == 1:
                     return [rows]
+                if known and all(_makes_tokens(s, rows) for s in known):
+                    is_each = sizes(numbers) == (*sizes(rows)[:-1], 1)
+                    if is_each and has(strip(numbers, LIGHT), Trait.ACTIVATION):
+                        return [rows]
                 if sizes(rows) == sizes(node) and is_of_all_tokens(numbers, rows):
                     return [rows]
         return []
@@ -167,6 +187,14 @@ class Flow:
 def _signals(origin: Origin) -> frozenset[Any]:
     """What tells the signals of an origin apart: the experts of one stack, in a loop, are one."""
     return frozenset(site.parameter if site.kind == "experts" else site for site in origin)
+
+
+def _makes_tokens(site: Site, rows: fx.Node) -> bool:
+    """Whether the last axis of a value has all that a linear makes of a token, and more than one.
+
+    Where it has a head's features alone, numbers are that head's.
+    """
+    return features_dim(site) == -1 and width(rows) == site.facts["out"] != 1
 
 
 def is_of_all_tokens(numbers: fx.Node, rows: fx.Node) -> bool:

@@ -9,12 +9,13 @@ gate of a gated feed-forward from its up projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Slice
@@ -27,6 +28,7 @@ from peftsurgery.anatomy.values import (
     samples,
     shape,
     strip,
+    value,
 )
 from peftsurgery.capture.schemas import arguments, op
 
@@ -77,6 +79,16 @@ def arriving_axis(source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], ax
     raise OpaqueError("rows that are no axis")
 
 
+def most_entries(source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], axis: int) -> int:
+    """In how many entries of ``target`` a row of ``source``'s ``axis`` is, at most; 0 if in none.
+
+    Raises OpaqueError as :func:`arriving` does.
+    """
+    found = (numbers.rows for numbers in _followed(source, target, nodes, True, axis))
+    counts = [rows[rows != NO_ROW].unique(return_counts=True)[1] for rows in found]
+    return max((int(count.max()) for count in counts if len(count)), default=0)
+
+
 def _followed(
     source: fx.Node, target: fx.Node, nodes: Sequence[fx.Node], beside: bool, axis: int
 ) -> Carried:
@@ -100,17 +112,11 @@ def _push(node: fx.Node, carried: dict[fx.Node, Any]) -> Any:
         return None
     if name == "getitem":
         return [piece[node.args[1]] for piece in carried[inputs[0]]]
-    if name == "with_past":  # the rows are the same for every token
-        return [_repeated(node, n.rows[..., :1, :], n) for n in carried[inputs[0]]]
-    if name == "loop_joined":  # and for every turn of a loop
-        return [_joined(node, n) for n in carried[inputs[0]]]
-    if name == "loop_carried":
-        return carried[inputs[0]]
-    if name == "glu":
-        return _glu(node, carried[inputs[0]])
-    if is_depthwise(node):
+    if name in _ONE_SIGNAL:
+        return _ONE_SIGNAL[name](node, carried[inputs[0]])
+    if is_grouped(node):
         signal = carried.get(node.all_input_nodes[0]) or []
-        return [_repeated(node, n.rows[..., :1], n) for n in signal]
+        return [_repeated(node, n.rows.amax(-1, keepdim=True), n) for n in signal]
     if has(node, Trait.LAYOUT | Trait.PICK):
         return _moved(node, inputs, carried)
     if has(node, Trait.REDUCTION | Trait.TOTAL):
@@ -207,12 +213,26 @@ def _laid_out(rows: Tensor, node: fx.Node) -> Tensor:
     return torch.empty_strided(rows.shape, strides, dtype=rows.dtype).copy_(rows)
 
 
-def _joined(node: fx.Node, numbers: Numbers) -> Numbers:
+def _joined(node: fx.Node, carried: Carried) -> Carried:
     """Numbers of what every turn of a loop makes, where it is joined: one beside the other."""
     given: Any = node.args
     *_, dim, stacked = given
-    rows = numbers.rows.unsqueeze(dim) if stacked else numbers.rows.narrow(dim, 0, 1)
-    return _repeated(node, rows, numbers)
+    firsts = [n.rows.unsqueeze(dim) if stacked else n.rows.narrow(dim, 0, 1) for n in carried]
+    return [_repeated(node, rows, n) for rows, n in zip(firsts, carried, strict=True)]
+
+
+def _remembered(node: fx.Node, carried: Carried) -> Carried:
+    """Numbers behind those of earlier calls: the same for every token."""
+    return [_repeated(node, n.rows[..., :1, :], n) for n in carried]
+
+
+def _padded(node: fx.Node, carried: Carried) -> Carried:
+    """Numbers in a value that is padded, where no other entries of it are repeated."""
+    given = arguments(node)
+    if given.get("mode", "constant") != "constant":
+        raise OpaqueError(op(node))
+    around = [concrete(value(size)) for size in given["pad"]]
+    return [Numbers(functional.pad(n.rows, around, value=NO_ROW), n.activated) for n in carried]
 
 
 def _repeated(node: fx.Node, rows: Tensor, numbers: Numbers) -> Numbers:
@@ -220,12 +240,25 @@ def _repeated(node: fx.Node, rows: Tensor, numbers: Numbers) -> Numbers:
     return Numbers(rows.expand(samples(node)), numbers.activated)
 
 
-def is_depthwise(node: fx.Node) -> bool:
-    """Whether a node is a convolution over tokens that leaves every channel by itself."""
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a node is a convolution over tokens that makes as many channels, in groups.
+
+    What is in one group stays there: whoever reads whole groups reads the rows that went in.
+    """
     if not has(node, Trait.CONV) or len(node.all_input_nodes) < 2:
         return False
     signal, weight = (shape(n) for n in node.all_input_nodes[:2])
-    return len(weight) == 3 and fixed(weight[1]) == 1 and fixed(weight[0]) == fixed(signal[-2])
+    return (
+        len(weight) == 3
+        and fixed(weight[0]) == fixed(signal[-2])
+        and int(weight[1]) < int(weight[0])
+        and not arguments(node).get("transposed", "output_padding" in arguments(node))
+    )
+
+
+def is_depthwise(node: fx.Node) -> bool:
+    """Whether a node is a convolution over tokens that leaves every channel by itself."""
+    return is_grouped(node) and fixed(shape(node.all_input_nodes[1])[1]) == 1
 
 
 def _constant(node: fx.Node) -> Tensor:
@@ -244,6 +277,17 @@ def _glu(node: fx.Node, carried: Carried) -> Carried:
         linear, gate = numbers.rows.chunk(2, dim)
         result += [Numbers(linear, numbers.activated), Numbers(gate, True)]
     return result
+
+
+_ONE_SIGNAL: Mapping[str, Callable[[fx.Node, Carried], Carried]] = {
+    "with_past": _remembered,
+    "loop_joined": _joined,
+    "loop_carried": lambda node, carried: carried,
+    "glu": _glu,
+    "pad": _padded,
+    "constant_pad_nd": _padded,
+}
+"""What becomes of numbers at operators of a way of their own, which read one signal."""
 
 
 def as_slice(rows: Iterable[int], whole: int) -> Slice | None:

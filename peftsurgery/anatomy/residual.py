@@ -101,7 +101,8 @@ def _leaves(flow: Flow, x: fx.Node, h: fx.Node) -> Iterable[fx.Node]:
         beside = len(pair) == 2 and all(between(flow, x, n) is not None for n in pair)
         if beside and all(between(flow, a, b) is None for a, b in (pair, pair[::-1])):
             return [leaf for n in pair for leaf in _leaves(flow, x, n)]
-    return [_unspread(h)]
+    given = _unspread(h)
+    return [h] if given is h else _leaves(flow, x, given)
 
 
 def _unspread(h: fx.Node) -> fx.Node:

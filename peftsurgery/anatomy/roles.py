@@ -15,6 +15,7 @@ from peftsurgery.anatomy.attention import (
     reads_cache,
     visibility,
 )
+from peftsurgery.anatomy.feeders import PARTS, feeders_of
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.fused_rows import as_slice
 from peftsurgery.anatomy.gates import gate_rows
@@ -22,10 +23,7 @@ from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site, Slice
 from peftsurgery.anatomy.values import backward, fixed, fixed_width, shape, strip
 from peftsurgery.capture.names import common
-from peftsurgery.capture.schemas import op
 from peftsurgery.reach import reach
-
-PARTS = ("q", "k", "v")
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +52,7 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
     known = list(cores)
     returned = {o for core in known for o in core.results}
     for core in known:
-        feeders = _feeders(flow, core)
+        feeders = feeders_of(flow, core)
         read_by = projections_out(flow, core, returned)
         site = _site(flow, core, feeders, read_by)
         sites.append(site)
@@ -65,35 +63,6 @@ def attention_roles(flow: Flow, cores: Iterable[Core]) -> tuple[list[Site], list
             served.note_gates(site, gate_rows(flow, [core.o]))
     projected = [Assignment(out, "attn.o", tuple(those)) for out, those in outs.items()]
     return sites, [*served.assignments(), *projected]
-
-
-def _feeders(flow: Flow, core: Core) -> dict[str, list[Site]]:
-    found = {part: [_projections(flow, n) for n in core.operands(part)] for part in PARTS}
-    return {
-        part: sorted(frozenset().union(*sites), key=lambda s: flow.order[s.nodes["y"]])
-        for part, sites in found.items()
-    }
-
-
-def _projections(flow: Flow, operand: fx.Node) -> frozenset[Site]:
-    """The linears that an operand of a core is made of.
-
-    Several where they are added up, or where what another layer made is added to one: values of
-    the first layer, embeddings of positions. Not those of a stream that linears read.
-    """
-    found = flow.origin(operand)
-    if found:
-        return found
-    way = list(backward([operand], lambda node: node in flow.products))
-    is_sum = all(
-        node in flow.products or (node not in flow.by_input and not _is_lost(node)) for node in way
-    )
-    return frozenset(flow.products[n] for n in way if n in flow.products) if is_sum else found
-
-
-def _is_lost(node: fx.Node) -> bool:
-    """Whether what goes into a value cannot be told from it: neither a table's rows nor a sum."""
-    return node.op == "call_module" or (has(node, Trait.OPAQUE) and op(node) != "embedding")
 
 
 class Served:

@@ -86,3 +86,36 @@ def test_a_rule_for_values_is_told_that_they_are_keys_too() -> None:
     assert [match["module"] for match in report.matches] == ["a"]
     assert [entry["roles"] for entry in report.to_dict()["unprojected"]] == [["attn.v"]]
     assert report.to_dict()["coverage"]["attn.kv"] == {"matched": 0, "of": 1}
+
+
+class Averaged(nn.Module):
+    """Queries of four heads and keys of two, mixed by groups, each with some of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.d = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.b, self.c = nn.Linear(16, 8), nn.Linear(16, 8)
+        self.mix = nn.Conv1d(24, 24, 2, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.a(x), self.b(x)
+        both = nn.functional.pad(torch.cat((a, b), -1).transpose(1, 2), (1, 0))
+        both = self.mix(both).transpose(1, 2).unflatten(-1, (6, 4))
+        mean = a.unflatten(-1, (2, 2, 4)) + b.unflatten(-1, (2, 1, 4))
+        q, k = both[:, :, :4] + mean.flatten(2, 3), both[:, :, 4:] + mean.mean(3)
+        v = self.c(x).unflatten(-1, (2, 4))
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        k, v = (part.repeat_interleave(2, 1) for part in (k, v))
+        o = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        z: Tensor = x + self.d(o)
+        return z
+
+
+def test_queries_are_of_the_linear_whose_rows_none_shares_there_nor_averages() -> None:
+    torch.manual_seed(0)
+    graph = ps.capture(Averaged().eval(), {"x": torch.randn(2, 5, 16)})
+    sites = survey(graph.base_capture)
+    assert {s.module: s.role for s in sites if s.kind == "linear"} == PLAIN
+    (core,) = (site for site in sites if site.kind == "attention")
+    assert (core.facts["kind"], core.facts["heads"], core.facts["kv_heads"]) == ("self", 4, 2)
+    assert len(ps.apply(graph, "lora_qv").report.matches) == 2

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import peftsurgery as ps
 from peftsurgery.anatomy import survey
+from tests.models.zoo import hf
 
 
 class Feed(nn.Module):
@@ -21,6 +22,7 @@ class Feed(nn.Module):
         self.branch = branch
         self.gate, self.up = nn.Linear(8, 12), nn.Linear(8, 12)
         self.both, self.down = nn.Linear(8, 24), nn.Linear(12, 8)
+        self.wanted = nn.Linear(8, 1)
         self.pooler, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +58,12 @@ BRANCHES: dict[str, tuple[Callable[[Feed, Tensor], Tensor], dict[str, set[str]]]
             "ffn.down": {"down"},
         },
     ),
+    "as much as each token wants": (
+        lambda feed, x: (
+            torch.sigmoid(feed.wanted(x)) * feed.down(F.silu(feed.gate(x)) * feed.up(x))
+        ),
+        {"ffn.gate": {"gate"}, "ffn.up": {"up"}, "ffn.down": {"down"}},
+    ),
     "glu": (
         lambda feed, x: feed.down(F.glu(feed.both(x), -1)),
         {
@@ -88,4 +96,48 @@ def test_the_halves_of_one_weight_are_the_rows_that_the_module_splits() -> None:
     assert {name: part.indices() for name, part in parts.items() if part is not None} == {
         "up": list(range(12)),
         "gate": list(range(12, 24)),
+    }
+
+
+EXPERTS = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+}
+SHARED = {
+    "qwen2_moe": hf("Qwen2MoeModel", "Qwen2MoeConfig", **EXPERTS),
+    "qwen3_next": hf(
+        "Qwen3NextModel",
+        "Qwen3NextConfig",
+        **EXPERTS,
+        decoder_sparse_step=1,
+        layer_types=["full_attention"],
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHARED)
+def test_a_shared_expert_is_a_feed_forward_beside_those_that_are_chosen(name: str) -> None:
+    torch.manual_seed(0)
+    sites = survey(ps.capture(SHARED[name]().eval()).captures[0])
+    products = [site for site in sites if site.kind in ("linear", "experts")]
+    found = {site.parameter: site.role for site in products if ".mlp" in site.module}
+    assert found == {
+        "layers.0.mlp.gate.weight": "moe.router",
+        "layers.0.mlp.experts.gate_up_proj": "ffn.gate_up",
+        "layers.0.mlp.experts.down_proj": "ffn.down",
+        "layers.0.mlp.shared_expert.gate_proj.weight": "ffn.gate",
+        "layers.0.mlp.shared_expert.up_proj.weight": "ffn.up",
+        "layers.0.mlp.shared_expert.down_proj.weight": "ffn.down",
+        "layers.0.mlp.shared_expert_gate.weight": None,
     }

@@ -113,6 +113,27 @@ KINDS = {
         2,
         under("layers.#.self_attn", **PLAIN),
     ),
+    "zaya": Kind(  # queries and keys are mixed by convolutions, and averaged with each other
+        hf(
+            "ZayaModel",
+            "ZayaConfig",
+            **SIZES,
+            num_hidden_layers=2,
+            head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=1,
+            moe_intermediate_size=16,
+            router_hidden_size=16,
+        ),
+        2,
+        under(
+            "layers.#.self_attn",
+            attn_q="qkv_proj.q_proj",
+            attn_k="qkv_proj.k_proj",
+            attn_v=("qkv_proj.v_proj_current", "qkv_proj.v_proj_delayed"),
+            attn_o="o_proj",
+        ),
+    ),
     "gemma4": Kind(  # the last two layers take keys and values of the first two
         hf(
             "Gemma4TextModel",

@@ -16,6 +16,13 @@ from peftsurgery.anatomy import Slice
 from peftsurgery.anatomy.fused_rows import OpaqueError, arriving, as_slice
 
 ROWS = 12
+
+
+def mixed(y: Tensor) -> Tensor:
+    """Three groups of four features, each mixed with its own and those of the token before."""
+    return F.conv1d(F.pad(y.mT, (1, 0)), torch.ones(ROWS, 4, 2), groups=3).mT
+
+
 WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "a third": lambda y: y.chunk(3, -1)[1],
     "every third": lambda y: y.unflatten(-1, (4, 3))[..., 1],
@@ -29,6 +36,8 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
     "the mean of tokens": lambda y: y[..., 3:6].mean(1),
     "the sum over heads and tokens": lambda y: y.unflatten(-1, (4, 3))[:, :, 1:2].sum((1, 2), True),
     "of length one": lambda y: F.normalize(y[..., 2:6], dim=-1),
+    "padded": lambda y: F.pad(y[..., 3:5], (1, 2, 4, 0)),
+    "a group of those that are mixed": lambda y: mixed(y)[..., 4:8],
     "turned": lambda y: y.mT.reshape(2, ROWS, 5)[:, 4:6],
 }
 GATED: dict[str, Callable[[Tensor], Tensor]] = {
