@@ -88,7 +88,7 @@ def standing_in(folder: Path, stand_in: FolderStandIn) -> Iterator[None]:
 
 def stand_in_of(file: Path) -> FolderStandIn | None:
     """What has the bytes of a file, if it is hollow here."""
-    found = _HERE.get(file.parent)
+    found = _HERE.get(file.parent) if _HERE else None
     return found if found is not None and file.name in found.hollow else None
 
 

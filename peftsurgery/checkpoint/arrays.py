@@ -81,7 +81,7 @@ def read_bytes(file: TensorFile, tensor: Tensor, start: int, size: int) -> bytea
     """Bytes of a tensor, from its byte ``start`` on. Raises EOFError if the file has shrunk."""
     content = bytearray(size)
     with FileIO(file.path) as stream:
-        _fill(stream, memoryview(content), file.offset + tensor.start + start)
+        _fill(file.path, stream, memoryview(content), file.offset + tensor.start + start)
     return content
 
 
@@ -94,13 +94,12 @@ def chunks(file: TensorFile, tensor: Tensor) -> Iterator[memoryview]:
     with FileIO(file.path) as stream:
         for start in range(0, tensor.size, CHUNK):
             part = room[: tensor.size - start]
-            _fill(stream, part, file.offset + tensor.start + start)
+            _fill(file.path, stream, part, file.offset + tensor.start + start)
             yield part
 
 
-def _fill(stream: FileIO, room: memoryview, place: int) -> None:
+def _fill(path: Path, stream: FileIO, room: memoryview, place: int) -> None:
     """Read from a place of a file on, until there is no more room."""
-    path = Path(stream.name)
     apart = stand_in_of(path)
     if apart is not None:
         apart.fill(path.name, room, place)
@@ -121,10 +120,33 @@ def ulp(one: Array, other: Array, dtype: str) -> Array:
 
     The exponent of a number is in its bits, so this takes no logarithm.
     """
-    info, wide = ml_dtypes.finfo(FLOATS[dtype]), np.finfo(one.dtype)
-    whole = np.dtype(f"i{one.dtype.itemsize}")
+    place = _power(one, other, dtype, np.empty((2, *one.shape), one.dtype))
+    return np.multiply(place, 2.0 ** -ml_dtypes.finfo(FLOATS[dtype]).nmant, out=place)
+
+
+def most_ulps(change: Array, one: Array, other: Array, dtype: str, room: Array) -> float:
+    """The largest of some changes (none negative), each in the :func:`ulp` of its two values.
+
+    ``room`` are two arrays like the values, which are overwritten, and so are the changes.
+    """
+    parts = np.divide(change, _power(one, other, dtype, room), out=change)
+    return float(parts.max()) * 2.0 ** ml_dtypes.finfo(FLOATS[dtype]).nmant
+
+
+def _power(one: Array, other: Array, dtype: str, room: Array) -> Array:
+    """The power of two at or below the larger of two values, in the first of two arrays.
+
+    It is no less than the smallest that ``dtype`` has with all digits.
+    """
+    wide, whole = np.finfo(one.dtype), np.dtype(f"i{one.dtype.itemsize}")
     exponent = whole.type((1 << wide.nexp) - 1) << whole.type(wide.nmant)
-    least = np.asarray(info.smallest_normal, one.dtype).view(whole)
-    bits = np.maximum(one.view(whole) & exponent, other.view(whole) & exponent)
-    place: Array = np.maximum(bits, least, out=bits).view(one.dtype)
-    return np.multiply(place, 2.0**-info.nmant, out=place)
+    bits, others = (
+        np.bitwise_and(value.view(whole), exponent, out=place.view(whole))
+        for value, place in zip((one, other), room, strict=True)
+    )
+    np.maximum(bits, others, out=bits)
+    least = np.asarray(ml_dtypes.finfo(FLOATS[dtype]).smallest_normal, one.dtype).view(whole)
+    if bits.size and bits.min() < least:  # rare, and slow
+        np.maximum(bits, least, out=bits)
+    power: Array = room[0]
+    return power

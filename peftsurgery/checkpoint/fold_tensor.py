@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import FLOATS, Array, as_bytes, read_rows, ulp, wide_dtype
+from peftsurgery.checkpoint.arrays import FLOATS, Array, as_bytes, most_ulps, read_rows, wide_dtype
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.codecs.decoded import DecodedRows
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
@@ -45,6 +45,7 @@ class FoldMeasure:
     _base: float = field(default=0.0, repr=False)
     _written: float | None = field(default=None, repr=False)
     _lost: float = field(default=0.0, repr=False)
+    _room: Array | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_quantised(self) -> bool:
@@ -65,7 +66,9 @@ class FoldMeasure:
         Returns whether all of them are finite; a sum of squares or a maximum that is tells that of
         everything in it.
         """
-        gap = exact - before
+        room = self._room_for(exact)
+        first, more = room[0], room[1:]
+        gap = np.subtract(exact, before, out=first)
         self.elements += exact.size
         self.moved += int(np.count_nonzero(rounded != before))
         self._change += float(np.vdot(gap, gap))
@@ -73,13 +76,22 @@ class FoldMeasure:
         self._base += base
         if not exact.size:
             return True
-        moved = np.abs(gap, out=gap)
-        moved /= ulp(before, exact, dtype)
-        self.largest = max(self.largest, float(moved.max()))
-        error = np.subtract(rounded, exact, out=gap)
+        moved = most_ulps(np.abs(gap, out=gap), before, exact, dtype, more)
+        self.largest = max(self.largest, moved)
+        error = np.subtract(rounded, exact, out=first)
         rounding = float(np.abs(error, out=error).max())
         self.rounding = max(self.rounding, rounding)
         return math.isfinite(base) and math.isfinite(rounding)
+
+    def _room_for(self, block: Array) -> Array:
+        """Three arrays like a block, the same for all blocks of one shape.
+
+        The system would have to make memory ready for new ones each time.
+        """
+        shape = (3, *block.shape)
+        if self._room is None or (self._room.shape, self._room.dtype) != (shape, block.dtype):
+            self._room = np.empty(shape, block.dtype)
+        return self._room
 
     def to_dict(self) -> dict[str, Any]:
         """The measures, ``relative`` in parts of the base tensor's norm (None where that is 0)."""

@@ -26,8 +26,6 @@ from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
 from peftsurgery.checkpoint.requantised import requantised
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
 
-FLUSHED = 2**26  # bytes
-
 
 @dataclass(frozen=True)
 class Streamed:
@@ -135,14 +133,9 @@ class Shard:
         self.parts: list[Sequence[Tensor]] = [(), *streamed.together(self.tensors)]
         self._left, self._lock = len(self.parts), Lock()
         self._file: PartFile | None = None
-        self._unflushed, self._flushes = 0, list[Future[None]]()
 
-    def write(self, part: Sequence[Tensor], disk: ThreadPoolExecutor) -> bool:
-        """Write tensors, or the header if there are none; whether that was the last part.
-
-        Each time that :data:`FLUSHED` bytes more are written, ``disk`` begins with them: else it
-        would have nothing to do until the file is whole, and then all of it at once.
-        """
+    def write(self, part: Sequence[Tensor]) -> bool:
+        """Write tensors, or the header if there are none; whether that was the last part."""
         with self._lock:
             if self._file is None:
                 self._file = self._into.begun(self._name)
@@ -151,17 +144,11 @@ class Shard:
         else:
             self._said |= self._streamed.write(part, self._file, len(self._header))
         with self._lock:
-            self._unflushed += sum(tensor.size for tensor in part)
             self._left -= 1
-            if self._left and self._unflushed >= FLUSHED:
-                self._flushes.append(disk.submit(self._file.flush))
-                self._unflushed = 0
             return not self._left
 
     def end(self) -> None:
         """Wait until the file is on the disk, and give it its name."""
-        for flush in self._flushes:
-            flush.result()  # a system tells of an error only once
         if self._file is not None:
             self._into.ended(self._file, self._said)
 
@@ -214,7 +201,7 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
     def write() -> list[Future[None]]:
         ends: list[Future[None]] = []
         for shard, part in work.taken():
-            if shard.write(part, disk):
+            if shard.write(part):
                 for end in ends[-1:]:
                     end.result()  # no more of a thread's files wait than one
                 ends.append(disk.submit(shard.end))
