@@ -24,12 +24,19 @@ FRAMES = "audio_length_per_tok"  # of sound that goes in beside a text, for each
 
 
 def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Inputs by name, on the model's device; PSG202 if its main input is of no kind known here."""
+    """Inputs by name, on the model's device; PSG202 if one that is needed is of no kind known here.
+
+    Needed are the main input and what the forward has no default for.
+    """
     accepted = inspect.signature(model.forward).parameters
     main = model.main_input_name
-    if main not in _MAKERS:
-        message = f"no example can be made of '{main}', the main input of {type(model).__name__}"
-        raise SurgeryError("PSG202", message, "give some: capture(model, inputs={...})")
+    required = [name for name, parameter in accepted.items() if _is_required(parameter)]
+    unknown = [name for name in dict.fromkeys((main, *required)) if _maker(name) is None]
+    if unknown:
+        asked = f"{type(model).__name__}.forward asks for"
+        message = f"no example can be made of {' and '.join(unknown)}, which {asked}"
+        given = ", ".join(f"'{name}': ..." for name in dict.fromkeys((main, *required)))
+        raise SurgeryError("PSG202", message, f"give some: capture(model, inputs={{{given}}})")
     wanted = [main]
     if main == "input_ids":
         wanted.append("attention_mask")
@@ -42,10 +49,21 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if "pixel_values" in wanted and _takes_patches(model):
         wanted += ["pixel_attention_mask", "spatial_shapes"]
     return {
-        name: _MAKERS[name](model, name).to(model.device)
-        for name in dict.fromkeys(wanted)
-        if name in accepted and name in _MAKERS
+        name: make(model, name).to(model.device)
+        for name in dict.fromkeys((*wanted, *required))
+        if name in accepted and (make := _maker(name)) is not None
     }
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    is_named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    return is_named and parameter.default is parameter.empty
+
+
+def _maker(name: str) -> Callable[[PreTrainedModel, str], torch.Tensor] | None:
+    """What makes an input, by its name or the end of it: qformer_input_ids are ids."""
+    ends = (made for known, made in _MAKERS.items() if name.endswith(f"_{known}"))
+    return _MAKERS.get(name) or next(ends, None)
 
 
 def _is_dual(model: PreTrainedModel) -> bool:

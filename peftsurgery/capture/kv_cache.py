@@ -131,10 +131,10 @@ class Traced:
         self.lengths: dict[int, tuple[int, int, int]] = {}
         self.first: dict[Any, int] = {}  # the first layer of every kind
         for index, layer in enumerate(self.layers):
+            _check(layer)
             if isinstance(layer, CacheLayerMixin):
                 self.first.setdefault(_kind(layer), index)
         for index in self.first.values():
-            _check(self.layers[index])
             if not self.layers[index].is_compileable:
                 self.lengths[index] = _lengths(self.layers[index], past.stretched)
         self.sizes = {
@@ -341,7 +341,7 @@ def _all_layers(cache: Cache, module: nn.Module) -> list[Any]:
 
 
 def _check(layer: Any) -> None:
-    """Refuse a layer that is more than keys and values. PSG210."""
+    """Refuse a layer that is more than keys and values, or other than that. PSG210."""
     if any(name.startswith("update_") for name in dir(layer)):
         raise refused(f"a {type(layer).__name__} remembers more than keys and values")
 

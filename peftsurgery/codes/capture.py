@@ -11,8 +11,9 @@ CODES = {
     ),
     "PSG202": CodeInfo(
         "example inputs are needed",
-        "Inputs are made only for transformers models whose main input is a known kind (token ids, "
-        "pixels, audio). Pass inputs=(x, ...) or inputs={'name': x} with a batch of at least two.",
+        "Inputs are made only for transformers models whose main input, and whatever else the "
+        "forward has no default for, is of a known kind (token ids, pixels, audio). Pass "
+        "inputs=(x, ...) or inputs={'name': x} with a batch of at least two.",
     ),
     "PSG203": CodeInfo(
         "the arguments do not fit the model's forward",

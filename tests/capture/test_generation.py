@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 import peftsurgery as ps
 from tests.models.remembering import LEFT_PADDED, PAST, WAYS, original, prompts, remembering, tokens
-from tests.models.zoo import ZOO, ids
+from tests.models.zoo import ZOO, hf, ids
 
 
 @pytest.mark.slow
@@ -115,6 +115,39 @@ def test_other_models_do_not_generate(name: str) -> None:
     with pytest.raises(ps.SurgeryError) as caught:
         ps.capture(ZOO[name].build(), cache=True)
     assert caught.value.code == "PSG212"
+
+
+STATES = {
+    "mamba": ZOO["mamba"].build,
+    "jamba": hf(  # whose second layer has keys and values
+        "JambaForCausalLM",
+        "JambaConfig",
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=1,
+        num_experts_per_tok=1,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        pad_token_id=0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_states_are_refused_whoever_gives_them_and_tokens_are_the_same_without(name: str) -> None:
+    torch.manual_seed(0)
+    model = STATES[name]().eval()
+    captured, greedy = ps.capture(model), {"max_new_tokens": 3, "do_sample": False}
+    for prompt in (ids(1, 6), ids(2, 5)):
+        with pytest.raises(ps.SurgeryError, match=r"keys and values\n.*use_cache=False") as caught:
+            captured.generate(prompt, **greedy, use_cache=True)
+        assert caught.value.code == "PSG210"
+        expected = model.generate(prompt, **greedy, use_cache=True)
+        assert torch.equal(captured.generate(prompt, **greedy, use_cache=False), expected)
 
 
 def test_states_that_are_no_keys_and_values_are_refused() -> None:

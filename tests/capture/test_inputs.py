@@ -109,3 +109,36 @@ def test_what_was_tried_is_said() -> None:
     model = transformers.BlipForConditionalGeneration(config).eval()
     with pytest.raises(ps.SurgeryError, match=r"PSG201: (.|\n)*called with pixel_values; give"):
         ps.capture(model)
+
+
+def test_ids_of_another_name_are_made_where_the_forward_has_no_default_for_them() -> None:
+    torch.manual_seed(0)
+    config = transformers.InstructBlipConfig(
+        vision_config=IMAGE,
+        qformer_config={**TEXT, "encoder_hidden_size": WIDTH["hidden_size"], "vocab_size": 64},
+        text_config={"model_type": "llama", **TEXT},
+        num_query_tokens=2,
+        image_token_index=1,
+    )
+    model = transformers.InstructBlipModel(config).eval()
+    inputs = {
+        "pixel_values": torch.randn(3, 3, 32, 32),
+        "qformer_input_ids": ids(3, 6),
+        "input_ids": torch.cat([torch.ones(3, 2, dtype=torch.long), ids(3, 7)], dim=1),
+        "attention_mask": torch.ones(3, 9, dtype=torch.long),
+    }
+    graph = ps.capture(model)
+    with torch.no_grad():
+        ours, theirs = graph(**inputs), model(**inputs)
+    assert torch.equal(ours.language_model_outputs[0], theirs.language_model_outputs[0])
+
+
+def test_inputs_of_no_known_kind_are_named_all_of_them() -> None:
+    config = transformers.Gemma3nAudioConfig(
+        hidden_size=32, conf_num_hidden_layers=1, conf_num_attention_heads=4
+    )
+    model = transformers.Gemma3nAudioEncoder(config).eval()
+    with pytest.raises(ps.SurgeryError, match="audio_mel and audio_mel_mask") as caught:
+        ps.capture(model)
+    assert caught.value.code == "PSG202"
+    assert "inputs={'audio_mel': ..., 'audio_mel_mask': ...}" in str(caught.value)

@@ -44,12 +44,14 @@ def swept(name: str, send: Callable[[tuple[str, str]], None]) -> None:
     from peftsurgery.capture import capture
     from peftsurgery.capture.prepared import without_fast_path
 
+    example: dict[str, Any] | None
+    model: Any
     if name in SAMPLES:
         model, example, inputs = fit_sample(name)
         with torch.no_grad(), without_fast_path():
             expected = model(**inputs)
     else:
-        (model, inputs, expected), example = fit_model(name), None
+        model, example, inputs, expected = fit_model(name)
     with torch.no_grad():
         send(("capture", "begun"))
         captured = capture(model, example)

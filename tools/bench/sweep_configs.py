@@ -111,6 +111,7 @@ _WINDOWS: dict[str, Any] = {
 }
 
 MIXED: dict[str, dict[str, Any]] = {
+    "instructblip": {"image_token_index": 3},
     "shieldgemma2": {"yes_token_index": 5, "no_token_index": 6},
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
@@ -122,6 +123,28 @@ MIXED: dict[str, dict[str, Any]] = {
 are another mixer, and tokens of a small vocabulary."""
 
 REPAIRED: dict[str, dict[str, Any]] = {
+    "clap": {
+        "projection_dim": 16,
+        "text_config": {
+            "vocab_size": 99,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "projection_dim": 16,
+        },
+        "audio_config": {
+            "spec_size": 64,
+            "window_size": 4,
+            "num_mel_bins": 16,
+            "patch_embeds_hidden_size": 16,
+            "hidden_size": 32,
+            "depths": [2, 2],
+            "num_attention_heads": [2, 4],
+            "num_hidden_layers": 2,
+            "projection_dim": 16,
+        },
+    },
     "bailing_hybrid": {**_LATENT, "head_dim": 8, "layer_group_size": 2, "num_local_experts": 4},
     "cohere_compass_text": {
         **_TEXT,

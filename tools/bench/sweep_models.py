@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,22 +51,44 @@ def all_models() -> list[str]:
     return made
 
 
-def fit_model(name: str) -> tuple[Any, dict[str, Any], Any]:
-    """A small model that runs, with inputs and what it returns: heads share keys where they may.
+def fit_model(name: str) -> tuple[Any, dict[str, Any] | None, dict[str, Any], Any]:
+    """A small model that runs: heads share keys where they may.
 
-    Raises what the original fails with, if it does so either way.
+    With the inputs to capture it with, or None if the capture makes some; others, and what it
+    returns for them. Raises what the original fails with, if it does so either way.
     """
     for kv_heads in (2, 4):
         try:
             model = small_model(name, kv_heads)
             model.config.use_cache = False
-            inputs = unseen_inputs(model)
+            given = GIVEN.get(name.rpartition(":")[2])
+            inputs = unseen_inputs(model) if given is None else given(model.config, 3, 11)
+            example = None if given is None else given(model.config, 2, 8)
             with torch.no_grad():
-                return model, inputs, model(**inputs)
+                return model, example, inputs, model(**inputs)
         except FAILURES:
             if kv_heads == 4:
                 raise
     raise AssertionError
+
+
+def _text_and_sound(config: Any, batch: int, size: int) -> dict[str, torch.Tensor]:
+    sound = torch.randn(batch, 1, config.audio_config.spec_size, config.audio_config.num_mel_bins)
+    ids = torch.randint(5, 90, (batch, size))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "input_features": sound}
+
+
+def _mels(config: Any, batch: int, size: int) -> dict[str, torch.Tensor]:
+    frames = 8 * size
+    bins = torch.randn(batch, frames, config.input_feat_size)
+    return {"audio_mel": bins, "audio_mel_mask": torch.zeros(batch, frames, dtype=torch.bool)}
+
+
+GIVEN: dict[str, Callable[[Any, int, int], dict[str, torch.Tensor]]] = {
+    "clap": _text_and_sound,
+    "gemma3n_audio": _mels,
+}
+"""Inputs of models whose capture asks for some, for a batch and a size."""
 
 
 def small_model(name: str, kv_heads: int = 2) -> Any:
