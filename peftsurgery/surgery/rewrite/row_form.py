@@ -2,27 +2,41 @@
 
     index_select(stack(every adapter's), rows)   ->   stack(each row's)     without gradients
     matmul(x, stack(each row's).mT)              ->   the same, of a stack in memory that is kept
+    two of these, of one x                       ->   one product
     where(the rows that have one, new, old)      ->   new                   if every row has one
+    ... whose new is old + s * matmul(...)       ->   the product is added in the old one's memory
 
-All give the same bits. They ask which rows those are, so they are for tensors on the processor,
-whose values are at hand; all else is computed as the program says.
+All but the last give the same bits; that one differs by a few rounding errors. Which rows those
+are is asked once in a program (:mod:`.row_products`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
-from threading import local
-from typing import Any
+import operator
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from peftsurgery.capture.plain import are_plain, is_plain_call
 from peftsurgery.capture.schemas import overwritten
+from peftsurgery.surgery.rewrite.row_products import (
+    all_rows,
+    chosen_rows,
+    numbers_of,
+    product_of_rows,
+    products_of_rows,
+    sum_of_rows,
+    taken_rows,
+)
 
 ATEN = torch.ops.aten
 PRODUCTS = (ATEN.matmul.default, ATEN.bmm.default)
+MULTIPLIED = (operator.mul, ATEN.mul.Tensor, ATEN.mul.Scalar)
+ADDED = (operator.add, ATEN.add.Tensor)
+FRESH = (ATEN.linear.default, ATEN.matmul.default, ATEN.addmm.default)
+"""Operators whose result is no view of what they are given."""
 
 
 def row_form(graph: fx.Graph) -> fx.Graph:
@@ -39,6 +53,9 @@ def row_form(graph: fx.Graph) -> fx.Graph:
         elif node.target is ATEN.where.self and not is_written:
             node.args = (*node.args, _asked(all_rows, node.args[0], asked))
             node.target = chosen_rows
+            _add_in_place(node)
+    if not is_written:
+        _join_products(copied)
     return copied
 
 
@@ -78,83 +95,58 @@ def _take_while_used(taken: fx.Node) -> None:
         product.graph.erase_node(taken)
 
 
-def numbers_of(index: Tensor) -> list[int] | None:
-    """The numbers in ``index``, (rows,), if they are at hand."""
-    return index.tolist() if _is_at_hand(index) else None
+def _add_in_place(chosen: fx.Node) -> None:
+    """Let the choice between a value and its sum with a scaled product make the sum itself.
 
-
-def all_rows(mask: Tensor) -> bool:
-    """Whether ``mask`` is true everywhere, and that is at hand."""
-    return _is_at_hand(mask) and bool(mask.all())
-
-
-def _is_at_hand(values: Tensor) -> bool:
-    """Whether ``values`` can be read, no gradient is recorded, and nothing looks on."""
-    return not torch.is_grad_enabled() and values.device.type == "cpu" and is_plain_call((values,))
-
-
-def taken_rows(tensors: Sequence[Tensor], index: Tensor, numbers: Sequence[int] | None) -> Tensor:
-    """The tensor of each row, (rows, ...), by its number in ``index``, (rows,).
-
-    ``numbers`` are those of ``index`` where they are at hand (:func:`numbers_of`).
+    The value is made by an operator whose result is new, and none but these two read it.
     """
-    if numbers and are_plain(tensors):
-        return torch.stack([tensors[number] for number in numbers])
-    return torch.index_select(torch.stack(list(tensors)), 0, index)
+    mask, new, old, is_everywhere = cast("Any", chosen.args)
+    found = _scaled_product(new, old)
+    if found is None or old.target not in FRESH or {*old.users} != {new, chosen}:
+        return
+    scale, product = found
+    scaled = next(iter(product.users))
+    chosen.args = (mask, old, scale, *product.args, is_everywhere)
+    chosen.target = sum_of_rows
+    for node in dict.fromkeys((new, scaled, product)):
+        chosen.graph.erase_node(node)
 
 
-def product_of_rows(
-    x: Tensor, tensors: Sequence[Tensor], index: Tensor, numbers: Sequence[int] | None
-) -> Tensor:
-    """``x``, (rows, ..., n), times the transposed matrix (m, n) of each row, as `taken_rows`."""
-    taken = None
-    if numbers and are_plain((x, *tensors)):
-        taken = _KEPT.stacked([tensors[number] for number in numbers])
-    taken = taken_rows(tensors, index, numbers) if taken is None else taken
-    return torch.matmul(x, taken.transpose(-1, -2))
+def _scaled_product(new: Any, old: Any) -> tuple[float, fx.Node] | None:
+    """The number s and the product P of rows, if ``new`` is ``old`` + s * P and alone reads P."""
+    if new.target not in ADDED or new.kwargs or len(new.users) != 1 or old not in new.args:
+        return None
+    (other,) = [value for value in new.args if value is not old] or (None,)
+    factors: tuple[Any, ...] = (1.0, other)
+    if isinstance(other, fx.Node) and other.target in MULTIPLIED and not other.kwargs:
+        factors = tuple(sorted(other.args, key=lambda value: isinstance(value, fx.Node)))
+    scale, product = factors
+    is_alone = isinstance(other, fx.Node) and len(other.users) == 1
+    is_product = isinstance(product, fx.Node) and product.target is product_of_rows
+    if is_alone and is_product and isinstance(scale, float | int) and len(product.users) == 1:
+        return float(scale), product
+    return None
 
 
-class _KeptMemory(local):
-    """Memory of one thread for stacks that are read at once and not again.
-
-    Fresh memory for each may cost more than writing it: the system hands it out page by page.
-    """
-
-    LIMIT = 8 * 2**20
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        self.known: dict[Any, Tensor] = {}
-
-    def stacked(self, tensors: Sequence[Tensor]) -> Tensor | None:
-        """A stack of tensors, until the next is asked for; None if it is large, or they differ."""
-        if len(set(map(_DTYPE, tensors))) > 1:
-            return None
-        first, count = tensors[0], len(tensors)
-        place = count, first.dtype, first.shape
-        if place not in self.known and not self._make_room(*place):
-            return None
-        return torch.stack(list(tensors), out=self.known[place])
-
-    def _make_room(self, count: int, dtype: torch.dtype, shape: torch.Size) -> bool:
-        size = count * shape.numel() * dtype.itemsize
-        if size > self.LIMIT:
-            return False
-        with torch.inference_mode(False):  # else it could not be written outside of it
-            if self.memory.nbytes < size:
-                self.memory, self.known = torch.empty(size, dtype=torch.uint8), {}
-            self.known[count, dtype, shape] = self.memory[:size].view(dtype).view(count, *shape)
-        return True
-
-
-_DTYPE = attrgetter("dtype")
-_KEPT = _KeptMemory()
-
-
-def chosen_rows(mask: Tensor, new: Tensor, old: Tensor, is_everywhere: bool) -> Tensor:
-    """``new`` where ``mask`` is true, else ``old``; the new itself if it is true everywhere.
-
-    ``is_everywhere`` says that it is, as far as that is at hand (:func:`all_rows`).
-    """
-    alike = is_everywhere and new.shape == old.shape and new.dtype == old.dtype
-    return new if alike and are_plain((new, old)) else torch.where(mask, new, old)
+def _join_products(graph: fx.Graph) -> None:
+    """Make the products of one value with its rows' matrices, at several sites, in one."""
+    alike = defaultdict[Any, list[fx.Node]](list)
+    for node in graph.nodes:
+        if node.target is product_of_rows:
+            x, _, *rows = node.args
+            alike[(x, *rows)].append(node)
+    for (x, *rows), nodes in alike.items():
+        matrices: list[Any] = [node.args[1] for node in nodes]
+        reads = [read for group in matrices for read in group]
+        if len(nodes) == 1 or any(read.op != "get_attr" for read in reads):
+            continue
+        for read in reads:
+            if nodes[0] < read:
+                nodes[0].prepend(read)
+        with graph.inserting_before(nodes[0]):
+            joined = graph.call_function(products_of_rows, (x, matrices, *rows))
+            for number, node in enumerate(nodes):
+                one = graph.call_function(operator.getitem, (joined, number))
+                node.replace_all_uses_with(one)
+        for node in nodes:
+            graph.erase_node(node)
