@@ -84,6 +84,11 @@ def are_here(folder: Path) -> bool:
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
+def weight_names(folder: Path) -> list[str]:
+    """The names of the files of a model's weights, if any. PSG207 for a damaged index."""
+    return _named(folder)[1]
+
+
 def _named(folder: Path) -> tuple[Mapping[str, Any] | None, list[str]]:
     """The index of a model's weights, if it has one, and the names of their files, if any."""
     if (folder / SINGLE).exists():

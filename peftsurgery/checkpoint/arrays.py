@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from io import FileIO
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -13,12 +11,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from peftsurgery.stand_ins import stand_in_of
+from peftsurgery.checkpoint.tensor_bytes import fill, read_bytes
 from peftsurgery.tensor_file import Tensor, TensorFile
 
 Array = npt.NDArray[Any]
-
-CHUNK = 2**20  # bytes that are read at once, to be copied or hashed
 
 # What can be computed with, by the format's names; other tensors are copied as bytes.
 FLOATS: Mapping[str, np.dtype[Any]] = MappingProxyType(
@@ -68,51 +64,13 @@ def read_columns(file: TensorFile, tensor: Tensor, start: int, end: int) -> Arra
     )
     with FileIO(file.path) as stream:
         for row in range(rows):
-            _fill_here(stream, room[row * each : (row + 1) * each], place + row * width)
+            fill(stream, room[row * each : (row + 1) * each], place + row * width)
     return found
 
 
 def as_bytes(value: Array) -> memoryview:
     """The bytes of an array, as a file holds them."""
     return np.ascontiguousarray(value).reshape(-1).view(np.uint8).data
-
-
-def read_bytes(file: TensorFile, tensor: Tensor, start: int, size: int) -> bytearray:
-    """Bytes of a tensor, from its byte ``start`` on. Raises EOFError if the file has shrunk."""
-    content = bytearray(size)
-    with FileIO(file.path) as stream:
-        _fill(file.path, stream, memoryview(content), file.offset + tensor.start + start)
-    return content
-
-
-def chunks(file: TensorFile, tensor: Tensor) -> Iterator[memoryview]:
-    """All bytes of a tensor, :data:`CHUNK` at a time, each in the memory of the one before.
-
-    Raises EOFError if the file has shrunk.
-    """
-    room = memoryview(bytearray(min(CHUNK, tensor.size)))
-    with FileIO(file.path) as stream:
-        for start in range(0, tensor.size, CHUNK):
-            part = room[: tensor.size - start]
-            _fill(file.path, stream, part, file.offset + tensor.start + start)
-            yield part
-
-
-def _fill(path: Path, stream: FileIO, room: memoryview, place: int) -> None:
-    """Read from a place of a file on, until there is no more room."""
-    apart = stand_in_of(path)
-    if apart is not None:
-        apart.fill(path.name, room, place)
-        return
-    _fill_here(stream, room, place)
-
-
-def _fill_here(stream: FileIO, room: memoryview, place: int) -> None:
-    while room:
-        got = os.preadv(stream.fileno(), [room], place)
-        if not got:
-            raise EOFError(f"{stream.name} has become shorter")
-        room, place = room[got:], place + got
 
 
 def ulp(one: Array, other: Array, dtype: str) -> Array:

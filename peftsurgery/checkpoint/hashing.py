@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from peftsurgery.checkpoint.arrays import CHUNK, chunks
+from peftsurgery.checkpoint.tensor_bytes import CHUNK, chunks
 from peftsurgery.tensor_file import Tensor, TensorFile
 
 

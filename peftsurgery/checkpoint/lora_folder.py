@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from peftsurgery.checkpoint.arrays import FLOATS, Array, read_bytes, read_rows
+from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows
+from peftsurgery.checkpoint.tensor_bytes import read_bytes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import absence, read_object
 from peftsurgery.language.paths import full_match

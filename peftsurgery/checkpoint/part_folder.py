@@ -76,10 +76,26 @@ class PartFile:
     def write(self, block: bytes | memoryview, place: int) -> None:
         """Write bytes from a place of the file on."""
         left = memoryview(block)
-        self._waiting += len(left)  # another thread's may be lost, which is none of the file's
+        size = len(left)
         while left:
             done = os.pwrite(self.stream.fileno(), left[:WRITTEN], place)
             left, place = left[done:], place + done
+        self._wrote(size)
+
+    def copy(self, source: FileIO, start: int, size: int, place: int) -> None:
+        """Copy bytes of another file, from its byte ``start`` on; no memory of ours is needed."""
+        end = start + size
+        while start < end:
+            handles = source.fileno(), self.stream.fileno()
+            done = os.copy_file_range(*handles, end - start, start, place)
+            if not done:
+                raise OSError(f"{source.name} has become shorter")
+            start, place = start + done, place + done
+        self._wrote(size)
+
+    def _wrote(self, size: int) -> None:
+        """Count what was written, and have the disk begin with it if that is enough."""
+        self._waiting += size  # another thread's count may be lost, which is none of the file's
         if self._waiting >= FLUSHED:
             self._waiting = 0
             _begin_flush(self.stream.fileno())
@@ -98,6 +114,14 @@ class PartFile:
             yield block
             place += len(block)
 
+    def read_into(self, room: memoryview, place: int) -> None:
+        """Read what was written from a place on, as much as there is room for."""
+        while room:
+            done = os.preadv(self.stream.fileno(), [room], place)
+            if not done:
+                raise OSError(f"{self.name} has become shorter")
+            room, place = room[done:], place + done
+
 
 @dataclass(frozen=True)
 class PartFolder:
@@ -109,10 +133,25 @@ class PartFolder:
 
     def begun(self, name: str) -> PartFile:
         """Begin a file; it has its name once it is :meth:`ended`."""
+        return PartFile(name, FileIO(self._part(name), "w+"))
+
+    def adopted(self, file: PartFile) -> PartFile:
+        """Begin a file with what is in one that has no name yet. OSError if the system refuses."""
+        part, handle = self._part(file.name), file.stream.fileno()
+        part.unlink(missing_ok=True)
+        handles = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
+        try:  # with a directory, since a link there would be linked itself without
+            os.link(str(handle), part, src_dir_fd=handles, follow_symlinks=True)
+        finally:
+            os.close(handles)
+        return PartFile(file.name, FileIO(part, "r+"))
+
+    def _part(self, name: str) -> Path:
+        """What a file is called until it is whole."""
         file = self.path / name
         part = file.with_name(f".{file.name}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        return PartFile(name, FileIO(part, "w+"))
+        return part
 
     def ended(self, file: PartFile, said: Any = None) -> None:
         """Put a file that is whole in its place, and enter it in the journal with what is said."""

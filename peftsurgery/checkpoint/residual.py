@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import read_bytes
+from peftsurgery.checkpoint.tensor_bytes import read_bytes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import check_regular
 from peftsurgery.tensor_file import BITS, Tensor, TensorFile

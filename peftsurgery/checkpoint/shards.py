@@ -12,18 +12,21 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from peftsurgery.checkpoint.arrays import FLOATS, as_bytes, chunks
+from peftsurgery.checkpoint.arrays import FLOATS, as_bytes
 from peftsurgery.checkpoint.codecs.coded import PlainView
+from peftsurgery.checkpoint.copied_ahead import CopiedFile, copies_of, let_go
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of, new_digest
 from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
 from peftsurgery.checkpoint.requantised import requantised
+from peftsurgery.checkpoint.tensor_bytes import chunks
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
 
 
@@ -86,7 +89,7 @@ class Streamed:
         """Write a tensor from ``place`` of a file on; what the certificate says of it."""
         digest, before, measure = new_digest(), new_digest(), FoldMeasure()
         blocks: Iterable[memoryview]
-        if self._is_kept(tensor):
+        if self.is_kept(tensor):
             blocks, before = chunks(*self.view.held[tensor.name]), digest
         else:
             blocks = self.folding.blocks(tensor.name, tensor.dtype, measure, before.update)
@@ -112,7 +115,7 @@ class Streamed:
             found.setdefault(key, []).append(tensor)
         return [tuple(group) for group in found.values()]
 
-    def _is_kept(self, tensor: Tensor) -> bool:
+    def is_kept(self, tensor: Tensor) -> bool:
         """Whether a tensor of the result is the base's, byte for byte."""
         if self.view.is_plain and tensor.name in self.view.coded:
             return False
@@ -123,16 +126,35 @@ class Streamed:
 class Shard:
     """One file of the base that is written again, its tensors in the same order."""
 
-    def __init__(self, streamed: Streamed, into: PartFolder, file: TensorFile) -> None:
-        """Lay the file out; ``into`` is where it is to be."""
+    def __init__(
+        self,
+        streamed: Streamed,
+        into: PartFolder,
+        file: TensorFile,
+        copied: CopiedFile | None = None,
+    ) -> None:
+        """Lay the file out; ``into`` is where it is to be, and ``copied`` what is copied of it."""
         held = streamed.view.of(file)
         self.tensors = laid_out((each.name, streamed.dtype_of(each), each.shape) for each in held)
         self._header = header_of(self.tensors, file.metadata)
         self._streamed, self._into, self._name = streamed, into, file.path.name
         self._said: dict[str, Any] = {tensor.name: None for tensor in self.tensors}
-        self.parts: list[Sequence[Tensor]] = [(), *streamed.together(self.tensors)]
-        self._left, self._lock = len(self.parts), Lock()
         self._file: PartFile | None = None
+        if copied is not None and copied.header == self._header:
+            self._adopt(copied)
+        left = (tensor for tensor in self.tensors if self._said[tensor.name] is None)
+        self.parts: list[Sequence[Tensor]] = [(), *streamed.together(left)]
+        self._left, self._lock = len(self.parts), Lock()
+
+    def _adopt(self, copied: CopiedFile) -> None:
+        """Take over the tensors that were copied and stay as they are."""
+        with suppress(OSError):  # the file is begun anew then
+            self._file = self._into.adopted(copied.file)
+            for tensor in self.tensors:
+                found = copied.hashes.get(tensor.name)
+                if found is not None and self._streamed.is_kept(tensor):
+                    self._said[tensor.name] = _account(found, found, FoldMeasure())
+                    self._streamed.progress(tensor.size)
 
     def write(self, part: Sequence[Tensor]) -> bool:
         """Write tensors, or the header if there are none; whether that was the last part."""
@@ -194,7 +216,9 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
 
     One thread more waits for the disk.
     """
-    shards = [Shard(streamed, into, file) for file in files]
+    copies = copies_of(streamed.view.folder)
+    shards = [Shard(streamed, into, file, copies.get(file.path.name)) for file in files]
+    let_go(copies)
     work, count = _Work(shards), len(os.sched_getaffinity(0))
     alone, disk = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(1)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from peftsurgery.arguments import checked
-from peftsurgery.checkpoint.arrays import chunks, read_bytes
 from peftsurgery.checkpoint.certificate import algorithm_of, read_certificate
 from peftsurgery.checkpoint.hashing import new_digest
 from peftsurgery.checkpoint.part_folder import part_folder
 from peftsurgery.checkpoint.record import FILE
 from peftsurgery.checkpoint.residual import chunks_of, unpacked, width_of
+from peftsurgery.checkpoint.tensor_bytes import chunks, read_bytes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
 from peftsurgery.outputs import check_free

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
+from peftsurgery.checkpoint.copied_ahead import copying_ahead
 from peftsurgery.cli.kit import (
     force_option,
     json_option,
@@ -26,6 +27,7 @@ from peftsurgery.cli.kit import (
 from peftsurgery.cli.progress import doing
 from peftsurgery.errors import SurgeryError
 from peftsurgery.outputs import check_free, fresh
+from peftsurgery.places import named_in
 
 NOT_ON_FILES = "PSG416"
 
@@ -169,13 +171,30 @@ def fold(**given: Any) -> None:
         raise click.UsageError("--onnx cannot go with --requantise: ONNX has no such layers")
     if asked.by_files or asked.elsewhere or (asked.in_memory is None and _has_files(asked)):
         try:
-            _on_files(asked)
+            with _ahead(asked):
+                _on_files(asked)
         except SurgeryError as error:
             if asked.by_files or asked.elsewhere or error.code != NOT_ON_FILES:
                 raise
             _in_memory(asked, f"folded in memory: {error.message}")
     else:
         _in_memory(asked)
+
+
+def _ahead(asked: Asked) -> AbstractContextManager[None]:
+    """Copy what the adapter is not for while the rest is imported and read.
+
+    Only for what is certain to be new and here: what is wrong with a place is found by the fold.
+    """
+    out, base = Path(asked.out), asked.base or next(named_in(Path(asked.surgery)), None)
+    options = (asked.elsewhere, asked.dry_run, asked.resume, asked.part, asked.finish, asked.dtype)
+    if any(options) or base is None or not os.path.isdir(base):
+        return nullcontext()
+    try:
+        check_free(out, [*asked.inputs, base], asked.force)
+    except SurgeryError:
+        return nullcontext()
+    return copying_ahead(Path(base), Path(asked.surgery), out.absolute().parent)
 
 
 def _import_numpy() -> None:
@@ -193,8 +212,7 @@ def _import_numpy() -> None:
 
 def _has_files(asked: Asked) -> bool:
     """Whether the base is a directory whose weights are safetensors files."""
-    _import_numpy()
-    from peftsurgery.formats.streamed_fold import has_files
+    from peftsurgery.formats.placed import has_files
 
     return has_files(asked.surgery, asked.base)
 

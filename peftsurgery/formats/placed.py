@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from peftsurgery.checkpoint.part_folder import Making, part_folder
 from peftsurgery.errors import SurgeryError
+from peftsurgery.model_files import are_here
 from peftsurgery.places import named_in
 from peftsurgery.stand_ins import FolderStandIn, called, standing_in, with_urls
 
@@ -45,6 +47,17 @@ def is_url(name: str | Path | None) -> bool:
 def base_of(adapter: str | Path, base: str | Path | None) -> str | Path | None:
     """The base that is asked for, or that an adapter's directory names."""
     return base if base is not None else next(iter(named_in(Path(adapter))), None)
+
+
+def has_files(adapter: str | Path, base: str | Path | None) -> bool:
+    """Whether the base of an adapter is a directory whose weights are safetensors files.
+
+    One elsewhere is one or nothing. PSG207 for an index that is damaged.
+    """
+    named = base_of(adapter, base)
+    if is_url(adapter) or is_url(named):
+        return True
+    return named is not None and os.path.isdir(named) and are_here(Path(named))
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from peftsurgery.checkpoint.arrays import chunks
 from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView
+from peftsurgery.checkpoint.tensor_bytes import chunks
 from peftsurgery.model_files import INDEX, other_files
 from peftsurgery.tensor_file import header_of, laid_out, read_header
 

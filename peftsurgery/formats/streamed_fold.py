@@ -8,7 +8,6 @@ Carrying it out needs the weights and no graph; see :mod:`peftsurgery.checkpoint
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,6 @@ from peftsurgery.formats.peft.named_plan import named_plan
 from peftsurgery.formats.placed import FoldPlaces, base_of, is_url, placed
 from peftsurgery.formats.plan_process import planned_apart
 from peftsurgery.formats.saved_plan import saved_plan
-from peftsurgery.model_files import are_here
 from peftsurgery.outputs import check_free
 from peftsurgery.places import object_in
 from peftsurgery.quiet import quiet
@@ -108,17 +106,6 @@ def estimate_fold(
     ):
         spooled = places.is_spooled
         return estimate(planned, places.out, code, reversible, requantise, spooled)
-
-
-def has_files(adapter: str | Path, base: str | Path | None) -> bool:
-    """Whether the base of an adapter is a directory whose weights are safetensors files.
-
-    One elsewhere is one or nothing. PSG207 for an index that is damaged.
-    """
-    named = base_of(adapter, base)
-    if is_url(adapter) or is_url(named):
-        return True
-    return named is not None and os.path.isdir(named) and are_here(Path(named))
 
 
 def check_comparable(adapter: str | Path, base: str | Path | None) -> None:

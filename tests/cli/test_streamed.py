@@ -124,6 +124,23 @@ def test_a_fold_without_options_is_made_on_files_and_checked_against_the_model(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_command_writes_what_the_function_writes_and_nothing_beside_it(
+    tmp_path: Path, surgery: tuple[Path, Path]
+) -> None:
+    base, saved = surgery  # the command copies ahead, before it knows what is changed
+    said("fold", saved, "-o", tmp_path / "out")
+    ps.fold_checkpoint(saved, base, tmp_path / "wanted")
+    one, two = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).glob("model*")}
+        for name in ("out", "wanted")
+    )
+    assert one == two
+    assert "PSG601" in str(said("fold", saved, "-o", tmp_path / "out", code=3)["error"])
+    (tmp_path / "adapter").mkdir()
+    said("fold", tmp_path / "adapter", "--base", base, "-o", tmp_path / "none", code=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out", "wanted"]
+
+
 @pytest.mark.slow
 def test_what_is_not_as_operated_is_removed(
     tmp_path: Path, surgery: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch

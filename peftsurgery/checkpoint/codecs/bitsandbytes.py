@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import CHUNK, Array
+from peftsurgery.checkpoint.arrays import Array
 from peftsurgery.checkpoint.codecs.bands import Bands, PartCut, rows_of_blocks
 from peftsurgery.checkpoint.codecs.codec import Codec, Parts, Said
 from peftsurgery.checkpoint.codecs.nearest import inverse, nearer_scales
+from peftsurgery.checkpoint.tensor_bytes import CHUNK
 
 FEW = 16  # numbers of a table
 
