@@ -1,29 +1,30 @@
 """Tensors that are copied before a fold is planned, since most of a model stays as it is.
 
-While a command still imports what it computes with and reads the adapter, a thread copies tensors
-of the base that the adapter has nothing for, going by their names. The copies have no name on the
-disk (O_TMPFILE): whatever ends the process, they are gone with it. They get one only from a fold
-that was planned and checked and would write the same bytes to the same places; else they are
-dropped, and the fold does all by itself.
+While a command still imports what it computes with and reads the adapter, a process of its own
+(a thread would wait for Python's lock most of the time) copies tensors of the base that the adapter
+has nothing for, going by their names. The copies have no name on the disk (O_TMPFILE): whatever
+ends the processes, they are gone. They get one only from a fold that was planned and checked and
+would write the same bytes to the same places; else they are dropped, and the fold does all itself.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from threading import Event, Thread
 
 from peftsurgery.checkpoint.hashing import new_digest
 from peftsurgery.checkpoint.part_folder import PartFile
+from peftsurgery.checkpoint.tensor_bytes import chunks
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import weight_names
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out, read_header
 
-PIECE = 2**24  # bytes that are copied, and hashed, without asking whether that is still wanted
 MOST = 64  # files, each of which is open until the fold takes it
 PLAIN = {"F64", "F32", "F16", "BF16"}  # a base with others may be quantised, and written anew
 
@@ -37,69 +38,102 @@ class CopiedFile:
 
     header: bytes
     file: PartFile
-    hashes: dict[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str]
 
 
 class CopyAhead:
-    """Copies of a base's tensors, which a thread makes until it is told to stop."""
+    """Copies of a base's tensors, made by a process that ends when it is told to, or with this one.
+
+    It is forked: nothing that has threads, as numpy and torch have, should be imported yet.
+    """
 
     def __init__(self, base: Path, adapter: Path, room: Path) -> None:
-        """``room`` is a directory on the disk on which the result will be."""
-        self._base, self._adapter, self._room = base, adapter, room
-        self._files: dict[str, CopiedFile] = {}
-        self._space = bytearray(PIECE)
-        self._stopped = Event()
-        self._thread = Thread(target=self._run, name="copying ahead", daemon=True)
-        self._thread.start()
+        """``room`` is a directory on the disk on which the result will be. OSError if refused."""
+        flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+        self._files: dict[str, PartFile] = {}
+        for name in weight_names(base)[:MOST]:
+            handle = os.open(room, flags, 0o666)
+            self._files[name] = PartFile(name, FileIO(handle, "r+"))
+        told, self._tell = os.pipe()
+        self._answer, answer = os.pipe()
+        self._process = os.fork()
+        if not self._process:
+            try:
+                os.close(self._tell)
+                _Copying(told, self._files).run(base, adapter, answer)
+            finally:
+                os._exit(0)
+        os.close(told)
+        os.close(answer)
 
     def taken(self) -> Mapping[str, CopiedFile]:
         """Stop, and give what was copied by the names of files; it is the taker's to close."""
-        self._stopped.set()
-        self._thread.join()
-        taken, self._files = self._files, {}
-        return taken
+        os.close(self._tell)
+        with os.fdopen(self._answer, "rb") as stream:
+            content = stream.read()
+        os.waitpid(self._process, 0)
+        said = json.loads(content or b"{}")
+        for name, file in self._files.items():
+            if name not in said:
+                file.stream.close()
+        return {
+            name: CopiedFile(bytes.fromhex(header), self._files[name], hashes)
+            for name, (header, hashes) in said.items()
+        }
 
-    def _run(self) -> None:
+
+class _Copying:
+    """What the process does that copies."""
+
+    def __init__(self, told: int, files: Mapping[str, PartFile]) -> None:
+        """``told`` is read to its end once copies are not wanted any further."""
+        os.set_blocking(told, False)
+        self._told, self._files = told, files
+        self._said: dict[str, tuple[str, dict[str, str]]] = {}
+
+    def run(self, base: Path, adapter: Path, answer: int) -> None:
         """Copy until all is copied, or something is in the way: the fold will say what."""
-        with suppress(OSError, SurgeryError):
-            meant = _meant_by(self._adapter)
-            for name in weight_names(self._base)[:MOST] if meant else ():
-                file = read_header(self._base / name)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends with the process that began it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with suppress(OSError, EOFError, SurgeryError):
+            meant = _meant_by(adapter)
+            for name, into in self._files.items() if meant else ():
+                file = read_header(base / name)
                 if {tensor.dtype for tensor in file.tensors.values()} <= PLAIN:
-                    self._copy(file, meant)
+                    self._copy(file, into, meant)
+        with os.fdopen(answer, "wb") as stream:
+            stream.write(json.dumps(self._said).encode())
 
-    def _copy(self, file: TensorFile, meant: set[str]) -> None:
+    def _is_wanted(self) -> bool:
+        try:
+            return bool(os.read(self._told, 1))
+        except BlockingIOError:
+            return True
+
+    def _copy(self, file: TensorFile, into: PartFile, meant: set[str]) -> None:
         """Copy the tensors of a file that the adapter does not mean."""
-        if self._stopped.is_set():
+        if not self._is_wanted():
             return
         held = sorted(file.tensors.values(), key=lambda tensor: tensor.start)
         placed = laid_out((tensor.name, tensor.dtype, tensor.shape) for tensor in held)
-        flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-        into = PartFile(file.path.name, FileIO(os.open(self._room, flags, 0o666), "r+"))
-        copied = CopiedFile(header_of(placed, file.metadata), into)
-        self._files[into.name] = copied
-        with FileIO(file.path) as stream:
-            for tensor, place in zip(held, placed, strict=True):
-                if tensor.name.removesuffix(".weight") in meant:
-                    continue
-                starts = file.offset + tensor.start, len(copied.header) + place.start
-                found = self._copied(stream, into, *starts, tensor)
+        header, hashes = header_of(placed, file.metadata), dict[str, str]()
+        self._said[into.name] = header.hex(), hashes
+        for tensor, place in zip(held, placed, strict=True):
+            if tensor.name.removesuffix(".weight") not in meant:
+                found = self._copied(file, tensor, into, len(header) + place.start)
                 if found is None:
                     return
-                copied.hashes[tensor.name] = found
+                hashes[tensor.name] = found
 
-    def _copied(
-        self, stream: FileIO, into: PartFile, start: int, place: int, tensor: Tensor
-    ) -> str | None:
-        """Copy a tensor and give the hash of what is there then; None if it is told to stop."""
-        digest, room = new_digest(), memoryview(self._space)
-        for done in range(0, tensor.size, PIECE):
-            if self._stopped.is_set():
+    def _copied(self, file: TensorFile, tensor: Tensor, into: PartFile, place: int) -> str | None:
+        """Copy a tensor and give the hash of its bytes; None if it is not wanted any further."""
+        digest = new_digest()
+        for chunk in chunks(file, tensor):
+            if not self._is_wanted():
                 return None
-            piece = room[: tensor.size - done]
-            into.copy(stream, start + done, len(piece), place + done)
-            into.read_into(piece, place + done)
-            digest.update(piece)
+            digest.update(chunk)
+            into.write(chunk, place)
+            place += len(chunk)
         return digest.hexdigest()
 
 
@@ -110,7 +144,8 @@ _UNDER_WAY: dict[Path, CopyAhead] = {}
 def copying_ahead(base: Path, adapter: Path, room: Path) -> Iterator[None]:
     """Copy tensors of a base while the block runs, until a fold of that base takes the copies."""
     key = base.resolve()
-    _UNDER_WAY[key] = CopyAhead(base, adapter, room)
+    with suppress(OSError, SurgeryError):  # the fold will say what is wrong
+        _UNDER_WAY[key] = CopyAhead(base, adapter, room)
     try:
         yield
     finally:

@@ -80,21 +80,6 @@ class PartFile:
         while left:
             done = os.pwrite(self.stream.fileno(), left[:WRITTEN], place)
             left, place = left[done:], place + done
-        self._wrote(size)
-
-    def copy(self, source: FileIO, start: int, size: int, place: int) -> None:
-        """Copy bytes of another file, from its byte ``start`` on; no memory of ours is needed."""
-        end = start + size
-        while start < end:
-            handles = source.fileno(), self.stream.fileno()
-            done = os.copy_file_range(*handles, end - start, start, place)
-            if not done:
-                raise OSError(f"{source.name} has become shorter")
-            start, place = start + done, place + done
-        self._wrote(size)
-
-    def _wrote(self, size: int) -> None:
-        """Count what was written, and have the disk begin with it if that is enough."""
         self._waiting += size  # another thread's count may be lost, which is none of the file's
         if self._waiting >= FLUSHED:
             self._waiting = 0
@@ -113,14 +98,6 @@ class PartFile:
             block = os.pread(self.stream.fileno(), min(CHUNK, end - place), place)
             yield block
             place += len(block)
-
-    def read_into(self, room: memoryview, place: int) -> None:
-        """Read what was written from a place on, as much as there is room for."""
-        while room:
-            done = os.preadv(self.stream.fileno(), [room], place)
-            if not done:
-                raise OSError(f"{self.name} has become shorter")
-            room, place = room[done:], place + done
 
 
 @dataclass(frozen=True)

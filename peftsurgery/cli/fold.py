@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -185,10 +186,12 @@ def _ahead(asked: Asked) -> AbstractContextManager[None]:
     """Copy what the adapter is not for while the rest is imported and read.
 
     Only for what is certain to be new and here: what is wrong with a place is found by the fold.
+    Where all is imported already, there is nothing to wait for.
     """
     out, base = Path(asked.out), asked.base or next(named_in(Path(asked.surgery)), None)
     options = (asked.elsewhere, asked.dry_run, asked.resume, asked.part, asked.finish, asked.dtype)
-    if any(options) or base is None or not os.path.isdir(base):
+    is_ready = "numpy" in sys.modules
+    if is_ready or any(options) or base is None or not os.path.isdir(base):
         return nullcontext()
     try:
         check_free(out, [*asked.inputs, base], asked.force)

@@ -57,11 +57,32 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     # pydantic would look for plugins in the metadata of every package that is installed
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    # Imports make many objects that stay: looking through them for garbage, at each few hundred and
-    # again at the end, takes a quarter of the time of a short command.
+    # Imports make many objects that stay: looking through them for garbage at each few hundred
+    # takes a quarter of the time of a short command.
     gc.set_threshold(100_000)
-    atexit.register(gc.freeze)
-    root.main()
+    code = 1  # of an exception that nothing has caught
+
+    def leave() -> None:
+        os._exit(code if _flushed() else 120)
+
+    # What is registered first is called last. Then there is nothing to do but to take all objects
+    # apart one by one, which the system does at once.
+    atexit.register(leave)
+    try:
+        root.main()
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+
+
+def _flushed() -> bool:
+    """Whether all that was printed could be written; Python ends with 120 if it could not."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except (OSError, ValueError):  # closed by whoever reads, or here
+        return False
+    return True
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

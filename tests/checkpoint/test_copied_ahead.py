@@ -2,7 +2,6 @@
 
 import json
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +33,8 @@ def planned(base: Path) -> Planned:
 
 
 def copied_all() -> None:
-    """Wait until the thread has copied all that it would."""
-    for thread in threading.enumerate():
-        if thread.name == "copying ahead":
-            thread.join()
+    """Wait until the process that copies has ended, having copied all that it would."""
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
 
 
 def content(folder: Path) -> dict[str, bytes]:
