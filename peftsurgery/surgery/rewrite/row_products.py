@@ -60,7 +60,8 @@ def products_of_rows(
 
     Groups of one shape are multiplied in one product, which reads ``x`` once.
     """
-    if numbers and len({group[0].shape for group in groups}) == 1 and _are_batched((x,)):
+    alike = len(groups) == 1 or len({group[0].shape for group in groups}) == 1
+    if numbers and alike and x.dim() == 3 and are_plain((x,)):
         taken = _KEPT.stacked([group[number] for number in numbers for group in groups])
         if taken is not None and taken.dim() == 3:
             wide = taken if len(groups) == 1 else taken.view(len(numbers), -1, taken.shape[2])
@@ -85,18 +86,13 @@ def sum_of_rows(
     Where every row has one (``is_everywhere``) the sum may be made in ``old``, which no one else
     may read; it differs by a few rounding errors then.
     """
-    if is_everywhere and numbers and _are_batched((x, old)):
+    is_plain = x.dim() == 3 and x.dtype == old.dtype and are_plain((x, old))
+    if is_everywhere and numbers and is_plain:
         taken = _KEPT.stacked([tensors[number] for number in numbers])
         if taken is not None and old.shape == (*x.shape[:2], taken.shape[1]):
             return old.baddbmm_(x, taken.transpose(1, 2), alpha=scale)
     new = old + scale * product_of_rows(x, tensors, index, numbers)
     return chosen_rows(mask, new, old, is_everywhere)
-
-
-def _are_batched(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are ordinary tensors, a matrix a row, of one dtype."""
-    first = tensors[0].dtype
-    return are_plain(tensors) and all(t.dim() == 3 and t.dtype == first for t in tensors)
 
 
 def chosen_rows(mask: Tensor, new: Tensor, old: Tensor, is_everywhere: bool) -> Tensor:
