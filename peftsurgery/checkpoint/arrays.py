@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from peftsurgery.checkpoint.tensor_bytes import fill, read_bytes
+from peftsurgery.checkpoint.tensor_bytes import fill, read_into
 from peftsurgery.tensor_file import Tensor, TensorFile
 
 Array = npt.NDArray[Any]
@@ -48,9 +48,10 @@ def read_rows(file: TensorFile, tensor: Tensor, start: int = 0, end: int | None 
     dtype, rows = NUMBERS[tensor.dtype], tensor.shape[0] if tensor.shape else 1
     end = rows if end is None else end
     width = tensor.size // max(rows, 1)
-    content = read_bytes(file, tensor, start * width, (end - start) * width)
     shape = (end - start, *tensor.shape[1:]) if tensor.shape else ()
-    return np.frombuffer(content, dtype).reshape(shape)
+    found = np.empty(shape, dtype)
+    read_into(as_bytes(found), file, tensor, start * width)
+    return found
 
 
 def read_columns(file: TensorFile, tensor: Tensor, start: int, end: int) -> Array:

@@ -16,9 +16,17 @@ CHUNK = 2**20  # bytes that are read at once, to be copied or hashed
 def read_bytes(file: TensorFile, tensor: Tensor, start: int, size: int) -> bytearray:
     """Bytes of a tensor, from its byte ``start`` on. Raises EOFError if the file has shrunk."""
     content = bytearray(size)
-    with FileIO(file.path) as stream:
-        _fill(file.path, stream, memoryview(content), file.offset + tensor.start + start)
+    read_into(memoryview(content), file, tensor, start)
     return content
+
+
+def read_into(room: memoryview, file: TensorFile, tensor: Tensor, start: int) -> None:
+    """Read bytes of a tensor, from its byte ``start`` on, as many as there is room for.
+
+    Raises EOFError if the file has shrunk.
+    """
+    with FileIO(file.path) as stream:
+        _fill(file.path, stream, room, file.offset + tensor.start + start)
 
 
 def chunks(file: TensorFile, tensor: Tensor) -> Iterator[memoryview]:
