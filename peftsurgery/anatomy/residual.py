@@ -20,7 +20,16 @@ from torch import fx
 from peftsurgery.anatomy.flow import Flow
 from peftsurgery.anatomy.ops import Trait, has
 from peftsurgery.anatomy.site import Site
-from peftsurgery.anatomy.values import backward, fixed, is_tensor, operands, shape, sizes, strip
+from peftsurgery.anatomy.values import (
+    backward,
+    fixed,
+    is_tensor,
+    operands,
+    parameter_of,
+    shape,
+    sizes,
+    strip,
+)
 from peftsurgery.capture.names import common
 from peftsurgery.capture.schemas import op
 
@@ -66,10 +75,24 @@ def _join_at(flow: Flow, node: fx.Node) -> Join | None:
     if any(sizes(n) != sizes(node) for n in pair):
         return None
     for h, x in (pair, pair[::-1]):
-        region = between(flow, x, h)
+        region = between(flow, _as_read(x), h)
         if region is not None:
             return Join(x, h, node, tuple(_leaves(flow, x, h)), region)
     return None
+
+
+def _as_read(x: fx.Node) -> fx.Node:
+    """A stream before it is scaled and shifted by numbers that the model has learnt, for its sum.
+
+    The sublayer reads it as it is (ZAYA, Anthony et al., 2025, arXiv:2511.17127).
+    """
+    while has(x, Trait.SCALING | Trait.ADDITION):
+        pair = [n for n in x.args[:2] if isinstance(n, fx.Node)]
+        signals = [n for n in pair if parameter_of(n)[0] is None]
+        if len(pair) != 2 or len(signals) != 1 or sizes(signals[0]) != sizes(x):
+            break
+        x = signals[0]
+    return x
 
 
 def between(flow: Flow, x: fx.Node, h: fx.Node) -> frozenset[fx.Node] | None:

@@ -79,3 +79,45 @@ def test_sublayers_join_several_streams_at_once() -> None:
     roles = {site.module: site.role for site in found if site.kind == "linear" and site.role}
     attention = {name: f"attn.{name}" for name in "qkvo"}
     assert roles == {**attention, "up": "ffn.up", "down": "ffn.down"}
+
+
+class Weighed(nn.Module):
+    """A stream and what sublayers make of it, each shifted and scaled by learnt numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.scale, self.shift = (nn.ParameterList(torch.rand(8) for _ in range(4)) for _ in "ab")
+
+    def summed(self, x: Tensor, made: Tensor, number: int) -> Tensor:
+        x = (x + self.shift[number]) * self.scale[number]
+        return x + (made + self.shift[number + 1]) * self.scale[number + 1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        q, k, v = (part(x)[:, None] for part in (self.q, self.k, self.v))
+        x = self.summed(x, self.o(F.scaled_dot_product_attention(q, k, v)[:, 0]), 0)
+        return self.summed(x, self.down(F.gelu(self.up(x))), 2)
+
+
+def test_a_stream_may_be_weighed_before_it_is_joined() -> None:
+    torch.manual_seed(0)
+    model, x = Weighed(), torch.randn(2, 5, 8)
+    graph = ps.capture(model, {"x": x})
+    found = survey(graph.base_capture)
+    joined = [site for site in found if site.kind == "residual"]
+    assert [site.facts["after"] for site in joined] == ["attention", "ffn"]
+    roles = {site.module: site.role for site in found if site.kind == "linear" and site.role}
+    attention = {name: f"attn.{name}" for name in "qkvo"}
+    assert roles == {**attention, "up": "ffn.up", "down": "ffn.down"}
+    rule = """
+name: without
+about: Leaves out what a feed-forward makes.
+rules: [{match: residual, where: {after: ffn}, rewrite: h - h}]
+"""
+    with torch.no_grad():
+        actual = ps.apply(graph, ps.parse_rules(rule))(x)
+        model.down.weight.zero_()
+        model.down.bias.copy_(-model.shift[3])
+        torch.testing.assert_close(actual, model(x))
