@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
     disable_proxy_modes_tracing,
@@ -367,5 +367,21 @@ def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
 def _like(tensor: torch.Tensor) -> torch.Tensor | None:
     """A new tensor that a trace cannot tell from this one; None if there is none."""
     with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
-        made = tensor.clone()
-        return made if described(made) == described(tensor) else None
+        told = described(tensor)
+        for make in (_Anew.apply, torch.Tensor.clone):
+            made: torch.Tensor = make(tensor)
+            if described(made) == told:
+                return made
+    return None
+
+
+class _Anew(torch.autograd.Function):
+    """A fake tensor of the same sizes, made without an operator, which would compute each anew."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> torch.Tensor:
+        with unset_fake_temporarily():
+            empty = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
+            )
+            return FakeTensor(tensor.fake_mode, empty, tensor.fake_device)
