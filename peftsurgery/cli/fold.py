@@ -186,11 +186,12 @@ def _ahead(asked: Asked) -> AbstractContextManager[None]:
     """Copy what the adapter is not for while the rest is imported and read.
 
     Only for what is certain to be new and here: what is wrong with a place is found by the fold.
-    Where all is imported already, there is nothing to wait for.
+    Where all is imported already, there is nothing to wait for; and not every system has files
+    without a name.
     """
     out, base = Path(asked.out), asked.base or next(named_in(Path(asked.surgery)), None)
     options = (asked.elsewhere, asked.dry_run, asked.resume, asked.part, asked.finish, asked.dtype)
-    is_ready = "numpy" in sys.modules
+    is_ready = "numpy" in sys.modules or not hasattr(os, "O_TMPFILE")
     if is_ready or any(options) or base is None or not os.path.isdir(base):
         return nullcontext()
     try:
