@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -44,7 +44,8 @@ def prepared(
             stack.enter_context(reset_model_state(module))
             stack.enter_context((masks or Masks(call)).traced())
             if call.trace is None:
-                stack.enter_context(patch_model_config(module, {"use_cache": False}))
+                for part in _configured(module):
+                    stack.enter_context(patch_model_config(part, {"use_cache": False}))
             else:
                 stack.enter_context(as_if_run())
         stack.enter_context(kept_generators())
@@ -55,6 +56,12 @@ def prepared(
         stack.enter_context(_explicit_forward(module, call, flags, watch))
         stack.enter_context(torch.enable_grad())
         yield
+
+
+def _configured(module: nn.Module) -> Iterable[PreTrainedModel]:
+    """One model for each config: a model of texts and images has others within it."""
+    models = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    return {id(part.config): part for part in models}.values()
 
 
 @contextlib.contextmanager

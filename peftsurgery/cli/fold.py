@@ -191,8 +191,8 @@ def _ahead(asked: Asked) -> AbstractContextManager[None]:
     """
     out, base = Path(asked.out), asked.base or next(named_in(Path(asked.surgery)), None)
     options = (asked.elsewhere, asked.dry_run, asked.resume, asked.part, asked.finish, asked.dtype)
-    is_ready = "numpy" in sys.modules or not hasattr(os, "O_TMPFILE")
-    if is_ready or any(options) or base is None or not os.path.isdir(base):
+    is_needless = "numpy" in sys.modules or not hasattr(os, "O_TMPFILE")
+    if is_needless or any(options) or base is None or not os.path.isdir(base):
         return nullcontext()
     try:
         check_free(out, [*asked.inputs, base], asked.force)

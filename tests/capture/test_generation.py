@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3Config, Gemma3ForConditionalGeneration
 
 import peftsurgery as ps
 from tests.models.remembering import LEFT_PADDED, PAST, WAYS, original, prompts, remembering, tokens
@@ -154,3 +154,21 @@ def test_states_that_are_no_keys_and_values_are_refused() -> None:
     with pytest.raises(ps.SurgeryError, match="keys and values") as caught:
         ps.capture(ZOO["mamba"].build(), cache=True)
     assert caught.value.code == "PSG210"
+
+
+def test_a_model_within_a_model_remembers_nothing_unasked() -> None:
+    text = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4}
+    image = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    image |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config={**text, **heads}, vision_config=image, use_cache=False)
+    model = Gemma3ForConditionalGeneration(config).eval()
+    inner = model.config.text_config
+    assert inner.use_cache
+    graph, ids = ps.capture(model), torch.randint(5, 90, (3, 11))
+    with torch.no_grad():
+        expected, given = model(input_ids=ids), graph(input_ids=ids)
+    assert "past_key_values" in expected
+    assert "past_key_values" not in given
+    assert torch.equal(expected.logits, given.logits)
+    assert inner.use_cache
