@@ -3,7 +3,8 @@
     y = x + h       x the stream, h computed from x through at least one weight or core
 
 Bindings: ``h``, ``x``, ``y``, and ``normed`` where the sum is normalised. Where two sublayers run
-side by side, y = x + (h1 + h2), each has its own site with the same x and y. Facts: ``after``
+side by side, y = x + (h1 + h2) or y = (x + h1) + h2, each has its own site with the same x; in the
+first the same y, too. Facts: ``after``
 (attention, ffn or other), ``kind`` after attention (self or cross), ``norm`` (pre: the sublayer
 normalises its input; post: the sum is normalised), ``parallel``, ``features`` (the axis of the
 stream that has them: -1, or 1 where it is an image) and ``width`` where it is fixed.
@@ -11,6 +12,7 @@ stream that has them: -1, or 1 where it is an image) and ``width`` where it is f
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,11 +76,20 @@ def _join_at(flow: Flow, node: fx.Node) -> Join | None:
         return None
     if any(sizes(n) != sizes(node) for n in pair):
         return None
-    for h, x in (pair, pair[::-1]):
-        region = between(flow, _as_read(x), h)
-        if region is not None:
-            return Join(x, h, node, tuple(_leaves(flow, x, h)), region)
+    for h, given in (pair, pair[::-1]):
+        for x in (given, *_beside(flow, given)):
+            region = between(flow, _as_read(x), h)
+            if region is not None:
+                return Join(x, h, node, tuple(_leaves(flow, x, h)), region)
     return None
+
+
+def _beside(flow: Flow, total: fx.Node) -> Iterable[fx.Node]:
+    """The stream x if a value is x + h1, and is read for one more sum alone: (x + h1) + h2."""
+    if op(total) == "add" and len(total.users) == 1:
+        join = _join_at(flow, total)
+        if join is not None:
+            yield join.x
 
 
 def _as_read(x: fx.Node) -> fx.Node:
@@ -149,6 +160,7 @@ def residual_sites(
 ) -> list[Site]:
     """The residual sites; ``roles`` are the linears with their roles by their y."""
     normalised = {site.nodes["y"]: site for site in norms}
+    readers = Counter(join.x for join in joins)
     sites = []
     for join in joins:
         for h, leaves in join.outputs.items():
@@ -159,7 +171,7 @@ def residual_sites(
             facts: dict[str, Any] = {
                 **sublayer(last),
                 "norm": _norm(flow, join, normalised),
-                "parallel": len(join.outputs) > 1,
+                "parallel": len(join.outputs) > 1 or readers[join.x] > 1,
                 "features": axis,
                 **({} if size is None else {"width": size}),
             }

@@ -121,3 +121,45 @@ rules: [{match: residual, where: {after: ffn}, rewrite: h - h}]
         model.down.weight.zero_()
         model.down.bias.copy_(-model.shift[3])
         torch.testing.assert_close(actual, model(x))
+
+
+class SideBySide(nn.Module):
+    """Attention and a feed-forward of one normalised stream, added to it one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sin(x)
+        seen = self.norm(x)
+        q, k, v = (part(seen)[:, None] for part in (self.q, self.k, self.v))
+        mixed = self.o(F.scaled_dot_product_attention(q, k, v)[:, 0])
+        return x + mixed + self.down(F.gelu(self.up(seen)))
+
+
+@pytest.mark.parametrize("after", ["attention", "ffn"])
+def test_sublayers_side_by_side_may_be_added_one_after_the_other(after: str) -> None:
+    """As in Cohere's Command R and in StableLM with parallel residuals."""
+    torch.manual_seed(0)
+    model, x = SideBySide(), torch.randn(2, 5, 8)
+    graph = ps.capture(model, {"x": x})
+    found = survey(graph.base_capture)
+    joined = [site for site in found if site.kind == "residual"]
+    told = [(site.facts["after"], site.facts["parallel"], site.facts["norm"]) for site in joined]
+    assert told == [("attention", True, "pre"), ("ffn", True, "pre")]
+    roles = {site.module: site.role for site in found if site.kind == "linear"}
+    attention = {name: f"attn.{name}" for name in "qkvo"}
+    assert roles == {**attention, "up": "ffn.up", "down": "ffn.down"}
+    rule = f"""
+name: without
+about: Leaves out what a sublayer makes.
+rules: [{{match: residual, where: {{after: {after}}}, rewrite: h - h}}]
+"""
+    last = model.o if after == "attention" else model.down
+    with torch.no_grad():
+        actual = ps.apply(graph, ps.parse_rules(rule))(x)
+        last.weight.zero_(), last.bias.zero_()
+        torch.testing.assert_close(actual, model(x))
