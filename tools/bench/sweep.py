@@ -56,9 +56,7 @@ def swept(name: str, send: Callable[[tuple[str, str]], None]) -> None:
         send(("capture", "begun"))
         captured = capture(model, example)
         actual = captured(**inputs)
-    if isinstance(actual, Mapping):
-        # What a model remembers for the next call is not captured unless asked for.
-        expected = {key: expected[key] for key in actual}
+    expected = returned_too(actual, expected)
     pairs = list(zip(tensors_in(expected), tensors_in(actual), strict=True))
     wrong = [(a.float() - b.float()).abs().max().item() for a, b in pairs if not torch.equal(a, b)]
     send(("capture", f"wrong by {max(wrong):.1e}" if wrong else "exact"))
@@ -87,8 +85,7 @@ def operated(model: Any, captured: Any, rule: str, inputs: dict[str, Any]) -> st
         wrong = wrong_weights(model, made, folded)
         with torch.no_grad():
             returned, told = folded(**inputs), made(**inputs)
-            if isinstance(told, Mapping):
-                returned = {key: returned[key] for key in told}
+            returned = returned_too(told, returned)
             for a, b in zip(tensors_in(returned), tensors_in(told), strict=True):
                 if not torch.allclose(a, b, atol=1e-3, rtol=1e-3):
                     wrong.append(f"outputs by {(a - b).abs().max():.1e}")
@@ -98,6 +95,16 @@ def operated(model: Any, captured: Any, rule: str, inputs: dict[str, Any]) -> st
         return f"wrong: {', '.join(wrong)}"
     left = {role: share for role, share in made.report.coverage.roles.items() if share.matched == 0}
     return f"applied at {len(made.report.matches)}" + (f", not {', '.join(left)}" if left else "")
+
+
+def returned_too(captured: Any, original: Any) -> Any:
+    """What the original returns of what the captured model returns, in outputs within outputs too.
+
+    What a model remembers for the next call is not captured unless asked for.
+    """
+    if not isinstance(captured, Mapping):
+        return original
+    return {key: returned_too(value, original[key]) for key, value in captured.items()}
 
 
 def tensors_in(returned: Any) -> list[Any]:
