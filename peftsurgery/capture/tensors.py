@@ -126,14 +126,23 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _fake(mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What ``torch.empty_strided`` makes in the mode, which takes it ten times as long."""
     device = torch.device("cpu") if tensor.is_meta else tensor.device
-    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
-    fake = FakeTensor(mode, empty, device)
+    fake = fake_like(mode, tensor, dtype, device)
     if isinstance(tensor, nn.Parameter):
         fake.requires_grad_(tensor.requires_grad)
         vars(fake)["_is_param"] = True  # as nn.Parameter makes one of a tensor of another class
     return fake
+
+
+def fake_like(
+    mode: FakeTensorMode, tensor: torch.Tensor, dtype: torch.dtype, device: torch.device
+) -> FakeTensor:
+    """What ``torch.empty_strided`` makes in the mode, which takes it ten times as long.
+
+    To be called outside of any fake mode.
+    """
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+    return FakeTensor(mode, empty, device)
 
 
 def number_or_self(value: Any) -> Any:

@@ -31,7 +31,7 @@ from peftsurgery.capture.equal_blocks.collecting import collected
 from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
 from peftsurgery.capture.kv_cache import Layers
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, Notes, flatten
-from peftsurgery.capture.tensors import named_tensors
+from peftsurgery.capture.tensors import fake_like, named_tensors
 
 _LIBRARY = torch.library.Library("peftsurgery", "FRAGMENT")
 _LIBRARY.define("block(Tensor[] given, int number) -> Tensor[]")
@@ -381,7 +381,4 @@ class _Anew(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Any) -> torch.Tensor:
         with unset_fake_temporarily():
-            empty = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta"
-            )
-            return FakeTensor(tensor.fake_mode, empty, tensor.fake_device)
+            return fake_like(tensor.fake_mode, tensor, tensor.dtype, tensor.fake_device)
