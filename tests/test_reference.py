@@ -11,8 +11,8 @@ import yaml
 
 import peftsurgery as ps
 from peftsurgery.anatomy import survey
-from peftsurgery.language.base import OnBase
 from peftsurgery.language.kinds import KINDS
+from peftsurgery.language.on_base import OnBase
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Expect, Flat, Param, Ranks, Rule
 from peftsurgery.language.selection import select

@@ -8,14 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.fingerprint import Fingerprint
-from peftsurgery.language.loading import dump_rules
-from peftsurgery.language.rule_file import RuleFile
-from peftsurgery.language.where import EVERYWHERE, Where
 from peftsurgery.made_with import now, versions
 from peftsurgery.model_files import RECORD
 from peftsurgery.stand_ins import called
@@ -39,24 +37,26 @@ def record_of(
 
 def entry_of(
     adapter: str,
-    file: RuleFile,
+    method: str,
+    rules: str,
     settings: Mapping[str, Any],
     folder: Path | None,
     content: str | None,
-    where: Where = EVERYWHERE,
+    where: Mapping[str, Any] = MappingProxyType({}),
     **more: Any,
 ) -> dict[str, Any]:
     """One adapter's rules as the record lists them.
 
-    ``settings`` are those that the rule file declares, ``folder`` and ``content`` where the adapter
-    was read and the hash of its tensors, ``where`` what narrowed it.
+    ``rules`` is the text of the rule file of that ``method``, ``settings`` are those that it
+    declares, ``folder`` and ``content`` where the adapter was read and the hash of its tensors,
+    ``where`` the clauses that narrowed it.
     """
     return {
         "adapter": adapter,
-        "method": file.name,
+        "method": method,
         "settings": dict(settings),
-        **({"where": where.as_data()} if where.given() else {}),
-        "rules": dump_rules(file),
+        **({"where": dict(where)} if where else {}),
+        "rules": rules,
         "from": None if folder is None else called(folder),
         "content": content,
         "seed": None,

@@ -18,7 +18,7 @@ from peftsurgery.language.environment import Environment, with_lets
 from peftsurgery.language.evaluation import PLAIN, evaluate
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.parameter_axes import sized_axes
-from peftsurgery.language.schema import Rule
+from peftsurgery.language.said import SaidRule
 
 # The sizes of the weights of a kind of site, in the order of their axes.
 SHAPES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
@@ -37,7 +37,7 @@ TRIED = (
 )
 
 
-def row_axes(rule: Rule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
+def row_axes(rule: SaidRule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
     """The axes of parameters that go with the rows of the weights; None if rows are mixed.
 
     Rows are the entries of a weight's first axis; ``numbers`` are the settings and a real site's
@@ -53,13 +53,13 @@ def row_axes(rule: Rule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
     return None
 
 
-def row_size(rule: Rule) -> str | None:
+def row_size(rule: SaidRule) -> str | None:
     """The size that counts the rows of a rule's weights."""
     shapes = SHAPES.get(rule.kind.name)
     return None if shapes is None else shapes["W"][0]
 
 
-def _is_by_rows(rule: Rule, known: Mapping[str, Any]) -> bool:
+def _is_by_rows(rule: SaidRule, known: Mapping[str, Any]) -> bool:
     """Whether weights of these sizes are folded in two parts as they are whole."""
     shapes, draw = SHAPES[rule.kind.name], np.random.default_rng(0)
     values = {
@@ -93,7 +93,7 @@ def _shape(sizes: tuple[str, ...], known: Mapping[str, Any]) -> tuple[int, ...]:
     return (known["out"], known["in"] // known["groups"], *known["kernel"])
 
 
-def parameter_shape(rule: Rule, name: str, numbers: Mapping[str, Any]) -> tuple[int, ...]:
+def parameter_shape(rule: SaidRule, name: str, numbers: Mapping[str, Any]) -> tuple[int, ...]:
     """The shape of a rule's parameter, by settings and sizes."""
     known = with_lets(Environment(numbers), rule.let, PLAIN, NUMPY)
     return tuple(int(evaluate(size, known, NUMPY)) for size in rule.params[name].shape)

@@ -20,9 +20,7 @@ from peftsurgery.checkpoint.record import entry_of, folded_into, record_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.fingerprint import Fingerprint, content_digest, in_folder, on_disk
-from peftsurgery.language.loading import load_rules
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.language.where import where_of
 from peftsurgery.model_files import are_here, read_model_files
 from peftsurgery.tensor_file import TensorFile, read_header
 
@@ -81,15 +79,18 @@ def _prints(said: Mapping[str, Any], base: Any) -> Fingerprint | None:
 
 def _entries(surgery: Path, said: Mapping[str, Any], adapter: TensorFile) -> list[dict[str, Any]]:
     """What the record lists of each operation."""
+    from peftsurgery.language.loading import dump_rules, load_rules
+    from peftsurgery.language.where import where_of
+
     content = content_digest(on_disk(adapter, tensor) for tensor in adapter.tensors.values())
     found = []
     for entry in said["operations"]:
         file = load_rules(_inside(surgery, entry["rules"]))
         settings = resolve_settings(file, entry["settings"])
         own = {name: settings[name] for name in file.with_}
-        where = where_of(entry.get("where", {}), "where")
-        more = {"seed": entry.get("seed")}
-        found.append(entry_of(entry["name"], file, own, surgery, content, where, **more))
+        where = where_of(entry.get("where", {}), "where").as_data()
+        name, seed, text = entry["name"], entry.get("seed"), dump_rules(file)
+        found.append(entry_of(name, file.name, text, own, surgery, content, where, seed=seed))
     return found
 
 

@@ -7,22 +7,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from peftsurgery import files
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.document import QUICK
-from peftsurgery.language.file_formats import (
-    MODULES,
-    identifying_keys,
-    key_suffixes,
-    reserved_entry,
-)
-from peftsurgery.language.loading import load_rules, unchecked
-from peftsurgery.language.rule_file import RuleFile
-from peftsurgery.language.shipped import shipped
+from peftsurgery.language.page import Page, pages_with, read_page
+
+if TYPE_CHECKING:
+    from peftsurgery.language.rule_file import RuleFile
 
 
 @cache
@@ -45,16 +40,26 @@ class ShippedForm:
     suffixes: Collection[str]
     listings: Collection[str]
 
+    @property
+    def page(self) -> Page:
+        """The rules as their page says them."""
+        return read_page(self.name)
+
     @cached_property
     def file(self) -> RuleFile:
         """The rules themselves."""
+        from peftsurgery.language.loading import load_rules
+
         return load_rules(self.name)
 
 
 @cache
-def shipped_forms(format_name: str) -> tuple[ShippedForm, ...]:
-    """The shipped rule files of methods that a format has too; no rule of theirs is read yet."""
-    found = (_form(name, format_name) for name in shipped())
+def shipped_forms(format_name: str, word: str = "") -> tuple[ShippedForm, ...]:
+    """The shipped rule files of methods that a format has too; no rule of theirs is read yet.
+
+    With a ``word``, such as the name of a method, only those on whose pages it is.
+    """
+    found = (_form(read_page(name), format_name) for name in pages_with(word))
     return tuple(form for form in found if form.identifying)
 
 
@@ -63,16 +68,11 @@ def forms(format_name: str) -> tuple[RuleFile, ...]:
     return tuple(form.file for form in shipped_forms(format_name))
 
 
-def _form(name: str, format_name: str) -> ShippedForm:
-    page = unchecked(name)
-    keys = identifying_keys(page.get("checkpoint", {}).get(format_name, {}), page.get("with", {}))
-    suffixes, listings = set[str](), set[str]()
-    for rule in page["rules"]:
-        table, params = rule.get("checkpoint", {}).get(format_name, {}), rule.get("params", {})
-        suffixes.update(key_suffixes(table, params).values())
-        listing = reserved_entry(table, params, MODULES)
-        listings.update(() if listing is None else (listing,))
-    return ShippedForm(name, keys, frozenset(suffixes), frozenset(listings))
+def _form(page: Page, format_name: str) -> ShippedForm:
+    suffixes = {each for rule in page.rules for each in rule.suffixes(format_name).values()}
+    listings = {rule.listing(format_name) for rule in page.rules}
+    listed = frozenset(each for each in listings if each is not None)
+    return ShippedForm(page.name, page.identifying(format_name), frozenset(suffixes), listed)
 
 
 def fits_setting(value: Any, default: Any, counts: bool) -> bool:

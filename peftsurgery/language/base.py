@@ -22,53 +22,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
-
-from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.document import Document, Path
 from peftsurgery.language.position import Position
-from peftsurgery.language.strict import Strict, Word, refusal
-from peftsurgery.language.where import Names
 
-_MAPPING = {"type": "object", "additionalProperties": True}
-_NULL = {"type": "null"}
 _NAMED = ("with", "let", "roles")
 _NAME = re.compile(r"\$?[A-Za-z_]\w*")
 
 
-class OnBase(Strict):
+class StandsOn(NamedTuple):
     """What only a file that stands on another says."""
 
-    noun: ClassVar[str] = "rule file"
-    base: Annotated[Names, Field(min_length=1)]
-    """The rule file that this one stands on: a shipped name, or a path as seen from here; or a list
-    of them, whose rules come one after another."""
-    where: dict[Word, Any] = Field(default_factory=dict)
-    """Clauses that are laid over those of every rule of the base."""
-    change: Annotated[
-        tuple[dict[Word, Any] | None, ...],
-        BeforeValidator(lambda value: (value,) if isinstance(value, Mapping) else value),
-        WithJsonSchema(
-            {"anyOf": [{"type": "array", "items": {"anyOf": [_MAPPING, _NULL]}}, _MAPPING]}
-        ),
-    ] = ()
-    """What is laid over the rules of the base, in order; null takes a rule out, and a mapping alone
-    is for the first."""
-    without: Names = ()
-    """Settings of the base that its expressions read, and nothing here reads any more."""
+    base: Sequence[str]
+    where: Mapping[str, Any] = MappingProxyType({})
+    change: Sequence[Mapping[str, Any] | None] = ()
+    without: Sequence[str] = ()
 
 
-def on_base(document: Document) -> OnBase | None:
-    """Read what a file says of its base; None if it stands by itself. Raises PSG106."""
-    said = {key: value for key, value in document.data.items() if key in OnBase.model_fields}
-    if "base" not in said:
-        return None
-    try:
-        return OnBase.model_validate(said)
-    except ValidationError as error:
-        raise refusal(error, document) from None
+KEYS = StandsOn._fields
+"""The keys that say it, which the whole has no more."""
 
 
 def joined(bases: Sequence[Document], own: Document) -> Document:
@@ -106,7 +81,7 @@ def _keys(document: Document, key: str) -> Iterable[str]:
     return found if isinstance(found, Mapping) else ()
 
 
-def laid_over(base: Document, own: Document, said: OnBase) -> Document:
+def laid_over(base: Document, own: Document, said: StandsOn) -> Document:
     """Lay a file over its base; every value keeps its position.
 
     PSG109 for a change of a rule that the base does not have.
@@ -123,7 +98,7 @@ def laid_over(base: Document, own: Document, said: OnBase) -> Document:
     kept = [number for number, change in enumerate(changes) if change is not None]
     changed = [_laid(_laid(rules[number], wheres), changes[number]) for number in kept]
     under = {key: value for key, value in base.data.items() if key not in ("name", "about")}
-    over = {key: value for key, value in own.data.items() if key not in OnBase.model_fields}
+    over = {key: value for key, value in own.data.items() if key not in KEYS}
     over["rules"] = [*changed, *more] if isinstance(more, list) else more
     data = _laid(under, over)
     if isinstance(under.get("with"), Mapping) and isinstance(mine := over.get("with", {}), Mapping):

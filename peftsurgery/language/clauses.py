@@ -10,8 +10,8 @@ from typing import Any
 from peftsurgery.anatomy import Placed
 from peftsurgery.language.expression import Expression
 from peftsurgery.language.paths import full_match
+from peftsurgery.language.position import position_of
 from peftsurgery.language.roles import Roles
-from peftsurgery.language.strict import position_of
 from peftsurgery.language.where import Where, layer_range
 
 

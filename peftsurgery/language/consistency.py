@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.expression import Expression, check_calls, check_names
+from peftsurgery.language.expression import Expression, check_calls, check_names, within
 from peftsurgery.language.initial import FROM_WEIGHTS, INITIALISERS
 from peftsurgery.language.operators import OPERATORS, is_word
 from peftsurgery.language.pattern import compile_pattern
+from peftsurgery.language.position import position_of
 from peftsurgery.language.schema import Ranks, Rule
 from peftsurgery.language.storage import STORES
-from peftsurgery.language.strict import position_of
 
 OUTPUTS = "outputs"
 """What a rule `over` other adapters calls their values."""
@@ -76,15 +76,6 @@ def _check_ranks(ranks: Ranks, rule: Rule, numbers: Collection[str]) -> None:
             raise SurgeryError("PSG106", message, where=position_of(name))
     for key in type(ranks).model_fields.keys() - {"axes", "zero"}:
         check_expression(getattr(ranks, key), numbers)
-
-
-def within(let: Mapping[str, Expression], names: Iterable[str]) -> set[str]:
-    """``names`` and the let names that can be computed from them alone."""
-    known = set(names)
-    for name, expression in let.items():
-        if known.issuperset(expression.names):
-            known.add(name)
-    return known
 
 
 def check_expression(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from peftsurgery.language.consistency import within
+from peftsurgery.language.expression import within
 from peftsurgery.language.maths import maths
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.schema import Expect, Pattern, Rule

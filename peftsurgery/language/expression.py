@@ -14,7 +14,7 @@ import keyword
 import operator as python
 import re
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -134,6 +134,15 @@ def _check_words(
             message = f"unknown {what} '{name}' in '{expression.text}'"
             where = expression.where(offset)
             raise SurgeryError(code, message, did_you_mean(name, known), where)
+
+
+def within(let: Mapping[str, Expression], names: Iterable[str]) -> set[str]:
+    """``names`` and the let names that can be computed from them alone."""
+    known = set(names)
+    for name, expression in let.items():
+        if known.issuperset(expression.names):
+            known.add(name)
+    return known
 
 
 def spelling(node: ast.Name) -> str:

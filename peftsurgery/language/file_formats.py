@@ -23,6 +23,15 @@ def identifying_keys(table: Mapping[str, Any], settings: Collection[str]) -> dic
     }
 
 
+def carried_settings(table: Mapping[str, Any], settings: Collection[str]) -> dict[str, str]:
+    """The config keys that carry one of these settings, and the setting's name."""
+    return {
+        key: str(value)
+        for key, value in table.items()
+        if isinstance(value, str) and value in settings
+    }
+
+
 def key_suffixes(table: Mapping[str, str], params: Collection[str]) -> dict[str, str]:
     """The key suffix of each parameter of a rule."""
     return {name: suffix for name, suffix in table.items() if name in params}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from peftsurgery.arguments import checked
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.base import check_read, joined, laid_over, on_base
+from peftsurgery.language.base import check_read, joined, laid_over
 from peftsurgery.language.document import MAX_BYTES, Document, read_document
+from peftsurgery.language.on_base import on_base
+from peftsurgery.language.position import position_of
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.language.shipped import shipped
-from peftsurgery.language.strict import position_of, refusal
+from peftsurgery.language.strict import refusal
 
 MAX_SOURCES = 16
 
@@ -40,16 +40,6 @@ def load_rules(name: str | Path) -> RuleFile:
     """
     path = shipped().get(str(name), Path(name))
     return _rule_file(_read(path, str(name)), path.parent, (path.absolute(),))
-
-
-def unchecked(name: str) -> Mapping[str, Any]:
-    """What the page of a shipped rule file says, laid over its bases', as plain data.
-
-    This is a tenth of the time of :func:`load_rules`, for whoever looks for one among all pages: no
-    model of the schema is made.
-    """
-    path = shipped()[name]
-    return _whole(_read(path, name), path.parent, (path,), (path,), checks=False)[0].data
 
 
 def page_of(name: str | Path) -> str:
@@ -88,16 +78,12 @@ def _checked(document: Document) -> RuleFile:
 
 
 def _whole(
-    document: Document,
-    folder: Path,
-    above: tuple[Path, ...],
-    sources: tuple[Path, ...],
-    checks: bool = True,
+    document: Document, folder: Path, above: tuple[Path, ...], sources: tuple[Path, ...]
 ) -> tuple[Document, tuple[Path, ...]]:
     """A document laid over its bases, each whole in its turn, and the files that were read so far.
 
-    ``above`` are the document's own file and those that stand on it; with ``checks``, each of
-    several bases has to be a rule file by itself.
+    ``above`` are the document's own file and those that stand on it; each of several bases has to
+    be a rule file by itself.
     """
     said = on_base(document)
     if said is None:
@@ -110,8 +96,8 @@ def _whole(
             message = f"'{name}' stands on this file, or on too many others"
             raise SurgeryError("PSG108", message, None, where)
         read = _read(path, name, where)
-        base, sources = _whole(read, path.parent, (*above, path), (*sources, path), checks)
-        if checks and len(said.base) > 1:
+        base, sources = _whole(read, path.parent, (*above, path), (*sources, path))
+        if len(said.base) > 1:
             _checked(base)
         bases.append(base)
     return laid_over(joined(bases, document), document, said), sources

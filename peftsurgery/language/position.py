@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,8 @@ class Text(str):
     def at(self, offset: int) -> Position:
         """Position of the character at ``offset``."""
         return self.position.shift(offset) if self.exact else self.position
+
+
+def position_of(value: Any) -> str | None:
+    """The position of a value that was read from a file."""
+    return str(value.position) if isinstance(value, Text) else None

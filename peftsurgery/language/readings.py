@@ -12,18 +12,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.consistency import within
 from peftsurgery.language.environment import Environment, mapped, with_lets
 from peftsurgery.language.evaluation import PLAIN, Context, describe_value, evaluate, names_read
-from peftsurgery.language.expression import Expression
+from peftsurgery.language.expression import Expression, within
 from peftsurgery.language.initial import initial
 from peftsurgery.language.operators import OPERATORS
-from peftsurgery.language.schema import Param, Rule
+from peftsurgery.language.said import SaidRule
 from peftsurgery.lazily import torch
 from peftsurgery.reach import reach
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from peftsurgery.language.schema import Param, Rule
 
 MAX_ELEMENTS = 2**33
 
@@ -94,7 +95,7 @@ def _size(expression: Expression, env: Mapping[str, Any]) -> int:
     raise SurgeryError("PSG122", message, hint, expression.where())
 
 
-def check_sizes(rule: Rule, settings: Mapping[str, Any], let: Mapping[str, Expression]) -> None:
+def check_sizes(rule: SaidRule, settings: Mapping[str, Any], let: Mapping[str, Expression]) -> None:
     """Refuse sizes of parameters that are wrong whatever the site: settings alone decide them.
 
     ``let`` are the numbers of the rule's file. Raises PSG122, and what evaluation raises.

@@ -7,7 +7,7 @@ the name of one of those could not be given in that way, so a rule file that dec
 from __future__ import annotations
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.strict import position_of
+from peftsurgery.language.position import position_of
 
 RESERVED = frozenset({"model", "rules", "name", "train", "settings", "where", "by", "exact"})
 

@@ -12,20 +12,20 @@ from typing import Any, ClassVar
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from peftsurgery.language.base import OnBase
 from peftsurgery.language.consistency import (
     MODEL_FACTS,
     check_expression,
     check_keys,
     check_rule,
     check_words,
-    within,
 )
-from peftsurgery.language.expression import Expression, parse
-from peftsurgery.language.file_formats import WITH, identifying_keys
+from peftsurgery.language.expression import Expression, parse, within
+from peftsurgery.language.file_formats import WITH, carried_settings, identifying_keys
+from peftsurgery.language.on_base import OnBase
+from peftsurgery.language.position import position_of
 from peftsurgery.language.reserved import check_reachable
 from peftsurgery.language.schema import ExpressionField, Flat, Rule, Setting
-from peftsurgery.language.strict import Strict, Word, position_of
+from peftsurgery.language.strict import Strict, Word
 from peftsurgery.language.where import Where, check_references
 
 
@@ -89,11 +89,7 @@ class RuleFile(Strict):
 
     def carried(self, format_name: str) -> dict[str, str]:
         """The config keys that carry a setting in a file format, and the setting's name."""
-        table = self.checkpoint.get(format_name, {})
-        return {key: str(value) for key, value in table.items() if self._is_setting(value)}
-
-    def _is_setting(self, value: Any) -> bool:
-        return isinstance(value, str) and value in self.with_
+        return carried_settings(self.checkpoint.get(format_name, {}), self.with_)
 
 
 def json_schema() -> dict[str, Any]:

@@ -27,8 +27,8 @@ from peftsurgery.language.evaluation import evaluate
 from peftsurgery.language.expression import Expression, parse
 from peftsurgery.language.file_formats import MODULES, TABLE, key_suffixes, reserved_entry
 from peftsurgery.language.kinds import KINDS, Kind, pattern_kind
-from peftsurgery.language.position import Text
-from peftsurgery.language.strict import Strict, Word, position_of
+from peftsurgery.language.position import Text, position_of
+from peftsurgery.language.strict import Strict, Word
 from peftsurgery.language.where import Names, Where, substitute
 from peftsurgery.reach import reach
 

@@ -9,7 +9,7 @@ from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.language.document import read_scalar
 from peftsurgery.language.environment import with_lets
 from peftsurgery.language.readings import check_sizes
-from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.said import SaidFile
 
 TOKENS, TEXT = "_tokens", "_text"
 """How settings that hold token ids end, and what stands in its place where they are a text."""
@@ -17,7 +17,7 @@ TOKENS, TEXT = "_tokens", "_text"
 LARGEST = 2**63
 
 
-def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resolve_settings(file: SaidFile, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Resolve a file's settings with overrides: settings and ``let`` numbers by name.
 
     Numbers, arrays and tensors of numpy and torch are taken as the numbers that they hold. Raises
@@ -38,7 +38,7 @@ def resolve_settings(file: RuleFile, overrides: Mapping[str, Any] | None = None)
     return {name: numbers[name] for name in numbers}
 
 
-def check_settings(files: Iterable[RuleFile], settings: Mapping[str, Any]) -> None:
+def check_settings(files: Iterable[SaidFile], settings: Mapping[str, Any]) -> None:
     """Refuse settings that could not be applied with these files, before there is a model.
 
     Every name must be known to one of the files, or be that of a setting of tokens with a text in
@@ -58,7 +58,7 @@ def check_settings(files: Iterable[RuleFile], settings: Mapping[str, Any]) -> No
         resolve_settings(file, settings_of(file, settings))
 
 
-def settings_of(file: RuleFile, settings: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(file: SaidFile, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Filter settings to those that the file declares."""
     return {name: value for name, value in settings.items() if name in file.with_}
 

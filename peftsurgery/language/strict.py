@@ -90,11 +90,6 @@ def _docstrings(cls: type) -> Iterator[tuple[str, str]]:
                 yield name, inspect.cleandoc(t)
 
 
-def position_of(value: Any) -> str | None:
-    """The position of a value that was read from a file."""
-    return str(value.position) if isinstance(value, Text) else None
-
-
 def refusal(error: ValidationError, document: Document) -> SurgeryError:
     """The first complaint of pydantic as a PSG106: the key, what it takes, and its position."""
     first = error.errors(include_url=False)[0]

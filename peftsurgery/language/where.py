@@ -14,7 +14,8 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, StrictInt, ValidationError, WithJsonSchema
 
 from peftsurgery.errors import SurgeryError, did_you_mean
-from peftsurgery.language.strict import Strict, Word, position_of
+from peftsurgery.language.position import position_of
+from peftsurgery.language.strict import Strict, Word
 
 _SETTING = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 _RANGE = re.compile(r"(\d{1,6})?(\.\.)?(\d{1,6})?")

@@ -7,8 +7,6 @@ from typing import Any
 import pytest
 
 import peftsurgery as ps
-from peftsurgery.language.consistency import within
-from peftsurgery.language.expression import parse
 from peftsurgery.language.rule_file import RuleFile
 
 BASE: dict[str, Any] = {
@@ -96,9 +94,3 @@ def test_a_name_that_is_not_bound_or_taken_is_refused(changes: dict[str, Any]) -
 def test_an_operator_of_another_kind_of_site_is_refused() -> None:
     with pytest.raises(ps.SurgeryError, match="PSG114"):
         file(rewrite="attention(y, y, y)")
-
-
-def test_a_name_is_within_reach_if_all_that_it_depends_on_is() -> None:
-    let = {"a": parse("in * 2"), "b": parse("a + x"), "c": parse("a + out")}
-    assert within(let, {"in", "out"}) == {"in", "out", "a", "c"}
-    assert within(let, {"in", "x"}) == {"in", "x", "a", "b"}

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftsurgery.errors import SurgeryError
-from peftsurgery.language.expression import check_calls, check_names, parse
+from peftsurgery.language.expression import check_calls, check_names, parse, within
 from peftsurgery.language.position import Position, Text
 
 REFUSED = {
@@ -122,3 +122,9 @@ def test_an_unknown_operator_is_refused_with_the_nearest():
 
 def test_an_expression_may_run_over_several_lines():
     assert parse("y\n + x").names.keys() == {"y", "x"}
+
+
+def test_a_name_is_within_reach_if_all_that_it_depends_on_is():
+    let = {"a": parse("in * 2"), "b": parse("a + x"), "c": parse("a + out")}
+    assert within(let, {"in", "out"}) == {"in", "out", "a", "c"}
+    assert within(let, {"in", "x"}) == {"in", "x", "a", "b"}

@@ -8,14 +8,24 @@ value is refused by name, so a switch that peft adds tomorrow is not ignored tod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import lru_cache
-from typing import Any, NoReturn
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from peftsurgery.errors import SurgeryError, did_you_mean, nearest
-from peftsurgery.formats.peft.library import FORMAT, flat_form, listings, peft_words
+from peftsurgery.formats.peft.library import (
+    FORMAT,
+    flat_form,
+    flat_page,
+    forms_of,
+    listings,
+    peft_words,
+)
 from peftsurgery.formats.words import ShippedForm, brief, fits_setting, shipped_forms
 from peftsurgery.language.paths import full_match
-from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.language.said import SaidFile
+
+if TYPE_CHECKING:
+    from peftsurgery.language.rule_file import RuleFile
 
 PARAMETERS = "target_parameters"
 STACKS = "experts"  # the kind of sites at parameters that the config may list
@@ -27,29 +37,35 @@ class AdapterConfig:
     def __init__(self, values: Mapping[str, Any]) -> None:
         """Raises PSG502 for an unknown method, PSG503 for a bad value, PSG504 for a refused key."""
         self.values = values
-        self.files = self._methods()
+        self._forms = self._methods()
+        self.pages = tuple(flat_page(form.page) for form in self._forms)
         self._check_keys()
         self._check_parameters()
 
-    def _methods(self) -> tuple[RuleFile, ...]:
-        """The shipped rule files that this config identifies."""
+    @cached_property
+    def files(self) -> tuple[RuleFile, ...]:
+        """The shipped rule files that this config identifies; ``pages`` are their pages."""
+        return tuple(flat_form(form.file) for form in self._forms)
+
+    def _methods(self) -> list[ShippedForm]:
+        """The forms of the shipped rule files that this config identifies."""
         kind = self.values.get("peft_type")
-        known = {str(form.identifying["peft_type"]) for form in shipped_forms(FORMAT)}
-        if not isinstance(kind, str) or kind not in known:
+        of_kind = forms_of(kind) if isinstance(kind, str) else []
+        if not of_kind:
+            known = {str(form.identifying["peft_type"]) for form in shipped_forms(FORMAT)}
             others = "LoRAs of other programs: `peftsurgery import`"
             listed = f"known here: {', '.join(sorted(known))}; {others}"
             hint = did_you_mean(str(kind), known) if kind else listed
             raise SurgeryError("PSG502", f"the adapter's peft_type is {brief(kind)}", hint)
-        of_kind = [f for f in shipped_forms(FORMAT) if f.identifying["peft_type"] == kind]
         for key, wanted in (item for form in of_kind for item in form.identifying.items()):
             if isinstance(wanted, bool) and not isinstance(self.value(key), bool):
                 _refuse_value(key, self.value(key))
-        files = [flat_form(form.file) for form in of_kind if not self._strangers(form)]
-        if not files:
+        forms = [form for form in of_kind if not self._strangers(form)]
+        if not forms:
             odd = min((self._strangers(form) for form in of_kind), key=len)
             listed = ", ".join(f"{key} = {self.value(key)!r}" for key in odd)
             raise SurgeryError("PSG504", f"no shipped rule is {kind} with {listed}")
-        return tuple(files)
+        return forms
 
     def _strangers(self, form: ShippedForm) -> list[str]:
         """The keys in which this config is not of a rule file's method."""
@@ -61,10 +77,10 @@ class AdapterConfig:
         return peft_words().absent.get(key) if value is None else value
 
     def _check_keys(self) -> None:
-        carried = {k for file in self.files for k in file.checkpoint.get(FORMAT, {})}
+        carried = {k for page in self.pages for k in page.checkpoint.get(FORMAT, {})}
         words = peft_words()
         read, choices = {*words.read, *words.without_effect, *words.beside}, words.choices
-        known = {*read, *choices, *carried, *listings(self.files)}
+        known = {*read, *choices, *carried, *listings(self.pages)}
         for key, value in self.values.items():
             if key in choices and not any(value is c or value == c for c in choices[key]):
                 allowed = ", ".join(repr(choice) for choice in choices[key] if choice is not None)
@@ -84,7 +100,7 @@ class AdapterConfig:
             raise SurgeryError("PSG503", f"the adapter's {PARAMETERS} is no list of names")
         if not names:
             return
-        if not any(rule.kind.name == STACKS for file in self.files for rule in file.rules):
+        if not any(rule.kind.name == STACKS for page in self.pages for rule in page.rules):
             message = f"the adapter's config has {PARAMETERS} = {brief(names)}"
             raise SurgeryError("PSG504", f"{message}, which its method has no rule for")
         for key in peft_words().without_parameters:
@@ -109,7 +125,7 @@ class AdapterConfig:
             raise SurgeryError("PSG503", f"the adapter's {key} is no list of names")
         return value
 
-    def settings(self, file: RuleFile, module: str) -> dict[str, Any]:
+    def settings(self, file: SaidFile, module: str) -> dict[str, Any]:
         """The settings that a rule file has at a module. PSG503 for a value that is none."""
         settings = {}
         for key, setting in file.carried(FORMAT).items():
@@ -125,7 +141,7 @@ class AdapterConfig:
     def check_patterns(self, modules: Iterable[str]) -> None:
         """Refuse a pattern that matches no adapted module: peft would ignore it. PSG508."""
         modules = list(modules)
-        carried = {key for file in self.files for key in file.carried(FORMAT)}
+        carried = {key for page in self.pages for key in page.carried(FORMAT)}
         for key in (pattern for key, pattern in peft_words().patterns.items() if key in carried):
             for pattern in self.pattern(key):
                 if not any(map(pattern_test(pattern), modules)):

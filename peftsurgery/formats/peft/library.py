@@ -6,11 +6,14 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peftsurgery.formats.words import shipped_forms, words_of
-from peftsurgery.language.loading import load_rules
-from peftsurgery.language.rule_file import RuleFile
+from peftsurgery.formats.words import ShippedForm, shipped_forms, words_of
+from peftsurgery.language.page import Page, read_page
+from peftsurgery.language.said import SaidFile
+
+if TYPE_CHECKING:
+    from peftsurgery.language.rule_file import RuleFile
 
 FORMAT, LIBRARY = "peft", "peft"
 
@@ -71,9 +74,20 @@ def flat_form(file: RuleFile) -> RuleFile:
     """The rules whose parameters peft saves, identified as the method itself."""
     if file.flat is None:
         return file
+    from peftsurgery.language.loading import load_rules
+
     flat = load_rules(file.flat.rule)
     table = {**flat.checkpoint.get(FORMAT, {}), **file.identifying(FORMAT)}
     return flat.model_copy(update={"checkpoint": {**flat.checkpoint, FORMAT: table}})
+
+
+def flat_page(page: Page) -> Page:
+    """The page of the rules that :func:`flat_form` gives."""
+    if page.flat is None:
+        return page
+    flat = read_page(page.flat)
+    table = {**flat.checkpoint.get(FORMAT, {}), **page.identifying(FORMAT)}
+    return flat.changed(checkpoint={**flat.checkpoint, FORMAT: table})
 
 
 def known_names() -> set[str]:
@@ -81,8 +95,13 @@ def known_names() -> set[str]:
     return {name for form in shipped_forms(FORMAT) for name in form.suffixes}
 
 
-def listings(files: Iterable[RuleFile]) -> set[str]:
+def forms_of(kind: str) -> list[ShippedForm]:
+    """The forms of the shipped rule files that are of one of peft's methods."""
+    return [f for f in shipped_forms(FORMAT, kind) if f.identifying["peft_type"] == kind]
+
+
+def listings(files: Iterable[SaidFile]) -> set[str]:
     """The keys that list the modules of one of the rules, in these methods."""
     kinds = {file.identifying(FORMAT).get("peft_type") for file in files}
-    alike = (form for form in shipped_forms(FORMAT) if form.identifying["peft_type"] in kinds)
+    alike = (form for kind in kinds if isinstance(kind, str) for form in forms_of(kind))
     return {key for form in alike for key in form.listings}

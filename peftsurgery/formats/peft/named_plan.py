@@ -43,7 +43,8 @@ def _record(fold: NamedFold, folder: Path, base: str) -> dict[str, Any]:
     file, held = fold.adapter.file, fold.adapter.base.files.tensors
     content = content_digest(on_disk(file, tensor) for tensor in file.tensors.values())
     entries = (
-        entry_of("default", rules, settings, folder, content) for rules, settings in fold.methods
+        entry_of("default", page.name, page.text(), settings, folder, content)
+        for page, settings in fold.methods
     )
     prints = {name: on_disk(*where).print() for name, where in held.items()}
     return record_of(base, Fingerprint(prints), entries)

@@ -24,13 +24,11 @@ from peftsurgery.checkpoint.row_wise import parameter_shape, row_axes
 from peftsurgery.files import read_object
 from peftsurgery.formats.peft.config import PARAMETERS, AdapterConfig
 from peftsurgery.formats.peft.files import read_peft_config, tensors_file
-from peftsurgery.formats.peft.library import FORMAT, known_names, listings
+from peftsurgery.formats.peft.library import FORMAT, forms_of, known_names, listings
 from peftsurgery.formats.peft.module_paths import is_listed, target_test
 from peftsurgery.formats.peft.tensor_keys import Names, sort_keys
-from peftsurgery.language.rule_file import RuleFile
-from peftsurgery.language.schema import Rule
+from peftsurgery.language.page import Page, PageRule
 from peftsurgery.language.settings import resolve_settings
-from peftsurgery.language.where import Where
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 from peftsurgery.tokenizer_files import tokens_needed
 
@@ -45,8 +43,8 @@ class Fit:
     ``numbers`` are what its expressions read there.
     """
 
-    file: RuleFile
-    rule: Rule
+    page: Page
+    rule: PageRule
     turned: bool
     numbers: Mapping[str, Any]
 
@@ -57,8 +55,8 @@ class Fit:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that the rule file declares."""
-        return {name: self.numbers[name] for name in self.file.with_}
+        """The settings that the page declares."""
+        return {name: self.numbers[name] for name in self.page.with_}
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ class NamedAdapter:
 
     def look(self, path: str) -> tuple[Any, ...]:
         """All that decides which rules fit at a module; alike for many."""
-        settings = [repr(self.config.settings(file, path)) for file in self.config.files]
+        settings = [repr(self.config.settings(page, path)) for page in self.config.pages]
         return (self.weight(path).shape, *sorted(self.shapes(path).items()), *settings)
 
     def chosen(self, path: str, fits: Sequence[Fit]) -> Fit | None:
@@ -176,18 +174,16 @@ class NamedFold:
         return tuple(_site(self.adapter, path, fit) for path, fit in self.fits.items())
 
     @property
-    def methods(self) -> list[tuple[RuleFile, dict[str, Any]]]:
+    def methods(self) -> list[tuple[Page, dict[str, Any]]]:
         """The rules at just their modules, those of equal settings together, with the settings."""
         groups: dict[Any, tuple[Fit, list[str]]] = {}
         for path, fit in self.fits.items():
-            key = (fit.file.name, id(fit.rule), repr(fit.settings))
+            key = (fit.page.name, id(fit.rule), repr(fit.settings))
             groups.setdefault(key, (fit, []))[1].append(path)
         found = []
         for fit, paths in groups.values():
-            rule = fit.rule.model_copy(update={"where": Where(paths=tuple(paths))})
-            found.append(
-                (fit.file.model_copy(update={"rules": (rule,), "roles": {}}), fit.settings)
-            )
+            rule = {**fit.rule.said, "where": {"paths": paths}}
+            found.append((fit.page.changed(rules=[rule], roles=None), fit.settings))
         return found
 
 
@@ -200,7 +196,7 @@ def named_fold(folder: Path, base: PlainView) -> NamedFold | None:
     if config.names(PARAMETERS):
         return None
     file = read_header(tensors_file(folder), "PSG505")
-    adapter = NamedAdapter(config, file, sort_keys(file.tensors, known_names()), base)
+    adapter = NamedAdapter(config, file, _names(config, file.tensors), base)
     if _is_more(adapter, folder) or adapter.named is None:
         return None
     found, known = dict[str, Fit](), dict[Any, list[Fit]]()
@@ -215,6 +211,13 @@ def named_fold(folder: Path, base: PlainView) -> NamedFold | None:
         return None
     config.check_patterns(found)
     return NamedFold(adapter, found)
+
+
+def _names(config: AdapterConfig, keys: Collection[str]) -> Names:
+    """The keys of an adapter's tensors: names of other methods are looked for if need be."""
+    own = {name for form in forms_of(config.values["peft_type"]) for name in form.suffixes}
+    are_own = all(any(key.endswith(f".{name}") for name in own) for key in keys)
+    return sort_keys(keys, own if are_own else known_names())
 
 
 def _is_more(adapter: NamedAdapter, folder: Path) -> bool:
@@ -250,23 +253,23 @@ def _site(adapter: NamedAdapter, path: str, fit: Fit) -> SiteFold:
 def _fits(adapter: NamedAdapter, path: str) -> Iterator[Fit]:
     """The rules whose parameters have the shapes of the adapter's tensors at a weight."""
     shapes, weight = adapter.shapes(path), adapter.weight(path).shape
-    for file in adapter.config.files if len(weight) == 2 else ():
-        settings = resolve_settings(file, adapter.config.settings(file, path))
-        for rule, turned in product(file.rules, (False, True)):
+    for page in adapter.config.pages if len(weight) == 2 else ():
+        settings = resolve_settings(page, adapter.config.settings(page, path))
+        for rule, turned in product(page.rules, (False, True)):
             suffixes = rule.suffixes(FORMAT)
-            fits = rule.kind.name in PLACES and not (rule.store or rule.when or rule.over)
+            fits = rule.kind.name in PLACES and rule.is_plain
             if not fits or set(suffixes.values()) != set(shapes) or not rule.fold:
                 continue
             out, in_ = reversed(weight) if turned else weight
             numbers = {**settings, "in": in_, "out": out}
             if all(parameter_shape(rule, n, numbers) == shapes[s] for n, s in suffixes.items()):
-                yield Fit(file, rule, turned, numbers)
+                yield Fit(page, rule, turned, numbers)
 
 
-def _is_meant(adapter: NamedAdapter, rules: Mapping[str, Rule]) -> bool:
+def _is_meant(adapter: NamedAdapter, rules: Mapping[str, PageRule]) -> bool:
     """Whether the config means just the modules that there are tensors for, as far as is known."""
     config, wanted = adapter.config, adapter.config.values.get("target_modules")
-    for key in listings(config.files):
+    for key in listings(config.pages):
         value = config.values.get(key)
         names = value if isinstance(value, str) else config.names(key)
         for path, rule in rules.items() if value is not None else ():

@@ -23,6 +23,7 @@ from peftsurgery.checkpoint.record import (
     record_of,
 )
 from peftsurgery.files import remove
+from peftsurgery.language.loading import dump_rules
 from peftsurgery.made_with import now, versions
 from peftsurgery.places import object_in
 from peftsurgery.surgery.plan.cut import Operation
@@ -76,11 +77,12 @@ def _entry(source: Source, operation: Operation) -> dict[str, Any]:
     origin, build = operation.origin, source.build
     return entry_of(
         operation.name,
-        operation.file,
+        operation.file.name,
+        dump_rules(operation.file),
         operation.own_settings,
         origin.folder,
         origin.content,
-        operation.where,
+        operation.where.as_data(),
         seed=origin.seed,
         other_base=origin.other_base,
         **({"build": build.to_dict()} if build else {}),
