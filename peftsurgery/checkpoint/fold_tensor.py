@@ -13,7 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import FLOATS, Array, as_bytes, most_ulps, read_rows, wide_dtype
+from peftsurgery.checkpoint.arrays import (
+    FLOATS,
+    Array,
+    as_bytes,
+    farthest,
+    lined_up,
+    most_ulps,
+    read_rows,
+    wide_dtype,
+)
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.codecs.decoded import DecodedRows
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
@@ -76,10 +85,9 @@ class FoldMeasure:
         self._base += base
         if not exact.size:
             return True
-        moved = most_ulps(np.abs(gap, out=gap), before, exact, dtype, more)
+        moved = most_ulps(gap, before, exact, dtype, more)
         self.largest = max(self.largest, moved)
-        error = np.subtract(rounded, exact, out=first)
-        rounding = float(np.abs(error, out=error).max())
+        rounding = farthest(np.subtract(rounded, exact, out=first))
         self.rounding = max(self.rounding, rounding)
         return math.isfinite(base) and math.isfinite(rounding)
 
@@ -90,7 +98,7 @@ class FoldMeasure:
         """
         shape = (3, *block.shape)
         if self._room is None or (self._room.shape, self._room.dtype) != (shape, block.dtype):
-            self._room = np.empty(shape, block.dtype)
+            self._room = lined_up(shape, block.dtype)
         return self._room
 
     def to_dict(self) -> dict[str, Any]:
