@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 
@@ -63,6 +67,29 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def version_beside(package: str) -> str | None:
+    """The version of a package as installers leave it beside it; None if none is found there.
+
+    It is that of the first ``NAME-VERSION.dist-info/METADATA`` on the path of imports. Python's own
+    library finds others too, but takes longer to import than a command does to find three of these.
+    """
+    wanted = _spelled_alike(package)
+    for folder in sys.path:
+        with suppress(OSError):
+            for name in os.listdir(folder or os.curdir):
+                of, _, rest = name.partition("-")
+                if rest.endswith(".dist-info") and _spelled_alike(of) == wanted:
+                    with open(os.path.join(folder, name, "METADATA"), encoding="utf-8") as lines:
+                        heads = (line.partition(":") for line in takewhile(str.strip, lines))
+                        return next((v.strip() for key, _, v in heads if key == "Version"), None)
+    return None
+
+
+def _spelled_alike(package: str) -> str:
+    """A package's name, for which installers and people write dashes, dots and capitals."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _state(tested: Any, version: str) -> str:

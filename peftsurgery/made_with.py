@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from datetime import UTC, datetime
 
-from peftsurgery.installed import version_of
+from peftsurgery.installed import version_beside, version_of
 from peftsurgery.version import __version__
 
 _PACKAGES = ("torch", "transformers", "peftsurgery")
@@ -21,4 +21,5 @@ def now() -> str:
 def versions() -> dict[str, str]:
     """The versions of the packages that what is computed depends on."""
     # this package may run from a checkout
-    return {name: version_of(name) or __version__ for name in _PACKAGES}
+    found = {name: version_beside(name) or version_of(name) for name in _PACKAGES}
+    return {name: version or __version__ for name, version in found.items()}

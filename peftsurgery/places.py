@@ -15,8 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants
-
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 
@@ -78,6 +76,7 @@ def hub_folder(name: str) -> Path | None:
     """The directory of the hub's cache that holds a model, if ``name`` is one that is there."""
     if name.count("/") > 1 or os.path.isabs(name) or ":" in name or "\\" in name:
         return None
+    from huggingface_hub import constants  # slow to import, and every fold would
     from huggingface_hub.file_download import repo_folder_name
 
     try:

@@ -40,6 +40,13 @@ def new_digest(algorithm: str = ALGORITHM) -> Digest:
     return ALGORITHMS[algorithm]()
 
 
+def hash_of_bytes(content: bytes) -> str:
+    """Hash of bytes."""
+    digest = new_digest()
+    digest.update(content)
+    return digest.hexdigest()
+
+
 def hash_of(file: TensorFile, tensor: Tensor, algorithm: str = ALGORITHM) -> str:
     """Hash of a tensor's bytes."""
     digest = new_digest(algorithm)

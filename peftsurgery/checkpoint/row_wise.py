@@ -5,6 +5,7 @@ Where it does, a weight of any size is folded a few rows at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -61,11 +62,10 @@ def row_size(rule: SaidRule) -> str | None:
 
 def _is_by_rows(rule: SaidRule, known: Mapping[str, Any]) -> bool:
     """Whether weights of these sizes are folded in two parts as they are whole."""
-    shapes, draw = SHAPES[rule.kind.name], np.random.default_rng(0)
-    values = {
-        name: draw.standard_normal(parameter_shape(rule, name, known)) for name in rule.params
-    }
-    values |= {name: draw.standard_normal(_shape(s, known)) for name, s in shapes.items()}
+    shapes = SHAPES[rule.kind.name]
+    sizes = {name: parameter_shape(rule, name, known) for name in rule.params}
+    sizes |= {name: _shape(own, known) for name, own in shapes.items()}
+    values = {name: _mixed(shape, seed) for seed, (name, shape) in enumerate(sizes.items())}
     axes, rows = sized_axes(rule, shapes["W"][0]), len(values["W"])
     if not values["W"].size:  # of more groups than inputs
         raise ValueError("nothing to try")
@@ -84,6 +84,15 @@ def _is_by_rows(rule: SaidRule, known: Mapping[str, Any]) -> bool:
     )
     joined = {name: np.concatenate([each[name] for each in parts]) for name in whole}
     return all(np.allclose(joined[name], value, 1e-9, 1e-9) for name, value in whole.items())
+
+
+def _mixed(shape: tuple[int, ...], seed: int) -> Array:
+    """Numbers between -1 and 1 without any order, others for each seed.
+
+    numpy.random would do, but takes longer to import than the rest of this takes.
+    """
+    places = np.arange(1, math.prod(shape) + 1, dtype=np.float64)
+    return np.modf(np.sin(places + 1e3 * seed) * 43758.5453)[0].reshape(shape)
 
 
 def _shape(sizes: tuple[str, ...], known: Mapping[str, Any]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ that the certificate says what was read and what was written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from peftsurgery.checkpoint.certificate import certificate, is_as_said
 from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView
 from peftsurgery.checkpoint.fold_report import FoldReport, survival
 from peftsurgery.checkpoint.fold_tensor import Folding, is_by_rows
-from peftsurgery.checkpoint.hashing import ALGORITHM
+from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of_bytes, new_digest
 from peftsurgery.checkpoint.model_plan import IN_MEMORY
 from peftsurgery.checkpoint.part_folder import (
     FoldPart,
@@ -108,8 +107,10 @@ class _Fold:
         headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
         ties = dict(self.view.added), dict(plan.untied), dict(plan.resized), dict(plan.stacks)
         told = repr((folder, plan.sites, plan.replaced, ties, options, ALGORITHM))
-        parts = [told.encode(), adapter.path.read_bytes(), *headers]
-        return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).hexdigest()
+        whole = new_digest()
+        for part in (told.encode(), adapter.path.read_bytes(), *headers):
+            whole.update(hash_of_bytes(part).encode())
+        return whole.hexdigest()
 
     def write(self, into: PartFolder, names: Collection[str]) -> tuple[str, ...]:
         """Write files of weights; those that an earlier run had written, and are as it says."""

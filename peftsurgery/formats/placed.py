@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from peftsurgery.checkpoint.part_folder import Making, part_folder
 from peftsurgery.errors import SurgeryError
@@ -74,6 +73,8 @@ def placed(
     if not any(is_url(each) for each in (adapter, out, base_of(adapter, base))):
         yield FoldPlaces(Path(adapter), None if base is None else str(base), Path(out))
         return
+    from tempfile import TemporaryDirectory  # not needed where all is here
+
     with TemporaryDirectory(prefix="peftsurgery-") as spool, ExitStack() as stack:
         try:
             yield _elsewhere(Path(spool).resolve(), stack, adapter, base, out, resume)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from peftsurgery.arguments import checked
@@ -27,7 +26,6 @@ from peftsurgery.checkpoint.streaming import fold_files
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.formats.peft.named_plan import named_plan
 from peftsurgery.formats.placed import FoldPlaces, base_of, is_url, placed
-from peftsurgery.formats.plan_process import planned_apart
 from peftsurgery.formats.saved_plan import saved_plan
 from peftsurgery.outputs import check_free
 from peftsurgery.places import object_in
@@ -170,16 +168,29 @@ def _planned(
     """The plan of a fold, while it is carried out. PSG601 and PSG602 for where it is to write."""
     adapter, named = places.adapter, places.base
     check_free(places.out, [str(adapter), named] if named else [str(adapter)])
-    with TemporaryDirectory() as room:
+    with ExitStack() as stack:
         planned = named_plan(adapter, named, recorded) or saved_plan(adapter, named)
-        if planned is None and named is not None and called(named) != named:
-            message = f"'{adapter}' does not say by itself what it changes, or not of '{named}'"
-            raise SurgeryError("PSG416", message, "fold a copy of the base that is here")
-        if planned is None and "torch" not in sys.modules:
-            planned = planned_apart(adapter, named, allow_other_base, Path(room))
-        elif planned is None:
-            from peftsurgery.formats.captured_plan import captured_plan
-
-            planned = captured_plan(adapter, named, allow_other_base, Path(room))
+        if planned is None:
+            planned = stack.enter_context(_captured(adapter, named, allow_other_base))
         check_free(places.out, [str(planned.base)])
         yield planned
+
+
+@contextmanager
+def _captured(adapter: Path, base: str | None, allow_other_base: bool) -> Iterator[Planned]:
+    """The plan that a captured base gives; it is kept on the disk while it is carried out."""
+    # most folds need none of these
+    from tempfile import TemporaryDirectory
+
+    from peftsurgery.formats.plan_process import planned_apart
+
+    if base is not None and called(base) != base:
+        message = f"'{adapter}' does not say by itself what it changes, or not of '{base}'"
+        raise SurgeryError("PSG416", message, "fold a copy of the base that is here")
+    with TemporaryDirectory() as room:
+        if "torch" not in sys.modules:
+            yield planned_apart(adapter, base, allow_other_base, Path(room))
+        else:
+            from peftsurgery.formats.captured_plan import captured_plan
+
+            yield captured_plan(adapter, base, allow_other_base, Path(room))

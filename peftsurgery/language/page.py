@@ -156,9 +156,11 @@ def pages_with(word: str) -> tuple[str, ...]:
     return tuple(name for name in texts if name in found)
 
 
+@cache
 def _whole(name: str) -> Document:
-    """The document of a page laid over its bases'."""
+    """The document of a page laid over its bases'; where what stands is not kept."""
     document = read_document(shipped()[name].read_bytes(), name)
+    document = Document(document.data, {(): document.position(())})
     base = document.data.get("base")
     if base is None:
         return document

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import peftsurgery as ps
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats import streamed_fold
+from peftsurgery.formats import plan_process, streamed_fold
 from peftsurgery.formats.saved_plan import saved_plan
 from tests.mutations import changed_file, ended, with_change
 
@@ -71,7 +71,7 @@ def surgery(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No model may be captured for a plan."""
     monkeypatch.setitem(sys.modules, "peftsurgery.formats.captured_plan", None)
-    monkeypatch.setattr(streamed_fold, "planned_apart", lambda *_: pytest.fail("a process"))
+    monkeypatch.setattr(plan_process, "planned_apart", lambda *_: pytest.fail("a process"))
 
 
 @pytest.mark.usefixtures("alone")

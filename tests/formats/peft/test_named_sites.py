@@ -225,7 +225,9 @@ def test_an_adapter_with_nan_is_refused_by_the_name_of_its_tensor(
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
-def test_a_fold_by_names_imports_neither_torch_nor_the_schema(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+def test_a_fold_by_names_imports_neither_torch_nor_the_schema(
+    tmp_path: Path, llama: tuple[Path, Path]
+) -> None:
     base, adapter = llama
     code = (
         "import sys; from peftsurgery.cli.root import root; "
