@@ -2,6 +2,7 @@
 
     y + s * linear(h, B) + ...    ->    one sum, made in place of y = linear(x, W)
     linear(x, A)                  ->    a part of it; all sums of one x are one operation
+    y + s * anything else         ->    one operation (:mod:`.scaled_sums`)
 
 Only what surgery inserted is taken, and a linear of the model whose result nothing reads but such a
 sum. It is algebra on the graph: sums are flattened, the numbers before their summands multiplied,
@@ -19,24 +20,27 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.nn import functional as F
 
 from peftsurgery.anatomy.values import sizes
-from peftsurgery.capture.schemas import op, overwritten
+from peftsurgery.capture.schemas import op
 from peftsurgery.surgery.rewrite.dtypes import dtype_of
+from peftsurgery.surgery.rewrite.inserted_sums import (
+    Summand,
+    cast_to,
+    is_inserted,
+    is_linear,
+    is_part,
+    is_sum,
+    is_written_between,
+    leaves_of_sum,
+    source_of,
+    writes,
+)
 from peftsurgery.surgery.rewrite.joined_call import JoinedCall
 from peftsurgery.surgery.rewrite.joined_linears import JoinedInputs, Term
+from peftsurgery.surgery.rewrite.scaled_sums import drop_round_trips, join_scaled_sums
 
 ATEN = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Summand:
-    """``scale`` times the product of a hidden value with a weight ``up``, (out, rank)."""
-
-    scale: float
-    hidden: fx.Node
-    up: fx.Node
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,14 @@ def optimised(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph that computes the same, what surgery inserted in its running form."""
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph, {}))
-    found = [each for each in _sums(copied) if not _is_written_between(each)]
+    found = [each for each in _sums(copied) if not is_written_between(each.start, each.root)]
     for group in _groups(copied, found):
         _join(copied, group)
+    join_scaled_sums(copied)
+    drop_round_trips(copied)
     made = {node for each in found if each.base is not None for node in each.base.nodes}
     for node in reversed(copied.nodes):
-        if not node.users and (node in made or _is_inserted(node)):
+        if not node.users and (node in made or is_inserted(node)):
             copied.erase_node(node)
     return copied
 
@@ -107,7 +113,7 @@ def _sums(graph: fx.Graph) -> Iterator[InsertedSum]:
     inner: set[fx.Node] = set()
     found = []
     for node in reversed(graph.nodes):
-        if node not in inner and _is_inserted(node):
+        if node not in inner and is_inserted(node):
             made = _sum(node, inner)
             found += [] if made is None else [made]
     return reversed(found)
@@ -115,12 +121,12 @@ def _sums(graph: fx.Graph) -> Iterator[InsertedSum]:
 
 def _sum(root: fx.Node, inner: set[fx.Node]) -> InsertedSum | None:
     """The sum that a node is, if there is one start in it; its nodes are added to ``inner``."""
-    outer = _cast(root)
-    top = root if outer is None else _source(root)
-    if not _is_sum(top) or (top is not root and not _is_part(top)):
+    outer = cast_to(root)
+    top = root if outer is None else source_of(root)
+    if not is_sum(top) or (top is not root and not is_part(top)):
         return None
     seen, casts = {top}, set[torch.dtype | None]()
-    leaves = list(_leaves(top, 1, seen, casts))
+    leaves = list(leaves_of_sum(top, 1, seen, casts))
     summands = tuple(each for each in leaves if isinstance(each, Summand))
     rest = [each for each in leaves if not isinstance(each, Summand)]
     if not summands or len(rest) != 1 or rest[0][0] != 1:
@@ -128,9 +134,9 @@ def _sum(root: fx.Node, inner: set[fx.Node]) -> InsertedSum | None:
     if len({each.scale > 0 for each in summands}) > 1:
         return None  # a difference of equal products is nothing, as long as each is rounded alike
     start = rest[0][1]
-    compute = None if outer is None else _cast(start)
+    compute = None if outer is None else cast_to(start)
     if outer is not None:
-        start = _source(start)
+        start = source_of(start)
         if compute is None or dtype_of(start) != outer:
             return None
     if casts - {compute}:
@@ -139,95 +145,14 @@ def _sum(root: fx.Node, inner: set[fx.Node]) -> InsertedSum | None:
     return InsertedSum(root, start, _base(start), summands, compute)
 
 
-def _leaves(
-    node: fx.Node, scale: float, seen: set[fx.Node], casts: set[torch.dtype | None]
-) -> Iterator[Summand | tuple[float, fx.Node]]:
-    """The summands of a node, ``scale`` times, and what else is in the sum.
-
-    A sum that is rounded before it is summed with more is part of that; ``casts`` fills with the
-    dtypes that it is brought back to.
-    """
-    seen.add(node)
-    match node.target, node.args:
-        case ((operator.add | operator.sub), (fx.Node() as one, fx.Node() as other)):
-            second = scale if node.target is operator.add else -scale
-            parts = [(one, scale), (other, second)]
-        case operator.mul, (int() | float() as number, fx.Node() as one):
-            parts = [(one, scale * number)]
-        case operator.mul, (fx.Node() as one, int() | float() as number):
-            parts = [(one, scale * number)]
-        case operator.truediv, (fx.Node() as one, int() | float() as number):
-            parts = [(one, scale / number)]
-        case operator.neg, (fx.Node() as one,):
-            parts = [(one, -scale)]
-        case _, (fx.Node() as one, fx.Node() as weight, *bias) if _is_linear(node, bias):
-            yield Summand(scale, one, weight)
-            return
-        case _:
-            seen.discard(node)
-            yield scale, node
-            return
-    for part, times in parts:
-        rounded = _rounded_sum(part)
-        if rounded is not None:
-            casts.add(_cast(part))
-            yield from _leaves(rounded, times, seen, casts)
-        elif _is_part(part):
-            yield from _leaves(part, times, seen, casts)
-        else:
-            yield times, part
-
-
-def _rounded_sum(node: fx.Node) -> fx.Node | None:
-    """The sum that a node is the rounded value of, in another dtype again."""
-    if _cast(node) is None or not _is_part(node):
-        return None
-    rounded = _source(node)
-    if _cast(rounded) is None or not _is_part(rounded):
-        return None
-    found = _source(rounded)
-    return found if _is_sum(found) and _is_part(found) else None
-
-
-def _is_inserted(node: fx.Node) -> bool:
-    return "surgery" in node.meta
-
-
-def _is_part(node: fx.Node) -> bool:
-    """Whether surgery inserted a node for one reader."""
-    return _is_inserted(node) and len(node.users) == 1
-
-
-def _is_sum(node: fx.Node) -> bool:
-    return _is_inserted(node) and node.target in (operator.add, operator.sub)
-
-
-def _is_linear(node: fx.Node, bias: Sequence[Any]) -> bool:
-    """Whether a node is a linear as a rule says it, without a bias."""
-    return node.target is F.linear and not node.kwargs and not any(bias)
-
-
-def _cast(node: fx.Node) -> torch.dtype | None:
-    """The dtype that an inserted node casts to, if it does that."""
-    if _is_inserted(node) and node.op == "call_method" and node.target == "to":
-        dtype = node.args[1] if len(node.args) == 2 else None
-        return dtype if isinstance(dtype, torch.dtype) else None
-    return None
-
-
-def _source(node: fx.Node) -> fx.Node:
-    """The first value that a node reads."""
-    return node.all_input_nodes[0]
-
-
 def _input(hidden: fx.Node, compute: torch.dtype | None) -> fx.Node | None:
     """The x of an inserted linear(x, A) that is computed in ``compute``; None for anything else."""
-    if not (_is_inserted(hidden) and _is_linear(hidden, hidden.args[2:])):
+    if not (is_inserted(hidden) and is_linear(hidden, hidden.args[2:])):
         return None
     x: Any = hidden.args[0]
     if compute is None:
         return x
-    return _source(x) if _cast(x) == compute else None
+    return source_of(x) if cast_to(x) == compute else None
 
 
 def _down(hidden: fx.Node) -> fx.Node:
@@ -238,20 +163,20 @@ def _down(hidden: fx.Node) -> fx.Node:
 
 def _base(start: fx.Node) -> BaseLinear | None:
     """The linear of the model that makes a value for one reader."""
-    if _is_inserted(start) or len(start.users) != 1 or start.kwargs:
+    if is_inserted(start) or len(start.users) != 1 or start.kwargs:
         return None
     if op(start) == "linear":
         given: Any = (*start.args, None)
         x, weight, bias = given[:3]
         return BaseLinear(x, weight, False, bias, (start,))
-    if op(start) not in ("view", "reshape") or op(_source(start)) != "addmm":
+    if op(start) not in ("view", "reshape") or op(source_of(start)) != "addmm":
         return None
-    product = _source(start)
+    product = source_of(start)
     operands: Any = product.args
     bias, flat, weight = operands
     if product.kwargs or len(product.users) != 1 or op(flat) not in ("view", "reshape"):
         return None
-    x = _source(flat)
+    x = source_of(flat)
     last = sizes(x)[-1]
     if flat.args[1] != [-1, last] or sizes(start)[:-1] != sizes(x)[:-1] or bias.op != "get_attr":
         return None
@@ -261,7 +186,7 @@ def _base(start: fx.Node) -> BaseLinear | None:
 def _groups(graph: fx.Graph, sums: Sequence[InsertedSum]) -> Iterator[list[InsertedSum]]:
     """Sums that can be made at once, where the first of them is."""
     order = {node: number for number, node in enumerate(graph.nodes)}
-    writes = [order[node] for node in graph.nodes if _writes(node)]
+    written = [order[node] for node in graph.nodes if writes(node)]
     groups: dict[Any, list[InsertedSum]] = {}
     for each in sums:
         key = (each.x, each.compute) if each.is_of_one_input else each.root
@@ -270,25 +195,11 @@ def _groups(graph: fx.Graph, sums: Sequence[InsertedSum]) -> Iterator[list[Inser
             continue
         begin, end = order[first.start], order[each.root]
         is_ready = all(_is_ready(node, first.root, order) for node in _tensors(each))
-        if is_ready and not any(begin < write < end for write in writes):
+        if is_ready and not any(begin < write < end for write in written):
             groups[key].append(each)
         else:
             groups[each.root] = [each]
     return iter(groups.values())
-
-
-def _is_written_between(each: InsertedSum) -> bool:
-    """Whether something is changed in place after the start of a sum and before its end."""
-    node = each.start
-    while node is not each.root:
-        node = node.next
-        if _writes(node):
-            return True
-    return False
-
-
-def _writes(node: fx.Node) -> bool:
-    return any(True for _ in overwritten(node))
 
 
 def _tensors(each: InsertedSum) -> Iterator[fx.Node]:
@@ -306,7 +217,7 @@ def _is_ready(node: fx.Node, place: fx.Node, order: Mapping[fx.Node, int]) -> bo
     """Whether a value is there before a node, or can be: a tensor of the model, or one cast."""
     if order[node] < order[place] or node.op == "get_attr":
         return True
-    return _cast(node) is not None and _is_ready(_source(node), place, order)
+    return cast_to(node) is not None and _is_ready(source_of(node), place, order)
 
 
 def _join(graph: fx.Graph, group: Sequence[InsertedSum]) -> None:
