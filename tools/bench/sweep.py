@@ -5,12 +5,12 @@ python -m tools.bench.sweep causal:llama base:clip bert   some of them
 python -m tools.bench.sweep --done FILE                   go on where FILE, which is written, ends
 
 Each is captured in a process of its own and compared with the original at a shape it was not
-captured with. It is exact, or refused with a code, or has no small config that this script can make
-(unfit), or wrong. On each exact capture, `lora_qv` and `lora_all_linear` are applied, given random
-numbers and folded; the oracle is arithmetic of this script's own: the folded weights minus the
-original ones must be what the factors give, at the rows that the report names, and nothing
-elsewhere; and the original model is asked whether the roles are right (:mod:`.sweep_probes`). What
-a rule says of a model that it refuses is printed.
+captured with, and with tokens hidden. It is exact, or refused with a code, or has no small config
+that this script can make (unfit), or wrong. On each exact capture, `lora_qv` and `lora_all_linear`
+are applied, given random numbers and folded; the oracle is arithmetic of this script's own: the
+folded weights minus the original ones must be what the factors give, at the rows that the report
+names, and nothing elsewhere; and the original model is asked whether the roles are right
+(:mod:`.sweep_probes`). What a rule says of a model that it refuses is printed.
 """
 
 from __future__ import annotations
@@ -55,17 +55,52 @@ def swept(name: str, send: Callable[[tuple[str, str]], None]) -> None:
     with torch.no_grad():
         send(("capture", "begun"))
         captured = capture(model, example)
-        actual = captured(**inputs)
-    expected = returned_too(actual, expected)
-    pairs = list(zip(tensors_in(expected), tensors_in(actual), strict=True))
-    wrong = [(a.float() - b.float()).abs().max().item() for a, b in pairs if not torch.equal(a, b)]
-    send(("capture", f"wrong by {max(wrong):.1e}" if wrong else "exact"))
+        send(("capture", compared(expected, captured(**inputs))))
+        hidden = with_hidden_tokens(inputs)
+        expected = None if hidden is None else _returned(model, hidden)
+        if hidden is not None and expected is not None:
+            send(("hidden", "begun"))
+            send(("hidden", compared(expected, captured(**hidden))))
     for rule in RULES:
         send((rule, "begun"))
         send((rule, operated(model, captured, rule, inputs)))
     send(("probes", "begun"))
     wrong_roles = misplaced(model, ps.sites(captured), inputs)
     send(("probes", f"wrong: {', '.join(wrong_roles)}" if wrong_roles else "agree"))
+
+
+def _returned(model: Any, inputs: dict[str, Any]) -> Any:
+    """What a model returns; None if it fails."""
+    try:
+        return model(**inputs)
+    except FAILURES:
+        return None
+
+
+def compared(original: Any, captured: Any) -> str:
+    """Whether a captured model returns the bits that the original does."""
+    import torch
+
+    pairs = zip(tensors_in(returned_too(captured, original)), tensors_in(captured), strict=True)
+    wrong = [
+        (a.float() - b.float()).abs().nan_to_num(torch.inf).max().item()
+        for a, b in pairs
+        if a.shape != b.shape or not ((a == b) | ((a != a) & (b != b))).all()
+    ]
+    return f"wrong by {max(wrong):.1e}" if wrong else "exact"
+
+
+def with_hidden_tokens(inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """The inputs with the first tokens of one row hidden and the last of another.
+
+    None without a mask of tokens, or with one that hides some already.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 2 or min(mask.shape) < 2 or not mask.all():
+        return None
+    mask = mask.clone()
+    mask[0, :2], mask[-1, -3:] = 0, 0
+    return {**inputs, "attention_mask": mask}
 
 
 def operated(model: Any, captured: Any, rule: str, inputs: dict[str, Any]) -> str:
