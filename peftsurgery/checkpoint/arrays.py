@@ -100,17 +100,17 @@ def ulp(one: Array, other: Array, dtype: str) -> Array:
 
     The exponent of a number is in its bits, so this takes no logarithm.
     """
-    place = _power(one, other, dtype, np.empty((2, *one.shape), one.dtype))
+    place = power_below(one, other, dtype, np.empty((2, *one.shape), one.dtype))
     return np.multiply(place, 1 / _bits(dtype, one.dtype).steps, out=place)
 
 
-def most_ulps(change: Array, one: Array, other: Array, dtype: str, room: Array) -> float:
+def most_ulps(change: Array, power: Array, dtype: str) -> float:
     """The largest of some changes, up or down, each in the :func:`ulp` of its two values.
 
-    ``room`` are two arrays like the values, which are overwritten, and so are the changes.
+    ``power`` is what :func:`power_below` gives for these. The changes are overwritten.
     """
-    parts = np.divide(change, _power(one, other, dtype, room), out=change)
-    return farthest(parts) * _bits(dtype, one.dtype).steps
+    parts = np.divide(change, power, out=change)
+    return farthest(parts) * _bits(dtype, change.dtype).steps
 
 
 class _Bits(NamedTuple):
@@ -135,7 +135,7 @@ def _bits(dtype: str, wide: np.dtype[Any]) -> _Bits:
     return _Bits(whole, exponent, least, 2.0**narrow.nmant)
 
 
-def _power(one: Array, other: Array, dtype: str, room: Array) -> Array:
+def power_below(one: Array, other: Array, dtype: str, room: Array) -> Array:
     """The power of two at or below the larger of two values, in the first of two arrays.
 
     It is no less than the smallest that ``dtype`` has with all digits.

@@ -20,6 +20,7 @@ from peftsurgery.checkpoint.arrays import (
     farthest,
     lined_up,
     most_ulps,
+    power_below,
     read_rows,
     wide_dtype,
 )
@@ -72,12 +73,13 @@ class FoldMeasure:
     def add(self, before: Array, exact: Array, rounded: Array, dtype: str) -> bool:
         """Add a block: what was there, the sum in full precision, and what is written.
 
-        Returns whether all of them are finite; a sum of squares or a maximum that is tells that of
-        everything in it.
+        Of what is written the rounding errors stay there: the less memory this takes, the more of
+        it is in the cache. Returns whether all of them are finite; a sum of squares or a maximum
+        that is tells that of everything in it.
         """
         room = self._room_for(exact)
-        first, more = room[0], room[1:]
-        gap = np.subtract(exact, before, out=first)
+        power = power_below(before, exact, dtype, room)
+        gap = np.subtract(exact, before, out=room[1])
         self.elements += exact.size
         self.moved += int(np.count_nonzero(rounded != before))
         self._change += float(np.vdot(gap, gap))
@@ -85,18 +87,17 @@ class FoldMeasure:
         self._base += base
         if not exact.size:
             return True
-        moved = most_ulps(gap, before, exact, dtype, more)
-        self.largest = max(self.largest, moved)
-        rounding = farthest(np.subtract(rounded, exact, out=first))
+        self.largest = max(self.largest, most_ulps(gap, power, dtype))
+        rounding = farthest(np.subtract(rounded, exact, out=rounded))
         self.rounding = max(self.rounding, rounding)
         return math.isfinite(base) and math.isfinite(rounding)
 
     def _room_for(self, block: Array) -> Array:
-        """Three arrays like a block, the same for all blocks of one shape.
+        """Two arrays like a block, the same for all blocks of one shape.
 
         The system would have to make memory ready for new ones each time.
         """
-        shape = (3, *block.shape)
+        shape = (2, *block.shape)
         if self._room is None or (self._room.shape, self._room.dtype) != (shape, block.dtype):
             self._room = lined_up(shape, block.dtype)
         return self._room
