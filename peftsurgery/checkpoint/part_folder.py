@@ -112,6 +112,10 @@ class PartFolder:
         """Begin a file; it has its name once it is :meth:`ended`."""
         return PartFile(name, FileIO(self._part(name), "w+"))
 
+    def opened(self, name: str) -> PartFile:
+        """Write further parts of a file that another process has begun."""
+        return PartFile(name, FileIO(self._part(name), "r+"))
+
     def adopted(self, file: PartFile) -> PartFile:
         """Begin a file with what is in one that has no name yet. OSError if the system refuses."""
         part, handle = self._part(file.name), file.stream.fileno()

@@ -1,7 +1,8 @@
 """The files of weights of a streamed fold, written again by a thread for each processor.
 
-Threads take tensors, not files: a model in one file is written as fast as one in many. Where a
-tensor lies is known before, so each is written to its place. What is written is hashed on its way
+Threads take tensors, not files: a model in one file is written as fast as one in many. Each but
+one leaves its work to a process of its own (:mod:`.twin`) where there can be one. Where a tensor
+lies is known before, so each is written to its place. What is written is hashed on its way
 from the memory, and read once. Matrix products get no threads of their own meanwhile: those would
 wait for each other, and take several times the processor's time.
 """
@@ -13,7 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -27,6 +29,7 @@ from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of, new_digest
 from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
 from peftsurgery.checkpoint.requantised import requantised
 from peftsurgery.checkpoint.tensor_bytes import chunks
+from peftsurgery.checkpoint.twin import Twin, twins_for
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
 
 
@@ -145,6 +148,7 @@ class Shard:
         left = (tensor for tensor in self.tensors if self._said[tensor.name] is None)
         self.parts: list[Sequence[Tensor]] = [(), *streamed.together(left)]
         self._left, self._lock = len(self.parts), Lock()
+        self._begun_elsewhere: PartFile | None = None
 
     def _adopt(self, copied: CopiedFile) -> None:
         """Take over the tensors that were copied and stay as they are."""
@@ -156,18 +160,32 @@ class Shard:
                     self._said[tensor.name] = _account(found, found, FoldMeasure())
                     self._streamed.progress(tensor.size)
 
-    def write(self, part: Sequence[Tensor]) -> bool:
-        """Write tensors, or the header if there are none; whether that was the last part."""
+    def write(self, number: int, beside: Callable[[], Any] | None = None) -> bool:
+        """Write a part: the header, or tensors. Tells whether that was the last part.
+
+        ``beside`` has tensors written by another process, and gives what is said of them.
+        """
         with self._lock:
             if self._file is None:
                 self._file = self._into.begun(self._name)
+        part = self.parts[number]
         if not part:
             self._file.write(self._header, 0)
-        else:
+        elif beside is None:
             self._said |= self._streamed.write(part, self._file, len(self._header))
+        else:
+            self._said |= beside()
+            self._streamed.progress(sum(tensor.size for tensor in part))
         with self._lock:
             self._left -= 1
             return not self._left
+
+    def write_beside(self, number: int) -> dict[str, Any]:
+        """Write tensors to the file that another process has begun; what is said of them."""
+        if self._begun_elsewhere is None:
+            self._begun_elsewhere = self._into.opened(self._name)
+        unheard = replace(self._streamed, progress=lambda size: None)
+        return unheard.write(self.parts[number], self._begun_elsewhere, len(self._header))
 
     def end(self) -> None:
         """Wait until the file is on the disk, and give it its name."""
@@ -188,11 +206,11 @@ class _Work:
     """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
-        self._parts = {shard: deque(shard.parts) for shard in shards}
+        self._parts = {shard: deque(range(len(shard.parts))) for shard in shards}
         self._free, self._lock = deque(self._parts), Lock()
 
-    def taken(self) -> Iterator[tuple[Shard, Sequence[Tensor]]]:
-        """The parts that fall to one thread, one after the other."""
+    def taken(self) -> Iterator[tuple[Shard, int]]:
+        """The numbers of the parts that fall to one thread, one after the other."""
         mine: Shard | None = None
         while True:
             with self._lock:
@@ -221,11 +239,14 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
     let_go(copies)
     work, count = _Work(shards), len(os.sched_getaffinity(0))
     alone, disk = threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(1)
+    numbers = {shard: number for number, shard in enumerate(shards)}
+    twins = twins_for(lambda task: shards[task[0]].write_beside(task[1]), count - 1)
 
-    def write() -> list[Future[None]]:
+    def write(twin: Twin | None) -> list[Future[None]]:
         ends: list[Future[None]] = []
         for shard, part in work.taken():
-            if shard.write(part):
+            beside = None if twin is None else partial(twin.done, (numbers[shard], part))
+            if shard.write(part, beside):
                 for end in ends[-1:]:
                     end.result()  # no more of a thread's files wait than one
                 ends.append(disk.submit(shard.end))
@@ -234,9 +255,9 @@ def write_shards(streamed: Streamed, into: PartFolder, files: Iterable[TensorFil
                     end.result()  # a disk that is full is noticed before the next part
         return ends
 
-    with alone, disk, ThreadPoolExecutor(count) as pool:
+    with alone, twins as others, disk, ThreadPoolExecutor(count) as pool:
         try:
-            for run in as_completed([pool.submit(write) for _ in range(count)]):
+            for run in as_completed([pool.submit(write, twin) for twin in (None, *others)]):
                 for end in run.result():
                     end.result()
         except BaseException:
