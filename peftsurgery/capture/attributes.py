@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftsurgery.capture.parts import named_parts
 from peftsurgery.capture.tensors import is_plain, named_tensors
 
 _CONTAINERS = (dict, list, deque, set)
@@ -45,15 +46,18 @@ def kept_attributes(module: nn.Module) -> Iterator[None]:
 def attributes_of(module: nn.Module, copied: bool = True) -> Attributes:
     """Take a snapshot of the attributes of all modules.
 
-    ``copied`` clones tensors, to be restored.
+    ``copied`` clones tensors and tables, to be restored.
     """
     return [
         (
             name,
             part,
-            {key: (value, _content(key, value, copied)) for key, value in vars(part).items()},
+            {
+                key: (value, None if type(value) in _ATOMS else _content(key, value, copied))
+                for key, value in vars(part).items()
+            },
         )
-        for name, part in module.named_modules()
+        for name, part in named_parts(module)
     ]
 
 
@@ -62,7 +66,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     Weights, attributes and items of containers.
     """
-    for name, part in module.named_modules():
+    for name, part in named_parts(module):
         for key, value in vars(part).items():
             if key not in MODULE_TABLES:
                 yield from _tensors_in(f"{name}.{key}", value)
@@ -108,6 +112,8 @@ def _content(key: str, value: Any, copied: bool, outer: tuple[int, ...] = ()) ->
         return None
     if kind in _EMPTY and not value:
         return _EMPTY[kind]
+    if key in MODULE_TABLES and isinstance(value, dict):
+        return _Content(dict(value), ()) if copied else None
     if isinstance(value, torch.Tensor):
         return value.detach().clone() if copied and is_plain(value) else None
     if not isinstance(value, (*_CONTAINERS, tuple)) or id(value) in outer:
@@ -133,12 +139,13 @@ def changed_since(before: Attributes) -> list[str]:
 
 
 def _is_kept(key: str, value: Any, before: Any, content: Any) -> bool:
-    return _is_same(value, before) and (key in MODULE_TABLES or _is_unchanged(value, content))
+    is_same = value is before or _is_same(value, before)
+    return is_same and (content is None or key in MODULE_TABLES or _is_unchanged(value, content))
 
 
 def _is_same(value: Any, before: Any) -> bool:
     plain = isinstance(value, bool | int | float | str)
-    return value is before or (plain and type(value) is type(before) and value == before)
+    return plain and type(value) is type(before) and bool(value == before)
 
 
 def _is_unchanged(value: Any, content: Any) -> bool:
@@ -150,7 +157,7 @@ def _is_unchanged(value: Any, content: Any) -> bool:
 
 def _restore(part: nn.Module, before: dict[str, tuple[Any, Any]]) -> None:
     for value, content in before.values():
-        if content is not None:
+        if content is not None and (content is not _EMPTY.get(type(value)) or value):
             _put_back(value, content)
     own = {key: value for key, (value, _) in before.items()}
     if not _holds(vars(part), own):

@@ -21,6 +21,7 @@ from peftsurgery.capture.generating import cache_argument
 from peftsurgery.capture.idle_masks import without_idle_masks
 from peftsurgery.capture.module_calls import ModuleCalls, noted_calls
 from peftsurgery.capture.modules import module_infos
+from peftsurgery.capture.parts import named_parts
 from peftsurgery.capture.program import Program
 from peftsurgery.capture.returned import Build, builder
 from peftsurgery.capture.same_model import Told, told_of
@@ -205,7 +206,8 @@ class Captures(SharedByCopies):
     def _make(self, call: Call, training: bool, casts: Casts, state: Surroundings) -> Capture:
         """Make a capture for a call, with dynamic batch size and past length where possible."""
         module = self._module(casts)
-        call = map_tensors(call, lambda tensor: _tangible(tensor, module))
+        parameters = list(module.parameters())
+        call = map_tensors(call, lambda tensor: _tangible(tensor, parameters))
         capture = self._capture(module, widen(call), training, state)
         if not capture.fits(call.leaves, training):
             capture = self._capture(module, call, training, state)
@@ -220,7 +222,7 @@ class Captures(SharedByCopies):
         self, module: nn.Module, call: Call, training: bool, state: Surroundings
     ) -> Capture:
         if self._likely is None:
-            parts = dict(module.named_modules(remove_duplicate=False))
+            parts = dict(named_parts(module, remove_duplicate=False))
             self._likely = told_by_number({path: parts[path] for path in sorted(self.blocks)})
         with traced_alone(), noted_calls(module) as notes:
             exported = export(module, call, training, notes, likely=self._likely)
@@ -275,7 +277,7 @@ def _counters(module: nn.Module) -> frozenset[str]:
     """The names of the buffers in which batch norms count the batches they saw."""
     return frozenset(
         f"{name}.num_batches_tracked" if name else "num_batches_tracked"
-        for name, part in module.named_modules()
+        for name, part in named_parts(module)
         if isinstance(part, nn.modules.batchnorm._NormBase)
     )
 
@@ -284,17 +286,16 @@ def _dropouts(module: nn.Module) -> frozenset[str]:
     """The paths of the dropouts that are modules."""
     return frozenset(
         name
-        for name, part in module.named_modules(remove_duplicate=False)
+        for name, part in named_parts(module, remove_duplicate=False)
         if isinstance(part, nn.modules.dropout._DropoutNd)
     )
 
 
-def _tangible(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """Example tensor to trace ``module`` with: a fresh copy, with content where content exists.
+def _tangible(tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Example tensor to trace a module of these parameters with, with content where there is any.
 
     None is to be had on meta, beside fake parameters, and of the tensors of a transform or a trace.
     """
-    parameters = list(module.parameters())
     device = parameters[0].device if parameters and tensor.is_meta else tensor.device
     if is_fake(parameters) or device.type == "meta":
         device = torch.device("cpu")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import fx
@@ -162,10 +163,20 @@ def follow_training(graph: fx.Graph, counters: frozenset[str], dropouts: frozens
                 node.args = (node.args[0], _read(graph, node, "training"))
             node.target = ops.count
             continue
-        if _has_no_statistics(node):
+        following = _following(node.target)
+        if not following or _has_no_statistics(node):
             continue
-        for index, argument in enumerate(node.target._schema.arguments):
-            _follow_argument(graph, node, index, argument.name, dropouts)
+        for index, name in following:
+            _follow_argument(graph, node, index, name, dropouts)
+
+
+@lru_cache(maxsize=4096)
+def _following(target: torch._ops.OpOverload) -> Sequence[tuple[int, str]]:
+    """The places and names of an operator's arguments that may follow train() and eval()."""
+    names = [argument.name for argument in target._schema.arguments]
+    return [
+        (index, name) for index, name in enumerate(names) if name in TRAIN_FLAGS or name == RATE
+    ]
 
 
 def _has_no_statistics(node: fx.Node) -> bool:

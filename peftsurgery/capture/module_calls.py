@@ -20,6 +20,8 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from peftsurgery.capture.parts import named_parts
+
 GIVEN, RETURNED = "given", "returned"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -60,16 +62,18 @@ class Notes:
     """What was noted in the latest trace: a trace that begins replaces it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.paths = {id(part): name for name, part in module.named_modules() if name}
+        self.paths = {id(part): name for name, part in named_parts(module) if name}
         self.tracer: Any = None
         self.marks: list[tuple[fx.Node, str, Mark]] = []
         self.calls: dict[str, list[ModuleCall | None]] = {}
+        self.counts: dict[str, int] = {}  # of the calls of each part
         self.running: list[tuple[str, int, tuple[Leaf, ...], pytree.TreeSpec] | None] = []
 
     def begin(self, tracer: Any) -> None:
         """Forget what was noted in another trace."""
         if self.tracer is not tracer:
-            self.tracer, self.calls, self.running, self.marks = tracer, {}, [], []
+            self.tracer, self.calls, self.counts = tracer, {}, {}
+            self.running, self.marks = [], []
 
     def enter(self, part: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what a call is given, if it is traced; a copy of the part is not the part."""
@@ -78,11 +82,16 @@ class Notes:
             self.running.append(None)
             return
         self.begin(mode.tracer)
-        number = len(self.calls.setdefault(path, []))
-        self.calls[path].append(None)
+        number = self.counts.get(path, 0)
+        self.add(path, [None])
         given, arguments = flatten((args, kwargs))
         self.mark(GIVEN, path, number, given)
         self.running.append((path, number, tuple(map(_leaf, given)), arguments))
+
+    def add(self, path: str, calls: Sequence[ModuleCall | None]) -> None:
+        """Note calls of a part, one after the other; None for one that is under way."""
+        self.calls.setdefault(path, []).extend(calls)
+        self.counts[path] = self.counts.get(path, 0) + len(calls)
 
     def leave(self, part: nn.Module, args: Any, result: Any) -> None:
         """Note what the call returns."""
@@ -121,7 +130,7 @@ def noted_calls(module: nn.Module) -> Iterator[Notes]:
     """Note every call of the module's parts while it is traced."""
     notes = Notes(module)
     handles = []
-    for name, part in module.named_modules():
+    for name, part in named_parts(module):
         if name:  # by torch's own functions: a captured model's parts have theirs
             enter = nn.Module.register_forward_pre_hook(part, notes.enter, with_kwargs=True)
             leave = nn.Module.register_forward_hook(part, notes.leave, prepend=True)

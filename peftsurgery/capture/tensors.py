@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -97,7 +97,7 @@ def traceable(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module
     device, are fake: they take no memory and claim to be on a real device, so that constants made
     beside them have values. The module is left as it is. PSG201 if it cannot be copied.
     """
-    memo: dict[int, torch.Tensor] = {}
+    memo: dict[int, Any] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with unset_fake_temporarily():
         for name, tensor in named_tensors(module):
@@ -107,8 +107,11 @@ def traceable(module: nn.Module, dtypes: Mapping[str, torch.dtype]) -> nn.Module
                 memo[id(tensor)] = tensor if fits else _fake(mode, tensor, dtype)
     if not is_fake(memo.values()):
         return module
+    for part in module.modules():  # most of a module's tables are empty, and copied slowly
+        tables = (table for table in vars(part).values() if type(table) is OrderedDict)
+        memo |= {id(table): OrderedDict() for table in tables if not table and not vars(table)}
     try:
-        return copy.deepcopy(module, dict(memo))
+        return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError) as error:
         message = f"{type(module).__name__} cannot be copied to be captured: {error}"
         raise SurgeryError("PSG201", message) from error

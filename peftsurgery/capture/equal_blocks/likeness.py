@@ -60,9 +60,8 @@ _HIDDEN |= {
     "copy",
     "deepcopy",
 }
-_NAMED = (
-    *(bool, int, float, complex, str, bytes, range, torch.device),
-    *(types.NoneType, types.EllipsisType),
+_NAMED = frozenset(
+    (bool, int, float, complex, str, bytes, range, torch.device, types.NoneType, types.EllipsisType)
 )
 _WHO = (
     *(types.MethodDescriptorType, types.WrapperDescriptorType),
@@ -76,6 +75,10 @@ _CONTAINERS = (tuple, list, dict, set, frozenset, OrderedDict, defaultdict, torc
 # What tells of the moment, or of whoever calls.
 _UNSTEADY = (time, sys, inspect, gc, threading)
 _LIMIT = 20_000
+
+
+# What every class has, and says nothing of what its code does.
+_OF_CLASSES = frozenset(("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"))
 
 
 class _Plain:
@@ -116,8 +119,9 @@ class TokenMaker:
 
     def of(self, value: Any) -> Token:
         """The token of a value. A value in itself equals none, nor does one too large."""
-        if isinstance(value, _NAMED) and type(value) in _NAMED:
-            return type(value), repr(value)
+        kind = type(value)
+        if kind in _NAMED:
+            return kind, repr(value)
         if isinstance(value, SYMBOLS):
             return expression(value)
         found = self._known.get(id(value))
@@ -251,14 +255,13 @@ def _own_code(kind: type) -> Iterator[tuple[str, Any]]:
     """What a class has that is not a library's: all of it, or what can be put into a library's."""
     is_own = not _is_of_library(kind)
     for name, value in list(vars(kind).items()):
-        if name in ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__"):
-            continue
-        if isinstance(value, Standing):
-            continue  # its objects have one of their own
-        if is_own and name.startswith("_abc_"):
-            continue
-        is_code = inspect.isfunction(value) and not is_library(value.__code__.co_filename)
-        if is_own or is_code or type(value) in _NAMED:
+        if type(value) is types.FunctionType:
+            is_told = is_own or not is_library(value.__code__.co_filename)
+        else:
+            is_told = is_own or type(value) in _NAMED
+        if not is_told or name in _OF_CLASSES or isinstance(value, Standing):
+            continue  # of what stands for others, a class's objects have one of their own
+        if not (is_own and name.startswith("_abc_")):
             yield name, value
 
 

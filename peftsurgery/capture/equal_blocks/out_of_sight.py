@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from peftsurgery.capture.names import join
+from peftsurgery.capture.parts import named_parts
 
 Tables = Mapping[int, Mapping[str, torch.Tensor | None]]
 
@@ -83,7 +84,7 @@ class Hidden:
         """The names of a hidden block's parameters."""
         return [
             join(path, name)
-            for path, part in block.named_modules(remove_duplicate=False)
+            for path, part in named_parts(block, remove_duplicate=False)
             for name, value in self.tables[id(part)].items()
             if value is not None
         ]
