@@ -15,23 +15,23 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import (
     _ProxyTensor,
     disable_proxy_modes_tracing,
     get_proxy_slot,
-    maybe_enable_thunkify,
     set_proxy_slot,
     track_tensor,
 )
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from peftsurgery.capture.equal_blocks.alike import like
 from peftsurgery.capture.equal_blocks.collecting import collected
-from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS, expression
+from peftsurgery.capture.equal_blocks.size_questions import SYMBOLS
 from peftsurgery.capture.kv_cache import Layers
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, Mark, ModuleCall, Notes, flatten
-from peftsurgery.capture.tensors import fake_like, named_tensors
+from peftsurgery.capture.tensors import named_tensors
 
 _LIBRARY = torch.library.Library("peftsurgery", "FRAGMENT")
 _LIBRARY.define("block(Tensor[] given, int number) -> Tensor[]")
@@ -107,7 +107,7 @@ class Place:
         self._first_nodes = self._nodes()
         self.last = self.graph._root.prev
         self.called = dict(tracer.num_calls)
-        self.noted = {path: len(calls) for path, calls in notes.calls.items()}
+        self.noted = dict(notes.counts)
         self.first_mark = len(notes.marks)
         self.first_collected = {key: len(values) for key, values in collected().items()}
 
@@ -232,13 +232,26 @@ class Place:
         for old, new in zip(taken, self.given, strict=True):
             if value_of.setdefault(old, new) is not new:
                 return None
-        made: dict[fx.Node, torch.Tensor] = {}
-        for result in passage.results:
-            if result.tensor is not None and result.node is not None and result.node not in made:
-                tensor = _like(result.tensor)
-                if tensor is None:
-                    return None
-                made[result.node] = tensor
+        # the sizes of what is made here are computed beside the trace
+        with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
+            made = _all_like(passage)
+            if made is None:
+                return None
+            self._stand_in(passage, number, value_of, made)
+        leaves = [self._value(result, made) for result in passage.results]
+        returned, more = pytree.tree_unflatten(leaves, passage.structure)
+        for key, values in collected().items():
+            values.extend(more[key])
+        return (returned,)
+
+    def _stand_in(
+        self,
+        passage: Passage,
+        number: int,
+        value_of: dict[fx.Node, fx.Node],
+        made: Mapping[fx.Node, torch.Tensor],
+    ) -> None:
+        """Add the node that stands for what this call does, and tie to it what it ``made``."""
         call = self._append(
             BLOCK, (self.given, number), passage.nodes[-1] if passage.nodes else None
         )
@@ -250,15 +263,9 @@ class Place:
             given = self.leaves[key] if isinstance(key, int) else self.tensors[key]
             slot = _ProxyTensor(fx.Proxy(value_of[node], self.tracer), None)
             set_proxy_slot(given, self.tracer, slot)
-        for node, tensor in made.items():
+        for node, tensor in made.items():  # its sizes have nodes once something asks for them
             proxy = fx.Proxy(value_of[node], self.tracer)
-            with maybe_enable_thunkify():  # sizes have nodes once something asks for them
-                track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
-        leaves = [self._value(result, made) for result in passage.results]
-        returned, more = pytree.tree_unflatten(leaves, passage.structure)
-        for key, values in collected().items():
-            values.extend(more[key])
-        return (returned,)
+            track_tensor(tensor, proxy, constant=None, tracer=self.tracer)
 
     def _are_named(self, own: Sequence[fx.Node], passage: Passage) -> bool:
         """Whether a copy of a passage can read this block's parameters by their names."""
@@ -305,7 +312,7 @@ class Place:
             self.tracer.num_calls[there] = self.called.get(there, 0) + count
         for path, calls in passage.calls.items():
             there = beneath(path, first.noted_path, self.noted_path)
-            self.notes.calls.setdefault(there, []).extend(calls)
+            self.notes.add(there, calls)
         for node, key, mark in passage.marks:
             if node in value_of or node not in inside:
                 self.notes.mark_node(value_of.get(node, node), key, self.moved(passage, mark))
@@ -344,41 +351,13 @@ def memory(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def described(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All that a trace can see of a tensor but which one it is."""
-    return sizes(tensor), kind(tensor)
-
-
-def sizes(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """The numbers of a tensor of which a trace may learn more."""
-    shape, stride = (tuple(map(expression, each)) for each in (tensor.shape, tensor.stride()))
-    return shape, stride, expression(tensor.storage_offset())
-
-
-def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What a tensor is, whatever its sizes."""
-    return (
-        *(type(tensor), tensor.dtype, tensor.device, tensor.layout, tensor.ndim),
-        *(tensor.requires_grad, tensor.is_leaf),
-        *(tensor.is_conj(), tensor.is_neg(), tensor.is_inference()),
-    )
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor | None:
-    """A new tensor that a trace cannot tell from this one; None if there is none."""
-    with torch._C.DisableTorchFunction(), disable_proxy_modes_tracing():
-        told = described(tensor)
-        for make in (_Anew.apply, torch.Tensor.clone):
-            made: torch.Tensor = make(tensor)
-            if described(made) == told:
-                return made
-    return None
-
-
-class _Anew(torch.autograd.Function):
-    """A fake tensor of the same sizes, made without an operator, which would compute each anew."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Any) -> torch.Tensor:
-        with unset_fake_temporarily():
-            return fake_like(tensor.fake_mode, tensor, tensor.dtype, tensor.fake_device)
+def _all_like(passage: Passage) -> dict[fx.Node, torch.Tensor] | None:
+    """For the nodes that a passage's results are new tensors like those; None if one cannot be."""
+    made: dict[fx.Node, torch.Tensor] = {}
+    for result in passage.results:
+        if result.tensor is not None and result.node is not None and result.node not in made:
+            tensor = like(result.tensor)
+            if tensor is None:
+                return None
+            made[result.node] = tensor
+    return made

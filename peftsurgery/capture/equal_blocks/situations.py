@@ -6,7 +6,7 @@ also as they were before the trace, for blocks whose parameters are out of its s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftsurgery.capture.attributes import MODULE_TABLES
-from peftsurgery.capture.equal_blocks.filling_in import described
+from peftsurgery.capture.equal_blocks.alike import described
 from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
+from peftsurgery.capture.parts import named_parts
 
 _LONG = 16
 # What a fake tensor has by itself.
@@ -70,6 +71,14 @@ def told_of_tensors(table: Mapping[str, Any], which: dict[int, int]) -> Token:
     )
 
 
+def number_tensors(tables: Iterable[Mapping[str, Any]], which: dict[int, int]) -> None:
+    """Number the tensors of tables as they would be numbered to be told of."""
+    for table in tables:
+        for tensor in table.values():
+            if tensor is not None:
+                which.setdefault(id(tensor), len(which))
+
+
 def told_beside(tensor: torch.Tensor) -> dict[str, Any]:
     """What code has put into a tensor's attributes."""
     return {
@@ -99,7 +108,7 @@ def told_apart(blocks: list[nn.Module]) -> set[tuple[type, str]]:
     first: dict[type, dict[Attribute, Token]] = {}
     found: set[tuple[type, str]] = set()
     for block in blocks:
-        parts = list(block.named_modules(remove_duplicate=False))
+        parts = named_parts(block, remove_duplicate=False)
         kinds = {name: type(part) for name, part in parts}
         mine = told_of_attributes(parts, tokens)
         other = first.setdefault(type(block), mine)
@@ -130,7 +139,7 @@ def told_by_number(blocks: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def _form(block: nn.Module, tokens: TokenMaker) -> tuple[Token, dict[Attribute, Any]]:
     """What a block is made of, and the tokens of its attributes beside the numbers among them."""
-    parts = list(block.named_modules(remove_duplicate=False))
+    parts = named_parts(block, remove_duplicate=False)
     tensors = [(name, type(p), told_of_tensors(p._parameters, {}), p.training) for name, p in parts]
     numbers = {
         (name, key): value

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Cache
 
 from peftsurgery.capture.blocks import block_paths
+from peftsurgery.capture.equal_blocks.alike import kind, sizes
 from peftsurgery.capture.equal_blocks.attribute_reads import noted_attributes, watchable
 from peftsurgery.capture.equal_blocks.collecting import (
     is_collecting,
@@ -38,16 +39,15 @@ from peftsurgery.capture.equal_blocks.collecting import (
 from peftsurgery.capture.equal_blocks.filling_in import (
     Passage,
     Place,
-    kind,
     layers_told_by_number,
     memory,
-    sizes,
 )
 from peftsurgery.capture.equal_blocks.likeness import Token, TokenMaker
 from peftsurgery.capture.equal_blocks.out_of_sight import Hidden, OutOfSightError
 from peftsurgery.capture.equal_blocks.situations import (
     Attribute,
     Situation,
+    number_tensors,
     told_apart,
     told_beside,
     told_of_attributes,
@@ -59,6 +59,7 @@ from peftsurgery.capture.kv_cache import Layers
 from peftsurgery.capture.masks import Masks
 from peftsurgery.capture.modes import called_with
 from peftsurgery.capture.module_calls import Notes
+from peftsurgery.capture.parts import named_parts
 from peftsurgery.capture.randomness import drawn_elsewhere
 from peftsurgery.capture.surroundings import surroundings
 from peftsurgery.capture.watched import HOOKS
@@ -102,7 +103,7 @@ class Once:
         self, module: nn.Module, notes: Notes, masks: Masks, likely: Collection[str] = ()
     ) -> None:
         self.notes, self.masks = notes, masks
-        parts = dict(module.named_modules(remove_duplicate=False))
+        parts = dict(named_parts(module, remove_duplicate=False))
         blocks = {path: parts[path] for path in block_paths(module)}
         within = {path for path in blocks if any(path.startswith(f"{outer}.") for outer in blocks)}
         self.hidden = Hidden(module, set(likely) - within)
@@ -216,7 +217,7 @@ class Once:
             or self._is_hooked(block)
         ):
             return result
-        kinds = {name: type(part) for name, part in block.named_modules(remove_duplicate=False)}
+        kinds = {name: type(part) for name, part in named_parts(block, remove_duplicate=False)}
         watched = {key for key in after.attributes if (kinds[key[0]], key[1]) in self.watched}
         layers = {key: situation.layers.get(key) for key in running.numbers}
         kept = {key: v for number in numbers for key, v in place.layers.kept_by(number).items()}
@@ -233,7 +234,7 @@ class Once:
 
     def _situation(self, block: nn.Module, place: Place) -> Situation:
         tokens = TokenMaker()
-        parts = list(block.named_modules(remove_duplicate=False))
+        parts = named_parts(block, remove_duplicate=False)
         which: dict[int, int] = {}
         seen = [
             (
@@ -250,13 +251,9 @@ class Once:
         tables = [self.hidden.tables[id(part)] for _, part in parts]
         own: dict[int, int] = {}
         plain = [told_of_tensors(table, own) for table in tables]
-        tensors = [
-            (
-                told_of_tensors(table if place.hidden else part._parameters, which),
-                told_of_tensors(part._buffers, which),
-            )
-            for (_, part), table in zip(parts, tables, strict=True)
-        ]
+        if place.hidden:
+            number_tensors(tables, which)
+        tensors = None if place.hidden else [_told_of(part, which) for _, part in parts]
         around = (
             *(surroundings(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             dict(os.environ),
@@ -265,7 +262,7 @@ class Once:
         modes = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
         return Situation(
             (type(block), tuple(seen)),
-            None if place.hidden else tensors,
+            tensors,
             plain,
             [sizes(leaf) for leaf in place.leaves if isinstance(leaf, torch.Tensor)],
             (place.structure, [self._told(leaf, tokens, which) for leaf in place.leaves]),
@@ -326,6 +323,11 @@ def _updated(function: Any) -> Layers | None:
     """The layers of the cache whose ``update`` a function is."""
     is_update = getattr(function, "__func__", None) is Cache.update
     return layers_told_by_number(function.__self__) if is_update else None
+
+
+def _told_of(part: nn.Module, which: dict[int, int]) -> Token:
+    """What a trace can see of a part's own tensors."""
+    return told_of_tensors(part._parameters, which), told_of_tensors(part._buffers, which)
 
 
 def _values(block: nn.Module, attributes: Iterable[Attribute]) -> set[Any]:
