@@ -10,8 +10,10 @@ the same :class:`Program`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any, cast
 
@@ -19,6 +21,9 @@ from torch import fx, nn
 
 from peftsurgery.capture.module_calls import hand_on
 from peftsurgery.capture.names import is_within, join
+from peftsurgery.capture.node_copies import copy_node
+from peftsurgery.capture.outlines import Outline
+from peftsurgery.capture.parts import named_parts
 from peftsurgery.capture.program import ModuleInfo, Program, TensorInfo
 from peftsurgery.capture.stack import inherit, stack_paths
 
@@ -26,7 +31,7 @@ from peftsurgery.capture.stack import inherit, stack_paths
 def block_paths(module: nn.Module) -> frozenset[str]:
     """The paths of all elements of repeated lists, in a model of any nesting."""
     paths: set[str] = set()
-    for name, part in module.named_modules():
+    for name, part in named_parts(module):
         if not isinstance(part, nn.ModuleList | nn.Sequential) or not _is_repeated(part):
             continue
         if isinstance(part, nn.Sequential) and _is_inside(name, paths):
@@ -68,40 +73,25 @@ class Library:
 
     def intern(
         self,
-        graph: fx.Graph,
+        outline: Outline,
+        make: Callable[[], fx.Graph],
         kind: str,
         modules: Mapping[str, ModuleInfo],
         tensors: Mapping[str, TensorInfo],
         home: str,
     ) -> Program:
-        """The program of this structure, made for the block at ``home`` if it is new."""
-        structure = repr((kind, describe(graph), sorted(tensors.items()), sorted(modules)))
+        """The program of this structure; if it is new, ``make`` its graph, for a block at ``home``.
+
+        A graph that is made has the ``outline``.
+        """
+        structure = repr((kind, outline.lines, sorted(tensors.items()), sorted(modules)))
         known = self.by_structure.get(structure)
         if known is None:
             number = self.counts.get(kind, 0)
             self.counts[kind] = number + 1
-            known = Program(f"{kind}.{number}", graph, kind, modules, tensors, home)
+            known = Program(f"{kind}.{number}", make(), kind, modules, tensors, home)
             self.by_structure[structure] = known
         return known
-
-
-def describe(graph: fx.Graph) -> list[Any]:
-    """Canonical description of a graph: equal for graphs that differ in node names alone."""
-    index: dict[fx.Node, str] = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-
-    def plain(argument: Any) -> Any:
-        return fx.map_arg(argument, lambda node: index[node])
-
-    return [
-        (
-            node.op,
-            "" if node.op == "placeholder" else str(node.target),
-            repr(plain(node.args)),
-            repr(plain(node.kwargs)),
-            node.meta.get("surgery"),
-        )
-        for node in graph.nodes
-    ]
 
 
 @dataclass(frozen=True)
@@ -113,6 +103,10 @@ class Span:
     inputs: Sequence[fx.Node]
     outputs: Sequence[Any]  # nodes; the model's own may be constants too
     single: bool  # whether the output is the one value itself
+
+
+# What a span does, in order: a node, or the call of a nested block, which has that program.
+_Steps = Sequence[fx.Node | tuple[Span, Program]]
 
 
 class Splitter:
@@ -139,16 +133,16 @@ class Splitter:
 
     def build(self, span: Span) -> Program:
         """The program of a span; nested spans become calls."""
-        copier = Copier(span.path, span.inputs)
+        steps: list[fx.Node | tuple[Span, Program]] = []
         for child, run in self.runs(span):
             if child is None:
-                for node in run:
-                    copier.copy(node)
+                steps += run
             else:
                 inner = self.span(child, run)
-                copier.call(inner, self.build(inner))
-        graph = copier.finished(span.outputs, span.single)
-        program = self.library.intern(graph, *self.describe_block(span.path, graph), span.path)
+                steps.append((inner, self.build(inner)))
+        outline = _outline(span, steps)
+        described = self.describe_block(span.path, outline.reads)
+        program = self.library.intern(outline, partial(_copied, span, steps), *described, span.path)
         known = self.programs.setdefault(span.path, [])
         if program not in known:
             known.append(program)
@@ -163,8 +157,8 @@ class Splitter:
                 zip(owners, span.nodes, strict=True), key=lambda item: item[0]
             )
         ]
-        seen = [owner for owner, _ in runs if owner is not None]
-        torn = {owner for owner in seen if seen.count(owner) > 1}
+        seen = Counter(owner for owner, _ in runs if owner is not None)
+        torn = {owner for owner, count in seen.items() if count > 1}
         return [
             (None if owner is None or owner in torn else owner[1], nodes) for owner, nodes in runs
         ]
@@ -193,13 +187,12 @@ class Splitter:
         return Span(path, nodes, list(inputs), outputs, single=len(outputs) == 1)
 
     def describe_block(
-        self, path: str, graph: fx.Graph
+        self, path: str, reads: Iterable[str]
     ) -> tuple[str, dict[str, ModuleInfo], dict[str, TensorInfo]]:
         """The class, the submodules and the tensors of a block, by names relative to it."""
         prefix = f"{path}." if path else ""
-        names = {str(node.target) for node in graph.find_nodes(op="get_attr")}
         tensors = {
-            name: self.tensors[prefix + name] for name in names if prefix + name in self.tensors
+            name: self.tensors[prefix + name] for name in reads if prefix + name in self.tensors
         }
         return self.modules[path].type, self.beneath[path], tensors
 
@@ -246,7 +239,7 @@ class Copier:
             return
         for source in node.all_input_nodes:
             self.value(source)
-        made = self.value_of[node] = self.graph.node_copy(node, self.value)
+        made = self.value_of[node] = copy_node(self.graph, node, self.value)
         if made.op == "call_module":
             made.target = str(made.target).removeprefix(self.prefix)
 
@@ -280,6 +273,30 @@ class Copier:
         call.meta["val"] = values[0] if span.single else values
         call.meta["nn_module_stack"] = _outer_stack(span)
         self.take(call, span.outputs, span.single)
+
+
+def _outline(span: Span, steps: _Steps) -> Outline:
+    """What the graph of a span would say."""
+    outline = Outline(span.path, span.inputs)
+    for step in steps:
+        if isinstance(step, fx.Node):
+            outline.add(step)
+        else:
+            inner, program = step
+            outline.call(inner.path, program.label, inner.inputs, inner.outputs, inner.single)
+    outline.end(span.outputs, span.single)
+    return outline
+
+
+def _copied(span: Span, steps: _Steps) -> fx.Graph:
+    """The graph of a span."""
+    copier = Copier(span.path, span.inputs)
+    for step in steps:
+        if isinstance(step, fx.Node):
+            copier.copy(step)
+        else:
+            copier.call(*step)
+    return copier.finished(span.outputs, span.single)
 
 
 def _outer_stack(span: Span) -> dict[str, tuple[str, str]]:

@@ -21,6 +21,7 @@ from peftsurgery.capture.kv_cache import REMEMBER
 from peftsurgery.capture.loops.traced import INDEX
 from peftsurgery.capture.module_calls import GIVEN, RETURNED, hand_on
 from peftsurgery.capture.names import join
+from peftsurgery.capture.node_copies import copy_node
 
 _ENCLOSING = (BEGINS, ENDS)
 
@@ -77,11 +78,12 @@ def _copy(
         return value_of.get(node, node)
 
     node = call.graph._root.next if begin is None else begin
+    stacks = _Stacks(end, call, filling)
     with call.graph.inserting_before(call):
         while node is not end:
             if not _is_shared(node, value_of):
-                made = call.graph.node_copy(node, value)
-                _describe(made, node, end, call, filling)
+                made = copy_node(call.graph, node, value)
+                _describe(made, node, stacks, filling)
                 value_of[node] = made
             node = node.next
     return value_of
@@ -116,17 +118,19 @@ def _is_shared(node: fx.Node, copied: Container[fx.Node]) -> bool:
     )
 
 
-def _describe(made: fx.Node, like: fx.Node, end: fx.Node, call: fx.Node, to: Filling) -> None:
+def _describe(made: fx.Node, like: fx.Node, stacks: _Stacks, to: Filling) -> None:
     """Let a copy say where it comes from, and to which layer it hands keys and values."""
     if like.target is REMEMBER:
         made.args = (*made.args[:2], to.layer, *made.args[3:])
     for key in (GIVEN, RETURNED):
-        marks = made.meta.pop(key, {})
+        marks = made.meta.pop(key, None)
+        if marks is None:
+            continue
         own = {to.place.moved(to.passage, m): None for m in marks if _is_of(to.passage, m)}
         if own:
             made.meta[key] = own
     if "nn_module_stack" in like.meta:
-        made.meta["nn_module_stack"] = _stack(like, end, call, to)
+        made.meta["nn_module_stack"] = stacks.of(like)
 
 
 def _is_of(passage: Passage, mark: tuple[str, int, int]) -> bool:
@@ -136,21 +140,29 @@ def _is_of(passage: Passage, mark: tuple[str, int, int]) -> bool:
     return first <= number < first + len(passage.calls.get(path, ()))
 
 
-def _stack(
-    like: fx.Node, end: fx.Node, call: fx.Node, to: Filling
-) -> Mapping[str, tuple[str, str]]:
-    """The modules that a copy comes from: those of the call, then those in the passage."""
-    around, own = end.meta["nn_module_stack"], call.meta["nn_module_stack"]
-    home, path = (list(stack.values())[-1][0] for stack in (around, own))
-    inner = list(like.meta["nn_module_stack"].items())[len(around) :]
-    moved = {}
-    for key, (old, kind) in inner:
-        part = old.removeprefix(home)
+class _Stacks:
+    """The modules that copies come from: those of the call, then those in the passage."""
+
+    def __init__(self, end: fx.Node, call: fx.Node, to: Filling) -> None:
+        around, self._own = end.meta["nn_module_stack"], call.meta["nn_module_stack"]
+        self._around, self._to = len(around), to
+        self._home, self._path = (list(each.values())[-1][0] for each in (around, self._own))
+        self._known: dict[Any, dict[str, tuple[str, str]]] = {}
+
+    def of(self, like: fx.Node) -> Mapping[str, tuple[str, str]]:
+        """Those of the copy of a node: nodes of one module's call have the same."""
+        inner = tuple(like.meta["nn_module_stack"].items())[self._around :]
+        if inner not in self._known:
+            self._known[inner] = self._own | dict(self._moved(*each) for each in inner)
+        return dict(self._known[inner])
+
+    def _moved(self, key: str, entry: tuple[str, str]) -> tuple[str, tuple[str, str]]:
+        old, kind = entry
+        part = old.removeprefix(self._home)
         name, _, number = key.partition("@")
-        now = int(number or 0) + _later(to, part)
-        new = path + part
-        moved[name.removesuffix(old) + new + (f"@{now}" if now else "")] = new, kind
-    return own | moved
+        now = int(number or 0) + _later(self._to, part)
+        new = self._path + part
+        return name.removesuffix(old) + new + (f"@{now}" if now else ""), (new, kind)
 
 
 def _later(to: Filling, part: str) -> int:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import peftsurgery as ps
-from peftsurgery.capture.blocks import describe
 from peftsurgery.capture.captures import Capture
 from peftsurgery.capture.equal_blocks.out_of_sight import Hidden, OutOfSightError
 from peftsurgery.capture.module_calls import GIVEN, RETURNED
+from peftsurgery.capture.outlines import describe
 from tests.models import blocks
 from tests.models.traces import cached, deeper
 from tests.models.zoo import Inputs, entry
