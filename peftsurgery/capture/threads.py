@@ -158,16 +158,33 @@ class _OneThread(proxy_tensor._ModuleStackTracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
+_METADATA = "_extract_tensor_metadata"
+
+
+def _untold() -> Callable[..., Any]:
+    """What describes a traced tensor a second time, beside its value; here not for this thread.
+
+    To tell its memory format takes long, and nothing asks for it.
+    """
+    told, thread = vars(proxy_tensor).get(_METADATA), threading.get_ident()
+
+    def metadata(*args: Any, **kwargs: Any) -> Any:
+        return None if told is None or threading.get_ident() == thread else told(*args, **kwargs)
+
+    return metadata
+
+
 @contextmanager
 def traced_alone() -> Iterator[None]:
     """Make torch.export trace the calls of its own thread alone, while no other thread computes.
 
     To be entered by one thread at a time, as :func:`making` lets them.
     """
-    tracer: Any = proxy_tensor._ModuleStackTracer
+    ours = {"_ModuleStackTracer": _OneThread, _METADATA: _untold()}
+    theirs = {name: vars(proxy_tensor)[name] for name in ours if name in vars(proxy_tensor)}
     with GATE.closed():
         try:
-            setattr(proxy_tensor, tracer.__name__, _OneThread)
+            vars(proxy_tensor).update((name, ours[name]) for name in theirs)
             yield
         finally:
-            setattr(proxy_tensor, tracer.__name__, tracer)
+            vars(proxy_tensor).update(theirs)

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import peftsurgery as ps
-from peftsurgery.capture.threads import Gate
+from peftsurgery.capture.threads import Gate, traced_alone
 from tests.parity.models import base, batch, captured
 
 
@@ -150,3 +151,20 @@ def test_a_capture_that_fails_keeps_nobody_waiting() -> None:
 
     assert together(*[refused] * 4) == ["PSG228"] * 4
     assert torch.equal(model(torch.ones(3, 4)), torch.full((3, 4), 2.0))
+
+
+def test_another_threads_trace_describes_its_tensors_during_a_capture() -> None:
+    def described() -> list[Any]:
+        graph = make_fx(torch.neg)(torch.ones(2, 3)).graph
+        return [node.meta["tensor_meta"] for node in graph.nodes if node.op == "call_function"]
+
+    def other() -> list[Any]:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(described).result()
+
+    (before,) = described()
+    assert before.shape == (2, 3)
+    with traced_alone():
+        assert described() == [None]
+        assert other() == [before]
+    assert described() == [before]
