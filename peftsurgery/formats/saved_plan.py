@@ -20,6 +20,7 @@ from peftsurgery.checkpoint.record import entry_of, folded_into, record_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
 from peftsurgery.fingerprint import Fingerprint, content_digest, in_folder, on_disk
+from peftsurgery.language.page import Page
 from peftsurgery.language.settings import resolve_settings
 from peftsurgery.model_files import are_here, read_model_files
 from peftsurgery.tensor_file import TensorFile, read_header
@@ -46,9 +47,13 @@ def saved_plan(surgery: Path, base: str | None) -> Planned | None:
     if made is None or prints is None:
         return None
     home, adapter = Path(base or said["base"]), read_header(surgery / TENSORS, "PSG606")
+    try:
+        entries = _entries(surgery, said, adapter)
+    except (SurgeryError, *_NONE):
+        return None
     files = read_model_files(home)
     plan = made.on(files)
-    record = record_of(str(home), prints, _entries(surgery, said, adapter))
+    record = record_of(str(home), prints, entries)
     own, without = files_beside(surgery, home, record, made.library)
     plan = replace(plan, record=record, files=own, without=without)
     return Planned(plan, home, adapter)
@@ -78,19 +83,16 @@ def _prints(said: Mapping[str, Any], base: Any) -> Fingerprint | None:
 
 
 def _entries(surgery: Path, said: Mapping[str, Any], adapter: TensorFile) -> list[dict[str, Any]]:
-    """What the record lists of each operation."""
-    from peftsurgery.language.loading import dump_rules, load_rules
-    from peftsurgery.language.where import where_of
-
+    """What the record lists of each operation, whose rules were checked when they were saved."""
     content = content_digest(on_disk(adapter, tensor) for tensor in adapter.tensors.values())
     found = []
     for entry in said["operations"]:
-        file = load_rules(_inside(surgery, entry["rules"]))
-        settings = resolve_settings(file, entry["settings"])
-        own = {name: settings[name] for name in file.with_}
-        where = where_of(entry.get("where", {}), "where").as_data()
-        name, seed, text = entry["name"], entry.get("seed"), dump_rules(file)
-        found.append(entry_of(name, file.name, text, own, surgery, content, where, seed=seed))
+        page = Page.of(_inside(surgery, entry["rules"]).read_bytes(), entry["rules"])
+        settings = resolve_settings(page, entry["settings"])
+        own = {name: settings[name] for name in page.with_}
+        told, where = (page.name, page.text(), own), dict(entry.get("where", {}))
+        more = {"seed": entry.get("seed")}
+        found.append(entry_of(entry["name"], *told, surgery, content, where, **more))
     return found
 
 

@@ -117,11 +117,13 @@ def test_the_record_and_the_bytes_are_those_of_a_captured_plan(
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes(), file.name
 
 
-def test_the_process_that_folds_has_no_torch(bases: Path, tmp_path: Path) -> None:
+def test_the_process_that_folds_has_neither_torch_nor_the_schema(
+    bases: Path, tmp_path: Path
+) -> None:
     saved(bases / "llama", tmp_path / "surgery", "lora_qv")
     code = (
         "import sys; import peftsurgery as ps; ps.fold_checkpoint(*sys.argv[1:4]); "
-        "print(sorted({'torch', 'transformers'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'transformers', 'pydantic'} & sys.modules.keys()))"
     )
     places = [str(tmp_path / "surgery"), str(bases / "llama"), str(tmp_path / "out")]
     command = [sys.executable, "-c", code, *places]
