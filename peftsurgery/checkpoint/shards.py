@@ -27,7 +27,6 @@ from peftsurgery.checkpoint.copied_ahead import CopiedFile, copies_of, let_go
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of, new_digest
 from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
-from peftsurgery.checkpoint.requantised import requantised
 from peftsurgery.checkpoint.tensor_bytes import chunks
 from peftsurgery.checkpoint.twin import Twin, twins_for
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out
@@ -60,6 +59,8 @@ class Streamed:
         self, tensors: Mapping[str, Tensor], into: PartFile, start: int
     ) -> dict[str, Any]:
         """Write parts of a weight that is quantised again, band by band."""
+        from peftsurgery.checkpoint.requantised import requantised  # which few bases need
+
         weight = self.view.coded[self.view.again_by_part[next(iter(tensors))]]
         names = {part: tensor.name for part, (_, tensor) in weight.parts.items()}
         digests, measure = {name: new_digest() for name in tensors}, FoldMeasure()

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.arguments import checked
 from peftsurgery.checkpoint.codecs.coded import CONFIG, QUANTISER
-from peftsurgery.checkpoint.estimate import FoldEstimate, estimate
 from peftsurgery.checkpoint.fold_report import FoldReport
 from peftsurgery.checkpoint.part_folder import FoldPart
 from peftsurgery.checkpoint.plan import Planned
@@ -31,6 +30,9 @@ from peftsurgery.outputs import check_free
 from peftsurgery.places import object_in
 from peftsurgery.quiet import quiet
 from peftsurgery.stand_ins import called
+
+if TYPE_CHECKING:
+    from peftsurgery.checkpoint.estimate import FoldEstimate
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
 
@@ -96,6 +98,8 @@ def estimate_fold(
 
     The arguments are those of the fold, and so are the errors of places and plans.
     """
+    from peftsurgery.checkpoint.estimate import estimate  # which a fold itself does not need
+
     code = _checked(dtype, reversible, requantise)
     _check_whole(adapter, base, out, {"reversible": reversible})
     with (

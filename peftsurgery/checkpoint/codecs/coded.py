@@ -13,17 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_columns, read_rows
-from peftsurgery.checkpoint.codecs.bands import Bands
-from peftsurgery.checkpoint.codecs.bitsandbytes import FP4, INT8, NF4
-from peftsurgery.checkpoint.codecs.codec import Codec, Said
-from peftsurgery.checkpoint.codecs.fp8_blocks import FP8_BLOCKS
-from peftsurgery.checkpoint.codecs.mxfp4 import MXFP4
-from peftsurgery.checkpoint.codecs.packed import AWQ, GPTQ
 from peftsurgery.checkpoint.hashing import hash_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
@@ -31,18 +25,13 @@ from peftsurgery.model_files import ModelFiles
 from peftsurgery.stand_ins import stand_in_of
 from peftsurgery.tensor_file import Tensor, TensorFile, size_of
 
+if TYPE_CHECKING:
+    from peftsurgery.checkpoint.codecs.bands import Bands
+    from peftsurgery.checkpoint.codecs.codec import Codec, Said
+
 CONFIG, QUANTISER = "config.json", "quantization_config"
 # Files in which quantisers repeat what config.json says.
 BESIDE = frozenset({"quantize_config.json", "quant_config.json"})
-CODECS: Mapping[str, tuple[Codec, ...]] = MappingProxyType(
-    {
-        "fp8": (FP8_BLOCKS,),
-        "gptq": (GPTQ,),
-        "awq": (AWQ,),
-        "mxfp4": (MXFP4,),
-        "bitsandbytes": (NF4, FP4, INT8),
-    }
-)
 DTYPES = MappingProxyType({"float32": "F32", "float16": "F16", "bfloat16": "BF16"})
 
 
@@ -206,6 +195,8 @@ def plain_view(files: ModelFiles) -> PlainView:
     said = config.get(QUANTISER)
     if not isinstance(said, dict):
         return PlainView(files)
+    from peftsurgery.checkpoint.codecs.known import CODECS  # which few bases need
+
     dtype = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "BF16")
     held, coded = files.tensors, dict[str, CodedWeight]()
     for codec in CODECS.get(str(said.get("quant_method")), ()):

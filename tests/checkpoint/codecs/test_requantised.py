@@ -246,10 +246,10 @@ def test_a_run_that_is_killed_and_resumed_quantises_as_one_run_does(
     script = (
         "import os, sys; from pathlib import Path\n"
         "from peftsurgery.formats.streamed_fold import fold_checkpoint as fold\n"
-        "left, part = int(sys.argv[4]), Path(sys.argv[3] + '.part')\n"
+        "left, journal = int(sys.argv[4]), Path(sys.argv[3] + '.part', '.journal')\n"
         "def progress(size):\n"
         "    global left; left -= size\n"
-        "    if left < 0 and [*part.glob('*.safetensors')]: os.kill(os.getpid(), 9)\n"
+        "    if left < 0 and '.safetensors' in journal.read_text(): os.kill(os.getpid(), 9)\n"
         "fold(*sys.argv[1:4], resume=True, requantise=True, progress=progress)\n"
     )
     places = [str(llama[1]), str(base), str(tmp_path / "out")]
