@@ -13,15 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from peftsurgery.capture.names import join
+from peftsurgery.capture.parts import named_parts
 from peftsurgery.capture.program import TensorInfo
 from peftsurgery.errors import SurgeryError
 
 
 def named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Every parameter and buffer under every name it has."""
+    kind, plain = type(module), nn.Module
+    if (kind.named_parameters, kind.named_buffers) != (plain.named_parameters, plain.named_buffers):
+        return [
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        ]
+    parts = named_parts(module, remove_duplicate=False)  # as these do, in a third of the time
     return [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
+        (join(path, name), tensor)
+        for key in ("_parameters", "_buffers")
+        for path, part in parts
+        for name, tensor in getattr(part, key).items()
+        if tensor is not None
     ]
 
 

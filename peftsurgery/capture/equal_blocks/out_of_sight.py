@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,9 @@ class Hidden:
 
     def __init__(self, module: nn.Module, blocks: Collection[str]) -> None:
         self.tables: dict[int, Mapping[str, torch.Tensor | None]] = {
-            id(part): dict(part._parameters) for part in module.modules()
+            id(part): dict(part._parameters) for _, part in named_parts(module)
         }
-        users = Counter(id(tensor) for _, tensor in module.named_parameters(remove_duplicate=False))
+        users = _counted(named_parts(module, remove_duplicate=False))
         self.parts: dict[int, list[nn.Module]] = {}
         self.thread = threading.get_ident()
         self._is_looked_at = False
@@ -137,7 +137,14 @@ for _name in (
 
 def _is_apart(block: nn.Module, users: Counter[int]) -> bool:
     """Whether a block has parameters that nothing else has, and no buffer."""
-    if next(block.buffers(), None) is not None:
+    parts = named_parts(block, remove_duplicate=False)
+    if any(buffer is not None for _, part in parts for buffer in part._buffers.values()):
         return False
-    own = Counter(id(tensor) for _, tensor in block.named_parameters(remove_duplicate=False))
+    own = _counted(parts)
     return bool(own) and all(users[key] == count for key, count in own.items())
+
+
+def _counted(parts: Iterable[tuple[str, nn.Module]]) -> Counter[int]:
+    """How often each parameter is there, by its identity."""
+    tensors = (tensor for _, part in parts for tensor in part._parameters.values())
+    return Counter(id(tensor) for tensor in tensors if tensor is not None)
