@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import fx
 
 from peftsurgery.surgery.plan.cut import Cut
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def has_number(dtype: torch.dtype, number: float) -> bool:
+    """Whether a floating-point dtype has a number as it is, not rounded."""
+    info = torch.finfo(dtype)
+    digits = 2 * math.frexp(number)[0] / info.eps
+    return number == 0 or (digits.is_integer() and info.tiny <= abs(number) <= info.max)
 
 
 def compute_dtype(cut: Cut) -> torch.dtype:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftsurgery.capture.plain import is_plain_call
+from peftsurgery.surgery.rewrite.dtypes import HALVES, has_number
 
 
 class Term(NamedTuple):
@@ -100,10 +101,17 @@ def one_by_one(
         results = [result.to(compute) for result in results]
     for term, up in zip(terms, inputs.ups, strict=True):
         added = F.linear(hidden[term.hidden], up)
-        results[term.result] = torch.add(results[term.result], added, alpha=term.scale)
+        results[term.result] = _plus(results[term.result], term.scale, added)
     if compute is not None:
         results = [result.to(dtype) for result, dtype in zip(results, dtypes, strict=True)]
     return tuple(results)
+
+
+def _plus(total: Tensor, scale: float, added: Tensor) -> Tensor:
+    """A sum with ``scale`` times another; torch would round a scale that no half precision has."""
+    if all(has_number(dtype, scale) for dtype in HALVES):
+        return torch.add(total, added, alpha=scale)
+    return total + scale * added
 
 
 def _narrow(x: Tensor, downs: Sequence[Tensor]) -> Sequence[Tensor]:

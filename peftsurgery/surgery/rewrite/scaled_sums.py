@@ -16,6 +16,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
+from peftsurgery.surgery.rewrite.dtypes import HALVES, has_number
 from peftsurgery.surgery.rewrite.inserted_sums import (
     Summand,
     cast_to,
@@ -26,7 +27,6 @@ from peftsurgery.surgery.rewrite.inserted_sums import (
     source_of,
 )
 
-HALVES = (torch.bfloat16, torch.float16)
 SIZE = torch.ops.aten.sym_size.int
 
 
@@ -46,7 +46,7 @@ class ScaledSum:
 
     def _is_kept_by(self, dtype: torch.dtype) -> bool:
         """Whether a sum in this dtype multiplies by the scale, and not by a rounded one."""
-        return dtype not in HALVES or torch.tensor(self.scale, dtype=dtype).item() == self.scale
+        return dtype not in HALVES or has_number(dtype, self.scale)
 
     def __call__(self, start: Tensor, other: Tensor) -> Tensor:
         """The sum, in the dtype of both values if it is rounded to that one."""

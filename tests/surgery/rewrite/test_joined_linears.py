@@ -290,3 +290,21 @@ def test_a_tensor_in_two_places_is_given_once() -> None:
             one, two = call(x, weight, down, up)
         torch.testing.assert_close(one, F.linear(x, weight) + added)
         torch.testing.assert_close(two, F.linear(x, weight) + 2 * added)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [16 / 6, 16 / 8**0.5, 2.0])
+def test_few_rows_in_half_precision_have_the_scale_and_not_a_rounded_one(
+    dtype: torch.dtype, scale: float
+) -> None:
+    """The median of what is added, to what it is in float64: a rounded scale moves all of it."""
+    places = JoinedInputs(0, (1,), (None,), (None,), (2,), (), (3,))
+    call = JoinedCall(places, [Term(0, 0, scale)], None)
+    x, zeros, down, up = (torch.randn(shape) for shape in ((4, 64), (999, 64), (8, 64), (999, 8)))
+    given = [value.to(dtype) for value in (x, 0 * zeros, down, up)]
+    with torch.no_grad():
+        (found,) = call(*given)
+        x, _, down, up = (value.double() for value in given)
+        hidden = F.linear(*given[::2]).double()
+    ratios = found.double() / (scale * hidden @ up.T)
+    assert abs(ratios.median().item() - 1) < torch.finfo(dtype).eps / 20
