@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes import CDLL, c_ulong
 from typing import Any
 
@@ -28,11 +28,16 @@ class Twin:
     """A process that does one kind of work, and ends when it is told to or with this process."""
 
     def __init__(self, work: Callable[[Any], Any]) -> None:
-        """``work`` makes something of a task; both are what JSON can hold."""
+        """``work`` makes something of a task; both are what JSON can hold. OSError if refused."""
         tasks, ask = os.pipe()
         answer, answers = os.pipe()
         parent = os.getpid()
-        self._process = os.fork()
+        try:
+            self._process = os.fork()
+        except OSError:
+            for handle in (tasks, ask, answer, answers):
+                os.close(handle)
+            raise
         if not self._process:
             try:
                 os.close(ask)
@@ -82,8 +87,9 @@ def twins_for(work: Callable[[Any], Any], count: int) -> Iterator[list[Twin | No
     can_fork = sys.platform == "linux" and sys.modules.keys().isdisjoint(WITH_THREADS)
     twins = list[Twin]()
     try:
-        while can_fork and len(twins) < min(count, MOST):
-            twins.append(Twin(work))
+        with suppress(OSError):  # as many as the system allows
+            while can_fork and len(twins) < min(count, MOST):
+                twins.append(Twin(work))
         yield [*twins, *[None] * (count - len(twins))]
     finally:
         for twin in reversed(twins):  # each holds the pipes of those before it

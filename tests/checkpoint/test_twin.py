@@ -24,6 +24,15 @@ twin = Twin(lambda task: __import__("os").getpid())
 print(twin.done(None), flush=True)
 time.sleep(60)
 """
+REFUSED = """
+import errno, os
+from peftsurgery.checkpoint.twin import twins_for
+def refuse():
+    raise BlockingIOError(errno.EAGAIN, "no more processes")
+os.fork, handles = refuse, len(os.listdir("/proc/self/fd"))
+with twins_for(lambda task: task, 2) as twins:
+    print(twins, len(os.listdir("/proc/self/fd")) - handles)
+"""
 WITHOUT_TORCH = """
 import os
 from peftsurgery.checkpoint.twin import twins_for
@@ -102,5 +111,14 @@ def test_beside_libraries_with_threads_there_are_none() -> None:
     assert "torch" in sys.modules
     with twins_for(work, 2) as twins:
         assert twins == [None, None]
-    done = subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True)
-    assert done.stdout == "3 [0, 1]\n", done.stderr
+    assert printed(WITHOUT_TORCH) == "3 [0, 1]\n"
+
+
+def test_where_the_system_refuses_processes_there_are_none() -> None:
+    assert printed(REFUSED) == "[None, None] 0\n"
+
+
+def printed(script: str) -> str:
+    """What a process without torch prints."""
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
