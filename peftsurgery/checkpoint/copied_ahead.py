@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 
 from peftsurgery.checkpoint.hashing import new_digest
-from peftsurgery.checkpoint.part_folder import PartFile
+from peftsurgery.checkpoint.part_file import PartFile
 from peftsurgery.checkpoint.tensor_bytes import chunks
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import weight_names
@@ -71,7 +71,6 @@ class CopyAhead:
         os.close(self._tell)
         with os.fdopen(self._answer, "rb") as stream:
             content = stream.read()
-        os.waitpid(self._process, 0)
         said = json.loads(content or b"{}")
         for name, file in self._files.items():
             if name not in said:
@@ -80,6 +79,10 @@ class CopyAhead:
             name: CopiedFile(bytes.fromhex(header), self._files[name], hashes)
             for name, (header, hashes) in said.items()
         }
+
+    def end(self) -> None:
+        """Wait for the process, which may still flush what it has told of."""
+        os.waitpid(self._process, 0)
 
 
 class _Copying:
@@ -143,13 +146,15 @@ _UNDER_WAY: dict[Path, CopyAhead] = {}
 @contextmanager
 def copying_ahead(base: Path, adapter: Path, room: Path) -> Iterator[None]:
     """Copy tensors of a base while the block runs, until a fold of that base takes the copies."""
-    key = base.resolve()
+    key, ahead = base.resolve(), None
     with suppress(OSError, SurgeryError):  # the fold will say what is wrong
-        _UNDER_WAY[key] = CopyAhead(base, adapter, room)
+        ahead = _UNDER_WAY[key] = CopyAhead(base, adapter, room)
     try:
         yield
     finally:
         let_go(copies_of(key))
+        if ahead is not None:
+            ahead.end()
 
 
 def copies_of(base: Path) -> Mapping[str, CopiedFile]:

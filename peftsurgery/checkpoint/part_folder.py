@@ -19,20 +19,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from ctypes import CDLL, c_int64
 from dataclasses import dataclass
-from functools import cache
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from peftsurgery.checkpoint.part_file import PartFile
 from peftsurgery.errors import SurgeryError
 
 JOURNAL = ".journal"
-CHUNK = 2**20  # bytes that are read at once
-WRITTEN = 2**18  # bytes that are written at once; for more, Linux looks for large pages, and waits
-FLUSHED = 2**24  # bytes that are written before the disk begins with them
-_SYNC_FILE_RANGE_WRITE = 2  # of Linux's <fcntl.h>
 WAIT, PAUSE = 60.0, 0.02  # seconds: for others to begin or finish, and from one look to the next
 
 
@@ -61,45 +56,6 @@ class FoldPart:
         return f"{self.number}/{self.of}"
 
 
-@dataclass
-class PartFile:
-    """A file in the making; threads may write parts of it at once.
-
-    The disk begins with every :data:`FLUSHED` bytes: else it would have nothing to do until the
-    file is whole, and then all of it at once.
-    """
-
-    name: str
-    stream: FileIO
-    _waiting: int = 0
-
-    def write(self, block: bytes | memoryview, place: int) -> None:
-        """Write bytes from a place of the file on."""
-        left = memoryview(block)
-        size = len(left)
-        while left:
-            done = os.pwrite(self.stream.fileno(), left[:WRITTEN], place)
-            left, place = left[done:], place + done
-        self._waiting += size  # another thread's count may be lost, which is none of the file's
-        if self._waiting >= FLUSHED:
-            self._waiting = 0
-            _begin_flush(self.stream.fileno())
-
-    def write_apart(self, content: memoryview, size: int, place: int, step: int) -> None:
-        """Write pieces of ``size`` bytes, each ``step`` bytes further on than the one before."""
-        for start in range(0, len(content), size):
-            self.write(content[start : start + size], place)
-            place += step
-
-    def read(self, place: int, size: int) -> Iterator[bytes]:
-        """What was written from a place on, so many bytes of it, some at a time."""
-        end = place + size
-        while place < end:
-            block = os.pread(self.stream.fileno(), min(CHUNK, end - place), place)
-            yield block
-            place += len(block)
-
-
 @dataclass(frozen=True)
 class PartFolder:
     """A directory in the making, and what of it is done by name: what the journal says of each."""
@@ -117,7 +73,10 @@ class PartFolder:
         return PartFile(name, FileIO(self._part(name), "r+"))
 
     def adopted(self, file: PartFile) -> PartFile:
-        """Begin a file with what is in one that has no name yet. OSError if the system refuses."""
+        """Begin a file with what is in one that has no name yet. OSError if the system refuses.
+
+        Who wrote to it may have been told of what failed, and who opens it now would not be.
+        """
         part, handle = self._part(file.name), file.stream.fileno()
         part.unlink(missing_ok=True)
         handles = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY)
@@ -125,7 +84,7 @@ class PartFolder:
             os.link(str(handle), part, src_dir_fd=handles, follow_symlinks=True)
         finally:
             os.close(handles)
-        return PartFile(file.name, FileIO(part, "r+"))
+        return PartFile(file.name, FileIO(os.dup(handle), "r+"))
 
     def _part(self, name: str) -> Path:
         """What a file is called until it is whole."""
@@ -136,9 +95,8 @@ class PartFolder:
 
     def ended(self, file: PartFile, said: Any = None) -> None:
         """Put a file that is whole in its place, and enter it in the journal with what is said."""
-        os.fsync(file.stream.fileno())
-        file.stream.close()
-        os.replace(file.stream.name, self.path / file.name)
+        file.close()
+        os.replace(self._part(file.name), self.path / file.name)
         self.enter(file.name, said)
 
     def write(self, name: str, blocks: Iterable[bytes | memoryview], said: Any = None) -> None:
@@ -347,22 +305,6 @@ def _holds(handle: int, lock: Path) -> bool:
         return os.path.samestat(os.fstat(handle), lock.stat())
     except (BlockingIOError, FileNotFoundError):
         return False
-
-
-def _begin_flush(handle: int) -> None:
-    """Have the disk begin with what a file was given, and do not wait; errors are fsync's to tell.
-
-    Nothing is done where the system cannot.
-    """
-    begin = _sync_file_range()
-    if begin is not None:
-        begin(handle, c_int64(0), c_int64(0), _SYNC_FILE_RANGE_WRITE)
-
-
-@cache
-def _sync_file_range() -> Callable[..., int] | None:
-    """Linux's function of that name, as C has it."""
-    return getattr(CDLL(None), "sync_file_range", None)
 
 
 def _flush_folder(path: Path) -> None:

@@ -26,7 +26,8 @@ from peftsurgery.checkpoint.codecs.coded import PlainView
 from peftsurgery.checkpoint.copied_ahead import CopiedFile, copies_of, let_go
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of, new_digest
-from peftsurgery.checkpoint.part_folder import PartFile, PartFolder
+from peftsurgery.checkpoint.part_file import PartFile
+from peftsurgery.checkpoint.part_folder import PartFolder
 from peftsurgery.checkpoint.tensor_bytes import chunks
 from peftsurgery.checkpoint.twin import Twin, twins_for
 from peftsurgery.tensor_file import Tensor, TensorFile, header_of, laid_out

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.checkpoint.part_folder import JOURNAL, PartFile, PartFolder, part_folder
+from peftsurgery.checkpoint.part_file import PartFile
+from peftsurgery.checkpoint.part_folder import JOURNAL, PartFolder, part_folder
 from peftsurgery.errors import SurgeryError
 from peftsurgery.remote import Elsewhere, is_shard
 from peftsurgery.stand_ins import FolderStandIn, standing_in

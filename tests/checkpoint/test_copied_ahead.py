@@ -55,6 +55,7 @@ def test_what_the_adapter_is_not_for_is_copied_and_hashed(
     ahead = CopyAhead(base, adapter, tmp_path)
     copied_all()
     found = ahead.taken()
+    ahead.end()
     try:
         assert sorted(found) == sorted(path.name for path in base.glob("*.safetensors"))
         for number, copied in enumerate(found.values()):
@@ -128,6 +129,7 @@ def test_a_base_that_was_cut_short_is_left_to_the_fold(
     ahead = CopyAhead(base, adapter, tmp_path)
     copied_all()
     found = ahead.taken()
+    ahead.end()
     let_go(found)
     assert last.name not in found
     assert len(found) == SHARDS - 1
@@ -144,4 +146,6 @@ def test_a_base_that_may_be_quantised_is_not_copied(
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
     ahead = CopyAhead(base, adapter, tmp_path)
     copied_all()
-    assert not ahead.taken()
+    found = ahead.taken()
+    ahead.end()
+    assert not found
