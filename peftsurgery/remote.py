@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from ctypes import CDLL
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path, PurePosixPath
@@ -24,8 +22,6 @@ from peftsurgery.tensor_file import MAX_HEADER
 
 PAUSES = [0.2, 0.8, 3.2, 10.0]  # seconds before a request is made again
 PART, PARTS = 5 * 2**20, 9000  # bytes that are sent at once (S3's least), and how often: 10,000
-LARGE = 2**20  # bytes of a buffer
-_M_MMAP_THRESHOLD = -3  # malloc.h
 AT_ONCE = 16  # requests for the parts of a file
 LASTING = (FileNotFoundError, PermissionError, NotImplementedError, IsADirectoryError)
 EXTRA = "pip install 'peftsurgery[remote]' has s3fs; other protocols have packages of their own"
@@ -179,16 +175,6 @@ class Elsewhere:
                     raise UnansweredError(told) from error
                 time.sleep(pause)
         raise AssertionError
-
-
-def give_buffers_back() -> None:
-    """Let this process give the memory of buffers back to the system as soon as they are freed.
-
-    glibc keeps what it gave back before, up to 32 MiB at once: the largest parts of files that are
-    read and sent, for each thread.
-    """
-    with suppress(AttributeError, OSError):  # another library of C, which has its own ways
-        CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE)
 
 
 def is_shard(name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from peftsurgery.buffers import give_buffers_back, keep_buffers
 from peftsurgery.checkpoint.copied_ahead import copying_ahead
 from peftsurgery.cli.kit import (
     force_option,
@@ -232,9 +233,9 @@ def _on_files(asked: Asked) -> None:
     )
 
     if asked.elsewhere:
-        from peftsurgery.remote import give_buffers_back
-
         give_buffers_back()
+    else:
+        keep_buffers()
     where, other = (asked.surgery, asked.base), asked.allow_other_base
     again = asked.requantise
     if asked.dry_run:
