@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from io import FileIO
 from threading import Thread
 
-CHUNK = 2**20  # bytes that are read at once
+from peftsurgery.checkpoint.tensor_bytes import CHUNK
+
 WRITTEN = 2**18  # bytes that are written at once; for more, Linux looks for large pages, and waits
 FLUSHED = 2**24  # bytes that are written before the disk is to have them
 

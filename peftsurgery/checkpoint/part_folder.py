@@ -75,7 +75,8 @@ class PartFolder:
     def adopted(self, file: PartFile) -> PartFile:
         """Begin a file with what is in one that has no name yet. OSError if the system refuses.
 
-        Who wrote to it may have been told of what failed, and who opens it now would not be.
+        It stays opened as it was before it was written: of a write that failed, whoever opened it
+        anew would not be told.
         """
         part, handle = self._part(file.name), file.stream.fileno()
         part.unlink(missing_ok=True)
