@@ -11,7 +11,7 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.codecs.coded import CodedWeight, PlainView
-from peftsurgery.checkpoint.fold_tensor import BLOCK, is_by_rows
+from peftsurgery.checkpoint.fold_site import BLOCK, is_by_rows
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.ties import view_of
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
@@ -124,7 +124,8 @@ def _working(plan: FoldPlan, view: PlainView) -> int:
         mine = [held[each] for name in site.weights.values() for each in _first(plan, name)]
         dims = max(len(tensor.shape) for tensor in mine)
         sizes.append(_at_once(mine, is_by_rows(site, dims)))
-    sizes += [held[each].count for name in plan.replaced for each in _first(plan, name)]
+    replaced = (held[each] for name in plan.replaced for each in _first(plan, name))
+    sizes += [_at_once([tensor], True) for tensor in replaced]
     threads = len(os.sched_getaffinity(0))
     return sum(sorted(sizes)[-threads:]) * 4 * COPIES
 

@@ -7,7 +7,7 @@ and what of the base's numbers was not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +26,10 @@ from peftsurgery.checkpoint.arrays import (
 )
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.codecs.decoded import DecodedRows
-from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
-from peftsurgery.checkpoint.row_wise import folded
+from peftsurgery.checkpoint.fold_site import fold_site, row_blocks
+from peftsurgery.checkpoint.plan import FoldPlan
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile
-
-BLOCK = 2**17  # elements that are computed at once, where a rule folds each row by itself
 
 Found = Mapping[str, tuple[TensorFile, Tensor]]
 
@@ -164,13 +162,9 @@ class Folding:
         if name in self.plan.pieces:
             yield self._piece(name, read)
             return
-        _, tensor = self.base[name]
-        wide = wide_dtype(tensor.dtype)
+        wide = wide_dtype(self.base[name][1].dtype)
         if name in self.plan.replaced:
-            was = self._stored(name)
-            if name not in self.plan.resized:
-                read(as_bytes(was))
-            yield was.astype(wide), self._adapters(self.plan.replaced[name], wide)
+            yield from self._replaced(name, read)
             return
         sites = self.plan.together(name)
         others = sorted({name, *(other for site in sites for other in site.weights.values())})
@@ -178,7 +172,7 @@ class Folding:
         learnt = {key: self._adapters(key, wide) for key in keys}
         decoded = DecodedRows({n: self.coded[n] for n in others if n in self.coded})
         tensors = [self.base[other][1] for other in others]
-        for rows in _row_blocks(tensors, sites, decoded.unit):
+        for rows in row_blocks(tensors, sites, decoded.unit):
             stored = {other: self._stored(other, rows, decoded) for other in others}
             if name not in self.coded and name not in self.plan.resized:
                 read(as_bytes(stored[name]))
@@ -188,8 +182,21 @@ class Folding:
                     raise SurgeryError("PSG403", f"'{other}' holds NaN or infinity")
             now = dict(before)
             for site in sites:
-                _fold(site, now, learnt, rows)
+                fold_site(site, now, learnt, rows)
             yield before[name], now[name]
+
+    def _replaced(
+        self, name: str, read: Callable[[memoryview], object]
+    ) -> Iterator[tuple[Array, Array]]:
+        """Yield what :meth:`exact` yields, of a tensor that becomes one of the adapter's."""
+        _, tensor = self.base[name]
+        wide, key = wide_dtype(tensor.dtype), self.plan.replaced[name]
+        decoded = DecodedRows({name: self.coded[name]} if name in self.coded else {})
+        for rows in row_blocks([tensor], (), decoded.unit):
+            was = self._stored(name, rows, decoded)
+            if name not in self.coded and name not in self.plan.resized:
+                read(as_bytes(was))
+            yield was.astype(wide, copy=False), self._adapters(key, wide, rows)
 
     def _piece(self, name: str, read: Callable[[memoryview], object]) -> tuple[Array, Array]:
         """A tensor that is a piece of a stack, before and after: of one expert's matrix."""
@@ -210,7 +217,7 @@ class Folding:
                     key: self._adapters(key, wide, None if axis is None else rows)
                     for key, axis in axes.items()
                 }
-                _fold(site, now, learnt, None)
+                fold_site(site, now, learnt, None)
         return before[0, start:end], now[stack][0, start:end]
 
     def _stored(
@@ -252,104 +259,3 @@ def check_finite(name: str, dtype: str, before: Array, exact: Array, rounded: Ar
         raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity once it is folded")
     if not np.isfinite(rounded).all():
         raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")
-
-
-def _fold(
-    site: SiteFold, now: dict[str, Array], learnt: Mapping[str, Array], rows: slice | None
-) -> None:
-    """Fold the rows of a site's weights that are in ``now``, with the adapter's tensors."""
-
-    def weight(short: str) -> Array | float:
-        if short not in site.weights:
-            return 0.0
-        value = _as_matrix(now[site.weights[short]], site, short)
-        value = np.swapaxes(value, -1, -2) if short in site.turned else value
-        return value if site.slice is None else _take(value, site.slice)
-
-    def parameter(short: str) -> Array:
-        value, axis = learnt[site.parameters[short]], None
-        if rows is not None and site.rows is not None:
-            axis = site.rows.get(short)
-        return value if axis is None else value[(slice(None),) * axis + (rows,)]
-
-    made: dict[str, Callable[[str], Any]] = dict.fromkeys((*site.weights, *site.absent), weight)
-    made |= dict.fromkeys(site.parameters, parameter)
-    results = folded(site.fold, site.let, site.numbers, made)
-    for short, value in results.items():
-        if short not in site.weights:
-            if np.any(value):
-                message = f"{site.adapter} folds into a bias, and {site.module} has none"
-                hint = "add a bias to the model, or keep the adapter"
-                raise SurgeryError("PSG405", message, hint)
-            continue
-        stored = now[site.weights[short]]
-        whole = _as_matrix(stored, site, short)
-        turned = short in site.turned
-        if site.slice is not None:
-            value = _put(np.swapaxes(whole, -1, -2) if turned else whole, site.slice, value)
-        value = np.swapaxes(value, -1, -2) if turned else value
-        now[site.weights[short]] = _as_stored(value, site, short, stored.shape)
-
-
-def _as_matrix(stored: Array, site: SiteFold, short: str) -> Array:
-    """A weight as the matrix that it is, whatever axes it is stored under."""
-    if short not in site.axes:
-        return stored
-    order, shape = site.axes[short]
-    return stored.transpose(order).reshape(shape)
-
-
-def _as_stored(matrix: Array, site: SiteFold, short: str, shape: tuple[int, ...]) -> Array:
-    """A matrix under the axes that it is stored under, of that shape."""
-    if short not in site.axes:
-        return matrix
-    order, _ = site.axes[short]
-    return matrix.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
-
-
-def is_by_rows(site: SiteFold, dims: int) -> bool:
-    """Whether a fold needs no more of a weight than the rows that it gives.
-
-    ``dims`` is the number of the weight's axes: of a stack, the last two are turned.
-    """
-    as_it_lies = not site.axes and (dims > 2 or not site.turned)
-    return site.rows is not None and site.slice is None and as_it_lies
-
-
-def _row_blocks(
-    tensors: Sequence[Tensor], sites: Iterable[SiteFold], unit: int
-) -> Iterator[slice | None]:
-    """Blocks of rows in which tensors can be folded by themselves; None for all of them at once.
-
-    A block lies in one or more bands of ``unit`` rows, or within one.
-    """
-    largest = max(tensor.count for tensor in tensors)
-    lengths = {tensor.shape[:1] for tensor in tensors}
-    dims = max(len(tensor.shape) for tensor in tensors)
-    are_by_rows = all(is_by_rows(site, dims) for site in sites)
-    if not are_by_rows or len(lengths) != 1 or largest <= BLOCK:
-        yield None
-        return
-    (rows,) = lengths.pop()
-    step = max(1, BLOCK * rows // largest)
-    band = max(unit, step // unit * unit)
-    for first in range(0, rows, band):
-        end = min(first + band, rows)
-        for start in range(first, end, step):
-            yield slice(start, min(start + step, end))
-
-
-def _take(value: Array, part: tuple[int, int, int, int]) -> Array:
-    """The rows of a fused weight that are one projection's."""
-    start, length, period, groups = part
-    split = value.reshape(groups, period, *value.shape[1:])[:, start : start + length]
-    return split.reshape(groups * length, *value.shape[1:])
-
-
-def _put(whole: Array, part: tuple[int, int, int, int], value: Array) -> Array:
-    """A fused weight with the rows of one projection replaced."""
-    start, length, period, groups = part
-    result = np.array(whole)
-    split = result.reshape(groups, period, *whole.shape[1:])
-    split[:, start : start + length] = value.reshape(groups, length, *whole.shape[1:])
-    return result

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from peftsurgery.checkpoint.tensor_bytes import CHUNK, chunks
+from peftsurgery.checkpoint.tensor_bytes import chunks, file_chunks
 from peftsurgery.tensor_file import Tensor, TensorFile
 
 
@@ -58,9 +58,8 @@ def hash_of(file: TensorFile, tensor: Tensor, algorithm: str = ALGORITHM) -> str
 def hash_of_file(path: Path, algorithm: str = ALGORITHM) -> str:
     """Hash of a file's bytes."""
     digest = new_digest(algorithm)
-    with path.open("rb") as stream:
-        while block := stream.read(CHUNK):
-            digest.update(block)
+    for chunk in file_chunks(path):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

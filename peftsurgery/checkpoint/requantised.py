@@ -9,7 +9,8 @@ import numpy as np
 
 from peftsurgery.checkpoint.arrays import Array
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
-from peftsurgery.checkpoint.fold_tensor import BLOCK, Folding, FoldMeasure, check_finite
+from peftsurgery.checkpoint.fold_site import BLOCK
+from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure, check_finite
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.certificate import certificate, is_as_said
 from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView
 from peftsurgery.checkpoint.fold_report import FoldReport, survival
-from peftsurgery.checkpoint.fold_tensor import Folding, is_by_rows
-from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of_bytes, new_digest
+from peftsurgery.checkpoint.fold_site import is_by_rows
+from peftsurgery.checkpoint.fold_tensor import Folding
+from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of_bytes, hash_of_file, new_digest
 from peftsurgery.checkpoint.model_plan import IN_MEMORY
 from peftsurgery.checkpoint.part_folder import (
     FoldPart,
@@ -33,6 +34,7 @@ from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.record import FILE, folded_into
 from peftsurgery.checkpoint.residual import RESIDUAL, residual_of
 from peftsurgery.checkpoint.shards import Streamed, write_shards
+from peftsurgery.checkpoint.tensor_bytes import file_chunks
 from peftsurgery.checkpoint.ties import settled, view_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, other_files, read_model_files
@@ -107,9 +109,9 @@ class _Fold:
         headers = [header_of(f.tensors.values(), f.metadata) for f in self.files.values()]
         ties = dict(self.view.added), dict(plan.untied), dict(plan.resized), dict(plan.stacks)
         told = repr((folder, plan.sites, plan.replaced, ties, options, ALGORITHM))
-        whole = new_digest()
-        for part in (told.encode(), adapter.path.read_bytes(), *headers):
-            whole.update(hash_of_bytes(part).encode())
+        learnt, whole = hash_of_file(adapter.path), new_digest()
+        for part in (hash_of_bytes(told.encode()), learnt, *map(hash_of_bytes, headers)):
+            whole.update(part.encode())
         return whole.hexdigest()
 
     def write(self, into: PartFolder, names: Collection[str]) -> tuple[str, ...]:
@@ -147,15 +149,15 @@ class _Fold:
         tensors = {key: entry for name in self.files for key, entry in into.done[name].items()}
         added = [*self._residuals(into, tensors), *plan.files]
         folded = [read_header(into.path / name) for name in self.files]
-        small = _small_files(plan, self.view, folded)
-        for name, content in small.items():
-            into.write(name, [content])
+        others = _other_files(plan, self.view, folded)
+        for name, blocks in others.items():
+            into.write(name, blocks)
         record = {**plan.record, "added": added}
         record |= {"coded": _hashes(self.view)} if self.view.is_plain else {}
         again = survival(report.changed.values())
         record |= {"requantised": again} if again else {}
         into.write(FILE, [certificate(record, into.path, self.files, tensors)])
-        copied = tuple(n for n in small if n not in {INDEX, *plan.files})
+        copied = tuple(n for n in others if n not in {INDEX, *plan.files})
         return replace(report, copied=copied, untied=bool(plan.untied))
 
     def _residuals(self, into: PartFolder, tensors: Mapping[str, dict[str, Any]]) -> Iterator[str]:
@@ -236,28 +238,32 @@ def _hashes(view: PlainView) -> dict[str, str]:
     return {name: each for weight in view.coded.values() for name, each in weight.hashes.items()}
 
 
-def _small_files(
+def _other_files(
     plan: FoldPlan, view: PlainView, folded: Collection[TensorFile]
-) -> dict[str, bytes]:
-    """The other files: those of the base, those of the plan, and the index.
+) -> dict[str, Iterable[bytes]]:
+    """The blocks of the other files: those of the base, those of the plan, and the index.
 
-    An index says how many bytes all tensors have; where they are as many as before, it is kept.
+    A base may hold files of any size that are none of its weights: they are read as they are
+    written. An index says how many bytes all tensors have; where they are as many as before, it is
+    kept.
     """
     files, left = view.files, {*plan.without, *(BESIDE if view.is_plain else ())}
     kept = other_files(files.folder).items()
-    contents = {name: path.read_bytes() for name, path in kept if name not in left}
+    contents: dict[str, Iterable[bytes]] = {
+        name: file_chunks(path) for name, path in kept if name not in left
+    }
     values = {**plan.config, **plan.untied}
     if view.is_plain or values:
-        contents[CONFIG] = view.config(values)
+        contents[CONFIG] = [view.config(values)]
     if files.index is not None:
-        contents[INDEX] = (files.folder / INDEX).read_bytes()
+        contents[INDEX] = file_chunks(files.folder / INDEX)
         size = sum(tensor.size for file in folded for tensor in file.tensors.values())
         if view.is_plain or size != sum(tensor.size for _, tensor in files.tensors.values()):
             metadata = {**dict(files.index.get("metadata") or {}), "total_size": size}
             where = {name: file.path.name for file in folded for name in file.tensors}
             index = {**files.index, "metadata": metadata, "weight_map": dict(sorted(where.items()))}
-            contents[INDEX] = (json.dumps(index, indent=2) + "\n").encode()
-    return {**contents, **plan.files}
+            contents[INDEX] = [(json.dumps(index, indent=2) + "\n").encode()]
+    return {**contents, **{name: [content] for name, content in plan.files.items()}}
 
 
 def _is_whole(into: PartFolder, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Bytes of the tensors in safetensors files, read without numpy."""
+"""Bytes of the tensors in safetensors files, and of other files, read without numpy."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def chunks(file: TensorFile, tensor: Tensor) -> Iterator[memoryview]:
             part = room[: tensor.size - start]
             _fill(file.path, stream, part, file.offset + tensor.start + start)
             yield part
+
+
+def file_chunks(path: Path) -> Iterator[bytes]:
+    """All bytes of a file, :data:`CHUNK` at a time."""
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            yield chunk
 
 
 def _fill(path: Path, stream: FileIO, room: memoryview, place: int) -> None:

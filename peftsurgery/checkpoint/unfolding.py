@@ -18,7 +18,7 @@ from peftsurgery.checkpoint.hashing import new_digest
 from peftsurgery.checkpoint.part_folder import part_folder
 from peftsurgery.checkpoint.record import FILE
 from peftsurgery.checkpoint.residual import chunks_of, unpacked, width_of
-from peftsurgery.checkpoint.tensor_bytes import chunks, read_bytes
+from peftsurgery.checkpoint.tensor_bytes import chunks, file_chunks, read_bytes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
 from peftsurgery.outputs import check_free
@@ -66,9 +66,9 @@ def unfold_checkpoint(
         skipped = {FILE, *said.get("added", [])} if origin is None else {FILE}
         for name, path in other_files(files.folder).items():
             if name not in skipped:
-                into.write(name, [path.read_bytes()])
+                into.write(name, file_chunks(path))
         if files.index is not None:
-            into.write(INDEX, [(files.folder / INDEX).read_bytes()])
+            into.write(INDEX, file_chunks(files.folder / INDEX))
     changed = sum("base" in entry for entry in said["tensors"].values())
     return Unfolded(target, len(files.tensors), changed)
 

@@ -1,5 +1,6 @@
 """The streamed fold on plans made by hand: exact, flat in memory, and never half-written."""
 
+import filecmp
 import json
 import random
 import signal
@@ -77,6 +78,17 @@ def test_memory_is_flat_whatever_the_size_of_the_base(tmp_path: Path) -> None:
         assert max(peaks) < 160 * 2**20
         least.append(min(peaks))
     assert least[1] < least[0] + 16 * 2**20
+
+
+def test_a_file_of_any_size_beside_the_weights_is_copied_without_being_held(tmp_path: Path) -> None:
+    base, adapter = streamed.made_at(tmp_path, 2, 16)
+    with (base / "measured.dat").open("wb") as stream:
+        stream.truncate(2**28)
+        stream.seek(2**27 + 1)
+        stream.write(b"in the middle")
+    assert ended(started(base, adapter, tmp_path / "out"))["peak"] < 160 * 2**20
+    assert filecmp.cmp(base / "measured.dat", tmp_path / "out" / "measured.dat", shallow=False)
+    assert verify(tmp_path / "out").files > 0
 
 
 def test_runs_that_are_killed_and_resumed_write_what_one_run_writes(tmp_path: Path) -> None:
