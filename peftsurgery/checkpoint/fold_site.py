@@ -28,20 +28,23 @@ def fold_site(
     ``rows`` are those of the stored weights; None for all of them, or of what has none of its own.
     PSG405 for a change of a bias that is not there.
     """
-    if rows is not None and site.slice is not None and not _own(site.slice, rows)[0].size:
-        return
+    is_across = _is_across(site, max((now[name].ndim for name in site.needed), default=0))
+    axes, cut = (site.columns, None) if is_across else (site.rows, rows)
+    mine = rows
+    if cut is not None and site.slice is not None:
+        places, mine = _own(site.slice, cut)
+        if not places.size:
+            return
 
     def weight(short: str) -> Array | float:
         if short not in site.weights:
             return 0.0
         value = _lying(now[site.weights[short]], site, short)
-        return value if site.slice is None else value[_places(site.slice, value, rows)]
+        return value if site.slice is None else value[_places(site.slice, value, cut)]
 
     def parameter(short: str) -> Array:
-        value, axis, mine = learnt[site.parameters[short]], None, rows
-        if rows is not None and site.rows is not None:
-            axis = site.rows.get(short)
-            mine = rows if site.slice is None else _own(site.slice, rows)[1]
+        value = learnt[site.parameters[short]]
+        axis = None if rows is None or axes is None else axes.get(short)
         return value if axis is None else value[(slice(None),) * axis + (mine,)]
 
     made: dict[str, Callable[[str], Any]] = dict.fromkeys((*site.weights, *site.absent), weight)
@@ -49,7 +52,7 @@ def fold_site(
     for short, value in folded(site.fold, site.let, site.numbers, made).items():
         if short in site.weights:
             name = site.weights[short]
-            now[name] = _stored(value, now[name], site, short, rows)
+            now[name] = _stored(value, now[name], site, short, cut)
         elif np.any(value):
             message = f"{site.adapter} folds into a bias, and {site.module} has none"
             hint = "add a bias to the model, or keep the adapter"
@@ -62,8 +65,13 @@ def is_by_rows(site: SiteFold, dims: int) -> bool:
     ``dims`` is the number of the weight's axes: of a stack, the last two are turned, and a slice is
     none of its first.
     """
-    is_across = site.slice is not None if dims > 2 else bool(site.turned)
-    return site.rows is not None and not site.axes and not is_across
+    axes = site.columns if _is_across(site, dims) else site.rows
+    return axes is not None and not site.axes and (dims <= 2 or site.slice is None)
+
+
+def _is_across(site: SiteFold, dims: int) -> bool:
+    """Whether the stored rows of a weight with so many axes are its columns."""
+    return bool(site.turned) and dims <= 2
 
 
 def row_blocks(

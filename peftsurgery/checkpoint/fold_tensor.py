@@ -167,7 +167,7 @@ class Folding:
             yield from self._replaced(name, read)
             return
         sites = self.plan.together(name)
-        others = sorted({name, *(other for site in sites for other in site.weights.values())})
+        others = sorted({name}.union(*(site.needed for site in sites)))
         keys = {key for site in sites for key in site.parameters.values()}
         learnt = {key: self._adapters(key, wide) for key in keys}
         decoded = DecodedRows({n: self.coded[n] for n in others if n in self.coded})
@@ -184,6 +184,15 @@ class Folding:
             for site in sites:
                 fold_site(site, now, learnt, rows)
             yield before[name], now[name]
+
+    def check_absent(self) -> None:
+        """Refuse sites that would change a bias which the base does not have. PSG405."""
+        wide = np.dtype(np.float32)
+        for site in self.plan.sites:
+            if not site.fold.keys() <= site.weights.keys() and site.needed <= self.base.keys():
+                now = {name: self._stored(name).astype(wide) for name in site.needed}
+                learnt = {key: self._adapters(key, wide) for key in site.parameters.values()}
+                fold_site(site, now, learnt, None)
 
     def _replaced(
         self, name: str, read: Callable[[memoryview], object]

@@ -30,7 +30,7 @@ class SiteFold:
     in that order, and put together, they are a matrix of that shape. ``slice`` is (start, length,
     period, groups): which rows of a fused weight are the site's. ``rows`` has the axes of
     parameters that go with the rows of the weights, if the rule folds each row by itself; None if
-    it does not.
+    it does not. ``columns`` has those that go with the columns, which is how turned weights lie.
     """
 
     adapter: str
@@ -45,6 +45,13 @@ class SiteFold:
     axes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     slice: tuple[int, int, int, int] | None = None
     rows: Mapping[str, int] | None = None
+    columns: Mapping[str, int] | None = None
+
+    @cached_property
+    def needed(self) -> set[str]:
+        """Names of the base's tensors that the fold reads or changes."""
+        read = {name for each in (*self.fold.values(), *self.let.values()) for name in each.names}
+        return {self.weights[name] for name in self.weights.keys() & (read | self.fold.keys())}
 
     @property
     def changed(self) -> list[str]:
@@ -107,8 +114,8 @@ class FoldPlan:
         names, count = {name}, 0
         while count != len(names):
             count = len(names)
-            mine = [site for site in self.sites if not names.isdisjoint(site.weights.values())]
-            names |= {weight for site in mine for weight in site.weights.values()}
+            mine = [site for site in self.sites if not names.isdisjoint(site.needed)]
+            names |= {weight for site in mine for weight in site.needed}
         return mine
 
 

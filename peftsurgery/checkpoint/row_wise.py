@@ -1,6 +1,6 @@
-"""Whether a rule folds each row of a weight by itself: tried on small random arrays, without torch.
+"""Whether a rule folds each row of a weight by itself, or each column: tried on random arrays.
 
-Where it does, a weight of any size is folded a few rows at a time.
+Where it does, a weight of any size is folded a few rows at a time. All this is done without torch.
 """
 
 from __future__ import annotations
@@ -44,14 +44,17 @@ def row_axes(rule: SaidRule, numbers: Mapping[str, Any]) -> dict[str, int] | Non
     Rows are the entries of a weight's first axis; ``numbers`` are the settings and a real site's
     sizes. None too for kinds of sites whose weights are none of ``SHAPES``.
     """
-    size = row_size(rule)
-    for tried in TRIED if size is not None else ():
-        try:
-            is_by_rows = _is_by_rows(rule, {**numbers, **tried})
-        except (SurgeryError, ValueError, TypeError, RuntimeError):
-            continue
-        return sized_axes(rule, str(size)) if is_by_rows else None
-    return None
+    return _axes(rule, row_size(rule), numbers)
+
+
+def column_axes(rule: SaidRule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
+    """The axes of parameters that go with the columns of a matrix; None if columns are mixed.
+
+    None too for a rule that folds more than matrices.
+    """
+    shapes = SHAPES.get(rule.kind.name, {})
+    are_matrices = all(len(shapes.get(name, ())) == 2 for name in rule.fold)
+    return _axes(rule, shapes["W"][1] if are_matrices else None, numbers)
 
 
 def row_size(rule: SaidRule) -> str | None:
@@ -60,29 +63,41 @@ def row_size(rule: SaidRule) -> str | None:
     return None if shapes is None else shapes["W"][0]
 
 
-def _is_by_rows(rule: SaidRule, known: Mapping[str, Any]) -> bool:
-    """Whether weights of these sizes are folded in two parts as they are whole."""
+def _axes(rule: SaidRule, size: str | None, numbers: Mapping[str, Any]) -> dict[str, int] | None:
+    """The axes of parameters that go with a size of the weights, if these can be cut along it."""
+    for tried in TRIED if size is not None else ():
+        try:
+            can_be_cut = _can_be_cut(rule, str(size), {**numbers, **tried})
+        except (SurgeryError, ValueError, TypeError, RuntimeError):
+            continue
+        return sized_axes(rule, str(size)) if can_be_cut else None
+    return None
+
+
+def _can_be_cut(rule: SaidRule, size: str, known: Mapping[str, Any]) -> bool:
+    """Whether weights are folded in two parts, along their axis of this size, as they are whole."""
     shapes = SHAPES[rule.kind.name]
+    axes: dict[str, int] = sized_axes(rule, size)
+    axes |= {name: own.index(size) for name, own in shapes.items() if size in own}
     sizes = {name: parameter_shape(rule, name, known) for name in rule.params}
     sizes |= {name: _shape(own, known) for name, own in shapes.items()}
     values = {name: _mixed(shape, seed) for seed, (name, shape) in enumerate(sizes.items())}
-    axes, rows = sized_axes(rule, shapes["W"][0]), len(values["W"])
+    count = values["W"].shape[axes["W"]]
     if not values["W"].size:  # of more groups than inputs
         raise ValueError("nothing to try")
 
     def part(start: int, end: int) -> Callable[[str], Array]:
         def made(name: str) -> Array:
-            axis = 0 if name in shapes else axes.get(name)
-            value = values[name]
+            axis, value = axes.get(name), values[name]
             return value if axis is None else value.take(range(start, end), axis)
 
         return made
 
     whole, *parts = (
         folded(rule.fold, rule.let, known, dict.fromkeys(values, part(*each)))
-        for each in ((0, rows), (0, rows // 3), (rows // 3, rows))
+        for each in ((0, count), (0, count // 3), (count // 3, count))
     )
-    joined = {name: np.concatenate([each[name] for each in parts]) for name in whole}
+    joined = {name: np.concatenate([each[name] for each in parts], axes[name]) for name in whole}
     return all(np.allclose(joined[name], value, 1e-9, 1e-9) for name, value in whole.items())
 
 

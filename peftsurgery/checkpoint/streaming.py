@@ -182,6 +182,7 @@ def _prepared(
     _check(plan, view, adapter)
     learnt = {name: (adapter, tensor) for name, tensor in adapter.tensors.items()}
     folding, view = settled(Folding(plan, view.tensors, learnt, view.coded, view.held), view)
+    folding.check_absent()
     planned = replace(planned, plan=folding.plan)
     _check_residuals(planned.plan, view, reversible)
     streamed = Streamed(folding, view, dtype, progress or (lambda size: None))

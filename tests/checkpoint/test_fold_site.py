@@ -1,6 +1,7 @@
 """Rows of fused weights, of replaced ones and of whole ones: folded block by block as at once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,6 +15,7 @@ from peftsurgery.checkpoint.fold_site import BLOCK, fold_site
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.plan import FoldPlan, Planned, SiteFold
 from peftsurgery.checkpoint.streaming import fold_files
+from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import parse
 from peftsurgery.model_files import read_model_files
 from peftsurgery.tensor_file import read_header
@@ -22,17 +24,21 @@ COLUMNS, RANK = 5, 2
 
 
 def site_of(part: tuple[int, int, int, int] | None, turned: bool = False) -> SiteFold:
+    """A LoRA; of a weight that is not turned, with a change of its bias."""
+    names = ("W",) if turned else ("W", "b")
+    fold = {"W": "W + B @ A", "b": "b + c"}
     return SiteFold(
         adapter="lora",
         module="fused",
         weights={"W": "fused.weight", "b": "fused.bias"},
-        parameters={"A": "A", "B": "B", "c": "c"},
+        parameters={"A": "A", "B": "B"} | ({} if turned else {"c": "c"}),
         numbers={},
-        fold={"W": parse("W + B @ A"), "b": parse("b + c")},
+        fold={name: parse(fold[name]) for name in names},
         let={},
         turned=frozenset({"W"} if turned else ()),
         slice=part,
         rows={"B": 0, "c": 0},
+        columns={"A": 1},
     )
 
 
@@ -60,24 +66,66 @@ def test_blocks_of_a_fused_weight_are_folded_as_numpy_adds_to_its_rows(
     meant, bias = W.copy(), b.copy()
     meant[mine] += learnt["B"] @ learnt["A"]
     bias[mine] += learnt["c"]
-    count = len(W)
-    blocks = (
-        [None] if is_turned else [slice(k, min(k + step, count)) for k in range(0, count, step)]
-    )
-    found: dict[str, list[np.ndarray]] = {"fused.weight": [], "fused.bias": []}
-    for rows in blocks:
-        some = slice(None) if rows is None else rows
-        now = {"fused.weight": W.T if is_turned else W[some], "fused.bias": b[some]}
-        fold_site(site_of(part, is_turned), now, learnt, rows)
+    stored, count = (W.T, COLUMNS) if is_turned else (W, len(W))
+    site = site_of(part, is_turned)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in site.needed}
+    for first in range(0, count, step):
+        rows = slice(first, min(first + step, count))
+        now = {"fused.weight": stored[rows], "fused.bias": b[rows]}
+        now = {name: now[name] for name in site.needed}
+        fold_site(site, now, learnt, rows)
         for name, value in now.items():
             found[name].append(value)
     joined = {name: np.concatenate(values) for name, values in found.items()}
     weight = joined["fused.weight"].T if is_turned else joined["fused.weight"]
     np.testing.assert_allclose(weight, meant, 1e-12, 1e-12)
-    np.testing.assert_allclose(joined["fused.bias"], bias, 1e-12, 1e-12)
+    if not is_turned:
+        np.testing.assert_allclose(joined["fused.bias"], bias, 1e-12, 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["fused", "replaced"])
+@given(parts())
+def test_a_weight_that_is_turned_is_folded_whole_as_numpy_adds_to_its_rows(
+    part: tuple[int, int, int, int],
+) -> None:
+    start, length, period, groups = part
+    draw = np.random.default_rng(0)
+    W = draw.standard_normal((period * groups, COLUMNS))
+    mine = [group * period + start + k for group in range(groups) for k in range(length)]
+    learnt = {
+        "A": draw.standard_normal((RANK, COLUMNS)),
+        "B": draw.standard_normal((len(mine), RANK)),
+    }
+    now = {"fused.weight": W.T}
+    fold_site(site_of(part, turned=True), now, learnt, None)
+    meant = W.copy()
+    meant[mine] += learnt["B"] @ learnt["A"]
+    np.testing.assert_allclose(now["fused.weight"].T, meant, 1e-12, 1e-12)
+
+
+def test_a_change_of_a_bias_that_is_not_there_is_refused_whatever_else_changes(
+    tmp_path: Path,
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({"fused.weight": np.ones((4, COLUMNS), np.float32)}, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    learnt = {"A": np.ones((RANK, COLUMNS)), "B": np.ones((4, RANK)), "c": np.ones(4)}
+    save_file({k: v.astype(np.float32) for k, v in learnt.items()}, tmp_path / "a.safetensors")
+    both, adapter = site_of(None), read_header(tmp_path / "a.safetensors")
+    here = {"W": "fused.weight"}
+    weight = replace(
+        both, weights=here, parameters={"A": "A", "B": "B"}, fold={"W": both.fold["W"]}
+    )
+    bias = replace(both, weights=here, parameters={"c": "c"}, fold={"b": both.fold["b"]})
+    bias = replace(bias, absent=("b",))
+    for sites in ((weight, bias), (bias, weight), (replace(both, weights=here, absent=("b",)),)):
+        plan = FoldPlan(sites, record={"base": None})
+        with pytest.raises(SurgeryError, match="PSG405"):
+            fold_files(Planned(plan, base, adapter), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["fused", "turned", "replaced"])
 def test_a_large_weight_takes_the_memory_of_a_few_rows(tmp_path: Path, kind: str) -> None:
     rows, columns, heads = 1536, 512, 8
     period, length = rows // heads, rows // heads // 3
@@ -94,6 +142,12 @@ def test_a_large_weight_takes_the_memory_of_a_few_rows(tmp_path: Path, kind: str
         "c": draw.standard_normal(rows // 3, np.float32),
     }
     plan = FoldPlan((site_of((length, length, period, heads)),), record={"base": None})
+    if kind == "turned":
+        del learnt["c"]
+        learnt["B"] = np.tile(learnt["B"], (3, 1))
+        before = np.ascontiguousarray(before.T)
+        save_file({"fused.weight": before, "fused.bias": bias}, base / "model.safetensors")
+        plan = FoldPlan((site_of(None, turned=True),), record={"base": None})
     if kind == "replaced":
         learnt = {"new": draw.standard_normal((rows, columns), np.float32)}
         plan = FoldPlan((), replaced={"fused.weight": "new"}, record={"base": None})
@@ -109,6 +163,8 @@ def test_a_large_weight_takes_the_memory_of_a_few_rows(tmp_path: Path, kind: str
     meant = before.astype(np.float64)
     if kind == "replaced":
         meant = learnt["new"].astype(np.float64)
+    elif kind == "turned":
+        meant += (learnt["B"].astype(np.float64) @ learnt["A"]).T
     else:
         mine = meant.reshape(heads, 3, length, columns)
         change = learnt["B"].astype(np.float64) @ learnt["A"]

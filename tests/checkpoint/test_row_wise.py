@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftsurgery.checkpoint.row_wise import row_axes
+from peftsurgery.checkpoint.row_wise import column_axes, row_axes
 from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
@@ -34,6 +34,26 @@ def test_methods_that_fold_every_row_by_itself(name: str, axes: dict[str, int]) 
     file = load_rules(name)
     (rule,) = (rule for rule in file.rules if rule.fold)
     assert row_axes(rule, {**resolve_settings(file), **SITES[rule.kind.name]}) == axes
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("lora_qv", [{"A": 1}]),
+        ("ia3", [None, {"s": 1}]),  # the first rule is for a bias too
+        ("dora", [None]),  # the norm is of a row
+        ("lora_experts", [None]),
+        ("adalora_conv", [None]),
+    ],
+)
+def test_methods_that_fold_every_column_by_itself(
+    name: str, axes: list[dict[str, int] | None]
+) -> None:
+    file = load_rules(name)
+    settings = resolve_settings(file)
+    rules = [rule for rule in file.rules if rule.fold]
+    found = [column_axes(rule, {**settings, **SITES[rule.kind.name]}) for rule in rules]
+    assert found == axes
 
 
 def made(kind: str, fold: str, shape: str = "[]") -> Rule:

@@ -15,7 +15,7 @@ from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.capture.tie_flags import FLAG, reread, untied_flags, with_parts
 from peftsurgery.checkpoint.model_plan import IN_MEMORY, ModelPlan
 from peftsurgery.checkpoint.plan import SiteFold, without_repeats
-from peftsurgery.checkpoint.row_wise import row_axes
+from peftsurgery.checkpoint.row_wise import column_axes, row_axes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name
 from peftsurgery.surgery.rewrite.computed_weights import Axes, axes_of
@@ -121,6 +121,7 @@ def _site_fold(cut: Cut) -> SiteFold:
         axes=axes,
         slice=None if part is None else (part.start, part.length, part.period, part.groups),
         rows=row_axes(rule, cut.numbers),
+        columns=column_axes(rule, cut.numbers) if site.turned else None,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peftsurgery.checkpoint import fold_tensor, requantised
+from peftsurgery.checkpoint import fold_site, requantised
 from peftsurgery.checkpoint.codecs.coded import plain_view
 from peftsurgery.checkpoint.plan import Planned
 from peftsurgery.checkpoint.streaming import fold_files
@@ -63,7 +63,7 @@ def test_a_weight_has_the_bytes_that_its_codec_makes_of_it_as_a_whole(
     base = tmp_path / "base"
     base.mkdir()
     adapter = made_at(base, kind, 152 if "awq" in kind or "gptq" in kind else 150)
-    for module in (fold_tensor, requantised):
+    for module in (fold_site, requantised):
         monkeypatch.setattr(module, "BLOCK", 8 * COLUMNS)
     factors = load_file(adapter)
     found = {again: written(base, adapter, f"out-{again}", again) for again in (False, True)}
