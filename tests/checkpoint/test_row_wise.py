@@ -28,6 +28,7 @@ SITES: dict[str, dict[str, Any]] = {
         ("lora_embedding", {"A": 1}),
         ("lora_experts", {"A": 0, "B": 0}),
         ("adalora_conv", {"B": 0}),
+        ("lora_conv", {"B": 0}),
     ],
 )
 def test_methods_that_fold_every_row_by_itself(name: str, axes: dict[str, int]) -> None:
@@ -54,6 +55,12 @@ def test_methods_that_fold_every_column_by_itself(
     rules = [rule for rule in file.rules if rule.fold]
     found = [column_axes(rule, {**settings, **SITES[rule.kind.name]}) for rule in rules]
     assert found == axes
+
+
+def test_rows_of_a_kernel_with_groups_are_mixed() -> None:
+    file = load_rules("lora_conv")
+    (rule,) = file.rules
+    assert row_axes(rule, {**resolve_settings(file), **SITES["conv"], "groups": 4}) is None
 
 
 def made(kind: str, fold: str, shape: str = "[]") -> Rule:
