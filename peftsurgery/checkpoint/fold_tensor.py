@@ -7,7 +7,7 @@ and what of the base's numbers was not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from peftsurgery.checkpoint.arrays import (
 )
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.codecs.decoded import DecodedRows
-from peftsurgery.checkpoint.fold_site import fold_site, row_blocks
+from peftsurgery.checkpoint.fold_site import BLOCK, fold_site, row_blocks
 from peftsurgery.checkpoint.plan import FoldPlan
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile
@@ -144,7 +144,7 @@ class Folding:
         is resized.
         Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
         """
-        for before, exact in self.exact(name, read):
+        for before, exact in _few_rows(self.exact(name, read)):
             with np.errstate(over="ignore", invalid="ignore"):
                 stored = exact.astype(FLOATS[dtype])
                 rounded = stored.astype(exact.dtype)
@@ -258,6 +258,17 @@ class Folding:
         if not np.isfinite(value).all():
             raise SurgeryError("PSG505", f"{file.path}: '{name}' holds NaN or infinity")
         return value.astype(wide)
+
+
+def _few_rows(folded: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Array]]:
+    """Cut what could only be folded whole: what is left to do then takes the room of a few rows."""
+    for before, exact in folded:
+        step = max(1, BLOCK * len(exact) // max(exact.size, 1)) if exact.ndim else 0
+        if not step or step >= len(exact):
+            yield before, exact
+            continue
+        for start in range(0, len(exact), step):
+            yield before[start : start + step], exact[start : start + step]
 
 
 def check_finite(name: str, dtype: str, before: Array, exact: Array, rounded: Array) -> None:
