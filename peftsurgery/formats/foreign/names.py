@@ -8,22 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from peftsurgery.errors import SurgeryError, did_you_mean
 from peftsurgery.files import absence
-from peftsurgery.formats.words import words_of
+from peftsurgery.formats.foreign.layout import laid_out_otherwise
+from peftsurgery.formats.foreign.library import foreign_words
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
 KNOWN = "known are kohya's trainer, diffusers and mlx-lm; peft's adapters are read as they are"
-
-
-@cache
-def foreign_words() -> dict[str, Any]:
-    """The table of the programs' words, read once."""
-    return words_of(Path(__file__).with_name("library.yaml"))
 
 
 @dataclass(frozen=True)
@@ -129,23 +123,29 @@ class ForeignPart:
     modules: tuple[str, ...]
 
     @cached_property
-    def spelled(self) -> dict[str, str]:
-        """The paths of the modules by how they may be spelled with dots."""
+    def spelled(self) -> dict[str, set[str]]:
+        """The paths of the modules by how they may be spelled with dots.
+
+        A path that is another's other spelling keeps its own meaning.
+        """
         former = foreign_words()["former"]
-        ways = [
-            lambda path: path,
-            lambda path: path.removeprefix(former),
-            lambda path: former + path,
+        others = [
+            *((path.removeprefix(former), path) for path in self.modules),
+            *((former + path, path) for path in self.modules),
+            *((spelled, path) for path, spelled in laid_out_otherwise(self.modules).items()),
         ]
-        # a path that is another's former spelling keeps its own meaning: the first way comes last
-        return {way(path): path for way in reversed(ways) for path in self.modules}
+        found, own = {path: {path} for path in self.modules}, set(self.modules)
+        for spelled, path in others:
+            if spelled not in own:
+                found.setdefault(spelled, set()).add(path)
+        return found
 
     @cached_property
     def joined(self) -> dict[str, set[str]]:
         """The paths of the modules by how they may be spelled with _ for each dot."""
         found: dict[str, set[str]] = {}
-        for spelled, path in self.spelled.items():
-            found.setdefault(spelled.replace(".", "_"), set()).add(path)
+        for spelled, paths in self.spelled.items():
+            found.setdefault(spelled.replace(".", "_"), set()).update(paths)
         return found
 
     def placed(self) -> dict[str, str]:
@@ -159,10 +159,11 @@ class ForeignPart:
         return {name: path for path, name in found.items()}
 
     def _meant(self, name: str, rest: str, is_joined: bool) -> str:
-        exact = {self.spelled[rest]} if rest in self.spelled else set[str]()
-        meant = sorted(self.joined.get(rest, ()) if is_joined else exact)
+        known = self.joined if is_joined else self.spelled
+        meant = sorted(known.get(rest, ()))
         if len(meant) == 1:
             return meant[0]
         what = f"both {' and '.join(meant)}" if meant else "no linear, convolution or embedding"
-        hint = did_you_mean(rest, self.joined if is_joined else self.spelled)
-        raise SurgeryError("PSG506", f"'{name}' means {what} of the base", hint)
+        raise SurgeryError(
+            "PSG506", f"'{name}' means {what} of the base", did_you_mean(rest, known)
+        )

@@ -14,7 +14,8 @@ from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows
 from peftsurgery.checkpoint.lora_folder import layer_scales, strangers
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import parse_object, read_object
-from peftsurgery.formats.foreign.names import ForeignNames, foreign_words
+from peftsurgery.formats.foreign.library import foreign_words
+from peftsurgery.formats.foreign.names import ForeignNames
 from peftsurgery.formats.words import brief
 from peftsurgery.tensor_file import Tensor
 
