@@ -220,6 +220,15 @@ def layer_scales(folder: Path, config: Mapping[str, Any]) -> Callable[[str], tup
 
 
 @dataclass(frozen=True)
+class NewTensors:
+    """What is to be written of a module: its tensors by their suffixes, and the rank they share."""
+
+    module: str
+    rank: int
+    tensors: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
 class NewLayer:
     """A layer to be written: ``up @ down`` is added to the module's weight; scale 1.
 
@@ -230,6 +239,13 @@ class NewLayer:
     kind: str
     down: Array
     up: Array
+
+    @property
+    def written(self) -> NewTensors:
+        """The layer as its tensors."""
+        names = lora_words()["tensors"][self.kind]
+        values = {names["down"]: self.down, names["up"]: self.up}
+        return NewTensors(self.module, self.down.shape[0], values)
 
 
 def write_lora(
@@ -243,6 +259,17 @@ def write_lora(
     ``others`` are further keys of its config, by which those of the table are overridden;
     ``tables`` are copied. Returns how many layers it has. PSG603 if the system refuses.
     """
+    every = (layer.written for layer in layers)
+    return write_layers(part, every, lambda ranks: {**lora_config(ranks), **others}, tables)
+
+
+def write_layers(
+    part: Path,
+    layers: Iterable[NewTensors],
+    config: Callable[[Mapping[str, int]], Mapping[str, Any]],
+    tables: Mapping[str, tuple[TensorFile, Tensor]] = MappingProxyType({}),
+) -> int:
+    """Write an adapter of any method as :func:`write_lora` does, with the config for its ranks."""
     ranks: dict[str, int] = {}
     described: list[tuple[str, str, tuple[int, ...]]] = []
     try:
@@ -250,9 +277,8 @@ def write_lora(
         spool = part / f".{TENSORS}.spool"
         with spool.open("wb") as stream:
             for layer in layers:
-                ranks[layer.module] = layer.down.shape[0]
-                for name, value in zip(("down", "up"), (layer.down, layer.up), strict=True):
-                    suffix = lora_words()["tensors"][layer.kind][name]
+                ranks[layer.module] = layer.rank
+                for suffix, value in layer.tensors.items():
                     described.append((f"{PREFIX}{layer.module}.{suffix}", "F32", value.shape))
                     stream.write(np.ascontiguousarray(value, np.float32).tobytes())
             for name, (file, tensor) in tables.items():
@@ -263,16 +289,21 @@ def write_lora(
             while block := read.read(2**20):
                 stream.write(block)
         spool.unlink()
-        content = json.dumps({**_config(ranks), **others}, indent=2, sort_keys=True)
+        content = json.dumps(config(ranks), indent=2, sort_keys=True)
         (part / CONFIG).write_text(content + "\n", encoding="utf-8")
     except OSError as error:
         raise SurgeryError("PSG603", f"'{part}' cannot be written: {error.strerror}") from error
     return len(ranks)
 
 
-def _config(ranks: Mapping[str, int]) -> dict[str, Any]:
+def lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
     """The config of an adapter whose modules have these ranks and scale 1."""
+    return {**lora_words()["written"], **said_ranks(ranks, "lora_alpha")}
+
+
+def said_ranks(ranks: Mapping[str, int], alpha: str) -> dict[str, Any]:
+    """The keys of a config that say these ranks, and scale 1 by the key of ``alpha``."""
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
     odd = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
-    said = {"r": usual, "lora_alpha": usual, "rank_pattern": odd, "alpha_pattern": odd}
-    return {**lora_words()["written"], **said, "target_modules": sorted(ranks)}
+    said = {"r": usual, alpha: usual, "rank_pattern": odd, "alpha_pattern": odd}
+    return {**said, "target_modules": sorted(ranks)}

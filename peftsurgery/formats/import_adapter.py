@@ -13,8 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from peftsurgery.arguments import checked
 from peftsurgery.capture import open_source
-from peftsurgery.checkpoint.lora_folder import NewLayer, write_lora
+from peftsurgery.checkpoint.lora_folder import write_layers
 from peftsurgery.errors import SurgeryError
+from peftsurgery.formats.foreign.adapting import ForeignTarget, adapted, config_for
 from peftsurgery.formats.foreign.names import ForeignNames, ForeignPart, foreign_file
 from peftsurgery.formats.foreign.reading import ForeignValues
 from peftsurgery.formats.peft.files import BASE
@@ -76,13 +77,14 @@ def import_adapter(
         chosen = _chosen(parts, part, names.file.path)
         values = ForeignValues(names, frozenset(parts[chosen].values()))
         placed = ForeignPart(parts[chosen], tuple(modules)).placed()
-        layers = [_layer(model, path, *values.factors(name, path)) for name, path in placed.items()]
+        layers = [adapted(values, name, _target(model, path)) for name, path in placed.items()]
         turned = any(isinstance(model.get_submodule(layer.module), Conv1D) for layer in layers)
         said = os.path.abspath(base) if os.path.isdir(base) else str(base)
-        write_lora(folder, layers, {BASE: said, **class_said(model), "fan_in_fan_out": turned})
-    ranks = {layer.module: layer.down.shape[0] for layer in layers}
-    others = {p: sum(len(names.tensors[n]) for n in parts[p]) for p in parts if p != chosen}
-    return ImportReport(target, ranks, others)
+        others = {BASE: said, **class_said(model), "fan_in_fan_out": turned}
+        write_layers(folder, layers, lambda ranks: {**config_for(layers, ranks), **others})
+    ranks = {layer.module: layer.rank for layer in layers}
+    strangers = {p: sum(len(names.tensors[n]) for n in parts[p]) for p in parts if p != chosen}
+    return ImportReport(target, ranks, strangers)
 
 
 def _chosen(parts: Mapping[str, Any], part: str | None, file: Path) -> str:
@@ -96,26 +98,12 @@ def _chosen(parts: Mapping[str, Any], part: str | None, file: Path) -> str:
     raise SurgeryError("PSG511", message, "choose by `part` (--part)" if len(parts) > 1 else None)
 
 
-def _layer(model: nn.Module, path: str, down: Any, up: Any) -> NewLayer:
-    """The factors of a module in peft's shapes. PSG507 if they do not fit it.
-
-    Kernels of one tap are written with or without their further dimensions.
-    """
+def _target(model: nn.Module, path: str) -> ForeignTarget:
+    """The module at a path. PSG507 if what peft adds to it is no change of its weight."""
     module: Any = model.get_submodule(path)
-    is_table = isinstance(module, nn.Embedding)
-    shape = tuple(module.weight.shape)
-    out, *into = shape[::-1] if is_table or isinstance(module, Conv1D) else shape
-    rank = down.shape[0]
-    wanted = ((rank, *into), (out, rank, *(1 for _ in into[1:])))
-    for value, sizes in zip((down, up), wanted, strict=True):
-        if value.shape[:2] != sizes[:2] or [n for n in value.shape[2:] if n > 1] != [
-            n for n in sizes[2:] if n > 1
-        ]:
-            shapes = f"{list(down.shape)} and {list(up.shape)}"
-            message = f"the factors of '{path}' are {shapes}, and its weight is {list(shape)}"
-            raise SurgeryError("PSG507", message)
+    is_table, shape = isinstance(module, nn.Embedding), tuple(module.weight.shape)
     odd = unlike(model, path)
     if odd is not None:
         raise SurgeryError("PSG507", f"'{path}' {odd}", "the adapter is no change of weights")
-    kind = "embedding" if is_table else "linear"
-    return NewLayer(path, kind, down.reshape(wanted[0]), up.reshape(wanted[1]))
+    is_turned = is_table or isinstance(module, Conv1D)
+    return ForeignTarget(path, is_table, shape, shape[::-1] if is_turned else shape)

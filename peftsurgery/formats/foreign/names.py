@@ -22,28 +22,33 @@ KNOWN = "known are kohya's trainer, diffusers and mlx-lm; peft's adapters are re
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a program calls a module's tensors; ``turned`` factors are (in, rank) and (rank, out)."""
+    """How a program calls a module's tensors: which parts they are, by the ends of their names.
 
-    down: str
-    up: str
-    alpha: str | None = None
+    ``turned`` factors are (in, rank) and (rank, out); ``as_peft`` has peft's shapes.
+    """
+
+    tensors: Mapping[str, str]
     turned: bool = False
+    as_peft: bool = False
 
     def of(self, name: str) -> tuple[str, str] | None:
-        """The module that a tensor's name says, and the part: down, up or alpha."""
-        for part in ("down", "up", "alpha"):
-            suffix = getattr(self, part)
-            if suffix is not None and name.endswith(f".{suffix}"):
+        """The module that a tensor's name says, and the part: down, up, alpha or another."""
+        for suffix, part in self.tensors.items():
+            if name.endswith(f".{suffix}"):
                 return name.removesuffix(f".{suffix}"), part
         return None
+
+    def suffix(self, part: str) -> str:
+        """What a part is called."""
+        return next(suffix for suffix, known in self.tensors.items() if known == part)
 
 
 def spelling_of(names: Iterable[str]) -> Spelling | None:
     """The spelling that most of the names have; None if none has one that is known."""
     known = [Spelling(**words) for words in foreign_words()["spellings"]]
-    counts = {one: sum(one.of(name) is not None for name in names) for one in known}
-    best = max(known, key=lambda one: counts[one])
-    return best if counts[best] else None
+    counts = [sum(one.of(name) is not None for name in names) for one in known]
+    most = max(counts)
+    return known[counts.index(most)] if most else None
 
 
 def foreign_file(source: Path) -> Path:
@@ -96,7 +101,9 @@ class ForeignNames:
             said = spelling.of(name)
             if said is None:
                 message = f"{self.file.path} is of no plain LoRA: it has '{name}'"
-                raise SurgeryError("PSG520", message, "two factors and alpha are what is read")
+                raise SurgeryError(
+                    "PSG520", message, f"{', '.join(spelling.tensors)} are what is read"
+                )
             found.setdefault(said[0], {})[said[1]] = tensor
         return found
 

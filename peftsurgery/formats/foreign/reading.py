@@ -42,10 +42,32 @@ class ForeignValues:
             raise SurgeryError("PSG507", f"the factors of '{name}' do not fit: {shapes}")
         return down, up * np.float32(self._scale(name, path, down.shape[0]))
 
+    def magnitude(self, name: str, sizes: tuple[int, ...]) -> Array | None:
+        """The lengths (out,) that the rows of a module's weight are given; None if it has none.
+
+        ``sizes`` are those of the weight, (out, in, ...). PSG520 for lengths of its columns, which
+        LyCORIS trains too (without ``wd_on_out``): peft has no such adapters. PSG507 for others.
+        """
+        tensor = self.names.tensors[name].get("magnitude")
+        if tensor is None:
+            return None
+        out, into, *taps = sizes
+        ones = tuple(1 for _ in taps)
+        rows = {(out,), (out, 1, *ones)}
+        if taps and self.names.spelling.as_peft:
+            rows.add((1, out, *ones))
+        if tensor.shape in rows:
+            return self._read(tensor).reshape(out)
+        message = f"'{tensor.name}' is {list(tensor.shape)}"
+        if tensor.shape in {(into,), (1, into, *ones)}:
+            hint = "peft's DoRA has one for each output"
+            raise SurgeryError("PSG520", f"{message}: a magnitude for each input of '{name}'", hint)
+        raise SurgeryError("PSG507", f"{message}, and the weight of '{name}' is {list(sizes)}")
+
     def _factor(self, name: str, part: str) -> Array:
         tensor, spelling = self.names.tensors[name].get(part), self.names.spelling
         if tensor is None:
-            raise SurgeryError("PSG507", f"'{name}' has no '{getattr(spelling, part)}'")
+            raise SurgeryError("PSG507", f"'{name}' has no '{spelling.suffix(part)}'")
         value = self._read(tensor)
         return value.T if spelling.turned else value
 
@@ -108,7 +130,11 @@ class ForeignValues:
             for name, value in said.items()
             if name.startswith(beginning)
         }
-        for other in strangers({**found, "peft_type": "LORA"}) if found else ():
+        own = (p for n, p in self.names.tensors.items() if n.startswith((*self.beginnings,)))
+        has_magnitudes = any("magnitude" in parts for parts in own)
+        allowed = foreign_words()["with_magnitudes"] if has_magnitudes else ()
+        plain = {key: value for key, value in found.items() if key not in allowed}
+        for other in strangers({**plain, "peft_type": "LORA"}) if found else ():
             message = f"{file.path} is no plain LoRA: its {other} is {brief(found.get(other))}"
             raise SurgeryError("PSG520", message)
         return found
