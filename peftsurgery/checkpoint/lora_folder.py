@@ -266,10 +266,13 @@ def write_lora(
 def write_layers(
     part: Path,
     layers: Iterable[NewTensors],
-    config: Callable[[Mapping[str, int]], Mapping[str, Any]],
+    config: Mapping[str, Any] | Callable[[Mapping[str, int]], Mapping[str, Any]],
     tables: Mapping[str, tuple[TensorFile, Tensor]] = MappingProxyType({}),
 ) -> int:
-    """Write an adapter of any method as :func:`write_lora` does, with the config for its ranks."""
+    """Write an adapter of any method as :func:`write_lora` does.
+
+    ``config`` is its config, or a function that makes it of the ranks.
+    """
     ranks: dict[str, int] = {}
     described: list[tuple[str, str, tuple[int, ...]]] = []
     try:
@@ -289,7 +292,8 @@ def write_layers(
             while block := read.read(2**20):
                 stream.write(block)
         spool.unlink()
-        content = json.dumps(config(ranks), indent=2, sort_keys=True)
+        said = config(ranks) if callable(config) else config
+        content = json.dumps(said, indent=2, sort_keys=True)
         (part / CONFIG).write_text(content + "\n", encoding="utf-8")
     except OSError as error:
         raise SurgeryError("PSG603", f"'{part}' cannot be written: {error.strerror}") from error

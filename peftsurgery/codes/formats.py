@@ -98,7 +98,8 @@ CODES = {
     "PSG523": CodeInfo(
         "a file's tensors are spelled like those of no LoRA that is known",
         "`peftsurgery import` reads the LoRA of kohya's trainer (`...lora_down.weight`), diffusers "
-        "(`...lora_A.weight`, `...lora.down.weight`) and mlx-lm (`...lora_a`). Adapters of peft "
-        "and AdapterHub need no import.",
+        "(`...lora_A.weight`, `...lora.down.weight`) and mlx-lm (`...lora_a`), LoHa and LoKr "
+        "of LyCORIS (`...hada_w1_a`, `...lokr_w1`). Adapters of peft and AdapterHub need no "
+        "import.",
     ),
 }

@@ -15,9 +15,10 @@ from peftsurgery.arguments import checked
 from peftsurgery.capture import open_source
 from peftsurgery.checkpoint.lora_folder import write_layers
 from peftsurgery.errors import SurgeryError
-from peftsurgery.formats.foreign.adapting import ForeignTarget, adapted, config_for
+from peftsurgery.formats.foreign.adapting import adapted
 from peftsurgery.formats.foreign.names import ForeignNames, ForeignPart, foreign_file
 from peftsurgery.formats.foreign.reading import ForeignValues
+from peftsurgery.formats.foreign.target import ForeignTarget
 from peftsurgery.formats.peft.files import BASE
 from peftsurgery.formats.peft.needed_base import class_said
 from peftsurgery.formats.peft.target_modules import unlike
@@ -57,16 +58,18 @@ def import_adapter(
 ) -> ImportReport:
     """Write the LoRA that kohya's trainer, diffusers or mlx-lm wrote as a directory of peft's.
 
+    So are DoRA with a magnitude for each output, and LoCon, LoHa and LoKr of LyCORIS.
+
     ``source`` is a safetensors file, or a directory with one. ``base`` is the model that it is for
     (a directory, a hub id or a factory), whose modules tell what the names mean; its weights are
     not read. ``part`` is the model of a pipeline that is meant (unet, transformer, text_encoder)
-    where a file has adapters for several. Scales are multiplied into the second factors, in fp32.
+    where a file has adapters for several. Scales are multiplied into a factor, in fp32.
 
     Raises SurgeryError: PSG505 for a file that cannot be read, PSG506 for a name that means no
     module of the base, PSG507 for factors that do not fit it, PSG511 if it is not clear which
-    adapter is meant, PSG501, PSG503 and PSG520 for what says that it is more than a plain LoRA,
-    PSG523 for tensors of no spelling that is known, PSG601 to PSG603 for places, and what
-    :func:`capture` raises of a base that cannot be built.
+    adapter is meant, PSG501, PSG503 and PSG520 for what says that it is more than is read or
+    than peft has, PSG523 for tensors of no spelling that is known, PSG601 to PSG603 for places, and
+    what :func:`capture` raises of a base that cannot be built.
     """
     target = Path(out)
     with fresh(target, [str(source), str(base)], force) as folder:
@@ -77,11 +80,10 @@ def import_adapter(
         chosen = _chosen(parts, part, names.file.path)
         values = ForeignValues(names, frozenset(parts[chosen].values()))
         placed = ForeignPart(parts[chosen], tuple(modules)).placed()
-        layers = [adapted(values, name, _target(model, path)) for name, path in placed.items()]
-        turned = any(isinstance(model.get_submodule(layer.module), Conv1D) for layer in layers)
+        targets = {name: _target(model, path) for name, path in placed.items()}
+        layers, config = adapted(values, targets)
         said = os.path.abspath(base) if os.path.isdir(base) else str(base)
-        others = {BASE: said, **class_said(model), "fan_in_fan_out": turned}
-        write_layers(folder, layers, lambda ranks: {**config_for(layers, ranks), **others})
+        write_layers(folder, layers, {**config, BASE: said, **class_said(model)})
     ranks = {layer.module: layer.rank for layer in layers}
     strangers = {p: sum(len(names.tensors[n]) for n in parts[p]) for p in parts if p != chosen}
     return ImportReport(target, ranks, strangers)
@@ -101,9 +103,9 @@ def _chosen(parts: Mapping[str, Any], part: str | None, file: Path) -> str:
 def _target(model: nn.Module, path: str) -> ForeignTarget:
     """The module at a path. PSG507 if what peft adds to it is no change of its weight."""
     module: Any = model.get_submodule(path)
-    is_table, shape = isinstance(module, nn.Embedding), tuple(module.weight.shape)
     odd = unlike(model, path)
     if odd is not None:
         raise SurgeryError("PSG507", f"'{path}' {odd}", "the adapter is no change of weights")
-    is_turned = is_table or isinstance(module, Conv1D)
-    return ForeignTarget(path, is_table, shape, shape[::-1] if is_turned else shape)
+    kinds = {"is_table": nn.Embedding, "is_turned": Conv1D}
+    said = {key: isinstance(module, kind) for key, kind in kinds.items()}
+    return ForeignTarget(path, tuple(module.weight.shape), **said)

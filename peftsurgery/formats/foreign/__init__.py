@@ -1,1 +1,1 @@
-"""LoRAs as kohya's trainer, diffusers and mlx-lm write them: read, without torch."""
+"""LoRAs as kohya's trainer, LyCORIS, diffusers and mlx-lm write them: read, without torch."""

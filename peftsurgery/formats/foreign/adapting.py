@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from peftsurgery.checkpoint.arrays import Array
 from peftsurgery.checkpoint.lora_folder import NewLayer, NewTensors, lora_config
 from peftsurgery.errors import SurgeryError
 from peftsurgery.formats.foreign.library import foreign_words
+from peftsurgery.formats.foreign.lycoris import (
+    hadamard,
+    hadamard_config,
+    kronecker,
+    kronecker_config,
+)
 from peftsurgery.formats.foreign.reading import ForeignValues
+from peftsurgery.formats.foreign.target import ForeignTarget
+
+Placed = Mapping[str, ForeignTarget]
 
 
-@dataclass(frozen=True)
-class ForeignTarget:
-    """A module that tensors are for: its path, whether it is a table, its weight's shape and sizes.
+def adapted(values: ForeignValues, targets: Placed) -> tuple[list[NewTensors], Mapping[str, Any]]:
+    """The tensors in peft's shapes for each name's module, and the config of the adapter.
 
-    ``sizes`` are those of the change that two factors make: (out, in), and the taps of a kernel.
+    PSG507 for what does not fit a module, PSG520 for what peft cannot say, and what reading raises.
     """
+    make, config = KINDS[values.names.spelling.kind]
+    layers = [make(values, name, target) for name, target in targets.items()]
+    ranks = {layer.module: layer.rank for layer in layers}
+    return layers, config(layers, [*targets.values()], ranks)
 
-    path: str
-    is_table: bool
-    shape: tuple[int, ...]
-    sizes: tuple[int, ...]
 
-
-def adapted(values: ForeignValues, name: str, target: ForeignTarget) -> NewTensors:
-    """The tensors in peft's shapes. PSG507 if they do not fit the module, and what reading raises.
+def product(values: ForeignValues, name: str, target: ForeignTarget) -> NewTensors:
+    """Two factors, and a magnitude if there is one.
 
     Kernels of one tap are written with or without their further dimensions.
     """
@@ -57,12 +63,23 @@ def _taps(shape: tuple[int, ...]) -> list[int]:
     return [size for size in shape[2:] if size > 1]
 
 
-def config_for(layers: Iterable[NewTensors], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The config of an adapter of these layers. PSG520 if only some of them have a magnitude."""
+def product_config(
+    layers: Sequence[NewTensors], targets: Sequence[ForeignTarget], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """The config of an adapter of factors. PSG520 if only some modules have a magnitude."""
     words = foreign_words()
     has = {layer.module: words["magnitude"] in layer.tensors for layer in layers}
     if any(has.values()) and not all(has.values()):
         first = min(module for module, magnitude in has.items() if not magnitude)
         message = f"'{first}' has no magnitude, and other modules have one"
         raise SurgeryError("PSG520", message, "in peft all modules of an adapter have one, or none")
-    return lora_config(ranks) | (words["with_magnitudes"] if all(has.values()) else {})
+    is_turned = any(target.is_turned for target in targets)
+    more = words["with_magnitudes"] if all(has.values()) else {}
+    return lora_config(ranks) | more | {"fan_in_fan_out": is_turned}
+
+
+KINDS = {
+    "product": (product, product_config),
+    "hadamard": (hadamard, hadamard_config),
+    "kronecker": (kronecker, kronecker_config),
+}

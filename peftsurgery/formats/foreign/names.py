@@ -17,17 +17,19 @@ from peftsurgery.formats.foreign.layout import laid_out_otherwise
 from peftsurgery.formats.foreign.library import foreign_words
 from peftsurgery.tensor_file import Tensor, TensorFile, read_header
 
-KNOWN = "known are kohya's trainer, diffusers and mlx-lm; peft's adapters are read as they are"
+KNOWN = "known are kohya's trainer, LyCORIS, diffusers and mlx-lm; peft's are read as they are"
 
 
 @dataclass(frozen=True)
 class Spelling:
     """How a program calls a module's tensors: which parts they are, by the ends of their names.
 
+    ``kind`` is what a module's change is: a product of factors, or another of ``lycoris.py``.
     ``turned`` factors are (in, rank) and (rank, out); ``as_peft`` has peft's shapes.
     """
 
     tensors: Mapping[str, str]
+    kind: str = "product"
     turned: bool = False
     as_peft: bool = False
 

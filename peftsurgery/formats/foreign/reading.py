@@ -37,10 +37,27 @@ class ForeignValues:
         is none, PSG505 for values that are no finite numbers, PSG507 for a factor that is missing.
         """
         down, up = self._factor(name, "down"), self._factor(name, "up")
+        if "core" in self.names.tensors[name]:
+            down = self._with_core(name, down)
         if min(down.ndim, up.ndim) < 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
             shapes = f"{list(down.shape)} and {list(up.shape)}"
             raise SurgeryError("PSG507", f"the factors of '{name}' do not fit: {shapes}")
-        return down, up * np.float32(self._scale(name, path, down.shape[0]))
+        return down, up * np.float32(self.scale(name, path, down.shape[0]))
+
+    def _with_core(self, name: str, down: Array) -> Array:
+        """``down`` and the core after it as one factor: ``sum(core[i, j, k, l] down[j, c])``.
+
+        LoCon of LyCORIS has these for a kernel of several taps: a convolution of one tap, one of
+        all taps, and ``up``.
+        """
+        core = self._factor(name, "core")
+        fits = core.ndim > 2 and core.shape[:2] == (len(down), len(down))
+        if down.ndim < 2 or not fits or any(size != 1 for size in down.shape[2:]):
+            shapes = f"{list(core.shape)}, and its factors are of {list(down.shape)}"
+            raise SurgeryError("PSG507", f"the core of '{name}' is {shapes}")
+        flat = down.reshape(down.shape[:2]).astype(np.float64)
+        value: Array = np.einsum("ij...,jc->ic...", core.astype(np.float64), flat)
+        return value.astype(np.float32)
 
     def magnitude(self, name: str, sizes: tuple[int, ...]) -> Array | None:
         """The lengths (out,) that the rows of a module's weight are given; None if it has none.
@@ -64,6 +81,19 @@ class ForeignValues:
             raise SurgeryError("PSG520", f"{message}: a magnitude for each input of '{name}'", hint)
         raise SurgeryError("PSG507", f"{message}, and the weight of '{name}' is {list(sizes)}")
 
+    def parts(self, name: str) -> dict[str, Array]:
+        """All that a module has but its alpha, in fp32. PSG505 for what are no finite numbers."""
+        tensors = self.names.tensors[name]
+        return {part: self._read(tensor) for part, tensor in tensors.items() if part != "alpha"}
+
+    def any_has(self, part: str) -> bool:
+        """Whether any module of the model has such a tensor."""
+        own = (parts for name, parts in self.names.tensors.items() if self._is_own(name))
+        return any(part in parts for parts in own)
+
+    def _is_own(self, name: str) -> bool:
+        return name.startswith((*self.beginnings,))
+
     def _factor(self, name: str, part: str) -> Array:
         tensor, spelling = self.names.tensors[name].get(part), self.names.spelling
         if tensor is None:
@@ -79,7 +109,7 @@ class ForeignValues:
             raise SurgeryError("PSG505", f"'{tensor.name}' holds NaN or infinity")
         return value
 
-    def _scale(self, name: str, path: str, rank: int) -> float:
+    def scale(self, name: str, path: str, rank: int) -> float:
         """What a module's product is multiplied by; 1 if nothing says it, as in the programs."""
         alpha, file = self.names.tensors[name].get("alpha"), self.names.file.path
         if alpha is not None and alpha.count != 1:
@@ -130,9 +160,7 @@ class ForeignValues:
             for name, value in said.items()
             if name.startswith(beginning)
         }
-        own = (p for n, p in self.names.tensors.items() if n.startswith((*self.beginnings,)))
-        has_magnitudes = any("magnitude" in parts for parts in own)
-        allowed = foreign_words()["with_magnitudes"] if has_magnitudes else ()
+        allowed = foreign_words()["with_magnitudes"] if self.any_has("magnitude") else ()
         plain = {key: value for key, value in found.items() if key not in allowed}
         for other in strangers({**plain, "peft_type": "LORA"}) if found else ():
             message = f"{file.path} is no plain LoRA: its {other} is {brief(found.get(other))}"
