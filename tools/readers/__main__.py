@@ -2,9 +2,9 @@
 
 For each architecture a small model with random weights is given a rank-stabilised LoRA of two
 ranks, exported, read, and compared with the outputs of the folded model, in the original's own
-class. Adapters that mlx-lm and diffusers write are imported, and the outputs compared with the
-program's own; so are the modules that names of Stable Diffusion's own code mean. Prints a line for
-each, and exits with 1 if one differs by more than the program's own precision.
+class. Adapters that mlx-lm, diffusers and LyCORIS write are imported, and the outputs compared with
+the program's own; so are the modules that names of Stable Diffusion's own code mean. Prints a line
+for each, and exits with 1 if one differs by more than the program's own precision.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ BOUNDS = {
     "peft": 1e-4,
     "onnxruntime": 1e-4,
     "diffusers": 1e-4,
+    "lycoris": 1e-4,
 }
 
 
@@ -178,6 +179,18 @@ def of_diffusers(home: Path, folder: Path) -> float:
     return _of_its_own(home, "diffusers_writer.py", folder, torch.randint(3, 98, (1, 9)))
 
 
+def of_lycoris(home: Path, folder: Path) -> float:
+    """Largest difference of a text encoder's outputs, with adapters of LyCORIS's methods."""
+    gaps = []
+    for method in ("locon", "dora", "loha", "lokr", "lokr, whole"):
+        inner = folder / method
+        inner.mkdir()
+        text_encoder(inner)
+        ids = torch.randint(3, 98, (1, 9))
+        gaps.append(_of_its_own(home, "lycoris_writer.py", inner, ids, method))
+    return max(gaps)
+
+
 # Names that diffusers (0.42) reads as others in a LoRA than in a checkpoint: a sampler without an
 # attention before it, and classes.
 ODD = {"up_blocks.0.upsamplers.0.conv", "class_embedding.linear_1", "class_embedding.linear_2"}
@@ -201,11 +214,11 @@ def names_apart(home: Path, folder: Path) -> float:
     return float(lost)
 
 
-def _of_its_own(home: Path, script: str, folder: Path, ids: torch.Tensor) -> float:
+def _of_its_own(home: Path, script: str, folder: Path, ids: torch.Tensor, *more: str) -> float:
     """Largest difference of a model's first output with the adapter that a program writes."""
     np.save(folder / "ids.npy", ids.numpy())
     given = (folder / "base", folder / "written", folder / "ids.npy", folder / "wanted.npy")
-    printed(home / "venv/bin/python", HERE / script, *given)
+    printed(home / "venv/bin/python", HERE / script, *given, *more)
     ps.import_adapter(folder / "written", folder / "imported", folder / "base")
     model = ps.from_peft(ps.capture(str(folder / "base")), folder / "imported").eval()
     with torch.no_grad():
@@ -238,6 +251,7 @@ READERS: dict[str, Reader] = {
 WRITERS: dict[str, tuple[str, Callable[[Path, Path], float]]] = {
     "mlx-lm": ("Llama", of_mlx),
     "diffusers": ("CLIP", of_diffusers),
+    "lycoris": ("CLIP", of_lycoris),
 }
 
 
