@@ -25,7 +25,7 @@ from peftsurgery.cli.progress import doing
 def import_(
     adapter: str, base: str, out: Path, part: str | None, force: bool, as_json: bool
 ) -> None:
-    """Write the LoRA ADAPTER of kohya's trainer, diffusers or mlx-lm to OUT, as peft has it.
+    """Write the ADAPTER of kohya's trainer, LyCORIS, diffusers or mlx-lm to OUT, as peft has it.
 
     ADAPTER is a safetensors file, or a directory with one.
     """
