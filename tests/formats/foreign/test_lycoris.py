@@ -232,12 +232,13 @@ def test_what_is_broken_is_refused_and_nothing_is_written(kind: str, tmp_path: P
 
 
 class Kernels(nn.Module):
-    """Two kernels of several taps, and one along one axis."""
+    """Two kernels of several taps, one along one axis, and a linear of odd sides."""
 
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
         self.line = nn.Conv1d(4, 8, 3)
+        self.odd = nn.Linear(9, 9)
 
 
 def kernels() -> Any:
@@ -275,6 +276,15 @@ def test_kernels_along_one_axis(kind: str, tmp_path: Path) -> None:
         return
     ps.import_adapter(tmp_path / "l.safetensors", tmp_path / "out", f"{__name__}:kernels")
     same(added(kernels()[0], tmp_path / "out"), {"line.weight": change.reshape(sizes)})
+
+
+def test_a_whole_matrix_of_odd_sides(tmp_path: Path) -> None:
+    parts, change = kronecker("odd", (9, 9), 1, False, "12")
+    save_file(
+        {f"lora_unet_odd.{n}": value for n, value in parts.items()}, tmp_path / "l.safetensors"
+    )
+    ps.import_adapter(tmp_path / "l.safetensors", tmp_path / "out", f"{__name__}:kernels")
+    same(added(kernels()[0], tmp_path / "out"), {"odd.weight": change})
 
 
 def test_a_table_is_refused(tmp_path: Path) -> None:
