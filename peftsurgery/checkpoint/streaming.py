@@ -20,7 +20,13 @@ from peftsurgery.checkpoint.codecs.coded import BESIDE, CONFIG, PlainView
 from peftsurgery.checkpoint.fold_report import FoldReport, survival
 from peftsurgery.checkpoint.fold_site import is_by_rows
 from peftsurgery.checkpoint.fold_tensor import Folding
-from peftsurgery.checkpoint.hashing import ALGORITHM, hash_of_bytes, hash_of_file, new_digest
+from peftsurgery.checkpoint.hashing import (
+    ALGORITHM,
+    hash_of,
+    hash_of_bytes,
+    hash_of_file,
+    new_digest,
+)
 from peftsurgery.checkpoint.model_plan import IN_MEMORY
 from peftsurgery.checkpoint.part_folder import (
     FoldPart,
@@ -216,10 +222,12 @@ def _check(plan: FoldPlan, files: PlainView, adapter: TensorFile) -> None:
     needed = (needed - plan.stacks.keys()) | plan.pieces.keys()
     for name in sorted(needed):
         if name not in files.tensors:
-            raise SurgeryError("PSG416", f"'{name}' is in no file of '{files.folder}'")
+            message = f"'{name}' is in no file of '{files.folder}'"
+            raise SurgeryError("PSG416", message, files.why_unread(name))
         dtype = files.tensors[name][1].dtype
         if dtype not in FLOATS:
-            raise SurgeryError("PSG416", f"'{name}' is kept in {dtype}, which cannot be added to")
+            message = f"'{name}' is kept in {dtype}, which cannot be added to"
+            raise SurgeryError("PSG416", message, files.why_unread(name))
     for name in sorted(plan.consumed ^ adapter.tensors.keys()):
         where = "the fold does not use" if name in adapter.tensors else "the adapter does not hold"
         raise SurgeryError("PSG416", f"{where} '{name}'")
@@ -235,8 +243,9 @@ def _check_stack(plan: FoldPlan, name: str) -> None:
 
 
 def _hashes(view: PlainView) -> dict[str, str]:
-    """The hashes of all tensors that a codec keeps, by which the base is known again."""
-    return {name: each for weight in view.coded.values() for name, each in weight.hashes.items()}
+    """The hashes of all tensors that a quantiser keeps, by which the base is known again."""
+    found = {name: each for weight in view.coded.values() for name, each in weight.hashes.items()}
+    return found | {name: hash_of(*view.files.tensors[name]) for name in view.aside}
 
 
 def _other_files(

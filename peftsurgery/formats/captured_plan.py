@@ -59,11 +59,17 @@ def captured_plan(adapter: Path, base: str | None, allow_other_base: bool, room:
 
 
 def _coded_base(adapter: Path, base: str | None) -> PlainView | None:
-    """The base of an adapter, if it is a directory of weights that a known codec keeps."""
+    """The base of an adapter, if it is a directory of weights that a known codec keeps.
+
+    PSG416 if it has others that its quantiser keeps.
+    """
     named = base if base is not None else next(iter(named_in(adapter)), None)
     if named is None or not os.path.isdir(named) or not are_here(Path(named)):
         return None
     view = plain_view(read_model_files(Path(named)))
+    why = view.why_unread()
+    if why is not None:
+        raise SurgeryError("PSG416", f"'{named}' is quantised as is not read: {why}")
     return view if view.coded else None
 
 

@@ -25,7 +25,10 @@ class Codec:
     config of the quantiser. ``encode`` gives the parts that another weight has in place of these,
     in their shapes and dtypes. ``bands`` says, from the same as ``shape``, how rows of the weight
     can be read and written by themselves; None if they cannot. ``refuses`` says why a config is
-    none that is read; None for one that is.
+    none that is read; None for one that is. ``scheme`` gives what a config says of a module, by its
+    name, which is what the others get of it: None if the module is another codec's, ValueError with
+    the reason if it is none's. ``aside`` gives the endings of tensors that the quantiser keeps and
+    that are of no weight: where weights are written plain, they are not.
     """
 
     name: str
@@ -38,3 +41,5 @@ class Codec:
     small: tuple[str, ...] = ()
     plain: str = ".weight"
     bands: Callable[[Parts, Said], Bands | None] = lambda parts, said: None
+    scheme: Callable[[str, Said], Said | None] = lambda module, said: said
+    aside: Callable[[Said], tuple[str, ...]] = lambda said: ()

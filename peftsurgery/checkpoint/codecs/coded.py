@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import NUMBERS, Array, read_columns, read_rows
+from peftsurgery.checkpoint.arrays import FLOATS, NUMBERS, Array, read_columns, read_rows
 from peftsurgery.checkpoint.hashing import hash_of
 from peftsurgery.errors import SurgeryError
 from peftsurgery.files import read_object
@@ -108,6 +108,9 @@ class PlainView:
     again: frozenset[str] = frozenset()
     added: Mapping[str, str] = field(default_factory=dict)
     resized: Mapping[str, Tensor] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
+    refused: str | None = None
+    aside: frozenset[str] = frozenset()
 
     @property
     def is_plain(self) -> bool:
@@ -145,7 +148,7 @@ class PlainView:
     @cached_property
     def _hidden(self) -> dict[str, str | None]:
         """What stands in the place of each part of a coded weight; None for nothing."""
-        found: dict[str, str | None] = {}
+        found: dict[str, str | None] = dict.fromkeys(self.aside)
         for name, weight in self.coded.items():
             found |= dict.fromkeys((tensor.name for _, tensor in weight.parts.values()), None)
             found[weight.parts["weight"][1].name] = name
@@ -169,6 +172,14 @@ class PlainView:
             name = self._hidden.get(tensor.name, tensor.name)
             if name is not None:
                 yield self.coded[name].tensor if name in self.coded else tensor
+
+    def why_unread(self, name: str | None = None) -> str | None:
+        """Why a weight, or the first of those that are not, is read by no codec."""
+        if name is not None:
+            return self.unread.get(name, self.refused)
+        return self.refused or next(
+            (f"'{weight}' is not read: {why}" for weight, why in self.unread.items()), None
+        )
 
     def config(self, values: Mapping[str, Any] = MappingProxyType({})) -> bytes:
         """config.json with other values by dotted paths, and without a quantiser of plain weights.
@@ -198,52 +209,90 @@ def plain_view(files: ModelFiles) -> PlainView:
     from peftsurgery.checkpoint.codecs.known import CODECS  # which few bases need
 
     dtype = DTYPES.get(str(config.get("dtype", config.get("torch_dtype"))), "BF16")
-    held, coded = files.tensors, dict[str, CodedWeight]()
+    coded, unread, refused = dict[str, CodedWeight](), dict[str, str](), None
+    aside = set[str]()
     for codec in CODECS.get(str(said.get("quant_method")), ()):
-        if codec.refuses(said) is None:
-            coded |= {each.tensor.name: each for each in _found(codec, held, said, dtype)}
-    return PlainView(files, coded)
+        why = codec.refuses(said)
+        refused = refused or why
+        aside |= {name for name in files.tensors if name.endswith(codec.aside(said))}
+        for name, found in _found(codec, files.tensors, said, dtype) if why is None else ():
+            if isinstance(found, CodedWeight):
+                coded[name] = found
+            else:
+                unread.setdefault(name, found)
+    unread = {name: why for name, why in unread.items() if name not in coded}
+    hidden = frozenset(aside if coded else ())
+    return PlainView(files, coded, unread=unread, refused=None if coded else refused, aside=hidden)
 
 
 def needed_view(files: ModelFiles, changed: Collection[str], requantise: bool = False) -> PlainView:
     """The view in which a fold works: plain where it changes a coded weight, else the files'.
 
-    With ``requantise`` coded weights that change are quantised again. PSG416 if the base has none.
+    With ``requantise`` coded weights that change are quantised again. PSG416 if the base has none,
+    and for weights that would be written plain and cannot be read.
     """
     view = plain_view(files)
     if requantise and not view.coded:
+        why = view.why_unread()
         message = f"'{files.folder}' has no quantised weights that are read, so none to write again"
-        raise SurgeryError("PSG416", message, "leave out --requantise")
+        raise SurgeryError(
+            "PSG416", message + (f" ({why})" if why else ""), "leave out --requantise"
+        )
     mine = view.coded.keys() & set(changed)
     if not mine:
-        return PlainView(files)
+        return PlainView(files, unread=view.unread, refused=view.refused)
+    if not requantise and view.unread:
+        message = f"'{files.folder}' cannot be written plain: {view.why_unread()}"
+        raise SurgeryError("PSG416", message, "--requantise leaves alone what does not change")
     return replace(view, again=frozenset(mine)) if requantise else view
 
 
 def _found(
     codec: Codec, held: Mapping[str, tuple[TensorFile, Tensor]], said: Said, dtype: str
-) -> Iterator[CodedWeight]:
-    """The weights that a codec keeps among the tensors of a base."""
-    needed = {name: end for name, end in codec.parts.items() if name not in codec.optional}
-    telling = list(needed.values())[-1]
-    for key in held:
-        module = key.removesuffix(telling)
-        names = {name: module + end for name, end in codec.parts.items()}
-        parts = {name: held[full] for name, full in names.items() if full in held}
-        readable = all(tensor.dtype in NUMBERS for _, tensor in parts.values())
-        if module == key or not needed.keys() <= parts.keys() or not readable:
-            continue
-        looks: dict[str, Any] = {
-            name: read_rows(*where) if name in codec.small else _stand_in(where[1])
-            for name, where in parts.items()
-        }
+) -> Iterator[tuple[str, CodedWeight | str]]:
+    """The weights that a codec keeps among the tensors of a base, or why they are none, by name."""
+    ends = [end for name, end in codec.parts.items() if name not in codec.optional]
+    for module in dict.fromkeys(
+        name.removesuffix(end)
+        for name, (_, tensor) in held.items()
+        for end in ends
+        if name.endswith(end) and (end != codec.plain or tensor.dtype not in FLOATS)
+    ):
         try:
-            shape, bands = codec.shape(looks, said), codec.bands(looks, said)
-            size = size_of(dtype, shape)
-        except (ValueError, IndexError, KeyError, TypeError):
-            continue  # it is no weight of this codec, and stays what it is
-        tensor = Tensor(module + codec.plain, dtype, shape, 0, size)
-        yield CodedWeight(tensor, codec, parts, said, _readable(bands, parts.values()))
+            found = _read(codec, module, held, said, dtype)
+        except (ValueError, IndexError, KeyError, TypeError) as error:
+            yield module + codec.plain, str(error)
+            continue
+        if found is not None:
+            yield module + codec.plain, found
+
+
+def _read(
+    codec: Codec,
+    module: str,
+    held: Mapping[str, tuple[TensorFile, Tensor]],
+    said: Said,
+    dtype: str,
+) -> CodedWeight | None:
+    """The weight of a module in a codec; None if it is another's. ValueError if it is none."""
+    mine = codec.scheme(module, said)
+    if mine is None:
+        return None
+    parts = dict[str, tuple[TensorFile, Tensor]]()
+    for name, end in codec.parts.items():
+        if module + end in held:
+            parts[name] = held[module + end]
+            if parts[name][1].dtype not in NUMBERS:
+                raise ValueError(f"'{module}{end}' is kept in {parts[name][1].dtype}")
+        elif name not in codec.optional:
+            raise ValueError(f"there is no '{module}{end}'")
+    looks: dict[str, Any] = {
+        name: read_rows(*where) if name in codec.small else _stand_in(where[1])
+        for name, where in parts.items()
+    }
+    shape, bands = codec.shape(looks, mine), codec.bands(looks, mine)
+    tensor = Tensor(module + codec.plain, dtype, shape, 0, size_of(dtype, shape))
+    return CodedWeight(tensor, codec, parts, mine, _readable(bands, parts.values()))
 
 
 def _readable(bands: Bands | None, parts: Iterable[tuple[TensorFile, Tensor]]) -> Bands | None:

@@ -27,17 +27,20 @@ LARGEST = 448
 AT_ONCE = 2**17  # numbers whose scales are tried at once
 
 
-def _decode(parts: Parts, said: Said) -> Array:
-    weight, scale = parts["weight"], _table(parts).astype(np.float32)
-    rows, columns = _block(parts, said)
-    out, in_ = weight.shape
+def spread_out(weight: Array, table: Array, block: tuple[int, int]) -> Array:
+    """The values of a weight (out, in) in e4m3, by a table of scales, one for each block of it."""
+    (rows, columns), (out, in_) = block, weight.shape
+    scale = table.astype(np.float32)
     spread = np.repeat(np.repeat(scale, rows, axis=0)[:out], columns, axis=1)[:, :in_]
     return weight.astype(np.float32) * spread
 
 
-def _encode(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
-    rows, columns = _block(parts, said)
-    table = _table(parts)
+def stored_in_blocks(values: Array, table: Array, block: tuple[int, int]) -> tuple[Array, Array]:
+    """A weight in e4m3 for values, and the scales of its blocks: those of ``table``, or new ones.
+
+    What :func:`spread_out` undoes.
+    """
+    rows, columns = block
     scales, weight = table.copy(), np.empty(values.shape, E4M3)
     for row, kept in enumerate(table):
         strip = values[rows * row : rows * (row + 1)]
@@ -51,6 +54,15 @@ def _encode(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
             spread = np.repeat(inverse(scales[row, some].astype(np.float32)), columns)
             mine = strip[:, wide]
             weight[rows * row : rows * (row + 1), wide] = _stored(mine * spread[: mine.shape[1]])
+    return weight, scales
+
+
+def _decode(parts: Parts, said: Said) -> Array:
+    return spread_out(parts["weight"], _table(parts), _block(parts, said))
+
+
+def _encode(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
+    weight, scales = stored_in_blocks(values, _table(parts), _block(parts, said))
     return {"weight": weight, "scale": scales.reshape(parts["scale"].shape)}
 
 

@@ -24,10 +24,29 @@ MIDDLES = (HALF[1:] + HALF[:-1]) / 2
 TO_EVEN = np.where(np.arange(len(MIDDLES)) % 2, MIDDLES, np.nextafter(MIDDLES, np.float32(9)))
 
 
+def floats(packed: Array) -> Array:
+    """The floats in bytes, two in each, along the last axis: the first in the low bits."""
+    found = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.float32)
+    found[..., ::2], found[..., 1::2] = TABLE[packed & 15], TABLE[packed >> 4]
+    return found
+
+
+def nearest_numbers(values: Array) -> Array:
+    """The numbers of the floats of four bits that are nearest to values."""
+    numbers = np.searchsorted(TO_EVEN, np.abs(values)).astype(np.uint8)
+    numbers |= np.signbit(values).astype(np.uint8) << 3
+    return numbers
+
+
+def in_bytes(numbers: Array) -> Array:
+    """Numbers of floats in bytes: what :func:`floats` reads."""
+    packed: Array = numbers[..., ::2] | numbers[..., 1::2] << 4
+    return packed
+
+
 def _decode(parts: Parts, said: Said) -> Array:
     packed, scales = parts["weight"], parts["scale"].astype(np.int32) - BIAS
-    numbers = np.empty((*packed.shape[:-1], BLOCK), np.float32)
-    numbers[..., ::2], numbers[..., 1::2] = TABLE[packed & 15], TABLE[packed >> 4]
+    numbers = floats(packed)
     np.ldexp(numbers, scales[..., None], out=numbers)
     return np.swapaxes(numbers.reshape(*packed.shape[:-2], -1), -1, -2)
 
@@ -38,9 +57,7 @@ def _encode(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
     power = np.frexp(largest)[1] - 1 - LARGEST_POWER
     scale = np.clip(np.where(largest > 0, power + BIAS, parts["scale"]), 0, 254).astype(np.uint8)
     scaled = np.ldexp(blocks, BIAS - scale[..., None].astype(np.int32))
-    numbers = np.searchsorted(TO_EVEN, np.abs(scaled)).astype(np.uint8)
-    numbers |= np.signbit(scaled).astype(np.uint8) << 3
-    return {"weight": numbers[..., ::2] | numbers[..., 1::2] << 4, "scale": scale}
+    return {"weight": in_bytes(nearest_numbers(scaled)), "scale": scale}
 
 
 def _shape(parts: Parts, said: Said) -> tuple[int, ...]:

@@ -54,7 +54,7 @@ def _gptq(parts: Parts, said: Said) -> Array:
     numbers = unpacked(np.ascontiguousarray(parts["weight"].T), said["bits"])  # (out, in)
     zeros = unpacked(parts["zeros"], said["bits"]) + _less(said)
     scales = parts["scales"].astype(np.float32)
-    return _scaled(numbers, zeros, scales, _groups(parts, numbers.shape[1]))
+    return scaled(numbers, zeros, scales, _groups(parts, numbers.shape[1]))
 
 
 def _pack_gptq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
@@ -62,7 +62,7 @@ def _pack_gptq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
     zeros, scales = unpacked(parts["zeros"], bits) + less, parts["scales"].copy()
     groups = _groups(parts, values.shape[1])
     laid_out = _grid(parts.get(ALL_ZEROS, parts["zeros"]), bits, less)
-    numbers = _requantised(values, zeros, scales, groups, range(less, 2**bits), laid_out)
+    numbers = requantised(values, zeros, scales, groups, range(less, 2**bits), laid_out)
     weight = np.ascontiguousarray(packed(numbers, bits).T)
     return {"weight": weight, "zeros": packed(zeros - less, bits), "scales": scales}
 
@@ -75,10 +75,10 @@ def _less(said: Said) -> int:
 def _groups(parts: Parts, inputs: int) -> Array:
     """The group of each input."""
     order, count = parts.get("groups"), len(parts["scales"])
-    return _evenly(inputs, count) if order is None else order
+    return evenly(inputs, count) if order is None else order
 
 
-def _evenly(inputs: int, count: int) -> Array:
+def evenly(inputs: int, count: int) -> Array:
     """The groups of inputs that follow one another."""
     return np.arange(inputs) * count // inputs
 
@@ -86,14 +86,14 @@ def _evenly(inputs: int, count: int) -> Array:
 def _awq(parts: Parts, said: Said) -> Array:
     numbers, zeros = (_reordered(unpacked(parts[name], 4)) for name in ("weight", "zeros"))
     scales = parts["scales"].astype(np.float32)
-    return _scaled(np.ascontiguousarray(numbers.T), zeros, scales, _groups(parts, len(numbers)))
+    return scaled(np.ascontiguousarray(numbers.T), zeros, scales, _groups(parts, len(numbers)))
 
 
 def _pack_awq(values: Array, parts: Parts, said: Said) -> dict[str, Array]:
     zeros, scales = _reordered(unpacked(parts["zeros"], 4)), parts["scales"].copy()
     laid_out = _grid(parts.get(ALL_ZEROS, parts["zeros"]), 4)
     groups = _groups(parts, values.shape[1])
-    numbers = _requantised(values, zeros, scales, groups, range(16), laid_out)
+    numbers = requantised(values, zeros, scales, groups, range(16), laid_out)
     made = {"weight": numbers.T, "zeros": zeros}
     words = {name: packed(_ordered(value), 4) for name, value in made.items()}
     return {**words, "scales": scales}
@@ -113,10 +113,10 @@ def _ordered(numbers: Array) -> Array:
     return eights[:, :, AWQ_ORDER].reshape(numbers.shape)
 
 
-def _scaled(numbers: Array, zeros: Array, scales: Array, order: Array) -> Array:
+def scaled(numbers: Array, zeros: Array, scales: Array, order: Array) -> Array:
     """The weight (out, in) of numbers (out, in); zeros and scales are (groups, out)."""
     count = len(scales)
-    if numbers.shape[1] % count or (order != _evenly(numbers.shape[1], count)).any():
+    if numbers.shape[1] % count or (order != evenly(numbers.shape[1], count)).any():
         shifted = (numbers - zeros.T[:, order]).astype(np.float32)
         return np.multiply(shifted, scales.T[:, order], out=shifted)
     grouped = numbers.reshape(len(numbers), count, -1)
@@ -124,7 +124,7 @@ def _scaled(numbers: Array, zeros: Array, scales: Array, order: Array) -> Array:
     return np.multiply(shifted, scales.T[:, :, None], out=shifted).reshape(numbers.shape)
 
 
-def _requantised(
+def requantised(
     values: Array, zeros: Array, scales: Array, order: Array, allowed: range, laid_out: Grid
 ) -> Array:
     """Numbers (out, in) for a weight; zeros and scales (groups, out) change in place where needed.
@@ -137,14 +137,23 @@ def _requantised(
         zero, scale, mine = zeros[groups], scales[groups], values.T[columns]
         grids = [(zero, scale), laid_out(mine, zero, scale.dtype, allowed)]
         placed = [_placed(mine, *grid, top) for grid in grids]
-        errors = [
-            np.square((each - z[:, None]) * s[:, None] - mine).sum(1)
-            for each, (z, s) in zip(placed, grids, strict=True)
-        ]
+        errors = [_squares(each, *grid, mine) for each, grid in zip(placed, grids, strict=True)]
         fresh = ~(errors[0] <= errors[1])
         numbers[columns] = np.where(fresh[:, None], placed[1], placed[0])
         zero[fresh], scale[fresh] = grids[1][0][fresh], grids[1][1][fresh]
     return numbers.T
+
+
+def _squares(numbers: Array, zero: Array, scale: Array, values: Array) -> Array:
+    """How far each group's values are from what its numbers mean, rounded as it is read.
+
+    What a group means is then 0 from itself, and no other grid is nearer.
+    """
+    error = numbers - zero.astype(np.float32)[:, None]
+    error *= scale.astype(np.float32)[:, None]
+    error -= values
+    found: Array = np.square(error, out=error).sum(1, dtype=np.float64)
+    return found
 
 
 def _alike(order: Array, count: int, rows: int) -> Iterator[tuple[slice, Array]]:
@@ -173,7 +182,7 @@ def _symmetric(
     return zero, np.maximum(high / (allowed[-1] - zero), -low / zero).astype(dtype)
 
 
-def _from_end_to_end(
+def from_end_to_end(
     values: Array, zero: Array, dtype: np.dtype[Any], allowed: range
 ) -> tuple[Array, Array]:
     """The grid that reaches from each group's smallest value to its largest."""
@@ -186,7 +195,7 @@ def _from_end_to_end(
 def _grid(words: Array, bits: int, less: int = 0) -> Grid:
     """How the grids of a weight are laid out, by the words of all of its zeros."""
     middle = np.full((1, WORD // bits), 2 ** (bits - 1) - less)
-    return _symmetric if bool((words == packed(middle, bits)).all()) else _from_end_to_end
+    return _symmetric if bool((words == packed(middle, bits)).all()) else from_end_to_end
 
 
 def _bands(bits: int) -> Bands:

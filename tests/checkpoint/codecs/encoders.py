@@ -5,14 +5,12 @@ module ``m``, the quantiser's config, and the weight that they mean.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
-Made = tuple[dict[str, Tensor], dict[str, Any], Tensor]
-GROUP = 16
+from tests.checkpoint.codecs.compressed import GROUP, KINDS, Made
 
 
 def fp8(weight: Tensor) -> Made:
@@ -164,4 +162,4 @@ ENCODERS: dict[str, Callable[[Tensor], Made]] = {
         gptq_v2,
         awq,
     )
-}
+} | KINDS

@@ -81,7 +81,7 @@ def test_a_weight_has_the_bytes_that_its_codec_makes_of_it_as_a_whole(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["plain", "again"])
-@pytest.mark.parametrize("kind", ["nf4_nested", "int8", "fp8"])
+@pytest.mark.parametrize("kind", ["nf4_nested", "int8", "fp8", "packed_zeros", "nvfp4"])
 def test_memory_is_flat_whatever_the_size_of_a_quantised_weight(
     tmp_path: Path, kind: str, again: bool
 ) -> None:

@@ -66,7 +66,13 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, adapter_at(root / "lora", base, target_modules=["q_proj", "down_proj"])
 
 
-@pytest.mark.parametrize("kind", ["fp8", "fp8_whole", "nf4_nested", "gptq_shuffled", "awq", "int8"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("fp8", "fp8_whole", "nf4_nested", "gptq_shuffled", "awq", "int8"),
+        *("packed_zeros", "packed_in_order", "bytes_tensor", "floats_block", "nvfp4"),
+    ],
+)
 def test_a_fold_adds_to_what_is_meant_and_writes_it_plain(
     tmp_path: Path, llama: tuple[Path, Path], kind: str
 ) -> None:

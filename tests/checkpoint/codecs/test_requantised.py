@@ -59,7 +59,8 @@ def test_a_weight_that_is_quantised_again_is_as_near_as_its_quantiser_comes(
     _, _, fresh = ENCODERS[kind](torch.from_numpy(exact))
     mean, theirs = np.square(found - exact).mean(), np.square(fresh.numpy() - exact).mean()
     # nested scales are quantised themselves, and lie on a grid that bitsandbytes shifts
-    assert mean <= theirs * (1.02 if kind == "nf4_nested" else 1.000001)
+    if kind != "nvfp4" or size < 1:  # the scale of all of it stays, and reaches no further
+        assert mean <= theirs * (1.02 if kind == "nf4_nested" else 1.000001)
     assert mean <= np.square(before - exact).mean()
 
 
@@ -142,7 +143,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize(
-    "kind", ["fp8", "fp8_whole", "nf4", "nf4_nested", "gptq_shuffled", "awq", "int8"]
+    "kind",
+    [
+        *("fp8", "fp8_whole", "nf4", "nf4_nested", "gptq_shuffled", "awq", "int8"),
+        *("packed_zeros", "packed_in_order", "bytes_tensor", "floats_block", "nvfp4"),
+    ],
 )
 def test_a_fold_quantises_again_what_it_changes_and_copies_the_rest(
     tmp_path: Path, llama: tuple[Path, Path], kind: str
