@@ -31,7 +31,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.outputs import check_free, fresh
 from peftsurgery.places import named_in
 
-NOT_ON_FILES = "PSG416"
+NOT_ON_FILES, QUANTISED = "PSG416", "PSG215"
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,19 @@ def fold(**given: Any) -> None:
         except SurgeryError as error:
             if asked.by_files or asked.elsewhere or error.code != NOT_ON_FILES:
                 raise
-            _in_memory(asked, f"folded in memory: {error.message}")
+            _instead(asked, error)
     else:
         _in_memory(asked)
+
+
+def _instead(asked: Asked, refusal: SurgeryError) -> None:
+    """Fold in memory what files refuse; of a quantised base, which has no model there, say that."""
+    try:
+        _in_memory(asked, f"folded in memory: {refusal.message}")
+    except SurgeryError as error:
+        if error.code == QUANTISED:
+            raise refusal from None
+        raise
 
 
 def _ahead(asked: Asked) -> AbstractContextManager[None]:

@@ -24,17 +24,19 @@ from peftsurgery.checkpoint.codecs.codec import Parts, Said
 from peftsurgery.language.paths import full_match
 
 SCHEME = "scheme"
-INTS, FLOATS, PACKED, NVFP4 = "int", "float", "pack-quantized", "nvfp4-pack-quantized"
+INTS, FLOATS, PACKED = "int", "float", "pack-quantized"
+NVFP4, MXFP4 = "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 PLAIN = ("int-quantized", "float-quantized", "naive-quantized")
 # The bits that are read, by format and kind. Words of other bits were once filled otherwise.
 READ: Mapping[str, Mapping[str, Sequence[int]]] = {
     PACKED: {INTS: (2, 4, 8)},
     **{name: {INTS: range(2, 9), FLOATS: (8,)} for name in PLAIN},
     NVFP4: {FLOATS: (4,)},
+    MXFP4: {FLOATS: (4,)},
 }
 STRATEGIES = {INTS: ("tensor", "channel", "group"), FLOATS: ("tensor", "channel", "group", "block")}
-IN_GROUPS = ("tensor_group",)
-GROUPED = ("group", *IN_GROUPS)
+OWN_STRATEGIES = {NVFP4: ("tensor_group",), MXFP4: ("group",)}
+GROUPED = ("group", "tensor_group")
 BY_ORDER = ("group", "dynamic")
 # What there is besides of a module that is quantised: scales of activations.
 ACTIVATIONS = {
@@ -132,10 +134,11 @@ def scheme_of(module: str, said: Said) -> Scheme:
 
 
 def _groups_of(module: str, groups: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The groups that may be a module's, of which those that name it come before all others.
+    """The groups of weights that may be a module's, of which those by its name come first.
 
     Where there is one group only, it is that, under whatever name the program knows the module.
     """
+    groups = {name: each for name, each in groups.items() if isinstance(each.get("weights"), dict)}
     by_target = {t: each for each in groups.values() for t in _texts(each.get("targets"))}
     if module in by_target:
         return [by_target[module]]
@@ -158,9 +161,7 @@ def _texts(values: Any) -> Iterable[str]:
 
 def _parsed(group: Mapping[str, Any], said: Said) -> Scheme:
     """The scheme of a group, with what the package takes where it says nothing. ValueError."""
-    weights = group.get("weights")
-    if not isinstance(weights, dict):
-        raise ValueError("its config group says nothing of weights")
+    weights = group["weights"]
     size = _count(weights.get("group_size") or 0, "group_size")
     inferred = "group" if size > 0 else "channel" if size else "tensor"
     strategy = str(weights.get("strategy") or inferred).lower()
@@ -171,7 +172,7 @@ def _parsed(group: Mapping[str, Any], said: Said) -> Scheme:
         strategy,
         size if strategy in GROUPED else 0,
         _block(weights.get("block_structure")) if strategy == "block" else (0, 0),
-        bool(weights.get("symmetric", True)),
+        _flag(weights.get("symmetric", True), "symmetric"),
         str(weights.get("actorder")).lower() in BY_ORDER or weights.get("actorder") is True,
     )
     why = _unread(found)
@@ -191,7 +192,7 @@ def _unread(scheme: Scheme) -> str | None:
             for kind, bits in READ[scheme.format].items()
         )
         return f"{what}; read are {allowed}"
-    strategies = IN_GROUPS if scheme.format == NVFP4 else STRATEGIES[scheme.kind]
+    strategies = OWN_STRATEGIES.get(scheme.format, STRATEGIES[scheme.kind])
     if scheme.strategy not in strategies:
         return f"{what} with the strategy '{scheme.strategy}'; read are {', '.join(strategies)}"
     if scheme.strategy in GROUPED and scheme.group < 1:
@@ -206,6 +207,12 @@ def _unread(scheme: Scheme) -> str | None:
 def _count(value: Any, name: str) -> int:
     if type(value) is not int:
         raise ValueError(f"{name} is no whole number")
+    return value
+
+
+def _flag(value: Any, name: str) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"{name} is neither true nor false")
     return value
 
 

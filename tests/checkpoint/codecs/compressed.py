@@ -23,8 +23,8 @@ from torch import Tensor
 
 Made = tuple[dict[str, Tensor], dict[str, Any], Tensor]
 GROUP = 16
-PACKED, INTS, FLOATS, NVFP4 = (
-    f"{name}-quantized" for name in ("pack", "int", "float", "nvfp4-pack")
+PACKED, INTS, FLOATS, NVFP4, MXFP4 = (
+    f"{name}-quantized" for name in ("pack", "int", "float", "nvfp4-pack", "mxfp4-pack")
 )
 
 
@@ -70,12 +70,13 @@ def compressed(weight: Tensor, scheme: QuantizationScheme) -> tuple[dict[str, Te
         state["weight_global_scale"] = whole.float().reshape(1)
     compressor = BaseCompressor.get_value_from_registry(str(scheme.format))
     made = compressor.compress(state, scheme)
-    if whole is None:
+    if scheme.format not in (NVFP4, MXFP4):
         meant = compressor.decompress(made, scheme)["weight"]
     else:  # it decompresses to bfloat16
         numbers = unpack_fp4_from_uint8(made["weight_packed"], *weight.shape, dtype=torch.float32)
-        scales = made["weight_scale"].float(), None
-        meant = dequantize(numbers, *scales, args, torch.float32, made["weight_global_scale"])
+        scales = compressor._decompress_scale(made["weight_scale"], torch.float32)
+        more = args, torch.float32, made.get("weight_global_scale")
+        meant = dequantize(numbers, scales, None, *more)
     return {f"m.{name}": value.contiguous() for name, value in made.items()}, meant
 
 
@@ -122,6 +123,14 @@ KINDS: dict[str, Callable[[Tensor], Made]] = {
     "floats_group": _kind("naive-quantized", num_bits=8, type="float", **_GROUPS),
     "floats_block": _kind(
         FLOATS, num_bits=8, type="float", strategy="block", block_structure=[16, 48]
+    ),
+    "mxfp4": _kind(
+        MXFP4,
+        num_bits=4,
+        type="float",
+        strategy="group",
+        group_size=32,
+        scale_dtype=torch.uint8,
     ),
     "nvfp4": _kind(NVFP4, num_bits=4, type="float", strategy="tensor_group", group_size=16),
 }

@@ -17,6 +17,7 @@ from tests.checkpoint.codecs.compressed import (
     FLOATS,
     INTS,
     KINDS,
+    MXFP4,
     NVFP4,
     PACKED,
     compressed,
@@ -181,6 +182,9 @@ def dropped(name: str) -> Any:
         ("nvfp4", put("m.weight_global_scale", torch.ones(2)), "no number above 0"),
         ("nvfp4", put("m.weight_global_scale", torch.tensor([float("nan")])), "no number above"),
         ("nvfp4", cut("m.weight_scale"), "weight_scale is [32, 3], not [32, 4]"),
+        ("mxfp4", cut("m.weight_scale"), "weight_scale is [32, 1], not [32, 2]"),
+        ("mxfp4", put("m.weight_scale", torch.ones(32, 2)), "scale is kept in float32"),
+        ("mxfp4", dropped("m.weight_scale"), "no 'm.weight_scale'"),
         ("nvfp4", cut("m.weight_packed"), "do not divide its 62 inputs"),
     ],
 )
@@ -214,6 +218,7 @@ def test_each_module_is_read_by_the_group_that_names_it(tmp_path: Path) -> None:
         "a": scheme_of(PACKED, num_bits=4, strategy="group", group_size=32),
         "b": scheme_of(PACKED, num_bits=8, strategy="channel"),
         "c": scheme_of(FLOATS, num_bits=8, type="float", strategy="tensor"),
+        "e": scheme_of(MXFP4, num_bits=4, type="float", strategy="group", group_size=32),
         "d": scheme_of(NVFP4, num_bits=4, type="float", strategy="tensor_group", group_size=16),
     }
     tensors, meant = {}, {}

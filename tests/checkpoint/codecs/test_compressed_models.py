@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import (
     QuantizationConfig,
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import peftsurgery as ps
+from peftsurgery.cli.root import root
 from peftsurgery.errors import SurgeryError
 from tests.checkpoint.codecs.test_coded import SMALL
 from tests.formats.stored import ALPHA, RANK, adapter_at, base_at, content, tensors_of
@@ -212,6 +214,22 @@ def test_what_is_not_read_and_not_changed_stays_where_the_rest_is_quantised_agai
     was, now = tensors_of(base), tensors_of(tmp_path / "out")
     assert torch.equal(was[f"{UP}.weight_packed"], now[f"{UP}.weight_packed"])
     shutil.rmtree(tmp_path / "out")
+    edited(base, lambda tensors, said: tensors.pop(f"{Q}.weight_scale"))
+    with pytest.raises(SurgeryError, match=r"PSG416.*weight_scale"):
+        ps.fold_checkpoint(llama[1], base, tmp_path / "out", requantise=True)
     edited(base, lambda tensors, said: said.pop("config_groups"))
     with pytest.raises(SurgeryError, match=r"PSG416.*without config_groups"):
         ps.fold_checkpoint(llama[1], base, tmp_path / "out", requantise=True)
+
+
+def test_the_command_says_what_is_not_read_and_writes_nothing(
+    tmp_path: Path, llama: tuple[Path, Path]
+) -> None:
+    base = quantised_at(tmp_path / "base", llama[0], SCHEMES["W4A16"])
+    edited(base, lambda tensors, said: said.update(sparsity_config={"format": "sparse-bitmask"}))
+    asked = ["fold", str(llama[1]), "--base", str(base), "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(root, asked)
+    assert done.exit_code == 3
+    assert "PSG416" in done.stderr
+    assert "the sparse format 'sparse-bitmask'" in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}

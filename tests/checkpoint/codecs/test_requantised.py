@@ -146,7 +146,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     "kind",
     [
         *("fp8", "fp8_whole", "nf4", "nf4_nested", "gptq_shuffled", "awq", "int8"),
-        *("packed_zeros", "packed_in_order", "bytes_tensor", "floats_block", "nvfp4"),
+        *("packed_zeros", "packed_in_order", "bytes_tensor", "floats_block", "nvfp4", "mxfp4"),
     ],
 )
 def test_a_fold_quantises_again_what_it_changes_and_copies_the_rest(

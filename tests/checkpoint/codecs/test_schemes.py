@@ -80,6 +80,8 @@ def test_of_groups_for_classes_a_module_has_the_one_that_they_agree_on() -> None
     with pytest.raises(ValueError, match="no config group"):
         scheme_of("m", said_of(group(INT4, "a"), group(INT8, "b")))
     assert scheme_of("m", said_of(group(INT8, "model.m"))).bits == 8  # there is no other
+    attention: dict[str, Any] = {"targets": ["LlamaAttention"], "weights": None}
+    assert scheme_of("m", said_of(group(INT8, "Linear"), attention)).bits == 8
 
 
 def test_a_group_has_a_format_of_its_own() -> None:
@@ -103,6 +105,7 @@ def test_a_group_has_a_format_of_its_own() -> None:
         ({**INT4, "group_size": None}, "pack-quantized", "without a group_size"),
         ({**INT4, "group_size": "8"}, "pack-quantized", "group_size is no whole"),
         ({**INT4, "num_bits": None}, "pack-quantized", "num_bits is no whole"),
+        ({**INT4, "symmetric": "false"}, "pack-quantized", "symmetric is neither"),
         ({**FP8, "symmetric": False}, "float-quantized", "not symmetric"),
         ({**FP8, "strategy": "block"}, "float-quantized", "block_structure"),
         (
@@ -113,7 +116,7 @@ def test_a_group_has_a_format_of_its_own() -> None:
         ({**FP8, "actorder": "group"}, "float-quantized", "order of a calibration"),
         ({**FP8, "num_bits": 4}, "nvfp4-pack-quantized", "strategy 'tensor'.*tensor_group"),
         (FP8, "mxfp8-quantized", "the format 'mxfp8-quantized'"),
-        (None, "pack-quantized", "nothing of weights"),
+        (None, "pack-quantized", "no config group"),
     ],
 )
 def test_a_scheme_that_is_not_read_is_said(
