@@ -12,6 +12,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from safetensors.torch import save_file
 
 from peftsurgery.checkpoint.codecs.coded import CodedWeight, PlainView, plain_view
+from peftsurgery.errors import SurgeryError
 from peftsurgery.model_files import read_model_files
 from tests.checkpoint.codecs.compressed import (
     FLOATS,
@@ -209,7 +210,7 @@ def test_an_order_of_groups_of_other_sizes_is_refused(
 ) -> None:
     tensors, said, _ = KINDS["packed"](weight(8, 64))
     tensors["m.weight_g_idx"] = order.int()
-    with pytest.raises(Exception, match=rf"PSG416.*{why}"):
+    with pytest.raises(SurgeryError, match=rf"PSG416.*{why}"):
         read(tmp_path, tensors, said).values()
 
 
@@ -231,3 +232,26 @@ def test_each_module_is_read_by_the_group_that_names_it(tmp_path: Path) -> None:
     for name, value in meant.items():
         np.testing.assert_array_equal(view.coded[f"{name}.weight"].values(), value.numpy())
     assert not view.unread
+
+
+@pytest.mark.parametrize("kind", ["nvfp4", "mxfp4"])
+def test_a_group_that_grew_gets_a_scale_that_reaches_it(tmp_path: Path, kind: str) -> None:
+    small = weight(8, 64)
+    small[3, :32] *= 0.01
+    tensors, said, _ = KINDS[kind](small)
+    mine = read(tmp_path, tensors, said)
+    values, parts = mine.values(), mine.stored()
+    values[3, :32] *= 50
+    found = mine.values_of({**parts, **mine.codec.encode(values, parts, mine.said)})
+    np.testing.assert_array_equal(np.delete(found, 3, 0), np.delete(values, 3, 0))
+    gap, largest = np.abs(found - values)[3, :32], np.abs(values[3, :32]).max()
+    assert gap.max() <= largest / 5  # half of the widest step is a sixth, of powers a bit more
+
+
+def test_zeros_of_floats_are_refused_unless_they_are_0(tmp_path: Path) -> None:
+    tensors, said, meant = KINDS["floats"](weight(8, 64))
+    tensors["m.weight_zero_point"] = torch.zeros(8, 1).to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(read(tmp_path, tensors, said).values(), meant.numpy())
+    tensors["m.weight_zero_point"] = torch.ones(8, 1).to(torch.float8_e4m3fn)
+    with pytest.raises(SurgeryError, match=r"PSG416.*weight_zero_point is not 0"):
+        read(tmp_path, tensors, said).values()
