@@ -9,11 +9,12 @@ from peftsurgery.language.loading import load_rules
 from peftsurgery.language.shipped import shipped
 from tests.models.captured import captured
 
+CONVOLUTIONS = {name for name in shipped() if name.endswith("_conv")}
 # What a rule needs that not every model has: its name ends in it, or README's sentence names it.
 LACKING = {
-    "bert": {"adalora_conv", "lora_conv", "lora_experts"},
-    "llama": {"adalora_conv", "lora_conv", "lora_experts", "bitfit", "prompt_after_embedding"},
-    "t5": {"adalora_conv", "lora_conv", "lora_experts", "bitfit", "prompt_after_embedding"},
+    "bert": {*CONVOLUTIONS, "lora_experts"},
+    "llama": {*CONVOLUTIONS, "lora_experts", "bitfit", "prompt_after_embedding"},
+    "t5": {*CONVOLUTIONS, "lora_experts", "bitfit", "prompt_after_embedding"},
 }
 
 

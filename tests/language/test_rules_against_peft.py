@@ -34,6 +34,7 @@ CASES = {
     "dora": (lambda: nn.Linear(8, 6), {"use_dora": True}),
     "lora_embedding": (lambda: nn.Embedding(11, 6), {}),
     "lora_conv": (conv, {}),
+    "dora_conv": (conv, {"use_dora": True}),
 }
 SIZES = {
     nn.Linear: {"in": 8, "out": 6},
@@ -109,7 +110,7 @@ def test_the_folded_weight_is_pefts_merged_weight(name):
     torch.testing.assert_close(fold(rule, env)["W"].detach(), merged, atol=2e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lora_qv", "dora", "lora_conv"])
+@pytest.mark.parametrize("name", ["lora_qv", "dora", "lora_conv", "dora_conv"])
 def test_dropout_while_training_is_pefts_under_the_same_seed(name):
     model, base, rule, env = side_by_side(name, dropout=0.4)
     list(share(model, rule, env))

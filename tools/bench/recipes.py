@@ -110,11 +110,14 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 
+CONVOLUTIONS = (
+    *("adalora_conv", "dora_conv", "loha_conv", "lokr_conv", "lokr_full_conv", "lora_conv"),
+)
+
 ELSEWHERE = {
     "lora_all": "without experts it is lora_all_linear",
-    "lora_conv": "MiniLM has no convolutions",
     "lora_experts": "MiniLM has no experts",
-    "adalora_conv": "MiniLM has no convolutions",
+    **dict.fromkeys(CONVOLUTIONS, "MiniLM has no convolutions"),
     "lora": "it is lora_qv with its default roles",
     "lokr_full": "it is lokr where the rank is half of the second matrix or more",
     "nf4": "it trains nothing by itself: see qlora",

@@ -8,12 +8,13 @@ otherwise, B A as a kernel, which peft merges, is not what was trained.
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,6 +116,38 @@ def test_what_makes_no_difference_to_pefts_a_is_honoured_both_ways(
         exact = deepcopy(theirs).double()(images.double())
         found = ps.fold(ours)(images).double()
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-6)
+        ps.to_peft(ours, tmp_path / "ours")
+        again = PeftModel.from_pretrained(deepcopy(module), tmp_path / "ours").eval()
+        assert torch.equal(again(images), theirs(images))
+
+
+METHODS: dict[str, Any] = {
+    "DoRA": LoraConfig(r=2, lora_alpha=3, use_dora=True),
+    "LoHa": LoHaConfig(r=2, alpha=3),
+    "LoKr": LoKrConfig(r=1, alpha=3, decompose_factor=2),
+    "LoKr of whole matrices": LoKrConfig(r=8, alpha=3),
+}
+
+
+@pytest.mark.parametrize("settings", [{"stride": (2, 1), "padding": (1, 2)}, {"kernel_size": 1}])
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_of_convolutions_are_read_folded_and_written(
+    method: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    module = Convolution(**settings).eval()
+    config = replace(METHODS[method], target_modules=["mix"])
+    theirs = get_peft_model(deepcopy(module), config).eval()
+    randomise(theirs, lambda name: any(part in name for part in ("lora_", "hada_", "lokr_")), 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    images = torch.randn(2, 4, 9, 8)
+    ours = ps.from_peft(ps.capture(module, (images,)), tmp_path / "theirs").eval()
+    with torch.no_grad():
+        exact = deepcopy(theirs).double()(images.double())
+        assert not torch.allclose(exact, module.double()(images.double()), atol=1e-2)
+        module.float()
+        for model in (ours, ps.fold(ours)):
+            torch.testing.assert_close(model(images).double(), exact, rtol=0, atol=2e-6)
         ps.to_peft(ours, tmp_path / "ours")
         again = PeftModel.from_pretrained(deepcopy(module), tmp_path / "ours").eval()
         assert torch.equal(again(images), theirs(images))
