@@ -9,7 +9,7 @@ and ``modules_to_save``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,10 +109,8 @@ def _wrapped(
         for suffix, value in of_module.items()
     }
     trained = {str(cut.placed.parameter) for cut in cuts if cut.rule.train}
-    has_bias = config.pop("bias", "none") is not None
-    said: Trained = say_trained(model, trained, paths, has_bias)
-    config |= {"bias": said.bias} if has_bias else {}
-    config["modules_to_save"] = said.modules or None
+    said, keys = _trained(model, trained, paths, config)
+    config |= keys
     if any(isinstance(base.get_submodule(path), Conv1D) for path in paths):
         config["fan_in_fan_out"] = True
     config |= _with_parameters(name, names, stacks, config) if stacks else {}
@@ -121,6 +119,22 @@ def _wrapped(
         config.setdefault(key, {})[one.module] = one.keys[beside.carries]
         tensors |= {wrapped_key(beside, one.module, s): v for s, v in one.tensors.items()}
     return config, tensors | said.tensors
+
+
+def _trained(
+    model: OperatedModel, trained: Collection[str], paths: Collection[str], config: dict[str, Any]
+) -> tuple[Trained, dict[str, Any]]:
+    """What peft has for parameters that were trained, and the keys that say so.
+
+    A rule file whose method has no such key in peft says null for it, which ``config`` loses.
+    """
+    has = {key: config.pop(key, key) is not None for key in ("bias", "modules_to_save")}
+    said = say_trained(model, trained, paths, has["bias"])
+    if said.modules and not has["modules_to_save"]:
+        why = f"'{said.modules[0]}' was trained, and peft saves no modules with this method"
+        raise SurgeryError("PSG510", why, "save the surgery")
+    keys = {"bias": said.bias, "modules_to_save": said.modules or None}
+    return said, {key: value for key, value in keys.items() if has[key]}
 
 
 def _tied(groups: Iterable[Sequence[Cut]]) -> dict[str, list[str]]:
@@ -155,7 +169,7 @@ def _with_parameters(
             hint = "peft has no such adapters of stacks; save the surgery itself with save()"
             raise SurgeryError("PSG510", message, hint)
     for stack in stacks:
-        if saved_whole(stack.rpartition(".")[0], config["modules_to_save"] or ()):
+        if saved_whole(stack.rpartition(".")[0], config.get("modules_to_save") or ()):
             message = f"'{name}' adapts '{stack}' in a module that it trains whole"
             raise SurgeryError("PSG510", message, "save the surgery itself with save()")
     return {PARAMETERS: list(names)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from peftsurgery import files
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.rule_file import RuleFile
 from peftsurgery.surgery.model.operated import OperatedModel
+from tests.models.captured import captured
 from tests.parity.models import randomise
 
 
@@ -199,3 +201,20 @@ def test_only_an_adapter_is_replaced(graph: ps.GraphModel, tmp_path: Path) -> No
     names = sorted(file.name for file in (tmp_path / "deep" / "new").iterdir())
     assert names == ["adapter_config.json", "adapter_model.safetensors"]
     LoraConfig.from_pretrained(tmp_path / "deep" / "new")
+
+
+@pytest.mark.parametrize(
+    "name", ["lora_qv", "dora", "ia3", "loha", "lokr", "oft", "trainable_tokens", "prompt_tuning"]
+)
+def test_a_config_has_no_key_that_pefts_own_has_not(name: str, tmp_path: Path) -> None:
+    ps.to_peft(ps.apply(captured("llama"), name), tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    known = inspect.signature(PEFT_TYPE_TO_CONFIG_MAPPING[said["peft_type"]]).parameters
+    assert said.keys() <= known.keys()
+
+
+def test_what_is_trained_besides_is_refused_where_peft_would_not_save_it(tmp_path: Path) -> None:
+    trained = ps.apply(captured("llama"), "trainable_tokens", train=["lm_head.weight"])
+    with pytest.raises(SurgeryError, match="PSG510: 'lm_head' was trained, and peft saves no"):
+        ps.to_peft(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
