@@ -11,7 +11,7 @@ from typing import Any
 
 from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.codecs.coded import CodedWeight, PlainView
-from peftsurgery.checkpoint.fold_site import BLOCK, is_by_rows
+from peftsurgery.checkpoint.fold_site import BLOCK, STACK, is_by_lines, is_by_rows
 from peftsurgery.checkpoint.plan import FoldPlan, Planned
 from peftsurgery.checkpoint.ties import view_of
 from peftsurgery.model_files import INDEX, ModelFiles, other_files, read_model_files
@@ -123,7 +123,11 @@ def _working(plan: FoldPlan, view: PlainView) -> int:
     for site in plan.sites:
         mine = [held[each] for name in site.weights.values() for each in _first(plan, name)]
         dims = max(len(tensor.shape) for tensor in mine)
-        sizes.append(_at_once(mine, is_by_rows(site, dims)))
+        in_pieces = not plan.stacks.keys().isdisjoint(site.weights.values())
+        if is_by_lines(site) and (in_pieces or dims == STACK):
+            sizes.append(BLOCK)
+        else:
+            sizes.append(_at_once(mine, is_by_rows(site, dims) and not in_pieces))
     replaced = (held[each] for name in plan.replaced for each in _first(plan, name))
     sizes += [_at_once([tensor], True) for tensor in replaced]
     threads = len(os.sched_getaffinity(0))

@@ -17,19 +17,25 @@ from peftsurgery.checkpoint.row_wise import folded
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor
 
+STACK = 3  # axes of a stack of matrices
 BLOCK = 2**17  # elements that are computed at once, where a rule folds each row by itself
 
 
 def fold_site(
-    site: SiteFold, now: dict[str, Array], learnt: Mapping[str, Array], rows: slice | None
+    site: SiteFold,
+    now: dict[str, Array],
+    learnt: Mapping[str, Array],
+    rows: slice | None,
+    lines: slice | None = None,
 ) -> None:
     """Fold the rows of a site's weights that are in ``now``, with the adapter's tensors.
 
     ``rows`` are those of the stored weights; None for all of them, or of what has none of its own.
-    PSG405 for a change of a bias that is not there.
+    ``lines`` are those of the matrices in a stack, if it is not all. PSG405 for a change of a bias
+    that is not there.
     """
     is_across = _is_across(site, max((now[name].ndim for name in site.needed), default=0))
-    axes, cut = (site.columns, None) if is_across else (site.rows, rows)
+    axes, cut = (site.lines, None) if is_across else (site.rows, rows)
     mine = rows
     if cut is not None and site.slice is not None:
         places, mine = _own(site.slice, cut)
@@ -43,9 +49,8 @@ def fold_site(
         return value if site.slice is None else value[_places(site.slice, value, cut)]
 
     def parameter(short: str) -> Array:
-        value = learnt[site.parameters[short]]
-        axis = None if rows is None or axes is None else axes.get(short)
-        return value if axis is None else value[(slice(None),) * axis + (mine,)]
+        value = _along(learnt[site.parameters[short]], axes, short, mine)
+        return _along(value, site.lines, short, lines)
 
     made: dict[str, Callable[[str], Any]] = dict.fromkeys((*site.weights, *site.absent), weight)
     made |= dict.fromkeys(site.parameters, parameter)
@@ -65,7 +70,7 @@ def is_by_rows(site: SiteFold, dims: int) -> bool:
     ``dims`` is the number of the weight's axes: of a stack, the last two are turned, and a slice is
     none of its first.
     """
-    axes = site.columns if _is_across(site, dims) else site.rows
+    axes = site.lines if _is_across(site, dims) else site.rows
     return axes is not None and not site.axes and (dims <= 2 or site.slice is None)
 
 
@@ -95,6 +100,17 @@ def row_blocks(
         end = min(first + band, rows)
         for start in range(first, end, step):
             yield slice(start, min(start + step, end))
+
+
+def _along(value: Array, axes: Mapping[str, int] | None, short: str, part: slice | None) -> Array:
+    """A part of a parameter along its axis among ``axes``; all of it if it has none there."""
+    axis = None if part is None or axes is None else axes.get(short)
+    return value if axis is None else value[(slice(None),) * axis + (part,)]
+
+
+def is_by_lines(site: SiteFold) -> bool:
+    """Whether a fold of a stack needs no more of it than the lines of a matrix that it gives."""
+    return site.lines is not None and len(site.needed) == 1 and is_by_rows(site, STACK)
 
 
 def _lying(stored: Array, site: SiteFold, short: str) -> Array:

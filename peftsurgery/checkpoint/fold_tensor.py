@@ -7,8 +7,8 @@ and what of the base's numbers was not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ from peftsurgery.checkpoint.arrays import (
 )
 from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.codecs.decoded import DecodedRows
-from peftsurgery.checkpoint.fold_site import BLOCK, fold_site, row_blocks
-from peftsurgery.checkpoint.plan import FoldPlan
+from peftsurgery.checkpoint.fold_site import BLOCK, STACK, fold_site, is_by_lines, row_blocks
+from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile
 
@@ -160,13 +160,16 @@ class Folding:
         ``read`` is told what it is told by :meth:`blocks`.
         """
         if name in self.plan.pieces:
-            yield self._piece(name, read)
+            yield from self._piece(name, read)
             return
         wide = wide_dtype(self.base[name][1].dtype)
         if name in self.plan.replaced:
             yield from self._replaced(name, read)
             return
         sites = self.plan.together(name)
+        if self._is_stack_by_lines(name, sites):
+            yield from self._stack(name, read)
+            return
         others = sorted({name}.union(*(site.needed for site in sites)))
         keys = {key for site in sites for key in site.parameters.values()}
         learnt = {key: self._adapters(key, wide) for key in keys}
@@ -207,8 +210,85 @@ class Folding:
                 read(as_bytes(was))
             yield was.astype(wide, copy=False), self._adapters(key, wide, rows)
 
-    def _piece(self, name: str, read: Callable[[memoryview], object]) -> tuple[Array, Array]:
-        """A tensor that is a piece of a stack, before and after: of one expert's matrix."""
+    def _is_stack_by_lines(self, name: str, sites: Collection[SiteFold]) -> bool:
+        """Whether a tensor is a stack whose matrices are folded a few lines at a time."""
+        _, tensor = self.base[name]
+        is_plain = name not in self.coded and name not in self.plan.resized
+        return (
+            len(tensor.shape) == STACK and is_plain and bool(sites) and all(map(is_by_lines, sites))
+        )
+
+    def _stack(
+        self, name: str, read: Callable[[memoryview], object]
+    ) -> Iterator[tuple[Array, Array]]:
+        """Yield what :meth:`exact` yields, of a stack: lines of one matrix after the other."""
+        file, tensor = self.base[name]
+        experts, count, width = tensor.shape
+        flat = replace(tensor, shape=(experts * count, width))
+        for expert in range(experts):
+
+            def stored(lines: slice, first: int = expert * count) -> Array:
+                found = read_rows(file, flat, first + lines.start, first + lines.stop)
+                read(as_bytes(found))
+                return found
+
+            yield from self._lines(name, name, expert, slice(0, count), stored)
+
+    def _lines(
+        self, name: str, stack: str, expert: int, lines: slice, stored: Callable[[slice], Array]
+    ) -> Iterator[tuple[Array, Array]]:
+        """Yield lines of a matrix in a stack before and after, a few at a time.
+
+        ``stored`` reads them from the tensor of that name, in which they are counted from 0 on.
+        """
+        _, tensor = self.base[name]
+        sites, wide = self.plan.together(stack), wide_dtype(tensor.dtype)
+        learnt = self._of_expert(sites, wide, slice(expert, expert + 1))
+        step = max(1, BLOCK // max(tensor.shape[-1], 1))
+        for first in range(lines.start, lines.stop, step):
+            some = slice(first, min(first + step, lines.stop))
+            found = stored(slice(some.start - lines.start, some.stop - lines.start))
+            before = found.astype(wide, copy=False)
+            now = {stack: before[None]}
+            for site in sites:
+                fold_site(site, now, learnt, None, some)
+            yield before, now[stack][0]
+
+    def _of_expert(
+        self, sites: Iterable[SiteFold], wide: np.dtype[Any], rows: slice
+    ) -> dict[str, Array]:
+        """The adapter's tensors for one matrix of a stack."""
+        axes = {
+            key: (site.rows or {}).get(short)
+            for site in sites
+            for short, key in site.parameters.items()
+        }
+        return {
+            key: self._adapters(key, wide, None if axis is None else rows)
+            for key, axis in axes.items()
+        }
+
+    def _piece(
+        self, name: str, read: Callable[[memoryview], object]
+    ) -> Iterator[tuple[Array, Array]]:
+        """Yield what :meth:`exact` yields, of a piece of a stack: of one expert's matrix."""
+        stack, expert, start, end = self.plan.pieces[name]
+        sites = () if stack in self.plan.replaced else self.plan.together(stack)
+        if sites and all(map(is_by_lines, sites)):
+            decoded = DecodedRows(self.coded)
+
+            def stored(lines: slice) -> Array:
+                found = self._stored(name, lines, decoded)
+                if name not in self.coded:
+                    read(as_bytes(found))
+                return found
+
+            yield from self._lines(name, stack, expert, slice(start, end), stored)
+            return
+        yield self._whole_piece(name, read)
+
+    def _whole_piece(self, name: str, read: Callable[[memoryview], object]) -> tuple[Array, Array]:
+        """A piece before and after, where all of its expert's matrix is needed."""
         stack, expert, start, end = self.plan.pieces[name]
         rows, wide = slice(expert, expert + 1), wide_dtype(self.base[name][1].dtype)
         if name not in self.coded:
@@ -220,12 +300,9 @@ class Folding:
             now = {stack: self._adapters(self.plan.replaced[stack], wide, rows)}
         else:
             now = {stack: before}
-            for site in self.plan.together(stack):
-                axes = {key: (site.rows or {}).get(short) for short, key in site.parameters.items()}
-                learnt = {
-                    key: self._adapters(key, wide, None if axis is None else rows)
-                    for key, axis in axes.items()
-                }
+            sites = self.plan.together(stack)
+            learnt = self._of_expert(sites, wide, rows)
+            for site in sites:
                 fold_site(site, now, learnt, None)
         return before[0, start:end], now[stack][0, start:end]
 

@@ -30,7 +30,8 @@ class SiteFold:
     in that order, and put together, they are a matrix of that shape. ``slice`` is (start, length,
     period, groups): which rows of a fused weight are the site's. ``rows`` has the axes of
     parameters that go with the rows of the weights, if the rule folds each row by itself; None if
-    it does not. ``columns`` has those that go with the columns, which is how turned weights lie.
+    it does not. ``lines`` has the same of the lines in which matrices are stored, where these are
+    not the rows: the columns of turned ones, and the lines of each matrix in a stack.
     """
 
     adapter: str
@@ -45,7 +46,7 @@ class SiteFold:
     axes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     slice: tuple[int, int, int, int] | None = None
     rows: Mapping[str, int] | None = None
-    columns: Mapping[str, int] | None = None
+    lines: Mapping[str, int] | None = None
 
     @cached_property
     def needed(self) -> set[str]:

@@ -67,7 +67,7 @@ def site_as_data(site: SiteFold) -> dict[str, Any]:
         "axes": {name: list(found) for name, found in site.axes.items()},
         "slice": site.slice,
         "rows": None if site.rows is None else dict(site.rows),
-        "columns": None if site.columns is None else dict(site.columns),
+        "lines": None if site.lines is None else dict(site.lines),
     }
 
 
@@ -83,7 +83,7 @@ def site_from_data(entry: Mapping[str, Any]) -> SiteFold:
         turned=frozenset(entry["turned"]),
         axes={name: (tuple(a), tuple(b)) for name, (a, b) in entry.get("axes", {}).items()},
         slice=None if part is None else tuple(part),
-        columns=entry.get("columns"),  # surgeries that were saved before have none
+        lines=entry.get("lines"),  # surgeries that were saved before have none
     )
 
 

@@ -1,6 +1,6 @@
 """Whether a rule folds each row of a weight by itself, or each column: tried on random arrays.
 
-Where it does, a weight of any size is folded a few rows at a time. All this is done without torch.
+Where it does, a weight of any size is folded a few lines at a time. All this is done without torch.
 """
 
 from __future__ import annotations
@@ -47,14 +47,21 @@ def row_axes(rule: SaidRule, numbers: Mapping[str, Any]) -> dict[str, int] | Non
     return _axes(rule, row_size(rule), numbers)
 
 
-def column_axes(rule: SaidRule, numbers: Mapping[str, Any]) -> dict[str, int] | None:
-    """The axes of parameters that go with the columns of a matrix; None if columns are mixed.
+def line_axes(rule: SaidRule, numbers: Mapping[str, Any], is_turned: bool) -> dict[str, int] | None:
+    """The axes of parameters that go with the lines of matrices, or of those in a stack.
 
-    None too for a rule that folds more than matrices.
+    Lines are what is stored one after the other: the rows of a matrix, or its columns if it
+    ``is_turned``. None if these are mixed, if a weight that is folded has none, and for kernels.
     """
-    shapes = SHAPES.get(rule.kind.name, {})
-    are_matrices = all(len(shapes.get(name, ())) == 2 for name in rule.fold)
-    return _axes(rule, shapes["W"][1] if are_matrices else None, numbers)
+    shapes = SHAPES.get(rule.kind.name, {"W": ("kernel",)})
+    size = shapes["W"][-1 if is_turned else -2 :][0]
+    have_it = all(size in shapes.get(name, ()) for name in rule.fold)
+    return _axes(rule, size, numbers) if have_it and "kernel" not in shapes["W"] else None
+
+
+def has_lines(rule: SaidRule, is_turned: bool) -> bool:
+    """Whether a rule's weights have lines that are not their rows: turned ones, and stacks."""
+    return is_turned or row_size(rule) == "experts"
 
 
 def row_size(rule: SaidRule) -> str | None:

@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from peftsurgery.checkpoint.certificate import verify
 from peftsurgery.checkpoint.fold_site import BLOCK, fold_site
 from peftsurgery.checkpoint.fold_tensor import Folding, FoldMeasure
 from peftsurgery.checkpoint.plan import FoldPlan, Planned, SiteFold
 from peftsurgery.checkpoint.streaming import fold_files
+from peftsurgery.checkpoint.unfolding import unfold_checkpoint
 from peftsurgery.errors import SurgeryError
 from peftsurgery.language.expression import parse
 from peftsurgery.model_files import read_model_files
@@ -38,7 +40,7 @@ def site_of(part: tuple[int, int, int, int] | None, turned: bool = False) -> Sit
         turned=frozenset({"W"} if turned else ()),
         slice=part,
         rows={"B": 0, "c": 0},
-        columns={"A": 1},
+        lines={"A": 1},
     )
 
 
@@ -173,3 +175,60 @@ def test_a_large_weight_takes_the_memory_of_a_few_rows(tmp_path: Path, kind: str
     nearest = meant.astype(np.float32).astype(ml_dtypes.bfloat16)
     assert np.mean(found != nearest) < 1e-4  # where fp32's own rounding decides a tie
     np.testing.assert_allclose(found.astype(np.float64), meant, 2**-8, 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["stack", "turned stack", "pieces", "turned pieces"])
+def test_experts_are_folded_a_few_lines_at_a_time(tmp_path: Path, layout: str) -> None:
+    experts, out, columns, rank = 3, 600, 512, 2
+    is_turned, draw = "turned" in layout, np.random.default_rng(0)
+    W = draw.standard_normal((experts, out, columns), np.float32).astype(ml_dtypes.bfloat16)
+    A = draw.standard_normal((experts, rank, columns), np.float32)
+    B = draw.standard_normal((experts, out, rank), np.float32)
+    stored = np.ascontiguousarray(W.swapaxes(1, 2)) if is_turned else W
+    tensors, stacks = {"experts.weight": stored}, {}
+    if "pieces" in layout:
+        half = stored.shape[1] // 2
+        places = [(e, *part) for e in range(experts) for part in ((0, half), (half, 2 * half))]
+        stacks = {"experts.weight": tuple((f"{e}.{i}", e, i, j) for e, i, j in places)}
+        tensors = {f"{e}.{i}": np.ascontiguousarray(stored[e, i:j]) for e, i, j in places}
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file(tensors, base / "model.safetensors")
+    (base / "config.json").write_text("{}")
+    save_file({"A": A, "B": B}, tmp_path / "adapter.safetensors")
+    site = SiteFold(
+        adapter="lora",
+        module="experts",
+        weights={"W": "experts.weight"},
+        parameters={"A": "A", "B": "B"},
+        numbers={},
+        fold={"W": parse("W + B @ A")},
+        let={},
+        turned=frozenset({"W"} if is_turned else ()),
+        rows={"A": 0, "B": 0},
+        lines={"A": 2} if is_turned else {"B": 1},
+    )
+    plan = FoldPlan((site,), record={"base": None}, stacks=stacks)
+    adapter = read_header(tmp_path / "adapter.safetensors")
+    own = {name: (adapter, tensor) for name, tensor in adapter.tensors.items()}
+    folding = Folding(plan, read_model_files(base).tensors, own)
+    for name, tensor in tensors.items():
+        sizes = [len(block) // 2 for block in folding.blocks(name, "BF16", FoldMeasure())]
+        assert sum(sizes) == tensor.size
+        assert max(sizes) <= BLOCK
+        assert len(list(folding.exact(name))) > 1 or tensor.size <= BLOCK
+
+    fold_files(Planned(plan, base, adapter), tmp_path / "out")
+    exact = W.astype(np.float64) + B.astype(np.float64) @ A
+    meant = exact.swapaxes(1, 2) if is_turned else exact
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    if "pieces" in layout:
+        whole = [np.concatenate([found[f"{e}.{0}"], found[f"{e}.{half}"]]) for e in range(experts)]
+        found = {"experts.weight": np.stack(whole)}
+    nearest = meant.astype(np.float32).astype(ml_dtypes.bfloat16)
+    assert np.mean(found["experts.weight"] != nearest) < 1e-4
+    np.testing.assert_allclose(found["experts.weight"].astype(np.float64), meant, 2**-8, 1e-5)
+    assert verify(tmp_path / "out").changed == len(tensors)
+    assert unfold_checkpoint(tmp_path / "out", tmp_path / "back", base).changed == len(tensors)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(back[name].tobytes() == value.tobytes() for name, value in tensors.items())

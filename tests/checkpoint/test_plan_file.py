@@ -25,6 +25,7 @@ def test_every_part_of_a_plan_comes_back(tmp_path: Path) -> None:
         turned=frozenset({"W"}),
         slice=(0, 4, 12, 2),
         rows={"A": 1},
+        lines={"B": 0},
     )
     plan = FoldPlan(
         (site, *streamed.plan_of(2).sites),
@@ -40,4 +41,4 @@ def test_every_part_of_a_plan_comes_back(tmp_path: Path) -> None:
         assert texts(mine) == texts(theirs)
         for name in ("adapter", "module", "weights", "parameters", "numbers", "absent", "turned"):
             assert getattr(mine, name) == getattr(theirs, name)
-        assert (mine.slice, mine.rows) == (theirs.slice, theirs.rows)
+        assert (mine.slice, mine.rows, mine.lines) == (theirs.slice, theirs.rows, theirs.lines)

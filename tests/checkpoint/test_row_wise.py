@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peftsurgery.checkpoint.row_wise import column_axes, row_axes
+from peftsurgery.checkpoint.row_wise import line_axes, row_axes
 from peftsurgery.language.loading import load_rules, parse_rules
 from peftsurgery.language.schema import Rule
 from peftsurgery.language.settings import resolve_settings
@@ -38,22 +38,28 @@ def test_methods_that_fold_every_row_by_itself(name: str, axes: dict[str, int]) 
 
 
 @pytest.mark.parametrize(
-    ("name", "axes"),
+    ("name", "is_turned", "axes"),
     [
-        ("lora_qv", [{"A": 1}]),
-        ("ia3", [None, {"s": 1}]),  # the first rule is for a bias too
-        ("dora", [None]),  # the norm is of a row
-        ("lora_experts", [None]),
-        ("adalora_conv", [None]),
+        ("lora_qv", True, [{"A": 1}]),
+        ("lora_qv", False, [{"B": 0}]),
+        ("ia3", True, [None, {"s": 1}]),  # the first rule is for a bias too
+        ("dora", True, [None]),  # the norm is of a row
+        ("lora_experts", False, [{"B": 1}]),
+        ("lora_experts", True, [{"A": 2}]),
+        ("adalora_conv", True, [None]),
     ],
 )
-def test_methods_that_fold_every_column_by_itself(
-    name: str, axes: list[dict[str, int] | None]
+def test_methods_that_fold_every_line_by_itself(
+    name: str, is_turned: bool, axes: list[dict[str, int] | None]
 ) -> None:
     file = load_rules(name)
     settings = resolve_settings(file)
     rules = [rule for rule in file.rules if rule.fold]
-    found = [column_axes(rule, {**settings, **SITES[rule.kind.name]}) for rule in rules]
+    kinds = (SITES[rule.kind.name] for rule in rules)
+    found = [
+        line_axes(rule, {**settings, **sizes}, is_turned)
+        for rule, sizes in zip(rules, kinds, strict=True)
+    ]
     assert found == axes
 
 

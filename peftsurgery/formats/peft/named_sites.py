@@ -20,7 +20,7 @@ from peftsurgery.checkpoint.arrays import FLOATS
 from peftsurgery.checkpoint.codecs.coded import PlainView
 from peftsurgery.checkpoint.plan import SiteFold
 from peftsurgery.checkpoint.record import FILE
-from peftsurgery.checkpoint.row_wise import column_axes, parameter_shape, row_axes
+from peftsurgery.checkpoint.row_wise import line_axes, parameter_shape, row_axes
 from peftsurgery.files import read_object
 from peftsurgery.formats.peft.config import PARAMETERS, AdapterConfig
 from peftsurgery.formats.peft.files import read_peft_config, tensors_file
@@ -54,9 +54,9 @@ class Fit:
         return row_axes(self.rule, self.numbers)
 
     @cached_property
-    def columns(self) -> Mapping[str, int] | None:
-        """What :func:`column_axes` finds, for a weight that is turned."""
-        return column_axes(self.rule, self.numbers) if self.turned else None
+    def lines(self) -> Mapping[str, int] | None:
+        """What :func:`line_axes` finds, for a weight that is turned."""
+        return line_axes(self.rule, self.numbers, True) if self.turned else None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def _site(adapter: NamedAdapter, path: str, fit: Fit) -> SiteFold:
         absent=tuple(name for name in rule.kind.weights if name not in weights),
         turned=frozenset({"W"} if fit.turned else ()),
         rows=fit.rows,
-        columns=fit.columns,
+        lines=fit.lines,
     )
 
 

@@ -15,7 +15,7 @@ from peftsurgery.capture.tensors import tensor_names
 from peftsurgery.capture.tie_flags import FLAG, reread, untied_flags, with_parts
 from peftsurgery.checkpoint.model_plan import IN_MEMORY, ModelPlan
 from peftsurgery.checkpoint.plan import SiteFold, without_repeats
-from peftsurgery.checkpoint.row_wise import column_axes, row_axes
+from peftsurgery.checkpoint.row_wise import has_lines, line_axes, row_axes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.surgery.plan.cut import Cut, copy_name
 from peftsurgery.surgery.rewrite.computed_weights import Axes, axes_of
@@ -102,7 +102,7 @@ def _copy_of(parameter: str, adapters: Iterable[str], learnt: Collection[str]) -
 def _site_fold(cut: Cut) -> SiteFold:
     """One cut as plain data."""
     rule, site = cut.rule, cut.site
-    part = site.slice
+    part, is_turned = site.slice, bool(site.turned)
     axes = {name: _axes(cut, name) for name in cut.made}
     if "pointwise" in site.facts:
         order = tuple(range(2 + site.facts["pointwise"]))
@@ -121,7 +121,7 @@ def _site_fold(cut: Cut) -> SiteFold:
         axes=axes,
         slice=None if part is None else (part.start, part.length, part.period, part.groups),
         rows=row_axes(rule, cut.numbers),
-        columns=column_axes(rule, cut.numbers) if site.turned else None,
+        lines=line_axes(rule, cut.numbers, is_turned) if has_lines(rule, is_turned) else None,
     )
 
 
