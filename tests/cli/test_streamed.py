@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import peftsurgery as ps
-from peftsurgery.checkpoint import fold_tensor
+from peftsurgery.checkpoint import fold_site
 from peftsurgery.cli.root import root
 
 
@@ -161,9 +161,9 @@ def test_what_is_not_as_operated_is_removed(
         wrong["checked"] = True
         return values * 1.01
 
-    folded = fold_tensor.folded
+    folded = fold_site.folded
     monkeypatch.setattr(
-        fold_tensor,
+        fold_site,
         "folded",
         lambda *given: {name: rounded(value) for name, value in folded(*given).items()},
     )
