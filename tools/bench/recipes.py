@@ -110,9 +110,14 @@ RECIPES: Mapping[str, Recipe] = {
     ),
 }
 
-CONVOLUTIONS = (
-    *("adalora_conv", "dora_conv", "loha_conv", "lokr_conv", "lokr_full_conv", "lora_conv"),
-)
+CONVOLUTIONS = [
+    "adalora_conv",
+    "dora_conv",
+    "loha_conv",
+    "lokr_conv",
+    "lokr_full_conv",
+    "lora_conv",
+]
 
 ELSEWHERE = {
     "lora_all": "without experts it is lora_all_linear",
