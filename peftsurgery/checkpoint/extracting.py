@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, ulp, wide_dtype
+from peftsurgery.checkpoint.arrays import FLOATS, Array, read_rows, wide_dtype
 from peftsurgery.checkpoint.lora_folder import NewLayer, write_lora
 from peftsurgery.checkpoint.low_rank import (
     Approximation,
@@ -24,6 +24,7 @@ from peftsurgery.checkpoint.low_rank import (
     factors_of,
     share_lost,
 )
+from peftsurgery.checkpoint.rounding import ulp
 from peftsurgery.checkpoint.tensor_bytes import read_bytes
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile

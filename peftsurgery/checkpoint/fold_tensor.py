@@ -6,7 +6,6 @@ and what of the base's numbers was not finite.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,13 +13,8 @@ from typing import Any
 import numpy as np
 
 from peftsurgery.checkpoint.arrays import (
-    FLOATS,
     Array,
     as_bytes,
-    farthest,
-    lined_up,
-    most_ulps,
-    power_below,
     read_rows,
     wide_dtype,
 )
@@ -28,6 +22,7 @@ from peftsurgery.checkpoint.codecs.coded import CodedWeight
 from peftsurgery.checkpoint.codecs.decoded import DecodedRows
 from peftsurgery.checkpoint.fold_site import BLOCK, STACK, fold_site, is_by_lines, row_blocks
 from peftsurgery.checkpoint.plan import FoldPlan, SiteFold
+from peftsurgery.checkpoint.rounding import BlockMeasures, Rounding
 from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor, TensorFile
 
@@ -53,52 +48,40 @@ class FoldMeasure:
     _base: float = field(default=0.0, repr=False)
     _written: float | None = field(default=None, repr=False)
     _lost: float = field(default=0.0, repr=False)
-    _room: Array | None = field(default=None, repr=False, compare=False)
+    _rounding: Rounding = field(default_factory=Rounding, repr=False, compare=False)
 
     @property
     def is_quantised(self) -> bool:
         """Whether what was added is quantised again."""
         return self._written is not None
 
+    def rounded(self, before: Array, exact: Array, dtype: str) -> tuple[Array, bool]:
+        """Add a block: what was there, and the sum in full precision, which is given in ``dtype``.
+
+        Tells whether all of it is known to be finite.
+        """
+        stored, found = self._rounding.rounded(before, exact, dtype)
+        return stored, self._add(exact.size, found)
+
     def add_quantised(self, before: Array, exact: Array, written: Array, dtype: str) -> bool:
-        """What :meth:`add` does, of a block that is quantised again."""
+        """Add a block that is ``written`` in another way than by rounding, and is overwritten.
+
+        Tells whether all of it is known to be finite.
+        """
         gap, error = exact - before, written - exact
         moved = np.subtract(written, before)
         self._written = (self._written or 0.0) + float(np.vdot(gap, moved))
         self._lost += float(np.vdot(error, error))
-        return self.add(before, exact, written, dtype)
+        return self._add(exact.size, self._rounding.measured(before, exact, written, dtype))
 
-    def add(self, before: Array, exact: Array, rounded: Array, dtype: str) -> bool:
-        """Add a block: what was there, the sum in full precision, and what is written.
-
-        Of what is written the rounding errors stay there: the less memory this takes, the more of
-        it is in the cache. Returns whether all of them are finite; a sum of squares or a maximum
-        that is tells that of everything in it.
-        """
-        room = self._room_for(exact)
-        power = power_below(before, exact, dtype, room)
-        gap = np.subtract(exact, before, out=room[1])
-        self.elements += exact.size
-        self.moved += int(np.count_nonzero(rounded != before))
-        self._change += float(np.vdot(gap, gap))
-        base = float(np.vdot(before, before))
-        self._base += base
-        if not exact.size:
-            return True
-        self.largest = max(self.largest, most_ulps(gap, power, dtype))
-        rounding = farthest(np.subtract(rounded, exact, out=rounded))
-        self.rounding = max(self.rounding, rounding)
-        return math.isfinite(base) and math.isfinite(rounding)
-
-    def _room_for(self, block: Array) -> Array:
-        """Two arrays like a block, the same for all blocks of one shape.
-
-        The system would have to make memory ready for new ones each time.
-        """
-        shape = (2, *block.shape)
-        if self._room is None or (self._room.shape, self._room.dtype) != (shape, block.dtype):
-            self._room = lined_up(shape, block.dtype)
-        return self._room
+    def _add(self, elements: int, found: BlockMeasures) -> bool:
+        self.elements += elements
+        self.moved += found.moved
+        self._change += found.change
+        self._base += found.base
+        self.largest = max(self.largest, found.largest)
+        self.rounding = max(self.rounding, found.rounding)
+        return found.is_finite
 
     def to_dict(self) -> dict[str, Any]:
         """The measures, ``relative`` in parts of the base tensor's norm (None where that is 0)."""
@@ -145,11 +128,9 @@ class Folding:
         Raises SurgeryError: PSG402 for an overflow of ``dtype``, PSG403 for NaN or infinity.
         """
         for before, exact in _few_rows(self.exact(name, read)):
-            with np.errstate(over="ignore", invalid="ignore"):
-                stored = exact.astype(FLOATS[dtype])
-                rounded = stored.astype(exact.dtype)
-                if not change.add(before, exact, rounded, dtype):
-                    check_finite(name, dtype, before, exact, rounded)
+            stored, is_finite = change.rounded(before, exact, dtype)
+            if not is_finite:
+                check_finite(name, dtype, before, exact, stored)
             yield as_bytes(stored)
 
     def exact(
@@ -348,11 +329,11 @@ def _few_rows(folded: Iterable[tuple[Array, Array]]) -> Iterator[tuple[Array, Ar
             yield before[start : start + step], exact[start : start + step]
 
 
-def check_finite(name: str, dtype: str, before: Array, exact: Array, rounded: Array) -> None:
+def check_finite(name: str, dtype: str, before: Array, exact: Array, written: Array) -> None:
     """Refuse a tensor with what is not finite. PSG402, PSG403."""
     if not np.isfinite(before).all():
         raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity")
     if not np.isfinite(exact).all():
         raise SurgeryError("PSG403", f"'{name}' holds NaN or infinity once it is folded")
-    if not np.isfinite(rounded).all():
+    if not np.isfinite(written).all():
         raise SurgeryError("PSG402", f"'{name}' overflows {dtype} once it is folded")

@@ -14,9 +14,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel
 
 import peftsurgery as ps
+from peftsurgery.checkpoint import rounding
 from peftsurgery.errors import SurgeryError
 from tests.formats.stored import ALPHA, RANK, adapter_at, base_at, content, tensors_of
 
@@ -69,6 +70,42 @@ def test_every_element_is_one_rounding_of_the_exact_sum(tmp_path: Path, dtype: t
         assert (error <= nearest + 4 * np.spacing(np.abs(exact).astype(np.float32))).all()
         checked += 1
     assert checked == 4
+
+
+def test_where_nothing_was_compiled_the_same_bytes_are_written(
+    tmp_path: Path,
+    llama: tuple[Path, Path],
+    folded: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rounding, "_compiled", lambda: None)
+    base, adapter = llama
+    ps.fold_checkpoint(adapter, base, tmp_path / "out", reversible=True)
+    with_c, without = content(folded), content(tmp_path / "out")
+    said, again = (json.loads(each.pop("peftsurgery.json")) for each in (with_c, without))
+    assert without == with_c
+    # Sums of squares differ in their last digits.
+    for name, entry in said["tensors"].items():
+        change = again["tensors"][name].pop("change", {})
+        assert change == pytest.approx(entry.pop("change", {}), rel=1e-5)
+    assert again["tensors"] == said["tensors"]
+
+
+def test_a_scalar_that_was_trained_is_folded(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    text = {**sizes, "num_attention_heads": 4, "vocab_size": 64, "pad_token_id": 0}
+    view = {**sizes, "num_attention_heads": 4, "image_size": 32, "patch_size": 16}
+    text |= {"bos_token_id": 1, "eos_token_id": 2}
+    config = CLIPConfig(text_config=text, vision_config=view, projection_dim=32)
+    CLIPModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = CLIPModel.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    operated = ps.apply(ps.capture(model), "lora_qv", train=["logit_scale"])
+    scale = operated.get_parameter("logit_scale")
+    scale.data.add_(0.5)
+    operated.save(tmp_path / "lora")
+    report = ps.fold_checkpoint(tmp_path / "lora", tmp_path / "base", tmp_path / "out")
+    assert report.changed["logit_scale"]["moved"] == 1
+    assert torch.equal(tensors_of(tmp_path / "out")["logit_scale"], scale.detach())
 
 
 def test_it_is_bit_for_bit_what_a_fold_in_memory_writes(
