@@ -13,7 +13,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = "peftsurgery/checkpoint/rounding.c"
 LIBRARY = "librounding.so"  # not as a module is called: Python would import it
-FLAGS = ("-O3", "-fPIC", "-shared", "-ffp-contract=off", "-Wno-psabi")
+FLAGS = ("-O3", "-fopenmp-simd", "-ffp-contract=off", "-fno-trapping-math", "-fPIC", "-shared")
 
 
 class CustomBuildHook(BuildHookInterface):

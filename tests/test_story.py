@@ -2,9 +2,12 @@
 
 import re
 
+import pytest
+
 from tools.story.docstrings import PACKAGES, collect
 
 
+@pytest.mark.slow
 def test_held_out_docstrings_are_not_learnt_from_and_do_not_name_their_package() -> None:
     learn, judge = collect(train=12, held_out=6)
     assert {label for _, label in judge} == set(range(len(PACKAGES)))

@@ -75,6 +75,7 @@ def test_outputs_and_gradients_are_the_originals(name: str) -> None:
     assert backend.graphs
 
 
+@pytest.mark.slow
 def test_what_is_compiled_does_not_grow_with_depth() -> None:
     counts = []
     for layers in (3, 9):

@@ -104,6 +104,7 @@ def test_rules_are_applied_to_a_capture_without_a_cache(name: str) -> None:
     assert PAST not in remembering(name).base_capture.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma2"])
 def test_a_cache_of_fixed_length_works_too(name: str) -> None:
     expected = tokens(original(name), cache_implementation="static")

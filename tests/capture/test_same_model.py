@@ -60,6 +60,7 @@ def test_capture_apply_load_and_fold_capture_once(
     torch.testing.assert_close(loaded.eval()(**CALL).logits, expected)
 
 
+@pytest.mark.slow
 def test_later_captures_of_each_are_its_own(directory: str, made: list[str]) -> None:
     one, two = ps.capture(directory), ps.capture(directory)
     model = BertForSequenceClassification.from_pretrained(directory).eval()
@@ -74,6 +75,7 @@ def test_later_captures_of_each_are_its_own(directory: str, made: list[str]) -> 
     assert len(made) == 3
 
 
+@pytest.mark.slow
 def test_what_is_gone_is_captured_again(directory: str, made: list[str]) -> None:
     graph = ps.capture(directory)
     del graph
@@ -118,6 +120,7 @@ def _other_attention() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [_other_forward, _other_code, _other_attention])
 def test_code_that_is_otherwise_is_captured_again(
     directory: str, made: list[str], changed: Callable[[], AbstractContextManager[None]]

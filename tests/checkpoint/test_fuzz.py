@@ -56,6 +56,7 @@ def test_the_folder_is_right_before_it_is_changed(folder: Path) -> None:
     assert len(planned.plan.sites) == 2
 
 
+@pytest.mark.slow
 @HERE
 @given(data=st.data())
 def test_headers_describe_what_is_there_or_are_refused(folder: Path, data: st.DataObject) -> None:

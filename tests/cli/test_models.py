@@ -3,9 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 
+@pytest.mark.slow
 def test_doctor_tells_versions_and_that_a_capture_works(run: Any) -> None:
     report = run("doctor", "--json").json
     assert report["packages"]["torch"] == torch.__version__

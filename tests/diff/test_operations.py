@@ -183,6 +183,7 @@ EDITS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EDITS)
 def test_what_was_done_before_an_export_is_named(name: str, tmp_path: Path) -> None:
     edit, wanted = EDITS[name]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -40,6 +41,7 @@ def test_every_weight_of_attention_has_the_role_the_modeling_code_gives_it() -> 
     assert [core.facts["heads"] for core in cores] == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_fold_on_files_is_what_the_factors_say_and_is_undone(tmp_path: Path) -> None:
     model = small()
     model.save_pretrained(tmp_path / "base")

@@ -173,6 +173,7 @@ def test_what_peft_loads_from_our_files_computes_the_same(pair: Pair, tmp_path: 
     torch.testing.assert_close(read(**given).logits, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "bert-classifier"])
 def test_padded_texts_and_embeddings_are_taken_as_peft_takes_them(name: str) -> None:
     theirs = peft_model(name, "prompt").eval()

@@ -110,6 +110,7 @@ def test_outputs_and_gradients_are_those_of_the_parts_by_hand(
         ps.fold(ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", BY_HAND)
 @pytest.mark.parametrize("name", ["t5"])
 def test_training_lowers_the_loss_of_an_encoder_and_decoder(name: str, rule: str) -> None:

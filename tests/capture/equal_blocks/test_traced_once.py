@@ -124,12 +124,14 @@ def test_a_block_names_its_layer_of_the_cache(past: int) -> None:
     assert {"model.layers.2", "model.layers.3"} <= set(filled)
 
 
+@pytest.mark.slow
 def test_layers_with_a_window_are_equal_blocks() -> None:
     module: Any = deeper("gemma3", 4).eval()
     filled = compared(module, cached(module, 0))
     assert {"model.layers.2", "model.layers.3"} <= set(filled)
 
 
+@pytest.mark.slow
 def test_layers_of_the_cache_may_be_in_another_order() -> None:
     module: Any = deeper("llama", 4).eval()
     third, fourth = module.model.layers[2].self_attn, module.model.layers[3].self_attn

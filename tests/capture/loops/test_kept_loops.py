@@ -64,6 +64,7 @@ def test_steps_that_are_no_repetition_stay_steps(kind: type[Stepping]) -> None:
     assert len(both.graph.captures) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_take_any_number_of_steps(

@@ -98,6 +98,7 @@ def test_a_sliding_window_is_generated_past_its_end(name: str, tmp_path: Path) -
         assert generated(tmp_path / "m.onnx", ids, 12, adapter) == found[0, 6:].tolist()
 
 
+@pytest.mark.slow
 def test_what_lengthens_a_text_once_is_refused_with_a_cache(
     original: LlamaForCausalLM, tmp_path: Path
 ) -> None:

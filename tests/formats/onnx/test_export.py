@@ -52,6 +52,7 @@ def test_onnxruntime_computes_the_original_with_its_adapters(
         )
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_is_exported_too(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +107,7 @@ def test_a_bf16_model_is_written_in_fp32_with_the_rounded_weights(tmp_path: Path
     torch.testing.assert_close(run(tmp_path / "model.onnx", inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", ["fold", "inputs"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_of_numbers_takes_them_in_fp32(

@@ -75,6 +75,7 @@ def logits(model: Any, length: int) -> Tensor:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["compared", "declared", "in a table", "none"])
 def test_a_prefix_on_a_model_with_windows_says_that_pefts_slides_out_of_them(
     case: str, tmp_path: Path

@@ -46,7 +46,8 @@ def run(file: Path, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("adapters", ["keep", pytest.param("fold", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", ["keep", "fold"])
 def test_a_program_computes_the_original_with_its_adapters(
     adapters: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +93,7 @@ def test_a_process_without_transformers_runs_it_and_adapters_at_rest_are_left_ou
     torch.testing.assert_close(found["logits"], wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_module_of_ones_own_and_a_prefix_are_written_too(tmp_path: Path) -> None:
     for name, rule in (("functional", "lora_qv"), ("bert", "prefix_tuning")):
         model = operated(name, rule)

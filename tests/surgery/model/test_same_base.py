@@ -334,6 +334,7 @@ def wayward() -> nn.Module:
     return factory()
 
 
+@pytest.mark.slow
 def test_a_factory_makes_the_same_base_again_or_is_told_that_it_must(tmp_path: Path) -> None:
     ps.apply(ps.capture(f"{__name__}:factory"), "lora_qv").save(tmp_path / "same")
     torch.manual_seed(99)

@@ -96,6 +96,7 @@ def test_labels_reach_what_the_ids_they_are_shifted_to_reach(rules: str) -> None
     torch.testing.assert_close(gradients(operated, given.loss), gradients(operated, loss))
 
 
+@pytest.mark.slow
 def test_an_adapted_table_learns_from_labels_what_hooks_on_the_original_learn() -> None:
     sound, labels, _ = speech()
     operated = randomise(ps.apply(heard(), "lora_embedding", rank=2, alpha=4), scale=0.5)

@@ -235,8 +235,11 @@ def under_autocast(function: Callable[..., Any], values: Row) -> tuple[Tensor, .
     return (*made, *gradients(made, values))
 
 
+COMPILED = pytest.param(under_compile, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
-    "way", [under_vmap, under_grad, under_jvp, under_compile, under_checkpoint, under_autocast]
+    "way", [under_vmap, under_grad, under_jvp, COMPILED, under_checkpoint, under_autocast]
 )
 def test_what_looks_on_or_transforms_sees_plain_operations(way: Any) -> None:
     values = row(torch.float32, torch.float32, (3, 2))
