@@ -24,6 +24,11 @@ LIBRARY = Path(__file__).with_name("librounding.so")  # as hatch_build.py calls 
 LINE = 64  # bytes of a line of the processor's cache
 
 
+def is_compiled() -> bool:
+    """Whether ``rounding.c`` was compiled for this machine."""
+    return _compiled() is not None
+
+
 class BlockMeasures(NamedTuple):
     """What is measured of a block: sums of squares, counts, extremes.
 

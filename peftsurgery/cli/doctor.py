@@ -15,6 +15,7 @@ from peftsurgery.cli.kit import json_option, print_result
 from peftsurgery.installed import Package, extras_of, machine, packages_needed
 from peftsurgery.version import __version__
 
+FOUND = ("threads", "accelerator", "compiled")  # what the trial tells of the machine
 CORE = ("torch", "transformers")  # without them nothing is captured, and nothing to be tried
 
 
@@ -40,7 +41,7 @@ def doctor(as_json: bool) -> int:
         "packages": needed,
         "extras": extras_of(packages),
         "untested": [asdict(p) for p in packages if p.state in ("newer", "older")],
-        "machine": {**machine(), **{key: tried.get(key) for key in ("threads", "accelerator")}},
+        "machine": {**machine(), **{key: tried.get(key) for key in FOUND}},
         "capture_seconds": tried.get("capture_seconds"),
         "capture_error": error,
     }
@@ -75,6 +76,8 @@ def _lines(report: dict[str, Any], packages: list[Package]) -> Iterator[str]:
         f"{machine['free_gib'] or '?'} of {machine['memory_gib'] or '?'} GiB memory free, "
         f"accelerator: {machine['accelerator'] or 'none'}"
     )
+    if machine["compiled"] is False:
+        yield "folds on files are slower: there was no C compiler when peftsurgery was built"
     if not packages:
         yield "  not installed as a package: which versions were tested is not known"
     for package in packages:

@@ -15,7 +15,11 @@ def main() -> None:
 
 
 def trial() -> dict[str, Any]:
-    """Torch's threads and accelerator, and the seconds of a tiny module's capture, or why not."""
+    """What is here to compute with, and the seconds of a tiny module's capture, or why not.
+
+    ``threads`` and ``accelerator`` are torch's; ``compiled`` tells whether folds on files have what
+    is written in C.
+    """
     found: dict[str, Any] = {}
     start = time.perf_counter()
     try:
@@ -27,7 +31,9 @@ def trial() -> dict[str, Any]:
             found["accelerator"] = torch.cuda.get_device_name()
 
         from peftsurgery.capture import capture
+        from peftsurgery.checkpoint.rounding import is_compiled
 
+        found["compiled"] = is_compiled()
         module = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
         inputs = torch.ones(3, 4)
         model = capture(module, inputs=(inputs,))

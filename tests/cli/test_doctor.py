@@ -84,6 +84,15 @@ def test_without_torch_the_versions_are_shown_all_the_same(
     assert "missing peft: pip install 'peftsurgery[peft]'" in outcome.out
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_folds_that_are_slower_than_need_be_are_told(
+    run: Any, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    monkeypatch.setattr(doctor, "_trial", lambda: {"capture_seconds": 0.1, "compiled": compiled})
+    assert ("there was no C compiler" in run("doctor").out) is not compiled
+    assert run("doctor", "--json").json["machine"]["compiled"] is compiled
+
+
 def test_a_trial_that_fails_hides_no_version(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, **{**HERE, "transformers": "7.0.0"})
     monkeypatch.setattr(
