@@ -18,7 +18,7 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.tensor_file import Tensor
 
 STACK = 3  # axes of a stack of matrices
-BLOCK = 2**17  # elements that are computed at once, where a rule folds each row by itself
+BLOCK = 2**18  # elements that are computed at once, where a rule folds each row by itself
 
 
 def fold_site(

@@ -116,7 +116,7 @@ def _compiled() -> Callable[[Array, Array, str], tuple[Array, BlockMeasures]] | 
     """What ``rounding.c`` does; None where it was not compiled for this machine."""
     try:
         function = CDLL(str(LIBRARY)).round_block
-    except OSError:
+    except (OSError, AttributeError):  # none there, or another's
         return None
     function.argtypes = (c_void_p, c_void_p, c_void_p, c_uint64, c_int, POINTER(_Measures))
     function.restype = None
@@ -124,7 +124,7 @@ def _compiled() -> Callable[[Array, Array, str], tuple[Array, BlockMeasures]] | 
     def rounded(before: Array, exact: Array, dtype: str) -> tuple[Array, BlockMeasures]:
         before, exact = (np.asarray(each, np.float32, order="C") for each in (before, exact))
         stored, found = np.empty(exact.shape, FLOATS[dtype]), _Measures()
-        places = (each.ctypes.data for each in (before, exact, stored))
+        places = (each.__array_interface__["data"][0] for each in (before, exact, stored))
         function(*places, exact.size, _COMPILED[dtype], found)
         steps = _bits(dtype, exact.dtype).steps
         return stored, BlockMeasures(
