@@ -20,7 +20,7 @@ import numpy as np
 
 from peftsurgery.checkpoint.arrays import FLOATS, Array
 
-LIBRARY = Path(__file__).with_name("librounding.so")  # as hatch_build.py calls it
+LIBRARY = Path(__file__).with_name("librounding.so")  # as tools/compile.py calls it
 LINE = 64  # bytes of a line of the processor's cache
 
 
